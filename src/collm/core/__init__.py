@@ -1,0 +1,1 @@
+"""Mathematics and words: pure functions over tensors, no input or output."""

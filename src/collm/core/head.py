@@ -1,0 +1,46 @@
+"""The deferral head: one linear layer from the base's last hidden state to the defer logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from collm.errors import ConfigError
+
+
+class DeferralHead(nn.Module):
+    """u_k = w_k . h + b_k for K assistants (arXiv 2403.03870, section 2.1, with a bias and K >= 1).
+
+    Parameters stay in fp32 and so does the arithmetic: a decision is compared with a threshold, and the head
+    costs nothing beside the base. A new head is zero: every author equally probable.
+
+    Args:
+        hidden_size: H, the width of the base's last hidden state.
+        num_assistants: K.
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    def __init__(self, hidden_size: int, num_assistants: int = 1) -> None:
+        super().__init__()
+        if hidden_size < 1 or num_assistants < 1:
+            raise ConfigError(
+                f"a head needs hidden_size >= 1 and num_assistants >= 1, came {hidden_size} and {num_assistants}"
+            )
+        self.weight = nn.Parameter(torch.zeros(num_assistants, hidden_size))  # (K, H)
+        self.bias = nn.Parameter(torch.zeros(num_assistants))  # (K,)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def num_assistants(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Defer logits u, shape (..., K), fp32, of hidden states of shape (..., H)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float(), self.bias.float())

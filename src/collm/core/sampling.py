@@ -1,0 +1,51 @@
+"""Drawing a token from logits: temperature, top-k, top-p, by inverting the cumulative distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """The distribution that `sample` draws from.
+
+    softmax(logits / temperature), then only the top_k most probable tokens (ties at the border are kept), then
+    the smallest set of the most probable of those whose share reaches top_p, renormalised. At temperature 0 all
+    mass is on the argmax.
+
+    Args:
+        logits: shape (..., V).
+
+    Returns:
+        Shape (..., V), fp32, summing to 1.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    scaled = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        border = scaled.topk(top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < border, -torch.inf)
+    probs = torch.softmax(scaled, dim=-1)
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        outside = ranked.cumsum(-1) - ranked >= top_p  # what came before already reaches the share
+        probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def sample(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Invert the cumulative distribution: the first token whose cumulative probability exceeds `uniform`.
+
+    Args:
+        probs: shape (..., V), summing to 1.
+        uniform: draws from [0, 1), shape (...).
+
+    Returns:
+        Token ids, shape (...), never one of probability 0.
+    """
+    cumulative = probs.double().cumsum(-1)
+    target = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)  # rounding must not run past the support
+    return torch.minimum(drawn, last)

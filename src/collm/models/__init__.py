@@ -1,0 +1,1 @@
+"""The only room that touches a model's insides: loading, guards, KV slots, runners."""

@@ -1,0 +1,108 @@
+"""One transformers causal LM seen as hidden states and logits: its decoder, its output layer, its limits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from collm.errors import UnsupportedModel
+
+
+class LanguageModel:
+    """A transformers causal LM (plain or PEFT-wrapped) split at its last hidden state.
+
+    Args:
+        module: a `PreTrainedModel` with a language-modelling head, or a `PeftModel` around one.
+        name: what errors and counts call it.
+        vocab_size: keep only the logits of token ids below this (models pad their vocabularies); None keeps all.
+
+    Raises:
+        UnsupportedModel: the module has no decoder or no output layer.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str, vocab_size: int | None = None) -> None:
+        self.module = module
+        self.name = name
+        inner: Any = cast(Any, module).get_base_model() if hasattr(module, "peft_config") else module
+        self.decoder = _decoder(inner, name)
+        self.config = self.decoder.config
+        self._output_layer = inner.get_output_embeddings()
+        if self._output_layer is None:
+            raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no output layer; expected a causal LM")
+        self.vocab_size = min(vocab_size or self.padded_vocab_size, self.padded_vocab_size)
+        text_config = inner.config.get_text_config()
+        self._softcap = getattr(text_config, "final_logit_softcapping", None)
+        self._scale = getattr(text_config, "logit_scale", None) or 1 / (
+            getattr(text_config, "logits_scaling", None) or 1
+        )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the output layer, which may exceed the tokenizer's ids."""
+        return int(self._output_layer.weight.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._output_layer.weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self._output_layer.weight.device)
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go: the embedding's device, another than `device` in a model split over several."""
+        return cast(torch.device, self.decoder.get_input_embeddings().weight.device)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens in a sequence, None if the config names no limit.
+
+        A RoPE whose frequencies change once a sequence outgrows its original length invalidates cached keys, so
+        there the limit is that original length.
+        """
+        limit = getattr(self.config, "max_position_embeddings", None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return cast("int | None", rope.get("original_max_position_embeddings") or limit)
+        return limit
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The EOS set of the generation config; empty if it names none."""
+        eos = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
+        if eos is None:
+            return frozenset()
+        return frozenset([eos] if isinstance(eos, int) else eos)
+
+    def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """The last hidden states, after the final norm: what enters the output layer.
+
+        Args:
+            input_ids: shape (B, T).
+            **inputs: passed to the decoder: attention_mask, position_ids, past_key_values, ...
+
+        Returns:
+            Shape (B, T, H).
+        """
+        return cast(Tensor, self.decoder(input_ids=input_ids, **inputs).last_hidden_state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of hidden states (..., H): shape (..., V), scaled and capped as the model does."""
+        logits = self._output_layer(hidden.to(self.device))
+        if self._scale != 1:
+            logits = logits * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return cast(Tensor, logits[..., : self.vocab_size])
+
+
+def _decoder(inner: Any, name: str) -> Any:
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    if decoder is inner:  # Llama 4 answers with itself
+        decoder = getattr(inner, "model", None)
+    if decoder is None:
+        raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no decoder; expected a causal LM")
+    return decoder

@@ -1,0 +1,88 @@
+"""Loading models and tokenizers by path or Hub id."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from collm.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a model comes from and how to load it.
+
+    Attributes:
+        path: a directory or a Hub repository id.
+        revision: Hub branch, tag or commit.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", "cuda:1", "auto" (spread by Accelerate), or None: the GPU if there is one.
+        attention: attention implementation outside the KV slots (training, scoring); None lets transformers choose.
+
+    Raises:
+        ConfigError: an unknown dtype.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype of {self.path} is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if Path(self.path).is_dir():  # an artefact must not depend on the directory it was made from
+            object.__setattr__(self, "path", str(Path(self.path).resolve()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, for JSON."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def default_device() -> str:
+    """The first GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(spec: ModelSpec) -> PreTrainedModel:
+    """Load a causal LM in evaluation mode.
+
+    Raises:
+        ConfigError: nothing at the path, or what is there is no causal LM that transformers can load.
+    """
+    device = spec.device or default_device()
+    options: dict[str, Any] = {"revision": spec.revision, "dtype": spec.dtype, "device_map": device}
+    if spec.attention is not None:
+        options["attn_implementation"] = spec.attention
+    try:
+        model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(_could_not_load("model", spec, error)) from error
+    return cast(PreTrainedModel, model.eval())
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        ConfigError: there is none that transformers can load.
+    """
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, revision=spec.revision))
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(_could_not_load("tokenizer", spec, error)) from error
+
+
+def _could_not_load(what: str, spec: ModelSpec, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"could not load the {what} of {spec.path!r}: {first_line}; "
+        "expected a directory written by save_pretrained or a Hub repository id"
+    )
