@@ -74,6 +74,18 @@ class ThresholdPolicy:
 
 
 @dataclass(frozen=True)
+class SingleAuthorPolicy:
+    """One author writes everything: 0 the base alone, k assistant k alone."""
+
+    writer: int
+    consults_assistants = False
+    draws = False
+
+    def author(self, step: StepView) -> int:
+        return self.writer
+
+
+@dataclass(frozen=True)
 class JointPolicy:
     """Z ~ P(Z)^(1/temperature), normalised: at temperature 1 exact samples of the trained joint model.
 

@@ -125,3 +125,11 @@ class ModelUsage:
     forward_passes: int = 0
     tokens_read: int = 0
     tokens_written: int = 0
+
+    def __sub__(self, earlier: ModelUsage) -> ModelUsage:
+        """What was done since `earlier`."""
+        return ModelUsage(
+            self.forward_passes - earlier.forward_passes,
+            self.tokens_read - earlier.tokens_read,
+            self.tokens_written - earlier.tokens_written,
+        )

@@ -56,9 +56,9 @@ class PromptTemplate:
         """
         if isinstance(prompt, str):
             token_ids = _tokenize(tokenizer, self.text.replace("{prompt}", prompt)) if prompt else []
-        elif all(isinstance(part, int) for part in prompt):
+        elif _is_list_of(prompt, int):
             token_ids = list(cast(Sequence[int], prompt))
-        elif all(isinstance(part, Mapping) for part in prompt):
+        elif _is_list_of(prompt, Mapping):
             rendered = self.render_chat(tokenizer, cast(Sequence[Message], prompt), open_turn=True)
             token_ids = _tokenize(tokenizer, rendered, special=False)
         else:
@@ -70,40 +70,57 @@ class PromptTemplate:
     def encode_completion(self, tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
         """A prompt and its completion, which ends with EOS; only the completion is a target.
 
+        The prompt's tokens are those of `encode_prompt`.
+
         Raises:
             DataError: the tokenizer has no EOS token.
+            RequestError: the prompt is empty.
         """
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, so a completion cannot end; set tokenizer.eos_token")
-        segments = [(self.text.replace("{prompt}", prompt), False), (completion, True)]
-        encoded = _encode_segments(tokenizer, segments, special=True)
+        prompt_ids = self.encode_prompt(tokenizer, prompt)
+        whole = _tokenize(tokenizer, self.text.replace("{prompt}", prompt) + completion)
+        encoded = _extended(tokenizer, prompt_ids, whole, completion)
         eos = int(cast(int, tokenizer.eos_token_id))
+        if encoded.token_ids[-1] == eos and encoded.is_target[-1]:
+            return encoded
         return Encoded([*encoded.token_ids, eos], [*encoded.is_target, True])
 
-    def encode_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Encoded:
+    def encode_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Encoded]:
         """A chat; every assistant turn is a target, up to the token that ends it.
 
+        The tokens before a turn are those of `encode_prompt` on the messages before it. Where a template or a
+        tokenizer treats earlier turns differently once the chat goes on, one sequence cannot show all turns as
+        decoding would see them.
+
+        Returns:
+            One sequence with all turns if it can, else one sequence per assistant turn.
+
         Raises:
-            DataError: no assistant turn, or a template that rewrites earlier turns when the chat goes on.
+            DataError: no assistant turn, or a template that does not let a finished turn follow an opened one.
+            RequestError: there is no chat template, or it refuses the messages.
         """
-        segments: list[tuple[str, bool]] = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            opened = self.render_chat(tokenizer, messages[:index], open_turn=True)
-            closed = self.render_chat(tokenizer, messages[: index + 1], open_turn=False)
-            if not (opened.startswith(done) and closed.startswith(opened)):
-                raise DataError(
-                    f"the chat template renders the turns before message {index + 1} differently once the chat goes on, "
-                    "so one sequence cannot train all turns; give one row per assistant turn"
-                )
-            segments += [(opened[len(done) :], False), (closed[len(opened) :], True)]
-            done = closed
-        if not segments:
+        turns = [
+            self._turn(tokenizer, messages, index)
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        if not turns:
             raise DataError("the chat has no assistant turn; expected at least one message with role 'assistant'")
-        encoded = _encode_segments(tokenizer, segments, special=False)
-        return Encoded(encoded.token_ids, _up_to_eos(encoded, tokenizer))
+        joined = _joined(tokenizer, turns)
+        sequences = [_apart(tokenizer, *turn) for turn in turns] if joined is None else [joined]
+        return [Encoded(one.token_ids, _up_to_eos(one, tokenizer)) for one in sequences]
+
+    def _turn(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int) -> tuple[str, str]:
+        """The text that invites assistant message `index`, and that text with the message."""
+        opened = self.render_chat(tokenizer, messages[:index], open_turn=True)
+        closed = self.render_chat(tokenizer, messages[: index + 1], open_turn=False)
+        if not closed.startswith(opened):
+            raise DataError(
+                f"the chat template opens the turn of message {index + 1} with {opened[-40:]!r}, but renders the "
+                f"finished turn as {closed[-80:]!r}; training needs a template where it goes on from the opened one"
+            )
+        return opened, closed
 
     def render_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool) -> str:
         """The text of a chat; `open_turn` adds what invites the assistant's answer.
@@ -127,48 +144,62 @@ class PromptTemplate:
         return cast(str, rendered)
 
 
+def _is_list_of(prompt: object, kind: type) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str | bytes | bytearray)
+        and all(isinstance(part, kind) for part in prompt)
+    )
+
+
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
-    token_ids = cast("list[int]", tokenizer(text, add_special_tokens=special)["input_ids"])
-    if (
-        special
-        and len(token_ids) > 1
-        and token_ids[-1] == tokenizer.eos_token_id
-        and not text.endswith(_eos(tokenizer))
-    ):
-        return token_ids[:-1]  # some tokenizers close every text, but a prompt goes on
-    return token_ids
+    # verbose=False: lengths are checked against the models, not against the tokenizer's advice
+    token_ids = cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    if not special or len(token_ids) < 2 or token_ids[-1] != tokenizer.eos_token_id:
+        return token_ids
+    own = text.endswith(str(tokenizer.eos_token)) and token_ids[-2] != token_ids[-1]
+    return token_ids if own else token_ids[:-1]  # some tokenizers close every text, but a prompt goes on
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.eos_token)
-
-
-def _encode_segments(
-    tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]], *, special: bool
+def _extended(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], whole_ids: list[int], completion: str
 ) -> Encoded:
-    """Tokenise the joined text if every prefix that ends at a border is then a prefix of the tokens, as decoding
-    would see it; else tokenise segment by segment."""
-    whole = _tokenize(tokenizer, "".join(text for text, _ in segments), special=special)
+    """The prompt's tokens, then targets: from the text tokenised as a whole if it goes on from them."""
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        target_ids = whole_ids[len(prompt_ids) :]
+    else:  # a token would span the border; decoding always starts behind the prompt's own tokens
+        target_ids = _continuation(tokenizer, completion)
+    return Encoded([*prompt_ids, *target_ids], [False] * len(prompt_ids) + [True] * len(target_ids))
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that continues another: without the space some tokenizers put before a text's first word."""
+    before, whole = (_tokenize(tokenizer, part, special=False) for part in ("\n", "\n" + text))
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    return _tokenize(tokenizer, text, special=False)
+
+
+def _apart(tokenizer: PreTrainedTokenizerBase, opened: str, closed: str) -> Encoded:
+    opened_ids, closed_ids = (_tokenize(tokenizer, text, special=False) for text in (opened, closed))
+    return _extended(tokenizer, opened_ids, closed_ids, closed[len(opened) :])
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Encoded | None:
+    """All turns in one sequence; None unless each turn's text and tokens go on from the turn before."""
+    whole = _tokenize(tokenizer, turns[-1][1], special=False)
     is_target: list[bool] = []
-    prefix = ""
-    for text, target in segments:
-        prefix += text
-        tokens = _tokenize(tokenizer, prefix, special=special)
-        if whole[: len(tokens)] != tokens:
-            return _encode_apart(tokenizer, segments, special=special)
-        is_target += [target] * (len(tokens) - len(is_target))
+    done = ""
+    for opened, closed in turns:
+        if not opened.startswith(done):
+            return None
+        for text, target in ((opened, False), (closed, True)):
+            token_ids = _tokenize(tokenizer, text, special=False)
+            if whole[: len(token_ids)] != token_ids:
+                return None
+            is_target += [target] * (len(token_ids) - len(is_target))
+        done = closed
     return Encoded(whole, is_target)
-
-
-def _encode_apart(
-    tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]], *, special: bool
-) -> Encoded:
-    encoded = Encoded([], [])
-    for index, (text, target) in enumerate(segments):
-        tokens = _tokenize(tokenizer, text, special=special and index == 0)
-        encoded.token_ids.extend(tokens)
-        encoded.is_target.extend([target] * len(tokens))
-    return encoded
 
 
 def _up_to_eos(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[bool]:

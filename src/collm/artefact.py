@@ -1,0 +1,214 @@
+"""The collaboration on disk: its files, their content, and what is wrong when they do not fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from collm.atomic import atomic_file
+from collm.core.calibration import Calibration
+from collm.core.head import DeferralHead
+from collm.errors import ArtefactError
+from collm.models.loading import ModelSpec
+from collm.models.template import PromptTemplate
+from collm.version import __version__
+
+FORMAT = 1
+CONFIG, HEAD, CALIBRATION, CARD = "collm.json", "head.safetensors", "calibration.json", "README.md"
+
+SavedBase = Literal["base", "adapter"]
+"""Folder of the tuned base weights or of the adapter; a base that stayed frozen has neither."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of collm.json.
+
+    Attributes:
+        base, assistants: where the models come from.
+        saved_base: which folder of the artefact holds the tuned base, None for a frozen one.
+        tokenizer_hash, chat_template_hash: of the tokenizer all models share.
+        default_threshold: chosen by calibration, None before it.
+        training: how the head was trained and what was measured, for the model card.
+    """
+
+    base: ModelSpec
+    assistants: list[ModelSpec]
+    saved_base: SavedBase | None
+    head: dict[str, int]
+    tokenizer_hash: str
+    chat_template_hash: str | None
+    template: PromptTemplate
+    accept_differences: list[str]
+    default_threshold: float | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        content = asdict(self)
+        content["base"] = {**self.base.to_dict(), "engine": "transformers"}
+        content["assistants"] = [{**spec.to_dict(), "engine": "transformers"} for spec in self.assistants]
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read collm.json; a ValueError, KeyError or TypeError where it is something else."""
+        content = json.loads(text)
+        content["base"] = _spec(content["base"])
+        content["assistants"] = [_spec(spec) for spec in content["assistants"]]
+        content["template"] = PromptTemplate(**content["template"])
+        return cls(**content)
+
+
+def _spec(content: dict[str, Any]) -> ModelSpec:
+    engine = content.pop("engine")
+    if engine != "transformers":
+        raise ValueError(f"engine {engine!r} is not known to this version")
+    return ModelSpec(**content)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    return {"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read collm.json.
+
+    Raises:
+        ArtefactError: it is missing, half-written or of another format.
+    """
+    path = directory / CONFIG
+    if not directory.exists():
+        raise ArtefactError(f"there is no collaboration at {directory}: no such directory")
+    if not path.exists():
+        raise ArtefactError(f"{directory} is no collaboration: no {CONFIG} in it; expected what save_pretrained writes")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if json.loads(text).get("format") != FORMAT:
+            raise ArtefactError(f"{path} has format {json.loads(text).get('format')!r}, this version reads {FORMAT}")
+        return Manifest.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or retrain") from error
+
+
+def write_head(directory: Path, head: DeferralHead) -> None:
+    """Write head.safetensors: weight (K, H) and bias (K)."""
+    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in head.state_dict().items()}
+    save_file(tensors, directory / HEAD)
+
+
+def read_head(directory: Path, expected: dict[str, int]) -> DeferralHead:
+    """Read head.safetensors.
+
+    Args:
+        expected: hidden_size and num_assistants.
+
+    Raises:
+        ArtefactError: it is missing, corrupt or of another shape.
+    """
+    path = directory / HEAD
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{directory} has no {HEAD}; the collaboration is incomplete, train it again") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} is corrupt ({error}); restore it or train it again") from error
+    head = DeferralHead(**expected)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    if shapes != wanted:
+        raise ArtefactError(f"{path} holds {shapes}, expected {wanted} for these models; it belongs to another pair")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ArtefactError(f"{path} holds values that are not finite; the training that wrote it diverged")
+    head.load_state_dict(tensors)
+    return head
+
+
+def read_calibration(directory: Path) -> Calibration | None:
+    """Read calibration.json, None if the collaboration was not calibrated.
+
+    Raises:
+        ArtefactError: it is damaged.
+    """
+    path = directory / CALIBRATION
+    if not path.exists():
+        return None
+    try:
+        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); calibrate again") from error
+
+
+def write_text_files(directory: Path, manifest: Manifest, calibration: Calibration | None) -> None:
+    """Write collm.json, calibration.json and the model card, each atomically."""
+    texts = {CARD: model_card(manifest, calibration), CONFIG: manifest.to_json()}
+    if calibration is not None:
+        texts[CALIBRATION] = json.dumps(calibration.to_dict(), indent=2) + "\n"
+    for name, text in texts.items():
+        with atomic_file(directory / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
+    """README.md of the artefact, from what was measured and nothing else."""
+    saved = {None: "frozen, referenced", "base": "tuned, in `base/`", "adapter": "LoRA adapter, in `adapter/`"}
+    lines = [
+        "---",
+        "library_name: collm",
+        "tags: [collm, collaborative-decoding]",
+        "---",
+        "",
+        "# A collaboration of language models",
+        "",
+        f"- base: `{manifest.base.path}` ({saved[manifest.saved_base]})",
+        *(f"- assistant {k}: `{spec.path}`" for k, spec in enumerate(manifest.assistants, start=1)),
+        f"- prompt template: `{manifest.template.text!r}`" + (", chats too" if manifest.template.chat else ""),
+        "",
+        "The base writes; where its deferral head gives more than the threshold, an assistant writes the next token",
+        "([Co-LLM](https://arxiv.org/abs/2403.03870)).",
+        "",
+        "```python",
+        "from collm import CoLLM",
+        "",
+        'out = CoLLM.from_pretrained("this-directory").generate(["..."])',
+        "```",
+        "",
+        *_training_lines(manifest.training),
+        *_calibration_lines(calibration),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _training_lines(training: dict[str, Any]) -> list[str]:
+    if not training:
+        return []
+    return ["## Training", "", *(f"- {name}: {value}" for name, value in training.items()), ""]
+
+
+def _calibration_lines(calibration: Calibration | None) -> list[str]:
+    if calibration is None:
+        return ["Not calibrated: pass a threshold, or run `collm calibrate`.", ""]
+    best = calibration.best()
+    return [
+        "## Calibration",
+        "",
+        f"{calibration.metric_name} on {calibration.num_prompts} validation prompts; default threshold "
+        f"{best.threshold:.4g}. Threshold 1 is the base alone, below 0 the assistants alone.",
+        "",
+        f"| threshold | deferral rate | {calibration.metric_name} | interval |",
+        "|--:|--:|--:|--:|",
+        *(
+            f"| {p.threshold:.4g} | {p.deferral_rate:.1%} | {p.metric:.3f} | {p.low:.3f} - {p.high:.3f} |"
+            for p in calibration.points
+        ),
+        "",
+    ]

@@ -1,0 +1,64 @@
+"""Writing to disk so that a reader finds the old content or the new, never a half."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from collm.errors import CollmError
+
+
+class WriteError(CollmError):
+    """The disk refused a write; what was there before is untouched."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
+
+    Raises:
+        WriteError: the file system refused; `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; when the block ends well it replaces `path`.
+
+    Raises:
+        WriteError: the file system refused; `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    except OSError as error:
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        raise _write_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_error(path: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"could not write {path}: {error.strerror or error}; nothing there was changed, "
+        "free some space or choose another place"
+    )

@@ -1,0 +1,423 @@
+"""CoLLM: a base, its deferral head and its assistants as one object: load, save, generate, stream."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from collm import artefact
+from collm.artefact import Manifest, SavedBase
+from collm.atomic import atomic_directory
+from collm.core.calibration import Calibration
+from collm.core.head import DeferralHead
+from collm.core.policies import JointPolicy, Policy, ThresholdPolicy
+from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, deferral_rate
+from collm.decoding.engine import Engine
+from collm.decoding.request import Request
+from collm.errors import ArtefactError, ConfigError, MismatchError, MissingExtra
+from collm.models.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers, check_vocab_sizes
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.runner import ModelRunner
+from collm.models.template import Prompt, PromptTemplate
+
+Member = nn.Module | ModelSpec
+"""A model in memory, or where to load it from when it is first needed."""
+
+
+class Completions(list[Completion]):
+    """Completions of several prompts, and what each model did for them.
+
+    Attributes:
+        usage: model name -> forward passes, tokens read and written, of this call.
+    """
+
+    def __init__(self, completions: Sequence[Completion], usage: dict[str, ModelUsage]) -> None:
+        super().__init__(completions)
+        self.usage = usage
+
+    @property
+    def deferral_rate(self) -> float:
+        """Share of all generated tokens that assistants wrote."""
+        return deferral_rate([author for completion in self for author in completion.authors])
+
+
+class CoLLM:
+    """A collaboration of language models (Co-LLM, arXiv 2403.03870).
+
+    Args:
+        base: the small model whose hidden states the head reads; a module, or a spec to load on first use.
+        assistants: authors 1..K, likewise.
+        head: the deferral head; its shape must fit.
+        tokenizer: the one all models share.
+        template: how prompts and chats become text; by default prompts as they stand and the tokenizer's chat template.
+        calibration: what `generate` takes its default threshold and its budgets from.
+        accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
+        training: what was measured while training, for the model card.
+
+    Raises:
+        MismatchError: the models, the tokenizer or the head do not fit.
+    """
+
+    def __init__(
+        self,
+        base: Member,
+        assistants: Sequence[Member],
+        head: DeferralHead,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: PromptTemplate | None = None,
+        calibration: Calibration | None = None,
+        accept_differences: Sequence[str] = (),
+        training: dict[str, Any] | None = None,
+    ) -> None:
+        check_accepted(accept_differences)
+        if len(assistants) != head.num_assistants:
+            raise MismatchError(
+                f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
+                "give one model for each of its outputs"
+            )
+        self.base = base
+        self.assistants = list(assistants)
+        self.head = head
+        self.tokenizer = tokenizer
+        self.identity = TokenizerIdentity.of(tokenizer)
+        self.template = template or PromptTemplate(chat=cast("str | None", tokenizer.chat_template))
+        self.calibration = calibration
+        self.accept_differences = tuple(accept_differences)
+        self.training = training or {}
+        self._source: Path | None = None
+        for number, member in enumerate(self.assistants, start=1):
+            if isinstance(member, ModelSpec):
+                other = TokenizerIdentity.of(load_tokenizer(member))
+                check_tokenizers(self.identity, other, _name(number, len(assistants)), accept=accept_differences)
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        base: Member | None = None,
+        assistants: Sequence[Member] | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> CoLLM:
+        """Load a collaboration from a directory or a Hub repository; the models' weights follow on first use.
+
+        Args:
+            path: the directory, or a Hub repository id.
+            revision: Hub branch, tag or commit.
+            base, assistants: models to use in place of those the artefact names, after a move for example.
+            device, dtype: of all models, in place of what the artefact says.
+
+        Raises:
+            ArtefactError: it is missing, half-written or corrupt, or a tokenizer is not the one it was made with.
+            MismatchError: the models do not fit each other.
+        """
+        directory = _local_directory(path, revision)
+        manifest = artefact.read_manifest(directory)
+        head = artefact.read_head(directory, manifest.head)
+        placed = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        base_spec = manifest.base
+        if manifest.saved_base == "base":
+            base_spec = replace(base_spec, path=str(directory / "base"), revision=None)
+        tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else base_spec)
+        _check_identity(TokenizerIdentity.of(tokenizer), manifest, directory)
+        base_spec = replace(base_spec, **placed)
+        if base is None and manifest.saved_base == "adapter":
+            base = _with_adapter(base_spec, directory / "adapter")
+        model = cls(
+            base or base_spec,
+            assistants or [replace(spec, **placed) for spec in manifest.assistants],
+            head,
+            tokenizer,
+            template=manifest.template,
+            calibration=artefact.read_calibration(directory),
+            accept_differences=manifest.accept_differences,
+            training=manifest.training,
+        )
+        model._source = directory if base is None else None
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the artefact, replacing what is there at once or not at all.
+
+        A base given as a module is saved with it (a PEFT model as its adapter); one given as a spec is referenced.
+
+        Raises:
+            ArtefactError: `path` holds something else than a collaboration, or an assistant has no path to reference.
+            WriteError: the disk refused; what was at `path` is untouched.
+        """
+        path = Path(path)
+        if path.exists() and not (path.is_dir() and ((path / artefact.CONFIG).exists() or not any(path.iterdir()))):
+            raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
+        with atomic_directory(path.resolve()) as directory:
+            saved = self._save_base(directory)
+            artefact.write_head(directory, self.head)
+            artefact.write_text_files(directory, self._manifest(saved), self.calibration)
+
+    def save_calibration(self, path: str | Path) -> None:
+        """Write the calibration, the default threshold and the model card into an existing artefact."""
+        manifest = artefact.read_manifest(Path(path))
+        threshold = self._manifest(manifest.saved_base).default_threshold
+        artefact.write_text_files(Path(path), replace(manifest, default_threshold=threshold), self.calibration)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, commit_message: str = "Add collaboration"
+    ) -> str:
+        """Upload the artefact to the Hub; returns its address there."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as temporary:
+            directory = Path(temporary) / "collaboration"
+            self.save_pretrained(directory)
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
+        return str(address)
+
+    def _save_base(self, directory: Path) -> SavedBase | None:
+        folder: SavedBase = "adapter" if hasattr(self.base, "peft_config") else "base"
+        if isinstance(self.base, nn.Module):
+            cast(Any, self.base).save_pretrained(directory / folder)
+        elif self._source is not None and (self._source / "base").exists():
+            shutil.copytree(self._source / "base", directory / "base")
+        else:
+            return None
+        if folder == "base":
+            self.tokenizer.save_pretrained(directory / folder)
+        return folder
+
+    def _manifest(self, saved: SavedBase | None) -> Manifest:
+        base = _spec_of(self.base)
+        if base is None and saved == "adapter":
+            raise ArtefactError("the base under the adapter has no path to reference; load it with from_pretrained")
+        specs = [_spec_of(member) for member in self.assistants]
+        for number, spec in enumerate(specs, start=1):
+            if spec is None:
+                raise ArtefactError(
+                    f"{_name(number, len(specs))} was made in memory and has no path to reference; save it with "
+                    "save_pretrained and load it from there"
+                )
+        return Manifest(
+            base=base or ModelSpec(path="base"),
+            assistants=cast("list[ModelSpec]", specs),
+            saved_base=saved,
+            head={"hidden_size": self.head.hidden_size, "num_assistants": self.head.num_assistants},
+            tokenizer_hash=self.identity.hash,
+            chat_template_hash=self.identity.chat_template_hash,
+            template=self.template,
+            accept_differences=list(self.accept_differences),
+            default_threshold=self.calibration.best().threshold if self.calibration else None,
+            training=self.training,
+        )
+
+    # Decoding
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        threshold: float | None = None,
+        budget: float | None = None,
+        policy: str | Policy | Sequence[Policy] | None = None,
+        max_batch: int = 16,
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> Completions:
+        """Continue each prompt.
+
+        Args:
+            prompts: strings, chats (lists of messages) or lists of token ids, or one of them.
+            params: how tokens are drawn; with a seed, prompt i draws with seed + i.
+            threshold: the base keeps a token while its defer prob is at most this; by default the calibrated one.
+            budget: a deferral rate to stay within, in place of a threshold; needs a calibration.
+            policy: "threshold" (default), "joint", or a policy object for all prompts or for each.
+            max_batch: most prompts decoded at once.
+            on_completion: called with index and completion whenever a prompt is done.
+
+        Raises:
+            ConfigError: options that contradict each other or have no effect.
+            RequestError: a prompt that cannot be read.
+            MismatchError: the models do not fit.
+            ModelFailure: a model returned NaN.
+        """
+        listed = _as_prompts(prompts)
+        params = params or SamplingParams()
+        policies = self._policies(policy, threshold, budget, len(listed))
+        before = {author.name: copy(author.usage) for author in self._authors}
+        engine = self._engine(max_batch)
+        done: dict[int, Completion] = {}
+        try:
+            for index, (prompt, chosen) in enumerate(zip(listed, policies, strict=True)):
+                seeded = params if params.seed is None else replace(params, seed=params.seed + index)
+                engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), seeded, chosen))
+            while engine.has_work:
+                for emitted in engine.step():
+                    if emitted.sequence.finish_reason is not None:
+                        done[emitted.number] = emitted.sequence.completion()
+                        if on_completion is not None:
+                            on_completion(emitted.number, done[emitted.number])
+        finally:
+            engine.close()
+        usage = {author.name: author.usage - before[author.name] for author in self._authors}
+        return Completions([done[number] for number in sorted(done)], usage)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        threshold: float | None = None,
+        budget: float | None = None,
+        policy: str | Policy | None = None,
+    ) -> Iterator[TokenStep]:
+        """Continue one prompt, token by token; the texts joined are the completion's text. As `generate` otherwise."""
+        (chosen,) = self._policies(policy, threshold, budget, 1)
+        engine = self._engine(1)
+        engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
+        return _steps(engine)
+
+    def _policies(
+        self, policy: str | Policy | Sequence[Policy] | None, threshold: float | None, budget: float | None, count: int
+    ) -> Sequence[Policy]:
+        if policy is None or policy == "threshold":
+            return [ThresholdPolicy(self._threshold(threshold, budget))] * count
+        if threshold is not None or budget is not None:
+            raise ConfigError("threshold and budget have no effect with another policy than 'threshold'; drop them")
+        if policy == "joint":
+            return [JointPolicy()] * count
+        if isinstance(policy, str):
+            raise ConfigError(f"policy is {policy!r}, expected 'threshold', 'joint' or a policy object")
+        policies = cast("Sequence[Policy]", policy) if isinstance(policy, Sequence) else [policy] * count
+        if len(policies) != count:
+            raise ConfigError(f"{len(policies)} policies came for {count} prompts; give one for each, or one for all")
+        return policies
+
+    def _threshold(self, threshold: float | None, budget: float | None) -> float:
+        if threshold is not None and budget is not None:
+            raise ConfigError("threshold and budget both came; a budget becomes a threshold, so give one of them")
+        if threshold is not None:
+            return threshold
+        if self.calibration is None:
+            needed = "a budget needs a calibration" if budget is not None else "there is no default threshold"
+            raise ConfigError(
+                f"{needed}: the collaboration is not calibrated; run 'collm calibrate' or pass a threshold"
+            )
+        return self.calibration.best(1.0 if budget is None else budget).threshold
+
+    def _engine(self, max_batch: int) -> Engine:
+        if max_batch < 1:
+            raise ConfigError(f"max_batch is {max_batch}, expected at least 1")
+        base, *assistants = self._authors
+        return Engine(base, assistants, self.head, self.tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+
+    @cached_property
+    def _models(self) -> list[LanguageModel]:
+        """All models, in memory and checked against each other: the base, then the assistants."""
+        members = [self.base, *self.assistants]
+        models = []
+        for number, member in enumerate(members):
+            module = load_model(member) if isinstance(member, ModelSpec) else member
+            name = _name(number, len(self.assistants))
+            models.append(LanguageModel(module.eval(), name=name, vocab_size=self.identity.vocab_size))
+        check_vocab_sizes(models, self.identity.vocab_size)
+        if models[0].hidden_size != self.head.hidden_size:
+            raise MismatchError(
+                f"the head reads hidden states of size {self.head.hidden_size}, the base has "
+                f"{models[0].hidden_size}; this head belongs to another base"
+            )
+        self.head.to(models[0].device)
+        return models
+
+    @cached_property
+    def _authors(self) -> list[ModelRunner]:
+        return [ModelRunner(model) for model in self._models]
+
+    @cached_property
+    def _eos_ids(self) -> frozenset[int]:
+        return check_eos(
+            [(model.name, model.eos_token_ids) for model in self._models], accept=self.accept_differences
+        ) | {token for token in [self.tokenizer.eos_token_id] if isinstance(token, int)}
+
+
+def _steps(engine: Engine) -> Iterator[TokenStep]:
+    try:
+        while engine.has_work:
+            for emitted in engine.step():
+                yield emitted.step
+    finally:
+        engine.close()
+
+
+def _name(author: int, num_assistants: int) -> str:
+    if author == 0:
+        return "base"
+    return "assistant" if num_assistants == 1 else f"assistant {author}"
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt (text, messages, token ids) as a list of one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
+        return [cast(Prompt, prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _spec_of(member: Member) -> ModelSpec | None:
+    """Where a model came from; None if it was made in memory."""
+    if isinstance(member, ModelSpec):
+        return member
+    inner = cast(Any, member).get_base_model() if hasattr(member, "peft_config") else member
+    path = getattr(inner.config, "_name_or_path", "")
+    if not path:
+        return None
+    return ModelSpec(path, revision=getattr(inner.config, "_commit_hash", None))
+
+
+def _local_directory(path: str | Path, revision: str | None) -> Path:
+    if Path(path).exists() or isinstance(path, Path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return Path(path).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(path, revision=revision))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtefactError(
+            f"there is no collaboration at {path}: no such directory, and the Hub answers: {first_line}"
+        ) from error
+
+
+def _check_identity(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
+    if identity.hash != manifest.tokenizer_hash:
+        raise ArtefactError(
+            f"the tokenizer of {manifest.base.path} is not the one {directory} was made with "
+            f"({identity.hash[:15]}, expected {manifest.tokenizer_hash[:15]}); "
+            "the head fits only that one: restore the model's revision or train again"
+        )
+    if identity.chat_template_hash != manifest.chat_template_hash:
+        raise ArtefactError(
+            f"the chat template of {manifest.base.path} changed since {directory} was made; "
+            "restore the model's revision or train again"
+        )
+
+
+def _with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtra("peft", "train") from error
+    return cast(nn.Module, PeftModel.from_pretrained(load_model(spec), adapter).eval())

@@ -1,0 +1,1 @@
+"""Requests in, token steps out: the one decoding loop."""

@@ -1,0 +1,162 @@
+"""Do these models fit together? Checked before the first token, never discovered as nonsense output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.errors import ConfigError, MismatchError
+from collm.models.language_model import LanguageModel
+
+ACCEPTABLE = ("special_tokens", "eos", "chat_template")
+"""Differences a user may accept by name; a different vocabulary is never acceptable."""
+
+_PROBE = "The 3 quick-brown foxes\n\tpaid €1,234.50  (c'est ça) 日本語 🦊 {x: 'y'} ÀÉ"
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What two tokenizers must share to speak the same token ids.
+
+    Attributes:
+        tokens: token id -> token.
+        special_tokens: role (bos, eos, unk, ...) -> token; padding aside, which no model sees.
+        chat_template: None if the tokenizer has none.
+        probe_ids: token ids of a fixed text, where merges and normalisation show.
+    """
+
+    tokens: dict[int, str]
+    special_tokens: dict[str, str]
+    chat_template: str | None
+    probe_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerIdentity:
+        special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
+        template = tokenizer.chat_template
+        return cls(
+            tokens={token_id: token for token, token_id in tokenizer.get_vocab().items()},
+            special_tokens=special,
+            chat_template=template if isinstance(template, str) or template is None else json.dumps(template),
+            probe_ids=tuple(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+        return max(self.tokens) + 1
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of vocabulary, special tokens and probe."""
+        content = [sorted(self.tokens.items()), sorted(self.special_tokens.items()), self.probe_ids]
+        return _sha256(json.dumps(content))
+
+    @property
+    def chat_template_hash(self) -> str | None:
+        return None if self.chat_template is None else _sha256(self.chat_template)
+
+
+def _sha256(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_accepted(accept: Collection[str]) -> None:
+    """Raise a ConfigError for a name that is no acceptable difference."""
+    unknown = sorted(set(accept) - set(ACCEPTABLE))
+    if unknown:
+        raise ConfigError(
+            f"cannot accept a difference in {', '.join(unknown)}; expected one of {', '.join(ACCEPTABLE)}"
+        )
+
+
+def check_tokenizers(
+    base: TokenizerIdentity, other: TokenizerIdentity, name: str, *, accept: Collection[str] = ()
+) -> None:
+    """Compare an assistant's tokenizer with the base's.
+
+    Raises:
+        MismatchError: naming the first token, special token or template that differs.
+    """
+    for token_id in sorted(base.tokens.keys() | other.tokens.keys()):
+        ours, theirs = base.tokens.get(token_id), other.tokens.get(token_id)
+        if ours != theirs:
+            raise MismatchError(
+                f"{name} has another vocabulary than the base: token {token_id} is {_shown(theirs)} there and "
+                f"{_shown(ours)} in the base ({len(other.tokens)} and {len(base.tokens)} tokens); "
+                "use models that share one tokenizer"
+            )
+    if base.probe_ids != other.probe_ids:
+        raise MismatchError(
+            f"{name} has the base's vocabulary but splits text into other tokens; use models that share one tokenizer"
+        )
+    if base.special_tokens != other.special_tokens and "special_tokens" not in accept:
+        role = _first_difference(base.special_tokens, other.special_tokens)
+        raise MismatchError(
+            f"{name} has another {role}: {_shown(other.special_tokens.get(role))}, in the base "
+            f"{_shown(base.special_tokens.get(role))}; {_how_to_accept('special_tokens')}"
+        )
+    templates = (base.chat_template, other.chat_template)
+    if None not in templates and templates[0] != templates[1] and "chat_template" not in accept:
+        raise MismatchError(
+            f"{name} has another chat template than the base, so it was trained on chats of another form; "
+            f"{_how_to_accept('chat_template')}, and both will read the base's"
+        )
+
+
+def check_eos(eos_sets: Sequence[tuple[str, frozenset[int]]], *, accept: Collection[str] = ()) -> frozenset[int]:
+    """The tokens that end a text: the EOS set that all models share, or with "eos" accepted the union.
+
+    Args:
+        eos_sets: (model name, its EOS token ids), the base first; an empty set has nothing to compare.
+
+    Raises:
+        MismatchError: the sets differ.
+    """
+    base_name, base_eos = eos_sets[0]
+    for name, eos in eos_sets[1:]:
+        if eos and base_eos and eos != base_eos and "eos" not in accept:
+            raise MismatchError(
+                f"{name} ends texts with token ids {sorted(eos)}, {base_name} with {sorted(base_eos)}; "
+                f"{_how_to_accept('eos')}, and a text ends with any of them"
+            )
+    return frozenset[int]().union(*(eos for _, eos in eos_sets))
+
+
+def check_vocab_sizes(models: Sequence[LanguageModel], vocab_size: int | None) -> int:
+    """The number of token ids that all models score: the tokenizer's, or without one the models' common size.
+
+    Raises:
+        MismatchError: a model scores fewer ids than the tokenizer has, or without a tokenizer sizes differ.
+    """
+    if vocab_size is None:
+        vocab_size = models[0].padded_vocab_size
+        for model in models[1:]:
+            if model.padded_vocab_size != vocab_size:
+                raise MismatchError(
+                    f"{model.name} scores {model.padded_vocab_size} token ids, {models[0].name} {vocab_size}; "
+                    "pass the tokenizer if the difference is padding, or use models that share one vocabulary"
+                )
+    for model in models:
+        if model.padded_vocab_size < vocab_size:
+            raise MismatchError(
+                f"{model.name} scores {model.padded_vocab_size} token ids, but the tokenizer has {vocab_size}; "
+                "use the tokenizer the model was trained with"
+            )
+    return vocab_size
+
+
+def _shown(token: str | None) -> str:
+    return "missing" if token is None else repr(token)
+
+
+def _first_difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
+    return next(role for role in sorted(ours.keys() | theirs.keys()) if ours.get(role) != theirs.get(role))
+
+
+def _how_to_accept(what: str) -> str:
+    return f"if that is intended, accept it by name (accept_differences: {what})"

@@ -1,0 +1,78 @@
+"""Tiny models and a tokenizer shared by all tests: random, made from configs, saved to disk where a path is needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 97
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0..w93 by white space, with <pad>, <eos> and <unk>."""
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB_SIZE - 3))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    """Weights large enough that the two best logits lie far above rounding apart."""
+    options = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return LlamaConfig(**{**options, **changes})
+
+
+def make_model(config: Any, seed: int) -> PreTrainedModel:
+    """A causal LM with random weights, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Makes a tiny Llama: tiny_model(seed, **config changes)."""
+    return lambda seed=0, **changes: make_model(tiny_config(**changes), seed)
+
+
+@pytest.fixture
+def saved_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """Saves a tiny Llama with the tokenizer: saved_model(name, seed, **config changes) -> its directory."""
+
+    def save(name: str, seed: int = 0, **changes: Any) -> Path:
+        directory = tmp_path / name
+        make_model(tiny_config(**changes), seed).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return save

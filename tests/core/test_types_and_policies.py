@@ -1,0 +1,116 @@
+"""Who writes: each policy's rule, and what parameters are refused."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from collm.core.calibration import Calibration, CalibrationPoint
+from collm.core.policies import (
+    JointPolicy,
+    OraclePolicy,
+    RandomPolicy,
+    SingleAuthorPolicy,
+    StepView,
+    ThresholdPolicy,
+)
+from collm.core.types import SamplingParams
+from collm.errors import ConfigError
+
+
+def view(probs: list[float], **changes: Any) -> StepView:
+    options = {
+        "position": 0,
+        "author_probs": probs,
+        "defer_prob": 1 - probs[0],
+        "temperature": 1.0,
+        "rng": random.Random(0),
+    }
+    return StepView(**{**options, **changes})
+
+
+def test_threshold_keeps_the_base_at_equality_and_names_the_likeliest_assistant_above() -> None:
+    assert ThresholdPolicy(0.75).author(view([0.25, 0.3, 0.45])) == 0
+    assert ThresholdPolicy(0.74).author(view([0.25, 0.3, 0.45])) == 2
+    assert ThresholdPolicy(-1).author(view([1.0, 0.0, 0.0])) == 1
+    assert ThresholdPolicy(1).author(view([0.0, 0.5, 0.5])) == 0
+
+
+@pytest.mark.parametrize("threshold", [1.01, -1.5, math.nan, math.inf])
+def test_a_threshold_outside_its_range_is_refused(threshold: float) -> None:
+    with pytest.raises(ConfigError, match="from -1 to 1"):
+        ThresholdPolicy(threshold)
+
+
+def test_joint_draws_authors_by_their_probability() -> None:
+    """Three cells within 5 standard deviations of 20,000 draws: odds of a false alarm below 1 in 500,000."""
+    probs, n = [0.6, 0.3, 0.1], 20_000
+    rng = random.Random(1)
+    drawn = [JointPolicy().author(view(probs, rng=rng)) for _ in range(n)]
+    for author, p in enumerate(probs):
+        assert abs(drawn.count(author) - n * p) < 5 * math.sqrt(n * p * (1 - p))
+
+
+def test_joint_at_low_temperature_is_the_likeliest_author() -> None:
+    assert JointPolicy().author(view([0.2, 0.5, 0.3], temperature=0)) == 1
+    assert JointPolicy().author(view([0.2, 0.5, 0.3], temperature=1e-5)) == 1
+
+
+def test_random_defers_at_its_rate_whatever_the_head_says() -> None:
+    rng = random.Random(2)
+    drawn = [RandomPolicy(0.25).author(view([1.0, 0.0], rng=rng)) for _ in range(20_000)]
+    assert abs(sum(drawn) - 5_000) < 5 * math.sqrt(20_000 * 0.25 * 0.75)
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        RandomPolicy(1.2)
+
+
+def test_oracle_picks_who_has_the_reference_token() -> None:
+    oracle = OraclePolicy((7, 8))
+    assert oracle.author(view([1, 0, 0], top_tokens=[7, 7, 7])) == 0
+    assert oracle.author(view([1, 0, 0], top_tokens=[1, 2, 7])) == 2
+    assert oracle.author(view([1, 0, 0], top_tokens=[1, 2, 3])) == 0
+    assert oracle.author(view([1, 0, 0], position=2, top_tokens=[1, 7, 8])) == 0
+
+
+def test_a_single_author_writes_everything() -> None:
+    assert SingleAuthorPolicy(2).author(view([1, 0, 0])) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": 1, "top_p": 0}, "top_p is 0"),
+        ({"temperature": 1, "top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.9}, "no effect at temperature 0"),
+        ({"top_k": 5}, "no effect at temperature 0"),
+        ({"stop": [""]}, "non-empty"),
+    ],
+)
+def test_bad_sampling_parameters_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SamplingParams(**options)
+
+
+def test_one_stop_string_may_stand_alone() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)
+
+
+def test_calibration_keeps_the_best_and_ties_go_to_the_lower_rate() -> None:
+    points = [
+        CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3),
+        CalibrationPoint(0.6, 0.1, 0.8, 0.7, 0.9),
+        CalibrationPoint(0.3, 0.4, 0.8, 0.7, 0.9),
+        CalibrationPoint(-1.0, 1.0, 0.5, 0.4, 0.6),
+    ]
+    calibration = Calibration(points, "exact_match", 50, {})
+    assert calibration.best() == points[1]
+    assert calibration.best(budget=0.05) == points[0]
+    assert Calibration.from_dict(calibration.to_dict()) == calibration
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        calibration.best(1.5)

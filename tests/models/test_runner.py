@@ -1,0 +1,134 @@
+"""The runner against a forward pass without a cache, on random schedules of extends, rollbacks, joins and leaves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from collm.errors import ModelFailure, RequestError, UnsupportedModel
+from collm.models.language_model import LanguageModel
+from collm.models.runner import ModelRunner
+from tests.architectures import EXACT, REFUSED, VOCAB_SIZE
+from tests.conftest import make_model, tiny_config
+
+Model = Callable[..., PreTrainedModel]
+
+
+def plain_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
+
+
+def play_schedule(model: PreTrainedModel, runner: ModelRunner, seed: int, steps: int) -> int:
+    """Random extends (one token or several), rollbacks, joins and leaves; every reading is compared."""
+    rng, texts, compared = random.Random(seed), {}, 0
+    for _ in range(steps):
+        if len(texts) < 4 and (not texts or rng.random() < 0.5):
+            texts[runner.open()] = []
+        if len(texts) > 1 and rng.random() < 0.1:
+            slot = rng.choice(list(texts))
+            runner.close(slot)
+            del texts[slot]
+        unseen = {}
+        for slot, text in texts.items():
+            if text and rng.random() < 0.3:
+                del text[rng.randrange(len(text)) + 1 :]
+                runner.rollback(slot, len(text))
+            if not text or rng.random() < 0.7:
+                unseen[slot] = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([1, 1, 2, 7]))]
+        if not unseen:
+            continue
+        shuffled = dict(rng.sample(list(unseen.items()), len(unseen)))
+        logits = runner.extend(shuffled).logits
+        for (slot, tokens), row in zip(shuffled.items(), logits, strict=True):
+            texts[slot] += tokens
+            assert runner.length(slot) == len(texts[slot])
+            expected = plain_logits(model, texts[slot])
+            torch.testing.assert_close(row, expected, atol=2e-4, rtol=1e-3)
+            compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_every_architecture_equals_its_cache_free_forward(name: str) -> None:
+    model = make_model(EXACT[name](), seed=0)
+    runner = ModelRunner(LanguageModel(model, name=name))
+    before = model.config._attn_implementation
+    assert play_schedule(model, runner, seed=1, steps=30) > 30
+    assert model.config._attn_implementation == before
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), window=st.sampled_from([None, 5]), budget=st.sampled_from([1, 3, 4096]))
+def test_random_schedules_and_pass_budgets(seed: int, window: int | None, budget: int) -> None:
+    from transformers import MistralConfig
+
+    config = MistralConfig(**{**tiny_config().to_dict(), "sliding_window": window, "model_type": "mistral"})
+    model = make_model(config, seed=2)
+    play_schedule(model, ModelRunner(LanguageModel(model, name="m"), max_pass_tokens=budget), seed, steps=15)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_whose_cache_cannot_be_driven_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match="cannot run on KV slots"):
+        ModelRunner(LanguageModel(make_model(REFUSED[name](), seed=0), name=name))
+
+
+def test_hidden_states_are_what_enters_the_output_layer(tiny_model: Model) -> None:
+    model = tiny_model(3)
+    runner = ModelRunner(LanguageModel(model, name="m"))
+    slots = [runner.open(), runner.open()]
+    reading = runner.extend({slots[1]: [5, 6], slots[0]: [7]})
+    assert reading.hidden is not None
+    with torch.no_grad():
+        assert torch.allclose(model.lm_head(reading.hidden), reading.logits, atol=1e-6)
+
+
+def test_counts_are_forward_passes_and_tokens(tiny_model: Model) -> None:
+    runner = ModelRunner(LanguageModel(tiny_model(0), name="m"), max_pass_tokens=4)
+    first, second = runner.open(), runner.open()
+    runner.extend({first: [1, 2, 3], second: [4, 5, 6]})
+    assert (runner.usage.forward_passes, runner.usage.tokens_read) == (2, 6)
+
+
+def test_slots_are_reused_lowest_first(tiny_model: Model) -> None:
+    runner = ModelRunner(LanguageModel(tiny_model(0), name="m"))
+    slots = [runner.open() for _ in range(3)]
+    runner.close(slots[1])
+    assert runner.open() == slots[1]
+    assert runner.open_slots == 3
+
+
+def test_padded_vocabulary_rows_are_cut(tiny_model: Model) -> None:
+    runner = ModelRunner(LanguageModel(tiny_model(0), name="m", vocab_size=90))
+    assert runner.extend({runner.open(): [1]}).logits.shape == (1, 90)
+
+
+def test_a_sequence_beyond_the_context_is_refused_before_reading(tiny_model: Model) -> None:
+    runner = ModelRunner(LanguageModel(tiny_model(0, max_position_embeddings=8), name="m"))
+    slot = runner.open()
+    with pytest.raises(RequestError, match="at most 8 tokens, came a sequence of 9"):
+        runner.extend({slot: list(range(9))})
+    assert runner.length(slot) == 0
+
+
+def test_nan_is_reported_with_the_model_and_leaves_neighbours_and_slot_usable(tiny_model: Model) -> None:
+    model = tiny_model(0)
+    runner = ModelRunner(LanguageModel(model, name="the expert"))
+    good, bad = runner.open(), runner.open()
+    runner.extend({good: [5, 6]})
+    row = model.get_input_embeddings().weight.data[50].clone()
+    model.get_input_embeddings().weight.data[50] = torch.nan
+    with pytest.raises(ModelFailure, match="the expert returned NaN logits for 1 of 2"):
+        runner.extend({good: [7], bad: [50]})
+    model.get_input_embeddings().weight.data[50] = row
+    logits = runner.extend({bad: [50, 3], good: [8]}).logits
+    torch.testing.assert_close(logits[0], plain_logits(model, [50, 3]), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(logits[1], plain_logits(model, [5, 6, 7, 8]), atol=1e-4, rtol=1e-3)
