@@ -8,11 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from collm.errors import CollmError
-
-
-class WriteError(CollmError):
-    """The disk refused a write; what was there before is untouched."""
+from collm.errors import WriteError
 
 
 @contextmanager

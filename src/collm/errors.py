@@ -3,6 +3,8 @@
     CollmError
     |-- ConfigError        an option is unknown, out of range or without effect
     |-- DataError          a data file, row or template cannot be used
+    |-- LoadError         a model or a tokenizer cannot be loaded
+    |-- WriteError        the disk refused a write; what was there is untouched
     |-- ArtefactError      a collaboration on disk is missing, half-written or inconsistent
     |-- MismatchError      the models do not fit each other (vocabulary, special tokens, EOS, head shape)
     |-- UnsupportedModel   a model's cache cannot be driven exactly
@@ -26,6 +28,14 @@ class ConfigError(CollmError):
 
 class DataError(CollmError):
     """A data file, a row or a prompt template cannot be used."""
+
+
+class LoadError(CollmError):
+    """A model or a tokenizer cannot be loaded."""
+
+
+class WriteError(CollmError):
+    """The disk refused a write; what was there before is untouched."""
 
 
 class ArtefactError(CollmError):

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from collm.errors import ConfigError
+from collm.errors import ConfigError, LoadError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -55,7 +55,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Load a causal LM in evaluation mode.
 
     Raises:
-        ConfigError: nothing at the path, or what is there is no causal LM that transformers can load.
+        LoadError: nothing at the path, or what is there is no causal LM that transformers can load.
     """
     device = spec.device or default_device()
     options: dict[str, Any] = {"revision": spec.revision, "dtype": spec.dtype, "device_map": device}
@@ -64,7 +64,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(_could_not_load("model", spec, error)) from error
+        raise LoadError(_could_not_load("model", spec, error)) from error
     return cast(PreTrainedModel, model.eval())
 
 
@@ -72,12 +72,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model.
 
     Raises:
-        ConfigError: there is none that transformers can load.
+        LoadError: there is none that transformers can load.
     """
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, revision=spec.revision))
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(_could_not_load("tokenizer", spec, error)) from error
+        raise LoadError(_could_not_load("tokenizer", spec, error)) from error
 
 
 def _could_not_load(what: str, spec: ModelSpec, error: Exception) -> str:

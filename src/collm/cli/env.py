@@ -1,0 +1,38 @@
+"""`collm env`: what a bug report needs."""
+
+from __future__ import annotations
+
+
+def env() -> None:
+    """Print versions, devices and which extras are installed."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    import typer
+
+    from collm.version import __version__
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    typer.echo(f"collm         {__version__}")
+    typer.echo(f"python        {platform.python_version()} on {platform.platform()}")
+    for package in (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "accelerate",
+        "datasets",
+        "safetensors",
+        "peft",
+        "matplotlib",
+    ):
+        typer.echo(f"{package:<13} {installed(package)}")
+    typer.echo(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"gpu           {', '.join(devices) or 'none'}")

@@ -1,0 +1,95 @@
+"""`collm generate`: continue prompts, showing who wrote each token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collm.collaboration import CoLLM
+    from collm.core.types import SamplingParams
+    from collm.models.template import Prompt
+
+
+def generate(
+    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="A collaboration: directory or Hub repository.")],
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue; '-' reads one from stdin.")
+    ],
+    threshold: Annotated[
+        float | None, typer.Option(help="Base keeps a token while its defer prob is at most this. Default: calibrated.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Deferral rate to stay within, in place of a threshold.")] = None,
+    policy: Annotated[
+        str, typer.Option(help="'threshold' or 'joint' (author drawn from its probability).")
+    ] = "threshold",
+    chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a user's chat message.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the completion; may be repeated.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, for machines.")] = False,
+) -> None:
+    """Continue prompts, each token in its author's colour (plain when piped)."""
+    from collm.collaboration import CoLLM
+    from collm.core.types import SamplingParams
+
+    params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
+    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype)
+    texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
+    inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
+    if json_:
+        _print_json(model, inputs, params, threshold, budget, policy)
+    else:
+        _print_coloured(model, inputs, params, threshold, budget, policy)
+
+
+def _print_json(
+    model: CoLLM,
+    prompts: list[Prompt],
+    params: SamplingParams,
+    threshold: float | None,
+    budget: float | None,
+    policy: str,
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    out = model.generate(prompts, params, threshold=threshold, budget=budget, policy=policy)
+    for completion in out:
+        usage = {name: asdict(used) for name, used in out.usage.items()}
+        typer.echo(
+            json.dumps({**asdict(completion), "deferral_rate": completion.deferral_rate, "usage_of_call": usage})
+        )
+
+
+def _print_coloured(
+    model: CoLLM,
+    prompts: list[Prompt],
+    params: SamplingParams,
+    threshold: float | None,
+    budget: float | None,
+    policy: str,
+) -> None:
+    """Token by token, as they come."""
+    from rich.console import Console
+
+    from collm.cli.authors import coloured, legend
+    from collm.core.types import deferral_rate
+
+    console = Console(highlight=False, soft_wrap=True)
+    for index, prompt in enumerate(prompts):
+        if len(prompts) > 1:
+            console.print(f"[dim]prompt {index + 1}[/dim]")
+        authors = []
+        for step in model.stream(prompt, params, threshold=threshold, budget=budget, policy=policy):
+            console.print(coloured([step]), end="")
+            authors.append(step.author)
+        console.print()
+        if console.is_terminal:
+            console.print(legend(model.head.num_assistants), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")

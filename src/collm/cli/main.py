@@ -1,0 +1,67 @@
+"""`collm`: dispatch, and one sentence on stderr for whatever goes wrong."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from collm.cli import calibrate, demo, env, generate, score, train
+from collm.errors import CollmError, ConfigError
+from collm.version import __version__
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Token-level collaboration between language models: a base learns when an assistant writes the next token.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"collm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+app.command("demo")(demo.demo)
+app.command("score")(score.score)
+app.command("train", context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)
+app.command("calibrate")(calibrate.calibrate)
+app.command("generate")(generate.generate)
+app.command("env")(env.env)
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        _stop("interrupted; what was written so far is kept, run the same command again to resume", INTERRUPTED, debug)
+    except CollmError as error:
+        _stop(str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED, debug)
+    except Exception as error:  # a defect of ours or of a library: still one sentence, the rest on request
+        _stop(f"{type(error).__name__}: {error} (--debug shows where)", FAILED, debug)
+
+
+def _stop(message: str, status: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"collm: {' '.join(message.split())}\n")
+    sys.exit(status)

@@ -1,0 +1,230 @@
+"""The artefact: what is saved loads the same, and what is broken is refused with one clear sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from collm import CoLLM, DeferralHead, SamplingParams
+from collm.core.calibration import Calibration, CalibrationPoint
+from collm.errors import ArtefactError, CollmError, LoadError, MismatchError, RequestError, WriteError
+from collm.models.loading import ModelSpec
+from collm.models.template import PromptTemplate
+
+SavedModel = Callable[..., Path]
+PARAMS = SamplingParams(max_new_tokens=10)
+POINTS = [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3), CalibrationPoint(0.5, 0.1, 0.8, 0.7, 0.9)]
+
+
+def head(k: int = 1, hidden_size: int = 32) -> DeferralHead:
+    made = DeferralHead(hidden_size, k)
+    torch.nn.init.normal_(made.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+@pytest.fixture
+def specs(saved_model: SavedModel) -> list[ModelSpec]:
+    return [ModelSpec(str(saved_model("small", 0))), ModelSpec(str(saved_model("large", 1, hidden_size=48)))]
+
+
+@pytest.fixture
+def saved(tmp_path: Path, specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast) -> Path:
+    template = PromptTemplate("w1 {prompt} w2")
+    CoLLM(specs[0], specs[1:], head(), tokenizer, template=template).save_pretrained(tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+def token_ids(model: CoLLM) -> list[list[int]]:
+    return [c.token_ids for c in model.generate(["w5", "w6 w7"], PARAMS, threshold=0.5)]
+
+
+def test_a_frozen_base_is_referenced_and_everything_loads_the_same(
+    saved: Path, specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = CoLLM.from_pretrained(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "collm.json", "head.safetensors"]
+    assert torch.equal(model.head.weight, head().weight)
+    assert model.template == PromptTemplate("w1 {prompt} w2")
+    assert token_ids(model) == token_ids(CoLLM(specs[0], specs[1:], head(), tokenizer, template=model.template))
+
+
+def test_a_base_in_memory_is_saved_with_the_artefact_and_moves_with_it(
+    tmp_path: Path,
+    specs: list[ModelSpec],
+    tiny_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = CoLLM(tiny_model(5), specs[1:], head(), tokenizer)
+    model.save_pretrained(tmp_path / "first")
+    expected = token_ids(model)
+    CoLLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    assert token_ids(CoLLM.from_pretrained(tmp_path / "second")) == expected
+
+
+def test_a_lora_base_is_saved_as_its_adapter(
+    tmp_path: Path, specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from collm.models.loading import load_model
+
+    base: Any = get_peft_model(
+        load_model(specs[0]), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
+    )
+    model = CoLLM(base, specs[1:], head(), tokenizer)
+    model.save_pretrained(tmp_path / "pair")
+    assert not (tmp_path / "pair" / "base").exists()
+    assert token_ids(CoLLM.from_pretrained(tmp_path / "pair")) == token_ids(model)
+    assert token_ids(model) != token_ids(CoLLM(specs[0], specs[1:], head(), tokenizer))
+
+
+def test_calibration_gives_the_default_threshold_and_budgets(saved: Path) -> None:
+    model = CoLLM.from_pretrained(saved)
+    model.calibration = Calibration(POINTS, "exact_match", 20, {})
+    model.save_calibration(saved)
+    model = CoLLM.from_pretrained(saved)
+    assert json.loads((saved / "collm.json").read_text())["default_threshold"] == 0.5
+    by_default, by_threshold = model.generate(["w5"], PARAMS), model.generate(["w5"], PARAMS, threshold=0.5)
+    assert by_default[0].authors == by_threshold[0].authors
+    assert set(model.generate(["w5"], PARAMS, budget=0.05)[0].authors) == {0}
+    card = (saved / "README.md").read_text()
+    assert "| 0.5 | 10.0% | 0.800 | 0.700 - 0.900 |" in card
+
+
+def test_models_may_be_replaced_when_loading(saved: Path, specs: list[ModelSpec], tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.move(specs[1].path, moved)
+    with pytest.raises(LoadError, match="could not load"):
+        CoLLM.from_pretrained(saved)
+    model = CoLLM.from_pretrained(saved, assistants=[ModelSpec(str(moved))])
+    assert len(token_ids(model)) == 2
+
+
+def test_chat_messages_need_a_chat_template(saved: Path) -> None:
+    with pytest.raises(RequestError, match="no chat template"):
+        CoLLM.from_pretrained(saved).generate([[{"role": "user", "content": "w1"}]], threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: shutil.rmtree(d), "no such directory"),
+        (lambda d: (d / "collm.json").unlink(), "no collm.json in it"),
+        (lambda d: (d / "collm.json").write_text('{"format": 1, "base"'), "damaged"),
+        (lambda d: (d / "collm.json").write_text('{"format": 99}'), "has format 99, this version reads 1"),
+        (lambda d: (d / "collm.json").write_text("[]"), "damaged"),
+        (lambda d: (d / "head.safetensors").unlink(), "has no head.safetensors"),
+        (lambda d: (d / "head.safetensors").write_bytes(b"\x08\x00garbage"), "corrupt"),
+        (lambda d: (d / "head.safetensors").write_bytes((d / "head.safetensors").read_bytes()[:-9]), "corrupt"),
+        (lambda d: save_file({"weight": torch.zeros(1, 31), "bias": torch.zeros(1)}, d / "head.safetensors"), "31"),
+        (lambda d: save_file({"weight": torch.zeros(1, 32)}, d / "head.safetensors"), "belongs to another pair"),
+        (
+            lambda d: save_file(
+                {"weight": torch.full((1, 32), torch.nan), "bias": torch.zeros(1)}, d / "head.safetensors"
+            ),
+            "not finite",
+        ),
+        (lambda d: (d / "calibration.json").write_text("{}"), "damaged"),
+    ],
+)
+def test_a_damaged_artefact_is_refused(saved: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(saved)
+    with pytest.raises(ArtefactError, match=message):
+        CoLLM.from_pretrained(saved)
+
+
+def test_a_changed_tokenizer_is_refused(
+    saved: Path, specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    import copy
+
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["new"])
+    changed.save_pretrained(specs[0].path)
+    with pytest.raises(ArtefactError, match="is not the one"):
+        CoLLM.from_pretrained(saved)
+
+
+def test_a_pair_with_different_vocabularies_is_refused_before_weights_are_read(
+    specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = Path(specs[1].path) / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w40"', '"x40"'))
+    (Path(specs[1].path) / "model.safetensors").unlink()
+    with pytest.raises(MismatchError, match="token 43 is 'x40' there and 'w40' in the base"):
+        CoLLM(specs[0], specs[1:], head(), tokenizer)
+
+
+def test_heads_that_do_not_fit_are_refused(
+    specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    with pytest.raises(MismatchError, match="chooses among 2 assistants, but 1 came"):
+        CoLLM(specs[0], specs[1:], head(k=2), tokenizer)
+    with pytest.raises(MismatchError, match="hidden states of size 40, the base has 32"):
+        CoLLM(tiny_model(0), [tiny_model(1)], head(hidden_size=40), tokenizer).generate(["w1"], threshold=0.5)
+
+
+def test_models_that_end_texts_differently_are_refused(
+    tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(MismatchError, match="ends texts with"):
+        CoLLM(tiny_model(0), [tiny_model(1, eos_token_id=5)], head(), tokenizer).generate(["w1"], threshold=0.5)
+
+
+def test_an_assistant_without_a_path_cannot_be_referenced(
+    tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ArtefactError, match="made in memory"):
+        CoLLM(tiny_model(0), [tiny_model(1)], head(), tokenizer).save_pretrained(tmp_path / "pair")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_never_replaces_something_else(saved: Path, specs: list[ModelSpec]) -> None:
+    with pytest.raises(ArtefactError, match="is no collaboration"):
+        CoLLM.from_pretrained(saved).save_pretrained(specs[0].path)
+
+
+def test_a_full_disk_leaves_the_old_artefact_and_no_rest(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = CoLLM.from_pretrained(saved)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("collm.artefact.save_file", full)
+    model.head.weight.data += 1
+    with pytest.raises(WriteError, match=r"No space left on device; nothing there was changed"):
+        model.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_pushing_uploads_the_artefact(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, Any] = {}
+
+    class FakeApi:
+        def create_repo(self, repo_id: str, **options: Any) -> str:
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            uploaded[repo_id] = sorted(path.name for path in folder_path.iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    assert CoLLM.from_pretrained(saved).push_to_hub("me/pair") == "https://hub/me/pair"
+    assert uploaded == {"me/pair": ["README.md", "collm.json", "head.safetensors"]}
+
+
+def test_every_error_has_one_root() -> None:
+    assert all(issubclass(e, CollmError) for e in (ArtefactError, LoadError, MismatchError, RequestError, WriteError))
