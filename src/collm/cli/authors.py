@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from collm.core.types import TokenStep
-
 STYLES = ("", "bold green", "bold magenta", "bold cyan", "bold yellow", "bold blue", "bold red")
+
+
+class Written(Protocol):
+    """A token's text and who wrote it."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def author(self) -> int: ...
 
 
 def style_of(author: int) -> str:
@@ -18,7 +25,7 @@ def style_of(author: int) -> str:
     return STYLES[0] if author == 0 else STYLES[1 + (author - 1) % (len(STYLES) - 1)]
 
 
-def coloured(steps: Iterable[TokenStep]) -> Text:
+def coloured(steps: Iterable[Written]) -> Text:
     """The text of these steps, each in its author's style."""
     text = Text()
     for step in steps:
@@ -26,9 +33,13 @@ def coloured(steps: Iterable[TokenStep]) -> Text:
     return text
 
 
-def legend(num_assistants: int) -> Text:
+def author_names(num_assistants: int) -> list[str]:
+    """What to call author 0, 1, .."""
+    return ["base", *(f"assistant {k}" if num_assistants > 1 else "assistant" for k in range(1, num_assistants + 1))]
+
+
+def legend(names: Sequence[str]) -> Text:
     """Which colour is whom."""
-    names = ["base", *(f"assistant {k}" if num_assistants > 1 else "assistant" for k in range(1, num_assistants + 1))]
     text = Text("written by: ", "dim")
     for author, name in enumerate(names):
         text.append(name, style_of(author)).append("  ")

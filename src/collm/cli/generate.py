@@ -79,7 +79,7 @@ def _print_coloured(
     """Token by token, as they come."""
     from rich.console import Console
 
-    from collm.cli.authors import coloured, legend
+    from collm.cli.authors import author_names, coloured, legend
     from collm.core.types import deferral_rate
 
     console = Console(highlight=False, soft_wrap=True)
@@ -92,4 +92,5 @@ def _print_coloured(
             authors.append(step.author)
         console.print()
         if console.is_terminal:
-            console.print(legend(model.head.num_assistants), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")
+            names = author_names(model.head.num_assistants)
+            console.print(legend(names), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")

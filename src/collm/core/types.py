@@ -97,15 +97,20 @@ class TokenStep:
 
 @dataclass
 class Completion:
-    """Everything generated for one prompt; the lists have one entry per token."""
+    """Everything generated for one prompt; the lists have one entry per token, as in `TokenStep`."""
 
-    text: str
     token_ids: list[int]
+    token_texts: list[str] = field(repr=False)
     authors: list[int]
     defer_probs: list[float]
     logprobs: list[float]
     finish_reason: FinishReason
     prompt_token_ids: list[int] = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """What follows the prompt."""
+        return "".join(self.token_texts)
 
     @property
     def deferral_rate(self) -> float:

@@ -85,8 +85,8 @@ class Sequence:
         """What was generated; only of a finished sequence."""
         assert self.finish_reason is not None
         return Completion(
-            text="".join(step.text for step in self.steps),
             token_ids=[step.token_id for step in self.steps],
+            token_texts=[step.text for step in self.steps],
             authors=[step.author for step in self.steps],
             defer_probs=[step.defer_prob for step in self.steps],
             logprobs=[step.logprob for step in self.steps],

@@ -1,0 +1,37 @@
+"""`collm calibrate`: measure thresholds on a validation set and keep the best."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def calibrate(
+    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration, a directory.")],
+    data: Annotated[str, typer.Option(help="Validation rows: JSON, JSONL, data set directory or Hub name.")],
+    split: Annotated[str | None, typer.Option(help="Split of a data set.")] = None,
+    prompt_field: Annotated[str, typer.Option(help="Name of the prompt's field.")] = "prompt",
+    completion_field: Annotated[str, typer.Option(help="Name of the completion's field.")] = "completion",
+    metric: Annotated[
+        str, typer.Option(help="exact_match, contains, last_number, token_f1 or module:function.")
+    ] = "exact_match",
+    limit: Annotated[int | None, typer.Option(help="Use the first so many rows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 256,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+) -> None:
+    """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and keep the best."""
+    from rich.console import Console
+
+    from collm import run
+    from collm.cli.tables import calibration_table
+    from collm.collaboration import CoLLM
+    from collm.core.types import SamplingParams
+
+    model = CoLLM.from_pretrained(collaboration, device=device)
+    rows = run.DataConfig(data, split, prompt_field, completion_field).rows(data, split)[:limit]
+    params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
+    calibration = run.calibrate_rows(model, rows, metric=metric, params=params, settings={"data": data})
+    model.save_calibration(collaboration)
+    Console(highlight=False).print(calibration_table(calibration))

@@ -1,0 +1,111 @@
+"""`collm train`: a YAML file, every field of it also a flag."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collm.run import RunConfig
+    from collm.training.config import CoLLMConfig
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def train(context: typer.Context) -> None:
+    """Train a collaboration: score what is missing, warm start, train, calibrate (--help lists every field)."""
+    import logging
+
+    from rich.console import Console
+
+    from collm import run
+    from collm.cli.tables import calibration_table
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config, args = parse(context.args)
+    console = Console(highlight=False)
+    console.print(run.to_yaml(config, args), markup=False)
+    result = run.train_collaboration(config, args)
+    console.print(calibration_table(result.calibration))
+    console.print(f'collm generate {result.directory} "..."', markup=False)
+
+
+def parse(arguments: list[str]) -> tuple[RunConfig, CoLLMConfig]:
+    """The YAML file's fields with the flags' over them.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that does not fit.
+    """
+    from collm.errors import ConfigError
+    from collm.run import RunConfig
+    from collm.training.config import CoLLMConfig
+
+    options = vars(_parser().parse_args(arguments))
+    merged = {**_read_yaml(options.pop("config", None)), **options}
+    own = {name: merged.pop(name) for name in list(merged) if name in _fields(RunConfig)}
+    own |= {
+        name: [value] for name, value in own.items() if _is_list(_fields(RunConfig)[name]) and isinstance(value, str)
+    }
+    missing = [name for name in ("base", "assistant", "data") if name not in own]
+    missing += ["output_dir"] if "output_dir" not in merged else []
+    if missing:
+        raise ConfigError(f"nothing says {', '.join(missing)}; give each as a flag or in the YAML file of --config")
+    return RunConfig(**own), CoLLMConfig.from_dict(merged)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    from dataclasses import fields
+
+    return {field.name: field for field in fields(config) if field.init}
+
+
+def _parser() -> argparse.ArgumentParser:
+    from collm.run import RunConfig
+    from collm.training.config import CoLLMConfig
+
+    parser = argparse.ArgumentParser(
+        prog="collm train",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train a collaboration. Fields of --config and flags are the same; a flag wins.",
+    )
+    parser.add_argument("--config", metavar="run.yaml", help="YAML file with any of the fields below")
+    for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
+        group = parser.add_argument_group(title)
+        for name, field in _fields(config).items():
+            nargs = "+" if _is_list(field) else None
+            group.add_argument(f"--{name}", nargs=nargs, type=_value, metavar=str(field.type).replace("%", "%%"))
+    return parser
+
+
+def _value(text: str) -> Any:
+    """A flag's value reads as it would in YAML: numbers, true, false, null, text."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _is_list(field: Any) -> bool:
+    return "list" in str(field.type)
+
+
+def _read_yaml(path: str | None) -> dict[str, Any]:
+    import yaml
+
+    from collm.errors import ConfigError
+
+    if path is None:
+        return {}
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"could not read {path}: {error}; expected a YAML file of fields") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__}, expected fields with values")
+    return content

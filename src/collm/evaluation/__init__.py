@@ -1,0 +1,1 @@
+"""What a collaboration is worth: metrics, intervals, calibration, and the page that shows them."""

@@ -1,0 +1,138 @@
+"""How right a generated text is: `(prediction, reference) -> score`, a number in [0, 1], 1 when right."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
+from numbers import Real
+
+from collm.errors import ConfigError
+
+Metric = Callable[[str, str], float]
+
+_NUMBER = re.compile(
+    r"""
+    (?P<sign> (?<![\w)]) [-+\u2212\u2013] )?  # in "5-3" and "(a)-3" the dash is no sign
+    [$€£¥₹]?                                # "-$5"; in "$-5" the currency sign stands before the match
+    (?P<digits>
+        (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)?
+      | (?<!\d) \.\d+
+    )
+    (?P<exponent> [eE][-+]?\d{1,4} )?
+    """,
+    re.VERBOSE,
+)
+
+# Letters and digits of scripts that put spaces between words. Thai and what follows in Unicode (Chinese,
+# Japanese, Korean ...) attach words or particles, so a neighbour there says nothing about a word's border.
+_SPACED_WORD_CHARACTER = r"[^\W\u0e00-\U0010ffff]"
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 if both are the same text; any run of white space counts as one space, none at the ends."""
+    return float(_normalised(prediction) == _normalised(reference))
+
+
+def contains(prediction: str, reference: str) -> float:
+    """1 if the reference stands in the prediction as whole words ("Niger" does not stand in "Nigeria").
+
+    White space as in `exact_match`. An empty reference is contained only in an empty prediction.
+    """
+    wanted = _normalised(reference)
+    if not wanted:
+        return exact_match(prediction, reference)
+    # A border is asked for only where the reference has a word character itself: "%" may touch anything.
+    before = f"(?<!{_SPACED_WORD_CHARACTER})" if re.match(_SPACED_WORD_CHARACTER, wanted[0]) else ""
+    after = f"(?!{_SPACED_WORD_CHARACTER})" if re.match(_SPACED_WORD_CHARACTER, wanted[-1]) else ""
+    return float(re.search(before + re.escape(wanted) + after, _normalised(prediction)) is not None)
+
+
+def last_number(prediction: str, reference: str) -> float:
+    """1 if the last number of both is the same value: "It costs $1,200.00." matches "#### 1200".
+
+    Compared exactly, as decimals. Thousands commas, currency signs, a trailing point and a percent sign are
+    dropped (50% is 50). A text without a number matches nothing.
+    """
+    predicted, wanted = _last_decimal(prediction), _last_decimal(reference)
+    return float(predicted is not None and predicted == wanted)
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over the bag of words; case and punctuation do not count.
+
+    Two texts without a word score 1, one of the two 0.
+    """
+    predicted, wanted = _bag_of_words(prediction), _bag_of_words(reference)
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    return 2 * (predicted & wanted).total() / (predicted.total() + wanted.total())
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "last_number": last_number,
+    "token_f1": token_f1,
+}
+
+
+def metric_named(name: str) -> Metric:
+    """A metric of METRICS, or a user's own named "package.module:function".
+
+    Raises:
+        ConfigError: there is no such metric, or it cannot be imported or called; when a user's metric is
+            called, also that it returned something else than a number in [0, 1].
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if ":" not in name:
+        known = ", ".join(METRICS)
+        raise ConfigError(f"metric is {name!r}, expected one of {known}, or your own as package.module:function")
+    return _checked(name, _imported(name))
+
+
+def _normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _bag_of_words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", _normalised(text).casefold()))
+
+
+def _last_decimal(text: str) -> Decimal | None:
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    sign = "" if last["sign"] in (None, "+") else "-"
+    return Decimal(sign + last["digits"].replace(",", "") + (last["exponent"] or ""))
+
+
+def _imported(name: str) -> Callable[[str, str], object]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise ConfigError(
+            f"metric {name!r} cannot be imported ({type(error).__name__}: {error}); "
+            f"check the name, or add the folder that holds {module_name!r} to PYTHONPATH"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        found = "nothing of that name" if function is None else f"a {type(function).__name__}"
+        raise ConfigError(f"metric {name!r}: {module_name} has {found}, expected a function (prediction, reference)")
+    return function  # type: ignore[no-any-return]
+
+
+def _checked(name: str, function: Callable[[str, str], object]) -> Metric:
+    def metric(prediction: str, reference: str) -> float:
+        score = function(prediction, reference)
+        if not isinstance(score, Real) or not 0 <= float(score) <= 1:  # also for NaN
+            raise ConfigError(f"metric {name!r} returned {score!r}, expected a number from 0 to 1")
+        return float(score)
+
+    return metric

@@ -1,0 +1,191 @@
+"""The report as one HTML page: tables, marked tokens and a legend, readable by eye, keyboard and screen reader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING
+
+from collm.core.types import BASE, deferral_rate
+from collm.evaluation.curve import draw_curve
+
+if TYPE_CHECKING:
+    from collm.evaluation.report import Example, Report, Row, Token
+
+_COLOURS = 6
+_UNDERLINES = 5
+_ACCURACY = 'Accuracy <span class="interval">95% interval</span>'
+_VERDICTS = {
+    True: '<span class="verdict right">✓ right</span>',
+    False: '<span class="verdict wrong">✗ wrong</span>',
+    None: "",
+}
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def render_page(report: Report) -> str:
+    """The whole page; every text from the report is escaped.
+
+    Raises:
+        MissingExtra: the report has a curve and matplotlib is not installed.
+    """
+    template = files("collm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    sections = (_table(report.rows), _curve(report), _examples(report), _details(report.details))
+    return Template(template).substitute(
+        title=_text(report.title),
+        summary="".join(f"<p>{_text(part)}</p>" for part in re.split(r"\n\s*\n", report.summary.strip()) if part),
+        sections="\n".join(filter(None, sections)),
+    )
+
+
+def _table(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    columns = ("System", _ACCURACY, "Deferral rate", "Tokens/s")
+    body = "".join(_table_row(row) for row in rows)
+    bars = '<span class="wide">The bar is the accuracy, the whisker its 95% interval.</span>'
+    caption = f"Every system on the same questions. {bars}"
+    return _section("results", "Results", _scrolling("Results, table", _html_table(caption, columns, body)))
+
+
+def _table_row(row: Row) -> str:
+    note = f'<span class="note">{_text(row.note)}</span>' if row.note else ""
+    bar = (
+        '<span class="bar" aria-hidden="true">'
+        f'<span class="fill" style="width:{100 * row.accuracy:.2f}%"></span>'
+        f'<span class="whisker" style="left:{100 * row.low:.2f}%;width:{100 * (row.high - row.low):.2f}%"></span>'
+        "</span>"
+    )
+    cells = (
+        bar + _measured(row.accuracy, row.low, row.high),
+        _percent(row.deferral_rate),
+        _rate(row.tokens_per_s),
+    )
+    return f'<tr><th scope="row">{_text(row.name)}{note}</th>{_cells(cells)}</tr>\n'
+
+
+def _curve(report: Report) -> str:
+    if not report.curve:
+        return ""
+    svg = draw_curve(report.curve, report.rows, report.operating_point)
+    body = "".join(
+        f'<tr><th scope="row">{_percent(point.deferral_rate)}</th>'
+        + _cells((_measured(point.metric, point.low, point.high), f"{point.threshold:.4g}"))
+        + "</tr>\n"
+        for point in report.curve
+    )
+    columns = ("Deferral rate", _ACCURACY, "Threshold")
+    numbers = _html_table("Each row is one threshold.", columns, body)
+    diamonds = " Diamonds are the systems of the table." if report.rows else ""
+    return _section(
+        "curve",
+        "Accuracy against deferral rate",
+        f"<p>The line is the collaboration at different thresholds, the band its 95% interval.{diamonds}</p>"
+        f"<figure>{svg}</figure>"
+        f"<details><summary>The curve in numbers</summary>{_scrolling('Curve, table', numbers)}</details>",
+    )
+
+
+def _examples(report: Report) -> str:
+    if not report.examples:
+        return ""
+    intro = (
+        "<p>Each token is marked by who wrote it. Point at a token, or move to it with the Tab and arrow keys, to see "
+        "its author and its defer prob: the probability that the head gave to asking an assistant.</p>"
+    )
+    cards = "".join(_example(number, example, report.authors) for number, example in enumerate(report.examples, 1))
+    return _section("examples", "Who wrote what", intro + _legend(report.authors) + cards)
+
+
+def _legend(authors: list[str]) -> str:
+    entries = "".join(
+        f'<li><span class="{_author_class(author)}">{_text(name)}</span>'
+        f"{' (base, unmarked)' if author == BASE else ''}</li>"
+        for author, name in enumerate(authors)
+    )
+    return f'<ul class="legend" aria-label="Authors and their marks">{entries}</ul>'
+
+
+def _example(number: int, example: Example, authors: list[str]) -> str:
+    rate = deferral_rate([token.author for token in example.tokens])
+    tokens = "".join(_token(token, authors) for token in example.tokens)
+    return (
+        f'<article aria-labelledby="example-{number}"><header><h3 id="example-{number}">Example {number}</h3>'
+        f"{_VERDICTS[example.correct]}"
+        f'<span class="note">{len(example.tokens)} tokens, {_percent(rate)} by assistants</span></header>'
+        f'<dl><dt>Prompt</dt><dd class="text" dir="auto">{_text(example.prompt)}</dd>'
+        f'<dt>Answer</dt><dd><ol class="tokens text" dir="auto" role="list" aria-label="Answer, token by token">'
+        f"{tokens}</ol></dd>"
+        f'<dt>Reference</dt><dd class="text" dir="auto">{_text(example.reference)}</dd></dl></article>\n'
+    )
+
+
+def _token(token: Token, authors: list[str]) -> str:
+    """The blank before a word stays unmarked: at the end of a line its mark would be a stub."""
+    word = token.text.lstrip(" ") or token.text
+    blank = token.text[: len(token.text) - len(word)]
+    # A line break, and the empty text of a token that leaves a character incomplete, must be seen as well.
+    shown = _text(word).replace("\n", '<span class="glyph">⏎</span>\n') or '<span class="glyph">◌</span>'
+    return (
+        f'<li class="token" tabindex="0">{blank}<span class="{_author_class(token.author)}">{shown}</span>'
+        f'<span class="tip"> {_text(authors[token.author])} · defer prob {token.defer_prob:.3f} </span></li>'
+    )
+
+
+def _author_class(author: int) -> str:
+    """Assistants differ by colour and by underline; the base has neither."""
+    if author == BASE:
+        return "base"
+    return f"assistant colour-{(author - 1) % _COLOURS} underline-{(author - 1) % _UNDERLINES}"
+
+
+def _details(details: dict[str, str]) -> str:
+    if not details:
+        return ""
+    entries = "".join(f"<dt>{_text(name)}</dt><dd><code>{_text(value)}</code></dd>" for name, value in details.items())
+    return _section("details", "How this was made", f'<dl class="details">{entries}</dl>')
+
+
+def _section(name: str, heading: str, content: str) -> str:
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{heading}</h2>{content}</section>'
+
+
+def _html_table(caption: str, columns: Iterable[str], body: str) -> str:
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def _scrolling(label: str, table: str) -> str:
+    """A table too wide for the window scrolls in its own box, which a keyboard must reach to scroll it."""
+    return f'<div class="scrolling" role="region" tabindex="0" aria-label="{label}">{table}</div>'
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "".join(f"<td>{cell}</td>" for cell in cells)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _measured(share: float, low: float, high: float) -> str:
+    return (
+        f'<span class="figure">{_percent(share)}</span> '
+        f'<span class="interval">{_percent(low)} to {_percent(high)}</span>'
+    )
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
+def _text(text: str) -> str:
+    """Escaped, with what no page may contain made visible: control characters as their pictures."""
+    return escape(_UNPRINTABLE.sub(lambda found: _picture(ord(found[0])), text))
+
+
+def _picture(code: int) -> str:
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"

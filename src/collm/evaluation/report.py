@@ -1,0 +1,114 @@
+"""One HTML page that shows what a collaboration is worth and who wrote which token. Needs nothing else to be read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from collm.atomic import atomic_file
+from collm.core.calibration import CalibrationPoint
+from collm.errors import DataError
+from collm.evaluation.page import render_page
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system in the table.
+
+    Attributes:
+        accuracy: in [0, 1]; low and high are the ends of its 95 % interval.
+        deferral_rate: share of generated tokens written by assistants.
+        tokens_per_s: generated tokens per second.
+        note: a few words under the name.
+
+    Raises:
+        DataError: a share is outside [0, 1].
+    """
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    deferral_rate: float
+    tokens_per_s: float
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "accuracy", "low", "high", "deferral_rate")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token's text, who wrote it (an index into `Report.authors`) and the defer prob it was decided at."""
+
+    text: str
+    author: int
+    defer_prob: float
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "defer_prob")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer; `correct` is None where nobody judged it."""
+
+    prompt: str
+    reference: str
+    tokens: list[Token]
+    correct: bool | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page says; an empty list leaves its section out.
+
+    Attributes:
+        summary: what was found, in sentences; an empty line starts a new paragraph.
+        authors: names; author 0 is the base.
+        operating_point: the deferral rate the collaboration runs at, None if it has none.
+        details: how to get the same again: versions, seed, command.
+    """
+
+    title: str
+    summary: str
+    rows: list[Row] = field(default_factory=list)
+    curve: list[CalibrationPoint] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    authors: list[str] = field(default_factory=list)
+    operating_point: float | None = None
+    details: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.operating_point is not None:
+            _check_shares(self, "operating_point")
+        for token in (token for example in self.examples for token in example.tokens):
+            if not 0 <= token.author < len(self.authors):
+                raise DataError(
+                    f"token {token.text!r} is by author {token.author}, but the report names "
+                    f"{len(self.authors)} authors; add their names, the base first"
+                )
+
+
+def write_report(path: str | os.PathLike[str], report: Report) -> None:
+    """Write the page to `path`, whole or not at all; missing folders are made.
+
+    The page asks nothing of the network and has the browser hold it to that (a content security policy). The same
+    report gives the same bytes.
+
+    Raises:
+        MissingExtra: the report has a curve and matplotlib is not installed.
+        WriteError: the file cannot be written; what was there stays.
+    """
+    page = render_page(report)
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+def _check_shares(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not 0 <= value <= 1:  # also true for NaN
+            owner = type(record).__name__
+            raise DataError(f"{owner}.{name} is {value}, expected a share from 0 to 1 (a percentage over 100)")

@@ -1,0 +1,333 @@
+"""One training run: from two checkpoints and a data file to a calibrated collaboration on disk."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from collm.artefact import library_versions
+from collm.atomic import atomic_file
+from collm.collaboration import CoLLM
+from collm.core.calibration import Calibration
+from collm.core.head import DeferralHead
+from collm.core.types import SamplingParams
+from collm.errors import ConfigError
+from collm.evaluation.calibration import ValidationItem, calibrate
+from collm.evaluation.metrics import metric_named
+from collm.models.guards import ACCEPTABLE, TokenizerIdentity, check_accepted, check_tokenizers
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.template import PromptTemplate
+from collm.training.checkpoints import last_checkpoint
+from collm.training.config import CoLLMConfig
+from collm.training.data import Row, load_rows
+from collm.training.dataset import TrainingSet
+from collm.training.examples import Examples, encode_rows
+from collm.training.scores import Scores
+from collm.training.scoring import find_scores, progress_bar, score_examples
+from collm.training.trainer import CoLLMTrainer
+
+MAX_HELD_OUT = 200
+"""Most rows held out for calibration where no validation set is given; at most a tenth of the rows."""
+
+
+@dataclass
+class DataConfig:
+    """Which rows, and how they are rendered.
+
+    Attributes:
+        data: training rows: JSON, JSONL, a `datasets` directory or a Hub name.
+        data_split: which split of a data set.
+        prompt_field, completion_field: names of the two fields.
+        template: wraps prompts, in training and in decoding alike.
+    """
+
+    data: str
+    data_split: str | None = None
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    template: str = "{prompt}"
+
+    def rows(self, source: str, split: str | None) -> list[Row]:
+        """Rows of any source that has these fields."""
+        return load_rows(source, split=split, prompt_field=self.prompt_field, completion_field=self.completion_field)
+
+
+@dataclass(kw_only=True)
+class RunConfig(DataConfig):
+    """What to train on what. How to train is `CoLLMConfig`; a run's YAML file holds the fields of both.
+
+    Attributes:
+        base: the model to train: a path or Hub id, "@revision" behind it if need be.
+        assistant: the assistants 1..K, likewise.
+        validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
+        validation_split: which split of a data set.
+        metric: what calibration measures: exact_match, contains, last_number, token_f1 or module:function.
+        max_new_tokens, stop: of calibration's completions.
+        dtype, device, attention: of all models.
+        accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
+        scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory; what is missing
+            there is computed.
+        max_batch_tokens: of scoring, padding included.
+    """
+
+    base: str
+    assistant: list[str]
+    validation: str | None = None
+    validation_split: str | None = None
+    metric: str = "exact_match"
+    max_new_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+    dtype: str = "auto"
+    device: str | None = None
+    attention: str | None = None
+    accept_differences: list[str] = field(default_factory=list)
+    scores: str | None = None
+    max_batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if not self.assistant:
+            raise ConfigError("no assistant came; expected at least one path or Hub id")
+        if self.validation_split is not None and self.validation is None:
+            raise ConfigError("validation_split has no effect without validation; name the data set")
+        check_accepted(self.accept_differences)
+        metric_named(self.metric)
+
+    def model(self, name: str) -> ModelSpec:
+        """The spec of one of the models named here."""
+        return parse_model(name, dtype=self.dtype, device=self.device, attention=self.attention)
+
+
+def parse_model(
+    name: str, *, dtype: str = "auto", device: str | None = None, attention: str | None = None
+) -> ModelSpec:
+    """A model by path or Hub id, with "@revision" behind it if need be."""
+    path, at, revision = name.rpartition("@")
+    if not at or Path(name).exists():
+        path, revision = name, ""
+    return ModelSpec(path, revision or None, dtype, device, attention)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the models will read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    examples: Examples
+    validation: list[Row]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    directory: Path
+    model: CoLLM
+    calibration: Calibration
+    metrics: dict[str, Any]
+
+
+def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = False) -> RunResult:
+    """Score what is missing, warm-start the head, train, save, calibrate.
+
+    An interrupted run goes on where it was when it is started again with the same options. The run directory
+    (`args.output_dir`) holds run.yaml, run.json, scores/, checkpoint-*/, metrics.json and collaboration/.
+
+    Raises:
+        ConfigError: options that do not fit, or a run directory that holds another run.
+        CollmError: whatever else its steps raise.
+    """
+    directory = Path(args.output_dir)
+    claim_directory(directory, config, args)
+    prepared = prepare(config, args.max_length, seed=args.seed)
+    scores = score_all(config, prepared, directory, quiet=quiet)
+    model, metrics = fit(config, args, prepared, scores)
+    model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
+    model.save_pretrained(directory / "collaboration")
+    calibration = calibrate_rows(
+        model,
+        prepared.validation,
+        metric=config.metric,
+        params=SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
+        quiet=quiet,
+        settings={"data": config.validation or f"held out of {config.data}"},
+    )
+    model.save_calibration(directory / "collaboration")
+    metrics["calibration"] = calibration.to_dict()
+    _write(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return RunResult(directory / "collaboration", model, calibration, metrics)
+
+
+def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
+    """Keep the options, the command line and the versions; refuse a directory that holds another run."""
+    text = to_yaml(config, args)
+    path = directory / "run.yaml"
+    if path.exists():
+        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
+        different = [name for name in now if before.get(name) != now[name]]
+        if different:
+            name = different[0]
+            raise ConfigError(
+                f"{directory} holds a run with {name}={before.get(name)!r}, now it is {now[name]!r}; "
+                "choose another output_dir, or give the same options to resume"
+            )
+    elif directory.exists() and any(entry.name != "scores" for entry in directory.iterdir()):
+        raise ConfigError(f"{directory} exists and holds no run; choose another output_dir")
+    _write(path, text)
+    about = {
+        "command": sys.argv,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seed": args.seed,
+        "versions": {**library_versions(), "python": sys.version.split()[0]},
+    }
+    _write(directory / "run.json", json.dumps(about, indent=2) + "\n")
+
+
+def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
+    """All options of a run, as its YAML file."""
+    options = {**asdict(config), **{f.name: getattr(args, f.name) for f in fields(args) if f.init}}
+    return yaml.safe_dump(json.loads(json.dumps(options, default=str)), sort_keys=False, allow_unicode=True)
+
+
+def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
+    """Check that the tokenizers agree, read the rows and encode them."""
+    tokenizer = load_tokenizer(config.model(config.base))
+    identity = TokenizerIdentity.of(tokenizer)
+    for number, name in enumerate(config.assistant, start=1):
+        other = TokenizerIdentity.of(load_tokenizer(config.model(name)))
+        check_tokenizers(identity, other, f"assistant {number} ({name})", accept=config.accept_differences)
+    rows = config.rows(config.data, config.data_split)
+    if config.validation is None:
+        rows, validation = hold_out(rows, seed=seed)
+    else:
+        validation = config.rows(config.validation, config.validation_split)
+    template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
+    return Prepared(tokenizer, template, encode_rows(rows, template, tokenizer, max_length=max_length), validation)
+
+
+def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to calibrate on, drawn at random.
+
+    Raises:
+        ConfigError: fewer than 10 rows.
+    """
+    count = min(MAX_HELD_OUT, len(rows) // 10)
+    if count == 0:
+        raise ConfigError(f"{len(rows)} rows are too few to hold some out for calibration; pass a validation set")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = set(order[:count])
+    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+
+
+def score_all(config: RunConfig, prepared: Prepared, directory: Path, *, quiet: bool) -> list[Scores]:
+    """Scores of the base and of each assistant; computed where missing, one model in memory at a time."""
+    root = Path(config.scores) if config.scores else directory / "scores"
+    names = {"base": config.base, **{f"assistant-{k}": name for k, name in enumerate(config.assistant, start=1)}}
+    return [
+        score(
+            prepared.examples,
+            config.model(name),
+            root / author,
+            vocab_size=TokenizerIdentity.of(prepared.tokenizer).vocab_size,
+            max_batch_tokens=config.max_batch_tokens,
+            quiet=quiet,
+        )
+        for author, name in names.items()
+    ]
+
+
+def score(
+    examples: Examples, spec: ModelSpec, out: Path, *, vocab_size: int, max_batch_tokens: int, quiet: bool = False
+) -> Scores:
+    """Scores of one model: those that lie in `out`, or computed there; the model leaves memory afterwards."""
+    found = find_scores(out, examples, spec)
+    if found is not None:
+        return found
+    model = LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)
+    with progress_bar(f"scoring with {Path(spec.path).name}", enabled=not quiet) as progress:
+        scores = score_examples(model, examples, out, spec=spec, max_batch_tokens=max_batch_tokens, progress=progress)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return scores
+
+
+def score_data(
+    config: DataConfig, spec: ModelSpec, base: ModelSpec, out: Path, *, max_length: int, max_batch_tokens: int
+) -> Scores:
+    """Score rows with one model, encoded by the base's tokenizer as training will encode them."""
+    tokenizer = load_tokenizer(base)
+    identity = TokenizerIdentity.of(tokenizer)
+    check_tokenizers(identity, TokenizerIdentity.of(load_tokenizer(spec)), spec.path, accept=ACCEPTABLE)
+    template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
+    rows = config.rows(config.data, config.data_split)
+    examples = encode_rows(rows, template, tokenizer, max_length=max_length)
+    return score(examples, spec, out, vocab_size=identity.vocab_size, max_batch_tokens=max_batch_tokens)
+
+
+def fit(
+    config: RunConfig, args: CoLLMConfig, prepared: Prepared, scores: Sequence[Scores]
+) -> tuple[CoLLM, dict[str, Any]]:
+    """Warm-start the head and train; the assistants are not in memory. Goes on from a checkpoint if there is one."""
+    spec = config.model(config.base)
+    base = load_model(spec)
+    vocab_size = TokenizerIdentity.of(prepared.tokenizer).vocab_size
+    hidden_size = LanguageModel(base, name="base").hidden_size
+    trainer = CoLLMTrainer(
+        base=base,
+        head=DeferralHead(hidden_size, len(config.assistant)),
+        args=args,
+        train_dataset=TrainingSet(prepared.examples, scores[1:], scores[0]),
+        vocab_size=vocab_size,
+    )
+    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
+    metrics: dict[str, Any] = {
+        "method": args.method,
+        "data": config.data,
+        "examples": len(prepared.examples),
+        "train_loss_nats": outcome.training_loss,
+    }
+    if trainer.label_report is not None and trainer.warm_start_report is not None:
+        metrics["pseudo_label_share"] = trainer.label_report.share
+        metrics["warm_start"] = asdict(trainer.warm_start_report)
+    model = CoLLM(
+        spec if args.method == "head" else trainer.base,
+        [config.model(name) for name in config.assistant],
+        trainer.head,
+        prepared.tokenizer,
+        template=prepared.template,
+        accept_differences=config.accept_differences,
+    )
+    return model, metrics
+
+
+def calibrate_rows(
+    model: CoLLM,
+    rows: Sequence[Row],
+    *,
+    metric: str,
+    params: SamplingParams,
+    settings: dict[str, Any],
+    quiet: bool = False,
+) -> Calibration:
+    """Calibrate on rows of data, with a progress bar."""
+    items = [ValidationItem(row.prompt, row.completion) for row in rows]
+    with progress_bar("calibrating", enabled=not quiet) as progress:
+        return calibrate(model, items, metric=metric, params=params, settings=settings, on_completion=progress)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

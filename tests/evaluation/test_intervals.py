@@ -1,0 +1,148 @@
+"""Intervals: they cover as often as they claim, never shrink to a point, and use the pairing."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collm.errors import ConfigError, DataError
+from collm.evaluation import intervals
+from collm.evaluation.intervals import Interval, bootstrap_interval, paired_difference
+
+shares = st.floats(0, 1)
+
+
+def _too_rarely(covered: int, trials: int, coverage: float) -> bool:
+    """Whether so few covered, though each would with probability `coverage`, has odds below 1e-6 (Chernoff)."""
+    share = covered / trials
+    if share >= coverage:
+        return False
+    divergence_nats = share * math.log(share / coverage) + (1 - share) * math.log((1 - share) / (1 - coverage))
+    return trials * divergence_nats > math.log(1e6)
+
+
+@given(scores=st.lists(shares, min_size=1, max_size=30))
+def test_bounds_are_in_order_and_never_a_point(scores):
+    interval = bootstrap_interval(scores, resamples=200)
+    assert 0 <= interval.low <= interval.mean <= interval.high <= 1
+    assert len(set(scores)) > 1 or interval.low < interval.high
+
+
+@given(pairs=st.lists(st.tuples(shares, shares), min_size=1, max_size=30))
+def test_a_difference_turns_its_sign_with_the_order(pairs):
+    a, b = [list(side) for side in zip(*pairs, strict=True)]
+    forward, backward = paired_difference(a, b, resamples=200), paired_difference(b, a, resamples=200)
+    assert -1 <= forward.low <= forward.mean <= forward.high <= 1
+    assert forward.mean == pytest.approx(-backward.mean)
+    assert forward.low == pytest.approx(-backward.high)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_zero_one_scores_are_covered(share):
+    # Wilson's coverage swings around 95 % with n and the share; for these three it is at least 92 %.
+    rng = random.Random(0)
+    trials, covered = 2000, 0
+    for _ in range(trials):
+        interval = bootstrap_interval([float(rng.random() < share) for _ in range(50)])
+        covered += interval.low <= share <= interval.high
+    assert not _too_rarely(covered, trials, 0.92)
+
+
+def test_graded_scores_are_covered():
+    # With 200 resamples of 60 items the percentile bootstrap covers 93 % (20,000 simulated sets).
+    rng = random.Random(0)
+    trials, covered = 3000, 0
+    for trial in range(trials):
+        interval = bootstrap_interval([rng.betavariate(2, 1) for _ in range(60)], resamples=200, seed=trial)
+        covered += interval.low <= 2 / 3 <= interval.high
+    assert not _too_rarely(covered, trials, 0.92)
+    assert covered < trials  # an interval that always covers says nothing
+
+
+def test_differences_are_covered():
+    # 95 % in the same simulation.
+    rng = random.Random(0)
+    trials, covered = 2000, 0
+    for trial in range(trials):
+        difficulty = [rng.random() for _ in range(60)]
+        a = [float(rng.random() < 1 - hard / 2) for hard in difficulty]  # right with probability 3/4 on average
+        b = [float(rng.random() < 1 - hard) for hard in difficulty]  # 1/2
+        interval = paired_difference(a, b, resamples=200, seed=trial)
+        covered += interval.low <= 1 / 4 <= interval.high
+    assert not _too_rarely(covered, trials, 0.93)
+    assert covered < trials
+
+
+def test_wilson_agrees_with_its_closed_form():
+    # The ends solve (p - mean)^2 = z^2 p (1 - p) / n, which is how Wilson defined them.
+    interval = bootstrap_interval([1.0] * 9 + [0.0])
+    z = 1.959963984540054
+    for end in (interval.low, interval.high):
+        assert (end - 0.9) ** 2 == pytest.approx(z**2 * end * (1 - end) / 10)
+
+
+@pytest.mark.parametrize("items", [1, 10, 1000])
+def test_equal_scores_leave_room_for_what_was_not_seen(items):
+    all_right, all_wrong = bootstrap_interval([1.0] * items), bootstrap_interval([0.0] * items)
+    half = bootstrap_interval([0.5] * items)
+    unseen = all_wrong.high
+    assert (all_wrong.low, all_right.high) == (0, 1)
+    assert all_right.low == pytest.approx(1 - unseen)
+    assert (half.low, half.high) == pytest.approx((0.5 - unseen / 2, 0.5 + unseen / 2))
+    # The share that n items without an exception leave possible: 1/n would be too little, 5/n too much.
+    assert 1 / (items + 1) < unseen < 5 / items
+    tie = paired_difference([0.3] * items, [0.3] * items)
+    assert (tie.low, tie.mean, tie.high) == pytest.approx((-unseen, 0, unseen))
+
+
+def test_pairing_narrows_the_interval():
+    rng = random.Random(0)
+    b = [rng.random() * 0.9 for _ in range(100)]
+    a = [score + 0.1 * rng.random() for score in b]
+    paired = paired_difference(a, b)
+    apart = [bootstrap_interval(scores) for scores in (a, b)]
+    assert paired.low > 0
+    assert paired.high - paired.low < 0.2 * min(one.high - one.low for one in apart)
+
+
+def test_the_seed_decides_and_blocks_do_not_change_the_law(monkeypatch):
+    scores = [i % 7 / 7 for i in range(100)]
+    first = bootstrap_interval(scores, seed=1)
+    assert first == bootstrap_interval(scores, seed=1)
+    assert first != bootstrap_interval(scores, seed=2)
+    monkeypatch.setattr(intervals, "_DRAWS_AT_ONCE", 150)  # one resample at a time
+    one_by_one = bootstrap_interval(scores, seed=1)
+    # Both ends are Monte Carlo estimates with a standard error near 0.003.
+    assert (one_by_one.low, one_by_one.high) == pytest.approx((first.low, first.high), abs=0.02)
+
+
+def test_more_confidence_is_wider():
+    for scores in ([0.0, 1.0] * 20, [0.2, 0.4, 0.9] * 20, [0.7] * 20):
+        narrow, wide = (bootstrap_interval(scores, confidence=level) for level in (0.5, 0.99))
+        assert wide.low < narrow.low <= narrow.high < wide.high
+
+
+@pytest.mark.parametrize("scores", [[], [0.5, 1.5], [-0.1], [float("nan")]])
+def test_what_is_no_score_is_refused(scores):
+    with pytest.raises(DataError, match="expected"):
+        bootstrap_interval(scores)
+
+
+def test_unpaired_scores_are_refused():
+    with pytest.raises(DataError, match="2 and 1 scores"):
+        paired_difference([0, 1], [1])
+
+
+@pytest.mark.parametrize("options", [{"confidence": 95}, {"confidence": 0}, {"resamples": 10}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        bootstrap_interval([0, 1], **options)
+
+
+def test_the_mean_is_the_mean():
+    assert isinstance(bootstrap_interval([0.25, 0.75]), Interval)
+    assert bootstrap_interval([0.25, 0.75]).mean == 0.5

@@ -1,0 +1,144 @@
+"""Metrics: what counts as right, that scores stay in [0, 1], and what a user's own metric may not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collm.errors import ConfigError
+from collm.evaluation.metrics import METRICS, contains, exact_match, last_number, metric_named, token_f1
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+@given(prediction=st.text(), reference=st.text())
+def test_scores_are_shares(metric, prediction, reference):
+    assert 0 <= metric(prediction, reference) <= 1
+
+
+@pytest.mark.parametrize("name", ["exact_match", "contains", "token_f1"])
+@given(text=st.text())
+def test_a_text_matches_itself(name, text):
+    assert METRICS[name](text, text) == 1
+
+
+@given(prediction=st.text(), reference=st.text())
+def test_f1_is_symmetric(prediction, reference):
+    assert token_f1(prediction, reference) == token_f1(reference, prediction)
+
+
+@given(value=st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
+def test_last_number_sees_the_value_not_the_spelling(value):
+    assert last_number(f"First 17, then the answer: {value:,f}.", f"#### {value:f}") == 1
+    assert last_number(f"The answer: {value:,f}.", f"#### {value + 1:f}") == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        (" The  capital\nis Paris. ", "The capital is Paris.", 1),
+        ("cafe\u0301", "caf\u00e9", 1),  # the same text, composed or not
+        ("paris", "Paris", 0),
+        ("", "Paris", 0),
+    ],
+)
+def test_exact_match(prediction, reference, score):
+    assert exact_match(prediction, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("It is in Niger.", "Niger", 1),
+        ("It is in Nigeria.", "Niger", 0),
+        ("42 and 17", "4", 0),
+        ("the New\n York", "New York", 1),
+        ("首都は東京です", "東京", 1),  # no spaces between words: no border to ask for
+        ("up 12% today", "12%", 1),
+        ("f(x)=2", "(x)", 1),
+        ("Paris", "It is Paris", 0),
+        ("anything", "", 0),
+        (" ", "", 1),
+    ],
+)
+def test_contains(prediction, reference, score):
+    assert contains(prediction, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("It costs $1,200.00.", "#### 1200", 1),
+        ("that is 50%", "50", 1),
+        ("-$5", "$-5", 1),
+        ("\u22125", "-5", 1),
+        ("5-3", "3", 1),
+        ("about .5", "0.50", 1),
+        ("1e3", "1000", 1),
+        ("lists 1,2345", "2345", 1),
+        ("0.30000000000000004", "0.3", 0),  # equal only if rounded
+        ("9007199254740993", "9007199254740992", 0),  # equal as floats
+        ("7 of 12", "7", 0),
+        ("no idea", "7", 0),
+        ("7", "no idea", 0),
+        ("none", "none", 0),
+    ],
+)
+def test_last_number(prediction, reference, score):
+    assert last_number(prediction, reference) == score
+
+
+def test_f1_counts_words_with_their_multiplicity():
+    assert token_f1("Paris, paris!", "Paris is nice") == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
+    assert token_f1("...", "word") == 0
+
+
+def test_named_metrics_are_the_functions():
+    assert metric_named("exact_match") is exact_match
+
+
+def test_unknown_metric_lists_the_known():
+    with pytest.raises(ConfigError, match=r"'accuracy'.*exact_match, contains, last_number, token_f1"):
+        metric_named("accuracy")
+
+
+@pytest.fixture
+def own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_metrics.py").write_text(
+        "def same_length(prediction, reference): return len(prediction) == len(reference)\n"
+        "def distance(prediction, reference): return abs(len(prediction) - len(reference))\n"
+        "def undefined(prediction, reference): return float('nan')\n"
+        "def spelled(prediction, reference): return '1'\n"
+        "number = 3\n"
+    )
+    (tmp_path / "broken_metrics.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("own_metrics")
+class TestOwnMetric:
+    def test_is_imported_and_scores_as_float(self):
+        metric = metric_named("own_metrics:same_length")
+        assert [metric("ab", "cd"), metric("ab", "c")] == [1.0, 0.0]
+        assert type(metric("ab", "cd")) is float
+
+    @pytest.mark.parametrize("name", ["distance", "undefined", "spelled"])
+    def test_must_return_a_share(self, name):
+        with pytest.raises(ConfigError, match=f"own_metrics:{name}' returned .* from 0 to 1"):
+            metric_named(f"own_metrics:{name}")("abc", "")
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("no_such_module:f", "ModuleNotFoundError.*PYTHONPATH"),
+            ("broken_metrics:f", "ZeroDivisionError"),
+            ("own_metrics:absent", "nothing of that name"),
+            ("own_metrics:number", "a int"),
+            (":f", "cannot be imported"),
+        ],
+    )
+    def test_that_is_none_is_refused(self, name, reason):
+        with pytest.raises(ConfigError, match=reason):
+            metric_named(name)

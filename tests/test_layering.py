@@ -1,0 +1,95 @@
+"""Imports go one way, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import collm
+
+SOURCE = Path(collm.__file__).parent
+BOTTOM = {"errors", "version", "atomic"}
+MAY_IMPORT = {
+    "core": {"core"},
+    "models": {"core", "models"},
+    "training": {"core", "models", "training"},
+    "decoding": {"core", "models", "decoding"},
+    "artefact": {"core", "models"},
+    "collaboration": {"core", "models", "decoding", "artefact"},
+    "evaluation": {"core", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
+}
+MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"]}
+MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}
+MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "cli"}
+HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "matplotlib", "numpy"}
+
+
+def imports_of(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Dotted names imported by a file; TYPE_CHECKING blocks aside."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(tree.body) if top_level_only else list(ast.walk(tree))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_follow_the_order_of_the_rooms(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        return
+    allowed = MAY_IMPORT.get(room, set()) | BOTTOM
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "collm" and len(parts) > 1:
+            target = parts[1]
+            assert target in allowed or (SOURCE / f"{target}.py") not in FILES and target not in MAY_IMPORT, (
+                f"{room} imports {name}"
+            )
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    assert {room_of(path) for path in FILES} - {"__init__"} == set(MAY_IMPORT) | BOTTOM
+
+
+def test_core_imports_torch_and_nothing_else_of_weight() -> None:
+    for path in (SOURCE / "core").glob("*.py"):
+        assert not {name.split(".")[0] for name in imports_of(path)} & (HEAVY - {"torch"})
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_commands_import_nothing_heavy_before_they_run(path: Path) -> None:
+    names = imports_of(path, top_level_only=True)
+    assert not {name.split(".")[0] for name in names} & HEAVY
+    allowed = ("collm.cli", "collm.errors", "collm.version")
+    assert all(name.startswith(allowed) for name in names if name.startswith("collm"))
+
+
+def test_help_imports_no_torch() -> None:
+    program = "import sys; sys.argv = ['collm', '--help']\nfrom collm.cli.main import main\n"
+    program += "try: main()\nexcept SystemExit as e: print('torch' in sys.modules, 'transformers' in sys.modules, e.code)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False 0"
+
+
+def test_public_names_are_there() -> None:
+    for name in collm.__all__:
+        assert getattr(collm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = collm.nothing
