@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -74,7 +74,8 @@ class RunConfig(DataConfig):
         validation_split: which split of a data set.
         metric: what calibration measures: exact_match, contains, last_number, token_f1 or module:function.
         max_new_tokens, stop: of calibration's completions.
-        dtype, device, attention: of all models.
+        dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
+            whole.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
         scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory; what is missing
             there is computed.
@@ -282,7 +283,9 @@ def fit(
 ) -> tuple[CoLLM, dict[str, Any]]:
     """Warm-start the head and train; the assistants are not in memory. Goes on from a checkpoint if there is one."""
     spec = config.model(config.base)
-    base = load_model(spec)
+    # Most updates of full tuning round to nothing in bf16 weights; `bf16: true` computes in it.
+    in_fp32 = args.method == "full" and spec.dtype == "auto"
+    base = load_model(replace(spec, dtype="float32") if in_fp32 else spec)
     vocab_size = TokenizerIdentity.of(prepared.tokenizer).vocab_size
     hidden_size = LanguageModel(base, name="base").hidden_size
     trainer = CoLLMTrainer(

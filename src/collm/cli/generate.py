@@ -36,9 +36,12 @@ def generate(
     json_: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, for machines.")] = False,
 ) -> None:
     """Continue prompts, each token in its author's colour (plain when piped)."""
+    import transformers
+
     from collm.collaboration import CoLLM
     from collm.core.types import SamplingParams
 
+    transformers.utils.logging.disable_progress_bar()
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
     model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
@@ -63,9 +66,8 @@ def _print_json(
     out = model.generate(prompts, params, threshold=threshold, budget=budget, policy=policy)
     for completion in out:
         usage = {name: asdict(used) for name, used in out.usage.items()}
-        typer.echo(
-            json.dumps({**asdict(completion), "deferral_rate": completion.deferral_rate, "usage_of_call": usage})
-        )
+        summary = {"text": completion.text, "deferral_rate": completion.deferral_rate}
+        typer.echo(json.dumps({**summary, **asdict(completion), "usage_of_call": usage}))
 
 
 def _print_coloured(

@@ -174,9 +174,10 @@ def _extended(
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text that continues another: without the space some tokenizers put before a text's first word."""
-    before, whole = (_tokenize(tokenizer, part, special=False) for part in ("\n", "\n" + text))
-    if whole[: len(before)] == before:
-        return whole[len(before) :]
+    for end in ("\n", "."):
+        before, whole = (_tokenize(tokenizer, part, special=False) for part in (end, end + text))
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
     return _tokenize(tokenizer, text, special=False)
 
 

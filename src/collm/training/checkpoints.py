@@ -1,0 +1,77 @@
+"""Tuned weights on disk: the head's own file beside a plain base model or an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from collm.errors import ArtefactError
+from collm.training.module import JointModule
+
+HEAD = "head.safetensors"
+FOLDERS = {"full": "base", "lora": "adapter", "head": None}
+"""Where the tuned base goes, by method; a frozen one goes nowhere."""
+
+STATE = "trainer_state.json"
+_PREFIX = "checkpoint-"
+
+
+def save_tuned(directory: Path, joint: JointModule, method: str, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write head.safetensors, and the tuned base as a plain model (`base/`) or an adapter (`adapter/`).
+
+    Args:
+        state: the joint module's weights where they had to be gathered from several devices.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    state = joint.state_dict() if state is None else state
+    head = {name: state[f"head.{name}"].detach().cpu().contiguous() for name in ("weight", "bias")}
+    save_file(head, directory / HEAD)
+    if folder := FOLDERS[method]:
+        of_base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
+        # peft would look up the Hub to see whether the vocabulary grew; it never does here
+        options = {"save_embedding_layers": False} if method == "lora" else {}
+        cast(Any, joint.base).save_pretrained(directory / folder, state_dict=of_base, **options)
+
+
+def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
+    """Read what `save_tuned` wrote into the joint model.
+
+    Raises:
+        ArtefactError: it is incomplete, damaged, or of another model or method.
+    """
+    base = cast(Any, joint.base)
+    try:
+        joint.head.load_state_dict(load_file(directory / HEAD))
+        if method == "lora":
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(base, load_peft_weights(str(directory / "adapter"), device="cpu"))
+        elif method == "full":
+            saved = type(base).from_pretrained(directory / "base", dtype=base.dtype)
+            base.load_state_dict(saved.state_dict())
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ArtefactError(
+            f"the weights in {directory} cannot be read for method {method!r}: {error}; "
+            "they are damaged, or of another model or method"
+        ) from error
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None if there is none; one that a kill left half-written does not count."""
+    found = [path for path in directory.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    whole = [path for path in found if is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint was written: Trainer writes its state last."""
+    try:
+        return bool(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False

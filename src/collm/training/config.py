@@ -1,0 +1,180 @@
+"""CoLLMConfig: everything a training run can be told, on top of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
+
+import torch
+from transformers import TrainingArguments
+
+from collm.core.objective import PseudoLabelVariant
+from collm.errors import ConfigError
+
+METHODS = ("full", "lora", "head")
+
+_LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "head": 0.0}
+
+_DEPENDENT: dict[str, tuple[str, object, object]] = {
+    "lora_r": ("method", "lora", 64),
+    "lora_alpha": ("method", "lora", 16),
+    "lora_dropout": ("method", "lora", 0.1),
+    "lora_target_modules": ("method", "lora", "all-linear"),
+    "warm_start_tokens": ("warm_start", True, 65536),
+    "positive_weight": ("warm_start", True, 8.0),
+    "pseudo_label_variant": ("warm_start", True, "a"),
+}
+"""Fields that mean something only where another field has a value: that field, the value, the default then."""
+
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": "the objective is a likelihood over authors",
+    "neftune_noise_alpha": "noise would make training differ from scoring",
+    "use_liger_kernel": "the loss reads hidden states, not the model's own loss",
+    "remove_unused_columns": "a training set has no unused columns",
+    "label_names": "the targets are fixed",
+    "include_for_metrics": "evaluate computes its own metrics",
+    "batch_eval_metrics": "evaluate computes its own metrics",
+    "prediction_loss_only": "evaluate computes its own metrics",
+    "eval_accumulation_steps": "evaluate keeps no predictions",
+    "bf16_full_eval": "evaluate runs as training does",
+    "fp16_full_eval": "evaluate runs as training does",
+    "resume_from_checkpoint": "pass it to CoLLMTrainer.train",
+}
+
+
+@dataclass
+class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
+    """Options of a training run; defaults are the authors' (arXiv 2403.03870) where they state one.
+
+    Every field of `transformers.TrainingArguments` may be set too. Fields that depend on another one (LoRA's on
+    `method`, the warm start's on `warm_start`) are None until set, so that one without effect is refused;
+    `resolved` gives their value.
+
+    Attributes:
+        method: "full" tunes base and head; "lora" an adapter and the head; "head" the head alone.
+        max_length: most tokens of an example.
+        learning_rate: of the base: 2e-5 by default, 1e-4 for LoRA; none where the base is frozen.
+        head_learning_rate: of the head; by default 0.1 / hidden size, with which one AdamW step moves a defer
+            logit by about 0.1 at any width (2.4e-5 at width 4096, 2e-3 at width 48).
+        lora_r, lora_alpha, lora_dropout: 64, 16 and 0.1 by default, as in the authors' QLoRA runs.
+        lora_target_modules: names of modules, "all-linear" by default; never the output layer.
+        warm_start: fit the head to pseudo-labels before training.
+        warm_start_tokens: most target tokens to fit it to, 65,536 by default.
+        positive_weight: weight of tokens labelled with an assistant, 8 by default.
+        pseudo_label_variant: "a" (default) or "b", see `core.objective.pseudo_labels`.
+
+    Raises:
+        ConfigError: an option out of range or without effect.
+    """
+
+    method: str = "full"
+    max_length: int = 2048
+    head_learning_rate: float | None = None
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float | None = None
+    lora_target_modules: list[str] | str | None = None
+    warm_start: bool = True
+    warm_start_tokens: int | None = None
+    positive_weight: float | None = None
+    pseudo_label_variant: str | None = None
+
+    learning_rate: float | None = None
+    num_train_epochs: float = 2.0
+    warmup_steps: float = 0.04
+    logging_steps: float = 10
+    save_steps: float = 0.1
+    save_total_limit: int | None = 2
+    report_to: str | list[str] | None = "none"
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+
+    def __post_init__(self) -> None:
+        try:
+            _check_ranges(self)
+            _check_effects(self)
+            if self.learning_rate is None:
+                self.learning_rate = _LEARNING_RATES[self.method]
+            super().__post_init__()
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"the training options do not fit: {error}") from error
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> CoLLMConfig:
+        """A config from a mapping, such as a YAML file.
+
+        Numbers may come as text: YAML reads 2e-5 as a string.
+
+        Raises:
+            ConfigError: an unknown key, an option out of range or without effect.
+        """
+        known = {one.name for one in fields(cls) if one.init}
+        for key in options:
+            if key not in known:
+                close = get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "; see CoLLMConfig for the options"
+                raise ConfigError(f"there is no training option {key!r}{hint}")
+        hints = get_type_hints(cls)
+        return cls(**{key: _as_number(key, value, hints[key]) for key, value in options.items()})
+
+    def resolved(self, name: str) -> Any:
+        """The value of a dependent field: as set, else its default."""
+        value = getattr(self, name)
+        return _DEPENDENT[name][2] if value is None else value
+
+    def resolved_head_learning_rate(self, hidden_size: int) -> float:
+        """The head's learning rate for a base of this width."""
+        return 0.1 / hidden_size if self.head_learning_rate is None else self.head_learning_rate
+
+
+def _check_ranges(config: CoLLMConfig) -> None:
+    variants = get_args(PseudoLabelVariant)
+    _require(config.method in METHODS, "method", config.method, f"one of {', '.join(METHODS)}")
+    _require(config.max_length >= 2, "max_length", config.max_length, "at least 2")
+    for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
+        value = getattr(config, name)
+        _require(value is None or value > 0, name, value, "a number above 0")
+    for name in ("lora_r", "warm_start_tokens"):
+        value = getattr(config, name)
+        _require(value is None or value >= 1, name, value, "at least 1")
+    dropout, variant = config.lora_dropout, config.pseudo_label_variant
+    _require(dropout is None or 0 <= dropout < 1, "lora_dropout", dropout, "a number from 0 to below 1")
+    _require(variant is None or variant in variants, "pseudo_label_variant", variant, f"one of {', '.join(variants)}")
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+
+def _check_effects(config: CoLLMConfig) -> None:
+    for name, (switch, needed, _) in _DEPENDENT.items():
+        if getattr(config, name) is not None and getattr(config, switch) != needed:
+            raise ConfigError(
+                f"{name} has no effect with {switch}={getattr(config, switch)!r}; "
+                f"set {switch} to {needed!r} or leave {name} out"
+            )
+    if config.method == "head" and config.learning_rate not in (None, 0.0):
+        raise ConfigError(
+            f"learning_rate {config.learning_rate} has no effect with method 'head', which freezes the base; "
+            "set head_learning_rate"
+        )
+    if config.method == "head" and config.activation_checkpointing:
+        raise ConfigError("activation_checkpointing has no effect with method 'head', which freezes the base")
+    for one in fields(config):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if one.name in _WITHOUT_EFFECT and getattr(config, one.name) not in (default, []):
+            raise ConfigError(f"{one.name} has no effect here: {_WITHOUT_EFFECT[one.name]}; leave it out")
+
+
+def _as_number(name: str, value: Any, hint: Any) -> Any:
+    accepted = set(get_args(hint) or (hint,))
+    kind = next((kind for kind in (float, int) if kind in accepted), None)
+    if not isinstance(value, str) or str in accepted or kind is None:
+        return value
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {value!r}, expected a number") from error

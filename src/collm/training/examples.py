@@ -1,0 +1,141 @@
+"""Examples: token ids with their targets, as the models read them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from collm.errors import ConfigError, DataError, RequestError
+from collm.models.template import Encoded, PromptTemplate
+from collm.training.data import Row
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence.
+
+    Attributes:
+        token_ids: all tokens.
+        is_target: per token, whether it is to be learned. The first token has no context, so it is never a target.
+
+    Raises:
+        DataError: no target, or lists of different lengths.
+    """
+
+    token_ids: Sequence[int]
+    is_target: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.is_target):
+            raise DataError(
+                f"an example has {len(self.token_ids)} token ids but {len(self.is_target)} target marks; give one each"
+            )
+        if not any(self.is_target[1:]):
+            raise DataError("an example has no target token after its first token; expected at least one")
+
+    @property
+    def num_targets(self) -> int:
+        return sum(self.is_target[1:])
+
+
+class Examples(Sequence[Example]):
+    """Examples made from rows, and what did not fit.
+
+    Attributes:
+        num_truncated: how many were cut at max_length.
+        num_dropped: how many were left out because the cut left no target token.
+    """
+
+    def __init__(self, items: Iterable[Example], *, num_truncated: int = 0, num_dropped: int = 0) -> None:
+        self._items = list(items)
+        self.num_truncated = num_truncated
+        self.num_dropped = num_dropped
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._items)
+
+
+def encode_rows(
+    rows: Sequence[Row], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Examples:
+    """Render and tokenise rows; what exceeds `max_length` tokens is cut from the right.
+
+    A chat whose turns one sequence cannot show as decoding would see them gives one example per assistant turn.
+    Examples left without a target token are dropped; their number is logged and returned.
+
+    Raises:
+        DataError: a row the template refuses, or no target token in the whole set.
+        ConfigError: max_length below 2.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and one to learn")
+    encoded = [sequence for row in rows for sequence in _encode_row(row, template, tokenizer)]
+    kept = [one for one in encoded if any(one.is_target[1:max_length])]
+    examples = Examples(
+        [Example(one.token_ids[:max_length], one.is_target[:max_length]) for one in kept],
+        num_truncated=sum(len(one.token_ids) > max_length for one in encoded),
+        num_dropped=len(encoded) - len(kept),
+    )
+    _report(examples, encoded, max_length)
+    return examples
+
+
+def _encode_row(row: Row, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    try:
+        if row.messages is not None:
+            return template.encode_chat(tokenizer, row.messages)
+        assert isinstance(row.prompt, str)
+        return [template.encode_completion(tokenizer, row.prompt, row.completion)]
+    except (DataError, RequestError) as error:
+        raise DataError(f"{row.where}: {error}") from error
+
+
+def _report(examples: Examples, encoded: Sequence[Encoded], max_length: int) -> None:
+    if not examples:
+        longest = max((_prompt_length(one) for one in encoded), default=0)
+        raise DataError(
+            f"max_length {max_length} leaves no target token in any of {len(encoded)} examples, whose prompts have "
+            f"up to {longest} tokens; set max_length above that, or shorten the prompts"
+        )
+    if examples.num_truncated:
+        logger.warning(
+            "%d of %d examples exceed max_length %d and were cut; %d of them had no target token left and were dropped",
+            examples.num_truncated,
+            len(encoded),
+            max_length,
+            examples.num_dropped,
+        )
+
+
+def _prompt_length(encoded: Encoded) -> int:
+    return encoded.is_target.index(True) if True in encoded.is_target else len(encoded.token_ids)
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 over all token ids and target marks, in hex: the identity of what models were scored on."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.int64(len(example.token_ids)).tobytes())
+        digest.update(np.asarray(example.token_ids, dtype=np.int64).tobytes())
+        digest.update(np.asarray(example.is_target, dtype=np.bool_).tobytes())
+    return digest.hexdigest()

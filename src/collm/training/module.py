@@ -1,0 +1,132 @@
+"""The joint model as one torch module: base, deferral head and the loss between them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from collm.core.head import DeferralHead
+from collm.core.objective import defer_probs, marginal_logprobs
+from collm.errors import ConfigError, MismatchError, MissingExtra
+from collm.models.language_model import LanguageModel
+from collm.training.config import CoLLMConfig
+from collm.training.targets import read_targets
+
+
+class JointModule(nn.Module):
+    """Base and head, with the marginal likelihood of gold tokens as loss (arXiv 2403.03870, equation 2).
+
+    The loss is computed inside `forward`, where wrappers for several devices have their hooks; nothing else of the
+    base's forward pass is used than its hidden states, so logits exist only at target positions.
+
+    Args:
+        base: a transformers causal LM, or a PEFT model around one.
+        head: the deferral head.
+        frozen: the base takes no gradient and never enters training mode.
+        vocab_size: as in `LanguageModel`.
+
+    Raises:
+        MismatchError: the head is for another hidden size.
+    """
+
+    accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
+    _keys_to_ignore_on_save = None
+
+    def __init__(
+        self, base: nn.Module, head: DeferralHead, *, frozen: bool = False, vocab_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.head = head
+        self.frozen = frozen
+        self._model = LanguageModel(base, name="base", vocab_size=vocab_size)
+        if head.hidden_size != self._model.hidden_size:
+            raise MismatchError(
+                f"the head reads hidden states of size {head.hidden_size}, the base has {self._model.hidden_size}"
+            )
+        if frozen:
+            base.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        gold: Tensor,
+        target_mask: Tensor,
+        assistant_logprobs: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of a batch; position t speaks of the token after position t.
+
+        Args:
+            input_ids, attention_mask: shape (B, T).
+            gold: the tokens that follow, shape (B, T).
+            target_mask: true at target positions, shape (B, T).
+            assistant_logprobs: of the gold tokens at target positions, nats, shape (B, T, K).
+            num_items_in_batch: target tokens to divide by; by default those of this batch.
+
+        Returns:
+            loss: nats per target token. Also, without gradient, sums over the target tokens: base_nll and defer_prob,
+            and their number num_targets.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            hidden = self._model.hidden_states(input_ids, attention_mask=attention_mask, use_cache=False)  # (B, T, H)
+            hidden = hidden[target_mask]  # (N, H)
+            base_logprob, _ = read_targets(self._model, hidden, gold[target_mask])  # (N,)
+        defer_logits = self.head(hidden)  # (N, K)
+        marginal = marginal_logprobs(base_logprob, assistant_logprobs[target_mask], defer_logits)
+        num_targets = target_mask.sum()
+        divisor = num_targets if num_items_in_batch is None else num_items_in_batch
+        return {
+            "loss": -marginal.sum() / divisor,
+            "base_nll": -base_logprob.detach().sum(),
+            "defer_prob": defer_probs(defer_logits.detach()).sum(),
+            "num_targets": num_targets,
+        }
+
+    def train(self, mode: bool = True) -> JointModule:
+        """A frozen base stays in evaluation mode: its dropout would make it another model than the one decoded."""
+        super().train(mode)
+        if self.frozen:
+            self.base.eval()
+        return self
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Passed to the base; called by Trainer."""
+        cast(Any, self.base).activation_checkpointing_enable(**options)
+
+
+def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
+    """Wrap the base with a fresh LoRA adapter.
+
+    Raises:
+        MissingExtra: peft is not installed.
+        ConfigError: the adapter would sit on the output layer, or on no layer.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise MissingExtra("peft", "train") from error
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.resolved("lora_r"),
+        lora_alpha=config.resolved("lora_alpha"),
+        lora_dropout=config.resolved("lora_dropout"),
+        target_modules=config.resolved("lora_target_modules"),
+    )
+    try:
+        with torch.random.fork_rng():  # the adapter's random start depends on the seed and on nothing before
+            torch.manual_seed(config.seed)
+            wrapped = get_peft_model(base, settings)
+    except ValueError as error:
+        raise ConfigError(f"LoRA does not fit the base: {error}") from error
+    if isinstance(wrapped.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        wrapped.unload()
+        raise ConfigError(
+            f"lora_target_modules {config.resolved('lora_target_modules')!r} includes the output layer, which models "
+            "tie to their embedding and serving engines leave out of adapters; name layers below it"
+        )
+    return cast(nn.Module, wrapped)

@@ -1,0 +1,54 @@
+"""The scores of one model in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """How well a model predicts the target tokens.
+
+    Attributes:
+        mean_nll_nats: per target token.
+        accuracy: share of target tokens that are the model's argmax.
+        num_targets: how many target tokens.
+    """
+
+    mean_nll_nats: float
+    accuracy: float
+    num_targets: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one frozen model says about every target token, example by example.
+
+    Attributes:
+        logprobs: of the gold tokens, nats, fp32, shape (M,), M being the target tokens of all examples.
+        corrects: the model's argmax is the gold token, bool, shape (M,).
+        offsets: example i owns M-entries offsets[i] to offsets[i + 1], int64, shape (N + 1,).
+        fingerprint: of the examples.
+    """
+
+    logprobs: Tensor
+    corrects: Tensor
+    offsets: Tensor
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def logprob(self, index: int) -> Tensor:
+        """Log-probabilities of one example's target tokens, in order, shape (n,)."""
+        return self.logprobs[self.offsets[index] : self.offsets[index + 1]]
+
+    def correct(self, index: int) -> Tensor:
+        """Whether each target token of one example is the model's argmax, shape (n,)."""
+        return self.corrects[self.offsets[index] : self.offsets[index + 1]]
+
+    def summary(self) -> ScoreSummary:
+        mean = -self.logprobs.double().mean().item()
+        return ScoreSummary(mean, self.corrects.double().mean().item(), len(self.logprobs))

@@ -1,0 +1,193 @@
+"""Scoring: what one frozen model says about every target token of a set of examples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec
+from collm.training.examples import Example, fingerprint
+from collm.training.scores import Scores
+from collm.training.store import HEADER, Header, ScoreStore, read_header, weights_digest
+from collm.training.targets import Shifted, batches_by_length, pad, read_targets, shift
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, int], None]
+"""Called with tokens done and tokens in all."""
+
+SHARD_SIZE = 256
+"""Examples to a shard: what a kill can cost."""
+
+
+@contextmanager
+def progress_bar(description: str, *, enabled: bool = True) -> Iterator[OnProgress]:
+    """A progress bar on stderr, as the callback that drives it; silent where not enabled."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def score_examples(
+    model: LanguageModel,
+    examples: Sequence[Example],
+    out_dir: Path,
+    *,
+    spec: ModelSpec,
+    max_batch_tokens: int = 8192,
+    shard_size: int = SHARD_SIZE,
+    progress: OnProgress | None = None,
+) -> Scores:
+    """Score every target token: its log-probability, and whether it is the model's argmax.
+
+    Examples are batched by length. What is done is kept in shards, so a run that was killed goes on after its last
+    whole shard, with the batches it would have had, and ends with the same bytes.
+
+    Args:
+        model: the frozen model.
+        examples: what to score.
+        out_dir: where the scores lie; may hold the beginning of the same run.
+        spec: where the model came from, the part of its identity that is compared.
+        max_batch_tokens: most tokens in a batch, padding included.
+        shard_size: examples to a shard.
+        progress: called after each batch.
+
+    Raises:
+        ConfigError: `out_dir` holds scores of other examples or another model; the field that differs is named. Or
+            an example is longer than the model reads.
+        MismatchError: a token id the model does not have.
+        ModelFailure: NaN logits, naming the model and the example.
+        WriteError: the disk refused; whole shards remain.
+    """
+    _check_fits(model, examples)
+    header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=shard_size)
+    store = _store(out_dir, header, examples)
+    store.begin()
+    total = sum(len(example.token_ids) - 1 for example in examples)
+    done = 0
+    for shard, indices in enumerate(store.shards):
+        if _is_whole(store, shard):
+            done += sum(len(examples[index].token_ids) - 1 for index in indices)
+            if progress is not None:
+                progress(done, total)
+            continue
+        results: dict[int, tuple[Tensor, Tensor]] = {}
+        for batch in batches_by_length([len(examples[index].token_ids) for index in indices], max_batch_tokens):
+            chosen = [indices[place] for place in batch]
+            results.update(zip(chosen, _score_batch(model, examples, chosen), strict=True))
+            done += sum(len(examples[index].token_ids) - 1 for index in chosen)
+            if progress is not None:
+                progress(done, total)
+        logprobs, corrects = zip(*(results[index] for index in indices), strict=True)
+        store.write(shard, torch.cat(logprobs), torch.cat(corrects))
+    return store.collect()
+
+
+def find_scores(directory: Path, examples: Sequence[Example], spec: ModelSpec | None = None) -> Scores | None:
+    """The scores in a directory if they are complete; None if there is something left to score.
+
+    Args:
+        spec: compared with where the scored model came from, if given.
+
+    Raises:
+        ConfigError: they are of other examples or another model; the field that differs is named.
+        ArtefactError: scores.json is damaged.
+    """
+    header = read_header(directory)
+    if header is None:
+        return None
+    wanted: dict[str, str | None] = {"fingerprint": fingerprint(examples)}
+    if spec is not None:
+        wanted |= {"path": spec.path, "revision": spec.revision, "dtype": spec.dtype}
+        wanted |= {"weights": weights_digest(spec.path)}
+    header.check_same(wanted, directory)
+    store = _store(directory, header, examples)
+    whole = all(_is_whole(store, shard) for shard in range(len(store.shards)))
+    return store.collect() if whole else None
+
+
+def load_scores(directory: Path, examples: Sequence[Example], spec: ModelSpec | None = None) -> Scores:
+    """The complete scores in a directory, checked against the examples.
+
+    Raises:
+        ConfigError: as `find_scores`.
+        ArtefactError: there are none, or they are incomplete or damaged.
+    """
+    if read_header(directory) is None:
+        raise ArtefactError(f"there are no scores in {directory}: no {HEADER}; run 'collm score' first")
+    scores = find_scores(directory, examples, spec)
+    if scores is None:
+        raise ArtefactError(
+            f"the scores in {directory} are incomplete or damaged; run the same 'collm score' again with the same "
+            "--out: it computes what is missing"
+        )
+    return scores
+
+
+def _store(directory: Path, header: Header, examples: Sequence[Example]) -> ScoreStore:
+    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].token_ids), index))
+    return ScoreStore(directory, header, order, [example.num_targets for example in examples])
+
+
+def _is_whole(store: ScoreStore, shard: int) -> bool:
+    try:
+        return store.read(shard) is not None
+    except ArtefactError as error:
+        logger.warning("%s", error)
+        return False
+
+
+def _check_fits(model: LanguageModel, examples: Sequence[Example]) -> None:
+    for index, example in enumerate(examples):
+        length, largest = len(example.token_ids) - 1, max(example.token_ids)
+        if model.max_length is not None and length > model.max_length:
+            raise ConfigError(
+                f"example {index} has {length} tokens to read, {model.name} reads at most {model.max_length}; "
+                "lower max_length"
+            )
+        if largest >= model.vocab_size:
+            raise MismatchError(
+                f"example {index} holds token id {largest}, {model.name} has ids below {model.vocab_size}; "
+                "the examples were made with another tokenizer"
+            )
+
+
+def _score_batch(
+    model: LanguageModel, examples: Sequence[Example], indices: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Log-probabilities and flags of each example's target tokens, on the CPU."""
+    shifted = [shift(examples[index]) for index in indices]
+    logprob, correct = _read_batch(model, shifted)
+    counts = [int(one.mask.sum()) for one in shifted]
+    pairs = list(zip(torch.split(logprob, counts), torch.split(correct, counts), strict=True))
+    for index, (values, _) in zip(indices, pairs, strict=True):
+        if values.isnan().any():
+            raise ModelFailure(
+                f"{model.name} returned NaN logits for example {index} (at its target token "
+                f"{int(values.isnan().nonzero()[0])}); check its weights and its dtype"
+            )
+    return pairs
+
+
+def _read_batch(model: LanguageModel, shifted: Sequence[Shifted]) -> tuple[Tensor, Tensor]:
+    training = model.module.training
+    model.module.eval()
+    try:
+        with torch.inference_mode():
+            batch = pad(shifted).to(model.input_device)
+            hidden = model.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            mask = batch.mask.to(hidden.device)
+            logprob, correct = read_targets(model, hidden[mask], batch.gold[batch.mask])
+            return logprob.cpu(), correct.cpu()
+    finally:
+        model.module.train(training)

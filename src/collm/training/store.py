@@ -1,0 +1,214 @@
+"""Scores on disk: shards that are whole or absent, tied to the examples and the model they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from collm.atomic import atomic_file
+from collm.errors import ArtefactError, ConfigError
+from collm.models.loading import ModelSpec
+from collm.training.examples import Example, fingerprint
+from collm.training.scores import Scores
+from collm.version import __version__
+
+FORMAT = 1
+HEADER = "scores.json"
+_FIELDS = {
+    "fingerprint": "input (data, tokenizer, prompt template or max_length)",
+    "path": "model",
+    "revision": "model revision",
+    "dtype": "model dtype",
+    "weights": "weights of the model",
+    "vocab_size": "vocabulary size",
+    "shard_size": "shard size",
+}
+
+_AGAIN = "run the same scoring again with the same --out: it recomputes what is missing"
+
+
+@dataclass(frozen=True)
+class Header:
+    """The content of scores.json: what the scores depend on, and with which versions they were begun."""
+
+    fingerprint: str
+    path: str
+    revision: str | None
+    dtype: str
+    weights: str | None
+    vocab_size: int
+    shard_size: int
+    num_examples: int
+    num_targets: int
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], spec: ModelSpec, *, vocab_size: int, shard_size: int) -> Header:
+        return cls(
+            fingerprint=fingerprint(examples),
+            path=spec.path,
+            revision=spec.revision,
+            dtype=spec.dtype,
+            weights=weights_digest(spec.path),
+            vocab_size=vocab_size,
+            shard_size=shard_size,
+            num_examples=len(examples),
+            num_targets=sum(example.num_targets for example in examples),
+            versions={"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        )
+
+    def check_same(self, wanted: dict[str, Any], directory: Path) -> None:
+        """Raise ConfigError at the first field that is not as wanted."""
+        for name, value in wanted.items():
+            mine = getattr(self, name)
+            if mine != value:
+                raise ConfigError(
+                    f"{directory} holds scores of another {_FIELDS[name]}: {name} is {mine!r}, now {value!r}; "
+                    "choose another --out, or delete that directory"
+                )
+
+
+def weights_digest(path: str) -> str | None:
+    """SHA-256 over a sample of a local model's weight files, by which retraining is noticed; None elsewhere."""
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind) if file.is_file())
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(4096, size // 256)):
+                stream.seek(start)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+class ScoreStore:
+    """A directory of shards; example `order[j]` is the j-th that is scored, `shard_size` of them to a shard.
+
+    Args:
+        directory: where the shards lie; made if absent.
+        header: what they are made from.
+        order: indices of the examples, in the order of scoring.
+        counts: target tokens of each example.
+    """
+
+    def __init__(self, directory: Path, header: Header, order: Sequence[int], counts: Sequence[int]) -> None:
+        self.directory = directory
+        self.header = header
+        self.counts = counts
+        size = header.shard_size
+        self.shards = [list(order[start : start + size]) for start in range(0, len(order), size)]
+
+    def path(self, shard: int) -> Path:
+        return self.directory / f"scores-{shard:05d}.safetensors"
+
+    def begin(self) -> None:
+        """Write scores.json, or check the one that is there.
+
+        Raises:
+            ConfigError: the directory holds scores of something else.
+            ArtefactError: its scores.json is damaged.
+        """
+        if (found := read_header(self.directory)) is not None:
+            wanted = asdict(self.header)
+            found.check_same({name: wanted[name] for name in _FIELDS}, self.directory)
+            return
+        with atomic_file(self.directory / HEADER) as temporary:
+            temporary.write_text(json.dumps(asdict(self.header), indent=2) + "\n", encoding="utf-8")
+
+    def write(self, shard: int, logprob: Tensor, correct: Tensor) -> None:
+        """Write one shard: float32 and bool of its target tokens, in the shard's order of examples."""
+        tensors = {
+            "logprob": logprob.float().cpu().contiguous(),
+            "correct": correct.cpu().to(torch.uint8).contiguous(),
+            **self._layout(shard),
+        }
+        content = save(tensors, metadata={"sha256": self._digest(tensors)})
+        with atomic_file(self.path(shard)) as temporary:
+            temporary.write_bytes(content)
+
+    def read(self, shard: int) -> dict[str, Tensor] | None:
+        """The tensors of one shard; None if it is absent.
+
+        Raises:
+            ArtefactError: it is damaged, or was made from something else.
+        """
+        path = self.path(shard)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                sound = (file.metadata() or {}).get("sha256") == self._digest(tensors)
+        except (SafetensorError, OSError) as error:
+            raise ArtefactError(f"{path} is damaged ({error}); {_AGAIN}") from error
+        layout = self._layout(shard)
+        if not sound or any(not torch.equal(tensors[name], layout[name]) for name in layout):
+            raise ArtefactError(f"{path} is damaged: its content does not match its checksum; {_AGAIN}")
+        return tensors
+
+    def collect(self) -> Scores:
+        """All scores, in the order of the examples.
+
+        Raises:
+            ArtefactError: a shard is missing or damaged.
+        """
+        offsets = torch.tensor([0, *self.counts], dtype=torch.int64).cumsum(0)
+        logprobs = torch.empty(int(offsets[-1]), dtype=torch.float32)
+        corrects = torch.empty(int(offsets[-1]), dtype=torch.bool)
+        for shard, indices in enumerate(self.shards):
+            tensors = self.read(shard)
+            if tensors is None:
+                raise ArtefactError(
+                    f"the scores in {self.directory} are incomplete: {self.path(shard).name} of {len(self.shards)} "
+                    f"shards is missing; {_AGAIN}"
+                )
+            pieces = zip(indices, tensors["offsets"].tolist(), tensors["offsets"][1:].tolist(), strict=False)
+            for index, start, end in pieces:
+                logprobs[offsets[index] : offsets[index + 1]] = tensors["logprob"][start:end]
+                corrects[offsets[index] : offsets[index + 1]] = tensors["correct"][start:end].bool()
+        return Scores(logprobs, corrects, offsets, self.header.fingerprint)
+
+    def _layout(self, shard: int) -> dict[str, Tensor]:
+        indices = self.shards[shard]
+        counts = torch.tensor([0, *(self.counts[index] for index in indices)], dtype=torch.int64)
+        return {"examples": torch.tensor(indices, dtype=torch.int64), "offsets": counts.cumsum(0)}
+
+    def _digest(self, tensors: dict[str, Tensor]) -> str:
+        identity = [getattr(self.header, name) for name in _FIELDS]
+        digest = hashlib.sha256(json.dumps(identity).encode())
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read_header(directory: Path) -> Header | None:
+    """The content of scores.json, None if there is none.
+
+    Raises:
+        ArtefactError: it is damaged or of another format.
+    """
+    path = directory / HEADER
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ArtefactError(f"{path} has format {content['format']!r}, this version reads {FORMAT}; score again")
+        return Header(**content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); delete {directory} and score again") from error

@@ -1,0 +1,111 @@
+"""From examples to tensors, and from hidden states to log-probabilities at the target positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from collm.models.language_model import LanguageModel
+from collm.training.examples import Example
+
+MAX_LOGITS = 2**25
+"""Most logits in memory at once, in numbers; 128 MB in fp32."""
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """An example of N tokens as N - 1 predictions: position t speaks of the token after position t.
+
+    Attributes:
+        input_ids: what is read, int64, shape (N - 1,).
+        gold: the token that follows, int64, shape (N - 1,).
+        mask: true where that token is a target, bool, shape (N - 1,).
+    """
+
+    input_ids: Tensor
+    gold: Tensor
+    mask: Tensor
+
+
+def shift(example: Example) -> Shifted:
+    """The one shift: everything that scores or trains reads an example through this function."""
+    token_ids = torch.tensor(example.token_ids, dtype=torch.int64)
+    is_target = torch.tensor(example.is_target, dtype=torch.bool)
+    return Shifted(token_ids[:-1], token_ids[1:], is_target[1:])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shifted examples padded on the right.
+
+    Attributes:
+        input_ids: int64, shape (B, T).
+        attention_mask: 1 at real tokens, int64, shape (B, T).
+        gold: int64, shape (B, T).
+        mask: true at target positions, bool, shape (B, T).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    gold: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "gold", "mask")))
+
+
+def pad(shifted: Sequence[Shifted]) -> Batch:
+    """Pad to the longest; padding holds token 0, is not attended to and is no target."""
+    return Batch(
+        input_ids=pad_sequence([one.input_ids for one in shifted], batch_first=True),
+        attention_mask=pad_sequence([torch.ones_like(one.input_ids) for one in shifted], batch_first=True),
+        gold=pad_sequence([one.gold for one in shifted], batch_first=True),
+        mask=pad_sequence([one.mask for one in shifted], batch_first=True),
+    )
+
+
+def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of at most `max_batch_tokens` tokens with padding (or a single example), longest first."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def read_targets(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the gold tokens, and whether each is the model's argmax.
+
+    Args:
+        hidden: last hidden states at target positions, shape (N, H).
+        gold: the tokens that follow, shape (N,).
+
+    Returns:
+        logprob in nats, fp32, shape (N,), and correct, bool, shape (N,). At most `MAX_LOGITS` logits are held at a
+        time; with gradients each chunk is computed again in the backward pass.
+    """
+    gold = gold.to(model.device)
+    rows = max(1, MAX_LOGITS // model.vocab_size)
+    parts = []
+    for start in range(0, max(len(gold), 1), rows):
+        chunk = (model, hidden[start : start + rows], gold[start : start + rows])
+        if len(gold) > rows and torch.is_grad_enabled():
+            parts.append(checkpoint(_read_chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_read_chunk(*chunk))
+    logprobs, correct = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(correct)
+
+
+def _read_chunk(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model.logits(hidden)  # (n, V)
+    return -F.cross_entropy(logits.float(), gold, reduction="none"), logits.argmax(-1) == gold

@@ -1,0 +1,288 @@
+"""CoLLMTrainer: transformers' Trainer on the joint model, with the assistants' scores in place of the assistants."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from collm.core.head import DeferralHead
+from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, ModelFailure, WriteError
+from collm.models.language_model import LanguageModel
+from collm.training.checkpoints import STATE, is_whole, last_checkpoint, load_tuned, save_tuned
+from collm.training.config import CoLLMConfig
+from collm.training.dataset import TrainingSet, collate
+from collm.training.labels import LabelReport, label_tokens
+from collm.training.module import JointModule, with_adapter
+from collm.training.scoring import progress_bar
+from collm.training.warm_start import WarmStartReport, warm_start
+
+logger = logging.getLogger(__name__)
+
+
+class CoLLMTrainer(Trainer):  # type: ignore[misc]
+    """Trains a base and its deferral head on the marginal likelihood (arXiv 2403.03870).
+
+    After `train`, `base` and `head` are the tuned ones; with method "lora", `base` is a `PeftModel`.
+
+    Args:
+        base: the causal LM to tune; changed in place.
+        head: the deferral head; changed in place.
+        args: the options.
+        train_dataset: examples with the assistants' scores, and the base's where there is a warm start.
+        eval_dataset: likewise, for `evaluate`.
+        vocab_size: as in `LanguageModel`: the tokens all models share.
+        callbacks: transformers callbacks.
+
+    Attributes:
+        label_report: share of pseudo-labels, once the warm start has run.
+        warm_start_report: what it reached.
+
+    Raises:
+        ConfigError: options that do not fit the data or the base.
+        MismatchError: base, head and scores do not fit.
+        MissingExtra: LoRA without peft.
+    """
+
+    optimizer: Any
+    control: Any
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        head: DeferralHead,
+        args: CoLLMConfig,
+        train_dataset: TrainingSet,
+        eval_dataset: TrainingSet | None = None,
+        *,
+        vocab_size: int | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        _check(base, head, args, train_dataset, eval_dataset)
+        self.vocab_size = vocab_size
+        self.label_report: LabelReport | None = None
+        self.warm_start_report: WarmStartReport | None = None
+        if args.method == "full":
+            base.requires_grad_(True)
+        tuned = with_adapter(base, args) if args.method == "lora" else base
+        super().__init__(
+            JointModule(tuned, head, frozen=args.method == "head", vocab_size=vocab_size),
+            args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=list(callbacks),
+        )
+
+    @property
+    def joint(self) -> JointModule:
+        """The joint model without the wrappers of a device or a process group."""
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        assert isinstance(unwrapped, JointModule)
+        return unwrapped
+
+    @property
+    def base(self) -> nn.Module:
+        return self.joint.base
+
+    @property
+    def head(self) -> DeferralHead:
+        return self.joint.head
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
+        """Warm-start the head if the options say so, then train.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the last whole one in the output directory; the run goes
+                on as if it had not been interrupted.
+
+        Raises:
+            ConfigError: nothing to resume from; or checkpoints of another run in the output directory.
+            ArtefactError: the checkpoint is incomplete or damaged.
+            ModelFailure: the loss is not a number.
+        """
+        found = last_checkpoint(Path(self.args.output_dir))
+        if resume_from_checkpoint is True and found is None:
+            raise ConfigError(
+                f"{self.args.output_dir} holds no whole checkpoint to resume from; start without resuming"
+            )
+        if not resume_from_checkpoint:
+            if found is not None:
+                raise ConfigError(
+                    f"{found} is from an earlier run; resume from it, or choose another output_dir (or delete it)"
+                )
+            if self.args.warm_start:
+                self._warm_start()
+            return super().train(None, **options)
+        checkpoint = found if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+        assert checkpoint is not None
+        if not is_whole(checkpoint):
+            raise ArtefactError(f"{checkpoint} is no whole checkpoint: no readable {STATE}; resume from an earlier one")
+        return super().train(str(checkpoint), **options)
+
+    def _warm_start(self) -> None:
+        data = self.train_dataset
+        labels = label_tokens(data.base_scores, data.assistant_scores, self.args.resolved("pseudo_label_variant"))
+        self.label_report = labels.report()
+        logger.info("%s", self.label_report)
+        with progress_bar("Warm start", enabled=not self.args.disable_tqdm) as progress:
+            self.warm_start_report = warm_start(
+                LanguageModel(self.base, name="base", vocab_size=self.vocab_size),
+                self.head,
+                data.examples,
+                labels,
+                max_tokens=self.args.resolved("warm_start_tokens"),
+                positive_weight=self.args.resolved("positive_weight"),
+                seed=self.args.seed,
+                progress=progress,
+            )
+
+    # Loss and optimiser
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which passes the number of target tokens of the whole effective batch to the module.
+
+        Raises:
+            ModelFailure: the loss is NaN or infinite.
+        """
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss):
+            raise ModelFailure(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; check the base's weights and dtype, "
+                "or lower the learning rates"
+            )
+        return result
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """Target tokens of one optimiser step, over all its batches and processes."""
+        if not batch_samples:
+            return None
+        number = torch.stack([batch["target_mask"].sum() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            number = self.accelerator.gather(number).sum()
+        return number
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Parameter groups: base with and without weight decay, and the head with its own learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decayed = set(self.get_decay_parameter_names(model))
+            head_rate = self.args.resolved_head_learning_rate(self.head.hidden_size)
+            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            of_base = [(name, p) for name, p in trained if not _is_head(name)]
+            groups = [
+                {"params": [p for n, p in of_base if n in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in of_base if n not in decayed], "weight_decay": 0.0},
+                {"params": [p for n, p in trained if _is_head(n)], "weight_decay": 0.0, "lr": head_rate},
+            ]
+            self.optimizer = kind([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: TrainingSet | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Means over all target tokens of a set.
+
+        Returns:
+            `eval_loss`: marginal NLL in nats; `eval_base_nll`: the base's own; `eval_defer_prob`.
+
+        Raises:
+            ConfigError: there is no evaluation set.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ConfigError("there is no evaluation set; pass eval_dataset")
+        model = self.accelerator.unwrap_model(self.model) if self.model_wrapped is self.model else self.model_wrapped
+        training = model.training
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64)
+        for batch in self.get_eval_dataloader(eval_dataset):
+            with torch.no_grad(), self.accelerator.autocast():
+                out = model(**self._prepare_inputs(batch), num_items_in_batch=1)
+            names = ("loss", "base_nll", "defer_prob", "num_targets")
+            gathered = self.accelerator.gather(torch.stack([out[name].float() for name in names]).unsqueeze(0))
+            sums += gathered.sum(0).cpu().double()
+        model.train(training)
+        means = (sums[:3] / sums[3]).tolist()
+        metrics = {
+            f"{metric_key_prefix}_{name}": value
+            for name, value in zip(("loss", "base_nll", "defer_prob"), means, strict=True)
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (checkpoint / STATE).unlink(missing_ok=True)  # what marks it as whole
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            raise WriteError(
+                f"could not write {checkpoint}: {error}; free some space and resume from the last whole checkpoint"
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            save_tuned(Path(output_dir or self.args.output_dir), self.joint, self.args.method, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_tuned(Path(resume_from_checkpoint), self.joint, self.args.method)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _is_head(parameter_name: str) -> bool:
+    """Whether a parameter of the joint module, wrapped or not, is the head's."""
+    return next(part for part in parameter_name.split(".") if part in ("base", "head")) == "head"
+
+
+def _check(
+    base: PreTrainedModel,
+    head: DeferralHead,
+    args: CoLLMConfig,
+    train_dataset: TrainingSet,
+    eval_dataset: TrainingSet | None,
+) -> None:
+    if hasattr(base, "peft_config"):
+        raise ConfigError("the base already has an adapter; pass the plain model, method 'lora' adds a fresh one")
+    for data in [train_dataset, *([] if eval_dataset is None else [eval_dataset])]:
+        if data.num_assistants != head.num_assistants:
+            raise MismatchError(
+                f"the head chooses among {head.num_assistants} assistants, the data has scores of {data.num_assistants}"
+            )
+    longest = max(len(example.token_ids) for example in train_dataset.examples)
+    if longest > args.max_length:
+        raise DataError(
+            f"an example has {longest} tokens, max_length is {args.max_length}; encode with that max_length"
+        )
+    if args.warm_start and train_dataset.base_scores is None:
+        raise ConfigError("a warm start needs the base's scores; pass base_scores, or set warm_start to False")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ConfigError(f"eval_strategy {args.eval_strategy} has no effect without an evaluation set; pass one")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process each (torchrun), or make one visible"
+        )
+    if args.method == "full" and base.dtype != torch.float32:
+        logger.warning(
+            "the base's weights are %s, in which most updates of a learning rate of %g round to nothing; load it with "
+            "dtype float32 and set bf16 for speed",
+            base.dtype,
+            args.learning_rate,
+        )

@@ -1,0 +1,180 @@
+"""The whole path through the command line, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from collm import CoLLM
+from collm.cli.main import app
+from collm.cli.train import parse
+from collm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def collm(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from collm.cli.main import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def write_rows(path: Path, count: int) -> Path:
+    rows = [
+        {"prompt": f"w{i % 20} w{i % 7}", "completion": f"w{(i * 3) % 30} w{i % 11} w{i % 5}"} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def pair(saved_model: Callable[..., Path], tmp_path: Path) -> dict[str, Path]:
+    return {
+        "base": saved_model("base", 0),
+        "assistant": saved_model("assistant", 1, hidden_size=48),
+        "data": write_rows(tmp_path / "train.jsonl", 40),
+        "validation": write_rows(tmp_path / "validation.jsonl", 5),
+    }
+
+
+def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -> None:
+    scores = tmp_path / "run" / "scores" / "assistant-1"
+    scored = collm(
+        "score", pair["data"], "--model", pair["assistant"], "--tokenizer", pair["base"], "--out", scores,
+        "--max-length", 64, cwd=tmp_path,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    assert "160 target tokens: mean NLL" in scored.stdout
+    shards = {path.name: path.read_bytes() for path in scores.iterdir()}
+
+    config = {
+        "base": str(pair["base"]),
+        "assistant": str(pair["assistant"]),
+        "data": str(pair["data"]),
+        "validation": str(pair["validation"]),
+        "method": "head",
+        "max_length": 64,
+        "max_new_tokens": 4,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "output_dir": "elsewhere",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    trained = collm("train", "--config", "run.yaml", "--output_dir", "run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "output_dir: run" in trained.stdout
+    assert "target tokens to an assistant" in trained.stderr
+    assert {path.name: path.read_bytes() for path in scores.iterdir()} == shards  # found, not computed again
+    artefact = tmp_path / "run" / "collaboration"
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["method"] == "head"
+    assert "versions" in json.loads((tmp_path / "run" / "run.json").read_text())
+    before = json.loads((artefact / "calibration.json").read_text())
+    assert before["num_prompts"] == 5
+
+    calibrated = collm(
+        "calibrate", artefact, "--data", pair["validation"], "--metric", "token_f1", "--max-new-tokens", 3, cwd=tmp_path
+    )
+    assert calibrated.returncode == 0, calibrated.stderr
+    assert json.loads((artefact / "calibration.json").read_text())["metric_name"] == "token_f1"
+
+    options = ("generate", artefact, "w1 w2", "--max-new-tokens", 5, "--threshold", 0.5)
+    plain, machine = (collm(*options, *extra, cwd=tmp_path) for extra in ([], ["--json"]))
+    assert plain.returncode == machine.returncode == 0, plain.stderr + machine.stderr
+    completion = json.loads(machine.stdout)
+    assert plain.stdout == completion["text"] + "\n"  # piped: no colours, nothing else
+    expected = CoLLM.from_pretrained(artefact).generate("w1 w2", threshold=0.5)[0].token_ids[:5]
+    assert completion["token_ids"] == expected
+    assert completion["usage_of_call"]["base"]["forward_passes"] == len(expected)
+
+
+def fails(status: int, message: str, *arguments: object, cwd: Path) -> None:
+    done = collm(*arguments, cwd=cwd)
+    assert done.returncode == status, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> None:
+    fails(1, "^collm: there is no collaboration at nowhere", "generate", "nowhere", "hi", cwd=tmp_path)
+    fails(2, "top_p=0.5 .* no effect at temperature 0", "generate", "nowhere", "hi", "--top-p", 0.5, cwd=tmp_path)
+    debugged = collm("generate", "nowhere", "hi", "--debug", cwd=tmp_path)
+    assert debugged.returncode == 1
+    assert "Traceback" in debugged.stderr
+
+
+def test_wrong_usage_has_status_2() -> None:
+    for arguments in (
+        ["generate"],
+        ["generate", "x", "y", "--nothing"],
+        ["nothing"],
+        ["demo", "--out", "x", "--seeds", "0"],
+    ):
+        assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_yaml_and_flags_are_the_same_fields_and_a_flag_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\nassistant: [x, y]\ndata: d\noutput_dir: o\nlearning_rate: 2e-4\nmethod: full\n")
+    run, args = parse(["--config", str(path), "--seed", "7", "--stop", "A", "B"])
+    assert (run.base, run.assistant, run.stop) == ("b", ["x", "y"], ["A", "B"])
+    assert (args.learning_rate, args.seed) == (2e-4, 7)
+    run, args = parse(["--config", str(path), "--assistant", "z", "--learning_rate", "1e-3"])
+    assert (run.assistant, args.learning_rate) == (["z"], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nlearnig_rate: 1\n", "did you mean 'learning_rate'"),
+        ("base: b\n", "nothing says assistant, data, output_dir"),
+        ("- a\n", "expected fields with values"),
+        ("base: [", "could not read"),
+        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nmetric: best\n", "best"),
+        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nlora_r: 4\n", "lora_r has no effect"),
+        ("base: b\nassistant: []\ndata: d\noutput_dir: o\n", "no assistant"),
+        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nvalidation_split: t\n", "no effect without validation"),
+    ],
+)
+def test_bad_configs_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_an_unknown_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--nothing", "1"])
+    assert stopped.value.code == 2
+    assert "--nothing" in capsys.readouterr().err
+
+
+def test_every_command_and_flag_in_the_readme_exists() -> None:
+    readme = re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text())
+    commands = re.findall(r"(?:^|`)collm (\w+)([^`\n]*)", readme, flags=re.MULTILINE)
+    assert {name for name, _ in commands} == {"demo", "score", "train", "calibrate", "generate", "env"}
+    for name, rest in commands:
+        help_text = help_of(name)
+        for flag in re.findall(r"--\w[\w-]*", rest):
+            assert flag in help_text, (name, flag)
+
+
+def help_of(command: str) -> str:
+    if command != "train":
+        return CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    from collm.cli.train import _parser
+
+    return _parser().format_help()
+
+
+def test_env_names_versions_and_devices() -> None:
+    output: Any = CliRunner().invoke(app, ["env"]).output
+    assert re.search(r"torch +2\.", output)
+    assert "gpu" in output

@@ -1,0 +1,81 @@
+"""Options: defaults, what is refused, and a round trip through a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from collm.errors import ConfigError
+from collm.training.config import CoLLMConfig
+
+Make = Callable[..., CoLLMConfig]
+
+
+def test_defaults_are_the_authors_where_they_state_one(config: Make) -> None:
+    made = config()
+    assert (made.learning_rate, made.warmup_steps, made.weight_decay, made.num_train_epochs) == (2e-5, 0.04, 0.0, 2.0)
+    assert made.lr_scheduler_type == "linear"
+    assert made.report_to == []
+    assert config(method="lora").resolved("lora_r") == 64
+    assert config(method="lora", lora_r=4).resolved("lora_r") == 4
+    assert config(warm_start=True).resolved("positive_weight") == 8.0
+
+
+def test_the_head_has_its_own_learning_rate(config: Make) -> None:
+    assert config().resolved_head_learning_rate(4096) == pytest.approx(2.4e-5, rel=0.02)
+    assert config(head_learning_rate=0.5).resolved_head_learning_rate(4096) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"lora_r": 8}, "lora_r has no effect with method='full'; set method to 'lora'"),
+        ({"method": "head", "lora_target_modules": ["q_proj"]}, "lora_target_modules has no effect"),
+        ({"positive_weight": 8.0}, "positive_weight has no effect with warm_start=False"),
+        ({"warm_start_tokens": 9}, "warm_start_tokens has no effect"),
+        ({"pseudo_label_variant": "b"}, "pseudo_label_variant has no effect"),
+        ({"method": "head", "learning_rate": 1e-3}, "set head_learning_rate"),
+        ({"method": "head", "activation_checkpointing": True}, "activation_checkpointing has no effect"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha has no effect"),
+        ({"remove_unused_columns": True}, "remove_unused_columns has no effect"),
+        ({"resume_from_checkpoint": "x"}, "pass it to CoLLMTrainer.train"),
+        ({"method": "both"}, "method is 'both', expected one of full, lora, head"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"head_learning_rate": 0.0}, "head_learning_rate is 0.0"),
+        ({"method": "lora", "lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"method": "lora", "lora_r": 0}, "lora_r is 0"),
+        ({"warm_start": True, "pseudo_label_variant": "c"}, "pseudo_label_variant is 'c', expected one of a, b"),
+        ({"save_strategy": "sometimes"}, "training options do not fit"),
+        ({"max_length": [9]}, "training options do not fit"),
+    ],
+)
+def test_options_out_of_range_or_without_effect_are_refused(
+    config: Make, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**options)
+    assert complaint in str(caught.value)
+
+
+def test_unknown_keys_are_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match="no training option 'lerning_rate'; did you mean 'learning_rate'"):
+        CoLLMConfig.from_dict({"lerning_rate": 1.0})
+
+
+def test_numbers_may_come_as_text(config: Make) -> None:
+    """YAML reads 2e-5 as a string."""
+    made = CoLLMConfig.from_dict({"learning_rate": "2e-5", "max_steps": "7", "lora_r": "4", "method": "lora"})
+    assert (made.learning_rate, made.max_steps, made.lora_r) == (2e-5, 7, 4)
+    with pytest.raises(ConfigError, match="learning_rate is 'fast', expected a number"):
+        CoLLMConfig.from_dict({"learning_rate": "fast"})
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "head"])
+def test_a_config_kept_as_a_mapping_can_be_read_again(config: Make, method: str) -> None:
+    made = config(method=method, eval_strategy="steps", eval_steps=5)
+    kept = {one.name: made.to_dict()[one.name] for one in fields(made) if one.init}
+    assert CoLLMConfig.from_dict(kept).to_dict() == made.to_dict()

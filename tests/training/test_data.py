@@ -1,0 +1,130 @@
+"""Rows are read from every kind of source, and a malformed one names its file, its line and what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from collm.errors import ConfigError, DataError
+from collm.training.data import load_rows
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\u2028d", "completion": "é"}]
+CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_every_source_gives_the_same_rows(tmp_path: Path) -> None:
+    lines = jsonl(tmp_path / "rows.jsonl", ROWS)
+    listed = tmp_path / "rows.json"
+    listed.write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "table")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    for source in (lines, listed, tmp_path / "table", tmp_path / "splits"):
+        rows = load_rows(str(source))
+        assert [(row.prompt, row.completion, row.messages) for row in rows] == [
+            (row["prompt"], row["completion"], None) for row in ROWS
+        ]
+        assert len({row.where for row in rows}) == 2
+    assert [row.where for row in load_rows(lines)] == [f"{lines}:1", f"{lines}:2"]
+    assert [row.where for row in load_rows(listed)] == [f"{listed}:2", f"{listed}:6"]
+
+
+def test_fields_can_be_named(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "qa.jsonl", [{"question": "q", "answer": "a"}])
+    (row,) = load_rows(source, prompt_field="question", completion_field="answer")
+    assert (row.prompt, row.completion) == ("q", "a")
+    with pytest.raises(DataError, match=r"qa.jsonl:1: no field 'prompt', the row has 'question', 'answer'"):
+        load_rows(source)
+
+
+def test_a_chat_is_split_at_its_last_assistant_turn(tmp_path: Path) -> None:
+    chat = [*CHAT, {"role": "user", "content": "again"}, {"role": "assistant", "content": "y", "tool": None}]
+    trailing = [*chat, {"role": "user", "content": "bye"}]
+    (row,) = load_rows(jsonl(tmp_path / "chat.jsonl", [{"messages": trailing, "prompt": "ignored"}]))
+    assert row.prompt == chat[:4]
+    assert row.completion == "y"
+    assert row.messages == [*chat[:4], {"role": "assistant", "content": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt": "a"}, "no field 'completion', the row has 'prompt'"),
+        ({"prompt": 3, "completion": "b"}, "'prompt' is a int, expected a string"),
+        ({"prompt": "a", "completion": None}, "'completion' is a NoneType, expected a string"),
+        ({"prompt": "a", "completion": " \n"}, "'completion' is empty"),
+        ({"prompt": "", "completion": "a"}, "'prompt' is empty"),
+        (["a", "b"], "the row is a list, expected an object"),
+        ({"messages": "hi"}, "'messages' is a str, expected a list"),
+        ({"messages": []}, "no assistant turn to learn, the roles are: no message at all"),
+        ({"messages": CHAT[:2]}, "no assistant turn to learn, the roles are: system, user"),
+        ({"messages": [*CHAT, "x"]}, "message 4 is a str"),
+        ({"messages": [*CHAT, {"role": "user"}]}, "message 4: 'content' is None, expected a string"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "message 1: the assistant's content is empty"),
+    ],
+)
+def test_a_malformed_row_names_its_place_and_its_fault(tmp_path: Path, row: Any, complaint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(jsonl(tmp_path / "rows.jsonl", [ROWS[0], row]))
+    assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": ', ":3: bad JSON"),
+        ('[\n{"prompt": "a", "completion": "b"},\n{"prompt": "c"', ":3: bad JSON"),
+        ('[\n{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}]', ":2: bad JSON: expected , or ]"),
+        ('[\n{"prompt": "a", "completion": "b"}', ":2: bad JSON: expected , or ]"),
+        ('[\n{"prompt": "a", "completion": "b"},\n]', ":3: bad JSON"),
+        ('[\n{"prompt": "a", "completion": "b"}] x', ":2: bad JSON: expected , or ]"),
+        ("[]", "has no rows"),
+        ("", "has no rows"),
+    ],
+)
+def test_bad_json_names_its_line(tmp_path: Path, text: str, complaint: str) -> None:
+    source = tmp_path / "rows.json"
+    source.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_rows(source)
+    assert complaint in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="no UTF-8"):
+        load_rows(source)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    for missing in (tmp_path / "rows", "rows.jsonl", "./rows"):
+        with pytest.raises(DataError, match=r"there is no .*rows"):
+            load_rows(missing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="could not load the data set"):
+        load_rows(tmp_path / "empty")
+
+
+def test_a_split_is_chosen_among_those_there(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_list([{"prompt": name, "completion": "b"}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "splits")
+    assert [load_rows(tmp_path / "splits", split=name)[0].prompt for name in (None, "test")] == ["train", "test"]
+    with pytest.raises(DataError, match="no split 'dev', only train, test"):
+        load_rows(tmp_path / "splits", split="dev")
+
+
+def test_a_split_without_effect_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "table")
+    for source in (jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "table"):
+        with pytest.raises(ConfigError, match="split 'test' has no effect"):
+            load_rows(source, split="test")

@@ -1,0 +1,249 @@
+"""Scores equal the model's own loss, and a killed run ends with the same bytes as an undisturbed one."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure, WriteError
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_model
+from collm.training import scoring
+from collm.training.examples import Example, Examples
+from collm.training.scores import Scores
+from collm.training.scoring import find_scores, load_scores, progress_bar, score_examples
+from tests.training.conftest import random_examples
+
+SPEC = ModelSpec("some/model")
+EXAMPLES = random_examples(23)
+
+
+def run(
+    module: PreTrainedModel, out: Path, examples: Examples = EXAMPLES, spec: ModelSpec = SPEC, **changes: Any
+) -> Scores:
+    options = {"max_batch_tokens": 64, "shard_size": 5, **changes}
+    return score_examples(LanguageModel(module, name="model"), examples, out, spec=spec, **options)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 64, 4096])
+def test_scores_equal_the_shifted_cross_entropy_of_the_model(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, max_batch_tokens: int
+) -> None:
+    module = tiny_model(1)
+    scores = run(module, tmp_path, max_batch_tokens=max_batch_tokens)
+    total = 0.0
+    for index, example in enumerate(EXAMPLES):
+        ids = torch.tensor([example.token_ids])
+        with torch.no_grad():
+            logits = module(ids).logits[0]
+        rows = [t for t in range(len(example.token_ids) - 1) if example.is_target[t + 1]]
+        gold = [example.token_ids[t + 1] for t in rows]
+        torch.testing.assert_close(
+            scores.logprob(index), logits[rows].log_softmax(-1)[range(len(rows)), gold], rtol=1e-4, atol=1e-5
+        )
+        assert scores.correct(index).tolist() == [int(logits[t].argmax()) == g for t, g in zip(rows, gold, strict=True)]
+        labels = torch.tensor([[i if hit else -100 for i, hit in zip(ids[0], example.is_target, strict=True)]])
+        total += module(ids, labels=labels).loss.item() * len(rows)
+    summary = scores.summary()
+    assert summary.num_targets == sum(example.num_targets for example in EXAMPLES)
+    assert summary.mean_nll_nats == pytest.approx(total / summary.num_targets, rel=1e-5)
+    assert summary.accuracy == pytest.approx(scores.corrects.float().mean().item())
+
+
+def test_right_answers_are_flagged(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    module = tiny_model(1)
+    ids = [7, 8, 9]
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(int(module(torch.tensor([ids])).logits[0, -1].argmax()))
+    ids.append((ids[-1] + 1) % 97)
+    examples = Examples([Example(ids, [False] * 3 + [True] * 6)])
+    with torch.no_grad():
+        last_is_right = int(module(torch.tensor([ids[:-1]])).logits[0, -1].argmax()) == ids[-1]
+    assert run(module, tmp_path, examples).correct(0).tolist() == [True] * 5 + [last_is_right]
+
+
+@pytest.mark.parametrize("batches_before_the_kill", [1, 3, 5])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, batches_before_the_kill: int
+) -> None:
+    module = tiny_model(1)
+    undisturbed = run(module, tmp_path / "whole")
+    calls = []
+
+    def kill(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == batches_before_the_kill:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(module, tmp_path / "killed", progress=kill)
+    assert set(content(tmp_path / "killed")) < set(content(tmp_path / "whole"))
+    assert find_scores(tmp_path / "killed", EXAMPLES, SPEC) is None
+    with pytest.raises(ArtefactError, match="incomplete or damaged"):
+        load_scores(tmp_path / "killed", EXAMPLES)
+    resumed = run(module, tmp_path / "killed")
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert torch.equal(resumed.logprobs, undisturbed.logprobs)
+
+
+def test_whole_shards_are_not_scored_again(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_model(1)
+    first = run(module, tmp_path)
+    monkeypatch.setattr(scoring, "_score_batch", lambda *_: pytest.fail("scored again"))
+    reported: list[tuple[int, int]] = []
+    again = run(module, tmp_path, progress=lambda done, total: reported.append((done, total)))
+    loaded = load_scores(tmp_path, EXAMPLES, SPEC)
+    total = sum(len(example.token_ids) - 1 for example in EXAMPLES)
+    assert reported[-1] == (total, total)
+    for scores in (again, loaded):
+        assert torch.equal(scores.logprobs, first.logprobs)
+        assert torch.equal(scores.corrects, first.corrects)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign"])
+def test_a_damaged_shard_is_noticed_and_computed_again(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, damage: str
+) -> None:
+    module = tiny_model(1)
+    run(module, tmp_path / "scores")
+    before = content(tmp_path / "scores")
+    shard = tmp_path / "scores" / "scores-00002.safetensors"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-3])
+    elif damage == "flip":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    else:
+        run(tiny_model(2), tmp_path / "other", spec=ModelSpec("other/model"))
+        shard.write_bytes((tmp_path / "other" / shard.name).read_bytes())
+    with pytest.raises(ArtefactError, match="incomplete or damaged"):
+        load_scores(tmp_path / "scores", EXAMPLES)
+    run(module, tmp_path / "scores")
+    assert content(tmp_path / "scores") == before
+
+
+def test_scores_of_something_else_are_refused(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    module = tiny_model(1)
+    run(module, tmp_path)
+    before = content(tmp_path)
+    attempts: list[tuple[str, dict[str, Any]]] = [
+        ("another input .*fingerprint", {"examples": random_examples(23, seed=1)}),
+        ("another model: path is 'some/model', now 'another/model'", {"spec": ModelSpec("another/model")}),
+        ("another model revision", {"spec": ModelSpec("some/model", revision="v2")}),
+        ("another model dtype", {"spec": ModelSpec("some/model", dtype="float32")}),
+        ("another shard size", {"shard_size": 6}),
+    ]
+    for complaint, changes in attempts:
+        with pytest.raises(ConfigError, match=f"{complaint}.*choose another --out"):
+            run(module, tmp_path, **changes)
+    with pytest.raises(ConfigError, match="another vocabulary size"):
+        run(tiny_model(1, vocab_size=98), tmp_path)
+    with pytest.raises(ConfigError, match="another input"):
+        load_scores(tmp_path, random_examples(22))
+    assert content(tmp_path) == before
+
+
+def test_a_model_trained_anew_at_the_same_path_is_another_model(saved_model: Callable[..., Path]) -> None:
+    directory = saved_model("model", 1)
+    out = directory.parent / "scores"
+    spec = ModelSpec(str(directory), device="cpu")
+    run(load_model(spec), out, spec=spec)
+    saved_model("model", 2)
+    with pytest.raises(ConfigError, match="another weights of the model"):
+        find_scores(out, EXAMPLES, spec)
+
+
+def test_missing_or_damaged_headers_are_said(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    assert find_scores(tmp_path, EXAMPLES) is None
+    with pytest.raises(ArtefactError, match="no scores in"):
+        load_scores(tmp_path, EXAMPLES)
+    run(tiny_model(1), tmp_path)
+    header = tmp_path / "scores.json"
+    for damaged in (header.read_text()[:-9], "{}", json.dumps({"format": 99})):
+        header.write_text(damaged)
+        with pytest.raises(ArtefactError, match=r"scores\.json"):
+            load_scores(tmp_path, EXAMPLES)
+
+
+def test_nan_names_the_model_and_the_example(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    module = tiny_model(1)
+    with torch.no_grad():
+        module.model.embed_tokens.weight[EXAMPLES[11].token_ids[0]] = torch.nan
+    broken = {i for i, one in enumerate(EXAMPLES) if EXAMPLES[11].token_ids[0] in one.token_ids[:-1]}
+    with pytest.raises(ModelFailure, match="model returned NaN logits for example") as caught:
+        run(module, tmp_path)
+    assert any(f"for example {index} " in str(caught.value) for index in broken)
+
+
+def test_examples_the_model_cannot_read_are_refused(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"example \d+ has \d+ tokens to read, model reads at most 10"):
+        run(tiny_model(1, max_position_embeddings=10), tmp_path)
+    with pytest.raises(MismatchError, match="has ids below 50"):
+        run(tiny_model(1, vocab_size=50), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_whole_shards_only(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_model(1)
+    run(module, tmp_path / "whole")
+    write_bytes = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if "scores-00001" in self.name:
+            write_bytes(self, data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(self, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(WriteError, match=r"scores-00001.*No space left"):
+            run(module, tmp_path / "full")
+    assert sorted(content(tmp_path / "full")) == ["scores-00000.safetensors", "scores.json"]
+    run(module, tmp_path / "full")
+    assert content(tmp_path / "full") == content(tmp_path / "whole")
+
+
+def test_the_model_is_left_in_its_mode(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    module = tiny_model(1, attention_dropout=0.5).train()
+    trained = run(module, tmp_path / "a")
+    assert module.training
+    assert torch.equal(trained.logprobs, run(module.eval(), tmp_path / "b").logprobs)
+
+
+def test_shards_are_plain_safetensors(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    run(tiny_model(1), tmp_path)
+    tensors = load_file(tmp_path / "scores-00000.safetensors")
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "logprob": torch.float32,
+        "correct": torch.uint8,
+        "offsets": torch.int64,
+        "examples": torch.int64,
+    }
+    save_file(tensors, tmp_path / "scores-00000.safetensors")
+    with pytest.raises(ArtefactError):
+        load_scores(tmp_path, EXAMPLES)
+
+
+def test_the_progress_bar_is_silent_where_not_enabled(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("Scoring", enabled=False) as progress:
+        progress(1, 2)
+    assert capsys.readouterr() == ("", "")
+    with progress_bar("Scoring") as progress:
+        progress(2, 2)
+    assert "Scoring" in capsys.readouterr().err

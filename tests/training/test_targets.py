@@ -1,0 +1,67 @@
+"""The shift, batching and log-probabilities at target positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from collm.models.language_model import LanguageModel
+from collm.training import targets
+from collm.training.examples import Example
+from collm.training.targets import batches_by_length, pad, read_targets, shift
+
+
+def test_position_t_speaks_of_the_token_after_t() -> None:
+    shifted = shift(Example([5, 6, 7, 8], [True, False, True, True]))
+    assert shifted.input_ids.tolist() == [5, 6, 7]
+    assert shifted.gold.tolist() == [6, 7, 8]
+    assert shifted.mask.tolist() == [False, True, True]
+
+
+def test_padding_is_on_the_right_unattended_and_no_target() -> None:
+    batch = pad([shift(Example([5, 6], [False, True])), shift(Example([7, 8, 9], [True, True, True]))])
+    assert batch.input_ids.tolist() == [[5, 0], [7, 8]]
+    assert batch.attention_mask.tolist() == [[1, 0], [1, 1]]
+    assert batch.mask.tolist() == [[True, False], [True, True]]
+
+
+@given(st.lists(st.integers(1, 30), max_size=30), st.integers(1, 64))
+def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = batches_by_length(lengths, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
+
+
+def test_chunks_change_neither_values_nor_gradients(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_model(3)
+    model = LanguageModel(module, name="model")
+    hidden, gold = torch.randn(17, model.hidden_size), torch.randint(0, 97, (17,))
+
+    def run(max_logits: int) -> tuple[torch.Tensor, ...]:
+        monkeypatch.setattr(targets, "MAX_LOGITS", max_logits)
+        leaf = hidden.clone().requires_grad_()
+        module.zero_grad()
+        logprob, correct = read_targets(model, leaf, gold)
+        (logprob * torch.arange(17)).sum().backward()
+        assert leaf.grad is not None
+        return logprob.detach(), correct, leaf.grad, module.lm_head.weight.grad.clone()
+
+    for whole, chunked in zip(run(97 * 100), run(97 * 4), strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_shared_vocabulary_counts(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    module = tiny_model(3)
+    hidden, gold = torch.randn(5, 32), torch.randint(0, 50, (5,))
+    logprob, correct = read_targets(LanguageModel(module, name="model", vocab_size=50), hidden, gold)
+    logits = module.lm_head(hidden)[:, :50]
+    torch.testing.assert_close(logprob, logits.log_softmax(-1)[torch.arange(5), gold])
+    assert correct.tolist() == (logits.argmax(-1) == gold).tolist()

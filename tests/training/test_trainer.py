@@ -1,0 +1,333 @@
+"""Training lowers the loss, touches only what its method says, and resumes to the same bytes."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+
+from collm.core.head import DeferralHead
+from collm.errors import (
+    ArtefactError,
+    ConfigError,
+    DataError,
+    MismatchError,
+    MissingExtra,
+    ModelFailure,
+    WriteError,
+)
+from collm.training.checkpoints import last_checkpoint
+from collm.training.config import CoLLMConfig
+from collm.training.dataset import TrainingSet
+from collm.training.scores import Scores
+from collm.training.trainer import CoLLMTrainer
+from tests.training.conftest import make_scores, random_examples
+
+Make = Callable[..., CoLLMConfig]
+Tiny = Callable[..., PreTrainedModel]
+EXAMPLES = random_examples(24, longest=14)
+KNOWS_HALF = make_scores(EXAMPLES, lambda gold: torch.where(gold % 2 == 0, -0.05, -7.0))
+DATA = TrainingSet(EXAMPLES, [KNOWS_HALF])
+METHODS = {
+    "full": {"learning_rate": 1e-3},
+    "lora": {"learning_rate": 1e-2, "lora_r": 4},
+    "head": {"head_learning_rate": 5e-2},
+}
+
+
+def trainer_of(tiny_model: Tiny, config: CoLLMConfig, data: TrainingSet = DATA, **options: Any) -> CoLLMTrainer:
+    base = options.pop("base", None) or tiny_model(1, attention_dropout=0.1)
+    return CoLLMTrainer(base, DeferralHead(32, data.num_assistants), config, data, **options)
+
+
+def weights(trainer: CoLLMTrainer) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.joint.state_dict().items()}
+
+
+def same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+class Kill(TrainerCallback):
+    """Ends the process, as far as Python can, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_marginal_nll(tiny_model: Tiny, config: Make, method: str) -> None:
+    options = {**METHODS[method], "num_train_epochs": 6.0}
+    trainer = trainer_of(tiny_model, config(method=method, **options), eval_dataset=DATA)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] - 0.05
+    if method == "head":
+        assert after["eval_base_nll"] == before["eval_base_nll"]
+    assert after["eval_loss"] < after["eval_base_nll"]
+    assert 0 < after["eval_defer_prob"] < 1
+
+
+def test_evaluate_means_over_tokens_not_batches(tiny_model: Tiny, config: Make) -> None:
+    results = [
+        trainer_of(tiny_model, config(per_device_eval_batch_size=size), eval_dataset=DATA).evaluate()
+        for size in (1, 5, 24)
+    ]
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+
+
+def test_only_the_head_moves_with_method_head(tiny_model: Tiny, config: Make) -> None:
+    base = tiny_model(1)
+    trainer = trainer_of(tiny_model, config(method="head", head_learning_rate=1e-2, max_steps=3), base=base)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+    assert trainer.base is base
+
+
+def test_all_of_the_base_moves_with_method_full(tiny_model: Tiny, config: Make) -> None:
+    trainer = trainer_of(tiny_model, config(learning_rate=1e-3, max_steps=3))
+    before = weights(trainer)
+    trainer.train()
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
+def test_an_adapter_leaves_the_base_alone_and_reloads_exactly(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    trainer = trainer_of(tiny_model, config(method="lora", learning_rate=1e-2, lora_r=4, max_steps=3))
+    trainer.train()
+    after = weights(trainer)
+    plain = tiny_model(1).state_dict()
+    tuned = {name.replace("base.base_model.model.", "").replace(".base_layer", ""): t for name, t in after.items()}
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in plain.items())
+    assert any(tensor.abs().sum() > 0 for name, tensor in after.items() if "lora_B" in name)
+    assert not any("lm_head" in name and "lora" in name for name in after)
+
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"adapter", "head.safetensors"}
+    reloaded = PeftModel.from_pretrained(tiny_model(1), tmp_path / "saved" / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(reloaded.eval()(ids).logits, trainer.base.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tuned_base_is_saved_as_a_plain_model_beside_the_head(
+    tiny_model: Tiny, config: Make, tmp_path: Path, tied: bool
+) -> None:
+    trainer = trainer_of(
+        tiny_model, config(learning_rate=1e-3, max_steps=2), base=tiny_model(1, tie_word_embeddings=tied)
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"base", "head.safetensors"}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "base")
+    assert same(plain.state_dict(), dict(trainer.base.state_dict()))
+    assert plain.config.use_cache
+    head = load_file(tmp_path / "saved" / "head.safetensors")
+    assert same(head, dict(trainer.head.state_dict()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Tiny, config: Make, tmp_path: Path, method: str) -> None:
+    options = {
+        "method": method,
+        **METHODS[method],
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    undisturbed = trainer_of(tiny_model, config(**options))
+    undisturbed.train()
+    there = {**options, "output_dir": str(tmp_path / "killed")}
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tiny_model, config(**there), callbacks=[Kill(5)]).train()
+    (tmp_path / "killed" / "checkpoint-6").mkdir()  # a save that was cut short
+    found = last_checkpoint(tmp_path / "killed")
+    assert found is not None
+    assert found.name == "checkpoint-4"
+    resumed = trainer_of(tiny_model, config(**there))
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(resumed), weights(undisturbed))
+
+
+def test_what_cannot_be_resumed_is_said(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(ConfigError, match="no whole checkpoint to resume from"):
+        trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=True)
+    trainer_of(tiny_model, config(**options)).train()
+    with pytest.raises(ConfigError, match="checkpoint-2 is from an earlier run"):
+        trainer_of(tiny_model, config(**options)).train()
+    run = tmp_path / "run"
+    with pytest.raises(ArtefactError, match="nowhere is no whole checkpoint"):
+        trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / "nowhere")
+    shutil.copytree(run / "checkpoint-2", run / "damaged")
+    with (run / "damaged" / "head.safetensors").open("r+b") as file:
+        file.truncate(20)
+    with pytest.raises(ArtefactError, match="damaged cannot be read for method 'full'"):
+        trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / "damaged")
+    with pytest.raises(ArtefactError, match="cannot be read for method 'lora'"):
+        trainer_of(tiny_model, config(**options, method="lora")).train(resume_from_checkpoint=run / "checkpoint-2")
+
+
+def test_accumulation_equals_one_large_batch(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+    """Token counts differ between the small batches, so a mean of batch means would show."""
+    results = []
+    for size, steps in ((8, 1), (1, 8)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 3}
+        trainer = trainer_of(tiny_model, config(learning_rate=1e-3, **options), base=tiny_model(1))
+        before = weights(trainer)
+        trainer.train()
+        results.append(weights(trainer))
+    moved = max((results[0][name] - before[name]).abs().max().item() for name in before)
+    apart = max((results[0][name] - results[1][name]).abs().max().item() for name in before)
+    assert moved > 1e-3
+    assert apart < 0.02 * moved
+
+
+def test_base_and_head_have_their_learning_rates(tiny_model: Tiny, config: Make) -> None:
+    rates: dict[str, float] = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            for group in optimizer.param_groups:
+                rates["head" if any(p is trainer.head.weight for p in group["params"]) else "base"] = group["lr"]
+
+    options = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 1}
+    trainer = trainer_of(tiny_model, config(**options), callbacks=[Watch()])
+    trainer.train()
+    assert rates == {"base": 1e-3, "head": pytest.approx(0.1 / 32)}
+
+
+def test_the_warm_start_runs_inside_train_unless_resuming(tiny_model: Tiny, config: Make, score: Any) -> None:
+    base = tiny_model(1)
+    base_scores: Scores = score(base, EXAMPLES, "base")
+    data = TrainingSet(EXAMPLES, [KNOWS_HALF], base_scores)
+    options = {"method": "head", "head_learning_rate": 1e-9, "warm_start": True, "warm_start_tokens": 100}
+    options |= {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tiny_model, config(**options), data, base=base)
+    trainer.train()
+    assert trainer.label_report is not None
+    assert trainer.label_report.share == pytest.approx((KNOWS_HALF.corrects & ~base_scores.corrects).float().mean())
+    assert trainer.warm_start_report is not None
+    assert trainer.warm_start_report.num_tokens == 100
+    assert trainer.head.weight.abs().sum() > 0.1
+    resumed = trainer_of(tiny_model, config(**options, num_train_epochs=1.0), data, base=base)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.warm_start_report is None
+    assert same(weights(resumed), weights(trainer))
+    with pytest.raises(ConfigError, match="needs the base's scores"):
+        trainer_of(tiny_model, config(**options))
+
+
+def test_the_best_checkpoint_can_be_loaded_at_the_end(tiny_model: Tiny, config: Make) -> None:
+    """A learning rate that ruins the model: the last evaluation is not the best."""
+    options = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    steps = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tiny_model, config(**options, **steps, load_best_model_at_end=True), eval_dataset=DATA)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4
+    assert losses[-1] != min(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_activation_checkpointing_changes_no_weights(tiny_model: Tiny, config: Make) -> None:
+    results = []
+    for on in (False, True):
+        trainer = trainer_of(
+            tiny_model, config(learning_rate=1e-3, max_steps=2, activation_checkpointing=on), base=tiny_model(1)
+        )
+        trainer.train()
+        results.append(weights(trainer))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_nan_stops_training(tiny_model: Tiny, config: Make) -> None:
+    base = tiny_model(1)
+    with torch.no_grad():
+        base.lm_head.weight[3] = torch.nan
+    with pytest.raises(ModelFailure, match="the loss is nan at step 1"):
+        trainer_of(tiny_model, config(max_steps=2), base=base).train()
+
+
+def test_a_full_disk_is_said_and_leaves_no_whole_checkpoint(
+    tiny_model: Tiny, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+
+    trainer = trainer_of(tiny_model, config(max_steps=2, save_strategy="steps", save_steps=1))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(WriteError, match=r"could not write .*checkpoint-1.*free some space"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "run") is None
+
+
+def test_lora_on_the_output_layer_is_refused_and_undone(tiny_model: Tiny, config: Make) -> None:
+    base = tiny_model(1)
+    with pytest.raises(ConfigError, match="includes the output layer"):
+        trainer_of(tiny_model, config(method="lora", lora_target_modules=["q_proj", "lm_head"]), base=base)
+    assert same(dict(base.state_dict()), dict(tiny_model(1).state_dict()))
+    with pytest.raises(ConfigError, match="LoRA does not fit the base"):
+        trainer_of(tiny_model, config(method="lora", lora_target_modules=["nothing"]), base=base)
+
+
+def test_lora_without_peft_says_what_to_install(
+    tiny_model: Tiny, config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_import = builtins.__import__
+
+    def without_peft(name: str, *rest: Any) -> Any:
+        if name.split(".")[0] == "peft":
+            raise ImportError(name)
+        return real_import(name, *rest)
+
+    options = config(method="lora")
+    base = tiny_model(1)
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    with pytest.raises(MissingExtra, match=r"pip install 'collm\[train\]'"):
+        trainer_of(tiny_model, options, base=base)
+
+
+def test_what_does_not_fit_is_refused(tiny_model: Tiny, config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(MismatchError, match="among 2 assistants, the data has scores of 1"):
+        CoLLMTrainer(tiny_model(1), DeferralHead(32, 2), config(), DATA)
+    with pytest.raises(DataError, match=r"an example has \d+ tokens, max_length is 9"):
+        trainer_of(tiny_model, config(max_length=9))
+    with pytest.raises(ConfigError, match="no effect without an evaluation set"):
+        trainer_of(tiny_model, config(eval_strategy="epoch"))
+    with pytest.raises(ConfigError, match="there is no evaluation set"):
+        trainer_of(tiny_model, config()).evaluate()
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        trainer_of(tiny_model, config(), base=trainer_of(tiny_model, config(method="lora")).base)
+    with caplog.at_level(logging.WARNING):
+        trainer_of(tiny_model, config(), base=tiny_model(1).bfloat16())
+    assert "most updates" in caplog.text
+
+
+def test_a_training_set_is_of_one_set_of_examples() -> None:
+    with pytest.raises(ConfigError, match="scores are of other examples"):
+        TrainingSet(random_examples(24, seed=9), [KNOWS_HALF])
+    with pytest.raises(ConfigError, match="at least one assistant"):
+        TrainingSet(EXAMPLES, [])

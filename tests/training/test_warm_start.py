@@ -1,0 +1,181 @@
+"""The warm start recovers a planted rule, for one assistant and for two, and touches nothing but the head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from collm.core.head import DeferralHead
+from collm.core.objective import author_logprobs
+from collm.errors import ConfigError, DataError, MismatchError
+from collm.models.language_model import LanguageModel
+from collm.training.examples import Examples
+from collm.training.labels import Labels, label_tokens
+from collm.training.regression import auc, fit_authors, weighted_nll
+from collm.training.targets import shift
+from collm.training.warm_start import warm_start
+from tests.training.conftest import make_scores, random_examples
+
+EXAMPLES = random_examples(200, seed=3)
+
+
+def hidden_states(module: PreTrainedModel, examples: Examples) -> Tensor:
+    """One example at a time: hidden states at the target positions, shape (M, H)."""
+    parts = []
+    for example in examples:
+        shifted = shift(example)
+        with torch.no_grad():
+            parts.append(module.model(shifted.input_ids[None]).last_hidden_state[0, shifted.mask])
+    return torch.cat(parts)
+
+
+def planted(hidden: Tensor, num_assistants: int) -> Tensor:
+    """Labels by a random linear rule that gives every author a share."""
+    weight = torch.randn(num_assistants, hidden.shape[1], generator=torch.Generator().manual_seed(4))
+    logits = F.linear(hidden - hidden.mean(0), weight)
+    return author_logprobs(logits - 0.5 * logits.std()).argmax(-1)
+
+
+def labels_of(values: Tensor, num_assistants: int) -> Labels:
+    offsets = torch.tensor([0, *(example.num_targets for example in EXAMPLES)]).cumsum(0)
+    return Labels(values, offsets, num_assistants)
+
+
+@pytest.mark.parametrize("num_assistants", [1, 2, 3])
+def test_a_planted_linear_rule_is_recovered(tiny_model: Callable[..., PreTrainedModel], num_assistants: int) -> None:
+    module = tiny_model(1)
+    hidden = hidden_states(module, EXAMPLES)
+    values = planted(hidden, num_assistants)
+    assert values.unique().numel() == num_assistants + 1
+    head = DeferralHead(32, num_assistants)
+    labels = labels_of(values, num_assistants)
+    report = warm_start(LanguageModel(module, name="base"), head, EXAMPLES, labels, seed=0, positive_weight=1.0)
+    assert (author_logprobs(head(hidden)).argmax(-1) == values).float().mean() > 0.99
+    assert report.accuracy > 0.93
+    assert report.auc > 0.98
+    assert report.num_tokens == len(values)
+    assert report.share == pytest.approx((values != 0).float().mean().item())
+
+
+def test_two_assistants_get_the_tokens_they_own(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    """Assistant 1 knows what follows tokens 3..6, assistant 2 what follows 7..10; the base knows the rest."""
+    module = tiny_model(1, num_hidden_layers=1)
+    with torch.no_grad():
+        module.model.embed_tokens.weight.mul_(20)  # hidden states that tell their own token
+    examples = random_examples(300, vocab_size=15, seed=8)
+    before = torch.cat([shift(one).input_ids[shift(one).mask] for one in examples])
+    owner = torch.where(before < 7, 1, torch.where(before < 11, 2, 0))
+
+    def knows(author: int) -> Callable[[Tensor], Tensor]:
+        pieces = iter(owner.split([one.num_targets for one in examples]))
+        return lambda gold: torch.where(next(pieces) == author, -0.1, -4.0)
+
+    scores = [make_scores(examples, knows(author), knows(author)) for author in range(3)]
+    for one, author in zip(scores, range(3), strict=True):
+        one.corrects.copy_(owner == author)
+    labels = label_tokens(scores[0], scores[1:])
+    assert torch.equal(labels.values, owner)
+    head = DeferralHead(32, 2)
+    report = warm_start(LanguageModel(module, name="base"), head, examples, labels, seed=0)
+    found = author_logprobs(head(hidden_states(module, examples))).argmax(-1)
+    for author in range(3):
+        assert (found[owner == author] == author).float().mean() > 0.95
+    assert report.accuracy > 0.95
+
+
+def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(
+    tiny_model: Callable[..., PreTrainedModel],
+) -> None:
+    module = tiny_model(1).train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    values = planted(hidden_states(module, EXAMPLES), 1)
+    heads = [DeferralHead(32, 1) for _ in range(3)]
+    for head, seed in zip(heads, (0, 0, 1), strict=True):
+        options = {"max_tokens": 300, "max_batch_tokens": 100}
+        base = LanguageModel(module, name="base")
+        report = warm_start(base, head, EXAMPLES, labels_of(values, 1), seed=seed, **options)
+        assert report.num_tokens == 300
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+    assert module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_nothing_to_fit_is_an_error(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    base = LanguageModel(tiny_model(1), name="base")
+    none = labels_of(torch.zeros(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64), 1)
+    with pytest.raises(DataError, match=r"no positive .*nothing to defer for"):
+        warm_start(base, DeferralHead(32, 1), EXAMPLES, none, seed=0)
+
+
+def test_what_does_not_fit_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    base = LanguageModel(tiny_model(1), name="base")
+    labels = labels_of(torch.ones(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64), 1)
+    for head in (DeferralHead(31, 1), DeferralHead(32, 2)):
+        with pytest.raises(MismatchError, match="the head is for hidden size"):
+            warm_start(base, head, EXAMPLES, labels, seed=0)
+    with pytest.raises(ConfigError, match="label the same examples"):
+        warm_start(base, DeferralHead(32, 1), random_examples(3), labels, seed=0)
+    for wrong in ({"max_tokens": 0}, {"positive_weight": 0.0}):
+        with pytest.raises(ConfigError, match="max_tokens >= 1 and positive_weight > 0"):
+            warm_start(base, DeferralHead(32, 1), EXAMPLES, labels, seed=0, **wrong)  # type: ignore[arg-type]
+
+
+def test_one_example_with_all_labels_alike_can_be_fitted(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    examples = random_examples(1)
+    labels = Labels(
+        torch.ones(examples[0].num_targets, dtype=torch.int64), torch.tensor([0, examples[0].num_targets]), 1
+    )
+    head = DeferralHead(32, 1)
+    report = warm_start(LanguageModel(tiny_model(1), name="base"), head, examples, labels, seed=0)
+    assert report.accuracy == 1
+    assert math.isnan(report.auc)
+    assert torch.isfinite(head.weight).all()
+    assert torch.isfinite(head.bias).all()
+
+
+def test_a_feature_that_never_varies_gets_no_weight(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_model(1)
+    with torch.no_grad():
+        module.model.norm.weight[5] = 0
+    head = DeferralHead(32, 1)
+    values = planted(hidden_states(module, EXAMPLES), 1)
+    warm_start(LanguageModel(module, name="base"), head, EXAMPLES, labels_of(values, 1), seed=0)
+    assert head.weight[0, 5] == 0
+    assert torch.isfinite(head.weight).all()
+
+
+def test_the_weighted_loss_is_that_of_repeated_positives() -> None:
+    logits, labels = torch.randn(20, 2), torch.randint(0, 3, (20,))
+    repeats = torch.where(labels != 0, 4, 1)
+    repeated = weighted_nll(logits.repeat_interleave(repeats, 0), labels.repeat_interleave(repeats), 1.0)
+    torch.testing.assert_close(weighted_nll(logits, labels, 4.0), repeated)
+
+
+def test_the_fit_is_a_minimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(200, 5, generator=generator), torch.randint(0, 3, (200,), generator=generator)
+    start = (torch.zeros(2, 5), torch.zeros(2))
+    weight, bias = fit_authors(features, labels, start, positive_weight=3.0, penalty=0.01)
+    weight.requires_grad_(), bias.requires_grad_()
+    loss = weighted_nll(F.linear(features, weight, bias), labels, 3.0) + 0.005 * weight.square().sum()
+    for gradient in torch.autograd.grad(loss, (weight, bias)):
+        assert gradient.abs().max() < 1e-4
+
+
+def test_auc_counts_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (40,), generator=generator).float()
+    positive = torch.rand(40, generator=generator) < 0.4
+    pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive].tolist() for n in scores[~positive].tolist()]
+    assert auc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
+    assert math.isnan(auc(scores, torch.zeros(40, dtype=torch.bool)))
