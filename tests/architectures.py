@@ -22,7 +22,14 @@ _COMMON: dict[str, Any] = {
 }
 _NO_GQA = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
 _GEMMA = {**_COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
-_GPT2 = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3}
+_GPT2 = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.3,
+}
 
 EXACT: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**_COMMON),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 97
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+"""Where exactness is tested: wherever the machine can."""
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> None:
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    yield
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -52,11 +57,11 @@ def tiny_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**options, **changes})
 
 
-def make_model(config: Any, seed: int) -> PreTrainedModel:
+def make_model(config: Any, seed: int, device: str = "cpu") -> PreTrainedModel:
     """A causal LM with random weights, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_config(config).eval().to(device)
 
 
 @pytest.fixture

@@ -82,10 +82,10 @@ def test_commands_import_nothing_heavy_before_they_run(path: Path) -> None:
 def test_help_imports_no_torch() -> None:
     program = "import sys; sys.argv = ['collm', '--help']\nfrom collm.cli.main import main\n"
     program += (
-        "try: main()\nexcept SystemExit as e: print(*(n in sys.modules for n in ('torch', 'transformers')), e.code)"
+        "try: main()\nexcept SystemExit as e: print('torch' in sys.modules or e.code)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False False 0"
+    assert done.stdout.splitlines()[-1] == "0"
 
 
 def test_public_names_are_there() -> None:

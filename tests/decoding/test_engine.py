@@ -16,7 +16,7 @@ from collm.decoding.engine import Engine
 from collm.decoding.request import Request
 from collm.errors import ConfigError, ModelFailure, RequestError
 from tests.architectures import EXACT
-from tests.conftest import VOCAB_SIZE, make_model
+from tests.conftest import DEVICES, VOCAB_SIZE, make_model
 
 Model = Callable[..., PreTrainedModel]
 EOS = 1
@@ -33,11 +33,12 @@ def slow_greedy(
     models: Sequence[PreTrainedModel], head: DeferralHead, prompt: list[int], threshold: float, max_new_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Greedy Co-LLM as the equations say it, without a cache."""
-    ids, authors = list(prompt), []
+    ids, authors, device = list(prompt), [], models[0].device
     while len(authors) < max_new_tokens:
         with torch.no_grad():
-            outputs = [model(torch.tensor([ids]), use_cache=False, output_hidden_states=True) for model in models]
-            u = head(outputs[0].hidden_states[-1][0, -1])
+            text = torch.tensor([ids], device=device)
+            outputs = [model(text, use_cache=False, output_hidden_states=True) for model in models]
+            u = head(outputs[0].hidden_states[-1][0, -1]).cpu()
         probs = torch.softmax(torch.cat([torch.zeros(1), u]), -1)
         author = 0 if 1 - probs[0] <= threshold else 1 + int(u.argmax())
         ids.append(int(outputs[author].logits[0, -1].argmax()))
@@ -52,9 +53,12 @@ def prompts_of(seed: int, count: int) -> list[list[int]]:
     return [[rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randrange(1, 20))] for _ in range(count)]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", EXACT)
-def test_greedy_equals_the_slow_loop_on_every_architecture(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    base, assistant = (make_model(EXACT[name](), seed) for seed in (0, 1))
+def test_greedy_equals_the_slow_loop_on_every_architecture(
+    name: str, device: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base, assistant = (make_model(EXACT[name](), seed, device) for seed in (0, 1))
     head = random_head(32, 1)
     model = CoLLM(base, [assistant], head, tokenizer)
     prompts = prompts_of(0, 5)
@@ -184,7 +188,7 @@ def test_no_slot_outlives_its_sequence(pair: CoLLM) -> None:
     pair.generate(prompts_of(5, 4), SamplingParams(max_new_tokens=5), threshold=0.5)
     stream = pair.stream([3, 4], SamplingParams(max_new_tokens=5), threshold=0.5)
     next(stream)
-    assert [author.open_slots for author in pair._authors][0] == 1
+    assert pair._authors[0].open_slots == 1
     stream.close()  # type: ignore[attr-defined]
     assert [author.open_slots for author in pair._authors] == [0, 0]
 

@@ -6,7 +6,6 @@ import re
 import sys
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 

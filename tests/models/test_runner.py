@@ -15,14 +15,14 @@ from collm.errors import ModelFailure, RequestError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.models.runner import ModelRunner
 from tests.architectures import EXACT, REFUSED, VOCAB_SIZE
-from tests.conftest import make_model, tiny_config
+from tests.conftest import DEVICES, make_model, tiny_config
 
 Model = Callable[..., PreTrainedModel]
 
 
 def plain_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
+        return model(torch.tensor([token_ids], device=model.device), use_cache=False).logits[0, -1]
 
 
 def play_schedule(model: PreTrainedModel, runner: ModelRunner, seed: int, steps: int) -> int:
@@ -55,9 +55,10 @@ def play_schedule(model: PreTrainedModel, runner: ModelRunner, seed: int, steps:
     return compared
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", EXACT)
-def test_every_architecture_equals_its_cache_free_forward(name: str) -> None:
-    model = make_model(EXACT[name](), seed=0)
+def test_every_architecture_equals_its_cache_free_forward(name: str, device: str) -> None:
+    model = make_model(EXACT[name](), seed=0, device=device)
     runner = ModelRunner(LanguageModel(model, name=name))
     before = model.config._attn_implementation
     assert play_schedule(model, runner, seed=1, steps=30) > 30
