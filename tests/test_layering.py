@@ -81,9 +81,7 @@ def test_commands_import_nothing_heavy_before_they_run(path: Path) -> None:
 
 def test_help_imports_no_torch() -> None:
     program = "import sys; sys.argv = ['collm', '--help']\nfrom collm.cli.main import main\n"
-    program += (
-        "try: main()\nexcept SystemExit as e: print('torch' in sys.modules or e.code)"
-    )
+    program += "try: main()\nexcept SystemExit as e: print('torch' in sys.modules or e.code)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0"
 

@@ -16,6 +16,7 @@ from collm.atomic import atomic_file
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError
+from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec
 from collm.models.template import PromptTemplate
 from collm.version import __version__
@@ -98,6 +99,45 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or retrain") from error
+
+
+def local_directory(path: str | Path, revision: str | None) -> Path:
+    """Where a collaboration lies on this machine, fetched from the Hub if `path` is a repository id.
+
+    Raises:
+        ArtefactError: neither a directory nor a repository.
+    """
+    if Path(path).exists() or isinstance(path, Path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return Path(path).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(path, revision=revision))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtefactError(
+            f"there is no collaboration at {path}: no such directory, and the Hub answers: {first_line}"
+        ) from error
+
+
+def check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
+    """Compare the base's tokenizer with the one the collaboration was made with.
+
+    Raises:
+        ArtefactError: vocabulary, special tokens or chat template changed.
+    """
+    if identity.hash != manifest.tokenizer_hash:
+        raise ArtefactError(
+            f"the tokenizer of {manifest.base.path} is not the one {directory} was made with "
+            f"({identity.hash[:15]}, expected {manifest.tokenizer_hash[:15]}); "
+            "the head fits only that one: restore the model's revision or train again"
+        )
+    if identity.chat_template_hash != manifest.chat_template_hash:
+        raise ArtefactError(
+            f"the chat template of {manifest.base.path} changed since {directory} was made; "
+            "restore the model's revision or train again"
+        )
 
 
 def write_head(directory: Path, head: DeferralHead) -> None:

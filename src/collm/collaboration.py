@@ -23,15 +23,13 @@ from collm.core.policies import JointPolicy, Policy, ThresholdPolicy
 from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, deferral_rate
 from collm.decoding.engine import Engine
 from collm.decoding.request import Request
-from collm.errors import ArtefactError, ConfigError, MismatchError, MissingExtra
-from collm.models.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers, check_vocab_sizes
+from collm.errors import ArtefactError, ConfigError, MismatchError
+from collm.models.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
+from collm.models.members import Member, author_name, load_members, spec_of
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
-
-Member = nn.Module | ModelSpec
-"""A model in memory, or where to load it from when it is first needed."""
 
 
 class Completions(list[Completion]):
@@ -99,7 +97,7 @@ class CoLLM:
         for number, member in enumerate(self.assistants, start=1):
             if isinstance(member, ModelSpec):
                 other = TokenizerIdentity.of(load_tokenizer(member))
-                check_tokenizers(self.identity, other, _name(number, len(assistants)), accept=accept_differences)
+                check_tokenizers(self.identity, other, author_name(number, len(assistants)), accept=accept_differences)
 
     # Loading and saving
 
@@ -126,7 +124,7 @@ class CoLLM:
             ArtefactError: it is missing, half-written or corrupt, or a tokenizer is not the one it was made with.
             MismatchError: the models do not fit each other.
         """
-        directory = _local_directory(path, revision)
+        directory = artefact.local_directory(path, revision)
         manifest = artefact.read_manifest(directory)
         head = artefact.read_head(directory, manifest.head)
         placed = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
@@ -134,10 +132,10 @@ class CoLLM:
         if manifest.saved_base == "base":
             base_spec = replace(base_spec, path=str(directory / "base"), revision=None)
         tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else base_spec)
-        _check_identity(TokenizerIdentity.of(tokenizer), manifest, directory)
+        artefact.check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
         base_spec = replace(base_spec, **placed)
         if base is None and manifest.saved_base == "adapter":
-            base = _with_adapter(base_spec, directory / "adapter")
+            base = load_with_adapter(base_spec, directory / "adapter")
         model = cls(
             base or base_spec,
             assistants or [replace(spec, **placed) for spec in manifest.assistants],
@@ -201,14 +199,14 @@ class CoLLM:
         return folder
 
     def _manifest(self, saved: SavedBase | None) -> Manifest:
-        base = _spec_of(self.base)
+        base = spec_of(self.base)
         if base is None and saved == "adapter":
             raise ArtefactError("the base under the adapter has no path to reference; load it with from_pretrained")
-        specs = [_spec_of(member) for member in self.assistants]
+        specs = [spec_of(member) for member in self.assistants]
         for number, spec in enumerate(specs, start=1):
             if spec is None:
                 raise ArtefactError(
-                    f"{_name(number, len(specs))} was made in memory and has no path to reference; save it with "
+                    f"{author_name(number, len(specs))} was made in memory and has no path to reference; save it with "
                     "save_pretrained and load it from there"
                 )
         return Manifest(
@@ -326,14 +324,8 @@ class CoLLM:
 
     @cached_property
     def _models(self) -> list[LanguageModel]:
-        """All models, in memory and checked against each other: the base, then the assistants."""
-        members = [self.base, *self.assistants]
-        models = []
-        for number, member in enumerate(members):
-            module = load_model(member) if isinstance(member, ModelSpec) else member
-            name = _name(number, len(self.assistants))
-            models.append(LanguageModel(module.eval(), name=name, vocab_size=self.identity.vocab_size))
-        check_vocab_sizes(models, self.identity.vocab_size)
+        """All models in memory and checked against each other: the base, then the assistants."""
+        models = load_members([self.base, *self.assistants], vocab_size=self.identity.vocab_size)
         if models[0].hidden_size != self.head.hidden_size:
             raise MismatchError(
                 f"the head reads hidden states of size {self.head.hidden_size}, the base has "
@@ -348,9 +340,9 @@ class CoLLM:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        return check_eos(
-            [(model.name, model.eos_token_ids) for model in self._models], accept=self.accept_differences
-        ) | {token for token in [self.tokenizer.eos_token_id] if isinstance(token, int)}
+        of_models = check_eos([(m.name, m.eos_token_ids) for m in self._models], accept=self.accept_differences)
+        eos = cast("int | None", self.tokenizer.eos_token_id)
+        return of_models if eos is None else of_models | {eos}
 
 
 def _steps(engine: Engine) -> Iterator[TokenStep]:
@@ -362,62 +354,8 @@ def _steps(engine: Engine) -> Iterator[TokenStep]:
         engine.close()
 
 
-def _name(author: int, num_assistants: int) -> str:
-    if author == 0:
-        return "base"
-    return "assistant" if num_assistants == 1 else f"assistant {author}"
-
-
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A single prompt (text, messages, token ids) as a list of one."""
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
         return [cast(Prompt, prompts)]
     return list(cast("Sequence[Prompt]", prompts))
-
-
-def _spec_of(member: Member) -> ModelSpec | None:
-    """Where a model came from; None if it was made in memory."""
-    if isinstance(member, ModelSpec):
-        return member
-    inner = cast(Any, member).get_base_model() if hasattr(member, "peft_config") else member
-    path = getattr(inner.config, "_name_or_path", "")
-    if not path:
-        return None
-    return ModelSpec(path, revision=getattr(inner.config, "_commit_hash", None))
-
-
-def _local_directory(path: str | Path, revision: str | None) -> Path:
-    if Path(path).exists() or isinstance(path, Path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        return Path(path).expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(path, revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtefactError(
-            f"there is no collaboration at {path}: no such directory, and the Hub answers: {first_line}"
-        ) from error
-
-
-def _check_identity(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
-    if identity.hash != manifest.tokenizer_hash:
-        raise ArtefactError(
-            f"the tokenizer of {manifest.base.path} is not the one {directory} was made with "
-            f"({identity.hash[:15]}, expected {manifest.tokenizer_hash[:15]}); "
-            "the head fits only that one: restore the model's revision or train again"
-        )
-    if identity.chat_template_hash != manifest.chat_template_hash:
-        raise ArtefactError(
-            f"the chat template of {manifest.base.path} changed since {directory} was made; "
-            "restore the model's revision or train again"
-        )
-
-
-def _with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtra("peft", "train") from error
-    return cast(nn.Module, PeftModel.from_pretrained(load_model(spec), adapter).eval())

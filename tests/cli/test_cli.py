@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,25 @@ def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> Non
     debugged = collm("generate", "nowhere", "hi", "--debug", cwd=tmp_path)
     assert debugged.returncode == 1
     assert "Traceback" in debugged.stderr
+
+
+def test_ctrl_c_while_scoring_leaves_a_run_that_resumes(pair: dict[str, Path], tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "many.jsonl", 12_000), tmp_path / "scores"
+    options = ["score", data, "--model", pair["base"], "--out", out]
+    command = [sys.executable, "-c", "from collm.cli.main import main; main()", *map(str, options)]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*.safetensors"))) < 2 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "collm: interrupted; what is written is kept" in errors
+    first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert 2 <= len(first) < 12_000 / 256
+    assert collm(*options, cwd=tmp_path).returncode == 0
+    assert {name: (out / name).stat().st_mtime_ns for name in first} == first  # kept, not computed again
+    assert len(list(out.glob("*.safetensors"))) == 47
 
 
 def test_wrong_usage_has_status_2() -> None:

@@ -33,11 +33,6 @@ def coloured(steps: Iterable[Written]) -> Text:
     return text
 
 
-def author_names(num_assistants: int) -> list[str]:
-    """What to call author 0, 1, .."""
-    return ["base", *(f"assistant {k}" if num_assistants > 1 else "assistant" for k in range(1, num_assistants + 1))]
-
-
 def legend(names: Sequence[str]) -> Text:
     """Which colour is whom."""
     text = Text("written by: ", "dim")

@@ -81,8 +81,9 @@ def _print_coloured(
     """Token by token, as they come."""
     from rich.console import Console
 
-    from collm.cli.authors import author_names, coloured, legend
+    from collm.cli.authors import coloured, legend
     from collm.core.types import deferral_rate
+    from collm.models.members import author_name
 
     console = Console(highlight=False, soft_wrap=True)
     for index, prompt in enumerate(prompts):
@@ -94,5 +95,5 @@ def _print_coloured(
             authors.append(step.author)
         console.print()
         if console.is_terminal:
-            names = author_names(model.head.num_assistants)
+            names = [author_name(author, len(model.assistants)) for author in range(len(model.assistants) + 1)]
             console.print(legend(names), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")

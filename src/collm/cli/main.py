@@ -52,8 +52,10 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
-    except KeyboardInterrupt:
-        _stop("interrupted; what was written so far is kept, run the same command again to resume", INTERRUPTED, debug)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            _say("interrupted; what is written is kept, and training and scoring go on from it when run again")
+        raise
     except CollmError as error:
         _stop(str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED, debug)
     except Exception as error:  # a defect of ours or of a library: still one sentence, the rest on request
@@ -63,5 +65,9 @@ def main() -> None:
 def _stop(message: str, status: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"collm: {' '.join(message.split())}\n")
+    _say(message)
     sys.exit(status)
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"collm: {' '.join(message.split())}\n")

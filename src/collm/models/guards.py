@@ -127,27 +127,18 @@ def check_eos(eos_sets: Sequence[tuple[str, frozenset[int]]], *, accept: Collect
     return frozenset[int]().union(*(eos for _, eos in eos_sets))
 
 
-def check_vocab_sizes(models: Sequence[LanguageModel], vocab_size: int | None) -> int:
-    """The number of token ids that all models score: the tokenizer's, or without one the models' common size.
+def check_vocab_sizes(models: Sequence[LanguageModel], vocab_size: int) -> None:
+    """Every model must score all of the tokenizer's ids; rows beyond them are padding.
 
     Raises:
-        MismatchError: a model scores fewer ids than the tokenizer has, or without a tokenizer sizes differ.
+        MismatchError: a model scores fewer.
     """
-    if vocab_size is None:
-        vocab_size = models[0].padded_vocab_size
-        for model in models[1:]:
-            if model.padded_vocab_size != vocab_size:
-                raise MismatchError(
-                    f"{model.name} scores {model.padded_vocab_size} token ids, {models[0].name} {vocab_size}; "
-                    "pass the tokenizer if the difference is padding, or use models that share one vocabulary"
-                )
     for model in models:
         if model.padded_vocab_size < vocab_size:
             raise MismatchError(
                 f"{model.name} scores {model.padded_vocab_size} token ids, but the tokenizer has {vocab_size}; "
                 "use the tokenizer the model was trained with"
             )
-    return vocab_size
 
 
 def _shown(token: str | None) -> str:

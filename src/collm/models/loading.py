@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from collm.errors import ConfigError, LoadError
+from collm.errors import ConfigError, LoadError, MissingExtra
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -86,3 +87,17 @@ def _could_not_load(what: str, spec: ModelSpec, error: Exception) -> str:
         f"could not load the {what} of {spec.path!r}: {first_line}; "
         "expected a directory written by save_pretrained or a Hub repository id"
     )
+
+
+def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
+    """Load a causal LM with the PEFT adapter that lies in a directory.
+
+    Raises:
+        LoadError: the model cannot be loaded.
+        MissingExtra: peft is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtra("peft", "train") from error
+    return cast(nn.Module, PeftModel.from_pretrained(load_model(spec), adapter).eval())

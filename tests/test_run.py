@@ -1,0 +1,171 @@
+"""One run from two checkpoints to an artefact: the three ways of training, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from collm import CoLLM, CoLLMConfig, SamplingParams
+from collm.errors import ConfigError, MismatchError
+from collm.run import RunConfig, hold_out, parse_model, train_collaboration
+from collm.training.data import Row
+from collm.training.trainer import CoLLMTrainer
+
+SavedModel = Callable[..., Path]
+
+
+@pytest.fixture
+def setting(saved_model: SavedModel, tmp_path: Path) -> dict[str, Any]:
+    rows = [{"prompt": f"w{i % 20} w{i % 7}", "completion": f"w{(i * 3) % 30} w{i % 11} w{i % 5}"} for i in range(60)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "base": str(saved_model("base", 0)),
+        "assistant": [str(saved_model("first", 1)), str(saved_model("second", 2, hidden_size=48))],
+        "data": str(data),
+        "template": "w9 {prompt} w8",
+        "max_new_tokens": 4,
+    }
+
+
+def options(directory: Path, **changes: Any) -> CoLLMConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(directory),
+        "method": "head",
+        "max_length": 32,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return CoLLMConfig(**{**defaults, **changes})
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "folder"),
+    [
+        ("head", {}, None),
+        ("full", {"learning_rate": 1e-3}, "base"),
+        ("lora", {"lora_r": 2, "learning_rate": 1e-3}, "adapter"),
+    ],
+)
+def test_each_way_of_training_gives_an_artefact_that_loads(
+    method: str, changes: dict[str, Any], folder: str | None, setting: dict[str, Any], tmp_path: Path
+) -> None:
+    args = options(tmp_path / "run", method=method, **changes)
+    result = train_collaboration(RunConfig(**setting), args, quiet=True)
+    folders = {path.name for path in result.directory.iterdir() if path.is_dir()}
+    assert folders == ({folder} if folder else set())
+    loaded = CoLLM.from_pretrained(result.directory)
+    assert loaded.template.text == "w9 {prompt} w8"
+    params = SamplingParams(max_new_tokens=6)
+    expected = result.model.generate(["w1 w2", "w5"], params, threshold=0.4)
+    came = loaded.generate(["w1 w2", "w5"], params, threshold=0.4)
+    assert [c.token_ids for c in came] == [c.token_ids for c in expected]
+    assert loaded.calibration == result.calibration
+    assert loaded.head.weight.abs().sum() > 0
+    card = (result.directory / "README.md").read_text()
+    assert f"- method: {method}" in card
+    assert result.calibration.num_prompts == 6  # a tenth of the rows, held out
+
+
+def artefact_bytes(run: Path) -> dict[str, bytes]:
+    names = ("head.safetensors", "calibration.json", "base/model.safetensors")
+    return {name: (run / "collaboration" / name).read_bytes() for name in names}
+
+
+class StopAt(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def args(name: str) -> CoLLMConfig:
+        return options(tmp_path / name, method="full", learning_rate=1e-3, save_steps=2)
+
+    train_collaboration(RunConfig(**setting), args("whole"), quiet=True)
+    plain = CoLLMTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(CoLLMTrainer, "__init__", lambda s, **kw: plain(s, **kw, callbacks=[StopAt(9)]))
+        with pytest.raises(KeyboardInterrupt):
+            train_collaboration(RunConfig(**setting), args("cut"), quiet=True)
+    assert not (tmp_path / "cut" / "collaboration").exists()
+    train_collaboration(RunConfig(**setting), args("cut"), quiet=True)
+    assert artefact_bytes(tmp_path / "cut") == artefact_bytes(tmp_path / "whole")
+
+
+def test_other_options_in_the_same_directory_are_refused(setting: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
+    with pytest.raises(ConfigError, match="exists and holds no run"):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "foreign"))
+    train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
+    with pytest.raises(ConfigError, match=r"holds a run with seed=42, now it is 43"):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "run", seed=43))
+    with pytest.raises(ConfigError, match="holds a run with template='w9"):
+        train_collaboration(RunConfig(**{**setting, "template": "{prompt}"}), options(tmp_path / "run"))
+
+
+def test_the_assistants_are_not_in_memory_while_training(
+    setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import collm.run
+
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    load, train = collm.run.load_model, CoLLMTrainer.train
+
+    def load_and_note(spec: Any) -> Any:
+        model = load(spec)
+        loaded.append(weakref.ref(model))
+        return model
+
+    alive: list[int] = []
+
+    def count_and_train(self: CoLLMTrainer, **kwargs: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in loaded))
+        return train(self, **kwargs)
+
+    monkeypatch.setattr(collm.run, "load_model", load_and_note)
+    monkeypatch.setattr(CoLLMTrainer, "train", count_and_train)
+    train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
+    assert len(loaded) == 4  # base, two assistants, and the base again to be trained
+    assert alive == [1]
+
+
+def test_a_pair_that_does_not_fit_is_refused_before_scoring(setting: dict[str, Any], tmp_path: Path) -> None:
+    path = Path(setting["assistant"][1]) / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w40"', '"x40"'))
+    with pytest.raises(MismatchError, match=r"assistant 2 .*token 43 is 'x40'"):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "run"))
+    assert not (tmp_path / "run" / "scores").exists()
+
+
+def test_held_out_rows_are_a_tenth_at_random_and_never_trained_on() -> None:
+    rows = [Row(f"p{i}", "c", None, str(i)) for i in range(300)]
+    train, validation = hold_out(rows, seed=0)
+    assert (len(train), len(validation)) == (270, 30)
+    assert not {row.where for row in train} & {row.where for row in validation}
+    assert len(hold_out([*rows] * 10, seed=0)[1]) == 200
+    assert hold_out(rows, seed=0)[1] == validation != hold_out(rows, seed=1)[1]
+    with pytest.raises(ConfigError, match="9 rows are too few"):
+        hold_out(rows[:9], seed=0)
+
+
+def test_models_may_name_a_revision(tmp_path: Path) -> None:
+    assert (parse_model("me/model@v2").path, parse_model("me/model@v2").revision) == ("me/model", "v2")
+    assert parse_model("me/model").revision is None
+    (tmp_path / "a@b").mkdir()
+    assert parse_model(str(tmp_path / "a@b")).revision is None
