@@ -210,6 +210,8 @@ def _check_against_plain_forward(runner: ModelRunner) -> None:
         came = runner.extend({short: texts[1][3:5], long: texts[0][3:]}).logits.flip(0)
         runner.close(long)
         runner.close(short)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise UnsupportedModel(_unsupported(model, f"it fails with {type(error).__name__}: {error}")) from error
     scale = (expected - expected.mean(-1, keepdim=True)).norm()

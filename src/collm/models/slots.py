@@ -156,8 +156,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys[row.slot, :, row.start : row.end] = key_states[0]
             self.values[row.slot, :, row.start : row.end] = value_states[0]
         else:
-            self.keys[layout.slot_of, :, layout.positions] = key_states[0].transpose(0, 1)
-            self.values[layout.slot_of, :, layout.positions] = value_states[0].transpose(0, 1)
+            at = layout.slot_of.to(self.keys.device), slice(None), layout.positions.to(self.keys.device)
+            self.keys[at] = key_states[0].transpose(0, 1)
+            self.values[at] = value_states[0].transpose(0, 1)
         return self.keys[:, :, : layout.kv_length], self.values[:, :, : layout.kv_length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -1,0 +1,107 @@
+"""The demo: make a world and tiny models, then exactly the public path, and every baseline beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from collm.atomic import atomic_file
+from collm.demo.results import SeedResult, to_json, to_report, to_rows
+from collm.demo.systems import PARAMS, measure_all, measure_curve
+from collm.demo.tiny_models import ModelPaths, fine_tune, make_models
+from collm.demo.world import DemoWorld
+from collm.errors import ConfigError
+from collm.evaluation.curve import require_matplotlib
+from collm.evaluation.report import Report, write_report
+from collm.run import RunConfig, RunResult, train_collaboration
+from collm.training.config import CoLLMConfig
+from collm.training.scoring import progress_bar
+
+EPOCHS = {"head": 2, "full": 3}
+
+
+def run_demo(out: Path, *, num_assistants: int = 1, seeds: Sequence[int] = (0,), quiet: bool = False) -> Report:
+    """Train and measure with each seed; write results.json and report.html into `out`.
+
+    Raises:
+        ConfigError: no seed, or `out` holds something else than an earlier demo.
+        CollmError: whatever a step raises.
+    """
+    if not seeds:
+        raise ConfigError("no seed came; expected at least one")
+    require_matplotlib()
+    clear(out)
+    started = time.monotonic()
+    results = [_run_seed(out / f"seed-{seed}", num_assistants, seed, quiet) for seed in seeds]
+    rows = to_rows(results)
+    seconds = time.monotonic() - started
+    command = f"collm demo --assistants {num_assistants} --seeds {len(seeds)} --seed {seeds[0]}"
+    report = to_report(results, rows, command, seconds)
+    write_report(out / "report.html", report)
+    with atomic_file(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(to_json(results, rows, command, seconds), indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier demo from `out`.
+
+    Raises:
+        ConfigError: `out` holds something that no demo writes.
+    """
+    entries = list(out.iterdir()) if out.exists() else []
+    foreign = [e.name for e in entries if not (e.name.startswith("seed-") or e.name in ("results.json", "report.html"))]
+    if foreign:
+        raise ConfigError(f"{out} holds {foreign[0]}, which no demo wrote; choose another directory")
+    for entry in entries:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _run_seed(directory: Path, num_assistants: int, seed: int, quiet: bool) -> SeedResult:
+    world = DemoWorld(num_assistants=num_assistants, seed=seed)
+    with progress_bar("making tiny models", enabled=not quiet) as progress:
+        models = make_models(world, directory / "models", seed=seed, on_step=progress)
+    for split in ("train", "validation", "test"):
+        _write_rows(directory / f"{split}.jsonl", getattr(world, split))
+    results = {method: _train(directory, models, method, seed, quiet) for method in EPOCHS}
+    tuned = fine_tune(models.base, world.train, directory / "fine-tuned", seed=seed, epochs=EPOCHS["full"])
+    measured = measure_all(world, tuned, results)
+    with progress_bar("measuring the curve", enabled=not quiet) as progress:
+        curve = measure_curve(results["full"], world, progress)
+    return SeedResult(world, measured, curve, results["full"].calibration.best().threshold)
+
+
+def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: bool) -> RunResult:
+    """What `collm train` does with these options."""
+    config = RunConfig(
+        base=str(models.base),
+        assistant=[str(path) for path in models.experts],
+        data=str(directory / "train.jsonl"),
+        validation=str(directory / "validation.jsonl"),
+        max_new_tokens=PARAMS.max_new_tokens,
+        scores=str(directory / "scores"),
+    )
+    options: dict[str, Any] = {"learning_rate": 1e-3} if method == "full" else {}
+    args = CoLLMConfig(
+        output_dir=str(directory / method),
+        method=method,
+        max_length=128,
+        num_train_epochs=EPOCHS[method],
+        per_device_train_batch_size=16,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        seed=seed,
+        disable_tqdm=quiet,
+        **options,
+    )
+    return train_collaboration(config, args, quiet=quiet)
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,103 @@
+"""Every system on the demo's test questions: single models, other ways to choose authors, the collaborations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from collm.collaboration import CoLLM
+from collm.core.calibration import CalibrationPoint
+from collm.core.head import DeferralHead
+from collm.core.policies import OraclePolicy, Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
+from collm.core.types import Completion, SamplingParams, deferral_rate
+from collm.demo.world import DemoWorld
+from collm.evaluation.intervals import bootstrap_interval
+from collm.evaluation.metrics import exact_match
+from collm.models.loading import ModelSpec, load_tokenizer
+from collm.run import RunResult
+
+PARAMS = SamplingParams(max_new_tokens=40)
+MAX_BATCH = 32
+HEAD_ONLY, FULL = "collaboration (head only)", "collaboration (full)"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One system on the test questions.
+
+    Attributes:
+        scores: 1 per question whose whole answer is right, else 0.
+        completions: one per question.
+        seconds: to generate them all.
+    """
+
+    name: str
+    scores: list[float]
+    completions: list[Completion]
+    seconds: float
+
+    @property
+    def authors(self) -> list[int]:
+        """Of all tokens of all completions."""
+        return [author for completion in self.completions for author in completion.authors]
+
+
+def measure_all(world: DemoWorld, tuned: Path, results: dict[str, RunResult]) -> list[Measured]:
+    """The rows of the demo's table, in order.
+
+    Args:
+        tuned: the base fine-tuned alone.
+        results: the trained collaborations, "head" and "full".
+    """
+    full, head_only = results["full"].model, results["head"].model
+    names = [domain.name for domain in world.domains]
+    fine_tuned = _alone(tuned, full)
+    calibrated = {method: ThresholdPolicy(result.calibration.best().threshold) for method, result in results.items()}
+    systems: list[tuple[str, CoLLM, Policy | list[Policy]]] = [
+        ("base alone", head_only, SingleAuthorPolicy(0)),
+        ("base fine-tuned", fine_tuned, SingleAuthorPolicy(0)),
+        *((f"{name} expert alone", head_only, SingleAuthorPolicy(k)) for k, name in enumerate(names, start=1)),
+        (HEAD_ONLY, head_only, calibrated["head"]),
+        (FULL, full, calibrated["full"]),
+    ]
+    measured = [_measure(name, model, policy, world) for name, model, policy in systems]
+    rate = deferral_rate(measured[-1].authors)
+    references = [full.template.encode_completion(full.tokenizer, r["prompt"], r["completion"]) for r in world.test]
+    oracles: list[Policy] = [OraclePolicy(tuple(e.token_ids[e.is_target.index(True) :])) for e in references]
+    measured.insert(-2, _measure("random deferral at that rate", full, RandomPolicy(rate), world, seed=0))
+    measured.insert(-2, _measure("oracle", full, oracles, world))
+    return measured
+
+
+def _alone(path: Path, like: CoLLM) -> CoLLM:
+    """A base of its own in the place of another's, with a head that is never asked."""
+    head = DeferralHead(like.head.hidden_size, like.head.num_assistants)
+    return CoLLM(ModelSpec(str(path)), like.assistants, head, load_tokenizer(ModelSpec(str(path))))
+
+
+def _measure(
+    name: str, model: CoLLM, policy: Policy | list[Policy], world: DemoWorld, *, seed: int | None = None
+) -> Measured:
+    model.generate(world.test[0]["prompt"], SamplingParams(max_new_tokens=1), policy=SingleAuthorPolicy(0))  # loads
+    params = replace(PARAMS, seed=seed)
+    started = time.perf_counter()
+    out = model.generate([row["prompt"] for row in world.test], params, policy=policy, max_batch=MAX_BATCH)
+    seconds = time.perf_counter() - started
+    scores = [exact_match(c.text, row["completion"]) for c, row in zip(out, world.test, strict=True)]
+    return Measured(name, scores, list(out), seconds)
+
+
+def measure_curve(result: RunResult, world: DemoWorld, progress: Callable[[int, int], None]) -> list[CalibrationPoint]:
+    """The test questions at every threshold of the calibration."""
+    points = []
+    thresholds = [point.threshold for point in result.calibration.points]
+    for done, threshold in enumerate(thresholds, start=1):
+        measured = _measure("", result.model, ThresholdPolicy(threshold), world)
+        interval = bootstrap_interval(measured.scores)
+        points.append(
+            CalibrationPoint(threshold, deferral_rate(measured.authors), interval.mean, interval.low, interval.high)
+        )
+        progress(done, len(thresholds))
+    return points
