@@ -22,7 +22,7 @@ from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.types import SamplingParams
 from collm.errors import ConfigError
-from collm.evaluation.calibration import ValidationItem, calibrate
+from collm.evaluation.calibration import DEFERRAL_RATES, ValidationItem, calibrate, check_rates
 from collm.evaluation.metrics import metric_named
 from collm.models.guards import ACCEPTABLE, TokenizerIdentity, check_accepted, check_tokenizers
 from collm.models.language_model import LanguageModel
@@ -73,7 +73,8 @@ class RunConfig(DataConfig):
         validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
         validation_split: which split of a data set.
         metric: what calibration measures: exact_match, contains, last_number, token_f1 or module:function.
-        max_new_tokens, stop: of calibration's completions.
+        rates: deferral rates that calibration aims at.
+        max_new_tokens, stop, max_batch: of calibration's completions.
         dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
             whole.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
@@ -87,8 +88,10 @@ class RunConfig(DataConfig):
     validation: str | None = None
     validation_split: str | None = None
     metric: str = "exact_match"
+    rates: list[float] = field(default_factory=lambda: list(DEFERRAL_RATES))
     max_new_tokens: int = 256
     stop: list[str] = field(default_factory=list)
+    max_batch: int = 16
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
@@ -102,6 +105,7 @@ class RunConfig(DataConfig):
         if self.validation_split is not None and self.validation is None:
             raise ConfigError("validation_split has no effect without validation; name the data set")
         check_accepted(self.accept_differences)
+        check_rates(self.rates)
         metric_named(self.metric)
 
     def model(self, name: str) -> ModelSpec:
@@ -159,10 +163,12 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     calibration = calibrate_rows(
         model,
         prepared.validation,
+        config.validation or f"held out of {config.data}",
         metric=config.metric,
+        rates=config.rates,
         params=SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
+        max_batch=config.max_batch,
         quiet=quiet,
-        settings={"data": config.validation or f"held out of {config.data}"},
     )
     model.save_calibration(directory / "collaboration")
     metrics["calibration"] = calibration.to_dict()
@@ -319,16 +325,27 @@ def fit(
 def calibrate_rows(
     model: CoLLM,
     rows: Sequence[Row],
+    source: str,
     *,
     metric: str,
     params: SamplingParams,
-    settings: dict[str, Any],
+    rates: Sequence[float] = DEFERRAL_RATES,
+    max_batch: int = 16,
     quiet: bool = False,
 ) -> Calibration:
-    """Calibrate on rows of data, with a progress bar."""
+    """Calibrate on rows of data that came from `source`, with a progress bar."""
     items = [ValidationItem(row.prompt, row.completion) for row in rows]
     with progress_bar("calibrating", enabled=not quiet) as progress:
-        return calibrate(model, items, metric=metric, params=params, settings=settings, on_completion=progress)
+        return calibrate(
+            model,
+            items,
+            metric=metric,
+            params=params,
+            rates=rates,
+            max_batch=max_batch,
+            settings={"data": source},
+            on_completion=progress,
+        )
 
 
 def _write(path: Path, text: str) -> None:

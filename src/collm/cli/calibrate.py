@@ -16,6 +16,10 @@ def calibrate(
     metric: Annotated[
         str, typer.Option(help="exact_match, contains, last_number, token_f1 or module:function.")
     ] = "exact_match",
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Deferral rate to aim at; may be repeated. Default: 0, 0.1 .. 1.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most prompts decoded at once.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Use the first so many rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 256,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
@@ -28,10 +32,13 @@ def calibrate(
     from collm.cli.tables import calibration_table
     from collm.collaboration import CoLLM
     from collm.core.types import SamplingParams
+    from collm.evaluation.calibration import DEFERRAL_RATES
 
     model = CoLLM.from_pretrained(collaboration, device=device)
     rows = run.DataConfig(data, split, prompt_field, completion_field).rows(data, split)[:limit]
     params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
-    calibration = run.calibrate_rows(model, rows, metric=metric, params=params, settings={"data": data})
+    calibration = run.calibrate_rows(
+        model, rows, data, metric=metric, params=params, rates=rate or DEFERRAL_RATES, max_batch=max_batch
+    )
     model.save_calibration(collaboration)
     Console(highlight=False).print(calibration_table(calibration))

@@ -17,6 +17,7 @@ def demo(
     """Train a pair of tiny models on real facts and compare the collaboration with every baseline."""
     import logging
 
+    import transformers
     from rich.console import Console
 
     from collm.cli.authors import coloured, legend
@@ -24,9 +25,11 @@ def demo(
     from collm.demo.run import run_demo
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()  # tiny models load in an instant
     report = run_demo(out, num_assistants=assistants, seeds=range(seed, seed + seeds))
     console = Console(highlight=False)
     console.print(results_table(report.rows))
     for example in report.examples[:6]:
-        console.print(f"\n[dim]{example.prompt}[/dim]", coloured(example.tokens), sep="\n")
+        console.print(f"\n[dim]{example.prompt}[/dim]")
+        console.print(coloured(example.tokens))
     console.print("", legend(report.authors), "", report.summary, "", f"{out / 'report.html'}", sep="\n", markup=False)

@@ -35,7 +35,8 @@ def results_table(rows: Sequence[Row]) -> Table:
     """Systems beside each other."""
     table = Table(title="whole answers right, on entities never seen in training")
     for heading in ("system", "accuracy", "95% interval", "deferral rate", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "system" else "right")
+        is_name = heading == "system"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=True)
     for row in rows:
         style = "bold" if row.name.startswith("collaboration") else ""
         interval = f"{row.low:.1%} - {row.high:.1%}"

@@ -25,8 +25,8 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-        self._context, self._done = 0, len(self._ids)
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])  # what is decoded together
+        self._known = self._decode()  # the text of those that is out, or held for a stop string
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
@@ -34,21 +34,23 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; sets `stopped` once a stop string is complete."""
         self._ids.append(token_id)
-        known = self._decode(self._ids[self._context : self._done])
-        text = self._decode(self._ids[self._context :])
-        if text.endswith(_INCOMPLETE) or len(text) <= len(known):
+        text = self._decode()
+        if text.endswith(_INCOMPLETE) or len(text) <= len(self._known):
             return ""
-        self._context, self._done = max(self._context, self._done - _CONTEXT_TOKENS), len(self._ids)
-        return self._release(text[len(known) :])
+        new, self._known = text[len(self._known) :], text
+        if len(self._ids) > 3 * _CONTEXT_TOKENS:
+            self._ids = self._ids[-_CONTEXT_TOKENS:]
+            self._known = self._decode()
+        return self._release(new)
 
     def finish(self) -> str:
         """What was held back for a stop string that did not come; an incomplete character is dropped."""
         held, self._held = self._held, ""
         return held
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
+    def _decode(self) -> str:
         # Cleaning up spaces would change text that is already out.
-        decoded = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decoded = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return cast(str, decoded)
 
     def _release(self, text: str) -> str:

@@ -93,13 +93,18 @@ def _examples(result: SeedResult) -> list[Example]:
             reference=question["completion"],
             tokens=[
                 Token(text, author, prob)
-                for text, author, prob in zip(c.token_texts, c.authors, c.defer_probs, strict=True)
+                for text, author, prob in zip(_trimmed(c.token_texts), c.authors, c.defer_probs, strict=True)
                 if text
             ],
             correct=bool(score),
         )
         for question, c, score in questions
     ]
+
+
+def _trimmed(texts: list[str]) -> list[str]:
+    """Without the space between the prompt and the answer."""
+    return [texts[0].lstrip(), *texts[1:]]
 
 
 def _summary(results: list[SeedResult], rows: list[Row]) -> str:

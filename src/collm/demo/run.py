@@ -11,10 +11,11 @@ from typing import Any
 
 from collm.atomic import atomic_file
 from collm.demo.results import SeedResult, to_json, to_report, to_rows
-from collm.demo.systems import PARAMS, measure_all, measure_curve
+from collm.demo.systems import MAX_BATCH, PARAMS, measure_all, measure_curve
 from collm.demo.tiny_models import ModelPaths, fine_tune, make_models
 from collm.demo.world import DemoWorld
 from collm.errors import ConfigError
+from collm.evaluation.calibration import DEFERRAL_RATES
 from collm.evaluation.curve import require_matplotlib
 from collm.evaluation.report import Report, write_report
 from collm.run import RunConfig, RunResult, train_collaboration
@@ -22,6 +23,7 @@ from collm.training.config import CoLLMConfig
 from collm.training.scoring import progress_bar
 
 EPOCHS = {"head": 2, "full": 3}
+RATES = DEFERRAL_RATES
 
 
 def run_demo(out: Path, *, num_assistants: int = 1, seeds: Sequence[int] = (0,), quiet: bool = False) -> Report:
@@ -82,7 +84,9 @@ def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: b
         assistant=[str(path) for path in models.experts],
         data=str(directory / "train.jsonl"),
         validation=str(directory / "validation.jsonl"),
+        rates=list(RATES),
         max_new_tokens=PARAMS.max_new_tokens,
+        max_batch=MAX_BATCH,
         scores=str(directory / "scores"),
     )
     options: dict[str, Any] = {"learning_rate": 1e-3} if method == "full" else {}

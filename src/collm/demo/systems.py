@@ -19,7 +19,7 @@ from collm.models.loading import ModelSpec, load_tokenizer
 from collm.run import RunResult
 
 PARAMS = SamplingParams(max_new_tokens=40)
-MAX_BATCH = 32
+MAX_BATCH = 64
 HEAD_ONLY, FULL = "collaboration (head only)", "collaboration (full)"
 
 

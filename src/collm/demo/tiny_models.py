@@ -56,7 +56,7 @@ class Recipe:
     batch_size: int = 48
 
 
-BASE_RECIPE = Recipe(hidden_size=48, steps=200, learning_rate=1e-2)
+BASE_RECIPE = Recipe(hidden_size=64, steps=200, learning_rate=1e-2)
 EXPERT_RECIPE = Recipe(hidden_size=96, steps=400, learning_rate=4e-3)
 FINE_TUNE_LEARNING_RATE = 1e-3
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration, CalibrationPoint
-from collm.core.types import SamplingParams
+from collm.core.types import Completion, SamplingParams
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import bootstrap_interval
 from collm.evaluation.metrics import metric_named
@@ -57,22 +57,14 @@ def calibrate(
     """
     if not items:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
-    outside = [rate for rate in rates if not 0 <= rate <= 1]
-    if outside:
-        raise ConfigError(f"cannot aim at a deferral rate of {outside[0]}, expected numbers from 0 to 1")
+    check_rates(rates)
     score = metric_named(metric)
     params = params or SamplingParams()
-    done, total = 0, len(items) * (1 + len(_thresholds([0.5], rates)))
+    progress = _Progress(on_completion, total=len(items) * (1 + len(_thresholds([0.5], rates))))
 
     def measure(threshold: float) -> tuple[CalibrationPoint, list[float]]:
-        def count(index: int, completion: object) -> None:
-            nonlocal done
-            done += 1
-            if on_completion is not None:
-                on_completion(done, max(total, done))
-
         prompts = [item.prompt for item in items]
-        out = model.generate(prompts, params, threshold=threshold, max_batch=max_batch, on_completion=count)
+        out = model.generate(prompts, params, threshold=threshold, max_batch=max_batch, on_completion=progress.count)
         scores = [score(completion.text, item.reference) for completion, item in zip(out, items, strict=True)]
         interval = bootstrap_interval(scores)
         point = CalibrationPoint(threshold, out.deferral_rate, interval.mean, interval.low, interval.high)
@@ -80,13 +72,33 @@ def calibrate(
 
     alone, probs = measure(BASE_ALONE)
     thresholds = _thresholds(probs, rates)
-    total = len(items) * (1 + len(thresholds))
+    progress.total = len(items) * (1 + len(thresholds))
     points = [alone, *(measure(threshold)[0] for threshold in thresholds)]
     points.sort(key=lambda point: (point.deferral_rate, -point.threshold))
-    model.calibration = Calibration(
-        points, metric, len(items), {"max_new_tokens": params.max_new_tokens, **(settings or {})}
-    )
+    used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
+    model.calibration = Calibration(points, metric, len(items), used)
     return model.calibration
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raise a ConfigError for a deferral rate outside [0, 1]."""
+    outside = [rate for rate in rates if not 0 <= rate <= 1]
+    if outside:
+        raise ConfigError(f"cannot aim at a deferral rate of {outside[0]}, expected numbers from 0 to 1")
+
+
+@dataclass
+class _Progress:
+    """Counts completions over all thresholds."""
+
+    report: Callable[[int, int], None] | None
+    total: int
+    done: int = 0
+
+    def count(self, index: int, completion: Completion) -> None:
+        self.done += 1
+        if self.report is not None:
+            self.report(self.done, max(self.total, self.done))
 
 
 def _thresholds(defer_probs: Sequence[float], rates: Sequence[float]) -> list[float]:

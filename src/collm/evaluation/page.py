@@ -102,8 +102,7 @@ def _examples(report: Report) -> str:
 
 def _legend(authors: list[str]) -> str:
     entries = "".join(
-        f'<li><span class="{_author_class(author)}">{_text(name)}</span>'
-        f"{' (base, unmarked)' if author == BASE else ''}</li>"
+        f'<li><span class="{_author_class(author)}">{_text(name)}</span>{" (unmarked)" if author == BASE else ""}</li>'
         for author, name in enumerate(authors)
     )
     return f'<ul class="legend" aria-label="Authors and their marks">{entries}</ul>'
