@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -33,10 +34,9 @@ def calibration_table(calibration: Calibration) -> Table:
 
 def results_table(rows: Sequence[Row]) -> Table:
     """Systems beside each other."""
-    table = Table(title="whole answers right, on entities never seen in training")
+    table = Table(title="whole answers right, on entities never seen in training", box=box.SIMPLE_HEAD, padding=(0, 1))
     for heading in ("system", "accuracy", "95% interval", "deferral rate", "tokens/s"):
-        is_name = heading == "system"
-        table.add_column(heading, justify="left" if is_name else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
     for row in rows:
         style = "bold" if row.name.startswith("collaboration") else ""
         interval = f"{row.low:.1%} - {row.high:.1%}"

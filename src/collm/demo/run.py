@@ -22,7 +22,8 @@ from collm.run import RunConfig, RunResult, train_collaboration
 from collm.training.config import CoLLMConfig
 from collm.training.scoring import progress_bar
 
-EPOCHS = {"head": 2, "full": 3}
+EPOCHS = {"head": 8, "full": 3}
+LEARNING_RATES: dict[str, dict[str, Any]] = {"head": {"head_learning_rate": 1e-2}, "full": {"learning_rate": 1e-3}}
 RATES = DEFERRAL_RATES
 
 
@@ -89,7 +90,6 @@ def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: b
         max_batch=MAX_BATCH,
         scores=str(directory / "scores"),
     )
-    options: dict[str, Any] = {"learning_rate": 1e-3} if method == "full" else {}
     args = CoLLMConfig(
         output_dir=str(directory / method),
         method=method,
@@ -101,7 +101,7 @@ def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: b
         use_cpu=True,
         seed=seed,
         disable_tqdm=quiet,
-        **options,
+        **LEARNING_RATES[method],
     )
     return train_collaboration(config, args, quiet=quiet)
 

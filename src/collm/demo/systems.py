@@ -66,7 +66,7 @@ def measure_all(world: DemoWorld, tuned: Path, results: dict[str, RunResult]) ->
     rate = deferral_rate(measured[-1].authors)
     references = [full.template.encode_completion(full.tokenizer, r["prompt"], r["completion"]) for r in world.test]
     oracles: list[Policy] = [OraclePolicy(tuple(e.token_ids[e.is_target.index(True) :])) for e in references]
-    measured.insert(-2, _measure("random deferral at that rate", full, RandomPolicy(rate), world, seed=0))
+    measured.insert(-2, _measure("random, same rate", full, RandomPolicy(rate), world, seed=0))
     measured.insert(-2, _measure("oracle", full, oracles, world))
     return measured
 
