@@ -12,7 +12,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each model alone (about 3 minutes).
+demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each model alone (about 2 minutes).
 	$(BIN)/collm demo --out demo-out
 
 test: $(INSTALLED)  ## The whole test suite.

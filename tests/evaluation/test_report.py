@@ -12,8 +12,8 @@ import pytest
 from collm.core.calibration import CalibrationPoint
 from collm.errors import DataError, MissingExtra, WriteError
 from collm.evaluation.curve import draw_curve, require_matplotlib
-from collm.evaluation.page import render_page
-from collm.evaluation.report import Example, Report, Row, Token, write_report
+from collm.evaluation.page import render_page, write_report
+from collm.evaluation.report import Example, Report, Row, Token
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,38 +46,23 @@ def generate(
     model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    if json_:
-        _print_json(model, inputs, params, threshold, budget, policy)
-    else:
-        _print_coloured(model, inputs, params, threshold, budget, policy)
+    choice = {"threshold": threshold, "budget": budget, "policy": policy}
+    show = _print_json if json_ else _print_coloured
+    show(model, inputs, params, choice)
 
 
-def _print_json(
-    model: CoLLM,
-    prompts: list[Prompt],
-    params: SamplingParams,
-    threshold: float | None,
-    budget: float | None,
-    policy: str,
-) -> None:
+def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, choice: dict[str, Any]) -> None:
     import json
     from dataclasses import asdict
 
-    out = model.generate(prompts, params, threshold=threshold, budget=budget, policy=policy)
+    out = model.generate(prompts, params, **choice)
     for completion in out:
         usage = {name: asdict(used) for name, used in out.usage.items()}
         summary = {"text": completion.text, "deferral_rate": completion.deferral_rate}
         typer.echo(json.dumps({**summary, **asdict(completion), "usage_of_call": usage}))
 
 
-def _print_coloured(
-    model: CoLLM,
-    prompts: list[Prompt],
-    params: SamplingParams,
-    threshold: float | None,
-    budget: float | None,
-    policy: str,
-) -> None:
+def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, choice: dict[str, Any]) -> None:
     """Token by token, as they come."""
     from rich.console import Console
 
@@ -90,7 +75,7 @@ def _print_coloured(
         if len(prompts) > 1:
             console.print(f"[dim]prompt {index + 1}[/dim]")
         authors = []
-        for step in model.stream(prompt, params, threshold=threshold, budget=budget, policy=policy):
+        for step in model.stream(prompt, params, **choice):
             console.print(coloured([step]), end="")
             authors.append(step.author)
         console.print()

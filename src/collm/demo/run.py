@@ -17,7 +17,8 @@ from collm.demo.world import DemoWorld
 from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES
 from collm.evaluation.curve import require_matplotlib
-from collm.evaluation.report import Report, write_report
+from collm.evaluation.page import write_report
+from collm.evaluation.report import Report
 from collm.run import RunConfig, RunResult, train_collaboration
 from collm.training.config import CoLLMConfig
 from collm.training.scoring import progress_bar

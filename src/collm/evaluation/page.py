@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
+from collm.atomic import atomic_file
 from collm.core.types import BASE, deferral_rate
 from collm.evaluation.curve import draw_curve
-
-if TYPE_CHECKING:
-    from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Example, Report, Row, Token
 
 _COLOURS = 6
 _UNDERLINES = 5
@@ -24,6 +24,21 @@ _VERDICTS = {
     None: "",
 }
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def write_report(path: str | os.PathLike[str], report: Report) -> None:
+    """Write the page to `path`, whole or not at all; missing folders are made.
+
+    The page asks nothing of the network and has the browser hold it to that (a content security policy). The same
+    report gives the same bytes.
+
+    Raises:
+        MissingExtra: the report has a curve and matplotlib is not installed.
+        WriteError: the file cannot be written; what was there stays.
+    """
+    page = render_page(report)
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 def render_page(report: Report) -> str:

@@ -1,15 +1,11 @@
-"""One HTML page that shows what a collaboration is worth and who wrote which token. Needs nothing else to be read."""
+"""What a report says: systems beside each other, the curve, answers with the author of every token."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from collm.atomic import atomic_file
 from collm.core.calibration import CalibrationPoint
 from collm.errors import DataError
-from collm.evaluation.page import render_page
 
 
 @dataclass(frozen=True)
@@ -89,21 +85,6 @@ class Report:
                     f"token {token.text!r} is by author {token.author}, but the report names "
                     f"{len(self.authors)} authors; add their names, the base first"
                 )
-
-
-def write_report(path: str | os.PathLike[str], report: Report) -> None:
-    """Write the page to `path`, whole or not at all; missing folders are made.
-
-    The page asks nothing of the network and has the browser hold it to that (a content security policy). The same
-    report gives the same bytes.
-
-    Raises:
-        MissingExtra: the report has a curve and matplotlib is not installed.
-        WriteError: the file cannot be written; what was there stays.
-    """
-    page = render_page(report)
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 def _check_shares(record: object, *names: str) -> None:
