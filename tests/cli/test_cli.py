@@ -147,8 +147,10 @@ def test_yaml_and_flags_are_the_same_fields_and_a_flag_wins(tmp_path: Path) -> N
     run, args = parse(["--config", str(path), "--seed", "7", "--stop", "A", "B"])
     assert (run.base, run.assistant, run.stop) == ("b", ["x", "y"], ["A", "B"])
     assert (args.learning_rate, args.seed) == (2e-4, 7)
-    run, args = parse(["--config", str(path), "--assistant", "z", "--learning_rate", "1e-3"])
-    assert (run.assistant, args.learning_rate) == (["z"], 1e-3)
+    run, args = parse(["--config", str(path), "--assistant", "z", "--learning_rate", "1e-3", "--use_cpu", "true"])
+    assert (run.assistant, args.learning_rate, args.use_cpu) == (["z"], 1e-3, True)
+    run, _ = parse(["--config", str(path), "--template", "Question: {prompt}\nAnswer:", "--validation", "null"])
+    assert (run.template, run.validation) == ("Question: {prompt}\nAnswer:", None)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,7 @@ def test_yaml_and_flags_are_the_same_fields_and_a_flag_wins(tmp_path: Path) -> N
         ("base: [", "could not read"),
         ("base: b\nassistant: x\ndata: d\noutput_dir: o\nmetric: best\n", "best"),
         ("base: b\nassistant: x\ndata: d\noutput_dir: o\nlora_r: 4\n", "lora_r has no effect"),
+        ("base: b\nassistant: x\ndata: d\noutput_dir: o\ntemplate: {prompt}\n", "put it in quotes"),
         ("base: b\nassistant: []\ndata: d\noutput_dir: o\n", "no assistant"),
         ("base: b\nassistant: x\ndata: d\noutput_dir: o\nvalidation_split: t\n", "no effect without validation"),
     ],

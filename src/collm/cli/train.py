@@ -48,6 +48,9 @@ def parse(arguments: list[str]) -> tuple[RunConfig, CoLLMConfig]:
     own |= {
         name: [value] for name, value in own.items() if _is_list(_fields(RunConfig)[name]) and isinstance(value, str)
     }
+    for name, value in own.items():
+        if "str" in str(_fields(RunConfig)[name].type) and not isinstance(value, str | list | None):
+            raise ConfigError(f"{name} is {value!r}, expected text; put it in quotes")
     missing = [name for name in ("base", "assistant", "data") if name not in own]
     missing += ["output_dir"] if "output_dir" not in merged else []
     if missing:
@@ -76,12 +79,18 @@ def _parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, field in _fields(config).items():
             nargs = "+" if _is_list(field) else None
-            group.add_argument(f"--{name}", nargs=nargs, type=_value, metavar=str(field.type).replace("%", "%%"))
+            kind = _text if "str" in str(field.type) else _value
+            group.add_argument(f"--{name}", nargs=nargs, type=kind, metavar=str(field.type).replace("%", "%%"))
     return parser
 
 
+def _text(value: str) -> str | None:
+    """Text stays as it came: "Question: {prompt}" would be a mapping in YAML."""
+    return None if value == "null" else value
+
+
 def _value(text: str) -> Any:
-    """A flag's value reads as it would in YAML: numbers, true, false, null, text."""
+    """Other values read as they would in YAML: numbers, true, false, null."""
     import yaml
 
     try:
