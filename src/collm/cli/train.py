@@ -44,18 +44,21 @@ def parse(arguments: list[str]) -> tuple[RunConfig, CoLLMConfig]:
 
     options = vars(_parser().parse_args(arguments))
     merged = {**_read_yaml(options.pop("config", None)), **options}
-    own = {name: merged.pop(name) for name in list(merged) if name in _fields(RunConfig)}
-    own |= {
-        name: [value] for name, value in own.items() if _is_list(_fields(RunConfig)[name]) and isinstance(value, str)
-    }
-    for name, value in own.items():
-        if "str" in str(_fields(RunConfig)[name].type) and not isinstance(value, str | list | None):
-            raise ConfigError(f"{name} is {value!r}, expected text; put it in quotes")
-    missing = [name for name in ("base", "assistant", "data") if name not in own]
-    missing += ["output_dir"] if "output_dir" not in merged else []
+    missing = [name for name in ("base", "assistant", "data", "output_dir") if name not in merged]
     if missing:
         raise ConfigError(f"nothing says {', '.join(missing)}; give each as a flag or in the YAML file of --config")
+    known = _fields(RunConfig)
+    own = {name: _fitting(known[name], merged.pop(name)) for name in list(merged) if name in known}
     return RunConfig(**own), CoLLMConfig.from_dict(merged)
+
+
+def _fitting(field: Any, value: Any) -> Any:
+    """A value of a field of ours: a lone text may stand for a list of one, other values for no text."""
+    from collm.errors import ConfigError
+
+    if "str" in str(field.type) and not isinstance(value, str | list | None):
+        raise ConfigError(f"{field.name} is {value!r}, expected text; put it in quotes")
+    return [value] if _is_list(field) and isinstance(value, str) else value
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -77,11 +80,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="run.yaml", help="YAML file with any of the fields below")
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
         group = parser.add_argument_group(title)
+        descriptions = _descriptions(config)
         for name, field in _fields(config).items():
-            nargs = "+" if _is_list(field) else None
-            kind = _text if "str" in str(field.type) else _value
-            group.add_argument(f"--{name}", nargs=nargs, type=kind, metavar=str(field.type).replace("%", "%%"))
+            group.add_argument(
+                f"--{name}",
+                nargs="+" if _is_list(field) else None,
+                type=_text if "str" in str(field.type) else _value,
+                metavar=str(field.type).replace("%", "%%"),
+                help=descriptions.get(name, "").replace("%", "%%"),
+            )
     return parser
+
+
+def _descriptions(config: Any) -> dict[str, str]:
+    """What the docstrings of a config and its parents of ours say of each field."""
+    import inspect
+    import re
+
+    found: dict[str, str] = {}
+    for parent in config.__mro__:
+        if parent.__module__.startswith("collm"):
+            _, _, attributes = inspect.cleandoc(parent.__doc__).partition("Attributes:\n")
+            for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE):
+                found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
 
 
 def _text(value: str) -> str | None:
