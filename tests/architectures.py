@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 VOCAB_SIZE = 97
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -20,8 +20,8 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
-_NO_GQA = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
-_GEMMA = {**_COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+_NO_GQA = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+_GEMMA = {**COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 _GPT2 = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 32,
@@ -32,25 +32,25 @@ _GPT2 = {
 }
 
 EXACT: dict[str, Any] = {
-    "llama": lambda: transformers.LlamaConfig(**_COMMON),
-    "qwen2": lambda: transformers.Qwen2Config(**_COMMON),
-    "qwen3": lambda: transformers.Qwen3Config(**_COMMON, head_dim=8),
-    "mistral-window": lambda: transformers.MistralConfig(**_COMMON, sliding_window=8),
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=8),
+    "mistral-window": lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
     "gemma2": lambda: transformers.Gemma2Config(**_GEMMA),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_GEMMA),
-    "phi3": lambda: transformers.Phi3Config(**_COMMON),
+    "phi3": lambda: transformers.Phi3Config(**COMMON),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**_NO_GQA),
     "gpt2": lambda: transformers.GPT2Config(**_GPT2, bos_token_id=None, eos_token_id=1),
-    "mixtral": lambda: transformers.MixtralConfig(**_COMMON, num_local_experts=4),
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=4),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-        **_COMMON, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        **COMMON, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
-    "gpt-oss-sinks": lambda: transformers.GptOssConfig(**_COMMON, head_dim=8, num_local_experts=4, sliding_window=8),
+    "gpt-oss-sinks": lambda: transformers.GptOssConfig(**COMMON, head_dim=8, num_local_experts=4, sliding_window=8),
     "llama4-chunks": lambda: transformers.Llama4TextConfig(
-        **_COMMON, head_dim=8, num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=48
+        **COMMON, head_dim=8, num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=48
     ),
-    "cohere": lambda: transformers.CohereConfig(**_COMMON, logit_scale=0.5),
-    "granite": lambda: transformers.GraniteConfig(**_COMMON, logits_scaling=2.0),
+    "cohere": lambda: transformers.CohereConfig(**COMMON, logit_scale=0.5),
+    "granite": lambda: transformers.GraniteConfig(**COMMON, logits_scaling=2.0),
     "opt": lambda: transformers.OPTConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,

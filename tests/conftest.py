@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-VOCAB_SIZE = 97
+from tests.architectures import COMMON, VOCAB_SIZE
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 """Where exactness is tested: wherever the machine can."""
 
@@ -41,20 +42,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(**changes: Any) -> LlamaConfig:
     """Weights large enough that the two best logits lie far above rounding apart."""
-    options = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-    }
-    return LlamaConfig(**{**options, **changes})
+    return LlamaConfig(**{**COMMON, "max_position_embeddings": 128, **changes})
 
 
 def make_model(config: Any, seed: int, device: str = "cpu") -> PreTrainedModel:

@@ -12,7 +12,8 @@ from torch import Tensor
 from collm.core.types import ModelUsage
 from collm.errors import ModelFailure, RequestError, UnsupportedModel
 from collm.models.language_model import LanguageModel
-from collm.models.slots import PackedPass, Row, SlotCache, packing_order, register_attention, slot_attention_of
+from collm.models.slot_attention import register_attention, slot_attention_of
+from collm.models.slots import PackedPass, Row, SlotCache, packing_order
 
 
 @dataclass(frozen=True)
