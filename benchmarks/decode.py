@@ -97,27 +97,32 @@ class StepTimes:
 
     def __init__(self, model: PreTrainedModel, prompt: int, new: int) -> None:
         self.prompt, self.new = prompt, new
-        self.prefill = step_seconds(model, 0, prompt)
+        self.prefills = [step_seconds(model, 0, length) for length in (prompt, prompt + new)]
         self.table = {m: [step_seconds(model, at, m) for at in (prompt, prompt + new)] for m in SUFFIXES}
 
     def at(self, suffix: int, length: int) -> float:
-        share = (length - self.prompt) / self.new
-        points = [(m, early + share * (late - early)) for m, (early, late) in self.table.items()]
+        """Seconds to read `suffix` tokens after `length` cached ones; from 0 they are a prefill."""
+        if length == 0:
+            return self._between(*self.prefills, suffix)
+        points = [(m, self._between(early, late, length)) for m, (early, late) in self.table.items()]
         for (m0, t0), (m1, t1) in pairwise(points):
             if suffix <= m1:
                 return t0 + (t1 - t0) * (suffix - m0) / (m1 - m0)
         return points[-1][1] * suffix / points[-1][0]
 
+    def _between(self, early: float, late: float, length: int) -> float:
+        return early + (late - early) * (length - self.prompt) / self.new
+
 
 def limit_seconds(authors: list[int], base: StepTimes, assistant: StepTimes) -> float:
-    """N * t_base + sum over deferrals of t_assistant(suffix), the prompt being part of the first of each."""
-    total = base.prefill + sum(base.at(1, base.prompt + i) for i in range(1, len(authors)))
+    """N * t_base + sum over deferrals of t_assistant(suffix); each model's first read is a prefill."""
+    prompt = base.prompt
+    total = base.at(prompt, 0) + sum(base.at(1, prompt + i) for i in range(len(authors) - 1))
     seen = 0
     for i, author in enumerate(authors):
         if author:
-            total += assistant.at(i + 1 - seen, assistant.prompt + seen) if seen else assistant.prefill
-            total += assistant.at(i, assistant.prompt) - assistant.at(1, assistant.prompt) if not seen and i else 0
-            seen = i + 1
+            total += assistant.at(prompt + i - seen, seen)
+            seen = prompt + i
     return total
 
 

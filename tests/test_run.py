@@ -150,7 +150,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_scoring(setting: dict[str, A
     path.write_text(path.read_text().replace('"w40"', '"x40"'))
     with pytest.raises(MismatchError, match=r"assistant 2 .*token 43 is 'x40'"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "run"))
-    assert not (tmp_path / "run" / "scores").exists()
+    assert not (tmp_path / "run").exists()  # so that the corrected command may use it
 
 
 def test_held_out_rows_are_a_tenth_at_random_and_never_trained_on() -> None:

@@ -154,8 +154,9 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         CollmError: whatever else its steps raise.
     """
     directory = Path(args.output_dir)
-    claim_directory(directory, config, args)
+    check_directory(directory, config, args)
     prepared = prepare(config, args.max_length, seed=args.seed)
+    claim_directory(directory, config, args)
     scores = score_all(config, prepared, directory, quiet=quiet)
     model, metrics = fit(config, args, prepared, scores)
     model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
@@ -176,12 +177,11 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     return RunResult(directory / "collaboration", model, calibration, metrics)
 
 
-def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
-    """Keep the options, the command line and the versions; refuse a directory that holds another run."""
-    text = to_yaml(config, args)
+def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
+    """Refuse a directory that holds another run, or something else."""
     path = directory / "run.yaml"
     if path.exists():
-        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
+        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(config, args))
         different = [name for name in now if before.get(name) != now[name]]
         if different:
             name = different[0]
@@ -191,7 +191,11 @@ def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
             )
     elif directory.exists() and any(entry.name != "scores" for entry in directory.iterdir()):
         raise ConfigError(f"{directory} exists and holds no run; choose another output_dir")
-    _write(path, text)
+
+
+def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
+    """Keep the options, the command line and the versions."""
+    _write(directory / "run.yaml", to_yaml(config, args))
     about = {
         "command": sys.argv,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -16,7 +16,7 @@ from collm.core.policies import StepView
 from collm.core.sampling import sample, token_probs
 from collm.core.types import BASE, TokenStep
 from collm.decoding.request import Request, Sequence
-from collm.errors import RequestError
+from collm.errors import ConfigError, RequestError
 from collm.models.runner import Assistant, ModelRunner, Reading
 
 
@@ -94,6 +94,7 @@ class Engine:
 
         Raises:
             ModelFailure: a model returned NaN.
+            ConfigError: a policy named an author that does not exist.
         """
         self._admit()
         numbers, sequences = list(self._active), list(self._active.values())
@@ -101,7 +102,7 @@ class Engine:
         logits: list[dict[int, Tensor]] = [dict(enumerate(base.logits)), *({} for _ in self.authors[1:])]
         views = self._views(base, sequences)
         self._consult(sequences, views, logits)
-        chosen = [sequence.request.policy.author(view) for sequence, view in zip(sequences, views, strict=True)]
+        chosen = [self._choose(sequence, view) for sequence, view in zip(sequences, views, strict=True)]
         emitted: dict[int, Emitted] = {}
         for author, rows in enumerate(logits):
             writing = [i for i, name in enumerate(chosen) if name == author]
@@ -172,6 +173,12 @@ class Engine:
             )
             for sequence, (defer_prob, *author_probs) in zip(sequences, numbers, strict=True)
         ]
+
+    def _choose(self, sequence: Sequence, view: StepView) -> int:
+        author = sequence.request.policy.author(view)
+        if not 0 <= author < len(self.authors):
+            raise ConfigError(f"{sequence.request.policy} named author {author}, expected 0 to {len(self.authors) - 1}")
+        return author
 
     def _consult(self, sequences: ListOf[Sequence], views: list[StepView], logits: ListOf[dict[int, Tensor]]) -> None:
         """Let every assistant read the sequences whose policy looks at all of them before it decides."""
