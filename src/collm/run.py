@@ -212,17 +212,17 @@ def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
 
 
 def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
-    """Check that the tokenizers agree, read the rows and encode them."""
-    tokenizer = load_tokenizer(config.model(config.base))
-    identity = TokenizerIdentity.of(tokenizer)
-    for number, name in enumerate(config.assistant, start=1):
-        other = TokenizerIdentity.of(load_tokenizer(config.model(name)))
-        check_tokenizers(identity, other, f"assistant {number} ({name})", accept=config.accept_differences)
+    """Read the rows, check that the tokenizers agree, encode."""
     rows = config.rows(config.data, config.data_split)
     if config.validation is None:
         rows, validation = hold_out(rows, seed=seed)
     else:
         validation = config.rows(config.validation, config.validation_split)
+    tokenizer = load_tokenizer(config.model(config.base))
+    identity = TokenizerIdentity.of(tokenizer)
+    for number, name in enumerate(config.assistant, start=1):
+        other = TokenizerIdentity.of(load_tokenizer(config.model(name)))
+        check_tokenizers(identity, other, f"assistant {number} ({name})", accept=config.accept_differences)
     template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
     return Prepared(tokenizer, template, encode_rows(rows, template, tokenizer, max_length=max_length), validation)
 
