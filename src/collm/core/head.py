@@ -10,7 +10,7 @@ from collm.errors import ConfigError
 
 
 class DeferralHead(nn.Module):
-    """u_k = w_k . h + b_k for K assistants (arXiv 2403.03870, section 2.1, with a bias and K >= 1).
+    """u_k = w_k . h + b_k for K assistants (arXiv 2403.03870, with a bias and K >= 1).
 
     Parameters stay in fp32 and so does the arithmetic: a decision is compared with a threshold, and the head
     costs nothing beside the base. A new head is zero: every author equally probable.

@@ -23,7 +23,7 @@ def author_logprobs(defer_logits: Tensor) -> Tensor:
         defer_logits: u, shape (..., K).
 
     Returns:
-        Shape (..., K + 1), nats; entry 0 is the base. With K = 1 the paper's sigmoid (section 2.1).
+        Shape (..., K + 1), nats; entry 0 is the base. With K = 1 the paper's sigmoid.
     """
     return torch.log_softmax(F.pad(defer_logits.float(), (1, 0)), dim=-1)
 
@@ -49,7 +49,7 @@ def marginal_logprobs(base_logprob: Tensor, assistant_logprobs: Tensor, defer_lo
         defer_logits: u, shape (..., K).
 
     Returns:
-        Shape (...), nats, fp32 (arXiv 2403.03870, equation 2).
+        Shape (...), nats, fp32 (arXiv 2403.03870).
     """
     by_author = torch.cat([base_logprob.unsqueeze(-1), assistant_logprobs], dim=-1).float()
     return torch.logsumexp(author_logprobs(defer_logits) + by_author, dim=-1)

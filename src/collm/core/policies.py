@@ -56,7 +56,7 @@ def likeliest_assistant(author_probs: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class ThresholdPolicy:
-    """author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k (arXiv 2403.03870, section 2.3).
+    """author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k (arXiv 2403.03870).
 
     Raises:
         ConfigError: the threshold is outside [-1, 1].

@@ -40,7 +40,7 @@ def calibrate(
     """Measure deferral rate and metric at thresholds meant for `rates`; sets and returns `model.calibration`.
 
     The base first writes every answer alone; the quantiles of its defer probs are the thresholds that would give
-    those rates on its own text (arXiv 2403.03870, section 3), to which 1/2 is added, where deferring is as likely as
+    those rates on its own text (arXiv 2403.03870), to which 1/2 is added, where deferring is as likely as
     not. Each is then generated with, so the recorded rate is the one that came.
 
     Args:

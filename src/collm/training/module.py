@@ -16,7 +16,7 @@ from collm.training.targets import read_targets
 
 
 class JointModule(nn.Module):
-    """Base and head, with the marginal likelihood of gold tokens as loss (arXiv 2403.03870, equation 2).
+    """Base and head, with the marginal likelihood of gold tokens as loss (arXiv 2403.03870).
 
     The loss is computed inside `forward`, where wrappers for several devices have their hooks; nothing else of the
     base's forward pass is used than its hidden states, so logits exist only at target positions.
