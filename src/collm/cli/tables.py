@@ -34,12 +34,16 @@ def calibration_table(calibration: Calibration) -> Table:
 
 def results_table(rows: Sequence[Row]) -> Table:
     """Systems beside each other."""
-    table = Table(title="whole answers right, on entities never seen in training", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("system", "accuracy", "95% interval", "deferral rate", "tokens/s"):
+    table = Table(
+        title="whole answers right with 95% interval, entities never seen in training",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    for heading in ("system", "accuracy", "interval", "deferral", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
     for row in rows:
         style = "bold" if row.name.startswith("collaboration") else ""
-        interval = f"{row.low:.1%} - {row.high:.1%}"
+        interval = f"{100 * row.low:.1f}-{row.high:.1%}"
         table.add_row(
             row.name,
             f"{row.accuracy:.1%}",
