@@ -41,15 +41,13 @@ class Group:
         tokens: where their queries lie in the packed row.
         slots: their slots.
         kv_length: longest of their lengths after this pass.
-        ragged: their lengths differ, so shorter rows need a mask.
-        causal_start: one row that begins at position 0.
+        ragged: a mask is needed: their lengths differ, or several new tokens follow cached ones.
     """
 
     tokens: slice
     slots: slice
     kv_length: int
     ragged: bool
-    causal_start: bool
 
 
 class PackedPass:
@@ -108,7 +106,6 @@ def _group(rows: Sequence[Row], at: int) -> Group:
         slots=slice(first.slot, last.slot + 1),
         kv_length=max(ends),
         ragged=len(ends) > 1 or (first.size > 1 and first.start > 0),
-        causal_start=first.start == 0 and len(rows) == 1,
     )
 
 
