@@ -19,9 +19,10 @@ from collm.artefact import Manifest, SavedBase
 from collm.atomic import atomic_directory
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
-from collm.core.policies import JointPolicy, Policy, ThresholdPolicy
+from collm.core.named import policy_named
+from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, deferral_rate
-from collm.decoding.engine import Engine
+from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, Engine
 from collm.decoding.request import Request
 from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers
@@ -233,6 +234,8 @@ class CoLLM:
         budget: float | None = None,
         policy: str | Policy | Sequence[Policy] | None = None,
         max_batch: int = 16,
+        lookahead: int | None = None,
+        max_wait: int = MAX_WAIT,
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Completions:
         """Continue each prompt.
@@ -242,21 +245,27 @@ class CoLLM:
             params: how tokens are drawn; with a seed, prompt i draws with seed + i.
             threshold: the base keeps a token while its defer prob is at most this; by default the calibrated one.
             budget: a deferral rate to stay within, in place of a threshold; needs a calibration.
-            policy: "threshold" (default), "joint", or a policy object for all prompts or for each.
+            policy: "threshold" (default), another name as `core.named.policy_named` reads it ("joint", "mixture",
+                "contrastive:beta=0.5"), or a policy object for all prompts or for each.
             max_batch: most prompts decoded at once.
+            lookahead: most tokens that may be drafted ahead of the certain text; 0 for none. The tokens that come out
+                are the same.
+            max_wait: most steps in which a prompt may wait for others that need the same assistant; 0 for none.
             on_completion: called with index and completion whenever a prompt is done.
 
         Raises:
             ConfigError: options that contradict each other or have no effect.
             RequestError: a prompt that cannot be read.
             MismatchError: the models do not fit.
-            ModelFailure: a model returned NaN.
+            ModelFailure: a model raised or returned NaN.
+            PolicyFailure: a policy raised.
         """
         listed = _as_prompts(prompts)
         params = params or SamplingParams()
         policies = self._policies(policy, threshold, budget, len(listed))
+        self._check_lookahead(lookahead, policies)
         before = {author.name: copy(author.usage) for author in self._authors}
-        engine = self._engine(max_batch)
+        engine = self._engine(max_batch, lookahead, max_wait)
         done: dict[int, Completion] = {}
         try:
             for index, (prompt, chosen) in enumerate(zip(listed, policies, strict=True)):
@@ -264,10 +273,12 @@ class CoLLM:
                 engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), seeded, chosen))
             while engine.has_work:
                 for emitted in engine.step():
-                    if emitted.sequence.finish_reason is not None:
-                        done[emitted.number] = emitted.sequence.completion()
+                    if emitted.failure is not None:
+                        raise emitted.failure
+                    if emitted.completion is not None:
+                        done[emitted.number] = emitted.completion
                         if on_completion is not None:
-                            on_completion(emitted.number, done[emitted.number])
+                            on_completion(emitted.number, emitted.completion)
         finally:
             engine.close()
         usage = {author.name: author.usage - before[author.name] for author in self._authors}
@@ -281,10 +292,12 @@ class CoLLM:
         threshold: float | None = None,
         budget: float | None = None,
         policy: str | Policy | None = None,
+        lookahead: int | None = None,
     ) -> Iterator[TokenStep]:
         """Continue one prompt, token by token; the texts joined are the completion's text. As `generate` otherwise."""
         (chosen,) = self._policies(policy, threshold, budget, 1)
-        engine = self._engine(1)
+        self._check_lookahead(lookahead, [chosen])
+        engine = self._engine(1, lookahead, 0)
         engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
         return _steps(engine)
 
@@ -295,10 +308,8 @@ class CoLLM:
             return [ThresholdPolicy(self._threshold(threshold, budget))] * count
         if threshold is not None or budget is not None:
             raise ConfigError("threshold and budget have no effect with another policy than 'threshold'; drop them")
-        if policy == "joint":
-            return [JointPolicy()] * count
         if isinstance(policy, str):
-            raise ConfigError(f"policy is {policy!r}, expected 'threshold', 'joint' or a policy object")
+            policy = policy_named(policy)
         policies = cast("Sequence[Policy]", policy) if isinstance(policy, Sequence) else [policy] * count
         if len(policies) != count:
             raise ConfigError(f"{len(policies)} policies came for {count} prompts; give one for each, or one for all")
@@ -316,11 +327,29 @@ class CoLLM:
             )
         return self.calibration.best(1.0 if budget is None else budget).threshold
 
-    def _engine(self, max_batch: int) -> Engine:
-        if max_batch < 1:
-            raise ConfigError(f"max_batch is {max_batch}, expected at least 1")
+    def _check_lookahead(self, lookahead: int | None, policies: Sequence[Policy]) -> None:
+        asking = next((policy for policy in policies if policy.consults(len(self.assistants))), None)
+        if lookahead and asking is not None:
+            raise ConfigError(
+                f"lookahead={lookahead} has no effect with {asking}, which asks other authors before every token; "
+                "leave it out"
+            )
+
+    def _engine(self, max_batch: int, lookahead: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
         base, *assistants = self._authors
-        return Engine(base, assistants, self.head, self.tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+        for member, runner in zip([self.base, *self.assistants], self._authors, strict=True):
+            if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
+                runner.forget()
+        return Engine(
+            base,
+            assistants,
+            self.head,
+            self.tokenizer,
+            eos_ids=self._eos_ids,
+            max_batch=max_batch,
+            lookahead=LOOKAHEAD if lookahead is None else lookahead,
+            max_wait=max_wait,
+        )
 
     @cached_property
     def _models(self) -> list[LanguageModel]:
@@ -349,6 +378,9 @@ def _steps(engine: Engine) -> Iterator[TokenStep]:
     try:
         while engine.has_work:
             for emitted in engine.step():
+                if emitted.failure is not None:
+                    raise emitted.failure
+                assert emitted.step is not None
                 yield emitted.step
     finally:
         engine.close()

@@ -55,7 +55,11 @@ class RequestError(CollmError):
 
 
 class ModelFailure(CollmError):  # noqa: N818
-    """A model returned something that is no distribution."""
+    """A model raised, or returned something that is no distribution."""
+
+
+class PolicyFailure(CollmError):  # noqa: N818
+    """A policy raised while it decided one sequence's next token."""
 
 
 class MissingExtra(CollmError):  # noqa: N818

@@ -24,10 +24,11 @@ from collm.errors import ConfigError
 def view(probs: list[float], **changes: Any) -> StepView:
     options = {
         "position": 0,
+        "deferred": 0,
         "author_probs": probs,
         "defer_prob": 1 - probs[0],
         "temperature": 1.0,
-        "rng": random.Random(0),
+        "uniform": 0.5,
     }
     return StepView(**{**options, **changes})
 
@@ -49,7 +50,7 @@ def test_joint_draws_authors_by_their_probability() -> None:
     """Three cells within 5 standard deviations of 20,000 draws: odds of a false alarm below 1 in 500,000."""
     probs, n = [0.6, 0.3, 0.1], 20_000
     rng = random.Random(1)
-    drawn = [JointPolicy().author(view(probs, rng=rng)) for _ in range(n)]
+    drawn = [JointPolicy().author(view(probs, uniform=rng.random())) for _ in range(n)]
     for author, p in enumerate(probs):
         assert abs(drawn.count(author) - n * p) < 5 * math.sqrt(n * p * (1 - p))
 
@@ -61,7 +62,7 @@ def test_joint_at_low_temperature_is_the_likeliest_author() -> None:
 
 def test_random_defers_at_its_rate_whatever_the_head_says() -> None:
     rng = random.Random(2)
-    drawn = [RandomPolicy(0.25).author(view([1.0, 0.0], rng=rng)) for _ in range(20_000)]
+    drawn = [RandomPolicy(0.25).author(view([1.0, 0.0], uniform=rng.random())) for _ in range(20_000)]
     assert abs(sum(drawn) - 5_000) < 5 * math.sqrt(20_000 * 0.25 * 0.75)
     with pytest.raises(ConfigError, match="from 0 to 1"):
         RandomPolicy(1.2)
@@ -69,10 +70,10 @@ def test_random_defers_at_its_rate_whatever_the_head_says() -> None:
 
 def test_oracle_picks_who_has_the_reference_token() -> None:
     oracle = OraclePolicy((7, 8))
-    assert oracle.author(view([1, 0, 0], top_tokens=[7, 7, 7])) == 0
-    assert oracle.author(view([1, 0, 0], top_tokens=[1, 2, 7])) == 2
-    assert oracle.author(view([1, 0, 0], top_tokens=[1, 2, 3])) == 0
-    assert oracle.author(view([1, 0, 0], position=2, top_tokens=[1, 7, 8])) == 0
+    assert oracle.author(view([1, 0, 0], top_tokens={0: 7, 1: 7, 2: 7})) == 0
+    assert oracle.author(view([1, 0, 0], top_tokens={0: 1, 1: 2, 2: 7})) == 2
+    assert oracle.author(view([1, 0, 0], top_tokens={0: 1, 1: 2, 2: 3})) == 0
+    assert oracle.author(view([1, 0, 0], position=2, top_tokens={0: 1, 1: 7, 2: 8})) == 0
 
 
 def test_a_single_author_writes_everything() -> None:

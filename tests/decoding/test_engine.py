@@ -169,7 +169,7 @@ def test_oracle_consults_all_and_defer_probs_and_logprobs_are_reported(pair: CoL
 
 
 def test_usage_counts_what_each_model_did(pair: CoLLM) -> None:
-    out = pair.generate([[3, 4, 5]], SamplingParams(max_new_tokens=8), threshold=0.5)
+    out = pair.generate([[3, 4, 5]], SamplingParams(max_new_tokens=8), threshold=0.5, lookahead=0)
     completion = out[0]
     base, assistant = out.usage["base"], out.usage["assistant"]
     written = len(completion.token_ids)
@@ -180,7 +180,7 @@ def test_usage_counts_what_each_model_did(pair: CoLLM) -> None:
     last = max(i for i, author in enumerate(completion.authors) if author)
     assert assistant.tokens_read == 3 + last  # every token once: catching up, never reading again
     assert out.deferral_rate == completion.deferral_rate == sum(completion.authors) / written
-    again = pair.generate([[3, 4, 5]], SamplingParams(max_new_tokens=8), threshold=0.5)
+    again = pair.generate([[3, 4, 5]], SamplingParams(max_new_tokens=8), threshold=0.5, lookahead=0)
     assert again.usage == out.usage
 
 
@@ -199,14 +199,16 @@ def test_cancelled_sequences_leave_the_others_unchanged(pair: CoLLM) -> None:
     engine = pair._engine(max_batch=3)
     numbers = [engine.add(Request(p, params, ThresholdPolicy(0.5))) for p in prompts]
     came: dict[int, list[int]] = {number: [] for number in numbers}
-    for _ in range(3):
+    while len(came[1]) < 3:
         for emitted in engine.step():
             came[emitted.number].append(emitted.step.token_id)
+    written = len(came[1])
     engine.cancel(numbers[1])
     while engine.has_work:
         for emitted in engine.step():
             came[emitted.number].append(emitted.step.token_id)
-    assert came[1] == expected[1][:3]
+    assert came[1] == expected[1][:written]
+    assert written < len(expected[1])
     assert [came[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
 
 
@@ -248,7 +250,7 @@ def test_bad_prompts_are_refused_before_anything_runs(pair: CoLLM, prompt: Any, 
         ({"threshold": 2}, "from -1 to 1"),
         ({"threshold": 0.5, "budget": 0.1}, "give one of them"),
         ({"threshold": 0.5, "policy": "joint"}, "no effect"),
-        ({"policy": "best"}, "expected 'threshold', 'joint'"),
+        ({"policy": "best"}, "policy is 'best', expected one of threshold, "),
         ({"policy": [ThresholdPolicy(0.5)] * 3}, "3 policies came for 1"),
         ({"policy": SingleAuthorPolicy(2)}, "named author 2, expected 0 to 1"),
         ({"threshold": 0.5, "max_batch": 0}, "max_batch is 0"),
@@ -293,5 +295,7 @@ def test_the_engine_can_be_driven_by_hand(pair: CoLLM) -> None:
     assert not engine.has_work
     number = engine.add(Request([5], SamplingParams(max_new_tokens=2), ThresholdPolicy(1.0)))
     assert [e.number for e in engine.step()] == [number]
-    assert engine.step()[0].sequence.finish_reason == "length"
+    (last,) = engine.step()
+    assert last.completion is not None
+    assert last.completion.finish_reason == "length"
     assert not engine.has_work

@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from collm.core.combinations import CombiningPolicy
 from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
-from collm.core.policies import StepView
-from collm.core.sampling import sample, token_probs
-from collm.core.types import BASE, TokenStep
-from collm.decoding.request import Request, Sequence
-from collm.errors import ConfigError, RequestError
-from collm.models.runner import Assistant, ModelRunner, Reading
+from collm.core.types import BASE, Completion, TokenStep
+from collm.decoding.draws import Draw, greedy_draws, sampled_draw
+from collm.decoding.pacing import Odds, ahead_length, group_size, guess_depth, lookup_length
+from collm.decoding.reader import Heard, Reader, Stretch
+from collm.decoding.request import Request
+from collm.decoding.sequence import Decision, Sequence
+from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
+from collm.models.runner import Assistant, ModelRunner
+
+LOOKAHEAD = 16
+"""Default for the most tentative tokens of a sequence."""
+MAX_WAIT = 16
+"""Default for the most steps that a sequence waits for company."""
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """A step of the sequence that `Engine.add` numbered `number`."""
+    """News of the sequence that `Engine.add` numbered `number`.
+
+    Attributes:
+        step: a token; None if the sequence failed.
+        completion: everything that was generated, with the last token.
+        failure: why the sequence ended early; its neighbours go on.
+    """
 
     number: int
-    step: TokenStep
-    sequence: Sequence
+    step: TokenStep | None = None
+    completion: Completion | None = None
+    failure: CollmError | None = None
+
+
+@dataclass
+class Consultation:
+    """What all authors say of the next token of a sequence whose policy asks them before it decides.
+
+    Attributes:
+        defer_prob, author_probs: from the head.
+        author_logprobs: log P(Z), shape (K + 1,).
+        logits: author -> next-token logits, shape (V,).
+    """
+
+    defer_prob: float
+    author_probs: list[float]
+    author_logprobs: Tensor
+    logits: dict[int, Tensor]
 
 
 class Engine:
     """Decodes requests together.
+
+    A step lets the base read whatever it can of every sequence, decides who writes there, and asks the assistants for
+    sequences that cannot go on without them. Which tentative tokens are read, and which sequences wait for each other,
+    follows from measured times and never changes a token.
 
     Args:
         base: runner of the base.
@@ -39,6 +77,11 @@ class Engine:
         tokenizer: of all models.
         eos_ids: tokens that end a sequence.
         max_batch: most sequences decoded at once; further ones wait.
+        lookahead: most tentative tokens of a sequence; 0 reads nothing ahead.
+        max_wait: most steps a sequence waits for others that need the same assistant; 0 never waits.
+
+    Raises:
+        ConfigError: a limit out of range.
     """
 
     def __init__(
@@ -50,16 +93,26 @@ class Engine:
         *,
         eos_ids: frozenset[int],
         max_batch: int = 16,
+        lookahead: int = LOOKAHEAD,
+        max_wait: int = MAX_WAIT,
     ) -> None:
+        for name, value, least in (("max_batch", max_batch, 1), ("lookahead", lookahead, 0), ("max_wait", max_wait, 0)):
+            if value < least:
+                raise ConfigError(f"{name} is {value}, expected at least {least}")
         self.authors: list[Assistant] = [base, *assistants]
         self.head = head
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.max_batch = max_batch
+        self.lookahead = lookahead
+        self.max_wait = max_wait
         self._vocab_size = base.model.vocab_size
-        self._waiting: deque[tuple[int, Sequence]] = deque()
+        self._readers = [Reader(author, runner) for author, runner in enumerate(self.authors)]
+        self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
         self._count = 0
+        self._news: list[Emitted] = []
+        self._odds = Odds()
 
     @property
     def has_work(self) -> bool:
@@ -70,51 +123,45 @@ class Engine:
 
         Raises:
             RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context.
+            ConfigError: the policy asks for an author that does not exist.
         """
         self._check_prompt(request.prompt_ids)
+        consulted = request.policy.consults(len(self.authors) - 1)
+        unknown = [author for author in consulted if not 1 <= author < len(self.authors)]
+        if unknown:
+            raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         number, self._count = self._count, self._count + 1
-        limits = [author.max_length for author in self.authors if author.max_length is not None]
-        self._waiting.append((number, Sequence(request, self.tokenizer, self.eos_ids, min(limits, default=None))))
+        odds = self._odds.copy()
+        self._waiting.append(Sequence(number, request, self.authors, self.tokenizer, self.eos_ids, odds))
         return number
 
     def cancel(self, number: int) -> None:
         """Drop a request, running or waiting; its slots are free at once."""
-        self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.number != number)
         if number in self._active:
-            self._leave(number)
+            self._active.pop(number).leave()
 
     def close(self) -> None:
         """Drop all requests."""
         self._waiting.clear()
-        for number in list(self._active):
-            self._leave(number)
+        while self._active:
+            self._active.popitem()[1].leave()
 
+    @torch.inference_mode()
     def step(self) -> list[Emitted]:
-        """Write the next token of every active sequence.
+        """Let the base read once, and the assistants that are due; what became certain, in order.
 
-        Raises:
-            ModelFailure: a model returned NaN.
-            ConfigError: a policy named an author that does not exist.
+        A sequence whose model or policy breaks down leaves with its failure; the others go on.
         """
-        self._admit()
-        numbers, sequences = list(self._active), list(self._active.values())
-        base = self._read(BASE, sequences)
-        logits: list[dict[int, Tensor]] = [dict(enumerate(base.logits)), *({} for _ in self.authors[1:])]
-        views = self._views(base, sequences)
-        self._consult(sequences, views, logits)
-        chosen = [self._choose(sequence, view) for sequence, view in zip(sequences, views, strict=True)]
-        emitted: dict[int, Emitted] = {}
-        for author, rows in enumerate(logits):
-            writing = [i for i, name in enumerate(chosen) if name == author]
-            self._read_missing(author, writing, sequences, rows)
-            for i, (token_id, logprob) in zip(writing, _draw(writing, rows, sequences), strict=True):
-                step = sequences[i].append(token_id, author, views[i].defer_prob, logprob)
-                emitted[i] = Emitted(numbers[i], step, sequences[i])
-            self.authors[author].usage.tokens_written += len(writing)
-        for number, sequence in zip(numbers, sequences, strict=True):
-            if sequence.finish_reason is not None:
-                self._leave(number)
-        return [emitted[i] for i in range(len(sequences))]
+        while self._waiting and len(self._active) < self.max_batch:
+            sequence = self._waiting.popleft()
+            self._active[sequence.number] = sequence
+        consultations = self._read_base()
+        for author in range(1, len(self.authors)):
+            self._ask(author, consultations)
+        self._combine(consultations)
+        news, self._news = self._news, []
+        return news
 
     def _check_prompt(self, prompt_ids: ListOf[int]) -> None:
         if not prompt_ids:
@@ -129,77 +176,271 @@ class Engine:
                     "including what it writes; shorten the prompt"
                 )
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._active) < self.max_batch:
-            number, sequence = self._waiting.popleft()
-            self._active[number] = sequence
+    # The base reads, and every position it reads is decided
 
-    def _leave(self, number: int) -> None:
-        for author, slot in self._active.pop(number).slots.items():
-            self.authors[author].close(slot)
+    def _read_base(self) -> dict[Sequence, Consultation]:
+        """Extend every sequence that has something unread; those whose policy asks first come back undecided."""
+        reader = self._readers[BASE]
+        reading = [s for s in self._active.values() if not reader.has_read(s, s.length)]
+        for sequence in reading:
+            self._look_up(sequence)
+        heard = self._read(reader, {s: Stretch(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading})
+        if heard is None:
+            return {}
+        assert heard.hidden is not None
+        u = self.head(heard.hidden)  # (R, K)
+        by_author = author_logprobs(u)  # (R, K + 1)
+        greedy, numbers = greedy_draws(heard.logits, defer_probs(u).unsqueeze(-1), by_author.exp())
+        reader.clock()
+        consultations = {}
+        for sequence, rows in heard.rows.items():
+            if any(math.isnan(numbers[row][0]) or greedy[row].broken for row in rows):
+                self._fail_with_nan(sequence, BASE)
+            elif sequence.consulted:
+                defer_prob, *probs = numbers[rows[0]]
+                logits = {BASE: heard.logits[rows[0]]}
+                consultations[sequence] = Consultation(defer_prob, probs, by_author[rows[0]], logits)
+            else:
+                with self._alone(sequence):
+                    for row in rows:
+                        self._decide(sequence, numbers[row], heard.logits[row], greedy[row])
+                    self._settle(sequence)
+                    self._go_on(sequence)
+        return consultations
 
-    def _read(self, author: int, sequences: ListOf[Sequence]) -> Reading:
-        """Let an author read what it has not seen of each sequence: one row of logits each."""
-        runner = self.authors[author]
-        unseen: dict[int, ListOf[int]] = {}
+    def _decide(self, sequence: Sequence, numbers: list[float], logits: Tensor, greedy: Draw) -> None:
+        """Decide the position after the last decision, where the base's logits (V,) are known."""
+        defer_prob, *probs = numbers
+        author = sequence.author_of_next(defer_prob, probs)
+        guess = None
+        if author == BASE or self.lookahead:
+            guess = _drawn(sequence, len(sequence.steps) + len(sequence.decisions), logits, greedy)
+        sequence.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
+
+    def _look_up(self, sequence: Sequence) -> None:
+        """Draft what prompt lookup says, if enough of it is likely to hold."""
+        if not self.lookahead or sequence.consulted or sequence.draft or sequence.decisions:
+            return
+        longest = min(self.lookahead, sequence.draft_limit)
+        length = lookup_length(sequence.odds, self._readers[BASE].times, len(self._active), longest)
+        for token_id in sequence.lookup.draft(length):
+            if sequence.ends(token_id):
+                break
+            sequence.draft.append(token_id)
+
+    def _go_on(self, sequence: Sequence) -> None:
+        """Let the base read on after a position that waits for an assistant, as if its own guess were right."""
+        if sequence.waits_for is None or len(sequence.draft) >= len(sequence.decisions):
+            return
+        last = sequence.decisions[-1]
+        likely = last.choice or last.guess
+        if likely is None or sequence.ends(likely.token_id):
+            return
+        if len(sequence.draft) >= min(self.lookahead, sequence.draft_limit):
+            return
+        unknown = sum(decision.choice is None for decision in sequence.decisions)
+        if last.choice is None and unknown >= self._guess_depth(sequence):
+            return
+        sequence.draft.append(likely.token_id)
+
+    # Assistants are asked
+
+    def _ask(self, author: int, consultations: Mapping[Sequence, Consultation]) -> None:
+        """Let an assistant read the sequences that wait for it, if the call is worth it now, and those that consult."""
+        reader = self._readers[author]
+        due = [s for s in self._active.values() if s.waits_for == author and self._readers[BASE].has_read(s, s.length)]
+        if not self._worth_calling(author, due):
+            for sequence in due:
+                sequence.waited += 1
+            due = []
+        asked = {sequence: _asked_of(author, sequence) for sequence in due}
+        wanted = {s: Stretch(len(s.token_ids) + at[-1], at[-1] - at[0] + 1) for s, at in asked.items()}
+        wanted |= {s: Stretch(s.length) for s in consultations if author in s.consulted}
+        heard = self._read(reader, wanted)
+        if heard is None:
+            return
+        greedy, _ = greedy_draws(heard.logits)
+        reader.clock()
+        for sequence, rows in heard.rows.items():
+            if any(greedy[row].broken for row in rows):
+                self._fail_with_nan(sequence, author)
+            elif sequence in consultations:
+                consultations[sequence].logits[author] = heard.logits[rows[0]]
+            else:
+                with self._alone(sequence):
+                    for i in asked[sequence]:
+                        row = rows[i - asked[sequence][0]]
+                        self._answer(sequence, i, heard.logits[row], greedy[row])
+                    self._settle(sequence)
+        self._write_ahead(author, [s for s in due if s.number in self._active])
+
+    def _answer(self, sequence: Sequence, i: int, logits: Tensor, greedy: Draw) -> None:
+        """Note what an assistant with these logits (V,) writes at the sequence's decision i."""
+        decision = sequence.decisions[i]
+        decision.choice = _drawn(sequence, len(sequence.steps) + i, logits, greedy)
+        sequence.waited = 0
+        if decision.guess is not None:
+            sequence.odds.saw_answer(decision.guess.token_id == decision.choice.token_id)
+
+    def _worth_calling(self, author: int, due: ListOf[Sequence]) -> bool:
+        """Whether enough sequences wait for this assistant, one has waited too long, or nothing else can be done."""
+        if not due or any(sequence.waited >= self.max_wait for sequence in due):
+            return bool(due)
+        base = self._readers[BASE]
+        stalled = all(s.waits_for is not None and base.has_read(s, s.length) for s in self._active.values())
+        return stalled or len(due) >= self._group_size(author)
+
+    def _write_ahead(self, author: int, sequences: ListOf[Sequence]) -> None:
+        """In a run of deferrals let the assistant write the next tokens too, for the base to check in one pass."""
+        lengths = {s: self._ahead_length(author, s) for s in sequences}
+        while wanted := {s: Stretch(s.length) for s, length in lengths.items() if len(s.draft) < length}:
+            heard = self._read(self._readers[author], wanted)
+            if heard is None:
+                return
+            greedy, _ = greedy_draws(heard.logits)
+            self._readers[author].clock()
+            lengths = {s: length for s, length in lengths.items() if s in heard.rows}
+            for sequence, (row,) in heard.rows.items():
+                position = len(sequence.steps) + len(sequence.draft)
+                drawn = _drawn(sequence, position, heard.logits[row], greedy[row])
+                if drawn.broken:
+                    self._fail_with_nan(sequence, author)
+                if drawn.broken or sequence.ends(drawn.token_id):
+                    del lengths[sequence]
+                else:
+                    sequence.ahead[position] = author, drawn
+                    sequence.draft.append(drawn.token_id)
+
+    # Policies that asked everyone decide
+
+    def _combine(self, consultations: Mapping[Sequence, Consultation]) -> None:
+        by_policy: dict[int, list[Sequence]] = {}
+        for sequence in consultations:
+            if sequence.number in self._active:
+                by_policy.setdefault(id(sequence.request.policy), []).append(sequence)
+        for sequences in by_policy.values():
+            policy = sequences[0].request.policy
+            of_each = [consultations[sequence] for sequence in sequences]
+            with self._alone(*sequences):
+                if isinstance(policy, CombiningPolicy):
+                    written = _combined(policy, sequences, of_each)
+                else:
+                    written = _chosen(sequences, of_each)
+                for sequence, said, (author, drawn) in zip(sequences, of_each, written, strict=True):
+                    if drawn.broken:
+                        raise PolicyFailure(f"{policy} made NaN of its authors' logits")
+                    sequence.decisions.append(Decision(author, said.defer_prob, None, drawn))
+                    self._settle(sequence)
+
+    # Sequences come and go
+
+    def _read(self, reader: Reader, wanted: Mapping[Sequence, Stretch]) -> Heard | None:
+        heard = reader.read(wanted) if wanted else None
+        while reader.failures:
+            self._fail(*reader.failures.popitem())
+        return heard
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Send out what has become certain."""
+        steps = sequence.settle()
+        for step in steps:
+            self.authors[step.author].usage.tokens_written += 1
+            last = sequence.finish_reason is not None and step is steps[-1]
+            self._news.append(Emitted(sequence.number, step, sequence.completion() if last else None))
+        if sequence.finish_reason is not None:
+            self._odds = sequence.odds
+            self._active.pop(sequence.number).leave()
+
+    @contextmanager
+    def _alone(self, *sequences: Sequence) -> Iterator[None]:
+        """What goes wrong inside the block ends these sequences and no others."""
+        try:
+            yield
+        except CollmError as error:
+            self._fail_all(sequences, error)
+        except Exception as error:
+            policy = sequences[0].request.policy
+            failure = PolicyFailure(f"{policy} raised {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._fail_all(sequences, failure)
+
+    def _fail_all(self, sequences: ListOf[Sequence], failure: CollmError) -> None:
         for sequence in sequences:
-            if author not in sequence.slots:
-                sequence.slots[author] = runner.open()
-            slot = sequence.slots[author]
-            unseen[slot] = sequence.token_ids[runner.length(slot) :]
-        return runner.extend(unseen)
+            if sequence.number in self._active:
+                self._fail(sequence, failure)
 
-    def _read_missing(
-        self, author: int, wanted: ListOf[int], sequences: ListOf[Sequence], rows: dict[int, Tensor]
-    ) -> None:
-        """Complete `rows` (sequence index -> logits) for the sequences `wanted`."""
-        missing = [i for i in wanted if i not in rows]
-        if missing:
-            reading = self._read(author, [sequences[i] for i in missing])
-            rows.update(zip(missing, reading.logits, strict=True))
+    def _fail_with_nan(self, sequence: Sequence, author: int) -> None:
+        self._fail(
+            sequence,
+            ModelFailure(
+                f"{self.authors[author].name} returned NaN logits after {len(sequence.token_ids)} tokens; "
+                "check its weights and dtype"
+            ),
+            spoiled=author,
+        )
 
-    @torch.inference_mode()
-    def _views(self, base: Reading, sequences: ListOf[Sequence]) -> list[StepView]:
-        assert base.hidden is not None
-        u = self.head(base.hidden)  # (B, K)
-        numbers = torch.cat([defer_probs(u).unsqueeze(-1), author_logprobs(u).exp()], dim=-1).tolist()
-        return [
-            StepView(
-                position=len(sequence.steps),
-                author_probs=author_probs,
-                defer_prob=defer_prob,
-                temperature=sequence.request.params.temperature,
-                rng=sequence.rng,
-            )
-            for sequence, (defer_prob, *author_probs) in zip(sequences, numbers, strict=True)
-        ]
+    def _fail(self, sequence: Sequence, failure: CollmError, spoiled: int | None = None) -> None:
+        self._active.pop(sequence.number).leave(spoiled)
+        self._news.append(Emitted(sequence.number, failure=failure))
 
-    def _choose(self, sequence: Sequence, view: StepView) -> int:
-        author = sequence.request.policy.author(view)
-        if not 0 <= author < len(self.authors):
-            raise ConfigError(f"{sequence.request.policy} named author {author}, expected 0 to {len(self.authors) - 1}")
-        return author
+    # What pays
 
-    def _consult(self, sequences: ListOf[Sequence], views: list[StepView], logits: ListOf[dict[int, Tensor]]) -> None:
-        """Let every assistant read the sequences whose policy looks at all of them before it decides."""
-        consulting = [i for i, sequence in enumerate(sequences) if sequence.request.policy.consults_assistants]
-        for author, rows in enumerate(logits):
-            self._read_missing(author, consulting, sequences, rows)
-        for i in consulting:
-            views[i] = replace(views[i], top_tokens=[int(rows[i].argmax()) for rows in logits])
+    def _group_size(self, author: int) -> int:
+        rate = sum(s.odds.rate for s in self._active.values()) / len(self._active)
+        return group_size(rate, self._readers[BASE].times, self._readers[author].times, len(self._active))
+
+    def _guess_depth(self, sequence: Sequence) -> int:
+        base, assistant = (self._readers[author].times for author in (BASE, sequence.decisions[0].author))
+        active = len(self._active)
+        return guess_depth(sequence.odds, base, assistant, active, min(self.lookahead, 8))
+
+    def _ahead_length(self, author: int, sequence: Sequence) -> int:
+        if not self.lookahead or sequence.decisions or sequence.draft or sequence.steps[-1].author != author:
+            return 0
+        base, assistant = (self._readers[each].times for each in (BASE, author))
+        longest = min(self.lookahead, sequence.draft_limit)
+        return ahead_length(sequence.odds, base, assistant, len(self._active), longest)
 
 
-@torch.inference_mode()
-def _draw(writing: ListOf[int], rows: dict[int, Tensor], sequences: ListOf[Sequence]) -> list[tuple[int, float]]:
-    """The next token of each sequence in `writing` and its log-probability, from its author's logits."""
-    if not writing:
-        return []
-    logits = torch.stack([rows[i] for i in writing]).float()  # (n, V)
-    token_ids = logits.argmax(-1)
-    for row, i in enumerate(writing):
-        params, rng = sequences[i].request.params, sequences[i].rng
-        if params.temperature > 0:
-            probs = token_probs(logits[row], params.temperature, params.top_p, params.top_k)
-            token_ids[row] = sample(probs, probs.new_tensor(rng.random(), dtype=torch.float64))
-    logprobs = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    return list(zip(token_ids.tolist(), logprobs.tolist(), strict=True))
+def _asked_of(author: int, sequence: Sequence) -> list[int]:
+    """The decisions that wait for this assistant."""
+    return [i for i, decision in enumerate(sequence.decisions) if decision.author == author and decision.choice is None]
+
+
+def _drawn(sequence: Sequence, position: int, logits: Tensor, greedy: Draw) -> Draw:
+    """What an author with these logits (V,) writes at a completion position."""
+    params = sequence.request.params
+    return greedy if params.temperature == 0 else sampled_draw(logits, params, sequence.uniform(position, 1))
+
+
+def _chosen(sequences: ListOf[Sequence], of_each: ListOf[Consultation]) -> list[tuple[int, Draw]]:
+    """Author and token where the policy picks one of the authors it asked."""
+    written = []
+    for sequence, said in zip(sequences, of_each, strict=True):
+        authors = sorted(said.logits)
+        greedy, _ = greedy_draws(torch.stack([said.logits[author] for author in authors]))
+        draws = dict(zip(authors, greedy, strict=True))
+        top = {author: (draw.token_id, math.exp(draw.logprob)) for author, draw in draws.items()}
+        author = sequence.author_of_next(said.defer_prob, said.author_probs, top)
+        written.append((author, _drawn(sequence, len(sequence.steps), said.logits[author], draws[author])))
+    return written
+
+
+def _combined(
+    policy: CombiningPolicy, sequences: ListOf[Sequence], of_each: ListOf[Consultation]
+) -> list[tuple[int, Draw]]:
+    """Author credited and token where the policy makes one distribution of several."""
+    by_author = torch.stack([said.author_logprobs for said in of_each])  # (n, K + 1)
+    logprobs = {
+        author: torch.log_softmax(torch.stack([said.logits[author] for said in of_each]), dim=-1)
+        for author in of_each[0].logits
+    }
+    logits = policy.combine(logprobs, by_author)
+    greedy, _ = greedy_draws(logits)
+    draws = [
+        _drawn(sequence, len(sequence.steps), row, draw)
+        for sequence, row, draw in zip(sequences, logits, greedy, strict=True)
+    ]
+    token_ids = torch.tensor([[draw.token_id] for draw in draws], device=logits.device)
+    of_tokens = {author: each.gather(-1, token_ids).squeeze(-1) for author, each in logprobs.items()}
+    return list(zip(policy.credit(of_tokens, by_author).tolist(), draws, strict=True))

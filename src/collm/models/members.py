@@ -10,6 +10,7 @@ from torch import nn
 from collm.models.guards import check_vocab_sizes
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
+from collm.models.packing import pack_linears, packing_pays
 
 Member = nn.Module | ModelSpec
 """A model in memory, or where to load it from when it is first needed."""
@@ -33,6 +34,14 @@ def spec_of(member: Member) -> ModelSpec | None:
     return ModelSpec(path, revision=getattr(inner.config, "_commit_hash", None))
 
 
+def _loaded(spec: ModelSpec) -> nn.Module:
+    """A model that nobody else holds, so that its layers may be rearranged."""
+    module: nn.Module = load_model(spec)
+    if packing_pays(module):
+        pack_linears(module)
+    return module
+
+
 def load_members(members: Sequence[Member], *, vocab_size: int) -> list[LanguageModel]:
     """All models in memory, the base first, each cut to the tokenizer's ids.
 
@@ -42,7 +51,7 @@ def load_members(members: Sequence[Member], *, vocab_size: int) -> list[Language
     """
     models = []
     for author, member in enumerate(members):
-        module = load_model(member) if isinstance(member, ModelSpec) else member
+        module = _loaded(member) if isinstance(member, ModelSpec) else member
         name = author_name(author, len(members) - 1)
         models.append(LanguageModel(module.eval(), name=name, vocab_size=vocab_size))
     check_vocab_sizes(models, vocab_size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from collm.core.types import ModelUsage
-from collm.errors import ModelFailure, RequestError, UnsupportedModel
+from collm.errors import RequestError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.models.slot_attention import register_attention, slot_attention_of
 from collm.models.slots import PackedPass, Row, SlotCache, packing_order
@@ -18,11 +18,11 @@ from collm.models.slots import PackedPass, Row, SlotCache, packing_order
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model says after the last token of each sequence that was extended.
+    """What a model says after the last tokens of each sequence that was extended.
 
     Attributes:
-        logits: next-token logits, shape (B, V).
-        hidden: last hidden states, shape (B, H); None from an assistant that has none.
+        logits: next-token logits, shape (R, V): sequence by sequence, for each the positions asked for.
+        hidden: last hidden states, shape (R, H); None from an assistant that has none.
     """
 
     logits: Tensor
@@ -42,19 +42,28 @@ class Assistant(Protocol):
     @property
     def max_length(self) -> int | None: ...
 
-    def open(self) -> int: ...
+    def open(self, token_ids: Sequence[int]) -> int: ...
 
-    def close(self, slot: int) -> None: ...
+    def close(self, slot: int, *, spoiled: bool = False) -> None: ...
+
+    def forget(self) -> None: ...
 
     def length(self, slot: int) -> int: ...
 
     def rollback(self, slot: int, length: int) -> None: ...
 
-    def extend(self, unseen: Mapping[int, Sequence[int]]) -> Reading: ...
+    def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> Reading: ...
+
+
+MIN_SHARED = 16
+"""Fewer common tokens than this are read again rather than copied from another slot."""
 
 
 class ModelRunner:
     """Drives one language model over many ragged sequences.
+
+    A slot that was closed keeps what it holds until it is needed, so that the next turn of a chat, or another
+    completion of the same prompt, reads only what is new to it.
 
     Args:
         model: the model; it is left as it was found between calls.
@@ -72,8 +81,10 @@ class ModelRunner:
         self.max_pass_tokens = max_pass_tokens
         self._window = _smallest_window(model)
         self._cache = SlotCache(model.config.num_hidden_layers)
-        self._lengths: dict[int, int] = {}
+        self._texts: list[list[int]] = []  # slot -> the tokens whose keys and values it holds
+        self._closed: list[int] = []  # free slots, the longest free first
         _check_against_plain_forward(self)
+        self.forget()
         self.usage = ModelUsage()
 
     @property
@@ -82,56 +93,84 @@ class ModelRunner:
 
     @property
     def open_slots(self) -> int:
-        return len(self._lengths)
+        return len(self._texts) - len(self._closed)
 
-    def open(self) -> int:
-        """A slot for a new sequence: the lowest free one, so that live slots stay adjacent."""
-        slot = next(slot for slot in range(len(self._lengths) + 1) if slot not in self._lengths)
-        self._lengths[slot] = 0
+    @torch.inference_mode()
+    def open(self, token_ids: Sequence[int] = ()) -> int:
+        """A slot for a new sequence that is about to read `token_ids`; it may hold a beginning of them already.
+
+        At least one of the tokens is left to read.
+        """
+        source, shared = self._longest_shared(token_ids)
+        if source in self._closed and 2 * shared >= len(self._texts[source]):
+            slot = source  # little is lost by continuing it
+        else:
+            slot = self._free_slot()
+            if shared and slot != source:
+                self._cache.reserve(slot + 1, shared)
+                self._cache.copy(source, slot, shared)
+        if slot in self._closed:
+            self._closed.remove(slot)
+        self._texts[slot] = list(token_ids[:shared])
         return slot
 
-    def close(self, slot: int) -> None:
-        """Give the slot back."""
-        del self._lengths[slot]
+    @torch.inference_mode()
+    def close(self, slot: int, *, spoiled: bool = False) -> None:
+        """Give the slot back; `spoiled` wipes what it holds, after the model returned NaN there."""
+        self._closed.append(slot)
+        if spoiled:
+            self._texts[slot].clear()
+            self._cache.clear(slot)
+
+    def forget(self) -> None:
+        """Drop what closed slots hold: needed when the model's weights have changed."""
+        for slot in self._closed:
+            self._texts[slot].clear()
+        self._closed.sort()
 
     def length(self, slot: int) -> int:
         """How many tokens of its sequence the slot holds."""
-        return self._lengths[slot]
+        return len(self._texts[slot])
 
     def rollback(self, slot: int, length: int) -> None:
         """Forget everything after the first `length` tokens."""
-        assert 0 <= length <= self._lengths[slot]
-        self._lengths[slot] = length
+        assert 0 <= length <= len(self._texts[slot])
+        del self._texts[slot][length:]
 
     @torch.inference_mode()
-    def extend(self, unseen: Mapping[int, Sequence[int]]) -> Reading:
+    def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> Reading:
         """Read the tokens each slot has not seen, at least one each.
 
         Args:
             unseen: slot -> token ids that follow what it holds.
+            keep: slot -> how many of its last new tokens to return a row for; by default the very last.
 
         Returns:
-            One row per slot, in the mapping's order.
+            For each slot in the mapping's order the rows of its last tokens, in theirs. A row of a model that breaks
+            down holds NaN; its neighbours' rows do not.
 
         Raises:
-            RequestError: a sequence would outgrow the model's context; nothing is read.
-            ModelFailure: the model returned NaN; the slots concerned are left as before the call.
+            RequestError: a sequence would outgrow the model's context.
+            Exception: what the model raised. Whatever is raised, every slot is left as before the call.
         """
         assert all(unseen.values()), "every slot needs at least one new token"
-        self._check_context(unseen)
-        starts = {slot: self._lengths[slot] for slot in unseen}
-        hidden: dict[int, Tensor] = {}
-        for part in _passes(unseen, self.max_pass_tokens):
-            hidden.update(self._forward(part))
-        stacked = torch.stack([hidden[slot] for slot in unseen])
-        logits = self.model.logits(stacked)
-        self._check_finite(logits, starts)
-        return Reading(logits, stacked)
+        starts = {slot: len(self._texts[slot]) for slot in unseen}
+        self._check_context(unseen, starts)
+        firsts = {slot: starts[slot] + len(new) - (keep[slot] if keep else 1) for slot, new in unseen.items()}
+        try:
+            passes = [self._forward(part, firsts) for part in _passes(unseen, self.max_pass_tokens)]
+        except Exception:
+            for slot, start in starts.items():
+                self.rollback(slot, start)
+            raise
+        hidden = passes[0] if len(passes) == 1 else _in_order(passes)
+        rows = torch.cat([hidden[slot] for slot in unseen])
+        return Reading(self.model.logits(rows), rows)
 
-    def _forward(self, part: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """One packed forward pass; the hidden state after each slot's last token."""
+    def _forward(self, part: Mapping[int, Sequence[int]], firsts: Mapping[int, int]) -> dict[int, Tensor]:
+        """One packed forward pass; each slot's hidden states from its position `firsts` on."""
         slots = list(part)
-        rows = [Row(slot, self._lengths[slot], len(part[slot])) for slot in slots]
+        rows = [Row(slot, len(self._texts[slot]), len(part[slot])) for slot in slots]
         rows = [rows[i] for i in packing_order(rows)]
         self._cache.reserve(max(slots) + 1, max(row.end for row in rows))
         device = self.model.input_device
@@ -145,30 +184,46 @@ class ModelRunner:
                 use_cache=True,
                 slot_pass=layout,
             )[0]
-        self._lengths.update({row.slot: row.end for row in rows})
+        kept, at = {}, 0
+        for row in rows:
+            self._texts[row.slot].extend(part[row.slot])
+            kept[row.slot] = hidden[at + max(firsts[row.slot] - row.start, 0) : at + row.size]
+            at += row.size
         self.usage.forward_passes += 1
         self.usage.tokens_read += token_ids.shape[1]
-        return {row.slot: hidden[last] for row, last in zip(rows, layout.last_tokens, strict=True)}
+        return kept
 
-    def _check_context(self, unseen: Mapping[int, Sequence[int]]) -> None:
+    def _check_context(self, unseen: Mapping[int, Sequence[int]], starts: Mapping[int, int]) -> None:
         for slot, tokens in unseen.items():
-            length = self._lengths[slot] + len(tokens)
+            length = starts[slot] + len(tokens)
             if self.max_length is not None and length > self.max_length:
                 raise RequestError(f"{self.name} reads at most {self.max_length} tokens, came a sequence of {length}")
 
-    def _check_finite(self, logits: Tensor, starts: Mapping[int, int]) -> None:
-        broken = logits.amax(-1).isnan().tolist()  # amax passes NaN on
-        if not any(broken):
-            return
-        for (slot, start), bad in zip(starts.items(), broken, strict=True):
-            if bad:
-                self._lengths[slot] = start
-                self._cache.clear(slot)
-        positions = [start for start, bad in zip(starts.values(), broken, strict=True) if bad]
-        raise ModelFailure(
-            f"{self.name} returned NaN logits for {len(positions)} of {len(broken)} sequences "
-            f"(first after {positions[0]} cached tokens); check its weights and dtype {logits.dtype}"
-        )
+    def _longest_shared(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """The slot that holds the longest beginning of `token_ids`, its last token aside, and how long that is."""
+        wanted = list(token_ids[:-1])
+        shared = [common_prefix(wanted, text) for text in self._texts]
+        longest = max(shared, default=0)
+        return (shared.index(longest), longest) if longest >= MIN_SHARED else (-1, 0)
+
+    def _free_slot(self) -> int:
+        """An empty closed slot, else the longest closed, else a new one; low numbers first keep live slots adjacent."""
+        if not self._closed:
+            self._texts.append([])
+            return len(self._texts) - 1
+        return min(self._closed, key=lambda slot: slot if not self._texts[slot] else len(self._texts))
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many first entries two sequences of one type share."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _passes(unseen: Mapping[int, Sequence[int]], budget: int) -> list[dict[int, Sequence[int]]]:
@@ -186,6 +241,12 @@ def _passes(unseen: Mapping[int, Sequence[int]], budget: int) -> list[dict[int, 
             at += len(piece)
             room -= len(piece)
     return passes
+
+
+def _in_order(passes: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """The hidden states of each slot, gathered over passes."""
+    slots = {slot for part in passes for slot in part}
+    return {slot: torch.cat([part[slot] for part in passes if slot in part]) for slot in slots}
 
 
 def _smallest_window(model: LanguageModel) -> int | None:

@@ -1,6 +1,6 @@
 """Attention over KV slots: the packed row meets each slot's own keys, under the model's own mask.
 
-Shapes: t tokens of one group, T packed tokens, S slots, n slots of one group, H heads, L cached positions, D head
+Shapes: T packed tokens, S slots, n slots of one group, width its queries per slot, H heads, L cached positions, D head
 dimension.
 """
 
@@ -56,21 +56,15 @@ def slot_attention(
     for group in slot_pass.groups:
         keys = key[group.slots, :, : group.kv_length]
         values = value[group.slots, :, : group.kv_length]
-        queries = query[0, :, group.tokens]  # (H, t, D)
-        mask = None
-        if slot_pass.windowed or group.ragged:
-            mask = cast(Tensor, attention_mask)[0, 0, group.tokens, : group.kv_length]  # (t, L)
-        if keys.shape[0] > 1:  # one token for each of several slots: slots become the batch
-            queries = queries.transpose(0, 1).unsqueeze(2)  # (n, H, 1, D)
-            mask = None if mask is None else mask[:, None, None]
-        else:
-            queries = queries.unsqueeze(0)  # (1, H, t, D)
-            mask = None if mask is None else mask[None, None]
+        queries = query[0, :, group.tokens if group.padded is None else group.padded]  # (H, n * width, D)
+        queries = queries.reshape(queries.shape[0], keys.shape[0], group.width, -1).transpose(0, 1)  # (n, H, width, D)
+        mask = slot_pass.mask_of(group, attention_mask, query.dtype)
         if softcap is None and s_aux is None:
             attended = _fused_attention(queries, keys, values, mask, scale)
         else:
             attended = _plain_attention(queries, keys, values, mask, scale, softcap, s_aux)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))  # (t, H, D_v)
+        attended = attended.transpose(1, 2).flatten(0, 1)  # (n * width, H, D_v)
+        outputs.append(attended if group.kept is None else attended[group.kept])
     return torch.cat(outputs).unsqueeze(0), None
 
 
@@ -103,9 +97,9 @@ def _plain_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is None and length > 1:
-        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = torch.full((length, key.shape[2]), -torch.inf, dtype=scores.dtype, device=query.device).triu(1)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)

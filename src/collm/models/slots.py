@@ -35,19 +35,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that share one attention call: one row, or one-token rows in adjacent slots.
+    """Rows that share one attention call: those of neighbouring slots, padded to the same number of new tokens.
 
     Attributes:
-        tokens: where their queries lie in the packed row.
-        slots: their slots.
-        kv_length: longest of their lengths after this pass.
-        ragged: a mask is needed: their lengths differ, or several new tokens follow cached ones.
+        slots: the slots from the first to the last row's; idle ones between them take part and are ignored.
+        tokens: where the rows' tokens lie in the packed row, `size` of them.
+        width: new tokens of the longest row.
+        kv_length: longest of the rows' lengths after this pass.
+        ragged: a mask is needed: lengths differ, or several new tokens follow cached ones.
+        padded: for each slot and query, the packed token that stands there, (n * width,); None if that is `tokens`.
+        kept: for each token, its place among the padded queries, (size,); None likewise.
     """
 
-    tokens: slice
     slots: slice
+    tokens: slice
+    width: int
     kv_length: int
     ragged: bool
+    padded: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class PackedPass:
@@ -62,51 +68,85 @@ class PackedPass:
         self.rows = rows
         self.kv_length = max(row.end for row in rows)
         self.windowed = window is not None and self.kv_length > window
-        self.groups = _groups(rows)
+        self.groups = _groups(rows, device)
         self.positions = torch.tensor([p for row in rows for p in range(row.start, row.end)], device=device)  # (T,)
         self.slot_of = torch.tensor([row.slot for row in rows for _ in range(row.size)], device=device)  # (T,)
+        self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     @property
     def needs_mask(self) -> bool:
         return self.windowed or any(group.ragged for group in self.groups)
 
-    @property
-    def last_tokens(self) -> list[int]:
-        """Packed index of each row's last token."""
-        ends, total = [], 0
-        for row in self.rows:
-            total += row.size
-            ends.append(total - 1)
-        return ends
+    def mask_of(self, group: Group, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What attention adds to the scores of a group: (n, 1, width, L), 0 where visible, else -inf; None for nothing.
+
+        Args:
+            visible: the pass's boolean mask (1, 1, T, L). Layers of one kind share it, so it is converted once.
+        """
+        if visible is None or not (self.windowed or group.ragged):
+            return None
+        key = (id(visible), group.tokens.start)
+        if key not in self._masks:
+            tokens = group.tokens if group.padded is None else group.padded
+            seen = visible[0, 0, tokens, : group.kv_length]
+            seen = seen.reshape(group.slots.stop - group.slots.start, 1, group.width, group.kv_length)
+            # The boolean mask is kept too, or another could be made at its address.
+            self._masks[key] = visible, torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        return self._masks[key][1]
+
+
+_WIDEST = 16  # longer rows attend alone
+_ALWAYS_WORTH = 4096  # queries times keys that cost no more than a call
 
 
 def packing_order(rows: Sequence[Row]) -> list[int]:
-    """Indices of `rows` such that one-token rows come first and adjacent slots stand together."""
-    return sorted(range(len(rows)), key=lambda i: (rows[i].size > 1, rows[i].slot))
+    """Indices of `rows` such that rows which may share an attention call stand together, by slot."""
+    return sorted(range(len(rows)), key=lambda i: (rows[i].size > _WIDEST, rows[i].slot))
 
 
-def _groups(rows: Sequence[Row]) -> list[Group]:
+def _groups(rows: Sequence[Row], device: torch.device) -> list[Group]:
     groups: list[Group] = []
     members: list[Row] = []
     at = 0
     for row in rows:
-        if members and not (row.size == members[-1].size == 1 and row.slot == members[-1].slot + 1):
-            groups.append(_group(members, at))
+        if members and not _fit(members, row):
+            groups.append(_group(members, at, device))
             at += sum(member.size for member in members)
             members = []
         members.append(row)
-    return [*groups, _group(members, at)]
+    return [*groups, _group(members, at, device)]
 
 
-def _group(rows: Sequence[Row], at: int) -> Group:
-    size, ends = sum(row.size for row in rows), {row.end for row in rows}
-    first, last = rows[0], rows[-1]
-    return Group(
-        tokens=slice(at, at + size),
-        slots=slice(first.slot, last.slot + 1),
-        kv_length=max(ends),
-        ragged=len(ends) > 1 or (first.size > 1 and first.start > 0),
-    )
+def _fit(members: Sequence[Row], row: Row) -> bool:
+    """Whether a row may join: at most half of the shared call is padding."""
+    rows = [*members, row]
+    width, longest = max(r.size for r in rows), max(r.end for r in rows)
+    whole = (row.slot - members[0].slot + 1) * width * longest
+    return width <= _WIDEST and (whole <= _ALWAYS_WORTH or whole <= 2 * sum(r.size * r.end for r in rows))
+
+
+def _group(rows: Sequence[Row], at: int, device: torch.device) -> Group:
+    first, size, width = rows[0], sum(row.size for row in rows), max(row.size for row in rows)
+    slots = slice(first.slot, rows[-1].slot + 1)
+    ends = {row.end for row in rows}
+    ragged = len(ends) > 1 or (width > 1 and (len(rows) > 1 or first.start > 0))
+    padded = kept = None
+    if len(rows) > 1 and size < (slots.stop - slots.start) * width:
+        padded, kept = (torch.tensor(index, device=device) for index in _padding(rows, at, width))
+    return Group(slots, slice(at, at + size), width, max(ends), ragged, padded, kept)
+
+
+def _padding(rows: Sequence[Row], at: int, width: int) -> tuple[list[int], list[int]]:
+    """Packed token at each padded place, and place of each packed token. Padding repeats a real token of the group."""
+    first, last = rows[0].slot, rows[-1].slot
+    padded = [at] * ((last - first + 1) * width)
+    kept: list[int] = []
+    for row in rows:
+        place = (row.slot - first) * width
+        padded[place : place + width] = [at + min(i, row.size - 1) for i in range(width)]
+        kept += range(place, place + row.size)
+        at += row.size
+    return padded, kept
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -135,6 +175,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.is_initialized:
             self.keys[slot] = 0
             self.values[slot] = 0
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.keys[target, :, :length] = self.keys[source, :, :length]
+        self.values[target, :, :length] = self.values[source, :, :length]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store (1, H, T, D) at the pass's slots and positions; return everything up to the longest length."""
@@ -189,6 +233,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Overwrite a slot with zeros, after a pass left NaN in it."""
         for layer in self.layers:
             layer.clear(slot)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give `target` the first `length` tokens of `source`."""
+        for layer in self.layers:
+            layer.copy(source, target, length)
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor | None:
         """Absolute position of every packed token, (T,), which transformers hands to `slot_mask`; None for no mask."""

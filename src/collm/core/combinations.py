@@ -1,0 +1,173 @@
+"""Policies that write from a distribution made of several authors' distributions, not from one author's.
+
+Shapes: n sequences, V tokens, K assistants. Every combination reads the base and the authors it names for each
+token, so its cost is that of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from collm.core.policies import Policy, check_share
+from collm.core.types import BASE
+from collm.errors import ConfigError
+
+
+class CombiningPolicy(Policy):
+    """Draws the token from `combine`; who is credited with it is `credit`'s to say."""
+
+    def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            logprobs: author -> log P_z, shape (n, V), nats, fp32; of the base and of whom the policy consults.
+            author_logprobs: log P(Z), shape (n, K + 1).
+
+        Returns:
+            Shape (n, V).
+        """
+        raise NotImplementedError
+
+    def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        """The author a drawn token counts for: who gave it the most probability, the lowest number on a tie.
+
+        Args:
+            token_logprobs: author -> log P_z of the drawn tokens, shape (n,).
+            author_logprobs: log P(Z), shape (n, K + 1).
+
+        Returns:
+            Author numbers, shape (n,).
+        """
+        authors = sorted(token_logprobs)
+        best = torch.stack([token_logprobs[author] for author in authors]).argmax(0)
+        return torch.tensor(authors, device=best.device)[best]
+
+
+@dataclass(frozen=True)
+class MixturePolicy(CombiningPolicy):
+    """P(x) = sum_z P(Z = z) P_z(x): the trained joint model with its latent author summed out (arXiv 2403.03870).
+
+    Greedy takes the most probable token of the mixture, sampling draws from it; the token is credited to the author
+    with the largest posterior P(Z = z) P_z(x).
+    """
+
+    def consults(self, num_assistants: int) -> Sequence[int]:
+        return range(1, num_assistants + 1)
+
+    def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        joint = [author_logprobs[:, author, None] + logprobs[author] for author in sorted(logprobs)]
+        return torch.logsumexp(torch.stack(joint), dim=0)
+
+    def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        posterior = {author: author_logprobs[:, author] + each for author, each in token_logprobs.items()}
+        return super().credit(posterior, author_logprobs)
+
+
+@dataclass(frozen=True)
+class ProductPolicy(CombiningPolicy):
+    """P(x) proportional to P_0(x)^weight * prod_k P_k(x)^((1 - weight) / K): a product of experts.
+
+    A geometric mean: weight 1 is the base, weight 0 with one assistant is the assistant (Hinton, "Training products of
+    experts by minimizing contrastive divergence", 2002).
+
+    Raises:
+        ConfigError: the weight is outside [0, 1].
+    """
+
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_share("weight", self.weight)
+
+    def consults(self, num_assistants: int) -> Sequence[int]:
+        return range(1, num_assistants + 1)
+
+    def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        share = (1 - self.weight) / (len(logprobs) - 1)
+        return sum((share * each for author, each in logprobs.items() if author != BASE), self.weight * logprobs[BASE])
+
+
+@dataclass(frozen=True)
+class ContrastivePolicy(CombiningPolicy):
+    """(1 + beta) log P_expert - beta log P_amateur, where P_expert(x) >= alpha * max P_expert, else nothing.
+
+    Contrastive decoding (arXiv 2210.15097) in the form of arXiv 2309.09117. With beta 0 the expert, truncated where
+    alpha > 0. The token is the expert's.
+
+    Args:
+        alpha: plausibility, 0 (all tokens) to 1 (the expert's argmax only).
+        beta: strength of the contrast, >= 0.
+        expert, amateur: author numbers.
+
+    Raises:
+        ConfigError: a value out of range, or one author in both places.
+    """
+
+    alpha: float = 0.1
+    beta: float = 0.5
+    expert: int = 1
+    amateur: int = BASE
+
+    def __post_init__(self) -> None:
+        check_share("alpha", self.alpha)
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ConfigError(f"beta is {self.beta}, expected a number >= 0")
+        if self.expert == self.amateur:
+            raise ConfigError(f"expert and amateur are both author {self.expert}; name two different authors")
+
+    def consults(self, num_assistants: int) -> Sequence[int]:
+        return sorted({self.expert, self.amateur} - {BASE})
+
+    def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        expert = logprobs[self.expert]
+        scores = (1 + self.beta) * expert - self.beta * logprobs[self.amateur] if self.beta else expert
+        if self.alpha == 0:
+            return scores
+        border = expert.amax(-1, keepdim=True) + math.log(self.alpha)
+        return scores.masked_fill(expert < border, -torch.inf)
+
+    def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        return _always(self.expert, token_logprobs)
+
+
+@dataclass(frozen=True)
+class ProxyTuningPolicy(CombiningPolicy):
+    """P(x) proportional to P_M(x) * P_M+(x) / P_M-(x): a model steered by what tuning did to a smaller one.
+
+    Proxy tuning (arXiv 2401.08565). With M+ = M- it is M. The token is M's.
+
+    Args:
+        model: author number of M.
+        tuned: of M+, the small tuned model.
+        untuned: of M-, the same before tuning.
+
+    Raises:
+        ConfigError: M stands in for M+ or M- too.
+    """
+
+    model: int = 1
+    tuned: int = BASE
+    untuned: int = 2
+
+    def __post_init__(self) -> None:
+        if self.model in (self.tuned, self.untuned):
+            raise ConfigError(f"author {self.model} is named as the model and as its proxy; name another proxy")
+
+    def consults(self, num_assistants: int) -> Sequence[int]:
+        return sorted({self.model, self.tuned, self.untuned} - {BASE})
+
+    def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        return logprobs[self.model] + (logprobs[self.tuned] - logprobs[self.untuned])
+
+    def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
+        return _always(self.model, token_logprobs)
+
+
+def _always(author: int, token_logprobs: Mapping[int, Tensor]) -> Tensor:
+    like = next(iter(token_logprobs.values()))
+    return torch.full_like(like, author, dtype=torch.long)

@@ -1,0 +1,66 @@
+"""Policies by name, as they stand in a command line or a request: "name" or "name:option=value,option=value"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from collm.core.combinations import ContrastivePolicy, MixturePolicy, ProductPolicy, ProxyTuningPolicy
+from collm.core.policies import (
+    BudgetPolicy,
+    ConfidencePolicy,
+    JointPolicy,
+    Policy,
+    RandomPolicy,
+    ScheduledPolicy,
+    SingleAuthorPolicy,
+    ThresholdPolicy,
+)
+from collm.errors import ConfigError
+
+POLICIES: dict[str, type[Policy]] = {
+    "threshold": ThresholdPolicy,
+    "schedule": ScheduledPolicy,
+    "budget": BudgetPolicy,
+    "joint": JointPolicy,
+    "single": SingleAuthorPolicy,
+    "random": RandomPolicy,
+    "confidence": ConfidencePolicy,
+    "mixture": MixturePolicy,
+    "product": ProductPolicy,
+    "contrastive": ContrastivePolicy,
+    "proxy": ProxyTuningPolicy,
+}
+"""The oracle is not among them: it needs the answer."""
+
+
+_NUMBERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
+
+
+def policy_named(text: str) -> Policy:
+    """The policy that `text` names, for example "mixture" or "contrastive:alpha=0.1,beta=0.5".
+
+    Raises:
+        ConfigError: an unknown name or option, a missing option, or a value that is no number of the right kind.
+    """
+    name, _, rest = text.partition(":")
+    if name not in POLICIES:
+        raise ConfigError(f"policy is {text!r}, expected one of {', '.join(POLICIES)}")
+    kind: Any = POLICIES[name]
+    types: dict[str, Callable[[str], Any]] = {f.name: _NUMBERS[str(f.type)] for f in fields(kind)}
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        option, equals, value = part.partition("=")
+        if not equals or option not in types:
+            known = ", ".join(f"{each}=.." for each in types) or "none"
+            raise ConfigError(f"policy {name!r} was given {part!r}, its options are: {known}")
+        try:
+            options[option] = types[option](value)
+        except ValueError as error:
+            raise ConfigError(f"{option} of policy {name!r} is {value!r}, expected a number") from error
+    try:
+        policy: Policy = kind(**options)
+        return policy
+    except TypeError as error:
+        raise ConfigError(f"policy {name!r} lacks an option: {error}; write {name}:option=value") from error

@@ -1,0 +1,44 @@
+"""Drafts without a model: what followed the last time the text's latest tokens stood in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_NGRAMS = (3, 2)
+"""Lengths of the ending that is looked up, the longer first."""
+
+
+class PromptLookup:
+    """Finds the most recent earlier occurrence of a growing text's ending (prompt lookup decoding, Saxena 2023).
+
+    Args:
+        token_ids: the text; it may grow at its end between calls.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = token_ids
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where its last occurrence, the very end aside, ends
+        self._indexed = 0
+
+    def draft(self, length: int) -> list[int]:
+        """At most `length` tokens that may come next; none if the ending is new."""
+        at = self._match()
+        return list(self._token_ids[at : at + length]) if at is not None else []
+
+    def next_token(self) -> int | None:
+        """The first token of a draft."""
+        at = self._match()
+        return self._token_ids[at] if at is not None else None
+
+    def _match(self) -> int | None:
+        text = self._token_ids
+        for end in range(self._indexed, len(text)):
+            for n in _NGRAMS:
+                if end >= n:
+                    self._after[tuple(text[end - n : end])] = end
+        self._indexed = max(self._indexed, len(text))
+        for n in _NGRAMS:
+            at = self._after.get(tuple(text[-n:]))
+            if at is not None and len(text) >= n:
+                return at
+        return None

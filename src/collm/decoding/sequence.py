@@ -1,0 +1,215 @@
+"""A request while it is decoded: its certain text, what may follow, and who is to write it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.core.policies import StepView
+from collm.core.types import BASE, Completion, FinishReason, TokenStep
+from collm.decoding.draws import Draw
+from collm.decoding.lookup import PromptLookup
+from collm.decoding.pacing import Odds
+from collm.decoding.request import Request
+from collm.decoding.text import TextStream
+from collm.errors import ConfigError
+from collm.models.runner import Assistant
+
+
+@dataclass
+class Decision:
+    """Who writes one position.
+
+    Attributes:
+        author: as the policy decided.
+        defer_prob: 1 - P(Z = 0) there.
+        guess: what the base would write; None where nobody will ask.
+        choice: what the author writes; None until it was asked.
+    """
+
+    author: int
+    defer_prob: float
+    guess: Draw | None
+    choice: Draw | None
+
+
+class Sequence:
+    """A request in progress.
+
+    The certain text is `token_ids`. After it may stand tentative tokens, `draft`: they come from wherever a guess is
+    cheap, and leave as soon as the author that writes there is known to write something else. `decisions[i]` is about
+    the token after `token_ids + draft[:i]`, for as far as the base has read.
+
+    Attributes:
+        token_ids: prompt and completion.
+        draft: tokens that may follow.
+        decisions: at most one more than there are tokens in the draft.
+        ahead: completion position -> an assistant, and what it writes there if the draft before it holds.
+        slots: author -> its slot, opened when that author first reads the sequence.
+        steps: what was generated so far.
+        deferred: how many of those the assistants wrote.
+        waited: steps since the sequence began to wait for an assistant.
+        consulted: assistants that the policy asks before it decides; then nothing is ever tentative.
+        odds: how guesses about this sequence fare.
+        finish_reason: set with the last token.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        authors: ListOf[Assistant],
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: frozenset[int],
+        odds: Odds,
+    ) -> None:
+        self.number = number
+        self.request = request
+        self.token_ids = list(request.prompt_ids)
+        self.draft: list[int] = []
+        self.decisions: list[Decision] = []
+        self.ahead: dict[int, tuple[int, Draw]] = {}
+        self.slots: dict[int, int] = {}
+        self.steps: list[TokenStep] = []
+        self.deferred = 0
+        self.waited = 0
+        self.odds = odds
+        self.lookup = PromptLookup(self.token_ids)
+        self.consulted = request.policy.consults(len(authors) - 1)
+        self.finish_reason: FinishReason | None = None
+        self._authors = authors
+        self._eos_ids = eos_ids
+        self._max_length = min((a.max_length for a in authors if a.max_length is not None), default=None)
+        self._stream = TextStream(tokenizer, request.prompt_ids, request.params.stop)
+        self._rng = random.Random(request.params.seed)
+        self._uniforms: list[tuple[float, float]] = []
+
+    @property
+    def text(self) -> list[int]:
+        """The certain and the tentative tokens."""
+        return self.token_ids + self.draft
+
+    @property
+    def length(self) -> int:
+        """Of `text`."""
+        return len(self.token_ids) + len(self.draft)
+
+    @property
+    def waits_for(self) -> int | None:
+        """The assistant that must be asked before anything more is certain."""
+        return self.decisions[0].author if self.decisions and self.decisions[0].choice is None else None
+
+    @property
+    def draft_limit(self) -> int:
+        """Longest draft after which a token is still to come."""
+        limit = self.request.params.max_new_tokens - len(self.steps) - 1
+        return limit if self._max_length is None else min(limit, self._max_length - len(self.token_ids) - 1)
+
+    def ends(self, token_id: int) -> bool:
+        """Whether this token ends the text."""
+        return token_id in self._eos_ids
+
+    def uniform(self, position: int, of: int) -> float:
+        """The draw from [0, 1) that belongs to a completion position: for its author (0) or its token (1)."""
+        while len(self._uniforms) <= position:
+            self._uniforms.append((self._rng.random(), self._rng.random()))
+        return self._uniforms[position][of]
+
+    def author_of_next(
+        self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
+    ) -> int:
+        """Whom the policy names for the position after the last decision.
+
+        Args:
+            top: author -> its likeliest token and that token's probability, for the base and those consulted.
+
+        Raises:
+            ConfigError: the policy named an author that does not exist.
+            Exception: whatever the policy raises.
+        """
+        position = len(self.steps) + len(self.decisions)
+        view = StepView(
+            position=position,
+            deferred=self.deferred + sum(decision.author != BASE for decision in self.decisions),
+            author_probs=author_probs,
+            defer_prob=defer_prob,
+            temperature=self.request.params.temperature,
+            uniform=self.uniform(position, 0),
+            top_tokens={author: token for author, (token, _) in (top or {}).items()},
+            top_probs={author: prob for author, (_, prob) in (top or {}).items()},
+        )
+        author = self.request.policy.author(view)
+        if not 0 <= author < len(self._authors):
+            raise ConfigError(f"{self.request.policy} named author {author}, expected 0 to {len(self._authors) - 1}")
+        return author
+
+    def settle(self) -> list[TokenStep]:
+        """Cut the draft where its author is known to write something else; the tokens that are certain now."""
+        self._check_draft()
+        steps = []
+        while self.decisions and (drawn := self.decisions[0].choice) and self.finish_reason is None:
+            decision = self.decisions.pop(0)
+            self.ahead.pop(len(self.steps), None)
+            steps.append(self._append(decision, drawn))
+            del self.draft[:1]
+        return steps
+
+    def _check_draft(self) -> None:
+        for i, decision in enumerate(self.decisions):
+            author, drawn = self.ahead.get(len(self.steps) + i, (BASE, None))
+            if decision.choice is None and decision.author == author:
+                decision.choice = drawn
+            if decision.choice and i < len(self.draft) and self.draft[i] != decision.choice.token_id:
+                del self.draft[i:], self.decisions[i + 1 :]
+                self.ahead.clear()
+                for each, slot in self.slots.items():
+                    runner = self._authors[each]
+                    runner.rollback(slot, min(runner.length(slot), self.length))
+                return
+
+    def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
+        self.odds.saw(
+            self.steps[-1].author if self.steps else BASE, decision.author, self.lookup.next_token(), drawn.token_id
+        )
+        self.token_ids.append(drawn.token_id)
+        self.deferred += decision.author != BASE
+        text = "" if self.ends(drawn.token_id) else self._stream.push(drawn.token_id)
+        self.finish_reason = self._finished(drawn.token_id)
+        if self.finish_reason in ("eos", "length"):
+            text += self._stream.finish()
+        step = TokenStep(drawn.token_id, text, decision.author, decision.defer_prob, drawn.logprob)
+        self.steps.append(step)
+        return step
+
+    def _finished(self, token_id: int) -> FinishReason | None:
+        if self.ends(token_id):
+            return "eos"
+        if self._stream.stopped:
+            return "stop"
+        full = self._max_length is not None and len(self.token_ids) >= self._max_length
+        if full or len(self.steps) + 1 >= self.request.params.max_new_tokens:
+            return "length"
+        return None
+
+    def leave(self, spoiled: int | None = None) -> None:
+        """Give all slots back, wiping that of the author that returned NaN."""
+        for author, slot in self.slots.items():
+            self._authors[author].close(slot, spoiled=author == spoiled)
+        self.slots.clear()
+
+    def completion(self) -> Completion:
+        """What was generated; only of a finished sequence."""
+        assert self.finish_reason is not None
+        return Completion(
+            token_ids=[step.token_id for step in self.steps],
+            token_texts=[step.text for step in self.steps],
+            authors=[step.author for step in self.steps],
+            defer_probs=[step.defer_prob for step in self.steps],
+            logprobs=[step.logprob for step in self.steps],
+            finish_reason=self.finish_reason,
+            prompt_token_ids=self.request.prompt_ids,
+        )
