@@ -18,7 +18,7 @@ from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.types import BASE, Completion, TokenStep
 from collm.decoding.draws import Draw, greedy_draws, sampled_draw
-from collm.decoding.pacing import Odds, ahead_length, group_size, guess_depth, lookup_length
+from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, wait_steps
 from collm.decoding.reader import Heard, Reader, Stretch
 from collm.decoding.request import Request
 from collm.decoding.sequence import Decision, Sequence
@@ -222,7 +222,8 @@ class Engine:
         if not self.lookahead or sequence.consulted or sequence.draft or sequence.decisions:
             return
         longest = min(self.lookahead, sequence.draft_limit)
-        length = lookup_length(sequence.odds, self._readers[BASE].times, len(self._active), longest)
+        times = self._readers[BASE].times, self._readers[1].times
+        length = lookup_length(sequence.odds, *times, len(self._active), longest)
         for token_id in sequence.lookup.draft(length):
             if sequence.ends(token_id):
                 break
@@ -239,7 +240,7 @@ class Engine:
         if len(sequence.draft) >= min(self.lookahead, sequence.draft_limit):
             return
         unknown = sum(decision.choice is None for decision in sequence.decisions)
-        if last.choice is None and unknown >= self._guess_depth(sequence):
+        if unknown >= self._guess_depth(sequence):
             return
         sequence.draft.append(likely.token_id)
 
@@ -283,12 +284,12 @@ class Engine:
             sequence.odds.saw_answer(decision.guess.token_id == decision.choice.token_id)
 
     def _worth_calling(self, author: int, due: ListOf[Sequence]) -> bool:
-        """Whether enough sequences wait for this assistant, one has waited too long, or nothing else can be done."""
-        if not due or any(sequence.waited >= self.max_wait for sequence in due):
-            return bool(due)
+        """Whether some sequence has waited long enough for company, or nothing else can be done."""
+        if not due:
+            return False
         base = self._readers[BASE]
         stalled = all(s.waits_for is not None and base.has_read(s, s.length) for s in self._active.values())
-        return stalled or len(due) >= self._group_size(author)
+        return stalled or max(sequence.waited for sequence in due) >= self._wait_steps(author)
 
     def _write_ahead(self, author: int, sequences: ListOf[Sequence]) -> None:
         """In a run of deferrals let the assistant write the next tokens too, for the base to check in one pass."""
@@ -305,10 +306,10 @@ class Engine:
                 drawn = _drawn(sequence, position, heard.logits[row], greedy[row])
                 if drawn.broken:
                     self._fail_with_nan(sequence, author)
+                sequence.ahead[position] = author, drawn
                 if drawn.broken or sequence.ends(drawn.token_id):
                     del lengths[sequence]
                 else:
-                    sequence.ahead[position] = author, drawn
                     sequence.draft.append(drawn.token_id)
 
     # Policies that asked everyone decide
@@ -385,9 +386,13 @@ class Engine:
 
     # What pays
 
-    def _group_size(self, author: int) -> int:
-        rate = sum(s.odds.rate for s in self._active.values()) / len(self._active)
-        return group_size(rate, self._readers[BASE].times, self._readers[author].times, len(self._active))
+    def _wait_steps(self, author: int) -> int:
+        active = len(self._active)
+        if active == 1 or not self.max_wait:
+            return 0
+        start, run = (sum(getattr(s.odds, name) for s in self._active.values()) / active for name in ("start", "run"))
+        times = self._readers[BASE].times, self._readers[author].times
+        return wait_steps(start, run, *times, active, self.max_wait)
 
     def _guess_depth(self, sequence: Sequence) -> int:
         base, assistant = (self._readers[author].times for author in (BASE, sequence.decisions[0].author))
@@ -395,11 +400,13 @@ class Engine:
         return guess_depth(sequence.odds, base, assistant, active, min(self.lookahead, 8))
 
     def _ahead_length(self, author: int, sequence: Sequence) -> int:
-        if not self.lookahead or sequence.decisions or sequence.draft or sequence.steps[-1].author != author:
+        """Writing ahead is for a sequence alone: among others each token ahead would be a pass for few rows."""
+        if len(self._active) > 1 or not self.lookahead:
             return 0
-        base, assistant = (self._readers[each].times for each in (BASE, author))
-        longest = min(self.lookahead, sequence.draft_limit)
-        return ahead_length(sequence.odds, base, assistant, len(self._active), longest)
+        if sequence.decisions or sequence.draft or sequence.steps[-1].author != author:
+            return 0
+        times = self._readers[BASE].times, self._readers[author].times
+        return ahead_length(sequence.odds, *times, min(self.lookahead, sequence.draft_limit))
 
 
 def _asked_of(author: int, sequence: Sequence) -> list[int]:

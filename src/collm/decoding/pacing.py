@@ -53,21 +53,27 @@ class Odds:
     """How often guesses about one sequence would have held; observed on every token, whether or not one was made.
 
     Attributes:
-        rate: the token is deferred.
-        run: a token is deferred if the one before it was.
+        start: a token is deferred if the one before it was the base's.
+        run: a token is deferred if the one before it was deferred to the same assistant.
         agree: an assistant writes what the base would have written.
         lookup: the text goes on as prompt lookup says, where it says something.
     """
 
-    rate: float = 0.3
+    start: float = 0.3
     run: float = 0.3
-    agree: float = 0.3
-    lookup: float = 0.3
+    agree: float = 0.1
+    lookup: float = 0.1
+
+    @property
+    def rate(self) -> float:
+        """Share of tokens that are deferred in the long run; never 0."""
+        return max(self.start / max(self.start + 1 - self.run, 0.01), 0.01)
 
     def saw(self, previous: int, author: int, predicted: int | None, token_id: int) -> None:
         """`author` wrote `token_id` after a token of `previous`; lookup had predicted `predicted`, if anything."""
-        self.rate = _moved(self.rate, author != 0)
-        if previous != 0:
+        if previous == 0:
+            self.start = _moved(self.start, author != 0)
+        else:
             self.run = _moved(self.run, author == previous)
         if predicted is not None:
             self.lookup = _moved(self.lookup, predicted == token_id)
@@ -89,11 +95,17 @@ def expected_run(chance: float, length: int) -> float:
     return sum(chance**i for i in range(length + 1))
 
 
-def lookup_length(odds: Odds, base: PassTimes, active: int, longest: int) -> int:
-    """Tokens of a prompt lookup draft: least (T(B) / B + T(B + r) - T(B)) / E[tokens that hold]."""
+def lookup_length(odds: Odds, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
+    """Tokens of a prompt lookup draft.
+
+    With E = E[tokens that hold], one more than the guesses that do: least (T_b(B) / B + T_b(B + r) - T_b(B) + what an
+    assistant spends on the r + 1 - E tokens that do not, if some position among them is deferred) / E.
+    """
 
     def cost(r: int) -> float:
-        return (base.at(active) / active + base.at(active + r) - base.at(active)) / expected_run(odds.lookup, r)
+        holding = expected_run(odds.lookup, r)
+        wasted = min(1.0, odds.rate * r) * (assistant.at(active + r + 1 - holding) - assistant.at(active))
+        return (base.at(active) / active + base.at(active + r) - base.at(active) + wasted) / holding
 
     return _cheapest(cost, range(longest + 1))
 
@@ -101,45 +113,52 @@ def lookup_length(odds: Odds, base: PassTimes, active: int, longest: int) -> int
 def guess_depth(odds: Odds, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
     """Deferred positions to gather before one assistant call, the base writing its own guess at all but the last.
 
-    With chance q that a guess is right, a call serves E = 1 + q + .. + q^(r-1) of r positions; what the base wrote
-    after the first wrong guess, (r - E) / rate tokens, is lost. Least cost per deferral served.
+    With chance q that a guess is right, a call serves E = 1 + q + .. + q^(r-1) of r positions; what was written and
+    read after the first wrong guess, (r - E) / rate tokens, is lost. Least cost per deferral served.
     """
-    rate = max(odds.rate, 0.01)
 
     def cost(r: int) -> float:
         served = expected_run(odds.agree, r - 1)
-        lost = (r - served) / rate * base.at(active) / active
-        return (assistant.at(active * r / rate) / active + lost) / served
+        lost = (r - served) / odds.rate * base.at(active) / active
+        return (assistant.at(active * r / odds.rate) / active + lost) / served
 
     return _cheapest(cost, range(1, longest + 1))
 
 
-def ahead_length(odds: Odds, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
-    """Tokens an assistant writes ahead of the base in a run of deferrals, for the base to check in one pass.
+def ahead_length(odds: Odds, base: PassTimes, assistant: PassTimes, longest: int) -> int:
+    """Tokens an assistant writes ahead in one sequence's run of deferrals, for the base to check in one pass.
 
     Saves passes of the base and risks one of the assistant for each token ahead that the base rejects.
     """
 
     def cost(r: int) -> float:
-        passes = (1 + r) * assistant.at(active) + base.at(active * (1 + r))
+        passes = (1 + r) * assistant.at(1) + base.at(1 + r)
         return passes / expected_run(odds.run, r)
 
     return _cheapest(cost, range(longest + 1))
 
 
-def group_size(rate: float, base: PassTimes, assistant: PassTimes, active: int) -> int:
-    """How many of B sequences to let wait before an assistant is called.
+def wait_steps(start: float, run: float, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
+    """Further passes of the base, in which fewer and fewer sequences write, to make before an assistant is called.
 
-    A call for w sequences reads w / rate tokens and is followed by as many from the base, in passes of B - w / 2
-    sequences on average, since w wait more and more: least T_a(w / rate) * rate / w + T_b(B - w / 2) / (B - w / 2).
+    In a cycle of k passes and a call, sequences that were just served defer with chance `run`, others with `start`;
+    those that defer stop. Least (sum over passes of T_b(sequences still writing) + T_a(tokens of the cycle)) / tokens
+    of the cycle, each token being read by the assistant once.
     """
-    rate = max(rate, 0.01)
 
-    def cost(w: int) -> float:
-        writing = active - (w - 1) / 2
-        return assistant.at(w / rate) * rate / w + base.at(writing) / writing
+    def cost(waits: int) -> float:
+        served = active * start
+        for _ in range(4):  # to the fixed point: as many are served as deferred
+            writing, seconds, tokens = float(active), 0.0, 0.0
+            for step in range(waits + 1):
+                seconds += base.at(writing)
+                deferring = served * run + (writing - served) * start if step == 0 else writing * start
+                writing -= deferring
+                tokens += writing
+            served = active - writing
+        return (seconds + assistant.at(tokens + served)) / (tokens + served)
 
-    return _cheapest(cost, range(min(max(1, int(rate * active)), active), active + 1))
+    return _cheapest(cost, range(longest + 1))
 
 
 def _cheapest(cost: Callable[[int], float], plans: range) -> int:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """An fp32 `nn.Linear` run by oneDNN from a weight converted once.
+    """An `nn.Linear` run by oneDNN from a weight reordered once.
 
-    The default kernel reads a weight again for each of a handful of tokens; this one takes up to about 16 tokens in
-    little more than the time of one. The plain weight is not kept, so the layer can be neither trained nor saved.
+    The default kernels walk a plain weight in an order that suits neither one token nor a handful; from the blocked
+    order a few tokens cost little more than one. The plain weight is not kept, so the layer can be neither trained
+    nor saved.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.register_buffer("weight", linear.weight.detach().to_mkldnn(), persistent=False)
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.register_buffer("weight", packed, persistent=False)
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -24,9 +28,12 @@ class PackedLinear(nn.Module):
 
 
 def packing_pays(module: nn.Module) -> bool:
-    """Whether the module is one that `pack_linears` makes faster: all of it fp32 on a CPU with oneDNN."""
+    """Whether `pack_linears` makes the module faster: all of it on a CPU, in a dtype that its oneDNN multiplies."""
+    if not cast(Any, torch.backends.mkldnn).is_available():
+        return False
+    dtypes = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
     kinds = {(parameter.device.type, parameter.dtype) for parameter in module.parameters()}
-    return kinds == {("cpu", torch.float32)} and torch._C.has_mkldnn
+    return len(kinds) == 1 and kinds <= {("cpu", dtype) for dtype in dtypes}
 
 
 def pack_linears(module: nn.Module) -> None:

@@ -1,0 +1,110 @@
+"""Pairs of models to measure: real shapes, weights from a generator, texts and deferrals that can be set."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from collm import CoLLM, DeferralHead
+from collm.core.policies import Policy, StepView
+from collm.models.packing import pack_linears, packing_pays
+
+SHAPES = {  # hidden, intermediate, layers, heads, key heads, vocabulary
+    "25m": (384, 1024, 8, 6, 2, 16_384),
+    "150m": (768, 2048, 16, 12, 4, 32_000),
+    "1b": (2048, 8192, 16, 32, 8, 128_256),
+    "7b": (4096, 11_008, 32, 32, 32, 32_000),
+    "8b": (4096, 14_336, 32, 32, 8, 128_256),
+    "34b": (8192, 22_016, 48, 64, 8, 32_000),
+}
+
+
+@dataclass(frozen=True)
+class PatternPolicy(Policy):
+    """Defers where a fixed pattern says so: the rate and the runs are known, whatever the models do."""
+
+    deferred: tuple[bool, ...]
+
+    def author(self, step: StepView) -> int:
+        return int(self.deferred[step.position])
+
+
+def pattern(rate: float, run: int, length: int, seed: int) -> PatternPolicy:
+    """A two-state Markov chain that defers at `rate` in runs of `run` tokens on average; run 1 draws independently."""
+    rng = random.Random(seed)
+    if run == 1:
+        return PatternPolicy(tuple(rng.random() < rate for _ in range(length)))
+    states = [rng.random() < rate]
+    while len(states) < length:
+        leave = 1 / run if states[-1] else rate / (1 - rate) / run
+        states.append(states[-1] != (rng.random() < leave))
+    return PatternPolicy(tuple(states))
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+
+
+def make_model(
+    shape: str, vocab_size: int, dtype: torch.dtype, device: str, *, packed: bool = False
+) -> PreTrainedModel:
+    """Random weights; `packed` as collaborations loaded from disk run them on a CPU."""
+    hidden, intermediate, layers, heads, key_heads, _ = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(hidden)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if packed and packing_pays(model):
+        pack_linears(model)
+    return model
+
+
+@torch.no_grad()
+def make_predictable(model: PreTrainedModel, successors: list[int], seed: int) -> None:
+    """Make the model's argmax after token x be successors[x], at unchanged cost: its layers add nothing to x."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    generator = torch.Generator().manual_seed(seed)
+    embedding = model.get_input_embeddings().weight
+    embedding.copy_(torch.randn(embedding.shape, generator=generator))
+    head = model.get_output_embeddings().weight
+    head[torch.tensor(successors)] = embedding / embedding.norm(dim=-1, keepdim=True)
+
+
+def successors(vocab_size: int, agreement: float) -> tuple[list[int], list[int]]:
+    """Next tokens of two models, both permutations, that agree on a share `agreement` of the tokens."""
+    rng = random.Random(0)
+    first = rng.sample(range(vocab_size), vocab_size)
+    second = list(first)
+    differing = rng.sample(range(vocab_size), round((1 - agreement) * vocab_size))
+    for here, there in zip(differing, differing[1:] + differing[:1], strict=True):
+        second[here] = first[there]
+    return first, second
+
+
+def collaborate(base: PreTrainedModel, assistant: PreTrainedModel) -> CoLLM:
+    tokenizer = make_tokenizer(base.config.vocab_size)
+    return CoLLM(base, [assistant], DeferralHead(base.config.hidden_size), tokenizer)
+
+
+def prompts_of(batch: int, length: int, vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(10, vocab_size, (batch, length), generator=generator).tolist()
