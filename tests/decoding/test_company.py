@@ -1,0 +1,263 @@
+"""What sequences share and what they must not: prefixes, slots, waiting, and each other's failures."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from collm import CoLLM, SamplingParams
+from collm.core.combinations import MixturePolicy
+from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdPolicy
+from collm.decoding import engine as engine_module
+from collm.decoding.engine import Engine
+from collm.decoding.request import Request
+from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure
+from collm.models.loading import ModelSpec
+from tests.conftest import VOCAB_SIZE
+from tests.decoding.test_engine import prompts_of, random_head
+
+Model = Callable[..., PreTrainedModel]
+PARAMS = SamplingParams(max_new_tokens=12)
+POISON = 94
+
+
+@pytest.fixture
+def pair(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> CoLLM:
+    return CoLLM(tiny_model(0, eos_token_id=None), [tiny_model(1, hidden_size=48)], random_head(32, 1), tokenizer)
+
+
+def run(engine: Engine) -> tuple[dict[int, list[int]], dict[int, CollmError]]:
+    """Tokens and failures of all requests, by number."""
+    came: dict[int, list[int]] = {}
+    failures: dict[int, CollmError] = {}
+    while engine.has_work:
+        for news in engine.step():
+            if news.failure is not None:
+                failures[news.number] = news.failure
+            else:
+                assert news.step is not None
+                came.setdefault(news.number, []).append(news.step.token_id)
+    return came, failures
+
+
+@pytest.mark.parametrize("policy", [ThresholdPolicy(0.5), MixturePolicy()])
+@pytest.mark.parametrize("author", [0, 1])
+def test_nan_in_one_sequence_harms_no_other(pair: CoLLM, author: int, policy: Policy) -> None:
+    """The poisoned token is read by one author in one sequence only, at once or later in its prompt's company."""
+    prompts = [[5, 6], [7, POISON, 8], [9, 10, 11], [12]]
+    policy = SingleAuthorPolicy(author) if policy == ThresholdPolicy(0.5) else policy
+    good = [c.token_ids for c in pair.generate([prompts[i] for i in (0, 2, 3)], PARAMS, policy=policy)]
+    assert not any(POISON in token_ids for token_ids in good)
+    model: Any = [pair.base, *pair.assistants][author]
+    model.get_input_embeddings().weight.data[POISON] = torch.nan
+    engine = pair._engine(max_batch=4)
+    for prompt in prompts:
+        engine.add(Request(prompt, PARAMS, policy))
+    came, failures = run(engine)
+    assert [came[i] for i in (0, 2, 3)] == good
+    assert list(failures) == [1]
+    assert isinstance(failures[1], ModelFailure)
+    assert f"{['base', 'assistant'][author]} returned NaN logits after 3 tokens" in str(failures[1])
+    assert [a.open_slots for a in pair._authors] == [0, 0]
+    later = pair.generate([prompts[i] for i in (0, 2, 3)] * 2, PARAMS, policy=policy)  # in the spoiled slot too
+    assert [c.token_ids for c in later] == good * 2
+
+
+@pytest.mark.parametrize("author", [0, 1])
+def test_a_model_that_raises_for_one_sequence_fails_that_one(
+    pair: CoLLM, author: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[5, 6], [7, POISON, 8], [9, 10, 11]]
+    policy = SingleAuthorPolicy(author)
+    good = [c.token_ids for c in pair.generate(prompts[::2], PARAMS, policy=policy)]
+    model = pair._authors[author].model
+    plain = model.hidden_states
+
+    def fails_on_poison(input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        if (input_ids == POISON).any():
+            raise RuntimeError("device-side assert")
+        return plain(input_ids, **inputs)
+
+    monkeypatch.setattr(model, "hidden_states", fails_on_poison)
+    engine = pair._engine(max_batch=3)
+    for prompt in prompts:
+        engine.add(Request(prompt, PARAMS, policy))
+    came, failures = run(engine)
+    assert [came[0], came[2]] == good
+    assert list(failures) == [1]
+    assert "raised RuntimeError: device-side assert" in str(failures[1])
+    assert [a.open_slots for a in pair._authors] == [0, 0]
+
+
+@dataclass(frozen=True)
+class BadPolicy(Policy):
+    """Breaks down at one position."""
+
+    at: int
+
+    def author(self, step: StepView) -> int:
+        if step.position == self.at:
+            raise KeyError("no such rule")
+        return 0
+
+
+@dataclass(frozen=True)
+class BadMixture(MixturePolicy):
+    """Makes NaN."""
+
+    def combine(self, logprobs: Any, author_logprobs: torch.Tensor) -> torch.Tensor:
+        return super().combine(logprobs, author_logprobs) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message", "written"),
+    [
+        (BadPolicy(3), PolicyFailure, "BadPolicy.* raised KeyError: 'no such rule'", 3),
+        (BadMixture(), PolicyFailure, "BadMixture.* made NaN", 0),
+        (SingleAuthorPolicy(7), ConfigError, "named author 7, expected 0 to 1", 0),
+    ],
+)
+def test_a_policy_that_breaks_down_fails_its_own_sequence(
+    pair: CoLLM, policy: Policy, error: type[CollmError], message: str, written: int
+) -> None:
+    good = [c.token_ids for c in pair.generate([[5, 6], [9]], PARAMS, threshold=0.5)]
+    engine = pair._engine(max_batch=3)
+    for prompt, each in (([5, 6], ThresholdPolicy(0.5)), ([7], policy), ([9], ThresholdPolicy(0.5))):
+        engine.add(Request(prompt, PARAMS, each))
+    came, failures = run(engine)
+    assert [came[0], came[2]] == good
+    assert len(came.get(1, [])) == written
+    with pytest.raises(error, match=message):
+        raise failures[1]
+    with pytest.raises(error, match=message):
+        pair.generate([[7]], PARAMS, policy=policy)
+
+
+def test_thousands_of_joins_leaves_and_cancellations_leave_nothing_behind(pair: CoLLM) -> None:
+    rng = random.Random(0)
+    engine = pair._engine(max_batch=8)
+    live: list[int] = []
+    sizes = []
+    for round_ in range(3000):
+        params = SamplingParams(max_new_tokens=rng.randint(1, 3))
+        policy = rng.choice([ThresholdPolicy(0.5), ThresholdPolicy(0.2), MixturePolicy()])
+        live.append(
+            engine.add(Request([rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randint(1, 4))], params, policy))
+        )
+        if rng.random() < 0.3:
+            engine.cancel(live.pop(rng.randrange(len(live))))
+        if len(live) > 8:
+            finished = {news.number for news in engine.step() if news.completion is not None}
+            live = [number for number in live if number not in finished]
+        if round_ in (1500, 2999):
+            for number in live:
+                engine.cancel(number)
+            live.clear()
+            if round_ == 1500:
+                tracemalloc.start()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+            assert [author.open_slots for author in pair._authors] == [0, 0]
+            assert not engine.has_work
+    tracemalloc.stop()
+    assert sizes[1] - sizes[0] < 200_000, "bytes kept after 1,500 requests"
+    assert all(author._cache.slots == 8 for author in pair._authors)
+
+
+def test_completions_of_one_prompt_read_it_once(pair: CoLLM) -> None:
+    prompt = list(range(2, 62))
+    params = SamplingParams(max_new_tokens=1)
+    for author, name in enumerate(("base", "assistant")):
+        out = pair.generate([prompt] * 5, params, policy=SingleAuthorPolicy(author), lookahead=0)
+        assert out.usage[name].tokens_read == len(prompt) + 4
+        assert out.usage[name].forward_passes == 2
+        assert len({tuple(c.token_ids) for c in out}) == 1
+    sampled = SamplingParams(max_new_tokens=12, temperature=1.0, seed=1)
+    together = pair.generate([prompt] * 5, sampled, threshold=0.5)
+    one_by_one = [
+        pair.generate([prompt], SamplingParams(max_new_tokens=12, temperature=1.0, seed=1 + i), threshold=0.5)[0]
+        for i in range(5)
+    ]
+    assert [c.token_ids for c in together] == [c.token_ids for c in one_by_one]
+    assert len({tuple(c.token_ids) for c in together}) > 1
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(
+    saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    specs = [ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant"))]
+    model = CoLLM(specs[0], [specs[1]], random_head(32, 1), tokenizer)
+    first = list(range(2, 42))
+    answer = model.generate([first], PARAMS, threshold=0.5, lookahead=0)[0]
+    second = first + answer.token_ids + [9, 8, 7]
+    out = model.generate([second], PARAMS, threshold=0.5, lookahead=0)
+    read = out.usage["base"].tokens_read
+    assert read <= 4 + len(out[0].token_ids)  # the last token of the answer, the new ones, and its own
+    fresh = CoLLM(specs[0], [specs[1]], random_head(32, 1), tokenizer)
+    assert fresh.generate([second], PARAMS, threshold=0.5)[0].token_ids == out[0].token_ids
+
+
+def test_a_model_trained_between_two_calls_is_read_afresh(pair: CoLLM) -> None:
+    prompt = list(range(2, 42))
+    pair.generate([prompt], PARAMS, threshold=1.0)
+    with torch.no_grad():
+        for parameter in pair.base.parameters():  # type: ignore[union-attr]
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    after = pair.generate([prompt], PARAMS, threshold=1.0)[0]
+    fresh = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer)
+    assert after.token_ids == fresh.generate([prompt], PARAMS, threshold=1.0)[0].token_ids
+
+
+def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, params = prompts_of(3, 6), SamplingParams(max_new_tokens=30)
+    alone = pair.generate(prompts, params, threshold=0.9, lookahead=0, max_wait=0)
+    monkeypatch.setattr(engine_module, "wait_steps", lambda *rest: rest[-1])
+    passes = [alone.usage["assistant"].forward_passes]
+    for max_wait in (1, 3):
+        engine = pair._engine(max_batch=6, lookahead=0, max_wait=max_wait)
+        before = pair._authors[1].usage.forward_passes
+        for prompt in prompts:
+            engine.add(Request(prompt, params, ThresholdPolicy(0.9)))
+        came: dict[int, list[int]] = {number: [] for number in range(6)}
+        silent = dict.fromkeys(came, 0)
+        while engine.has_work:
+            silent = {number: steps + 1 for number, steps in silent.items()}
+            for news in engine.step():
+                assert news.step is not None
+                came[news.number].append(news.step.token_id)
+                silent[news.number] = 0
+                if news.completion is not None:
+                    del silent[news.number]
+            assert max(silent.values(), default=0) <= max_wait
+        assert list(came.values()) == [c.token_ids for c in alone]
+        passes.append(pair._authors[1].usage.forward_passes - before)
+    assert passes[0] > passes[1] > passes[2]
+
+
+def test_one_sequence_never_waits(pair: CoLLM) -> None:
+    engine = pair._engine(max_batch=4, lookahead=0)
+    engine.add(Request([5, 6], PARAMS, ThresholdPolicy(-1.0)))
+    while engine.has_work:
+        assert len(engine.step()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lookahead": -1}, "lookahead is -1, expected at least 0"),
+        ({"max_wait": -2}, "max_wait is -2, expected at least 0"),
+        ({"policy": "contrastive:expert=3"}, "asks for author 3, expected 0 to 1"),
+        ({"policy": "proxy"}, "asks for author 2, expected 0 to 1"),
+    ],
+)
+def test_limits_and_authors_that_do_not_exist_are_refused(pair: CoLLM, options: Any, message: str) -> None:
+    chosen = {} if "policy" in options else {"threshold": 0.5}
+    with pytest.raises(ConfigError, match=message):
+        pair.generate([[5]], PARAMS, **chosen, **options)
