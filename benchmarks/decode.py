@@ -1,196 +1,202 @@
-"""Decoding speed as ratios of one run: against the limit, each model alone, and a cache-free loop. Prints JSON.
+"""Decoding speed as ratios of one run, on models of real shape with random weights. Prints JSON.
 
-Models have real shapes and random weights; who writes is drawn at a given deferral rate, independently for each
-token. `limit` is N * t_base + sum over deferrals of t_assistant(suffix), with t measured on the bare models with
-transformers' own cache, in the same run and at the same lengths.
+    python -m benchmarks.decode --dtype float32 --prompt 32 512 --batch 1 4 16 --rate 0.1 0.3 0.5
 
-    python benchmarks/decode.py --base 25m --assistant 150m --dtype float32 --prompt 32 --new 64 --rate 0.1 0.3
+Who writes is fixed beforehand: each token is deferred with probability `rate`, independently (run 1) or in runs of 8
+tokens on average. On a CPU our loop runs packed linear layers, as for any collaboration loaded from disk;
+`transformers.generate` runs the model as it comes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from collm import CoLLM, DeferralHead, SamplingParams
+from benchmarks.limit import PassTable, limit_seconds, pass_seconds, seconds
+from benchmarks.pairs import SHAPES, collaborate, make_model, make_predictable, pattern, prompts_of, successors
+from collm import CoLLM, SamplingParams
 from collm.artefact import library_versions
-from collm.core.policies import RandomPolicy, SingleAuthorPolicy
+from collm.collaboration import Completions
+from collm.core.policies import Policy, SingleAuthorPolicy
+from collm.models.packing import pack_linears, packing_pays
 
-SHAPES = {  # hidden, intermediate, layers, heads, key heads, vocabulary
-    "25m": (384, 1024, 8, 6, 2, 16_384),
-    "150m": (768, 2048, 16, 12, 4, 32_000),
-    "1b": (2048, 8192, 16, 32, 8, 128_256),
-    "7b": (4096, 11_008, 32, 32, 32, 32_000),
-    "8b": (4096, 14_336, 32, 32, 8, 128_256),
-    "34b": (8192, 22_016, 48, 64, 8, 32_000),
-}
-SUFFIXES = (1, 2, 4, 8, 16, 32)
+RUNS = (1, 8)
+BASE_ALONE = SingleAuthorPolicy(0)
 
 
-def make_model(shape: str, vocab_size: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    hidden, intermediate, layers, heads, key_heads, _ = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=vocab_size,
-        max_position_embeddings=8192,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+class Bench:
+    """One pair of models in one dtype.
+
+    Attributes:
+        ours: base and assistant as our loop runs them.
+        theirs: the same as transformers loads them.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.dtype = getattr(torch, arguments.dtype)
+        self.vocab_size = min(SHAPES[arguments.base][5], SHAPES[arguments.assistant][5])
+        self.theirs = [self.model(shape) for shape in (arguments.base, arguments.assistant)]
+        self.ours = [self.model(shape, packed=True) for shape in (arguments.base, arguments.assistant)]
+        self.pair = collaborate(*self.ours)
+        self.alone = collaborate(self.ours[1], self.ours[1])
+
+    def model(self, shape: str, *, packed: bool = False) -> PreTrainedModel:
+        return make_model(shape, self.vocab_size, self.dtype, self.arguments.device, packed=packed)
+
+    # Parts
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Collaboration against its limit and against each model alone."""
+        rows = []
+        for prompt in self.arguments.prompt:
+            for batch in self.arguments.batch:
+                rows += self._cells(prompt, batch)
+        return rows
+
+    def _cells(self, prompt: int, batch: int) -> list[dict[str, Any]]:
+        new = self.arguments.new
+        prompts, params = prompts_of(batch, prompt, self.vocab_size), SamplingParams(max_new_tokens=new)
+        for model in (self.pair, self.alone):  # memory and kernels that are made once
+            model.generate(prompts, SamplingParams(max_new_tokens=4), policy=pattern(0.5, 1, 4, 0), max_batch=batch)
+        ours = [
+            seconds(lambda: model.generate(prompts, params, policy=BASE_ALONE, max_batch=batch, lookahead=0))  # noqa: B023
+            for model in (self.pair, self.alone)
+        ]
+        theirs = [seconds(lambda: _generate(model, prompts, new)) for model in self.theirs]  # noqa: B023
+        tables = [PassTable(model, batch, prompt, new) for model in self.ours]
+        rows = []
+        for rate in self.arguments.rate:
+            for run in RUNS:
+                policies = [pattern(rate, run, new, seed) for seed in range(batch)]
+                taken, out = self._timed(self.pair, prompts, params, policies, lookahead=0)
+                row: dict[str, Any] = {
+                    "prompt": prompt,
+                    "batch": batch,
+                    "rate": round(out.deferral_rate, 3),
+                    "aimed_rate": rate,
+                    "run": run,
+                    "time_over_limit": taken / limit_seconds([c.authors for c in out], *tables),
+                    "speed_vs_assistant_ours": ours[1] / taken,
+                    "speed_vs_assistant_generate": theirs[1] / taken,
+                    "speed_vs_base_ours": ours[0] / taken,
+                    "base_ours_vs_generate": theirs[0] / ours[0],
+                    "assistant_ours_vs_generate": theirs[1] / ours[1],
+                    "tokens_per_second": batch * new / taken,
+                    "assistant_passes": out.usage["assistant"].forward_passes,
+                    "base_passes": out.usage["base"].forward_passes,
+                    "cache_allocated_over_needed": _cache_share(self.pair, prompt + new, batch),
+                }
+                if batch == 1 or rate == 0.3:
+                    ahead, _ = self._timed(self.pair, prompts, params, policies, lookahead=None)
+                    row["lookahead_speedup"] = taken / ahead
+                rows.append(_logged(row))
+        if batch == 1 and prompt >= 512:
+            rows[-1]["speed_vs_cache_free"] = self._cache_free(prompts[0], pattern(0.3, 1, new, 0))
+        return rows
+
+    def _timed(
+        self,
+        model: CoLLM,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        policies: list[Any],
+        *,
+        lookahead: int | None,
+    ) -> tuple[float, Completions]:
+        """Least time of some runs; one sequence is short enough to be run more often."""
+        outs: list[Completions] = []
+
+        def run() -> None:
+            outs.append(model.generate(prompts, params, policy=policies, max_batch=len(prompts), lookahead=lookahead))
+
+        return seconds(run, self.arguments.repeats if len(prompts) == 1 else 1), outs[-1]
+
+    def _cache_free(self, prompt: list[int], policy: Policy) -> float:
+        """Speed against a loop that reads everything again for every token, timed at every 16th token."""
+        new = self.arguments.new
+        deferred = policy.deferred  # type: ignore[attr-defined]
+        every = 16
+
+        @torch.inference_mode()
+        def read(model: PreTrainedModel, length: int) -> float:
+            text = torch.full((1, length), 5, device=model.device)
+            return seconds(lambda: model(text, use_cache=False, logits_to_keep=1))
+
+        share = sum(deferred) / new
+        lengths = [len(prompt) + i for i in range(0, new, every)]
+        slow = every * sum(read(self.theirs[0], n) + share * read(self.theirs[1], n) for n in lengths)
+        params = SamplingParams(max_new_tokens=new)
+        taken, _ = self._timed(self.pair, [prompt], params, [policy], lookahead=0)
+        return slow / taken
+
+    def lookahead(self) -> list[dict[str, Any]]:
+        """Models whose argmaxes agree on a set share of the tokens, so that some guesses about an assistant hold."""
+        rows = []
+        new = self.arguments.new
+        prompts, params = prompts_of(1, 32, self.vocab_size), SamplingParams(max_new_tokens=new)
+        for agreement in (0.0, 0.5, 0.8, 0.95):
+            models = [self.model(shape) for shape in (self.arguments.base, self.arguments.assistant)]
+            for seed, (model, follows) in enumerate(zip(models, successors(self.vocab_size, agreement), strict=True)):
+                make_predictable(model, follows, seed)
+                if packing_pays(model):
+                    pack_linears(model)
+            pair = collaborate(*models)
+            pair.generate(prompts, SamplingParams(max_new_tokens=8), policy=pattern(0.5, 1, 8, 0))
+            for rate in (0.3, 0.5):
+                for run in RUNS:
+                    policies = [pattern(rate, run, new, 1)]
+                    plain, out = self._timed(pair, prompts, params, policies, lookahead=0)
+                    ahead, again = self._timed(pair, prompts, params, policies, lookahead=None)
+                    row = {
+                        "agreement": agreement,
+                        "rate": round(out.deferral_rate, 3),
+                        "run": run,
+                        "lookahead_speedup": plain / ahead,
+                        "assistant_passes": out.usage["assistant"].forward_passes,
+                        "assistant_passes_ahead": again.usage["assistant"].forward_passes,
+                    }
+                    if self.dtype == torch.float32:
+                        assert [c.token_ids for c in out] == [c.token_ids for c in again]
+                    rows.append(_logged(row))
+        return rows
+
+    def context(self) -> list[dict[str, Any]]:
+        """Time of a token as the context grows, the base writing: against a bare pass at that length."""
+        rows = []
+        for length in (512, 1024, 2048, 4096):
+            (prompt,) = prompts_of(1, length, self.vocab_size)
+            stream = self.pair.stream(prompt, SamplingParams(max_new_tokens=33), policy=BASE_ALONE, lookahead=0)
+            next(stream)
+            start = time.perf_counter()
+            written = sum(1 for _ in stream)
+            taken = (time.perf_counter() - start) / written
+            bare = pass_seconds(self.ours[0], 1, length, 1)
+            rows.append(_logged({"context": length, "ms_per_token": 1e3 * taken, "over_bare_pass": taken / bare}))
+        return rows
 
 
-def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+def _logged(row: dict[str, Any]) -> dict[str, Any]:
+    """Progress goes to stderr, so that stdout is JSON."""
+    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    print(rounded, file=sys.stderr, flush=True)
+    return rounded
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median time of a call, the device's queue drained before and after."""
-    times = []
-    for _ in range(repeats + 1):
-        _drain()
-        start = time.perf_counter()
-        run()
-        _drain()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def _cache_share(model: CoLLM, length: int, batch: int) -> float:
+    caches = [runner._cache for runner in model._authors]
+    return sum(cache.slots * cache.capacity for cache in caches) / (len(caches) * length * batch)
 
 
-def _drain() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-@torch.inference_mode()
-def step_seconds(model: PreTrainedModel, length: int, suffix: int) -> float:
-    """One forward pass of `suffix` tokens after `length` cached ones, with transformers' own cache."""
-    device = model.device
-    cache = DynamicCache()
-    if length:
-        model(torch.full((1, length), 5, device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    ids = torch.full((1, suffix), 7, device=device)
-
-    def run() -> None:
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(-suffix)
-
-    return seconds(run, repeats=5)
-
-
-class StepTimes:
-    """t(suffix, length) of one model, interpolated between measured points."""
-
-    def __init__(self, model: PreTrainedModel, prompt: int, new: int) -> None:
-        self.prompt, self.new = prompt, new
-        self.prefills = [step_seconds(model, 0, length) for length in (prompt, prompt + new)]
-        self.table = {m: [step_seconds(model, at, m) for at in (prompt, prompt + new)] for m in SUFFIXES}
-
-    def at(self, suffix: int, length: int) -> float:
-        """Seconds to read `suffix` tokens after `length` cached ones; from 0 they are a prefill."""
-        if length == 0:
-            return self._between(*self.prefills, suffix)
-        points = [(m, self._between(early, late, length)) for m, (early, late) in self.table.items()]
-        for (m0, t0), (m1, t1) in pairwise(points):
-            if suffix <= m1:
-                return t0 + (t1 - t0) * (suffix - m0) / (m1 - m0)
-        return points[-1][1] * suffix / points[-1][0]
-
-    def _between(self, early: float, late: float, length: int) -> float:
-        return early + (late - early) * (length - self.prompt) / self.new
-
-
-def limit_seconds(authors: list[int], base: StepTimes, assistant: StepTimes) -> float:
-    """N * t_base + sum over deferrals of t_assistant(suffix); each model's first read is a prefill."""
-    prompt = base.prompt
-    total = base.at(prompt, 0) + sum(base.at(1, prompt + i) for i in range(len(authors) - 1))
-    seen = 0
-    for i, author in enumerate(authors):
-        if author:
-            total += assistant.at(prompt + i - seen, seen)
-            seen = prompt + i
-    return total
-
-
-def cache_free_seconds(
-    base: PreTrainedModel, assistant: PreTrainedModel, prompt: list[int], authors: list[int]
-) -> float:
-    """The same authors, every model reading everything again for every token."""
-
-    @torch.inference_mode()
-    def run() -> None:
-        ids = list(prompt)
-        for author in authors:
-            text = torch.tensor([ids], device=base.device)
-            logits = base(text, use_cache=False, logits_to_keep=1).logits
-            if author:
-                logits = assistant(text, use_cache=False, logits_to_keep=1).logits
-            ids.append(int(logits[0, -1].argmax()))
-
-    return seconds(run, repeats=1)
-
-
-def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    vocab_size = min(SHAPES[arguments.base][5], SHAPES[arguments.assistant][5])
-    dtype = getattr(torch, arguments.dtype)
-    base, assistant = (
-        make_model(shape, vocab_size, dtype, arguments.device) for shape in (arguments.base, arguments.assistant)
-    )
-    tokenizer = make_tokenizer(vocab_size)
-    pair = CoLLM(base, [assistant], DeferralHead(base.config.hidden_size), tokenizer)
-    alone = CoLLM(assistant, [assistant], DeferralHead(assistant.config.hidden_size), tokenizer)
-    params = SamplingParams(max_new_tokens=arguments.new)
-    results: list[dict[str, object]] = []
-    base_times, assistant_times = (StepTimes(m, arguments.prompt, arguments.new) for m in (base, assistant))
-    for batch in arguments.batch:
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(10, vocab_size, (batch, arguments.prompt), generator=generator).tolist()
-        singles = {
-            "base": lambda: pair.generate(prompts, params, policy=SingleAuthorPolicy(0), max_batch=batch),  # noqa: B023
-            "assistant": lambda: alone.generate(prompts, params, policy=SingleAuthorPolicy(0), max_batch=batch),  # noqa: B023
-        }
-        ours = {name: seconds(run, arguments.repeats) for name, run in singles.items()}
-        theirs = {
-            name: seconds(lambda: _transformers_generate(model, prompts, arguments.new), arguments.repeats)  # noqa: B023
-            for name, model in (("base", base), ("assistant", assistant))
-        }
-        for rate in arguments.rate:
-            seeded = SamplingParams(max_new_tokens=arguments.new, seed=1)
-            run = lambda: pair.generate(prompts, seeded, policy=RandomPolicy(rate), max_batch=batch)  # noqa: B023, E731
-            out, took = run(), seconds(run, arguments.repeats)
-            row: dict[str, object] = {
-                "batch": batch,
-                "rate": round(out.deferral_rate, 3),
-                "tokens_per_s": round(batch * arguments.new / took, 1),
-                "speed_vs_assistant_alone_ours": round(ours["assistant"] / took, 3),
-                "speed_vs_assistant_alone_transformers": round(theirs["assistant"] / took, 3),
-                "base_alone_ours_vs_transformers": round(theirs["base"] / ours["base"], 3),
-                "assistant_alone_ours_vs_transformers": round(theirs["assistant"] / ours["assistant"], 3),
-            }
-            if batch == 1:
-                row["time_over_limit"] = round(took / limit_seconds(out[0].authors, base_times, assistant_times), 3)
-                if arguments.cache_free:
-                    slow = cache_free_seconds(base, assistant, prompts[0], out[0].authors)
-                    row["speed_vs_cache_free"] = round(slow / took, 2)
-            results.append(row)
-    return results
-
-
-def _transformers_generate(model: PreTrainedModel, prompts: list[list[int]], new: int) -> None:
+def _generate(model: PreTrainedModel, prompts: list[list[int]], new: int) -> None:
     ids = torch.tensor(prompts, device=model.device)
     options = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
     model.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -202,18 +208,32 @@ def main() -> None:
     parser.add_argument("--assistant", choices=SHAPES, default="150m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
-    parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[32, 512], help="prompt tokens")
+    parser.add_argument("--new", type=int, default=256, help="new tokens")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rate", type=float, nargs="+", default=[0.1, 0.3, 0.5])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cache-free", action="store_true", help="also measure a loop without any cache")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of a single sequence; the fastest counts")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("grid", "lookahead", "context"), default=["grid", "lookahead", "context"]
+    )
+    parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    results = measure(arguments)
-    print(json.dumps({"arguments": vars(arguments), "versions": library_versions(), "results": results}, indent=1))
+    bench = Bench(arguments)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "grid": bench.grid,
+        "lookahead": bench.lookahead,
+        "context": bench.context,
+    }
+    results = {part: parts[part]() for part in arguments.parts}
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    text = json.dumps({"arguments": given, "versions": library_versions(), **results}, indent=1)
+    if arguments.out is None:
+        print(text)
+    else:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -34,15 +34,27 @@ class PatternPolicy(Policy):
 
 
 def pattern(rate: float, run: int, length: int, seed: int) -> PatternPolicy:
-    """A two-state Markov chain that defers at `rate` in runs of `run` tokens on average; run 1 draws independently."""
+    """Defers a share `rate` of `length` tokens: any of them (run 1), or runs of `run` tokens on average."""
     rng = random.Random(seed)
+    count = max(1, round(rate * length))
     if run == 1:
-        return PatternPolicy(tuple(rng.random() < rate for _ in range(length)))
-    states = [rng.random() < rate]
-    while len(states) < length:
-        leave = 1 / run if states[-1] else rate / (1 - rate) / run
-        states.append(states[-1] != (rng.random() < leave))
+        chosen = set(rng.sample(range(length), count))
+        return PatternPolicy(tuple(i in chosen for i in range(length)))
+    runs = max(1, round(count / run))
+    lengths = _parts(count, runs, rng)
+    gaps = _parts(length - count + 2, runs + 1, rng)  # the outer gaps may be empty
+    gaps[0], gaps[-1] = gaps[0] - 1, gaps[-1] - 1
+    states: list[bool] = [False] * gaps[0]
+    for deferred, kept in zip(lengths, gaps[1:], strict=True):
+        states += [True] * deferred + [False] * kept
     return PatternPolicy(tuple(states))
+
+
+def _parts(total: int, parts: int, rng: random.Random) -> list[int]:
+    """A random way to write `total` as a sum of `parts` positive numbers."""
+    parts = min(parts, total)
+    cuts = sorted(rng.sample(range(1, total), parts - 1))
+    return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

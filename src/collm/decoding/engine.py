@@ -221,10 +221,10 @@ class Engine:
         """Draft what prompt lookup says, if enough of it is likely to hold."""
         if not self.lookahead or sequence.consulted or sequence.draft or sequence.decisions:
             return
-        longest = min(self.lookahead, sequence.draft_limit)
+        draft = sequence.lookup.draft(min(self.lookahead, sequence.draft_limit))
         times = self._readers[BASE].times, self._readers[1].times
-        length = lookup_length(sequence.odds, *times, len(self._active), longest)
-        for token_id in sequence.lookup.draft(length):
+        length = lookup_length(sequence.odds, *times, len(self._active), len(draft)) if draft else 0
+        for token_id in draft[:length]:
             if sequence.ends(token_id):
                 break
             sequence.draft.append(token_id)

@@ -1,0 +1,100 @@
+"""What a collaboration would take if nothing but the models' own passes took time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+SUFFIXES = (1, 2, 4, 8, 16, 32)
+
+
+def seconds(run: Callable[[], object], repeats: int = 1) -> float:
+    """Least time of a call, the device's queue drained before and after."""
+    times = []
+    for _ in range(repeats):
+        _drain()
+        start = time.perf_counter()
+        run()
+        _drain()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _drain() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def pass_seconds(model: PreTrainedModel, batch: int, length: int, suffix: int) -> float:
+    """One forward pass of `suffix` tokens after `length` cached ones in each row, with transformers' own cache."""
+    cache, device = DynamicCache(), model.device
+    if length:
+        prefix = torch.full((batch, length), 5, device=device)
+        model(prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    ids = torch.full((batch, suffix), 7, device=device)
+    times = []
+    for _ in range(1 if suffix > 64 else 6):
+        times.append(seconds(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)))
+        cache.crop(-suffix)
+    return statistics.median(times)
+
+
+class PassTable:
+    """t(rows, suffix, length) of one model, interpolated between measured points.
+
+    Args:
+        batch: most rows; powers of 4 up to it are measured.
+        prompt, new: lengths lie between `prompt` and `prompt + new`.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int, prompt: int, new: int) -> None:
+        self.prompt, self.new = prompt, new
+        rows = sorted({min(4**i, batch) for i in range(batch.bit_length())})
+        ends = (prompt, prompt + new)
+        self.prefills = {n: pass_seconds(model, n, 0, prompt) for n in rows}
+        self.table = {n: {m: [pass_seconds(model, n, end, m) for end in ends] for m in SUFFIXES} for n in rows}
+
+    def at(self, rows: float, suffix: float, length: float) -> float:
+        """Seconds of one pass over `suffix` tokens after `length` cached ones in each row."""
+        share = (length - self.prompt) / self.new
+
+        def of_rows(n: int) -> float:
+            return _between({m: t0 + (t1 - t0) * share for m, (t0, t1) in self.table[n].items()}, suffix)
+
+        return _between({n: of_rows(n) for n in self.table}, rows)
+
+    def prefill(self, rows: float) -> float:
+        """Seconds to read the prompts of so many rows."""
+        return _between(self.prefills, rows)
+
+
+def _between(points: Mapping[int, float], x: float) -> float:
+    """On straight lines between points, and on the line through zero beyond the last."""
+    listed = sorted(points.items())
+    for (x0, y0), (x1, y1) in pairwise(listed):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    last, y = listed[-1]
+    return y * max(1.0, x / last)
+
+
+def limit_seconds(authors: list[list[int]], base: PassTable, assistant: PassTable) -> float:
+    """N * t_base + sum over steps of t_assistant(who defers there, what they have not read), in lockstep."""
+    prompt, batch = base.prompt, len(authors)
+    total = base.prefill(batch) + sum(base.at(batch, 1, prompt + i) for i in range(1, len(authors[0])))
+    seen = dict.fromkeys(range(batch), 0)
+    for i, written in enumerate(zip(*authors, strict=True)):
+        deferring = [row for row, author in enumerate(written) if author]
+        new = [row for row in deferring if not seen[row]]
+        total += assistant.prefill(len(new)) if new else 0.0
+        unread = [prompt + i - (seen[row] or prompt) for row in deferring]
+        if sum(unread):
+            total += assistant.at(len(deferring), sum(unread) / len(deferring), prompt + i)
+        seen.update(dict.fromkeys(deferring, prompt + i))
+    return total
