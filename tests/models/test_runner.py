@@ -67,6 +67,32 @@ def test_every_architecture_equals_its_cache_free_forward(name: str, device: str
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", EXACT)
+def test_static_steps_equal_the_plain_forward_on_every_architecture(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that is compiled, run as it stands."""
+    steps = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: lambda *a, **k: (steps.append(1), function(*a, **k))[1]
+    )
+    model = make_model(EXACT[name](), seed=0, device=device)
+    runner = ModelRunner(LanguageModel(model, name=name), compiled=True)
+    play_schedule(model, runner, seed=3, steps=40)
+    assert len(steps) > 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's compiler about PyTorch
+def test_a_compiled_step_equals_the_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as a whole; the code generator itself is PyTorch's."""
+    compile_, model = torch.compile, make_model(EXACT["llama"](), seed=0)
+    traced = lambda function, fullgraph, mode: compile_(function, fullgraph=fullgraph, backend="aot_eager")  # noqa: E731
+    monkeypatch.setattr(torch, "compile", traced)
+    play_schedule(model, ModelRunner(LanguageModel(model, name="m"), compiled=True), seed=4, steps=60)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_packed_linears_equal_the_plain_forward_on_every_architecture(name: str) -> None:
     plain, packed = (make_model(EXACT[name](), seed=0) for _ in range(2))

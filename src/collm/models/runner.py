@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from collm.core.types import ModelUsage
 from collm.errors import RequestError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.models.slot_attention import register_attention, slot_attention_of
-from collm.models.slots import PackedPass, Row, SlotCache, packing_order
+from collm.models.slots import PackedPass, Row, SlotCache, StaticPass, packing_order
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,28 @@ class ModelRunner:
     Args:
         model: the model; it is left as it was found between calls.
         max_pass_tokens: most new tokens in one forward pass; longer extends are split.
+        compiled: run passes of one token per sequence through `torch.compile`, as CUDA graphs on a GPU. The first
+            such pass, and the first after the cache has grown, take about half a minute.
 
     Raises:
         UnsupportedModel: the model does not reproduce its own cache-free logits through the slots.
     """
 
-    def __init__(self, model: LanguageModel, *, max_pass_tokens: int = 4096) -> None:
+    def __init__(self, model: LanguageModel, *, max_pass_tokens: int = 4096, compiled: bool = False) -> None:
         register_attention()
         self.model = model
         self.name = model.name
         self.usage = ModelUsage()
         self.max_pass_tokens = max_pass_tokens
         self._window = _smallest_window(model)
-        self._cache = SlotCache(model.config.num_hidden_layers)
+        self._cache = SlotCache(model.config.num_hidden_layers, compiled=compiled)
         self._texts: list[list[int]] = []  # slot -> the tokens whose keys and values it holds
         self._closed: list[int] = []  # free slots, the longest free first
+        self._compiled: Callable[..., Tensor] | None = None
         _check_against_plain_forward(self)
+        if compiled:
+            mode = "reduce-overhead" if model.device.type == "cuda" else None
+            self._compiled = torch.compile(model.hidden_states, fullgraph=True, mode=mode)
         self.forget()
         self.usage = ModelUsage()
 
@@ -168,30 +174,51 @@ class ModelRunner:
         return Reading(self.model.logits(rows), rows)
 
     def _forward(self, part: Mapping[int, Sequence[int]], firsts: Mapping[int, int]) -> dict[int, Tensor]:
-        """One packed forward pass; each slot's hidden states from its position `firsts` on."""
-        slots = list(part)
-        rows = [Row(slot, len(self._texts[slot]), len(part[slot])) for slot in slots]
+        """One forward pass; each slot's hidden states from its position `firsts` on."""
+        self.usage.forward_passes += 1
+        self.usage.tokens_read += sum(map(len, part.values()))
+        if self._compiled is not None and all(len(new) == 1 for new in part.values()) and self._mostly_used(part):
+            return self._static_forward(part)
+        rows = [Row(slot, len(self._texts[slot]), len(new)) for slot, new in part.items()]
         rows = [rows[i] for i in packing_order(rows)]
-        self._cache.reserve(max(slots) + 1, max(row.end for row in rows))
-        device = self.model.input_device
-        layout = self._cache.layout = PackedPass(rows, device=device, window=self._window)
-        token_ids = torch.tensor([[token for row in rows for token in part[row.slot]]], device=device)
-        with slot_attention_of(self.model.config):
-            hidden = self.model.hidden_states(
-                token_ids,
-                position_ids=layout.positions.unsqueeze(0),
-                past_key_values=self._cache,
-                use_cache=True,
-                slot_pass=layout,
-            )[0]
+        self._cache.reserve(max(part) + 1, max(row.end for row in rows))
+        layout = PackedPass(rows, device=self.model.input_device, window=self._window)
+        hidden = self._run(layout, [token for row in rows for token in part[row.slot]], self.model.hidden_states)
         kept, at = {}, 0
         for row in rows:
             self._texts[row.slot].extend(part[row.slot])
             kept[row.slot] = hidden[at + max(firsts[row.slot] - row.start, 0) : at + row.size]
             at += row.size
-        self.usage.forward_passes += 1
-        self.usage.tokens_read += token_ids.shape[1]
         return kept
+
+    def _static_forward(self, part: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """A pass of one token per sequence in the shapes of the whole cache."""
+        assert self._compiled is not None
+        self._cache.reserve(len(self._texts), max(map(len, self._texts)) + 1)
+        lengths = [len(text) for text in self._texts] + [0] * (self._cache.slots - len(self._texts))
+        token_ids = [part[slot][0] if slot in part else 0 for slot in range(self._cache.slots)]
+        layout = StaticPass(lengths, capacity=self._cache.capacity, device=self.model.input_device)
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        hidden = self._run(layout, token_ids, self._compiled).clone()  # the next replay overwrites its output
+        for slot, new in part.items():
+            self._texts[slot].extend(new)
+        return {slot: hidden[slot : slot + 1] for slot in part}
+
+    def _mostly_used(self, part: Mapping[int, Sequence[int]]) -> bool:
+        """Whether a pass over all slots is not mostly waste; on a GPU few rows cost what many do."""
+        return self.model.device.type == "cuda" or 2 * len(part) >= self._cache.slots
+
+    def _run(self, layout: PackedPass | StaticPass, token_ids: Sequence[int], forward: Callable[..., Tensor]) -> Tensor:
+        """Hidden states of packed tokens: (T, H)."""
+        self._cache.layout = layout
+        with slot_attention_of(self.model.config):
+            return forward(
+                torch.tensor([token_ids], device=self.model.input_device),
+                position_ids=layout.positions.unsqueeze(0),
+                past_key_values=self._cache,
+                use_cache=True,
+                slot_pass=layout,
+            )[0]
 
     def _check_context(self, unseen: Mapping[int, Sequence[int]], starts: Mapping[int, int]) -> None:
         for slot, tokens in unseen.items():

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from collm.errors import UnsupportedModel
-from collm.models.slots import PackedPass
+from collm.models.slots import PackedPass, StaticPass
 
 ATTENTION_NAME = "collm_slots"
 
@@ -44,7 +44,7 @@ def slot_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    slot_pass: PackedPass | None = None,
+    slot_pass: PackedPass | StaticPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a packed row (1, H, T, D) over slots (S, H_kv, L, D), group by group: (1, T, H, D_v)."""

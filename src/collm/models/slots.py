@@ -77,6 +77,11 @@ class PackedPass:
     def needs_mask(self) -> bool:
         return self.windowed or any(group.ragged for group in self.groups)
 
+    @property
+    def most_new(self) -> int:
+        """New tokens of the longest row."""
+        return max(row.size for row in self.rows)
+
     def mask_of(self, group: Group, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """What attention adds to the scores of a group: (n, 1, width, L), 0 where visible, else -inf; None for nothing.
 
@@ -93,6 +98,35 @@ class PackedPass:
             # The boolean mask is kept too, or another could be made at its address.
             self._masks[key] = visible, torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
         return self._masks[key][1]
+
+
+class StaticPass:
+    """A pass of one token in every slot, whose shapes change only with the cache's: what `torch.compile` wants.
+
+    Every layer attends to the whole cache under a mask. Slots without a new token take part and are ignored: what they
+    write lies after the tokens they hold.
+
+    Args:
+        lengths: tokens in each slot.
+        capacity: of the cache, more than any length.
+    """
+
+    windowed = True
+    needs_mask = True
+    most_new = 1
+
+    def __init__(self, lengths: Sequence[int], *, capacity: int, device: torch.device) -> None:
+        self.rows: list[Row] = []
+        self.kv_length = capacity
+        self.groups = [Group(slice(0, len(lengths)), slice(0, len(lengths)), 1, capacity, ragged=True)]
+        self.positions = torch.tensor(lengths, device=device)  # (S,)
+        self.slot_of = torch.arange(len(lengths), device=device)  # (S,)
+
+    def mask_of(self, group: Group, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """As of `PackedPass`: shape (S, 1, 1, L)."""
+        assert visible is not None
+        seen = visible[0, 0, :, None, None]
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
 
 
 _WIDEST = 16  # longer rows attend alone
@@ -164,12 +198,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         slots, capacity = self.cache.slots, self.cache.capacity
         self.keys = key_states.new_zeros(slots, key_states.shape[1], capacity, key_states.shape[3])
         self.values = value_states.new_zeros(slots, value_states.shape[1], capacity, value_states.shape[3])
+        self._fix_addresses()
         self.is_initialized = True
 
     def resize(self, slots: int, capacity: int) -> None:
         if self.is_initialized:
             self.keys = _enlarged(self.keys, slots, capacity)
             self.values = _enlarged(self.values, slots, capacity)
+            self._fix_addresses()
+
+    def _fix_addresses(self) -> None:
+        if self.cache.compiled:  # CUDA graphs may then write to them in place
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
 
     def clear(self, slot: int) -> None:
         if self.is_initialized:
@@ -199,7 +240,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.cache.layout.kv_length, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.layout.kv_length - max(row.size for row in self.cache.layout.rows)
+        return self.cache.layout.kv_length - self.cache.layout.most_new
 
     def get_max_length(self) -> int:
         return -1
@@ -212,13 +253,18 @@ def _enlarged(old: Tensor, slots: int, capacity: int) -> Tensor:
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """The cache handed to the model; grows by doubling, never shrinks."""
+    """The cache handed to the model; grows by doubling, never shrinks.
 
-    def __init__(self, num_layers: int, *, slots: int = 1, capacity: int = 128) -> None:
+    Args:
+        compiled: passes over it are compiled.
+    """
+
+    def __init__(self, num_layers: int, *, compiled: bool = False) -> None:
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
-        self.slots = slots
-        self.capacity = capacity
-        self.layout: PackedPass
+        self.slots = 1
+        self.capacity = 128
+        self.compiled = compiled
+        self.layout: PackedPass | StaticPass
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for `slots` sequences of `capacity` tokens."""
