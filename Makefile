@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test bench lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each mo
 
 test: $(INSTALLED)  ## The whole test suite.
 	$(BIN)/python -m pytest --numprocesses 2
+
+bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
+	$(BIN)/python -m benchmarks.decode --dtype float32 --out benchmarks/results/cpu-float32.json
+	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --out benchmarks/results/cpu-bfloat16.json
+	$(BIN)/python -m benchmarks.table benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -62,6 +62,8 @@ class CoLLM:
         calibration: what `generate` takes its default threshold and its budgets from.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
         training: what was measured while training, for the model card.
+        compiled: run each model's one-token passes through `torch.compile`, as CUDA graphs on a GPU; costs about half
+            a minute a model at the start and whenever the cache grows.
 
     Raises:
         MismatchError: the models, the tokenizer or the head do not fit.
@@ -78,6 +80,7 @@ class CoLLM:
         calibration: Calibration | None = None,
         accept_differences: Sequence[str] = (),
         training: dict[str, Any] | None = None,
+        compiled: bool = False,
     ) -> None:
         check_accepted(accept_differences)
         if len(assistants) != head.num_assistants:
@@ -94,6 +97,7 @@ class CoLLM:
         self.calibration = calibration
         self.accept_differences = tuple(accept_differences)
         self.training = training or {}
+        self.compiled = compiled
         self._source: Path | None = None
         for number, member in enumerate(self.assistants, start=1):
             if isinstance(member, ModelSpec):
@@ -112,6 +116,7 @@ class CoLLM:
         assistants: Sequence[Member] | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        compiled: bool = False,
     ) -> CoLLM:
         """Load a collaboration from a directory or a Hub repository; the models' weights follow on first use.
 
@@ -120,6 +125,7 @@ class CoLLM:
             revision: Hub branch, tag or commit.
             base, assistants: models to use in place of those the artefact names, after a move for example.
             device, dtype: of all models, in place of what the artefact says.
+            compiled: as of the class.
 
         Raises:
             ArtefactError: it is missing, half-written or corrupt, or a tokenizer is not the one it was made with.
@@ -146,6 +152,7 @@ class CoLLM:
             calibration=artefact.read_calibration(directory),
             accept_differences=manifest.accept_differences,
             training=manifest.training,
+            compiled=compiled,
         )
         model._source = directory if base is None else None
         return model
@@ -354,7 +361,8 @@ class CoLLM:
     @cached_property
     def _models(self) -> list[LanguageModel]:
         """All models in memory and checked against each other: the base, then the assistants."""
-        models = load_members([self.base, *self.assistants], vocab_size=self.identity.vocab_size)
+        members = [self.base, *self.assistants]
+        models = load_members(members, vocab_size=self.identity.vocab_size, packed=not self.compiled)
         if models[0].hidden_size != self.head.hidden_size:
             raise MismatchError(
                 f"the head reads hidden states of size {self.head.hidden_size}, the base has "
@@ -365,7 +373,7 @@ class CoLLM:
 
     @cached_property
     def _authors(self) -> list[ModelRunner]:
-        return [ModelRunner(model) for model in self._models]
+        return [ModelRunner(model, compiled=self.compiled) for model in self._models]
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:

@@ -7,12 +7,18 @@ import random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from collm.core.calibration import Calibration, CalibrationPoint
 from collm.core.policies import (
+    BudgetPolicy,
+    ConfidencePolicy,
     JointPolicy,
     OraclePolicy,
+    Policy,
     RandomPolicy,
+    ScheduledPolicy,
     SingleAuthorPolicy,
     StepView,
     ThresholdPolicy,
@@ -78,6 +84,108 @@ def test_oracle_picks_who_has_the_reference_token() -> None:
 
 def test_a_single_author_writes_everything() -> None:
     assert SingleAuthorPolicy(2).author(view([1, 0, 0])) == 2
+
+
+def written(policy: Policy, defer_probs: list[float]) -> list[int]:
+    """The authors that `policy` names in one completion."""
+    authors: list[int] = []
+    for prob in defer_probs:
+        step = view([1 - prob, prob], defer_prob=prob, position=len(authors), deferred=sum(authors))
+        authors.append(policy.author(step))
+    return authors
+
+
+DEFER_PROBS = st.lists(st.floats(0, 1), max_size=60)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.2, 0.8), (0.8, 0.2), (-0.5, 0.5)])
+def test_a_schedule_moves_its_threshold_in_a_straight_line_and_then_keeps_it(start: float, end: float) -> None:
+    policy = ScheduledPolicy(start, end, steps=4)
+    for position, share in [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0), (5, 1.0), (1000, 1.0)]:
+        threshold = (1 - share) * start + share * end
+        below = view([0.5, 0.2, 0.3], position=position, defer_prob=threshold - 1e-6)
+        above = view([0.5, 0.2, 0.3], position=position, defer_prob=threshold + 1e-6)
+        assert (policy.author(below), policy.author(above)) == (0, 2)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(-1, 1), DEFER_PROBS)
+def test_a_schedule_that_stays_is_the_threshold_rule(threshold: float, defer_probs: list[float]) -> None:
+    policy = ScheduledPolicy(threshold, threshold, steps=7)
+    assert written(policy, defer_probs) == written(ThresholdPolicy(threshold), defer_probs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((1.1, 0.5, 4), "threshold is 1.1"),
+        ((0.5, -1.1, 4), "threshold is -1.1"),
+        ((math.nan, 0.5, 4), "threshold is nan"),
+        ((0.5, 0.5, 0), "steps is 0"),
+        ((0.5, 0.5, -3), "steps is -3"),
+    ],
+)
+def test_bad_schedules_are_refused(options: tuple[float, float, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ScheduledPolicy(*options)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0, 1), st.floats(-1, 1), st.integers(0, 4), DEFER_PROBS)
+def test_a_budget_bounds_every_prefix_and_holds_back_only_what_it_cannot_afford(
+    budget: float, threshold: float, burst: int, defer_probs: list[float]
+) -> None:
+    authors = written(BudgetPolicy(budget, threshold, burst), defer_probs)
+    wanted = written(ThresholdPolicy(threshold), defer_probs)
+    for n in range(1, len(authors) + 1):
+        deferred = sum(authors[:n])
+        assert deferred <= budget * n + burst
+        if authors[n - 1] != wanted[n - 1]:
+            assert authors[n - 1] == 0
+            assert deferred + 1 > budget * n + burst
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(-1, 1), DEFER_PROBS)
+def test_no_budget_is_the_base_alone_and_a_full_one_the_threshold_rule(
+    threshold: float, defer_probs: list[float]
+) -> None:
+    assert not any(written(BudgetPolicy(0.0, threshold, burst=0), defer_probs))
+    full = BudgetPolicy(1.0, threshold, burst=0)
+    assert written(full, defer_probs) == written(ThresholdPolicy(threshold), defer_probs)
+
+
+def test_a_budget_is_spread_over_the_text_after_its_burst() -> None:
+    assert written(BudgetPolicy(0.25, 0.5, burst=0), [1.0] * 9) == [0, 0, 0, 1, 0, 0, 0, 1, 0]
+    assert written(BudgetPolicy(0.25, 0.5, burst=2), [1.0] * 9) == [1, 1, 0, 1, 0, 0, 0, 1, 0]
+    assert written(BudgetPolicy(0.25, 0.5, burst=0), [0.0] * 4 + [1.0] * 4) == [0, 0, 0, 0, 1, 0, 0, 1]
+    assert BudgetPolicy(1.0).author(view([0.2, 0.3, 0.5])) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 1.1}, "budget is 1.1"),
+        ({"budget": -0.1}, "budget is -0.1"),
+        ({"budget": math.nan}, "budget is nan"),
+        ({"budget": 0.5, "threshold": 2}, "threshold is 2"),
+        ({"budget": 0.5, "burst": -1}, "burst is -1"),
+    ],
+)
+def test_bad_budgets_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BudgetPolicy(**options)
+
+
+def test_confidence_asks_everyone_and_names_whoever_is_surest_whatever_the_head_says() -> None:
+    assert [list(ConfidencePolicy().consults(k)) for k in (1, 2, 3)] == [[1], [1, 2], [1, 2, 3]]
+    assert ConfidencePolicy().author(view([1, 0, 0], top_probs={0: 0.5, 1: 0.6, 2: 0.7})) == 2
+    assert ConfidencePolicy().author(view([0, 1, 0], top_probs={0: 0.8, 1: 0.6, 2: 0.7})) == 0
+
+
+def test_confidence_keeps_the_base_on_a_tie() -> None:
+    assert ConfidencePolicy().author(view([0, 1, 0], top_probs={0: 0.7, 1: 0.7, 2: 0.6})) == 0
+    assert ConfidencePolicy().author(view([0, 0, 1], top_probs={0: 0.5, 1: 0.7, 2: 0.7})) == 1
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,28 @@ def test_a_policy_that_breaks_down_fails_its_own_sequence(
         pair.generate([[7]], PARAMS, policy=policy)
 
 
+@pytest.mark.parametrize("policy", ["product:weight=0", "product:weight=1", "contrastive", "mixture"])
+def test_a_token_that_an_author_excludes_breaks_no_combination(
+    pair: CoLLM, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models that mask a part of their vocabulary give logits of -inf."""
+    for runner in pair._authors:
+        plain = runner.model.logits
+        cut = runner.name == "base"
+
+        def masked(hidden: torch.Tensor, plain: Any = plain, cut: bool = cut) -> torch.Tensor:
+            logits: torch.Tensor = plain(hidden)
+            return logits.index_fill(-1, torch.tensor([3, 4] if cut else [5]), -torch.inf)
+
+        monkeypatch.setattr(runner.model, "logits", masked)
+    out = pair.generate([[7, 8], [9]], PARAMS, policy=policy)
+    assert all(len(completion.token_ids) == 12 or completion.finish_reason == "eos" for completion in out)
+    single = {"product:weight=0": 1, "product:weight=1": 0}.get(policy)
+    if single is not None:
+        alone = pair.generate([[7, 8], [9]], PARAMS, policy=SingleAuthorPolicy(single))
+        assert [c.token_ids for c in out] == [c.token_ids for c in alone]
+
+
 def test_thousands_of_joins_leaves_and_cancellations_leave_nothing_behind(pair: CoLLM) -> None:
     rng = random.Random(0)
     engine = pair._engine(max_batch=8)

@@ -22,7 +22,12 @@ def generate(
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Deferral rate to stay within, in place of a threshold.")] = None,
     policy: Annotated[
-        str, typer.Option(help="'threshold' or 'joint' (author drawn from its probability).")
+        str,
+        typer.Option(
+            help="threshold, joint (author drawn from its probability), mixture, confidence, product:weight=.., "
+            "contrastive:alpha=..,beta=.., proxy:model=..,tuned=..,untuned=.., random:rate=.., single:writer=.., "
+            "budget:budget=..,threshold=.. (of each completion), schedule:start=..,end=..,steps=.."
+        ),
     ] = "threshold",
     chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a user's chat message.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
@@ -33,6 +38,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the completion; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
+    lookahead: Annotated[
+        int | None, typer.Option(help="Most tokens drafted ahead; the text is the same. 0 for none. Default: 16.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile, CUDA graphs on a GPU; a slow start, then faster.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, for machines.")] = False,
 ) -> None:
     """Continue prompts, each token in its author's colour (plain when piped)."""
@@ -43,10 +54,10 @@ def generate(
 
     transformers.utils.logging.disable_progress_bar()
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
-    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype)
+    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype, compiled=compiled)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    choice = {"threshold": threshold, "budget": budget, "policy": policy}
+    choice = {"threshold": threshold, "budget": budget, "policy": policy, "lookahead": lookahead}
     show = _print_json if json_ else _print_coloured
     show(model, inputs, params, choice)
 

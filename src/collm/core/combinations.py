@@ -25,7 +25,7 @@ class CombiningPolicy(Policy):
         """Next-token logits.
 
         Args:
-            logprobs: author -> log P_z, shape (n, V), nats, fp32; of the base and of whom the policy consults.
+            logprobs: author -> log P_z, shape (n, V), nats, fp32, finite; of the base and of whom the policy consults.
             author_logprobs: log P(Z), shape (n, K + 1).
 
         Returns:

@@ -52,13 +52,14 @@ def policy_named(text: str) -> Policy:
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         option, equals, value = part.partition("=")
-        if not equals or option not in types:
+        if not equals or option not in types or option in options:
             known = ", ".join(f"{each}=.." for each in types) or "none"
-            raise ConfigError(f"policy {name!r} was given {part!r}, its options are: {known}")
+            raise ConfigError(f"policy {name!r} was given {part!r}, its options, each at most once, are: {known}")
         try:
             options[option] = types[option](value)
         except ValueError as error:
-            raise ConfigError(f"{option} of policy {name!r} is {value!r}, expected a number") from error
+            kind_of = "whole number" if types[option] is int else "number"
+            raise ConfigError(f"{option} of policy {name!r} is {value!r}, expected a {kind_of}") from error
     try:
         policy: Policy = kind(**options)
         return policy

@@ -29,6 +29,10 @@ LOOKAHEAD = 16
 """Default for the most tentative tokens of a sequence."""
 MAX_WAIT = 16
 """Default for the most steps that a sequence waits for company."""
+_EXCLUDED = -1e4
+"""Log-probability that combinations are given for a token whose logit is -inf: sums and differences stay numbers."""
+_PLAN_LASTS = 8
+"""Steps after which the waiting is planned anew."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Engine:
         self._count = 0
         self._news: list[Emitted] = []
         self._odds = Odds()
+        self._steps = 0
+        self._waits: dict[int, int] = {}  # assistant -> steps to wait for company
+        self._replan = 0
 
     @property
     def has_work(self) -> bool:
@@ -153,6 +160,7 @@ class Engine:
 
         A sequence whose model or policy breaks down leaves with its failure; the others go on.
         """
+        self._steps += 1
         while self._waiting and len(self._active) < self.max_batch:
             sequence = self._waiting.popleft()
             self._active[sequence.number] = sequence
@@ -390,9 +398,14 @@ class Engine:
         active = len(self._active)
         if active == 1 or not self.max_wait:
             return 0
-        start, run = (sum(getattr(s.odds, name) for s in self._active.values()) / active for name in ("start", "run"))
-        times = self._readers[BASE].times, self._readers[author].times
-        return wait_steps(start, run, *times, active, self.max_wait)
+        if self._steps >= self._replan:
+            self._replan = self._steps + _PLAN_LASTS
+            self._waits.clear()
+        if author not in self._waits:
+            start, run = (sum(getattr(s.odds, of) for s in self._active.values()) / active for of in ("start", "run"))
+            times = self._readers[BASE].times, self._readers[author].times
+            self._waits[author] = wait_steps(start, run, *times, active, self.max_wait)
+        return self._waits[author]
 
     def _guess_depth(self, sequence: Sequence) -> int:
         base, assistant = (self._readers[author].times for author in (BASE, sequence.decisions[0].author))
@@ -439,7 +452,7 @@ def _combined(
     """Author credited and token where the policy makes one distribution of several."""
     by_author = torch.stack([said.author_logprobs for said in of_each])  # (n, K + 1)
     logprobs = {
-        author: torch.log_softmax(torch.stack([said.logits[author] for said in of_each]), dim=-1)
+        author: torch.log_softmax(torch.stack([said.logits[author] for said in of_each]), dim=-1).clamp(min=_EXCLUDED)
         for author in of_each[0].logits
     }
     logits = policy.combine(logprobs, by_author)

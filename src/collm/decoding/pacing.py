@@ -66,8 +66,8 @@ class Odds:
 
     @property
     def rate(self) -> float:
-        """Share of tokens that are deferred in the long run; never 0."""
-        return max(self.start / max(self.start + 1 - self.run, 0.01), 0.01)
+        """Share of tokens that are deferred in the long run, 0.01 to 1."""
+        return min(max(self.start / max(self.start + 1 - self.run, 0.01), 0.01), 1.0)
 
     def saw(self, previous: int, author: int, predicted: int | None, token_id: int) -> None:
         """`author` wrote `token_id` after a token of `previous`; lookup had predicted `predicted`, if anything."""
@@ -105,7 +105,8 @@ def lookup_length(odds: Odds, base: PassTimes, assistant: PassTimes, active: int
     def cost(r: int) -> float:
         holding = expected_run(odds.lookup, r)
         wasted = min(1.0, odds.rate * r) * (assistant.at(active + r + 1 - holding) - assistant.at(active))
-        return (base.at(active) / active + base.at(active + r) - base.at(active) + wasted) / holding
+        longer = max(0.0, base.at(active + r) - base.at(active))  # measured, so not always monotone
+        return (base.at(active) / active + longer + wasted) / holding
 
     return _cheapest(cost, range(longest + 1))
 

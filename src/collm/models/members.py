@@ -34,16 +34,11 @@ def spec_of(member: Member) -> ModelSpec | None:
     return ModelSpec(path, revision=getattr(inner.config, "_commit_hash", None))
 
 
-def _loaded(spec: ModelSpec) -> nn.Module:
-    """A model that nobody else holds, so that its layers may be rearranged."""
-    module: nn.Module = load_model(spec)
-    if packing_pays(module):
-        pack_linears(module)
-    return module
-
-
-def load_members(members: Sequence[Member], *, vocab_size: int) -> list[LanguageModel]:
+def load_members(members: Sequence[Member], *, vocab_size: int, packed: bool = True) -> list[LanguageModel]:
     """All models in memory, the base first, each cut to the tokenizer's ids.
+
+    Args:
+        packed: pack the linear layers of what is loaded here, where that makes it faster.
 
     Raises:
         LoadError: a model cannot be loaded.
@@ -51,7 +46,9 @@ def load_members(members: Sequence[Member], *, vocab_size: int) -> list[Language
     """
     models = []
     for author, member in enumerate(members):
-        module = _loaded(member) if isinstance(member, ModelSpec) else member
+        module: nn.Module = load_model(member) if isinstance(member, ModelSpec) else member
+        if packed and isinstance(member, ModelSpec) and packing_pays(module):
+            pack_linears(module)
         name = author_name(author, len(members) - 1)
         models.append(LanguageModel(module.eval(), name=name, vocab_size=vocab_size))
     check_vocab_sizes(models, vocab_size)

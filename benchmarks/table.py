@@ -1,0 +1,97 @@
+"""Puts what `benchmarks.decode` wrote into the tables of docs/performance.md, between its markers.
+
+python -m benchmarks.table benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PAGE = Path("docs/performance.md")
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+GRID = {
+    "prompt": "prompt",
+    "batch": "batch",
+    "aimed_rate": "deferral rate",
+    "run": "run",
+    "time_over_limit": "time / limit",
+    "speed_vs_assistant_ours": "vs assistant, our loop",
+    "speed_vs_assistant_generate": "vs assistant, `generate`",
+    "speed_vs_base_ours": "vs base, our loop",
+    "lookahead_speedup": "with lookahead",
+    "assistant_passes": "assistant passes",
+    "cache_allocated_over_needed": "cache / needed",
+}
+ALONE = {
+    "prompt": "prompt",
+    "batch": "batch",
+    "base_ours_vs_generate": "base: ours vs `generate`",
+    "assistant_ours_vs_generate": "assistant: ours vs `generate`",
+}
+LOOKAHEAD = {
+    "agreement": "agreement",
+    "rate": "deferral rate",
+    "run": "run",
+    "lookahead_speedup": "with lookahead",
+    "assistant_passes": "assistant passes",
+    "assistant_passes_ahead": "with lookahead",
+}
+CONTEXT = {"context": "context", "ms_per_token": "ms per token", "over_bare_pass": "over a bare pass"}
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "--:|" * len(columns)]
+    return lines + ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def section(path: Path) -> list[str]:
+    """Everything one run measured, under the command that makes it."""
+    result = json.loads(path.read_text())
+    given, versions = result["arguments"], result["versions"]
+    command = f"python -m benchmarks.decode --dtype {given['dtype']} --out {path}"
+    return [
+        f"### {given['base'].upper()} + {given['assistant'].upper()}, {given['dtype']}, {given['device']}",
+        "",
+        f"`{command}` ({given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}):",
+        "",
+        *table(result["grid"], GRID),
+        "",
+        *(
+            f"Against a loop without any cache, prompt {row['prompt']}, {given['new']} new tokens, rate 0.3: "
+            f"**{row['speed_vs_cache_free']:.1f}x**."
+            for row in result["grid"]
+            if "speed_vs_cache_free" in row
+        ),
+        "",
+        "Each model alone:",
+        "",
+        *table([row for row in result["grid"] if row["aimed_rate"] == 0.1 and row["run"] == 1], ALONE),
+        "",
+        "Lookahead, one sequence, by how often the models agree:",
+        "",
+        *table(result["lookahead"], LOOKAHEAD),
+        "",
+        "As the context grows, the base writing:",
+        "",
+        *table(result["context"], CONTEXT),
+        "",
+    ]
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    sections = [line for name in sys.argv[1:] for line in section(Path(name))]
+    PAGE.write_text(head + BEGIN + "\n\n" + "\n".join(sections) + END + tail)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Policies by name: what each text builds, and what the refusals say."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from collm.core.combinations import ContrastivePolicy, MixturePolicy, ProductPolicy, ProxyTuningPolicy
+from collm.core.named import POLICIES, policy_named
+from collm.core.policies import (
+    BudgetPolicy,
+    ConfidencePolicy,
+    JointPolicy,
+    Policy,
+    RandomPolicy,
+    ScheduledPolicy,
+    SingleAuthorPolicy,
+    ThresholdPolicy,
+)
+from collm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("threshold:threshold=-0.5", ThresholdPolicy(-0.5)),
+        ("schedule:start=-1,end=0.75,steps=20", ScheduledPolicy(-1.0, 0.75, 20)),
+        ("budget:budget=0.3", BudgetPolicy(0.3)),
+        ("budget:burst=4,threshold=0.2,budget=0.3", BudgetPolicy(0.3, 0.2, 4)),
+        ("joint", JointPolicy()),
+        ("single:writer=2", SingleAuthorPolicy(2)),
+        ("random:rate=0.25", RandomPolicy(0.25)),
+        ("confidence", ConfidencePolicy()),
+        ("mixture", MixturePolicy()),
+        ("product", ProductPolicy()),
+        ("product:weight=1e-1", ProductPolicy(0.1)),
+        ("contrastive", ContrastivePolicy()),
+        ("contrastive:alpha=0.2,beta=0.3", ContrastivePolicy(alpha=0.2, beta=0.3)),
+        ("contrastive:expert=2,amateur=1", ContrastivePolicy(expert=2, amateur=1)),
+        ("proxy", ProxyTuningPolicy()),
+        ("proxy:model=3,tuned=1", ProxyTuningPolicy(model=3, tuned=1)),
+    ],
+)
+def test_a_text_builds_the_policy_it_names(text: str, expected: Policy) -> None:
+    assert policy_named(text) == expected
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_named_policy_takes_all_its_fields_from_a_text(name: str) -> None:
+    kind: Any = POLICIES[name]
+    options = {f.name: 0.25 if f.type == "float" else number for number, f in enumerate(fields(kind), start=1)}
+    policy = policy_named(f"{name}:{','.join(f'{option}={value}' for option, value in options.items())}")
+    assert type(policy) is kind
+    assert policy == kind(**options)
+    assert all(type(getattr(policy, option)) is type(value) for option, value in options.items())
+
+
+@pytest.mark.parametrize("text", ["majority", "", "Joint", "oracle", "majority:rate=1"])
+def test_an_unknown_name_is_refused_with_the_known_ones(text: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        policy_named(text)
+    assert repr(text) in str(refusal.value)
+    assert ", ".join(POLICIES) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "threshold:limit=1",
+            "policy 'threshold' was given 'limit=1', its options, each at most once, are: threshold=..",
+        ),
+        ("mixture:weight=1", "policy 'mixture' was given 'weight=1', its options, each at most once, are: none"),
+        ("random:rate=0.5,seed=1", "policy 'random' was given 'seed=1', its options, each at most once, are: rate=.."),
+        ("product:weight", "policy 'product' was given 'weight', its options, each at most once, are: weight=.."),
+        ("product:weight=0.1,weight=0.9", "policy 'product' was given 'weight=0.9', its options, each at most once"),
+        ("product:0.5", "policy 'product' was given '0.5', its options, each at most once, are: weight=.."),
+        ("product:=0.5", "policy 'product' was given '=0.5', its options, each at most once, are: weight=.."),
+        ("contrastive:alpha=high", "alpha of policy 'contrastive' is 'high', expected a number"),
+        ("contrastive:beta=", "beta of policy 'contrastive' is '', expected a number"),
+    ],
+)
+def test_a_bad_option_is_refused_with_what_came_and_what_was_expected(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        policy_named(text)
+    assert message in str(refusal.value)
+
+
+def test_a_fraction_is_no_author_number() -> None:
+    with pytest.raises(ConfigError, match=r"model of policy 'proxy' is '1\.5'"):
+        policy_named("proxy:model=1.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("threshold", ["threshold"]),
+        ("threshold:", ["threshold"]),
+        ("schedule:start=0.5", ["end", "steps"]),
+        ("budget:burst=2", ["budget"]),
+        ("single", ["writer"]),
+        ("random", ["rate"]),
+    ],
+)
+def test_a_missing_option_is_named_and_how_to_write_it_shown(text: str, missing: list[str]) -> None:
+    with pytest.raises(ConfigError, match="lacks an option") as refusal:
+        policy_named(text)
+    name = text.partition(":")[0]
+    assert f"policy {name!r}" in str(refusal.value)
+    assert f"write {name}:option=value" in str(refusal.value)
+    assert all(f"'{option}'" in str(refusal.value) for option in missing)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("product:weight=2", "weight is 2.0"),
+        ("threshold:threshold=nan", "threshold is nan"),
+        ("schedule:start=0,end=1,steps=0", "steps is 0"),
+        ("contrastive:expert=2,amateur=2", "both author 2"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_as_by_the_policy_itself(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        policy_named(text)
