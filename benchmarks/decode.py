@@ -169,6 +169,30 @@ class Bench:
                     rows.append(_logged(row))
         return rows
 
+    def compiled(self) -> list[dict[str, Any]]:
+        """One-token passes through `torch.compile`, against the same models as transformers loads them and packed."""
+        rows = []
+        new = self.arguments.new
+        pair = collaborate(
+            *(self.model(shape) for shape in (self.arguments.base, self.arguments.assistant)), compiled=True
+        )
+        for batch in self.arguments.batch:
+            prompts, params = prompts_of(batch, 32, self.vocab_size), SamplingParams(max_new_tokens=new)
+            policies = [pattern(0.3, 1, new, seed) for seed in range(batch)]
+            models = {"compiled": pair, "packed": self.pair, "plain": collaborate(*self.theirs)}
+            taken = {}
+            for name, model in models.items():
+                start = time.perf_counter()
+                self._timed(model, prompts, params, policies, lookahead=0)
+                first = time.perf_counter() - start
+                taken[name], _ = self._timed(model, prompts, params, policies, lookahead=0)
+                if name == "compiled":
+                    compiling = first - taken[name]
+            row = {"batch": batch, "speed_vs_plain": taken["plain"] / taken["compiled"]}
+            row |= {"speed_vs_packed": taken["packed"] / taken["compiled"], "seconds_to_compile": compiling}
+            rows.append(_logged(row))
+        return rows
+
     def context(self) -> list[dict[str, Any]]:
         """Time of a token as the context grows, the base writing: against a bare pass at that length."""
         rows = []
@@ -215,7 +239,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--repeats", type=int, default=2, help="runs of a single sequence; the fastest counts")
     parser.add_argument(
-        "--parts", nargs="+", choices=("grid", "lookahead", "context"), default=["grid", "lookahead", "context"]
+        "--parts",
+        nargs="+",
+        choices=("grid", "lookahead", "context", "compiled"),
+        default=["grid", "lookahead", "context"],
     )
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
@@ -225,6 +252,7 @@ def main() -> None:
         "grid": bench.grid,
         "lookahead": bench.lookahead,
         "context": bench.context,
+        "compiled": bench.compiled,
     }
     results = {part: parts[part]() for part in arguments.parts}
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}

@@ -112,9 +112,9 @@ def successors(vocab_size: int, agreement: float) -> tuple[list[int], list[int]]
     return first, second
 
 
-def collaborate(base: PreTrainedModel, assistant: PreTrainedModel) -> CoLLM:
+def collaborate(base: PreTrainedModel, assistant: PreTrainedModel, *, compiled: bool = False) -> CoLLM:
     tokenizer = make_tokenizer(base.config.vocab_size)
-    return CoLLM(base, [assistant], DeferralHead(base.config.hidden_size), tokenizer)
+    return CoLLM(base, [assistant], DeferralHead(base.config.hidden_size), tokenizer, compiled=compiled)
 
 
 def prompts_of(batch: int, length: int, vocab_size: int) -> list[list[int]]:

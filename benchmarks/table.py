@@ -55,11 +55,12 @@ def section(path: Path) -> list[str]:
     """Everything one run measured, under the command that makes it."""
     result = json.loads(path.read_text())
     given, versions = result["arguments"], result["versions"]
+    made_on = f"{given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}"
     command = f"python -m benchmarks.decode --dtype {given['dtype']} --out {path}"
     return [
         f"### {given['base'].upper()} + {given['assistant'].upper()}, {given['dtype']}, {given['device']}",
         "",
-        f"`{command}` ({given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}):",
+        f"`{command}` ({made_on}):",
         "",
         *table(result["grid"], GRID),
         "",

@@ -87,7 +87,7 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     assert calibrated.returncode == 0, calibrated.stderr
     assert json.loads((artefact / "calibration.json").read_text())["metric_name"] == "token_f1"
 
-    options = ("generate", artefact, "w1 w2", "--max-new-tokens", 5, "--threshold", 0.5)
+    options = ("generate", artefact, "w1 w2", "--max-new-tokens", 5, "--threshold", 0.5, "--lookahead", 0)
     plain, machine = (collm(*options, *extra, cwd=tmp_path) for extra in ([], ["--json"]))
     assert plain.returncode == machine.returncode == 0, plain.stderr + machine.stderr
     completion = json.loads(machine.stdout)
@@ -95,6 +95,14 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     expected = CoLLM.from_pretrained(artefact).generate("w1 w2", threshold=0.5)[0].token_ids[:5]
     assert completion["token_ids"] == expected
     assert completion["usage_of_call"]["base"]["forward_passes"] == len(expected)
+
+    ruled = ("generate", artefact, "w1 w2", "--max-new-tokens", 5, "--policy")
+    mixed = collm(*ruled, "mixture", "--json", cwd=tmp_path)
+    assert mixed.returncode == 0, mixed.stderr
+    together = CoLLM.from_pretrained(artefact).generate("w1 w2", policy="mixture")[0].token_ids[:5]
+    assert json.loads(mixed.stdout)["token_ids"] == together
+    fails(2, "policy is 'best', expected one of threshold, .* proxy", *ruled, "best", cwd=tmp_path)
+    fails(2, "lookahead=4 has no effect with MixturePolicy", *ruled, "mixture", "--lookahead", 4, cwd=tmp_path)
 
 
 def fails(status: int, message: str, *arguments: object, cwd: Path) -> None:

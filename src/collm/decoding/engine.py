@@ -274,7 +274,8 @@ class Engine:
             if any(greedy[row].broken for row in rows):
                 self._fail_with_nan(sequence, author)
             elif sequence in consultations:
-                consultations[sequence].logits[author] = heard.logits[rows[0]]
+                said = consultations[sequence]
+                said.logits[author] = heard.logits[rows[0]].to(said.author_logprobs.device)
             else:
                 with self._alone(sequence):
                     for i in asked[sequence]:
