@@ -45,7 +45,9 @@ class Bench:
         self.dtype = getattr(torch, arguments.dtype)
         self.vocab_size = min(SHAPES[arguments.base][5], SHAPES[arguments.assistant][5])
         self.theirs = [self.model(shape) for shape in (arguments.base, arguments.assistant)]
-        self.ours = [self.model(shape, packed=True) for shape in (arguments.base, arguments.assistant)]
+        self.ours = self.theirs
+        if packing_pays(self.theirs[0]):
+            self.ours = [self.model(shape, packed=True) for shape in (arguments.base, arguments.assistant)]
         self.pair = collaborate(*self.ours)
         self.alone = collaborate(self.ours[1], self.ours[1])
 

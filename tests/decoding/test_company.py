@@ -73,7 +73,7 @@ def test_nan_in_one_sequence_harms_no_other(pair: CoLLM, author: int, policy: Po
 
 @pytest.mark.parametrize("author", [0, 1])
 def test_a_model_that_raises_for_one_sequence_fails_that_one(
-    pair: CoLLM, author: int, monkeypatch: pytest.MonkeyPatch
+    pair: CoLLM, author: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = [[5, 6], [7, POISON, 8], [9, 10, 11]]
     policy = SingleAuthorPolicy(author)
@@ -94,6 +94,7 @@ def test_a_model_that_raises_for_one_sequence_fails_that_one(
     assert [came[0], came[2]] == good
     assert list(failures) == [1]
     assert "raised RuntimeError: device-side assert" in str(failures[1])
+    assert "failed on 3 sequences" in caplog.text
     assert [a.open_slots for a in pair._authors] == [0, 0]
 
 

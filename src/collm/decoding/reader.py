@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
@@ -14,6 +15,8 @@ from collm.decoding.pacing import PassTimes
 from collm.decoding.sequence import Sequence
 from collm.errors import CollmError, ModelFailure
 from collm.models.runner import MIN_SHARED, Assistant, Reading
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,9 @@ class Reader:
             reading = self.runner.extend(unseen, keep)
         except Exception as error:
             if len(wanted) > 1:
+                _LOG.warning(
+                    "%s failed on %d sequences (%r); reading them one by one", self.runner.name, len(wanted), error
+                )
                 return [part for each in wanted for part in self._read({each: wanted[each]})]
             self.failures[next(iter(wanted))] = self._failure(error)
             return []
