@@ -205,7 +205,7 @@ class Bench:
             start = time.perf_counter()
             written = sum(1 for _ in stream)
             taken = (time.perf_counter() - start) / written
-            bare = pass_seconds(self.ours[0], 1, length, 1)
+            bare = pass_seconds(self.ours[0], 1, length, [1])[1]
             rows.append(_logged({"context": length, "ms_per_token": 1e3 * taken, "over_bare_pass": taken / bare}))
         return rows
 
@@ -256,14 +256,15 @@ def main() -> None:
         "context": bench.context,
         "compiled": bench.compiled,
     }
-    results = {part: parts[part]() for part in arguments.parts}
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    text = json.dumps({"arguments": given, "versions": library_versions(), **results}, indent=1)
+    results: dict[str, Any] = {"arguments": given, "versions": library_versions()}
+    for part in arguments.parts:
+        results[part] = parts[part]()
+        if arguments.out is not None:  # after every part: a long run that is cut off keeps what it has
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.out is None:
-        print(text)
-    else:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+        print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

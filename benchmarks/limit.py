@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -31,18 +31,20 @@ def _drain() -> None:
 
 
 @torch.inference_mode()
-def pass_seconds(model: PreTrainedModel, batch: int, length: int, suffix: int) -> float:
-    """One forward pass of `suffix` tokens after `length` cached ones in each row, with transformers' own cache."""
+def pass_seconds(model: PreTrainedModel, batch: int, length: int, suffixes: Sequence[int]) -> dict[int, float]:
+    """Forward passes of so many tokens after `length` cached ones in each row, with transformers' own cache."""
     cache, device = DynamicCache(), model.device
     if length:
         prefix = torch.full((batch, length), 5, device=device)
         model(prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    ids = torch.full((batch, suffix), 7, device=device)
-    times = []
-    for _ in range(1 if suffix > 64 else 6):
-        times.append(seconds(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)))
-        cache.crop(-suffix)
-    return statistics.median(times)
+    taken = {}
+    for suffix in suffixes:
+        ids, times = torch.full((batch, suffix), 7, device=device), []
+        for _ in range(6 if length else 1):
+            times.append(seconds(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)))  # noqa: B023
+            cache.crop(-suffix)
+        taken[suffix] = statistics.median(times)
+    return taken
 
 
 class PassTable:
@@ -57,15 +59,16 @@ class PassTable:
         self.prompt, self.new = prompt, new
         rows = sorted({min(4**i, batch) for i in range(batch.bit_length())})
         ends = (prompt, prompt + new)
-        self.prefills = {n: pass_seconds(model, n, 0, prompt) for n in rows}
-        self.table = {n: {m: [pass_seconds(model, n, end, m) for end in ends] for m in SUFFIXES} for n in rows}
+        self.prefills = {n: pass_seconds(model, n, 0, [prompt])[prompt] for n in rows}
+        self.table = {n: [pass_seconds(model, n, end, SUFFIXES) for end in ends] for n in rows}
 
     def at(self, rows: float, suffix: float, length: float) -> float:
         """Seconds of one pass over `suffix` tokens after `length` cached ones in each row."""
         share = (length - self.prompt) / self.new
 
         def of_rows(n: int) -> float:
-            return _between({m: t0 + (t1 - t0) * share for m, (t0, t1) in self.table[n].items()}, suffix)
+            early, late = self.table[n]
+            return _between({m: early[m] + (late[m] - early[m]) * share for m in SUFFIXES}, suffix)
 
         return _between({n: of_rows(n) for n in self.table}, rows)
 
