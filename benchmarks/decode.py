@@ -256,8 +256,9 @@ def main() -> None:
         "context": bench.context,
         "compiled": bench.compiled,
     }
+    command = " ".join(["python -m benchmarks.decode", *sys.argv[1:]])
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    results: dict[str, Any] = {"arguments": given, "versions": library_versions()}
+    results: dict[str, Any] = {"command": command, "arguments": given, "versions": library_versions()}
     for part in arguments.parts:
         results[part] = parts[part]()
         if arguments.out is not None:  # after every part: a long run that is cut off keeps what it has

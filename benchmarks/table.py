@@ -41,6 +41,18 @@ LOOKAHEAD = {
 }
 CONTEXT = {"context": "context", "ms_per_token": "ms per token", "over_bare_pass": "over a bare pass"}
 
+COMPILED = {
+    "batch": "batch",
+    "speed_vs_plain": "vs plain",
+    "speed_vs_packed": "vs packed",
+    "seconds_to_compile": "seconds to compile",
+}
+PARTS = [
+    ("lookahead", "Lookahead, one sequence, by how often the models agree:", LOOKAHEAD),
+    ("context", "As the context grows, the base writing:", CONTEXT),
+    ("compiled", "The compiled one-token step, rate 0.3:", COMPILED),
+]
+
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "--:|" * len(columns)]
@@ -56,34 +68,29 @@ def section(path: Path) -> list[str]:
     result = json.loads(path.read_text())
     given, versions = result["arguments"], result["versions"]
     made_on = f"{given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}"
-    command = f"python -m benchmarks.decode --dtype {given['dtype']} --out {path}"
-    return [
+    rows = result["grid"]
+    lines = [
         f"### {given['base'].upper()} + {given['assistant'].upper()}, {given['dtype']}, {given['device']}",
         "",
-        f"`{command}` ({made_on}):",
+        f"`{result['command']}` ({made_on}):",
         "",
-        *table(result["grid"], GRID),
+        *table(rows, GRID),
         "",
         *(
             f"Against a loop without any cache, prompt {row['prompt']}, {given['new']} new tokens, rate 0.3: "
-            f"**{row['speed_vs_cache_free']:.1f}x**."
-            for row in result["grid"]
+            f"**{row['speed_vs_cache_free']:.1f}x**.\n"
+            for row in rows
             if "speed_vs_cache_free" in row
         ),
-        "",
         "Each model alone:",
         "",
-        *table([row for row in result["grid"] if row["aimed_rate"] == 0.1 and row["run"] == 1], ALONE),
-        "",
-        "Lookahead, one sequence, by how often the models agree:",
-        "",
-        *table(result["lookahead"], LOOKAHEAD),
-        "",
-        "As the context grows, the base writing:",
-        "",
-        *table(result["context"], CONTEXT),
+        *table([row for row in rows if row["aimed_rate"] == rows[0]["aimed_rate"] and row["run"] == 1], ALONE),
         "",
     ]
+    for part, title, columns in PARTS:
+        if part in result:
+            lines += [title, "", *table(result[part], columns), ""]
+    return lines
 
 
 def main() -> None:
