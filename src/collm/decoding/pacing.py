@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 _MEMORY = 0.1  # weight of the newest observation
 _SETTLED = 3  # observations after which one slow pass no longer counts for much
-_GAIN = 0.95  # a plan must promise less than this share of the plain cost
+_GAIN = 0.9  # a plan must promise less than this share of the plain cost: its model is rough
 
 
 class PassTimes:
