@@ -68,29 +68,36 @@ def section(path: Path) -> list[str]:
     result = json.loads(path.read_text())
     given, versions = result["arguments"], result["versions"]
     made_on = f"{given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}"
-    rows = result["grid"]
     lines = [
         f"### {given['base'].upper()} + {given['assistant'].upper()}, {given['dtype']}, {given['device']}",
         "",
         f"`{result['command']}` ({made_on}):",
         "",
-        *table(rows, GRID),
-        "",
-        *(
-            f"Against a loop without any cache, prompt {row['prompt']}, {given['new']} new tokens, rate 0.3: "
-            f"**{row['speed_vs_cache_free']:.1f}x**.\n"
-            for row in rows
-            if "speed_vs_cache_free" in row
-        ),
-        "Each model alone:",
-        "",
-        *table([row for row in rows if row["aimed_rate"] == rows[0]["aimed_rate"] and row["run"] == 1], ALONE),
-        "",
     ]
+    if rows := result.get("grid"):
+        alone = [row for row in rows if row["aimed_rate"] == rows[0]["aimed_rate"] and row["run"] == 1]
+        lines += [
+            *table(rows, GRID),
+            "",
+            *_cache_free(rows, given["new"]),
+            "Each model alone:",
+            "",
+            *table(alone, ALONE),
+            "",
+        ]
     for part, title, columns in PARTS:
         if part in result:
             lines += [title, "", *table(result[part], columns), ""]
     return lines
+
+
+def _cache_free(rows: list[dict[str, Any]], new: int) -> list[str]:
+    return [
+        f"Against a loop without any cache, prompt {row['prompt']}, {new} new tokens, rate 0.3: "
+        f"**{row['speed_vs_cache_free']:.1f}x**.\n"
+        for row in rows
+        if "speed_vs_cache_free" in row
+    ]
 
 
 def main() -> None:
