@@ -235,5 +235,11 @@ def test_the_last_token_is_always_left_to_read_and_forgetting_drops_prefixes(tin
     again = runner.open(prompt)
     assert runner.length(again) == 29
     runner.close(again)
+    runner.extend({runner.open([1]): [1], runner.open([2]): [2]})
     runner.forget()
+    assert runner._cache.slots == 2, "slots are open"
+    for slot in (0, 1):
+        runner.close(slot)
+    runner.forget()
+    assert runner._cache.slots == 1, "the memory went with the last slot"
     assert runner.length(runner.open(prompt)) == 0

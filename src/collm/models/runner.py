@@ -46,17 +46,7 @@ class Assistant(Protocol):
 
     def close(self, slot: int, *, spoiled: bool = False) -> None: ...
 
-    def forget(self) -> None:
-        """Drop what closed slots hold: needed when the model's weights have changed.
-
-        With no slot open the memory goes too, unless compiled passes were made for it.
-        """
-        for slot in self._closed:
-            self._texts[slot].clear()
-        self._closed.sort()
-        if not self.open_slots and self._compiled is None:
-            self._cache = SlotCache(self.model.config.num_hidden_layers)
-            self._texts, self._closed = [], []
+    def forget(self) -> None: ...
 
     def length(self, slot: int) -> int: ...
 
@@ -139,10 +129,16 @@ class ModelRunner:
             self._cache.clear(slot)
 
     def forget(self) -> None:
-        """Drop what closed slots hold: needed when the model's weights have changed."""
+        """Drop what closed slots hold: needed when the model's weights have changed.
+
+        With no slot open the memory goes too, unless compiled passes were made for it.
+        """
         for slot in self._closed:
             self._texts[slot].clear()
         self._closed.sort()
+        if not self.open_slots and self._compiled is None:
+            self._cache = SlotCache(self.model.config.num_hidden_layers)
+            self._texts, self._closed = [], []
 
     def length(self, slot: int) -> int:
         """How many tokens of its sequence the slot holds."""
