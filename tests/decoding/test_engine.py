@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from collm.decoding.request import Request
 from collm.errors import ConfigError, ModelFailure, RequestError
 from tests.architectures import EXACT
 from tests.conftest import DEVICES, VOCAB_SIZE, make_model
+from tests.decoding.slow import slow_decode
 
 Model = Callable[..., PreTrainedModel]
 EOS = 1
@@ -27,25 +28,6 @@ def random_head(hidden_size: int, k: int, seed: int = 0, scale: float = 0.5) -> 
     generator = torch.Generator().manual_seed(seed)
     head.weight.data = scale * torch.randn(k, hidden_size, generator=generator)
     return head
-
-
-def slow_greedy(
-    models: Sequence[PreTrainedModel], head: DeferralHead, prompt: list[int], threshold: float, max_new_tokens: int
-) -> tuple[list[int], list[int]]:
-    """Greedy Co-LLM as the equations say it, without a cache."""
-    ids, authors, device = list(prompt), [], models[0].device
-    while len(authors) < max_new_tokens:
-        with torch.no_grad():
-            text = torch.tensor([ids], device=device)
-            outputs = [model(text, use_cache=False, output_hidden_states=True) for model in models]
-            u = head(outputs[0].hidden_states[-1][0, -1]).cpu()
-        probs = torch.softmax(torch.cat([torch.zeros(1), u]), -1)
-        author = 0 if 1 - probs[0] <= threshold else 1 + int(u.argmax())
-        ids.append(int(outputs[author].logits[0, -1].argmax()))
-        authors.append(author)
-        if ids[-1] == EOS:
-            break
-    return ids[len(prompt) :], authors
 
 
 def prompts_of(seed: int, count: int) -> list[list[int]]:
@@ -66,7 +48,9 @@ def test_greedy_equals_the_slow_loop_on_every_architecture(
     out = model.generate(prompts, SamplingParams(max_new_tokens=20), threshold=0.5, max_batch=3)
     both = set()
     for prompt, completion in zip(prompts, out, strict=True):
-        token_ids, authors = slow_greedy([base, assistant], head, prompt, 0.5, 20)
+        token_ids, authors = slow_decode(
+            [base, assistant], head, prompt, ThresholdPolicy(0.5), SamplingParams(max_new_tokens=20)
+        )
         assert completion.token_ids == token_ids
         assert completion.authors == authors
         both |= set(authors)
@@ -81,7 +65,7 @@ def test_two_assistants_of_other_architectures_equal_the_slow_loop(tokenizer: Pr
     )
     seen = set()
     for prompt, completion in zip(prompts_of(1, 4), out, strict=True):
-        token_ids, authors = slow_greedy(models, head, prompt, 0.6, 25)
+        token_ids, authors = slow_decode(models, head, prompt, ThresholdPolicy(0.6), SamplingParams(max_new_tokens=25))
         assert (completion.token_ids, completion.authors) == (token_ids, authors)
         seen |= set(authors)
     assert seen == {0, 1, 2}

@@ -87,10 +87,15 @@ def test_static_steps_equal_the_plain_forward_on_every_architecture(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's compiler about PyTorch
 def test_a_compiled_step_equals_the_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as a whole; the code generator itself is PyTorch's."""
-    compile_, model = torch.compile, make_model(EXACT["llama"](), seed=0)
-    traced = lambda function, fullgraph, mode: compile_(function, fullgraph=fullgraph, backend="aot_eager")  # noqa: E731
+    compile_, model, steps = torch.compile, make_model(EXACT["llama"](), seed=0), []
+
+    def traced(function: Any, fullgraph: bool, mode: None) -> Any:
+        step = compile_(function, fullgraph=fullgraph, backend="aot_eager")
+        return lambda *a, **k: (steps.append(1), step(*a, **k))[1]
+
     monkeypatch.setattr(torch, "compile", traced)
     play_schedule(model, ModelRunner(LanguageModel(model, name="m"), compiled=True), seed=4, steps=60)
+    assert len(steps) > 3
 
 
 @pytest.mark.parametrize("name", EXACT)
