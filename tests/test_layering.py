@@ -15,12 +15,13 @@ SOURCE = Path(collm.__file__).parent
 BOTTOM = {"errors", "version", "atomic"}
 MAY_IMPORT = {
     "core": {"core"},
-    "models": {"core", "models"},
-    "training": {"core", "models", "training"},
-    "decoding": {"core", "models", "decoding"},
-    "artefact": {"core", "models"},
-    "collaboration": {"core", "models", "decoding", "artefact"},
-    "evaluation": {"core", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
+    "tools": {"tools"},
+    "models": {"core", "tools", "models"},
+    "training": {"core", "tools", "models", "training"},
+    "decoding": {"core", "tools", "models", "decoding"},
+    "artefact": {"core", "tools", "models"},
+    "collaboration": {"core", "tools", "models", "decoding", "artefact"},
+    "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
 MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"]}
 MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}

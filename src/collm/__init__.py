@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collm.collaboration import CoLLM
     from collm.core.head import DeferralHead
     from collm.core.types import Completion, SamplingParams, TokenStep
+    from collm.models.loading import ModelSpec
+    from collm.tools.spec import ToolSpec
     from collm.training.config import CoLLMConfig
     from collm.training.trainer import CoLLMTrainer
 
@@ -20,8 +22,10 @@ _HOME = {
     "CoLLMTrainer": "collm.training.trainer",
     "Completion": "collm.core.types",
     "DeferralHead": "collm.core.head",
+    "ModelSpec": "collm.models.loading",
     "SamplingParams": "collm.core.types",
     "TokenStep": "collm.core.types",
+    "ToolSpec": "collm.tools.spec",
 }
 
 __all__ = [
@@ -30,8 +34,10 @@ __all__ = [
     "CoLLMTrainer",
     "Completion",
     "DeferralHead",
+    "ModelSpec",
     "SamplingParams",
     "TokenStep",
+    "ToolSpec",
     "__version__",
 ]
 

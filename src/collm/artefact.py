@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +20,14 @@ from collm.core.head import DeferralHead
 from collm.errors import ArtefactError
 from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec
+from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
+from collm.tools.spec import ToolSpec
 from collm.version import __version__
 
 FORMAT = 1
 CONFIG, HEAD, CALIBRATION, CARD = "collm.json", "head.safetensors", "calibration.json", "README.md"
+TABLES = "tables"
 
 SavedBase = Literal["base", "adapter"]
 """Folder of the tuned base weights or of the adapter; a base that stayed frozen has neither."""
@@ -33,7 +38,7 @@ class Manifest:
     """The content of collm.json.
 
     Attributes:
-        base, assistants: where the models come from.
+        base, assistants: where the models come from, or which tools they are.
         saved_base: which folder of the artefact holds the tuned base, None for a frozen one.
         tokenizer_hash, chat_template_hash: of the tokenizer all models share.
         default_threshold: chosen by calibration, None before it.
@@ -41,7 +46,7 @@ class Manifest:
     """
 
     base: ModelSpec
-    assistants: list[ModelSpec]
+    assistants: list[AssistantSpec]
     saved_base: SavedBase | None
     head: dict[str, int]
     tokenizer_hash: str
@@ -56,7 +61,8 @@ class Manifest:
     def to_json(self) -> str:
         content = asdict(self)
         content["base"] = {**self.base.to_dict(), "engine": "transformers"}
-        content["assistants"] = [{**spec.to_dict(), "engine": "transformers"} for spec in self.assistants]
+        names = {kind: engine for engine, kind in _ENGINES.items()}
+        content["assistants"] = [{**spec.to_dict(), "engine": names[type(spec)]} for spec in self.assistants]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -64,16 +70,21 @@ class Manifest:
         """Read collm.json; a ValueError, KeyError or TypeError where it is something else."""
         content = json.loads(text)
         content["base"] = _spec(content["base"])
+        if not isinstance(content["base"], ModelSpec):
+            raise ValueError("the base is no language model")
         content["assistants"] = [_spec(spec) for spec in content["assistants"]]
         content["template"] = PromptTemplate(**content["template"])
         return cls(**content)
 
 
-def _spec(content: dict[str, Any]) -> ModelSpec:
+_ENGINES: dict[str, type[ModelSpec] | type[ToolSpec]] = {"transformers": ModelSpec, "python": ToolSpec}
+
+
+def _spec(content: dict[str, Any]) -> AssistantSpec:
     engine = content.pop("engine")
-    if engine != "transformers":
+    if engine not in _ENGINES:
         raise ValueError(f"engine {engine!r} is not known to this version")
-    return ModelSpec(**content)
+    return _ENGINES[engine](**content)
 
 
 def library_versions() -> dict[str, str]:
@@ -119,6 +130,43 @@ def local_directory(path: str | Path, revision: str | None) -> Path:
         raise ArtefactError(
             f"there is no collaboration at {path}: no such directory, and the Hub answers: {first_line}"
         ) from error
+
+
+def check_trusted(manifest: Manifest, directory: Path) -> None:
+    """Refuse a collaboration whose tools are no tools of ours.
+
+    Raises:
+        ArtefactError: naming the first.
+    """
+    for spec in manifest.assistants:
+        if isinstance(spec, ToolSpec) and spec.foreign:
+            raise ArtefactError(
+                f"{directory} names code that collm does not bring, {spec}, and would run it; if you trust it, pass "
+                "--trust-tools (trust_tools=True)"
+            )
+
+
+def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[AssistantSpec]:
+    """Copy what tools look up into the artefact; the assistants with those copies, by their path in it."""
+    saved = []
+    for number, spec in enumerate(assistants, start=1):
+        if isinstance(spec, ToolSpec) and spec.table is not None:
+            copy = Path(TABLES) / f"assistant-{number}{spec.table.suffix}"
+            (directory / TABLES).mkdir(exist_ok=True)
+            try:
+                shutil.copyfile(spec.table, directory / copy)
+            except FileNotFoundError as error:
+                raise ArtefactError(f"the table {spec.table} of assistant {number} is gone; restore it") from error
+            spec = spec.with_table(copy)
+        saved.append(spec)
+    return saved
+
+
+def placed(spec: AssistantSpec, directory: Path, **options: str) -> AssistantSpec:
+    """A spec of the artefact in `directory`: a tool with the path of its table, a model with these options."""
+    if isinstance(spec, ModelSpec):
+        return replace(spec, **options)
+    return spec if spec.table is None else spec.with_table(directory / spec.table)
 
 
 def check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
@@ -210,7 +258,7 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
         "# A collaboration of language models",
         "",
         f"- base: `{manifest.base.path}` ({saved[manifest.saved_base]})",
-        *(f"- assistant {k}: `{spec.path}`" for k, spec in enumerate(manifest.assistants, start=1)),
+        *(f"- assistant {k}: {_described(spec)}" for k, spec in enumerate(manifest.assistants, start=1)),
         f"- prompt template: `{manifest.template.text!r}`" + (", chats too" if manifest.template.chat else ""),
         "",
         "The base writes; where its deferral head gives more than the threshold, an assistant writes the next token",
@@ -226,6 +274,12 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
         *_calibration_lines(calibration),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _described(spec: AssistantSpec) -> str:
+    if isinstance(spec, ModelSpec):
+        return f"`{spec.path}`"
+    return f"`{spec}`, code that is not in here and runs on this machine" if spec.foreign else f"`{spec}`"
 
 
 def _training_lines(training: dict[str, Any]) -> list[str]:

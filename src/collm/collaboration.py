@@ -28,9 +28,11 @@ from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
-from collm.models.members import Member, author_name, load_members, spec_of
+from collm.models.members import AssistantSpec, Member, as_member, author_name, load_members, spec_of
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
+from collm.models.tools import ToolModel, ToolRunner
+from collm.tools.spec import ToolFunction, ToolSpec
 
 
 class Completions(list[Completion]):
@@ -55,7 +57,7 @@ class CoLLM:
 
     Args:
         base: the small model whose hidden states the head reads; a module, or a spec to load on first use.
-        assistants: authors 1..K, likewise.
+        assistants: authors 1..K, likewise; or tools: a `ToolSpec`, or a function of yours that a module holds.
         head: the deferral head; its shape must fit.
         tokenizer: the one all models share.
         template: how prompts and chats become text; by default prompts as they stand and the tokenizer's chat template.
@@ -72,7 +74,7 @@ class CoLLM:
     def __init__(
         self,
         base: Member,
-        assistants: Sequence[Member],
+        assistants: Sequence[Member | ToolFunction],
         head: DeferralHead,
         tokenizer: PreTrainedTokenizerBase,
         *,
@@ -88,8 +90,10 @@ class CoLLM:
                 f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
                 "give one model for each of its outputs"
             )
+        if isinstance(base, ToolSpec):
+            raise ConfigError(f"the base is {base}, expected a language model: the head reads its hidden states")
         self.base = base
-        self.assistants = list(assistants)
+        self.assistants = [as_member(assistant) for assistant in assistants]
         self.head = head
         self.tokenizer = tokenizer
         self.identity = TokenizerIdentity.of(tokenizer)
@@ -113,10 +117,11 @@ class CoLLM:
         *,
         revision: str | None = None,
         base: Member | None = None,
-        assistants: Sequence[Member] | None = None,
+        assistants: Sequence[Member | ToolFunction] | None = None,
         device: str | None = None,
         dtype: str | None = None,
         compiled: bool = False,
+        trust_tools: bool = False,
     ) -> CoLLM:
         """Load a collaboration from a directory or a Hub repository; the models' weights follow on first use.
 
@@ -126,13 +131,17 @@ class CoLLM:
             base, assistants: models to use in place of those the artefact names, after a move for example.
             device, dtype: of all models, in place of what the artefact says.
             compiled: as of the class.
+            trust_tools: run the code of assistants that are functions of somebody's.
 
         Raises:
-            ArtefactError: it is missing, half-written or corrupt, or a tokenizer is not the one it was made with.
+            ArtefactError: it is missing, half-written or corrupt, a tokenizer is not the one it was made with, or it
+                names code that was not trusted.
             MismatchError: the models do not fit each other.
         """
         directory = artefact.local_directory(path, revision)
         manifest = artefact.read_manifest(directory)
+        if not trust_tools and assistants is None:
+            artefact.check_trusted(manifest, directory)
         head = artefact.read_head(directory, manifest.head)
         placed = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         base_spec = manifest.base
@@ -145,7 +154,7 @@ class CoLLM:
             base = load_with_adapter(base_spec, directory / "adapter")
         model = cls(
             base or base_spec,
-            assistants or [replace(spec, **placed) for spec in manifest.assistants],
+            assistants or [artefact.placed(spec, directory, **placed) for spec in manifest.assistants],
             head,
             tokenizer,
             template=manifest.template,
@@ -172,7 +181,9 @@ class CoLLM:
         with atomic_directory(path.resolve()) as directory:
             saved = self._save_base(directory)
             artefact.write_head(directory, self.head)
-            artefact.write_text_files(directory, self._manifest(saved), self.calibration)
+            manifest = self._manifest(saved)
+            manifest = replace(manifest, assistants=artefact.save_tables(directory, manifest.assistants))
+            artefact.write_text_files(directory, manifest, self.calibration)
 
     def save_calibration(self, path: str | Path) -> None:
         """Write the calibration, the default threshold and the model card into an existing artefact."""
@@ -218,8 +229,8 @@ class CoLLM:
                     "save_pretrained and load it from there"
                 )
         return Manifest(
-            base=base or ModelSpec(path="base"),
-            assistants=cast("list[ModelSpec]", specs),
+            base=cast("ModelSpec | None", base) or ModelSpec(path="base"),
+            assistants=cast("list[AssistantSpec]", specs),
             saved_base=saved,
             head={"hidden_size": self.head.hidden_size, "num_assistants": self.head.num_assistants},
             tokenizer_hash=self.identity.hash,
@@ -348,7 +359,7 @@ class CoLLM:
             if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
                 runner.forget()
         return Engine(
-            base,
+            cast(ModelRunner, base),
             assistants,
             self.head,
             self.tokenizer,
@@ -359,25 +370,31 @@ class CoLLM:
         )
 
     @cached_property
-    def _models(self) -> list[LanguageModel]:
-        """All models in memory and checked against each other: the base, then the assistants."""
+    def _members(self) -> list[LanguageModel | ToolModel]:
+        """All members in memory and checked against each other: the base, then the assistants."""
         members = [self.base, *self.assistants]
-        models = load_members(members, vocab_size=self.identity.vocab_size, packed=not self.compiled)
-        if models[0].hidden_size != self.head.hidden_size:
+        vocab_size = self.identity.vocab_size
+        models = load_members(members, self.tokenizer, vocab_size=vocab_size, packed=not self.compiled)
+        base = cast(LanguageModel, models[0])
+        if base.hidden_size != self.head.hidden_size:
             raise MismatchError(
-                f"the head reads hidden states of size {self.head.hidden_size}, the base has "
-                f"{models[0].hidden_size}; this head belongs to another base"
+                f"the head reads hidden states of size {self.head.hidden_size}, the base has {base.hidden_size}; "
+                "this head belongs to another base"
             )
-        self.head.to(models[0].device)
+        self.head.to(base.device)
         return models
 
     @cached_property
-    def _authors(self) -> list[ModelRunner]:
-        return [ModelRunner(model, compiled=self.compiled) for model in self._models]
+    def _authors(self) -> list[ModelRunner | ToolRunner]:
+        return [
+            ModelRunner(member, compiled=self.compiled) if isinstance(member, LanguageModel) else ToolRunner(member)
+            for member in self._members
+        ]
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        of_models = check_eos([(m.name, m.eos_token_ids) for m in self._models], accept=self.accept_differences)
+        models = [member for member in self._members if isinstance(member, LanguageModel)]
+        of_models = check_eos([(m.name, m.eos_token_ids) for m in models], accept=self.accept_differences)
         eos = cast("int | None", self.tokenizer.eos_token_id)
         return of_models if eos is None else of_models | {eos}
 

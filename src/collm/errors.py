@@ -9,7 +9,9 @@
     |-- MismatchError      the models do not fit each other (vocabulary, special tokens, EOS, head shape)
     |-- UnsupportedModel   a model's cache cannot be driven exactly
     |-- RequestError       a prompt or a sampling parameter of one request is not usable
-    |-- ModelFailure       a model returned something that is no distribution (NaN)
+    |-- ModelFailure       a model raised, or returned something that is no distribution (NaN)
+    |-- PolicyFailure      a policy raised
+    |-- ToolFailure        a program that is an assistant raised, hung or returned no text
     `-- MissingExtra       an optional dependency is not installed
 
 Each message says what came, what was expected and what to do about it.
@@ -60,6 +62,10 @@ class ModelFailure(CollmError):  # noqa: N818
 
 class PolicyFailure(CollmError):  # noqa: N818
     """A policy raised while it decided one sequence's next token."""
+
+
+class ToolFailure(CollmError):  # noqa: N818
+    """A program that is an assistant raised, hung, or returned something that is no text."""
 
 
 class MissingExtra(CollmError):  # noqa: N818

@@ -27,7 +27,11 @@ from collm.evaluation.metrics import metric_named
 from collm.models.guards import ACCEPTABLE, TokenizerIdentity, check_accepted, check_tokenizers
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
+from collm.models.tools import ToolModel
+from collm.tools.calls import open_tool
+from collm.tools.spec import PREFIX, ToolSpec
 from collm.training.checkpoints import last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.data import Row, load_rows
@@ -69,7 +73,8 @@ class RunConfig(DataConfig):
 
     Attributes:
         base: the model to train: a path or Hub id, "@revision" behind it if need be.
-        assistant: the assistants 1..K, likewise.
+        assistant: the assistants 1..K, likewise; or tools: tool:calculator, tool:date, tool:lookup:facts.csv, or a
+            function of yours as tool:package.module:function.
         validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
         validation_split: which split of a data set.
         metric: what calibration measures: exact_match, contains, last_number, token_f1 or module:function.
@@ -77,6 +82,8 @@ class RunConfig(DataConfig):
         max_new_tokens, stop, max_batch: of calibration's completions.
         dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
             whole.
+        tool_eps: probability that a tool leaves to all tokens but the next of its answer, 0.01 by default.
+        tool_seconds: time limit of a call of your function, 1 by default.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
         scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory; what is missing
             there is computed.
@@ -95,6 +102,8 @@ class RunConfig(DataConfig):
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
+    tool_eps: float | None = None
+    tool_seconds: float | None = None
     accept_differences: list[str] = field(default_factory=list)
     scores: str | None = None
     max_batch_tokens: int = 8192
@@ -104,13 +113,38 @@ class RunConfig(DataConfig):
             raise ConfigError("no assistant came; expected at least one path or Hub id")
         if self.validation_split is not None and self.validation is None:
             raise ConfigError("validation_split has no effect without validation; name the data set")
+        if self.base.startswith(PREFIX):
+            raise ConfigError(f"the base is {self.base}, expected a language model: the head reads its hidden states")
+        tools = [spec for spec in self.assistants if isinstance(spec, ToolSpec)]
+        if self.tool_eps is not None and not tools:
+            raise ConfigError("tool_eps has no effect without a tool among the assistants; leave it out")
+        if self.tool_seconds is not None and not any(tool.foreign for tool in tools):
+            raise ConfigError("tool_seconds has no effect without a function of yours as an assistant; leave it out")
         check_accepted(self.accept_differences)
         check_rates(self.rates)
         metric_named(self.metric)
 
-    def model(self, name: str) -> ModelSpec:
-        """The spec of one of the models named here."""
+    @property
+    def base_model(self) -> ModelSpec:
+        """Where the base comes from."""
+        return self._model(self.base)
+
+    @property
+    def assistants(self) -> list[AssistantSpec]:
+        """Where the assistants 1..K come from."""
+        return [
+            parse_tool(name, self.tool_eps, self.tool_seconds) if name.startswith(PREFIX) else self._model(name)
+            for name in self.assistant
+        ]
+
+    def _model(self, name: str) -> ModelSpec:
         return parse_model(name, dtype=self.dtype, device=self.device, attention=self.attention)
+
+
+def parse_tool(name: str, eps: float | None = None, seconds: float | None = None) -> ToolSpec:
+    """A tool by name, with what is set of its options."""
+    options = {"eps": eps, "seconds": seconds}
+    return ToolSpec.parse(name, **{key: value for key, value in options.items() if value is not None})
 
 
 def parse_model(
@@ -212,17 +246,20 @@ def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
 
 
 def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
-    """Read the rows, check that the tokenizers agree, encode."""
+    """Read the rows, check that the tokenizers agree and that tools can be called, encode."""
     rows = config.rows(config.data, config.data_split)
     if config.validation is None:
         rows, validation = hold_out(rows, seed=seed)
     else:
         validation = config.rows(config.validation, config.validation_split)
-    tokenizer = load_tokenizer(config.model(config.base))
+    tokenizer = load_tokenizer(config.base_model)
     identity = TokenizerIdentity.of(tokenizer)
-    for number, name in enumerate(config.assistant, start=1):
-        other = TokenizerIdentity.of(load_tokenizer(config.model(name)))
-        check_tokenizers(identity, other, f"assistant {number} ({name})", accept=config.accept_differences)
+    for number, spec in enumerate(config.assistants, start=1):
+        if isinstance(spec, ModelSpec):
+            other = TokenizerIdentity.of(load_tokenizer(spec))
+            check_tokenizers(identity, other, f"assistant {number} ({spec.path})", accept=config.accept_differences)
+        else:
+            open_tool(spec).close()
     template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
     return Prepared(tokenizer, template, encode_rows(rows, template, tokenizer, max_length=max_length), validation)
 
@@ -244,29 +281,40 @@ def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:
 def score_all(config: RunConfig, prepared: Prepared, directory: Path, *, quiet: bool) -> list[Scores]:
     """Scores of the base and of each assistant; computed where missing, one model in memory at a time."""
     root = Path(config.scores) if config.scores else directory / "scores"
-    names = {"base": config.base, **{f"assistant-{k}": name for k, name in enumerate(config.assistant, start=1)}}
+    specs = {"base": config.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(config.assistants, start=1)}}
     return [
         score(
             prepared.examples,
-            config.model(name),
+            spec,
             root / author,
-            vocab_size=TokenizerIdentity.of(prepared.tokenizer).vocab_size,
+            prepared.tokenizer,
             max_batch_tokens=config.max_batch_tokens,
             quiet=quiet,
         )
-        for author, name in names.items()
+        for author, spec in specs.items()
     ]
 
 
 def score(
-    examples: Examples, spec: ModelSpec, out: Path, *, vocab_size: int, max_batch_tokens: int, quiet: bool = False
+    examples: Examples,
+    spec: AssistantSpec,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_batch_tokens: int,
+    quiet: bool = False,
 ) -> Scores:
-    """Scores of one model: those that lie in `out`, or computed there; the model leaves memory afterwards."""
+    """Scores of one model or tool: those that lie in `out`, or computed there; a model leaves memory afterwards."""
     found = find_scores(out, examples, spec)
     if found is not None:
         return found
-    model = LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)
-    with progress_bar(f"scoring with {Path(spec.path).name}", enabled=not quiet) as progress:
+    vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
+    model: LanguageModel | ToolModel
+    if isinstance(spec, ToolSpec):
+        name, model = str(spec), ToolModel(spec, tokenizer, name=str(spec), vocab_size=vocab_size)
+    else:
+        name, model = Path(spec.path).name, LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)
+    with progress_bar(f"scoring with {name}", enabled=not quiet) as progress:
         scores = score_examples(model, examples, out, spec=spec, max_batch_tokens=max_batch_tokens, progress=progress)
     del model
     gc.collect()
@@ -276,23 +324,24 @@ def score(
 
 
 def score_data(
-    config: DataConfig, spec: ModelSpec, base: ModelSpec, out: Path, *, max_length: int, max_batch_tokens: int
+    config: DataConfig, spec: AssistantSpec, base: ModelSpec, out: Path, *, max_length: int, max_batch_tokens: int
 ) -> Scores:
-    """Score rows with one model, encoded by the base's tokenizer as training will encode them."""
+    """Score rows with one model or tool, encoded by the base's tokenizer as training will encode them."""
     tokenizer = load_tokenizer(base)
-    identity = TokenizerIdentity.of(tokenizer)
-    check_tokenizers(identity, TokenizerIdentity.of(load_tokenizer(spec)), spec.path, accept=ACCEPTABLE)
+    if isinstance(spec, ModelSpec):
+        other = TokenizerIdentity.of(load_tokenizer(spec))
+        check_tokenizers(TokenizerIdentity.of(tokenizer), other, spec.path, accept=ACCEPTABLE)
     template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
     rows = config.rows(config.data, config.data_split)
     examples = encode_rows(rows, template, tokenizer, max_length=max_length)
-    return score(examples, spec, out, vocab_size=identity.vocab_size, max_batch_tokens=max_batch_tokens)
+    return score(examples, spec, out, tokenizer, max_batch_tokens=max_batch_tokens)
 
 
 def fit(
     config: RunConfig, args: CoLLMConfig, prepared: Prepared, scores: Sequence[Scores]
 ) -> tuple[CoLLM, dict[str, Any]]:
     """Warm-start the head and train; the assistants are not in memory. Goes on from a checkpoint if there is one."""
-    spec = config.model(config.base)
+    spec = config.base_model
     # Most updates of full tuning round to nothing in bf16 weights; `bf16: true` computes in it.
     in_fp32 = args.method == "full" and spec.dtype == "auto"
     base = load_model(replace(spec, dtype="float32") if in_fp32 else spec)
@@ -317,7 +366,7 @@ def fit(
         metrics["warm_start"] = asdict(trainer.warm_start_report)
     model = CoLLM(
         spec if args.method == "head" else trainer.base,
-        [config.model(name) for name in config.assistant],
+        config.assistants,
         trainer.head,
         prepared.tokenizer,
         template=prepared.template,

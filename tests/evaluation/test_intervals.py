@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from collm.errors import ConfigError, DataError
 from collm.evaluation import intervals
-from collm.evaluation.intervals import Interval, bootstrap_interval, paired_difference
+from collm.evaluation.intervals import Interval, bootstrap_interval, paired_difference, ratio_interval
 
 shares = st.floats(0, 1)
 
@@ -146,3 +146,31 @@ def test_options_out_of_range_are_refused(options):
 def test_the_mean_is_the_mean():
     assert isinstance(bootstrap_interval([0.25, 0.75]), Interval)
     assert bootstrap_interval([0.25, 0.75]).mean == 0.5
+
+
+def test_a_ratio_weighs_items_by_their_wholes() -> None:
+    interval = ratio_interval([1, 0, 3], [2, 0, 4])
+    assert interval.mean == pytest.approx(4 / 6)
+    assert interval.low <= interval.mean <= interval.high
+
+
+def test_items_that_hold_together_widen_the_interval_of_a_ratio() -> None:
+    """100 items with 4 steps, all right or all wrong, say as much as 100 steps, not as 400."""
+    clustered = ratio_interval([4, 0] * 50, [4] * 100)
+    alone = bootstrap_interval([1.0, 0.0] * 50)
+    spread = bootstrap_interval([1.0, 0.0] * 200)
+    assert clustered.high - clustered.low == pytest.approx(alone.high - alone.low, rel=0.15)
+    assert clustered.high - clustered.low > 1.6 * (spread.high - spread.low)
+
+
+def test_a_ratio_of_all_or_none_has_a_width() -> None:
+    every, none = ratio_interval([2, 2], [2, 2]), ratio_interval([0, 0], [2, 2])
+    assert (every.mean, every.high, none.mean, none.low) == (1, 1, 0, 0)
+    assert every.low == pytest.approx(1 - none.high)
+    assert 0 < none.high < 1
+
+
+@pytest.mark.parametrize(("parts", "wholes"), [([1], [1, 2]), ([2], [1]), ([-1], [1]), ([0], [0]), ([], [])])
+def test_parts_that_are_no_parts_are_refused(parts: list[float], wholes: list[float]) -> None:
+    with pytest.raises(DataError, match="expected a part from 0 to its whole"):
+        ratio_interval(parts, wholes)

@@ -24,6 +24,9 @@ def calibrate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 256,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    trust_tools: Annotated[
+        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    ] = False,
 ) -> None:
     """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and keep the best."""
     from rich.console import Console
@@ -34,7 +37,7 @@ def calibrate(
     from collm.core.types import SamplingParams
     from collm.evaluation.calibration import DEFERRAL_RATES
 
-    model = CoLLM.from_pretrained(collaboration, device=device)
+    model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
     rows = run.DataConfig(data, split, prompt_field, completion_field).rows(data, split)[:limit]
     params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
     calibration = run.calibrate_rows(

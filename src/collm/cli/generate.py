@@ -37,6 +37,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the completion; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    trust_tools: Annotated[
+        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
     lookahead: Annotated[
         int | None, typer.Option(help="Most tokens drafted ahead; the text is the same. 0 for none. Default: 16.")
@@ -54,7 +57,7 @@ def generate(
 
     transformers.utils.logging.disable_progress_bar()
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
-    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype, compiled=compiled)
+    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype, compiled=compiled, trust_tools=trust_tools)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
     choice = {"threshold": threshold, "budget": budget, "policy": policy, "lookahead": lookahead}

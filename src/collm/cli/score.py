@@ -10,7 +10,7 @@ import typer
 
 def score(
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")],
-    model: Annotated[str, typer.Option(help="The model to score with: path or Hub id, with @revision.")],
+    model: Annotated[str, typer.Option(help="The model: path or Hub id, with @revision; or tool:..")],
     out: Annotated[Path, typer.Option(help="Directory for the scores; an interrupted run resumes there.")],
     tokenizer: Annotated[
         str | None, typer.Option(help="The base whose tokenizer and template training will use. Default: the model.")
@@ -23,16 +23,31 @@ def score(
     max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch, padding included.")] = 16384,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    tool_eps: Annotated[float | None, typer.Option(help="What a tool leaves to all other tokens.")] = None,
+    tool_seconds: Annotated[float | None, typer.Option(help="Time limit of a call of your function.")] = None,
 ) -> None:
     """Score a data set with one model: gold log-probability and whether its argmax is gold, per target token.
 
     `collm train` does this by itself for what is missing in its scores directory.
     """
     from collm import run
+    from collm.errors import ConfigError
+    from collm.models.loading import ModelSpec
+    from collm.tools.spec import PREFIX, ToolSpec
 
+    spec: ModelSpec | ToolSpec
+    if model.startswith(PREFIX):
+        if tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
+        if dtype != "auto" or device is not None:
+            raise ConfigError(f"dtype and device have no effect with {model}, which is no model; leave them out")
+        spec = run.parse_tool(model, tool_eps, tool_seconds)
+    else:
+        if tool_eps is not None or tool_seconds is not None:
+            raise ConfigError(f"tool_eps and tool_seconds have no effect with {model}, which is no tool; drop them")
+        spec = run.parse_model(model, dtype=dtype, device=device)
+    base = run.parse_model(tokenizer or model)
     config = run.DataConfig(data, split, prompt_field, completion_field, template)
-    spec = run.parse_model(model, dtype=dtype, device=device)
-    base = spec if tokenizer is None else run.parse_model(tokenizer)
     scores = run.score_data(config, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens)
     summary = scores.summary()
     typer.echo(

@@ -19,7 +19,7 @@ class StepView:
 
     Attributes:
         position: how many tokens have been generated so far.
-        deferred: how many of those the assistants wrote.
+        deferred: for how many of those an assistant was asked.
         author_probs: P(Z = 0..K), K + 1 numbers.
         defer_prob: 1 - P(Z = 0).
         temperature: of the request; 0 asks for a deterministic choice.
@@ -114,7 +114,8 @@ class BudgetPolicy(Policy):
     """The threshold rule within a deferral rate that no prefix of this one completion exceeds by more than a burst.
 
     Defers only if 1 - P(Z = 0) > threshold and deferred + 1 <= budget * (position + 1) + burst, so after n tokens at
-    most budget * n + burst were deferred: a token bucket that fills by `budget` for each token.
+    most budget * n + burst were deferred: a token bucket that fills by `budget` for each token. A deferral to an
+    assistant that then abstains counts too.
 
     Args:
         budget: deferral rate, 0 to 1.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from collm.errors import ConfigError
@@ -125,16 +125,24 @@ def deferral_rate(authors: Sequence[int]) -> float:
 
 @dataclass
 class ModelUsage:
-    """What one model did: forward passes, tokens read by them, tokens it wrote."""
+    """What one author did.
+
+    Attributes:
+        forward_passes: of a model; a program has none.
+        tokens_read: by those.
+        tokens_written: tokens of the text that are its.
+        calls: tokens that a program was asked for.
+        abstained: of those, where it had nothing to say.
+        failed: of those, where it raised, hung or returned no text.
+    """
 
     forward_passes: int = 0
     tokens_read: int = 0
     tokens_written: int = 0
+    calls: int = 0
+    abstained: int = 0
+    failed: int = 0
 
     def __sub__(self, earlier: ModelUsage) -> ModelUsage:
         """What was done since `earlier`."""
-        return ModelUsage(
-            self.forward_passes - earlier.forward_passes,
-            self.tokens_read - earlier.tokens_read,
-            self.tokens_written - earlier.tokens_written,
-        )
+        return ModelUsage(*(getattr(self, one.name) - getattr(earlier, one.name) for one in fields(self)))

@@ -17,7 +17,8 @@ from collm.core.combinations import CombiningPolicy
 from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.types import BASE, Completion, TokenStep
-from collm.decoding.draws import Draw, greedy_draws, sampled_draw
+from collm.decoding.consulting import Consultation, chosen, combined
+from collm.decoding.draws import Draw, greedy_draws
 from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, wait_steps
 from collm.decoding.reader import Heard, Reader, Stretch
 from collm.decoding.request import Request
@@ -29,8 +30,6 @@ LOOKAHEAD = 16
 """Default for the most tentative tokens of a sequence."""
 MAX_WAIT = 16
 """Default for the most steps that a sequence waits for company."""
-_EXCLUDED = -1e4
-"""Log-probability that combinations are given for a token whose logit is -inf: sums and differences stay numbers."""
 _PLAN_LASTS = 8
 """Steps after which the waiting is planned anew."""
 
@@ -49,22 +48,6 @@ class Emitted:
     step: TokenStep | None = None
     completion: Completion | None = None
     failure: CollmError | None = None
-
-
-@dataclass
-class Consultation:
-    """What all authors say of the next token of a sequence whose policy asks them before it decides.
-
-    Attributes:
-        defer_prob, author_probs: from the head.
-        author_logprobs: log P(Z), shape (K + 1,).
-        logits: author -> next-token logits, shape (V,).
-    """
-
-    defer_prob: float
-    author_probs: list[float]
-    author_logprobs: Tensor
-    logits: dict[int, Tensor]
 
 
 class Engine:
@@ -221,8 +204,8 @@ class Engine:
         defer_prob, *probs = numbers
         author = sequence.author_of_next(defer_prob, probs)
         guess = None
-        if author == BASE or self.lookahead:
-            guess = _drawn(sequence, len(sequence.steps) + len(sequence.decisions), logits, greedy)
+        if author == BASE or self.lookahead or self.authors[author].may_abstain:
+            guess = sequence.draw(len(sequence.steps) + len(sequence.decisions), logits, greedy)
         sequence.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
 
     def _look_up(self, sequence: Sequence) -> None:
@@ -274,22 +257,26 @@ class Engine:
             if any(greedy[row].broken for row in rows):
                 self._fail_with_nan(sequence, author)
             elif sequence in consultations:
-                said = consultations[sequence]
-                said.logits[author] = heard.logits[rows[0]].to(said.author_logprobs.device)
+                silent = rows[0] in heard.silent
+                consultations[sequence].hear(author, None if silent else heard.logits[rows[0]])
             else:
                 with self._alone(sequence):
                     for i in asked[sequence]:
                         row = rows[i - asked[sequence][0]]
-                        self._answer(sequence, i, heard.logits[row], greedy[row])
+                        self._answer(sequence, i, None if row in heard.silent else heard.logits[row], greedy[row])
                     self._settle(sequence)
         self._write_ahead(author, [s for s in due if s.number in self._active])
 
-    def _answer(self, sequence: Sequence, i: int, logits: Tensor, greedy: Draw) -> None:
-        """Note what an assistant with these logits (V,) writes at the sequence's decision i."""
+    def _answer(self, sequence: Sequence, i: int, logits: Tensor | None, greedy: Draw) -> None:
+        """Note what an assistant with these logits (V,) writes at the sequence's decision i; None where it abstains."""
         decision = sequence.decisions[i]
-        decision.choice = _drawn(sequence, len(sequence.steps) + i, logits, greedy)
+        if logits is None:
+            decision.abstained = True
+            decision.choice = decision.guess
+        else:
+            decision.choice = sequence.draw(len(sequence.steps) + i, logits, greedy)
         sequence.waited = 0
-        if decision.guess is not None:
+        if decision.guess is not None and decision.choice is not None:
             sequence.odds.saw_answer(decision.guess.token_id == decision.choice.token_id)
 
     def _worth_calling(self, author: int, due: ListOf[Sequence]) -> bool:
@@ -312,11 +299,12 @@ class Engine:
             lengths = {s: length for s, length in lengths.items() if s in heard.rows}
             for sequence, (row,) in heard.rows.items():
                 position = len(sequence.steps) + len(sequence.draft)
-                drawn = _drawn(sequence, position, heard.logits[row], greedy[row])
+                drawn = sequence.draw(position, heard.logits[row], greedy[row])
                 if drawn.broken:
                     self._fail_with_nan(sequence, author)
-                sequence.ahead[position] = author, drawn
-                if drawn.broken or sequence.ends(drawn.token_id):
+                if row not in heard.silent:
+                    sequence.ahead[position] = author, drawn
+                if drawn.broken or row in heard.silent or sequence.ends(drawn.token_id):
                     del lengths[sequence]
                 else:
                     sequence.draft.append(drawn.token_id)
@@ -333,13 +321,14 @@ class Engine:
             of_each = [consultations[sequence] for sequence in sequences]
             with self._alone(*sequences):
                 if isinstance(policy, CombiningPolicy):
-                    written = _combined(policy, sequences, of_each)
+                    written = combined(policy, sequences, of_each)
                 else:
-                    written = _chosen(sequences, of_each)
+                    written = chosen(sequences, of_each)
                 for sequence, said, (author, drawn) in zip(sequences, of_each, written, strict=True):
                     if drawn.broken:
                         raise PolicyFailure(f"{policy} made NaN of its authors' logits")
-                    sequence.decisions.append(Decision(author, said.defer_prob, None, drawn))
+                    abstained = author in said.silent
+                    sequence.decisions.append(Decision(author, said.defer_prob, None, drawn, abstained))
                     self._settle(sequence)
 
     # Sequences come and go
@@ -426,42 +415,3 @@ class Engine:
 def _asked_of(author: int, sequence: Sequence) -> list[int]:
     """The decisions that wait for this assistant."""
     return [i for i, decision in enumerate(sequence.decisions) if decision.author == author and decision.choice is None]
-
-
-def _drawn(sequence: Sequence, position: int, logits: Tensor, greedy: Draw) -> Draw:
-    """What an author with these logits (V,) writes at a completion position."""
-    params = sequence.request.params
-    return greedy if params.temperature == 0 else sampled_draw(logits, params, sequence.uniform(position, 1))
-
-
-def _chosen(sequences: ListOf[Sequence], of_each: ListOf[Consultation]) -> list[tuple[int, Draw]]:
-    """Author and token where the policy picks one of the authors it asked."""
-    written = []
-    for sequence, said in zip(sequences, of_each, strict=True):
-        authors = sorted(said.logits)
-        greedy, _ = greedy_draws(torch.stack([said.logits[author] for author in authors]))
-        draws = dict(zip(authors, greedy, strict=True))
-        top = {author: (draw.token_id, math.exp(draw.logprob)) for author, draw in draws.items()}
-        author = sequence.author_of_next(said.defer_prob, said.author_probs, top)
-        written.append((author, _drawn(sequence, len(sequence.steps), said.logits[author], draws[author])))
-    return written
-
-
-def _combined(
-    policy: CombiningPolicy, sequences: ListOf[Sequence], of_each: ListOf[Consultation]
-) -> list[tuple[int, Draw]]:
-    """Author credited and token where the policy makes one distribution of several."""
-    by_author = torch.stack([said.author_logprobs for said in of_each])  # (n, K + 1)
-    logprobs = {
-        author: torch.log_softmax(torch.stack([said.logits[author] for said in of_each]), dim=-1).clamp(min=_EXCLUDED)
-        for author in of_each[0].logits
-    }
-    logits = policy.combine(logprobs, by_author)
-    greedy, _ = greedy_draws(logits)
-    draws = [
-        _drawn(sequence, len(sequence.steps), row, draw)
-        for sequence, row, draw in zip(sequences, logits, greedy, strict=True)
-    ]
-    token_ids = torch.tensor([[draw.token_id] for draw in draws], device=logits.device)
-    of_tokens = {author: each.gather(-1, token_ids).squeeze(-1) for author, each in logprobs.items()}
-    return list(zip(policy.credit(of_tokens, by_author).tolist(), draws, strict=True))

@@ -35,11 +35,13 @@ class Heard:
         rows: sequence -> its rows; sequences that failed are missing.
         logits: shape (R, V), fp32.
         hidden: shape (R, H); None from an assistant that has none.
+        silent: rows at which the author abstains.
     """
 
     rows: dict[Sequence, range]
     logits: Tensor
     hidden: Tensor | None
+    silent: frozenset[int]
 
 
 class Reader:
@@ -83,7 +85,8 @@ class Reader:
                 at += wanted[sequence].keep
         logits, hidden = (_joined([getattr(reading, name) for _, reading in heard]) for name in ("logits", "hidden"))
         assert logits is not None
-        return Heard(rows, logits.float(), hidden)
+        silent = [abstains for _, reading in heard for abstains in reading.silent]
+        return Heard(rows, logits.float(), hidden, frozenset(row for row, abstains in enumerate(silent) if abstains))
 
     def clock(self) -> None:
         """Note how long the last `read` took; to be called when its numbers have arrived on the host."""

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.policies import StepView
 from collm.core.types import BASE, Completion, FinishReason, TokenStep
-from collm.decoding.draws import Draw
+from collm.decoding.draws import Draw, sampled_draw
 from collm.decoding.lookup import PromptLookup
 from collm.decoding.pacing import Odds
 from collm.decoding.request import Request
@@ -29,12 +30,14 @@ class Decision:
         defer_prob: 1 - P(Z = 0) there.
         guess: what the base would write; None where nobody will ask.
         choice: what the author writes; None until it was asked.
+        abstained: the author had nothing to say, so the base writes its guess.
     """
 
     author: int
     defer_prob: float
     guess: Draw | None
     choice: Draw | None
+    abstained: bool = False
 
 
 class Sequence:
@@ -51,7 +54,8 @@ class Sequence:
         ahead: completion position -> an assistant, and what it writes there if the draft before it holds.
         slots: author -> its slot, opened when that author first reads the sequence.
         steps: what was generated so far.
-        deferred: how many of those the assistants wrote.
+        deferred: for how many of those an assistant was asked.
+        last_author: whom the policy named for the last of those.
         waited: steps since the sequence began to wait for an assistant.
         consulted: assistants that the policy asks before it decides; then nothing is ever tentative.
         odds: how guesses about this sequence fare.
@@ -76,6 +80,7 @@ class Sequence:
         self.slots: dict[int, int] = {}
         self.steps: list[TokenStep] = []
         self.deferred = 0
+        self.last_author = BASE
         self.waited = 0
         self.odds = odds
         self.lookup = PromptLookup(self.token_ids)
@@ -118,6 +123,11 @@ class Sequence:
         while len(self._uniforms) <= position:
             self._uniforms.append((self._rng.random(), self._rng.random()))
         return self._uniforms[position][of]
+
+    def draw(self, position: int, logits: Tensor, greedy: Draw) -> Draw:
+        """What an author with these logits (V,) writes at a completion position, `greedy` being their argmax."""
+        params = self.request.params
+        return greedy if params.temperature == 0 else sampled_draw(logits, params, self.uniform(position, 1))
 
     def author_of_next(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
@@ -172,16 +182,16 @@ class Sequence:
                 return
 
     def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
-        self.odds.saw(
-            self.steps[-1].author if self.steps else BASE, decision.author, self.lookup.next_token(), drawn.token_id
-        )
+        self.odds.saw(self.last_author, decision.author, self.lookup.next_token(), drawn.token_id)
+        self.last_author = decision.author
         self.token_ids.append(drawn.token_id)
         self.deferred += decision.author != BASE
         text = "" if self.ends(drawn.token_id) else self._stream.push(drawn.token_id)
         self.finish_reason = self._finished(drawn.token_id)
         if self.finish_reason in ("eos", "length"):
             text += self._stream.finish()
-        step = TokenStep(drawn.token_id, text, decision.author, decision.defer_prob, drawn.logprob)
+        writer = BASE if decision.abstained else decision.author
+        step = TokenStep(drawn.token_id, text, writer, decision.defer_prob, drawn.logprob)
         self.steps.append(step)
         return step
 

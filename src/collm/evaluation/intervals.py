@@ -50,6 +50,35 @@ def bootstrap_interval(
     return _bootstrap(values, 0.0, confidence, resamples, seed)
 
 
+def ratio_interval(
+    parts: Sequence[float], wholes: Sequence[float], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """An interval for sum(parts) / sum(wholes), where each item brings a part of a whole: right steps, of its steps.
+
+    Percentile bootstrap over the items, since what an item brings belongs together. Where all or none of every whole
+    is right, resampling would give a width of 0, so there the Wilson interval over the wholes.
+
+    Raises:
+        DataError: no wholes, a different number of parts, or a part outside [0, its whole].
+        ConfigError: confidence or resamples out of range.
+    """
+    part, whole = torch.tensor(parts, dtype=torch.float64), torch.tensor(wholes, dtype=torch.float64)
+    _check_options(confidence, resamples)
+    if len(part) != len(whole) or not whole.sum() > 0 or not ((part >= 0) & (part <= whole)).all():
+        raise DataError(
+            f"{len(parts)} parts of {len(wholes)} wholes that sum to {float(whole.sum()):g}; expected a part from 0 to "
+            "its whole for each, and at least one whole above 0"
+        )
+    ratio = (part.sum() / whole.sum()).item()
+    if ratio in (0.0, 1.0):
+        return _wilson(ratio, int(whole.sum()), confidence)
+    draws = torch.randint(len(part), (resamples, len(part)), generator=torch.Generator().manual_seed(seed))
+    ratios = part[draws].sum(-1) / whole[draws].sum(-1)
+    tail = (1 - confidence) / 2
+    low, high = ratios.nanquantile(torch.tensor([tail, 1 - tail], dtype=ratios.dtype)).tolist()
+    return Interval(ratio, min(low, ratio), max(high, ratio))
+
+
 def paired_difference(
     a: Sequence[float],
     b: Sequence[float],

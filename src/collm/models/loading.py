@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -42,9 +43,34 @@ class ModelSpec:
         if Path(self.path).is_dir():  # an artefact must not depend on the directory it was made from
             object.__setattr__(self, "path", str(Path(self.path).resolve()))
 
+    def identity(self) -> dict[str, Any]:
+        """What its scores depend on."""
+        return {
+            "path": self.path,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "weights": _weights_digest(self.path),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, for JSON."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def _weights_digest(path: str) -> str | None:
+    """SHA-256 over a sample of a local model's weight files, by which retraining is noticed; None elsewhere."""
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind) if file.is_file())
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(4096, size // 256)):
+                stream.seek(start)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
 
 
 def default_device() -> str:

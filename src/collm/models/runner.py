@@ -23,17 +23,19 @@ class Reading:
     Attributes:
         logits: next-token logits, shape (R, V): sequence by sequence, for each the positions asked for.
         hidden: last hidden states, shape (R, H); None from an assistant that has none.
+        silent: for each row whether the assistant abstains there; empty from one that never does.
     """
 
     logits: Tensor
     hidden: Tensor | None = None
+    silent: Sequence[bool] = ()
 
 
 class Assistant(Protocol):
     """Anything that gives a next-token distribution for a prefix: a model, or a program that may know what follows.
 
     A slot is one sequence; `length` is how many of its tokens the assistant has seen. One that slept for m tokens
-    catches up with one `extend` of those m tokens.
+    catches up with one `extend` of those m tokens. Where one that `may_abstain` has nothing to say, the base writes.
     """
 
     name: str
@@ -41,6 +43,9 @@ class Assistant(Protocol):
 
     @property
     def max_length(self) -> int | None: ...
+
+    @property
+    def may_abstain(self) -> bool: ...
 
     def open(self, token_ids: Sequence[int]) -> int: ...
 
@@ -74,6 +79,8 @@ class ModelRunner:
     Raises:
         UnsupportedModel: the model does not reproduce its own cache-free logits through the slots.
     """
+
+    may_abstain = False
 
     def __init__(self, model: LanguageModel, *, max_pass_tokens: int = 4096, compiled: bool = False) -> None:
         register_attention()

@@ -168,11 +168,11 @@ def _extended(
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         target_ids = whole_ids[len(prompt_ids) :]
     else:  # a token would span the border; decoding always starts behind the prompt's own tokens
-        target_ids = _continuation(tokenizer, completion)
+        target_ids = continuation_ids(tokenizer, completion)
     return Encoded([*prompt_ids, *target_ids], [False] * len(prompt_ids) + [True] * len(target_ids))
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text that continues another: without the space some tokenizers put before a text's first word."""
     for end in ("\n", "."):
         before, whole = (_tokenize(tokenizer, part, special=False) for part in (end, end + text))

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec
+from collm.models.members import AssistantSpec
+from collm.models.tools import ToolModel
 from collm.training.examples import Example, fingerprint
 from collm.training.scores import Scores
-from collm.training.store import HEADER, Header, ScoreStore, read_header, weights_digest
+from collm.training.store import HEADER, Header, ScoreStore, read_header
 from collm.training.targets import Shifted, batches_by_length, pad, read_targets, shift
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,11 @@ def progress_bar(description: str, *, enabled: bool = True) -> Iterator[OnProgre
 
 
 def score_examples(
-    model: LanguageModel,
+    model: LanguageModel | ToolModel,
     examples: Sequence[Example],
     out_dir: Path,
     *,
-    spec: ModelSpec,
+    spec: AssistantSpec,
     max_batch_tokens: int = 8192,
     shard_size: int = SHARD_SIZE,
     progress: OnProgress | None = None,
@@ -54,7 +55,7 @@ def score_examples(
     whole shard, with the batches it would have had, and ends with the same bytes.
 
     Args:
-        model: the frozen model.
+        model: the frozen model, or a tool.
         examples: what to score.
         out_dir: where the scores lie; may hold the beginning of the same run.
         spec: where the model came from, the part of its identity that is compared.
@@ -67,6 +68,7 @@ def score_examples(
             an example is longer than the model reads.
         MismatchError: a token id the model does not have.
         ModelFailure: NaN logits, naming the model and the example.
+        ToolFailure: a tool raised, hung or returned no text; with the text it failed on.
         WriteError: the disk refused; whole shards remain.
     """
     _check_fits(model, examples)
@@ -93,7 +95,7 @@ def score_examples(
     return store.collect()
 
 
-def find_scores(directory: Path, examples: Sequence[Example], spec: ModelSpec | None = None) -> Scores | None:
+def find_scores(directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None) -> Scores | None:
     """The scores in a directory if they are complete; None if there is something left to score.
 
     Args:
@@ -106,17 +108,16 @@ def find_scores(directory: Path, examples: Sequence[Example], spec: ModelSpec | 
     header = read_header(directory)
     if header is None:
         return None
-    wanted: dict[str, str | None] = {"fingerprint": fingerprint(examples)}
+    wanted = {"fingerprint": fingerprint(examples)}
     if spec is not None:
-        wanted |= {"path": spec.path, "revision": spec.revision, "dtype": spec.dtype}
-        wanted |= {"weights": weights_digest(spec.path)}
+        wanted |= spec.identity()
     header.check_same(wanted, directory)
     store = _store(directory, header, examples)
     whole = all(_is_whole(store, shard) for shard in range(len(store.shards)))
     return store.collect() if whole else None
 
 
-def load_scores(directory: Path, examples: Sequence[Example], spec: ModelSpec | None = None) -> Scores:
+def load_scores(directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None) -> Scores:
     """The complete scores in a directory, checked against the examples.
 
     Raises:
@@ -147,7 +148,7 @@ def _is_whole(store: ScoreStore, shard: int) -> bool:
         return False
 
 
-def _check_fits(model: LanguageModel, examples: Sequence[Example]) -> None:
+def _check_fits(model: LanguageModel | ToolModel, examples: Sequence[Example]) -> None:
     for index, example in enumerate(examples):
         length, largest = len(example.token_ids) - 1, max(example.token_ids)
         if model.max_length is not None and length > model.max_length:
@@ -163,9 +164,11 @@ def _check_fits(model: LanguageModel, examples: Sequence[Example]) -> None:
 
 
 def _score_batch(
-    model: LanguageModel, examples: Sequence[Example], indices: Sequence[int]
+    model: LanguageModel | ToolModel, examples: Sequence[Example], indices: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities and flags of each example's target tokens, on the CPU."""
+    if isinstance(model, ToolModel):
+        return [model.score(examples[index].token_ids, examples[index].is_target) for index in indices]
     shifted = [shift(examples[index]) for index in indices]
     logprob, correct = _read_batch(model, shifted)
     counts = [int(one.mask.sum()) for one in shifted]

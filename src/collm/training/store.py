@@ -17,7 +17,7 @@ from torch import Tensor
 
 from collm.atomic import atomic_file
 from collm.errors import ArtefactError, ConfigError
-from collm.models.loading import ModelSpec
+from collm.models.members import AssistantSpec
 from collm.training.examples import Example, fingerprint
 from collm.training.scores import Scores
 from collm.version import __version__
@@ -29,7 +29,7 @@ _FIELDS = {
     "path": "model",
     "revision": "model revision",
     "dtype": "model dtype",
-    "weights": "weights of the model",
+    "weights": "weights of the model (or source or table of the tool)",
     "vocab_size": "vocabulary size",
     "shard_size": "shard size",
 }
@@ -44,7 +44,7 @@ class Header:
     fingerprint: str
     path: str
     revision: str | None
-    dtype: str
+    dtype: str | None
     weights: str | None
     vocab_size: int
     shard_size: int
@@ -54,13 +54,10 @@ class Header:
     format: int = FORMAT
 
     @classmethod
-    def of(cls, examples: Sequence[Example], spec: ModelSpec, *, vocab_size: int, shard_size: int) -> Header:
+    def of(cls, examples: Sequence[Example], spec: AssistantSpec, *, vocab_size: int, shard_size: int) -> Header:
         return cls(
             fingerprint=fingerprint(examples),
-            path=spec.path,
-            revision=spec.revision,
-            dtype=spec.dtype,
-            weights=weights_digest(spec.path),
+            **spec.identity(),
             vocab_size=vocab_size,
             shard_size=shard_size,
             num_examples=len(examples),
@@ -77,22 +74,6 @@ class Header:
                     f"{directory} holds scores of another {_FIELDS[name]}: {name} is {mine!r}, now {value!r}; "
                     "choose another --out, or delete that directory"
                 )
-
-
-def weights_digest(path: str) -> str | None:
-    """SHA-256 over a sample of a local model's weight files, by which retraining is noticed; None elsewhere."""
-    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind) if file.is_file())
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for start in range(0, size, max(4096, size // 256)):
-                stream.seek(start)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()
 
 
 class ScoreStore:

@@ -1,0 +1,234 @@
+"""A tool as an author: its answers as next-token distributions, scored on given texts and asked while decoding."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from collm.core.types import ModelUsage
+from collm.errors import ToolFailure
+from collm.models.runner import Reading
+from collm.models.template import continuation_ids
+from collm.models.token_text import TokenText
+from collm.tools.calls import Answer, open_tool
+from collm.tools.spec import ToolSpec
+
+_LOG = logging.getLogger(__name__)
+
+
+class ToolModel:
+    """A tool over a vocabulary.
+
+    Where the tool knows what text follows, the next token of that text has probability 1 - eps and all others share
+    eps; where it does not, all tokens have the same. What follows is its answer to the text so far, or what is left of
+    an answer that it gives at an earlier character and that the text has begun to spell; of several the one begun last.
+
+    Args:
+        spec: which tool.
+        tokenizer: of all models.
+        vocab_size: V, the ids that all models share.
+
+    Raises:
+        LoadError: a function that cannot be imported.
+        DataError: a table that cannot be read.
+    """
+
+    max_length = None
+
+    def __init__(self, spec: ToolSpec, tokenizer: PreTrainedTokenizerBase, *, name: str, vocab_size: int) -> None:
+        self.spec = spec
+        self.name = name
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        self._tool = open_tool(spec)
+        self._tokens = lru_cache(1 << 16)(self._tokenize)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """The tokens that spell a text which continues another; none if the vocabulary cannot."""
+        token_ids = continuation_ids(self.tokenizer, text)
+        return [] if self.tokenizer.unk_token_id in token_ids else token_ids
+
+    @property
+    def logprobs(self) -> tuple[float, float, float]:
+        """Log-probability in nats of the answer's next token, of any other, and of any where there is no answer."""
+        eps, others = self.spec.eps, max(self.vocab_size - 1, 1)
+        return math.log1p(-eps), math.log(eps / others), -math.log(self.vocab_size)
+
+    def close(self) -> None:
+        self._tool.close()
+
+    def rest(self, text: str, asked: dict[int, Answer]) -> str | None:
+        """The text that follows `text`; None where the tool does not know.
+
+        Args:
+            asked: end of a prefix of `text` -> the tool's answer there, from earlier calls; added to.
+
+        Raises:
+            ToolFailure: it raised, hung or returned no text.
+        """
+        return self._follows(text, self._answers(text, asked))
+
+    def _answers(self, text: str, asked: dict[int, Answer]) -> Iterator[tuple[int, Answer]]:
+        """Where an answer may have begun that is not yet spelled, the last place first, and the tool's answer there."""
+        for at in range(len(text), max(len(text) - self.spec.max_answer, -1), -1):
+            if at not in asked:
+                (asked[at],) = self._tool.answers(text, [at])
+            yield at, asked[at]
+
+    def _follows(self, text: str, answers: Iterable[tuple[int, Answer]]) -> str | None:
+        """What is left of the first answer that the text has begun to spell."""
+        for at, answer in answers:
+            if isinstance(answer, ToolFailure):
+                raise answer
+            spelled = len(text) - at
+            if answer and spelled < min(len(answer), self.spec.max_answer) and answer.startswith(text[at:]):
+                return answer[spelled : self.spec.max_answer]
+        return None
+
+    def next_token(self, read: TokenText, length: int, asked: dict[int, Answer]) -> int | None:
+        """The token after the first `length` tokens of `read`; None where the tool does not know.
+
+        Raises:
+            ToolFailure: it raised, hung or returned no text.
+        """
+        whole = next(n for n in range(length, -1, -1) if read.whole(n))
+        left = self.rest(read.text[: read.end(whole)], asked)
+        if left is None:
+            return None
+        token_ids, begun = self._tokens(left), read.token_ids[whole:length]  # those of an incomplete character
+        fits = len(token_ids) > len(begun) and token_ids[: len(begun)] == begun
+        return token_ids[len(begun)] if fits else None
+
+    def logits(self, next_tokens: Sequence[int | None]) -> Tensor:
+        """Log-probabilities of all tokens, shape (R, V), fp32."""
+        hit, miss, unknown = self.logprobs
+        logits = torch.full((len(next_tokens), self.vocab_size), unknown)
+        for row, token_id in zip(logits, next_tokens, strict=True):
+            if token_id is not None:
+                row.fill_(miss)
+                row[token_id] = hit
+        return logits
+
+    def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """What it says of the target tokens of one sequence.
+
+        However a text is cut into tokens, one that spells the next characters of the answer, or all that is left of it
+        and more, is the answer's next token.
+
+        Returns:
+            Log-probabilities in nats, fp32, shape (n,), and whether each token is the answer's next, bool, shape (n,).
+
+        Raises:
+            ToolFailure: it raised, hung or returned no text.
+        """
+        read = TokenText(self.tokenizer, token_ids)
+        targets = [t for t in range(1, len(token_ids)) if is_target[t]]
+        first = max(read.end(targets[0]) - self.spec.max_answer, 0)
+        ends = range(first, read.end(targets[-1]) + 1)
+        asked = dict(zip(ends, self._tool.answers(read.text, ends), strict=True))
+        known = [(at, answer) for at, answer in reversed(asked.items()) if answer]
+        hit, miss, unknown = self.logprobs
+        scores = {None: unknown, False: miss, True: hit}
+        right = [self._spelled(read, t, asked, known) for t in targets]
+        return torch.tensor([scores[each] for each in right]), torch.tensor([each is True for each in right])
+
+    def _spelled(
+        self, read: TokenText, t: int, asked: dict[int, Answer], known: Sequence[tuple[int, Answer]]
+    ) -> bool | None:
+        """Whether token t is the answer's next; None where there is no answer.
+
+        Args:
+            asked: the tool's answer at every end of a prefix that matters.
+            known: those of them that say something, the last place first.
+        """
+        start, end = read.end(t), read.end(t + 1)
+        if read.whole(t) and read.whole(t + 1) and end > start:
+            near = ((at, answer) for at, answer in known if start - self.spec.max_answer < at <= start)
+            left, spelled = self._follows(read.text[:start], near), read.text[start:end]
+            return None if left is None else left.startswith(spelled) or spelled.startswith(left)
+        token_id = self.next_token(read, t, asked)
+        return None if token_id is None else token_id == read.token_ids[t]
+
+
+class ToolRunner:
+    """Asks one tool about many sequences; an `Assistant` that costs no forward pass.
+
+    A call that fails is logged with the text it failed on, counted, and taken as if the tool did not know.
+    """
+
+    max_length = None
+    may_abstain = True
+
+    def __init__(self, model: ToolModel) -> None:
+        self.model = model
+        self.name = model.name
+        self.usage = ModelUsage()
+        self._slots: dict[int, _Slot] = {}
+        self._count = 0
+
+    def open(self, token_ids: Sequence[int] = ()) -> int:
+        slot, self._count = self._count, self._count + 1
+        self._slots[slot] = _Slot(TokenText(self.model.tokenizer))
+        return slot
+
+    def close(self, slot: int, *, spoiled: bool = False) -> None:
+        del self._slots[slot]
+
+    def forget(self) -> None:
+        """Nothing outlives a slot."""
+
+    def length(self, slot: int) -> int:
+        return len(self._slots[slot].read)
+
+    def rollback(self, slot: int, length: int) -> None:
+        self._slots[slot].cut(length)
+
+    def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> Reading:
+        """Read the tokens each slot has not seen, and ask the tool after each of the last ones.
+
+        Args:
+            unseen: slot -> token ids that follow what it holds.
+            keep: slot -> after how many of its last new tokens to ask; by default the very last.
+
+        Returns:
+            For each slot in the mapping's order the rows of its last tokens, in theirs.
+        """
+        next_tokens = []
+        for slot, token_ids in unseen.items():
+            state = self._slots[slot]
+            for token_id in token_ids:
+                state.read.push(token_id)
+            length = len(state.read)
+            asked = keep[slot] if keep else 1
+            next_tokens += [self._ask(state, n) for n in range(length - asked + 1, length + 1)]
+        return Reading(self.model.logits(next_tokens), silent=[token_id is None for token_id in next_tokens])
+
+    def _ask(self, state: _Slot, length: int) -> int | None:
+        self.usage.calls += 1
+        try:
+            token_id = self.model.next_token(state.read, length, state.asked)
+        except ToolFailure as failure:
+            _LOG.warning("%s", failure)
+            self.usage.failed += 1
+            return None
+        self.usage.abstained += token_id is None
+        return token_id
+
+
+class _Slot:
+    """One sequence: its text, and what the tool said at which of its characters."""
+
+    def __init__(self, read: TokenText) -> None:
+        self.read = read
+        self.asked: dict[int, Answer] = {}
+
+    def cut(self, length: int) -> None:
+        self.read.cut(length)
+        for end in [end for end in self.asked if end > len(self.read.text)]:
+            del self.asked[end]

@@ -1,0 +1,1 @@
+"""Programs that are assistants: calculator, lookup table, dates, and functions of yours."""

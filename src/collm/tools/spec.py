@@ -1,0 +1,136 @@
+"""ToolSpec: which program is an assistant, and how it is called."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from collm.errors import ConfigError, LoadError
+
+PREFIX = "tool:"
+BUILT_IN = ("calculator", "date", "lookup")
+
+ToolFunction = Callable[[str], "str | None"]
+"""The text so far -> the text that follows, or None where it does not know."""
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """A program that may know what text comes next, as an assistant.
+
+    Attributes:
+        name: "calculator", "date", "lookup", or a function of yours as "package.module:function".
+        argument: of a built-in tool: the table of "lookup" (a CSV or JSON file); "marks" for a calculator that answers
+            nothing but `<<..=` marks.
+        eps: probability that its distribution leaves to all tokens but the next one of its answer, in (0, 1).
+        seconds: time limit of one call of a function of yours.
+        max_answer: most characters of an answer; what is longer is cut there.
+
+    Raises:
+        ConfigError: no such tool, a malformed name, or a value out of range.
+    """
+
+    name: str
+    argument: str | None = None
+    eps: float = 0.01
+    seconds: float = 1.0
+    max_answer: int = 64
+
+    def __post_init__(self) -> None:
+        _require(0 < self.eps < 1, "eps", self.eps, "a number between 0 and 1")
+        _require(self.seconds > 0, "seconds", self.seconds, "a number above 0")
+        _require(self.max_answer >= 1, "max_answer", self.max_answer, "at least 1 character")
+        if self.name == "lookup":
+            _require(self.argument is not None, "argument", None, "a table: tool:lookup:facts.csv")
+        elif self.name == "calculator":
+            _require(self.argument in (None, "marks"), "argument", self.argument, "'marks' or none")
+        elif self.name in BUILT_IN or self.foreign:
+            _require(self.argument is None, "argument", self.argument, "none")
+        else:
+            raise ConfigError(
+                f"there is no tool {self.name!r}; expected {', '.join(BUILT_IN)}, or a function of yours as "
+                "package.module:function"
+            )
+
+    @classmethod
+    def parse(cls, text: str, **options: Any) -> ToolSpec:
+        """Read "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"."""
+        name, _, rest = text.removeprefix(PREFIX).partition(":")
+        if name == "lookup" and rest:
+            rest = str(Path(rest).resolve())
+        if name in BUILT_IN:
+            return cls(name, rest or None, **options)
+        return cls(f"{name}:{rest}", **options)
+
+    @classmethod
+    def of(cls, function: ToolFunction, **options: Any) -> ToolSpec:
+        """The spec of a function of yours, by the path that imports it.
+
+        Raises:
+            ConfigError: nothing imports it: it was made inside another function, is a lambda or stands in a script.
+        """
+        module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+        if not module or not name or module == "__main__" or not name.isidentifier():
+            raise ConfigError(
+                f"{function!r} cannot be imported by a name, so no other process can call it; define it at the top of "
+                "a module of its own"
+            )
+        return cls(f"{module}:{name}", **options)
+
+    def __str__(self) -> str:
+        return PREFIX + self.name + (f":{self.argument}" if self.argument is not None else "")
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is code of the user's."""
+        module, _, function = self.name.partition(":")
+        return all(part.isidentifier() for part in [*module.split("."), function])
+
+    @property
+    def table(self) -> Path | None:
+        """The file it reads."""
+        return Path(str(self.argument)) if self.name == "lookup" else None
+
+    def with_table(self, path: Path) -> ToolSpec:
+        """The same tool reading another file."""
+        return replace(self, argument=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, for JSON."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """What its scores depend on; among it a digest of its table or source file, by which a change is noticed.
+
+        Raises:
+            LoadError: there is no such file or module.
+        """
+        path = self.table or _source(self.name.partition(":")[0] if self.foreign else f"collm.tools.{self.name}")
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise LoadError(f"could not read {path} of {self}: {error}") from error
+        described = f"{self} (eps {self.eps:g}, max_answer {self.max_answer})"
+        return {"path": described, "revision": None, "dtype": None, "weights": digest}
+
+
+def _source(module: str) -> Path:
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError) as error:
+        raise LoadError(f"could not find the module {module!r}: {error}; {HOW_TO_FIND}") from error
+    if found is None or found.origin is None:
+        raise LoadError(f"could not find the module {module!r}; {HOW_TO_FIND}")
+    return Path(found.origin)
+
+
+HOW_TO_FIND = "check the name, or add the folder that holds it to PYTHONPATH"
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} of a tool is {value!r}, expected {expected}")

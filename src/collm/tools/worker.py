@@ -1,0 +1,61 @@
+"""The process in which a user's function runs: requests on stdin, answers on stdout, a JSON line each.
+
+Started by `calls.IsolatedTool` as a script with the name of the function; imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Answer requests {"text", "ends"} with one line per end, until stdin is closed."""
+    requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the protocol's pipes are out of the function's reach
+    os.dup2(2, 1)
+    sys.path[:] = json.loads(requests.readline())
+    module, _, name = sys.argv[1].partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+        if not callable(function):
+            raise TypeError(f"it is a {type(function).__name__}, expected a function")
+    except BaseException as error:
+        _send(replies, _failed(error))
+        return
+    _send(replies, None)
+    for line in requests:
+        request = json.loads(line)
+        for end in request["ends"]:
+            _send(replies, _answer(function, request["text"][:end]))
+
+
+def _answer(function: Any, text: str) -> Any:
+    try:
+        answer = function(text)
+        if answer is not None and not isinstance(answer, str):
+            return {"failed": f"returned {type(answer).__name__}, expected text or None"}
+        if isinstance(answer, str):
+            answer.encode()
+        return answer
+    except UnicodeEncodeError as error:
+        return {"failed": f"returned text that is no Unicode ({error})"}
+    except BaseException as error:  # SystemExit too: the process must outlive the function
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> dict[str, str]:
+    return {"failed": f"raised {type(error).__name__}: {error}"}
+
+
+def _send(replies: Any, content: Any) -> None:
+    replies.write(json.dumps(content) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The code in the documents runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaForCausalLM
+
+from tests.conftest import tiny_config
+from tests.tokenizers import merging_tokenizer
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
+
+
+def page_rows(number: Callable[[int], str]) -> list[dict[str, str]]:
+    """Rows like the page's, with this number of kilometres for so many miles."""
+    (row,) = (json.loads(block) for block in blocks("tools.md", "json"))
+    return [
+        {
+            "prompt": row["prompt"].replace("12", str(miles)),
+            "completion": row["completion"].replace("19.3", number(miles)),
+        }
+        for miles in range(10, 90)
+    ]
+
+
+def make_base(directory: Path) -> None:
+    """A small model that writes sentences like the page's, with any number."""
+    rng = random.Random(0)
+    texts = [
+        row["prompt"] + row["completion"]
+        for _ in range(20)
+        for row in page_rows(lambda miles: f"{rng.randrange(10, 99)}.{rng.randrange(10)}")
+    ]
+    tokenizer = merging_tokenizer(*texts[:80], vocab_size=300)
+    torch.manual_seed(0)
+    changes = {"vocab_size": len(tokenizer), "hidden_size": 64, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(tiny_config(**changes, initializer_range=0.02))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(150):
+        batch = tokenizer([text + "<eos>" for text in texts[10 * step : 10 * step + 10]])["input_ids"]
+        ids = pad_sequence([torch.tensor(one) for one in batch], batch_first=True, padding_value=-100)
+        loss = model(input_ids=ids.clamp(min=0), labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("docs")
+    make_base(directory / "my-base")
+    return directory
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """The page's files, a base and rows like the page's."""
+    for block in blocks("tools.md", "python"):
+        (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    rows = page_rows(lambda miles: f"{miles * 1.609344:.1f}")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my-base").symlink_to(made / "my-base")
+    return tmp_path
+
+
+def test_the_function_of_the_page_is_learned_in_ten_lines(folder: Path) -> None:
+    user_lines = [line for name in ("my_tools.py", "teach.py") for line in (folder / name).read_text().splitlines()]
+    assert sum(bool(line.strip()) and not line.startswith(("#", "import", "from")) for line in user_lines) <= 10
+    done = subprocess.run([sys.executable, "teach.py"], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(" 72.4 km")
+    assert "calls=" in done.stdout
+
+
+def test_the_commands_of_the_page_run(folder: Path) -> None:
+    commands = [line for block in blocks("tools.md", "") for line in block.splitlines() if line.startswith("collm ")]
+    assert len(commands) == 2
+    for command in commands:
+        script = re.sub(
+            r"^collm", f"PYTHONPATH=. {sys.executable} -c 'from collm.cli.main import main; main()'", command
+        )
+        done = subprocess.run(script, shell=True, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" 72.4 km")
