@@ -148,13 +148,13 @@ def next_token_at(model: ToolModel, ids: list[int], t: int) -> int | None:
 
 
 def test_scores_on_disk_are_found_again_and_belong_to_the_tool(tmp_path: Path) -> None:
-    ids = TOKENIZER("so <<48/2=24>>24 clips")["input_ids"]
+    ids = TOKENIZER("so <<90/3=30>>30 pens")["input_ids"]
     examples = [Example(ids, [False, *[True] * (len(ids) - 1)])]
     spec = ToolSpec("calculator")
     model = ToolModel(spec, TOKENIZER, name="calculator", vocab_size=V)
     scores = score_examples(model, examples, tmp_path, spec=spec)
     said = "".join(TOKENIZER.decode(ids[t + 1]) for t in scores.correct(0).nonzero()[:, 0].tolist())
-    assert said.startswith("4>>24")  # the tokenizer has a token "=2"
+    assert said == "30>>30"
     found = find_scores(tmp_path, examples, spec)
     assert found is not None
     assert torch.equal(found.logprobs, scores.logprobs)
