@@ -1,0 +1,1 @@
+"""Recipes: whole ways from public data to a measured collaboration."""

@@ -1,0 +1,118 @@
+"""What the recipe leaves for reading: the tables of docs/results.md, and solutions in their authors' colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from collm import CoLLM, SamplingParams
+from collm.atomic import atomic_file
+from collm.cli.authors import coloured, legend
+from collm.core.policies import ThresholdPolicy
+from collm.training.data import Row
+
+if TYPE_CHECKING:
+    pass
+
+PAGE, PICTURE = "results.md", "gsm8k.svg"
+BEGIN, END = "<!-- gsm8k_calculator: begin -->", "<!-- gsm8k_calculator: end -->"
+_WIDTH = 110
+
+
+def write_tables(folder: Path, results: dict[str, Any]) -> None:
+    """Put the tables between the markers of the folder's results.md; a page of its own if there is none."""
+    page = folder / PAGE
+    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    tables = "\n".join(_lines(results))
+    with atomic_file(page) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+
+
+def _lines(results: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    minutes = results["seconds"]["total"] / 60
+    return [
+        f"    {results['command']} --data DIR --docs docs",
+        "",
+        f"{results['test_problems']} test problems with the given solution as context, {results['written_problems']} "
+        f"written freely; {versions}; {minutes:.0f} minutes in all on the machine that made it.",
+        "",
+        *_given(results["rows"]),
+        "",
+        *_written(results["rows"]),
+    ]
+
+
+def _given(rows: Sequence[dict[str, Any]]) -> list[str]:
+    heading = ["system", "threshold", "equations right", "asked", "asked in vain", "NLL per token"]
+    body = [
+        [
+            row["name"],
+            _eta(at),
+            _interval(at["equations"]),
+            _share(at["deferred"]),
+            _share(at["in_vain"]),
+            f"{row['nll']:.4f}" if at is row["given"][0] else "",
+        ]
+        for row in rows
+        for at in row["given"]
+    ]
+    return ["With the given solution as context:", "", *_table(heading, body)]
+
+
+def _written(rows: Sequence[dict[str, Any]]) -> list[str]:
+    heading = ["system", "threshold", "equations right", "of", "answers right", "deferred", "asked", "asked in vain"]
+    body = [
+        [
+            row["name"],
+            _eta(at),
+            _interval(at["equations"]),
+            f"{at['num_equations']:,}",
+            _interval(at["answers"]),
+            _share(at["deferral_rate"]),
+            _share(at["calls"]),
+            _share(at["in_vain"]),
+        ]
+        for row in rows
+        for at in row["written"]
+    ]
+    return ["Written freely, greedily:", "", *_table(heading, body)]
+
+
+def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    rule = "|--|" + "--:|" * (len(heading) - 1)
+    return ["| " + " | ".join(heading) + " |", rule, *("| " + " | ".join(cells) + " |" for cells in body)]
+
+
+def _eta(at: dict[str, Any]) -> str:
+    return {1.0: "base alone", -1.0: "always"}.get(at["threshold"], f"{at['threshold']:.3g}")
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}"
+
+
+def _interval(of: dict[str, float] | None) -> str:
+    if of is None:
+        return "none"
+    return f"{of['mean']:.1%} ({100 * of['low']:.1f} - {100 * of['high']:.1f})"
+
+
+def write_picture(folder: Path, model: CoLLM, threshold: float, rows: Sequence[Row], max_new_tokens: int) -> None:
+    """Solutions of these rows' problems, as an image with each token in its author's colour."""
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    console = Console(record=True, width=_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
+    console.print(legend(["base", "calculator"]))
+    for row in rows:
+        console.print()
+        console.print(Text(str(row.prompt), "dim italic"))
+        console.print(coloured(model.stream(row.prompt, params, policy=ThresholdPolicy(threshold))))
+    with atomic_file(folder / PICTURE) as temporary:
+        console.save_svg(str(temporary), title=f"Who wrote what, threshold {threshold:.2g}")
