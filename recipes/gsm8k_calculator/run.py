@@ -269,13 +269,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where models, scores and results go")
     parser.add_argument("--docs", type=Path, help="also write docs/results.md's tables and picture into this folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU; another number rounds differently")
     options = parser.parse_args()
     started = time.monotonic()
-    run = Run(PLANS[options.size], load_problems(options.data), options.out, seed=options.seed)
+    plan = PLANS[options.size]
+    plan = replace(plan, size=replace(plan.size, threads=options.threads))
+    run = Run(plan, load_problems(options.data), options.out, seed=options.seed)
     rows = systems(run)
     pictured = next(system for system in rows if system.name == PICTURED_SYSTEM)
     results = {
-        "command": f"python -m recipes.gsm8k_calculator.run --size {options.size} --seed {options.seed}",
+        "command": f"python -m recipes.gsm8k_calculator.run --size {options.size} --seed {options.seed} --threads {options.threads}",
         "versions": library_versions(),
         "test_problems": len(run.test),
         "written_problems": run.plan.written_problems,
