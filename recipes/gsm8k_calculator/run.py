@@ -278,7 +278,8 @@ def main() -> None:
     rows = systems(run)
     pictured = next(system for system in rows if system.name == PICTURED_SYSTEM)
     results = {
-        "command": f"python -m recipes.gsm8k_calculator.run --size {options.size} --seed {options.seed} --threads {options.threads}",
+        "command": "python -m recipes.gsm8k_calculator.run "
+        + " ".join(f"--{name} {getattr(options, name)}" for name in ("size", "seed", "threads")),
         "versions": library_versions(),
         "test_problems": len(run.test),
         "written_problems": run.plan.written_problems,

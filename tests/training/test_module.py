@@ -14,6 +14,7 @@ from collm.core.head import DeferralHead
 from collm.errors import MismatchError
 from collm.training import targets
 from collm.training.dataset import TrainingSet, collate
+from collm.training.measures import TokenViews
 from collm.training.module import JointModule
 from tests.training.conftest import make_scores, random_examples
 
@@ -38,7 +39,15 @@ def make_head(seed: int = 0) -> DeferralHead:
 
 def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..., PreTrainedModel]) -> None:
     base, head = tiny_model(1), make_head()
-    out = JointModule(base, head)(**collate([DATA[i] for i in range(len(DATA))]))
+    batch = collate([DATA[i] for i in range(len(DATA))])
+    out = JointModule(base, head)(**batch, per_token=True)
+    views = TokenViews(
+        out["base_logprob"][batch["target_mask"]],
+        out["base_correct"][batch["target_mask"]],
+        batch["assistant_logprobs"][batch["target_mask"]],
+        batch["assistant_correct"][batch["target_mask"]],
+        out["defer_logits"][batch["target_mask"]].detach(),
+    )
     total, base_total, defer_total, count = 0.0, 0.0, 0.0, 0
     for index, example in enumerate(EXAMPLES):
         with torch.no_grad():
@@ -57,10 +66,13 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
             base_total -= says[0]
             defer_total += 1 - odds[0] / sum(odds)
             place, count = place + 1, count + 1
-    assert out["num_targets"].item() == count
+    assert len(views.base_logprob) == count
     assert out["loss"].item() == pytest.approx(total / count, rel=1e-4)
-    assert out["base_nll"].item() == pytest.approx(base_total, rel=1e-4)
-    assert out["defer_prob"].item() == pytest.approx(defer_total, rel=1e-4)
+    measured = views.measures()
+    assert measured["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert measured["base_nll"] == pytest.approx(base_total / count, rel=1e-4)
+    assert measured["defer_prob"] == pytest.approx(defer_total / count, rel=1e-4)
+    assert not out["base_logprob"][~batch["target_mask"]].any()
 
 
 def test_batching_and_chunks_change_nothing(

@@ -17,7 +17,8 @@ from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Examples
 from collm.training.labels import Labels, label_tokens
-from collm.training.regression import auc, fit_authors, weighted_nll
+from collm.training.measures import auc
+from collm.training.regression import fit_authors, weighted_nll
 from collm.training.targets import shift
 from collm.training.warm_start import warm_start
 from tests.training.conftest import make_scores, random_examples

@@ -51,15 +51,23 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One shifted example: input_ids, gold, target_mask (T,), and assistant_logprobs (T, K), 0 off the targets."""
+        """One shifted example.
+
+        Returns:
+            input_ids, gold, target_mask, shape (T,); assistant_logprobs and assistant_correct, shape (T, K), 0 and
+            false off the targets.
+        """
         shifted = shift(self.examples[index])
         logprobs = torch.zeros(len(shifted.gold), self.num_assistants)
+        correct = torch.zeros(len(shifted.gold), self.num_assistants, dtype=torch.bool)
         logprobs[shifted.mask] = torch.stack([scores.logprob(index) for scores in self.assistant_scores], dim=-1)
+        correct[shifted.mask] = torch.stack([scores.correct(index) for scores in self.assistant_scores], dim=-1)
         return {
             "input_ids": shifted.input_ids,
             "gold": shifted.gold,
             "target_mask": shifted.mask,
             "assistant_logprobs": logprobs,
+            "assistant_correct": correct,
         }
 
 
@@ -72,4 +80,5 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         "gold": batch.gold,
         "target_mask": batch.mask,
         "assistant_logprobs": pad_sequence([item["assistant_logprobs"] for item in items], batch_first=True),
+        "assistant_correct": pad_sequence([item["assistant_correct"] for item in items], batch_first=True),
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collm.core.head import DeferralHead
-from collm.core.objective import defer_probs, marginal_logprobs
+from collm.core.objective import marginal_logprobs
 from collm.errors import ConfigError, MismatchError, MissingExtra
 from collm.models.language_model import LanguageModel
 from collm.training.config import CoLLMConfig
@@ -56,7 +56,10 @@ class JointModule(nn.Module):
         gold: Tensor,
         target_mask: Tensor,
         assistant_logprobs: Tensor,
+        assistant_correct: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        *,
+        per_token: bool = False,
     ) -> dict[str, Tensor]:
         """Loss of a batch; position t speaks of the token after position t.
 
@@ -65,26 +68,26 @@ class JointModule(nn.Module):
             gold: the tokens that follow, shape (B, T).
             target_mask: true at target positions, shape (B, T).
             assistant_logprobs: of the gold tokens at target positions, nats, shape (B, T, K).
+            assistant_correct: plays no part in the loss.
             num_items_in_batch: target tokens to divide by; by default those of this batch.
+            per_token: also return what the tokens' measures need.
 
         Returns:
-            loss: nats per target token. Also, without gradient, sums over the target tokens: base_nll and defer_prob,
-            and their number num_targets.
+            loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
+            defer_logits, shape (B, T, K), all 0 off the targets.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             hidden = self._model.hidden_states(input_ids, attention_mask=attention_mask, use_cache=False)  # (B, T, H)
             hidden = hidden[target_mask]  # (N, H)
-            base_logprob, _ = read_targets(self._model, hidden, gold[target_mask])  # (N,)
+            base_logprob, base_correct = read_targets(self._model, hidden, gold[target_mask])  # (N,)
         defer_logits = self.head(hidden)  # (N, K)
         marginal = marginal_logprobs(base_logprob, assistant_logprobs[target_mask], defer_logits)
-        num_targets = target_mask.sum()
-        divisor = num_targets if num_items_in_batch is None else num_items_in_batch
-        return {
-            "loss": -marginal.sum() / divisor,
-            "base_nll": -base_logprob.detach().sum(),
-            "defer_prob": defer_probs(defer_logits.detach()).sum(),
-            "num_targets": num_targets,
-        }
+        divisor = target_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        result = {"loss": -marginal.sum() / divisor}
+        if per_token:
+            views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
+            result |= {name: _spread(values, target_mask) for name, values in views.items()}
+        return result
 
     def train(self, mode: bool = True) -> JointModule:
         """A frozen base stays in evaluation mode: its dropout would make it another model than the one decoded."""
@@ -96,6 +99,13 @@ class JointModule(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Passed to the base; called by Trainer."""
         cast(Any, self.base).activation_checkpointing_enable(**options)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of the target positions (N, ...) at their places: (B, T, ...), 0 elsewhere."""
+    spread = values.new_zeros(*mask.shape, *values.shape[1:])
+    spread[mask] = values
+    return spread
 
 
 def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:

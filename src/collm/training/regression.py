@@ -1,4 +1,4 @@
-"""Weighted multinomial logistic regression over authors, and the measures of its fit."""
+"""Weighted multinomial logistic regression over authors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from collm.core.objective import author_logprobs, defer_probs
+from collm.core.objective import author_logprobs
 
 
 def weighted_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
@@ -57,29 +57,3 @@ def fit_authors(
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()
-
-
-def auc(scores: Tensor, positive: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counting half; NaN if either is missing.
-
-    Args:
-        scores: shape (M,).
-        positive: bool, shape (M,).
-    """
-    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
-    if num_positive == 0 or num_negative == 0:
-        return float("nan")
-    _, place, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
-    above: float = ranks[positive].sum().item() - num_positive * (num_positive + 1) / 2
-    return above / (num_positive * num_negative)
-
-
-def author_accuracy(defer_logits: Tensor, labels: Tensor) -> float:
-    """Share of tokens whose most probable author is the label."""
-    return (author_logprobs(defer_logits).argmax(-1) == labels).float().mean().item()
-
-
-def deferral_auc(defer_logits: Tensor, labels: Tensor) -> float:
-    """AUC of the defer prob for the tokens that belong to an assistant."""
-    return auc(defer_probs(defer_logits), labels != 0)

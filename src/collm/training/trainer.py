@@ -19,6 +19,7 @@ from collm.training.checkpoints import STATE, is_whole, last_checkpoint, load_tu
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet, collate
 from collm.training.labels import LabelReport, label_tokens
+from collm.training.measures import TokenViews
 from collm.training.module import JointModule, with_adapter
 from collm.training.scoring import progress_bar
 from collm.training.warm_start import WarmStartReport, warm_start
@@ -197,7 +198,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         """Means over all target tokens of a set.
 
         Returns:
-            `eval_loss`: marginal NLL in nats; `eval_base_nll`: the base's own; `eval_defer_prob`.
+            `eval_loss`, `eval_base_nll`, .. : the names of `TokenViews.measures` behind the prefix.
 
         Raises:
             ConfigError: there is no evaluation set.
@@ -207,22 +208,25 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model) if self.model_wrapped is self.model else self.model_wrapped
         training = model.training
         model.eval()
-        sums = torch.zeros(4, dtype=torch.float64)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            with torch.no_grad(), self.accelerator.autocast():
-                out = model(**self._prepare_inputs(batch), num_items_in_batch=1)
-            names = ("loss", "base_nll", "defer_prob", "num_targets")
-            gathered = self.accelerator.gather(torch.stack([out[name].float() for name in names]).unsqueeze(0))
-            sums += gathered.sum(0).cpu().double()
+        parts = [self._views(model, batch) for batch in self.get_eval_dataloader(eval_dataset)]
         model.train(training)
-        means = (sums[:3] / sums[3]).tolist()
-        metrics = {
-            f"{metric_key_prefix}_{name}": value
-            for name, value in zip(("loss", "base_nll", "defer_prob"), means, strict=True)
-        }
+        views = TokenViews(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in views.measures().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _views(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The fields of `TokenViews` for one batch of every process, on the CPU."""
+        inputs = self._prepare_inputs(batch)
+        with torch.no_grad(), self.accelerator.autocast():
+            out = model(**inputs, num_items_in_batch=1, per_token=True)
+        out = {name: values for name, values in out.items() if name != "loss"}
+        out |= {name: inputs[name] for name in ("assistant_logprobs", "assistant_correct", "target_mask")}
+        padded = self.accelerator.pad_across_processes(out, dim=1)
+        gathered = self.accelerator.gather_for_metrics(padded)  # without the rows that only fill the last batch
+        mask = gathered.pop("target_mask")
+        return {name: values[mask].cpu() for name, values in gathered.items()}
 
     # Checkpoints
 

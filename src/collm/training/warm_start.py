@@ -14,7 +14,8 @@ from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
 from collm.training.labels import Labels
-from collm.training.regression import author_accuracy, deferral_auc, fit_authors, weighted_nll
+from collm.training.measures import author_accuracy, deferral_auc
+from collm.training.regression import fit_authors, weighted_nll
 from collm.training.scoring import OnProgress
 from collm.training.targets import batches_by_length, pad, shift
 

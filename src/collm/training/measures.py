@@ -1,0 +1,82 @@
+"""How well a head knows whom to ask, and what base and assistants make of the gold tokens together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from collm.core.objective import author_logprobs, defer_probs, marginal_logprobs, pseudo_labels
+
+EVEN_ODDS = 0.5
+
+
+def auc(scores: Tensor, positive: Tensor) -> float:
+    """Probability that a positive scores above a negative, ties counting half; NaN if either is missing.
+
+    Args:
+        scores: shape (M,).
+        positive: bool, shape (M,).
+    """
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    if num_positive == 0 or num_negative == 0:
+        return float("nan")
+    _, place, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    above: float = ranks[positive].sum().item() - num_positive * (num_positive + 1) / 2
+    return above / (num_positive * num_negative)
+
+
+def author_accuracy(defer_logits: Tensor, labels: Tensor) -> float:
+    """Share of tokens whose most probable author is the label."""
+    return (author_logprobs(defer_logits).argmax(-1) == labels).float().mean().item()
+
+
+def deferral_auc(defer_logits: Tensor, labels: Tensor) -> float:
+    """AUC of the defer prob for the tokens that belong to an assistant."""
+    return auc(defer_probs(defer_logits), labels != 0)
+
+
+@dataclass(frozen=True)
+class TokenViews:
+    """What all authors say of some gold tokens.
+
+    Attributes:
+        base_logprob: nats, shape (N,).
+        base_correct: the base's argmax is the gold token, bool, shape (N,).
+        assistant_logprobs, assistant_correct: likewise, shape (N, K).
+        defer_logits: u, shape (N, K).
+    """
+
+    base_logprob: Tensor
+    base_correct: Tensor
+    assistant_logprobs: Tensor
+    assistant_correct: Tensor
+    defer_logits: Tensor
+
+    def measures(self) -> dict[str, float]:
+        """Means over the tokens.
+
+        Returns:
+            loss: marginal NLL in nats. base_nll, and assistant_nll (assistant_1_nll, ..): those of each alone.
+            defer_prob; deferral_rate: share of tokens deferred at threshold 0.5. pseudo_label_share: tokens that an
+            assistant's argmax has right and the base's has not, by the base as it is now; pseudo_label_agreement:
+            share of all tokens whose most probable author is the pseudo-label; head_auc: of the defer prob, for
+            pseudo-labels that name an assistant.
+        """
+        marginal = marginal_logprobs(self.base_logprob, self.assistant_logprobs, self.defer_logits)
+        labels = pseudo_labels(self.base_correct, self.assistant_correct, self.assistant_logprobs)
+        deferring = defer_probs(self.defer_logits)
+        nlls = -self.assistant_logprobs.mean(0)
+        names = ["assistant_nll"] if len(nlls) == 1 else [f"assistant_{k}_nll" for k in range(1, len(nlls) + 1)]
+        return {
+            "loss": -marginal.mean().item(),
+            "base_nll": -self.base_logprob.mean().item(),
+            **dict(zip(names, nlls.tolist(), strict=True)),
+            "defer_prob": deferring.mean().item(),
+            "deferral_rate": (deferring > EVEN_ODDS).float().mean().item(),
+            "pseudo_label_share": (labels != 0).float().mean().item(),
+            "pseudo_label_agreement": author_accuracy(self.defer_logits, labels),
+            "head_auc": deferral_auc(self.defer_logits, labels),
+        }
