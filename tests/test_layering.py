@@ -26,6 +26,7 @@ MAY_IMPORT = {
 MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"]}
 MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "cli"}
+MAY_IMPORT["__main__"] = {"cli"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "matplotlib", "numpy"}
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from collm.artefact import library_versions
@@ -38,7 +39,7 @@ from collm.training.data import Row, load_rows
 from collm.training.dataset import TrainingSet
 from collm.training.examples import Examples, encode_rows
 from collm.training.scores import Scores
-from collm.training.scoring import find_scores, progress_bar, score_examples
+from collm.training.scoring import find_scores, load_scores, progress_bar, write_scores
 from collm.training.trainer import CoLLMTrainer
 
 MAX_HELD_OUT = 200
@@ -180,19 +181,45 @@ class RunResult:
 def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = False) -> RunResult:
     """Score what is missing, warm-start the head, train, save, calibrate.
 
-    An interrupted run goes on where it was when it is started again with the same options. The run directory
-    (`args.output_dir`) holds run.yaml, run.json, scores/, checkpoint-*/, metrics.json and collaboration/.
+    Started in several processes (torchrun, `accelerate launch`), they share scoring and training; the first one saves
+    and calibrates while the others wait. An interrupted run goes on where it was when it is started again with the same
+    options. The run directory (`args.output_dir`) holds run.yaml, run.json, scores/, checkpoint-*/, metrics.json and
+    collaboration/.
 
     Raises:
         ConfigError: options that do not fit, or a run directory that holds another run.
         CollmError: whatever else its steps raise.
     """
     directory = Path(args.output_dir)
+    processes = processes_of(args)
     check_directory(directory, config, args)
     prepared = prepare(config, args.max_length, seed=args.seed)
-    claim_directory(directory, config, args)
-    scores = score_all(config, prepared, directory, quiet=quiet)
+    processes.wait_for_everyone()  # all have looked before one writes
+    if processes.is_main_process:
+        claim_directory(directory, config, args)
+    scores = score_all(config, prepared, directory, processes, quiet=quiet)
     model, metrics = fit(config, args, prepared, scores)
+    if processes.is_main_process:
+        _save(config, prepared, directory, model, metrics, quiet=quiet)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        model = CoLLM.from_pretrained(directory / "collaboration", trust_tools=True)
+    assert model.calibration is not None
+    metrics["calibration"] = model.calibration.to_dict()
+    return RunResult(directory / "collaboration", model, model.calibration, metrics)
+
+
+def processes_of(args: CoLLMConfig) -> PartialState:
+    """The processes of this run, each with its device."""
+    args.device  # noqa: B018 - makes the process group
+    assert args.distributed_state is not None
+    return args.distributed_state
+
+
+def _save(
+    config: RunConfig, prepared: Prepared, directory: Path, model: CoLLM, metrics: dict[str, Any], *, quiet: bool
+) -> None:
+    """Save the collaboration, calibrate it and keep what was measured."""
     model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
     model.save_pretrained(directory / "collaboration")
     calibration = calibrate_rows(
@@ -206,9 +233,8 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         quiet=quiet,
     )
     model.save_calibration(directory / "collaboration")
-    metrics["calibration"] = calibration.to_dict()
-    _write(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    return RunResult(directory / "collaboration", model, calibration, metrics)
+    kept = {**metrics, "calibration": calibration.to_dict()}
+    _write(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
 
 
 def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
@@ -278,7 +304,9 @@ def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:
     return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
 
 
-def score_all(config: RunConfig, prepared: Prepared, directory: Path, *, quiet: bool) -> list[Scores]:
+def score_all(
+    config: RunConfig, prepared: Prepared, directory: Path, processes: PartialState, *, quiet: bool
+) -> list[Scores]:
     """Scores of the base and of each assistant; computed where missing, one model in memory at a time."""
     root = Path(config.scores) if config.scores else directory / "scores"
     specs = {"base": config.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(config.assistants, start=1)}}
@@ -288,6 +316,7 @@ def score_all(config: RunConfig, prepared: Prepared, directory: Path, *, quiet: 
             spec,
             root / author,
             prepared.tokenizer,
+            processes,
             max_batch_tokens=config.max_batch_tokens,
             quiet=quiet,
         )
@@ -300,27 +329,54 @@ def score(
     spec: AssistantSpec,
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
+    processes: PartialState | None = None,
     *,
     max_batch_tokens: int,
     quiet: bool = False,
 ) -> Scores:
-    """Scores of one model or tool: those that lie in `out`, or computed there; a model leaves memory afterwards."""
+    """Scores of one model or tool: those that lie in `out`, or computed there; a model leaves memory afterwards.
+
+    Several processes share the work; all return all scores.
+    """
+    processes = processes or PartialState(cpu=not torch.cuda.is_available())
     found = find_scores(out, examples, spec)
-    if found is not None:
-        return found
+    if found is None:
+        _score_part(examples, spec, out, tokenizer, processes, max_batch_tokens=max_batch_tokens, quiet=quiet)
+    processes.wait_for_everyone()
+    return found or load_scores(out, examples, spec)
+
+
+def _score_part(
+    examples: Examples,
+    spec: AssistantSpec,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: PartialState,
+    *,
+    max_batch_tokens: int,
+    quiet: bool,
+) -> None:
     vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
     model: LanguageModel | ToolModel
     if isinstance(spec, ToolSpec):
         name, model = str(spec), ToolModel(spec, tokenizer, name=str(spec), vocab_size=vocab_size)
     else:
         name, model = Path(spec.path).name, LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)
-    with progress_bar(f"scoring with {name}", enabled=not quiet) as progress:
-        scores = score_examples(model, examples, out, spec=spec, max_batch_tokens=max_batch_tokens, progress=progress)
+    with progress_bar(f"scoring with {name}", enabled=not quiet and processes.is_main_process) as progress:
+        write_scores(
+            model,
+            examples,
+            out,
+            spec=spec,
+            max_batch_tokens=max_batch_tokens,
+            process=processes.process_index,
+            num_processes=processes.num_processes,
+            progress=progress,
+        )
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return scores
 
 
 def score_data(
@@ -355,6 +411,7 @@ def fit(
         vocab_size=vocab_size,
     )
     outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
+    tuned, head = trainer.gathered()
     metrics: dict[str, Any] = {
         "method": args.method,
         "data": config.data,
@@ -365,9 +422,9 @@ def fit(
         metrics["pseudo_label_share"] = trainer.label_report.share
         metrics["warm_start"] = asdict(trainer.warm_start_report)
     model = CoLLM(
-        spec if args.method == "head" else trainer.base,
+        spec if args.method == "head" else tuned,
         config.assistants,
-        trainer.head,
+        head,
         prepared.tokenizer,
         template=prepared.template,
         accept_differences=config.accept_differences,

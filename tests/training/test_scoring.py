@@ -19,7 +19,7 @@ from collm.models.loading import ModelSpec, load_model
 from collm.training import scoring
 from collm.training.examples import Example, Examples
 from collm.training.scores import Scores
-from collm.training.scoring import find_scores, load_scores, progress_bar, score_examples
+from collm.training.scoring import find_scores, load_scores, progress_bar, score_examples, write_scores
 from tests.training.conftest import random_examples
 
 SPEC = ModelSpec("some/model")
@@ -247,3 +247,17 @@ def test_the_progress_bar_is_silent_where_not_enabled(capsys: pytest.CaptureFixt
     with progress_bar("Scoring") as progress:
         progress(2, 2)
     assert "Scoring" in capsys.readouterr().err
+
+
+def test_processes_share_the_shards(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    model = LanguageModel(tiny_model(2), name="model")
+    whole = score_examples(model, EXAMPLES, tmp_path / "whole", spec=SPEC, shard_size=4)
+    for process in (1, 0):
+        assert find_scores(tmp_path / "shared", EXAMPLES, SPEC) is None
+        write_scores(model, EXAMPLES, tmp_path / "shared", spec=SPEC, shard_size=4, process=process, num_processes=2)
+    shards = sorted(path.name for path in (tmp_path / "shared").iterdir())
+    assert shards == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert len(shards) > 4
+    for name in shards[1:]:
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert torch.equal(load_scores(tmp_path / "shared", EXAMPLES).logprobs, whole.logprobs)

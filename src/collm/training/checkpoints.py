@@ -9,9 +9,14 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
+from collm.core.head import DeferralHead
 from collm.errors import ArtefactError
+from collm.models.loading import ModelSpec, load_with_adapter
+from collm.models.members import spec_of
 from collm.training.module import JointModule
 
 HEAD = "head.safetensors"
@@ -47,19 +52,43 @@ def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
     """
     base = cast(Any, joint.base)
     try:
-        joint.head.load_state_dict(load_file(directory / HEAD))
+        _load(joint.head, load_file(directory / HEAD))
         if method == "lora":
             from peft import load_peft_weights, set_peft_model_state_dict
 
             set_peft_model_state_dict(base, load_peft_weights(str(directory / "adapter"), device="cpu"))
         elif method == "full":
             saved = type(base).from_pretrained(directory / "base", dtype=base.dtype)
-            base.load_state_dict(saved.state_dict())
+            _load(base, saved.state_dict())
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ArtefactError(
             f"the weights in {directory} cannot be read for method {method!r}: {error}; "
             "they are damaged, or of another model or method"
         ) from error
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a module, of whose parameters this process may hold a part."""
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(state)
+
+
+def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Module, DeferralHead]:
+    """What `save_tuned` wrote as models of their own, on the CPU; of a frozen base, the joint model's.
+
+    Raises:
+        ArtefactError: it is incomplete or damaged.
+    """
+    base = cast(Any, joint.base)
+    head = DeferralHead(joint.head.hidden_size, joint.head.num_assistants)
+    head.load_state_dict(load_file(directory / HEAD))
+    if method == "full":
+        return cast(nn.Module, type(base).from_pretrained(directory / "base", dtype=base.dtype).eval()), head
+    if method == "lora":
+        return load_with_adapter(cast(ModelSpec, spec_of(base)), directory / "adapter"), head
+    return base, head
 
 
 def last_checkpoint(directory: Path) -> Path | None:

@@ -89,6 +89,8 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
     save_total_limit: int | None = 2
     report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    ddp_timeout: int = 24 * 3600
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:

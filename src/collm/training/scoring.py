@@ -49,6 +49,31 @@ def score_examples(
     shard_size: int = SHARD_SIZE,
     progress: OnProgress | None = None,
 ) -> Scores:
+    """Score every target token as `write_scores` does, and read the scores."""
+    write_scores(
+        model,
+        examples,
+        out_dir,
+        spec=spec,
+        max_batch_tokens=max_batch_tokens,
+        shard_size=shard_size,
+        progress=progress,
+    )
+    return load_scores(out_dir, examples, spec)
+
+
+def write_scores(
+    model: LanguageModel | ToolModel,
+    examples: Sequence[Example],
+    out_dir: Path,
+    *,
+    spec: AssistantSpec,
+    max_batch_tokens: int = 8192,
+    shard_size: int = SHARD_SIZE,
+    process: int = 0,
+    num_processes: int = 1,
+    progress: OnProgress | None = None,
+) -> None:
     """Score every target token: its log-probability, and whether it is the model's argmax.
 
     Examples are batched by length. What is done is kept in shards, so a run that was killed goes on after its last
@@ -61,7 +86,8 @@ def score_examples(
         spec: where the model came from, the part of its identity that is compared.
         max_batch_tokens: most tokens in a batch, padding included.
         shard_size: examples to a shard.
-        progress: called after each batch.
+        process, num_processes: write every `num_processes`-th shard, from number `process` on.
+        progress: called after each batch, with the tokens of these shards.
 
     Raises:
         ConfigError: `out_dir` holds scores of other examples or another model; the field that differs is named. Or
@@ -75,9 +101,10 @@ def score_examples(
     header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=shard_size)
     store = _store(out_dir, header, examples)
     store.begin()
-    total = sum(len(example.token_ids) - 1 for example in examples)
+    mine = list(enumerate(store.shards))[process::num_processes]
+    total = sum(len(examples[index].token_ids) - 1 for _, indices in mine for index in indices)
     done = 0
-    for shard, indices in enumerate(store.shards):
+    for shard, indices in mine:
         if _is_whole(store, shard):
             done += sum(len(examples[index].token_ids) - 1 for index in indices)
             if progress is not None:
@@ -92,7 +119,6 @@ def score_examples(
                 progress(done, total)
         logprobs, corrects = zip(*(results[index] for index in indices), strict=True)
         store.write(shard, torch.cat(logprobs), torch.cat(corrects))
-    return store.collect()
 
 
 def find_scores(directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None) -> Scores | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
-from collm.training.checkpoints import STATE, is_whole, last_checkpoint, load_tuned, save_tuned
+from collm.training.checkpoints import STATE, is_whole, last_checkpoint, load_tuned, read_tuned, save_tuned
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet, collate
 from collm.training.labels import LabelReport, label_tokens
@@ -95,6 +95,15 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
     @property
     def head(self) -> DeferralHead:
         return self.joint.head
+
+    def gathered(self) -> tuple[nn.Module, DeferralHead]:
+        """Base and head in whole, wherever their parameters lie; every process must call it."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return self.base, self.head
+        place = Path(self.args.output_dir) / "gathered"
+        self.save_model(str(place))
+        self.accelerator.wait_for_everyone()
+        return read_tuned(place, self.joint, self.args.method)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """Warm-start the head if the options say so, then train.
@@ -223,8 +232,11 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             out = model(**inputs, num_items_in_batch=1, per_token=True)
         out = {name: values for name, values in out.items() if name != "loss"}
         out |= {name: inputs[name] for name in ("assistant_logprobs", "assistant_correct", "target_mask")}
+        flags = [name for name, values in out.items() if values.dtype == torch.bool]
+        out |= {name: out[name].to(torch.uint8) for name in flags}  # padding would make int64 of a bool
         padded = self.accelerator.pad_across_processes(out, dim=1)
         gathered = self.accelerator.gather_for_metrics(padded)  # without the rows that only fill the last batch
+        gathered |= {name: gathered[name].bool() for name in flags}
         mask = gathered.pop("target_mask")
         return {name: values[mask].cpu() for name, values in gathered.items()}
 

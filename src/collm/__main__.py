@@ -1,0 +1,5 @@
+"""`python -m collm`, and what torchrun and `accelerate launch -m collm` start."""
+
+from collm.cli.main import main
+
+main()

@@ -1,0 +1,110 @@
+"""Two processes on a CPU give what one gives: losses, measures, weights, the saved artefact, a resumed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+WORKER = "tests.training.distributed_worker"
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+    },
+}
+WAYS = {"ddp": ({}, "DistributedDataParallel"), "fsdp2": (FSDP2, "FSDPJointModule")}
+
+
+def launch(module: str, *arguments: str, processes: int, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [*command, module, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def train(out: Path, processes: int, **options: Any) -> dict[str, Any]:
+    launch(WORKER, str(out), json.dumps(options), processes=processes)
+    return json.loads((out / "result.json").read_text())
+
+
+def largest_difference(mine: Path, theirs: Path) -> float:
+    differences = [0.0]
+    for file in ("base/model.safetensors", "head.safetensors"):
+        one, other = load_file(mine / file), load_file(theirs / file)
+        assert one.keys() == other.keys()
+        differences += [float((one[name] - other[name]).abs().max()) for name in one]
+    return max(differences)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One process that accumulates over two batches."""
+    out = tmp_path_factory.mktemp("alone")
+    return out, train(out, 1, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_and_measure_as_one(alone: tuple[Path, dict[str, Any]], tmp_path: Path, way: str) -> None:
+    options, wrapped = WAYS[way]
+    result = train(tmp_path, 2, **options)
+    assert (result["wrapped"], result["processes"]) == (wrapped, 2)
+    assert result["measured"] == pytest.approx(alone[1]["measured"], rel=1e-5)
+    assert largest_difference(tmp_path / "final", alone[0] / "final") < 1e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_resume_as_if_never_stopped(alone: tuple[Path, dict[str, Any]], tmp_path: Path, way: str) -> None:
+    options, _ = WAYS[way]
+    saving = {**options, "save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, 2, **saving, stop_after=2)
+    shutil.rmtree(tmp_path / "final")
+    train(tmp_path, 2, **saving, resume=True)
+    assert largest_difference(tmp_path / "final", alone[0] / "final") < 1e-6
+
+
+def test_a_whole_run_in_two_processes_leaves_the_artefact_of_one(
+    saved_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"w{i % 20} w{i % 7}", "completion": f"w{(i * 3) % 30} w{i % 11}"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--base", str(saved_model("base", 0)), "--assistant", str(saved_model("assistant", 1))]
+    common += ["--data", str(tmp_path / "train.jsonl"), "--max_new_tokens", "3", "--rates", "0", "0.5", "1"]
+    common += ["--learning_rate", "1e-3", "--max_length", "32", "--use_cpu", "true", "--device", "cpu"]
+    common += ["--pseudo_label_variant", "b"]
+    common += ["--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "true"]
+    one = [*common, "--output_dir", "one", "--per_device_train_batch_size", "8"]
+    two = [*common, "--output_dir", "two", "--per_device_train_batch_size", "4"]
+    launch("collm", *one, processes=1, cwd=tmp_path)
+    launch("collm", *two, processes=2, cwd=tmp_path)
+    mine, theirs = tmp_path / "two/collaboration", tmp_path / "one/collaboration"
+    assert sorted(path.name for path in mine.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    assert largest_difference(mine, theirs) < 1e-5
+    scores = [sorted((tmp_path / run / "scores/base").glob("*.safetensors")) for run in ("one", "two")]
+    for first, second in zip(*scores, strict=True):
+        assert torch.equal(load_file(first)["logprob"], load_file(second)["logprob"])
+    metrics = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two")]
+    assert metrics[0]["warm_start"] == pytest.approx(metrics[1]["warm_start"], nan_ok=True)
