@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.errors import ConfigError, MismatchError
+from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
 from collm.training.data import Row
 from collm.training.trainer import CoLLMTrainer
@@ -122,10 +123,8 @@ def test_other_options_in_the_same_directory_are_refused(setting: dict[str, Any]
 def test_the_assistants_are_not_in_memory_while_training(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import collm.run
-
     loaded: list[weakref.ref[torch.nn.Module]] = []
-    load, train = collm.run.load_model, CoLLMTrainer.train
+    load, train = load_model, CoLLMTrainer.train
 
     def load_and_note(spec: Any) -> Any:
         model = load(spec)
@@ -138,7 +137,8 @@ def test_the_assistants_are_not_in_memory_while_training(
         alive.append(sum(ref() is not None for ref in loaded))
         return train(self, **kwargs)
 
-    monkeypatch.setattr(collm.run, "load_model", load_and_note)
+    for module in ("scores", "train"):
+        monkeypatch.setattr(f"collm.run.{module}.load_model", load_and_note)
     monkeypatch.setattr(CoLLMTrainer, "train", count_and_train)
     train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
     assert len(loaded) == 4  # base, two assistants, and the base again to be trained

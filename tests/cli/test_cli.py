@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from collm import CoLLM
 from collm.cli.main import app
 from collm.cli.train import parse
 from collm.errors import ConfigError
+from tests.fake_server import FakeServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -210,3 +212,17 @@ def test_env_names_versions_and_devices() -> None:
     output: Any = CliRunner().invoke(app, ["env"]).output
     assert re.search(r"torch +2\.", output)
     assert "gpu" in output
+
+
+def test_score_on_a_server(pair: dict[str, Path], tmp_path: Path) -> None:
+    """The scores are those of the model in memory, under the name that training looks for."""
+    module = AutoModelForCausalLM.from_pretrained(pair["assistant"])
+    name = str(pair["assistant"])
+    common = ["score", pair["data"], "--model", name, "--tokenizer", pair["base"]]
+    with FakeServer(module, model=name) as server:
+        done = collm(*common, "--server", server.url, "--out", tmp_path / "remote", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    here = collm(*common, "--out", tmp_path / "local", cwd=tmp_path)
+    assert here.stdout.split(";")[0] == done.stdout.split(";")[0]
+    lonely = collm(*common, "--concurrency", "3", "--out", tmp_path / "other", cwd=tmp_path)
+    assert (lonely.returncode, "without --server" in lonely.stderr) == (2, True)

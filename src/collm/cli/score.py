@@ -23,6 +23,11 @@ def score(
     max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch, padding included.")] = 16384,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Score there instead: base URL of an OpenAI-compatible server, as vLLM's.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Most requests in flight. Default: 16.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
     tool_eps: Annotated[float | None, typer.Option(help="What a tool leaves to all other tokens.")] = None,
     tool_seconds: Annotated[float | None, typer.Option(help="Time limit of a call of your function.")] = None,
 ) -> None:
@@ -35,6 +40,11 @@ def score(
     from collm.models.loading import ModelSpec
     from collm.tools.spec import PREFIX, ToolSpec
 
+    if server is None and (concurrency is not None or api_key_env is not None):
+        raise ConfigError("concurrency and api_key_env have no effect without --server; leave them out")
+    if server is not None and (model.startswith(PREFIX) or dtype != "auto" or device is not None):
+        raise ConfigError("--server takes the name of a model as the server calls it, and no dtype or device")
+    served = None if server is None else run.Server(server, concurrency or 16, api_key_env)
     spec: ModelSpec | ToolSpec
     if model.startswith(PREFIX):
         if tokenizer is None:
@@ -46,9 +56,12 @@ def score(
         if tool_eps is not None or tool_seconds is not None:
             raise ConfigError(f"tool_eps and tool_seconds have no effect with {model}, which is no tool; drop them")
         spec = run.parse_model(model, dtype=dtype, device=device)
-    base = run.parse_model(tokenizer or model)
+    base = run.parse_model(tokenizer) if tokenizer else spec
+    assert isinstance(base, ModelSpec)
     config = run.DataConfig(data, split, prompt_field, completion_field, template)
-    scores = run.score_data(config, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens)
+    scores = run.score_data(
+        config, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens, server=served
+    )
     summary = scores.summary()
     typer.echo(
         f"{summary.num_targets} target tokens: mean NLL {summary.mean_nll_nats:.4f} nats, "

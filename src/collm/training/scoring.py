@@ -17,11 +17,15 @@ from collm.models.language_model import LanguageModel
 from collm.models.members import AssistantSpec
 from collm.models.tools import ToolModel
 from collm.training.examples import Example, fingerprint
+from collm.training.remote import RemoteModel
 from collm.training.scores import Scores
 from collm.training.store import HEADER, Header, ScoreStore, read_header
 from collm.training.targets import Shifted, batches_by_length, pad, read_targets, shift
 
 logger = logging.getLogger(__name__)
+
+Scored = LanguageModel | ToolModel | RemoteModel
+"""What can be scored: a model in memory, a tool, or a model behind a server."""
 
 OnProgress = Callable[[int, int], None]
 """Called with tokens done and tokens in all."""
@@ -40,7 +44,7 @@ def progress_bar(description: str, *, enabled: bool = True) -> Iterator[OnProgre
 
 
 def score_examples(
-    model: LanguageModel | ToolModel,
+    model: Scored,
     examples: Sequence[Example],
     out_dir: Path,
     *,
@@ -63,7 +67,7 @@ def score_examples(
 
 
 def write_scores(
-    model: LanguageModel | ToolModel,
+    model: Scored,
     examples: Sequence[Example],
     out_dir: Path,
     *,
@@ -80,7 +84,7 @@ def write_scores(
     whole shard, with the batches it would have had, and ends with the same bytes.
 
     Args:
-        model: the frozen model, or a tool.
+        model: the frozen model, a tool, or a model behind a server.
         examples: what to score.
         out_dir: where the scores lie; may hold the beginning of the same run.
         spec: where the model came from, the part of its identity that is compared.
@@ -111,8 +115,7 @@ def write_scores(
                 progress(done, total)
             continue
         results: dict[int, tuple[Tensor, Tensor]] = {}
-        for batch in batches_by_length([len(examples[index].token_ids) for index in indices], max_batch_tokens):
-            chosen = [indices[place] for place in batch]
+        for chosen in _batches(model, examples, indices, max_batch_tokens):
             results.update(zip(chosen, _score_batch(model, examples, chosen), strict=True))
             done += sum(len(examples[index].token_ids) - 1 for index in chosen)
             if progress is not None:
@@ -174,7 +177,7 @@ def _is_whole(store: ScoreStore, shard: int) -> bool:
         return False
 
 
-def _check_fits(model: LanguageModel | ToolModel, examples: Sequence[Example]) -> None:
+def _check_fits(model: Scored, examples: Sequence[Example]) -> None:
     for index, example in enumerate(examples):
         length, largest = len(example.token_ids) - 1, max(example.token_ids)
         if model.max_length is not None and length > model.max_length:
@@ -189,10 +192,20 @@ def _check_fits(model: LanguageModel | ToolModel, examples: Sequence[Example]) -
             )
 
 
-def _score_batch(
-    model: LanguageModel | ToolModel, examples: Sequence[Example], indices: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
+def _batches(
+    model: Scored, examples: Sequence[Example], indices: Sequence[int], max_batch_tokens: int
+) -> list[list[int]]:
+    """A server makes its own batches of what is in flight."""
+    if isinstance(model, RemoteModel):
+        return [list(indices)]
+    batches = batches_by_length([len(examples[index].token_ids) for index in indices], max_batch_tokens)
+    return [[indices[place] for place in batch] for batch in batches]
+
+
+def _score_batch(model: Scored, examples: Sequence[Example], indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities and flags of each example's target tokens, on the CPU."""
+    if isinstance(model, RemoteModel):
+        return model.score([examples[index] for index in indices], numbers=indices)
     if isinstance(model, ToolModel):
         return [model.score(examples[index].token_ids, examples[index].is_target) for index in indices]
     shifted = [shift(examples[index]) for index in indices]

@@ -1,0 +1,21 @@
+"""One training run from models, tools and rows to a calibrated collaboration."""
+
+from collm.run.data import hold_out
+from collm.run.options import DataConfig, RunConfig, parse_model, parse_tool
+from collm.run.scores import Server, score, score_data
+from collm.run.train import RunResult, calibrate_rows, to_yaml, train_collaboration
+
+__all__ = [
+    "DataConfig",
+    "RunConfig",
+    "RunResult",
+    "Server",
+    "calibrate_rows",
+    "hold_out",
+    "parse_model",
+    "parse_tool",
+    "score",
+    "score_data",
+    "to_yaml",
+    "train_collaboration",
+]

@@ -1,0 +1,65 @@
+"""From options to what the models will read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from collm.errors import ConfigError
+from collm.models.guards import TokenizerIdentity, check_tokenizers
+from collm.models.loading import ModelSpec, load_tokenizer
+from collm.models.template import PromptTemplate
+from collm.run.options import RunConfig
+from collm.tools.calls import open_tool
+from collm.training.data import Row
+from collm.training.examples import Examples, encode_rows
+
+MAX_HELD_OUT = 200
+"""Most rows held out for calibration where no validation set is given; at most a tenth of the rows."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the models will read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    examples: Examples
+    validation: list[Row]
+
+
+def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
+    """Read the rows, check that the tokenizers agree and that tools can be called, encode."""
+    rows = config.rows(config.data, config.data_split)
+    if config.validation is None:
+        rows, validation = hold_out(rows, seed=seed)
+    else:
+        validation = config.rows(config.validation, config.validation_split)
+    tokenizer = load_tokenizer(config.base_model)
+    identity = TokenizerIdentity.of(tokenizer)
+    for number, spec in enumerate(config.assistants, start=1):
+        if isinstance(spec, ModelSpec):
+            other = TokenizerIdentity.of(load_tokenizer(spec))
+            check_tokenizers(identity, other, f"assistant {number} ({spec.path})", accept=config.accept_differences)
+        else:
+            open_tool(spec).close()
+    template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
+    return Prepared(tokenizer, template, encode_rows(rows, template, tokenizer, max_length=max_length), validation)
+
+
+def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to calibrate on, drawn at random.
+
+    Raises:
+        ConfigError: fewer than 10 rows.
+    """
+    count = min(MAX_HELD_OUT, len(rows) // 10)
+    if count == 0:
+        raise ConfigError(f"{len(rows)} rows are too few to hold some out for calibration; pass a validation set")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = set(order[:count])
+    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]

@@ -1,0 +1,127 @@
+"""What a run is told: which models and tools, on which rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from collm.errors import ConfigError
+from collm.evaluation.calibration import DEFERRAL_RATES, check_rates
+from collm.evaluation.metrics import metric_named
+from collm.models.guards import check_accepted
+from collm.models.loading import ModelSpec
+from collm.models.members import AssistantSpec
+from collm.tools.spec import PREFIX, ToolSpec
+from collm.training.data import Row, load_rows
+
+
+@dataclass
+class DataConfig:
+    """Which rows, and how they are rendered.
+
+    Attributes:
+        data: training rows: JSON, JSONL, a `datasets` directory or a Hub name.
+        data_split: which split of a data set.
+        prompt_field, completion_field: names of the two fields.
+        template: wraps prompts, in training and in decoding alike.
+    """
+
+    data: str
+    data_split: str | None = None
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    template: str = "{prompt}"
+
+    def rows(self, source: str, split: str | None) -> list[Row]:
+        """Rows of any source that has these fields."""
+        return load_rows(source, split=split, prompt_field=self.prompt_field, completion_field=self.completion_field)
+
+
+@dataclass(kw_only=True)
+class RunConfig(DataConfig):
+    """What to train on what. How to train is `CoLLMConfig`; a run's YAML file holds the fields of both.
+
+    Attributes:
+        base: the model to train: a path or Hub id, "@revision" behind it if need be.
+        assistant: the assistants 1..K, likewise; or tools: tool:calculator, tool:date, tool:lookup:facts.csv, or a
+            function of yours as tool:package.module:function.
+        validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
+        validation_split: which split of a data set.
+        metric: what calibration measures: exact_match, contains, last_number, token_f1 or module:function.
+        rates: deferral rates that calibration aims at.
+        max_new_tokens, stop, max_batch: of calibration's completions.
+        dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
+            whole.
+        tool_eps: probability that a tool leaves to all tokens but the next of its answer, 0.01 by default.
+        tool_seconds: time limit of a call of your function, 1 by default.
+        accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
+        scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory; what is missing
+            there is computed.
+        max_batch_tokens: of scoring, padding included.
+    """
+
+    base: str
+    assistant: list[str]
+    validation: str | None = None
+    validation_split: str | None = None
+    metric: str = "exact_match"
+    rates: list[float] = field(default_factory=lambda: list(DEFERRAL_RATES))
+    max_new_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+    max_batch: int = 16
+    dtype: str = "auto"
+    device: str | None = None
+    attention: str | None = None
+    tool_eps: float | None = None
+    tool_seconds: float | None = None
+    accept_differences: list[str] = field(default_factory=list)
+    scores: str | None = None
+    max_batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if not self.assistant:
+            raise ConfigError("no assistant came; expected at least one path or Hub id")
+        if self.validation_split is not None and self.validation is None:
+            raise ConfigError("validation_split has no effect without validation; name the data set")
+        if self.base.startswith(PREFIX):
+            raise ConfigError(f"the base is {self.base}, expected a language model: the head reads its hidden states")
+        tools = [spec for spec in self.assistants if isinstance(spec, ToolSpec)]
+        if self.tool_eps is not None and not tools:
+            raise ConfigError("tool_eps has no effect without a tool among the assistants; leave it out")
+        if self.tool_seconds is not None and not any(tool.foreign for tool in tools):
+            raise ConfigError("tool_seconds has no effect without a function of yours as an assistant; leave it out")
+        check_accepted(self.accept_differences)
+        check_rates(self.rates)
+        metric_named(self.metric)
+
+    @property
+    def base_model(self) -> ModelSpec:
+        """Where the base comes from."""
+        return self._model(self.base)
+
+    @property
+    def assistants(self) -> list[AssistantSpec]:
+        """Where the assistants 1..K come from."""
+        return [
+            parse_tool(name, self.tool_eps, self.tool_seconds) if name.startswith(PREFIX) else self._model(name)
+            for name in self.assistant
+        ]
+
+    def _model(self, name: str) -> ModelSpec:
+        return parse_model(name, dtype=self.dtype, device=self.device, attention=self.attention)
+
+
+def parse_tool(name: str, eps: float | None = None, seconds: float | None = None) -> ToolSpec:
+    """A tool by name, with what is set of its options."""
+    options = {"eps": eps, "seconds": seconds}
+    return ToolSpec.parse(name, **{key: value for key, value in options.items() if value is not None})
+
+
+def parse_model(
+    name: str, *, dtype: str = "auto", device: str | None = None, attention: str | None = None
+) -> ModelSpec:
+    """A model by path or Hub id, with "@revision" behind it if need be."""
+    path, at, revision = name.rpartition("@")
+    if not at or Path(name).exists():
+        path, revision = name, ""
+    return ModelSpec(path, revision or None, dtype, device, attention)

@@ -1,0 +1,129 @@
+"""Scores of models, tools and served models, shared by the processes of a run."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from collm.models.guards import ACCEPTABLE, TokenizerIdentity, check_tokenizers
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.members import AssistantSpec
+from collm.models.template import PromptTemplate
+from collm.models.tools import ToolModel
+from collm.run.data import Prepared
+from collm.run.options import DataConfig, RunConfig
+from collm.tools.spec import ToolSpec
+from collm.training.examples import Examples, encode_rows
+from collm.training.remote import RemoteModel
+from collm.training.scores import Scores
+from collm.training.scoring import Scored, find_scores, load_scores, progress_bar, write_scores
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a model is served that is to be scored there (`training.remote.RemoteModel`)."""
+
+    base_url: str
+    concurrency: int = 16
+    api_key_env: str | None = None
+
+
+def score(
+    examples: Examples,
+    spec: AssistantSpec,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: PartialState | None = None,
+    *,
+    max_batch_tokens: int,
+    server: Server | None = None,
+    quiet: bool = False,
+) -> Scores:
+    """Scores of one model or tool: those that lie in `out`, or computed there; a model leaves memory afterwards.
+
+    Several processes share the work; all return all scores.
+    """
+    processes = processes or PartialState(cpu=not torch.cuda.is_available())
+    found = find_scores(out, examples, spec)
+    if found is None:
+        model = _scored(spec, tokenizer, server)
+        with progress_bar(f"scoring with {model.name}", enabled=not quiet and processes.is_main_process) as progress:
+            write_scores(
+                model,
+                examples,
+                out,
+                spec=spec,
+                max_batch_tokens=max_batch_tokens,
+                process=processes.process_index,
+                num_processes=processes.num_processes,
+                progress=progress,
+            )
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    processes.wait_for_everyone()
+    return found or load_scores(out, examples, spec)
+
+
+def _scored(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: Server | None) -> Scored:
+    vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
+    if isinstance(spec, ToolSpec):
+        return ToolModel(spec, tokenizer, name=str(spec), vocab_size=vocab_size)
+    if server is not None:
+        return RemoteModel(
+            server.base_url,
+            spec.path,
+            vocab_size=vocab_size,
+            concurrency=server.concurrency,
+            api_key_env=server.api_key_env,
+        )
+    return LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)
+
+
+def score_all(
+    config: RunConfig, prepared: Prepared, directory: Path, processes: PartialState, *, quiet: bool
+) -> list[Scores]:
+    """Scores of the base and of each assistant; computed where missing, one model in memory at a time."""
+    root = Path(config.scores) if config.scores else directory / "scores"
+    specs = {"base": config.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(config.assistants, start=1)}}
+    return [
+        score(
+            prepared.examples,
+            spec,
+            root / author,
+            prepared.tokenizer,
+            processes,
+            max_batch_tokens=config.max_batch_tokens,
+            quiet=quiet,
+        )
+        for author, spec in specs.items()
+    ]
+
+
+def score_data(
+    config: DataConfig,
+    spec: AssistantSpec,
+    base: ModelSpec,
+    out: Path,
+    *,
+    max_length: int,
+    max_batch_tokens: int,
+    server: Server | None = None,
+) -> Scores:
+    """Score rows with one model or tool, encoded by the base's tokenizer as training will encode them."""
+    tokenizer = load_tokenizer(base)
+    if isinstance(spec, ModelSpec) and spec != base:
+        other = TokenizerIdentity.of(load_tokenizer(spec))
+        check_tokenizers(TokenizerIdentity.of(tokenizer), other, spec.path, accept=ACCEPTABLE)
+    template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
+    rows = config.rows(config.data, config.data_split)
+    examples = encode_rows(rows, template, tokenizer, max_length=max_length)
+    return score(examples, spec, out, tokenizer, max_batch_tokens=max_batch_tokens, server=server)

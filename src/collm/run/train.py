@@ -1,0 +1,209 @@
+"""One run: score what is missing, warm-start, train, save, calibrate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+
+from collm.artefact import library_versions
+from collm.atomic import atomic_file
+from collm.collaboration import CoLLM
+from collm.core.calibration import Calibration
+from collm.core.head import DeferralHead
+from collm.core.types import SamplingParams
+from collm.errors import ConfigError
+from collm.evaluation.calibration import DEFERRAL_RATES, ValidationItem, calibrate
+from collm.models.guards import TokenizerIdentity
+from collm.models.language_model import LanguageModel
+from collm.models.loading import load_model
+from collm.run.data import Prepared, prepare
+from collm.run.options import RunConfig
+from collm.run.scores import score_all
+from collm.training.checkpoints import last_checkpoint
+from collm.training.config import CoLLMConfig
+from collm.training.data import Row
+from collm.training.dataset import TrainingSet
+from collm.training.scores import Scores
+from collm.training.scoring import progress_bar
+from collm.training.trainer import CoLLMTrainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    directory: Path
+    model: CoLLM
+    calibration: Calibration
+    metrics: dict[str, Any]
+
+
+def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = False) -> RunResult:
+    """Score what is missing, warm-start the head, train, save, calibrate.
+
+    Started in several processes (torchrun, `accelerate launch`), they share scoring and training; the first one saves
+    and calibrates while the others wait. An interrupted run goes on where it was when it is started again with the same
+    options. The run directory (`args.output_dir`) holds run.yaml, run.json, scores/, checkpoint-*/, metrics.json and
+    collaboration/.
+
+    Raises:
+        ConfigError: options that do not fit, or a run directory that holds another run.
+        CollmError: whatever else its steps raise.
+    """
+    directory = Path(args.output_dir)
+    processes = processes_of(args)
+    check_directory(directory, config, args)
+    prepared = prepare(config, args.max_length, seed=args.seed)
+    processes.wait_for_everyone()  # all have looked before one writes
+    if processes.is_main_process:
+        claim_directory(directory, config, args)
+    scores = score_all(config, prepared, directory, processes, quiet=quiet)
+    model, metrics = fit(config, args, prepared, scores)
+    if processes.is_main_process:
+        _save(config, prepared, directory, model, metrics, quiet=quiet)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        model = CoLLM.from_pretrained(directory / "collaboration", trust_tools=True)
+    assert model.calibration is not None
+    metrics["calibration"] = model.calibration.to_dict()
+    return RunResult(directory / "collaboration", model, model.calibration, metrics)
+
+
+def processes_of(args: CoLLMConfig) -> PartialState:
+    """The processes of this run, each with its device."""
+    args.device  # noqa: B018 - makes the process group
+    assert args.distributed_state is not None
+    return args.distributed_state
+
+
+def _save(
+    config: RunConfig, prepared: Prepared, directory: Path, model: CoLLM, metrics: dict[str, Any], *, quiet: bool
+) -> None:
+    """Save the collaboration, calibrate it and keep what was measured."""
+    model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
+    model.save_pretrained(directory / "collaboration")
+    calibration = calibrate_rows(
+        model,
+        prepared.validation,
+        config.validation or f"held out of {config.data}",
+        metric=config.metric,
+        rates=config.rates,
+        params=SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
+        max_batch=config.max_batch,
+        quiet=quiet,
+    )
+    model.save_calibration(directory / "collaboration")
+    kept = {**metrics, "calibration": calibration.to_dict()}
+    _write(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
+
+
+def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
+    """Refuse a directory that holds another run, or something else."""
+    path = directory / "run.yaml"
+    if path.exists():
+        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(config, args))
+        different = [name for name in now if before.get(name) != now[name]]
+        if different:
+            name = different[0]
+            raise ConfigError(
+                f"{directory} holds a run with {name}={before.get(name)!r}, now it is {now[name]!r}; "
+                "choose another output_dir, or give the same options to resume"
+            )
+    elif directory.exists() and any(entry.name != "scores" for entry in directory.iterdir()):
+        raise ConfigError(f"{directory} exists and holds no run; choose another output_dir")
+
+
+def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
+    """Keep the options, the command line and the versions."""
+    _write(directory / "run.yaml", to_yaml(config, args))
+    about = {
+        "command": sys.argv,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seed": args.seed,
+        "versions": {**library_versions(), "python": sys.version.split()[0]},
+    }
+    _write(directory / "run.json", json.dumps(about, indent=2) + "\n")
+
+
+def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
+    """All options of a run, as its YAML file."""
+    options = {**asdict(config), **{f.name: getattr(args, f.name) for f in fields(args) if f.init}}
+    return yaml.safe_dump(json.loads(json.dumps(options, default=str)), sort_keys=False, allow_unicode=True)
+
+
+def fit(
+    config: RunConfig, args: CoLLMConfig, prepared: Prepared, scores: Sequence[Scores]
+) -> tuple[CoLLM, dict[str, Any]]:
+    """Warm-start the head and train; the assistants are not in memory. Goes on from a checkpoint if there is one."""
+    spec = config.base_model
+    # Most updates of full tuning round to nothing in bf16 weights; `bf16: true` computes in it.
+    in_fp32 = args.method == "full" and spec.dtype == "auto"
+    base = load_model(replace(spec, dtype="float32") if in_fp32 else spec)
+    vocab_size = TokenizerIdentity.of(prepared.tokenizer).vocab_size
+    hidden_size = LanguageModel(base, name="base").hidden_size
+    trainer = CoLLMTrainer(
+        base=base,
+        head=DeferralHead(hidden_size, len(config.assistant)),
+        args=args,
+        train_dataset=TrainingSet(prepared.examples, scores[1:], scores[0]),
+        vocab_size=vocab_size,
+    )
+    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
+    tuned, head = trainer.gathered()
+    metrics: dict[str, Any] = {
+        "method": args.method,
+        "data": config.data,
+        "examples": len(prepared.examples),
+        "train_loss_nats": outcome.training_loss,
+    }
+    if trainer.label_report is not None and trainer.warm_start_report is not None:
+        metrics["pseudo_label_share"] = trainer.label_report.share
+        metrics["warm_start"] = asdict(trainer.warm_start_report)
+    model = CoLLM(
+        spec if args.method == "head" else tuned,
+        config.assistants,
+        head,
+        prepared.tokenizer,
+        template=prepared.template,
+        accept_differences=config.accept_differences,
+    )
+    return model, metrics
+
+
+def calibrate_rows(
+    model: CoLLM,
+    rows: Sequence[Row],
+    source: str,
+    *,
+    metric: str,
+    params: SamplingParams,
+    rates: Sequence[float] = DEFERRAL_RATES,
+    max_batch: int = 16,
+    quiet: bool = False,
+) -> Calibration:
+    """Calibrate on rows of data that came from `source`, with a progress bar."""
+    items = [ValidationItem(row.prompt, row.completion) for row in rows]
+    with progress_bar("calibrating", enabled=not quiet) as progress:
+        return calibrate(
+            model,
+            items,
+            metric=metric,
+            params=params,
+            rates=rates,
+            max_batch=max_batch,
+            settings={"data": source},
+            on_completion=progress,
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
