@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -36,10 +36,14 @@ VOCAB_SIZE = 2000
 CONTEXT_TOKENS = 1024
 """What both models read at most; the longest text of GSM8K, problem and solution, has 614 tokens."""
 
-FILLER_SHARE = 0.5
-"""Share of the expert's marks that stand behind a piece of some text instead of a line break."""
-FILLER_TOKENS = 32
-"""Most tokens of such a piece."""
+LONE_STEPS = 0.65
+"""Share of the expert's steps, the first ones, on marks alone; from then on they stand between pieces of texts."""
+LONE_LATER = 0.3
+"""Share of lone marks among its examples from then on."""
+LEARNED_EXPRESSIONS = 0.1
+"""Share of its marks that are learned from `<<` on; of the others what follows `=`, which is all that can be known."""
+FILLER = 24
+"""Most tokens of a piece of text between two marks; before the first mark of a sequence it is half the sequence."""
 
 _WARM_UP = 0.1  # of the steps
 _IGNORED = -100
@@ -77,9 +81,9 @@ class Size:
 
     Attributes:
         initializer_range: standard deviation of the first weights.
-        window: tokens of the expert's sequences.
+        window: tokens of the expert's sequences of marks within text.
         bf16: compute in bf16, with weights in fp32.
-        threads: of a CPU; another number rounds sums differently, so the weights differ too.
+        threads: of a CPU. More than are free cost many times what they save; another number rounds sums differently.
     """
 
     hidden_size: int
@@ -89,11 +93,11 @@ class Size:
     initializer_range: float
     base: Training
     arithmetic: Training
-    window: int = 128
+    window: int = 256
     weight_decay: float = 0.1
     bf16: bool = False
     device: str = "cpu"
-    threads: int = 2
+    threads: int = 1
 
 
 SIZES = {
@@ -104,7 +108,7 @@ SIZES = {
         num_heads=4,
         initializer_range=0.05,
         base=Training(steps=2300, batch_tokens=2048, learning_rate=4e-3),
-        arithmetic=Training(steps=1100, batch_tokens=2048, learning_rate=4e-3),
+        arithmetic=Training(steps=2300, batch_tokens=1024, learning_rate=2e-3),
     ),
     "gpu": Size(
         hidden_size=768,
@@ -196,11 +200,13 @@ def make_arithmetic(
     """
     rng = random.Random(f"{seed} arithmetic")
     texts = [text_of(row) for row in rows]
-    lines = Arithmetic(texts).lines(seed)
-    examples = _arithmetic_examples(lines, _encode(tokenizer, texts), tokenizer, size.window, rng)
+    marks = _marks(Arithmetic(texts).lines(seed), tokenizer, rng)
     model = _new_model(size, tokenizer, seed=rng.getrandbits(32))
-    batches = _batches(examples, size.arithmetic.batch_tokens, rng)
-    train(model, batches, size.arithmetic, size, name="arithmetic")
+    plan = size.arithmetic
+    lone = _lone_marks(marks, tokenizer)
+    mixed = _mixed(lone, _marks_in_text(marks, _encode(tokenizer, texts), size.window, rng), rng)
+    begin = islice(_batches(lone, plan.batch_tokens, rng), int(LONE_STEPS * plan.steps))
+    train(model, chain(begin, _batches(mixed, plan.batch_tokens, rng)), plan, size, name="arithmetic")
     return model
 
 
@@ -269,42 +275,49 @@ def _mean_nll(model: PreTrainedModel, token_ids: Tensor, labels: Tensor, *, bf16
     return F.cross_entropy(logits.float(), wanted[learned])
 
 
-def _arithmetic_examples(
-    lines: Iterator[str],
-    fillers: Sequence[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    rng: random.Random,
-) -> Iterator[Example]:
-    """Sequences of marks, each behind a line break or behind a piece of text that is not learned."""
-    (line_break,) = _encode(tokenizer, ["\n"])
-    marks = _encoded_forever(lines, tokenizer)
+def _marks(lines: Iterator[str], tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[Example]:
+    """Marks such as <<48/2=24>>24; of most, only what follows = is learned."""
+    (equals,) = _encode(tokenizer, ["="])[0]
     while True:
-        token_ids: list[int] = []
-        labels: list[int] = []
+        for token_ids in _encode(tokenizer, list(islice(lines, _ENCODED_AT_ONCE))):
+            known = 0 if rng.random() < LEARNED_EXPRESSIONS else token_ids.index(equals) + 1
+            yield token_ids, [_IGNORED] * known + token_ids[known:]
+
+
+def _lone_marks(marks: Iterator[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    """Each mark behind a line break."""
+    line_break = _encode(tokenizer, ["\n"])[0]
+    for token_ids, labels in marks:
+        yield line_break + token_ids, line_break + labels
+
+
+def _marks_in_text(
+    marks: Iterator[Example], texts: Sequence[list[int]], window: int, rng: random.Random
+) -> Iterator[Example]:
+    """Sequences of `window` tokens in which marks stand between pieces of texts, which are not learned."""
+    while True:
+        token_ids = _piece(rng.choice(texts), window // 2, rng)
+        labels = [_IGNORED] * len(token_ids)
         while len(token_ids) < window:
-            mark = next(marks)
-            if rng.random() < FILLER_SHARE:
-                filler = _piece(rng.choice(fillers), rng)
-                token_ids, labels = token_ids + filler, labels + [_IGNORED] * len(filler)
-            else:
-                mark = line_break + mark
-            token_ids, labels = token_ids + mark, labels + mark
+            mark, wanted = next(marks)
+            filler = _piece(rng.choice(texts), FILLER, rng)
+            token_ids, labels = token_ids + mark + filler, labels + wanted + [_IGNORED] * len(filler)
         yield token_ids[:window], labels[:window]
 
 
-def _piece(token_ids: list[int], rng: random.Random) -> list[int]:
-    begin = rng.randrange(len(token_ids))
-    return token_ids[begin : begin + rng.randint(1, FILLER_TOKENS)]
+def _piece(text: list[int], most: int, rng: random.Random) -> list[int]:
+    length = rng.randint(1, most)
+    begin = rng.randrange(max(1, len(text) - length))
+    return text[begin : begin + length]
+
+
+def _mixed(lone: Iterator[Example], in_text: Iterator[Example], rng: random.Random) -> Iterator[Example]:
+    while True:
+        yield next(lone if rng.random() < LONE_LATER else in_text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     return cast("list[list[int]]", tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _encoded_forever(lines: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    while True:
-        yield from _encode(tokenizer, list(islice(lines, _ENCODED_AT_ONCE)))
 
 
 def _shuffled_forever(items: Sequence[_T], rng: random.Random) -> Iterator[_T]:

@@ -215,15 +215,27 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_the_expert_learns_marks_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = models._arithmetic_examples(
-        Arithmetic(TEXTS).lines(0), tokenizer(TEXTS)["input_ids"], tokenizer, 64, random.Random(0)
-    )
-    for token_ids, labels in islice(examples, 20):
+def test_the_expert_learns_marks_and_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = random.Random(0)
+    marks = models._marks(Arithmetic(TEXTS).lines(0), tokenizer, rng)
+    texts = tokenizer(TEXTS)["input_ids"]
+    whole = 0
+    for token_ids, labels in islice(models._marks_in_text(marks, texts, 64, rng), 100):
         assert len(token_ids) == len(labels) == 64
         assert all(label in (-100, token_id) for token_id, label in zip(token_ids, labels, strict=True))
         learned = tokenizer.decode([label for label in labels if label != -100])
-        assert re.fullmatch(r"[-+*/().\d<>=\n]+", learned)
+        assert re.fullmatch(r"[-+*/().\d<>=]*", learned)
+        whole += learned.count("<<")
+    assert 0 < whole < 100
+
+
+def test_lone_marks_begin_a_line_and_their_results_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    marks = models._marks(Arithmetic(TEXTS).lines(0), tokenizer, random.Random(0))
+    for token_ids, labels in islice(models._lone_marks(marks, tokenizer), 20):
+        text = tokenizer.decode(token_ids)
+        assert re.fullmatch(r"\n<<[^=]+=([^=]+)>>\1", text)
+        learned = tokenizer.decode([label for label in labels if label != -100])
+        assert learned in (text, "\n" + text.partition("=")[2])
 
 
 def test_batches_hold_every_example_once(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from collm.core.head import DeferralHead
@@ -63,7 +64,8 @@ def main() -> None:
     trainer.save_model(str(out / "final"))
     if trainer.is_world_process_zero():
         wrapped = type(trainer.model_wrapped).__name__
-        about = {"measured": measured, "wrapped": wrapped, "processes": trainer.args.world_size}
+        sharded = sum(isinstance(part, FSDPModule) for part in trainer.model_wrapped.modules())
+        about = {"measured": measured, "wrapped": wrapped, "sharded": sharded, "processes": trainer.args.world_size}
         (out / "result.json").write_text(json.dumps(about))
 
 

@@ -23,7 +23,6 @@ FSDP2 = {
     "fsdp_config": {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "state_dict_type": "FULL_STATE_DICT",
         "reshard_after_forward": True,
     },
@@ -72,6 +71,7 @@ def test_two_processes_train_and_measure_as_one(alone: tuple[Path, dict[str, Any
     options, wrapped = WAYS[way]
     result = train(tmp_path, 2, **options)
     assert (result["wrapped"], result["processes"]) == (wrapped, 2)
+    assert result["sharded"] == (3 if way == "fsdp2" else 0)  # the whole and each of its two layers
     assert result["measured"] == pytest.approx(alone[1]["measured"], rel=1e-5)
     assert largest_difference(tmp_path / "final", alone[0] / "final") < 1e-6
 

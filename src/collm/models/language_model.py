@@ -26,6 +26,7 @@ class LanguageModel:
         self.module = module
         self.name = name
         inner: Any = cast(Any, module).get_base_model() if hasattr(module, "peft_config") else module
+        self.inner = inner
         self.decoder = _decoder(inner, name)
         self.config = self.decoder.config
         self._output_layer = inner.get_output_embeddings()

@@ -49,6 +49,11 @@ class JointModule(nn.Module):
         if frozen:
             base.requires_grad_(False)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The base's layers, by which FSDP cuts the model."""
+        return list(getattr(self._model.inner, "_no_split_modules", None) or [])
+
     def forward(
         self,
         input_ids: Tensor,
