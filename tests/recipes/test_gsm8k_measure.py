@@ -124,7 +124,10 @@ def test_the_recipe_runs_and_goes_on_where_it_was(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = recipe.SIZES["small"]
-    brief = {name: replace(getattr(size, name), steps=2, batch_tokens=256) for name in ("base", "arithmetic")}
+    brief = {
+        "base": replace(size.base, steps=2, batch_tokens=256),
+        "arithmetic": replace(size.arithmetic, steps=60, batch_tokens=256, learning_rate=1e-2),  # must know something
+    }
     tiny = replace(size, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, threads=1, window=64, **brief)
     plan = replace(recipe.PLANS["small"], size=tiny, batch_size=4, max_new_tokens=8, calibration_problems=2)
     monkeypatch.setitem(recipe.PLANS, "small", plan)
