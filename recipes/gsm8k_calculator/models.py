@@ -83,7 +83,7 @@ class Size:
         initializer_range: standard deviation of the first weights.
         window: tokens of the expert's sequences of marks within text.
         bf16: compute in bf16, with weights in fp32.
-        threads: of a CPU. More than are free cost many times what they save; another number rounds sums differently.
+        threads: of a CPU. More than are free cost many times what they save; another number may round differently.
     """
 
     hidden_size: int

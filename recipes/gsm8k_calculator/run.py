@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where models, scores and results go")
     parser.add_argument("--docs", type=Path, help="also write docs/results.md's tables and picture into this folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU; another number rounds differently")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU; another number may round differently")
     options = parser.parse_args()
     started = time.monotonic()
     plan = PLANS[options.size]
