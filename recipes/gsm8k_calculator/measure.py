@@ -45,6 +45,10 @@ class Read:
         """Of the joint model, in nats per token."""
         return -marginal_logprobs(self.logprobs[:, 0], self.logprobs[:, 1:], self.defer_logits).mean().item()
 
+    def base_nll(self) -> float:
+        """Of the base alone, in nats per token."""
+        return -self.logprobs[:, 0].mean().item()
+
     def deferred(self, threshold: float) -> Tensor:
         """Where an assistant is asked, bool, shape (M,)."""
         return defer_probs(self.defer_logits) > threshold

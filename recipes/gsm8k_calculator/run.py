@@ -203,7 +203,10 @@ class Run:
         ]
         free = [{"threshold": eta, **asdict(self._write(system, eta))} for eta in system.thresholds]
         self.seconds[f"measuring {system.name}"] = time.monotonic() - started
-        nll = seen.rule_nll() if system.by_rule else seen.nll()
+        if system.by_rule:
+            nll = seen.rule_nll()
+        else:
+            nll = seen.base_nll() if list(system.thresholds) == [BASE_ALONE] else seen.nll()
         return {"name": system.name, "nll": nll, "given": by_threshold, "written": free}
 
     def _read(self, system: System, examples: Examples) -> Read:
@@ -218,7 +221,8 @@ class Run:
         params = SamplingParams(max_new_tokens=self.plan.max_new_tokens)
         policy = ThresholdPolicy(threshold)
         prompts = [row.prompt for row in rows]
-        out = system.model.generate(prompts, params, policy=policy, max_batch=self.plan.max_batch)
+        # without drafts, for which a tool is asked in advance, its calls are the tokens it was asked for
+        out = system.model.generate(prompts, params, policy=policy, max_batch=self.plan.max_batch, lookahead=0)
         calls, abstained = (sum(getattr(used, of) for used in out.usage.values()) for of in ("calls", "abstained"))
         return written(out, rows, calls, abstained)
 
