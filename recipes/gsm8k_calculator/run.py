@@ -266,6 +266,12 @@ def systems(run: Run) -> list[System]:
     ]
 
 
+def seconds_before(out: Path) -> dict[str, float]:
+    """What stages took in earlier runs that this one goes on from."""
+    results = out / "results.json"
+    return json.loads(results.read_text(encoding="utf-8"))["seconds"] if results.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default=HUB_NAME, help="directory of train.jsonl and test.jsonl, or a Hub name")
@@ -275,7 +281,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU; another number may round differently")
     options = parser.parse_args()
-    started = time.monotonic()
     plan = PLANS[options.size]
     plan = replace(plan, size=replace(plan.size, threads=options.threads))
     run = Run(plan, load_problems(options.data), options.out, seed=options.seed)
@@ -289,7 +294,7 @@ def main() -> None:
         "written_problems": run.plan.written_problems,
         "rows": [run.measure(system) for system in rows],
     }
-    results |= {"seconds": {**run.seconds, "total": time.monotonic() - started}}
+    results |= {"seconds": {**seconds_before(options.out), **run.seconds}}
     with atomic_file(options.out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for folder in filter(None, (options.out, options.docs)):

@@ -37,7 +37,7 @@ def write_tables(folder: Path, results: dict[str, Any]) -> None:
 
 def _lines(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    minutes = results["seconds"]["total"] / 60
+    minutes = sum(results["seconds"].values()) / 60
     return [
         f"    {results['command']} --data DIR --docs docs",
         "",
