@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,25 +45,10 @@ def progress_bar(description: str, *, enabled: bool = True) -> Iterator[OnProgre
 
 
 def score_examples(
-    model: Scored,
-    examples: Sequence[Example],
-    out_dir: Path,
-    *,
-    spec: AssistantSpec,
-    max_batch_tokens: int = 8192,
-    shard_size: int = SHARD_SIZE,
-    progress: OnProgress | None = None,
+    model: Scored, examples: Sequence[Example], out_dir: Path, *, spec: AssistantSpec, **options: Any
 ) -> Scores:
-    """Score every target token as `write_scores` does, and read the scores."""
-    write_scores(
-        model,
-        examples,
-        out_dir,
-        spec=spec,
-        max_batch_tokens=max_batch_tokens,
-        shard_size=shard_size,
-        progress=progress,
-    )
+    """Score every target token as `write_scores` does, which takes the options, and read the scores."""
+    write_scores(model, examples, out_dir, spec=spec, **options)
     return load_scores(out_dir, examples, spec)
 
 
@@ -108,20 +94,34 @@ def write_scores(
     mine = list(enumerate(store.shards))[process::num_processes]
     total = sum(len(examples[index].token_ids) - 1 for _, indices in mine for index in indices)
     done = 0
+
+    def advance(indices: Sequence[int]) -> None:
+        nonlocal done
+        done += sum(len(examples[index].token_ids) - 1 for index in indices)
+        if progress is not None:
+            progress(done, total)
+
     for shard, indices in mine:
         if _is_whole(store, shard):
-            done += sum(len(examples[index].token_ids) - 1 for index in indices)
-            if progress is not None:
-                progress(done, total)
-            continue
-        results: dict[int, tuple[Tensor, Tensor]] = {}
-        for chosen in _batches(model, examples, indices, max_batch_tokens):
-            results.update(zip(chosen, _score_batch(model, examples, chosen), strict=True))
-            done += sum(len(examples[index].token_ids) - 1 for index in chosen)
-            if progress is not None:
-                progress(done, total)
-        logprobs, corrects = zip(*(results[index] for index in indices), strict=True)
-        store.write(shard, torch.cat(logprobs), torch.cat(corrects))
+            advance(indices)
+        else:
+            store.write(shard, *_score_shard(model, examples, indices, max_batch_tokens, advance))
+
+
+def _score_shard(
+    model: Scored,
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    max_batch_tokens: int,
+    advance: Callable[[Sequence[int]], None],
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and flags of these examples' target tokens, in their order."""
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for chosen in _batches(model, examples, indices, max_batch_tokens):
+        results.update(zip(chosen, _score_batch(model, examples, chosen), strict=True))
+        advance(chosen)
+    logprobs, corrects = zip(*(results[index] for index in indices), strict=True)
+    return torch.cat(logprobs), torch.cat(corrects)
 
 
 def find_scores(directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None) -> Scores | None:
