@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from collm import CoLLM, CoLLMConfig, SamplingParams
-from collm.errors import ConfigError, MismatchError
+from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
 from collm.training.data import Row
@@ -169,3 +169,22 @@ def test_models_may_name_a_revision(tmp_path: Path) -> None:
     assert parse_model("me/model").revision is None
     (tmp_path / "a@b").mkdir()
     assert parse_model(str(tmp_path / "a@b")).revision is None
+
+
+def test_a_published_format_and_its_bad_rows(setting: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"question": f"w{i % 20} w{i % 7}", "answer": f"w{(i * 3) % 30} <<1+1=2>>w{i % 11}"} for i in range(60)]
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    lines = [json.dumps(row) for row in rows]
+    (folder / "train.jsonl").write_text("\n".join([*lines[:5], '{"question": "w1"}', *lines[5:]]))
+    changes = {"data": str(folder), "data_split": "train", "format": "gsm8k-plain"}
+    with pytest.raises(DataError, match=r"train\.jsonl:6"):
+        train_collaboration(RunConfig(**{**setting, **changes}), options(tmp_path / "stopped"), quiet=True)
+    config = RunConfig(**{**setting, **changes, "bad_rows": "skip", "assistant": setting["assistant"][:1]})
+    args = options(tmp_path / "run", pseudo_label_variant="b")
+    result = train_collaboration(config, args, quiet=True)
+    assert result.metrics["bad_rows_skipped"] == 1
+    shown, _, learned = (tmp_path / "run/example.txt").read_text().partition("--- of it is learned ---\n")
+    assert shown.startswith("--- the first example ---\nw9 w")
+    assert learned.startswith("w")
+    assert learned.endswith("<eos>\n")

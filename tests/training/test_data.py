@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,48 @@ def test_a_split_without_effect_is_refused(tmp_path: Path) -> None:
     for source in (jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "table"):
         with pytest.raises(ConfigError, match="split 'test' has no effect"):
             load_rows(source, split="test")
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = [{"prompt": "a"}, ["a"], {"messages": []}] * 4
+    source = jsonl(tmp_path / "rows.jsonl", [ROWS[0], *bad, ROWS[1]])
+    with source.open("a") as file:
+        file.write('{"prompt": \n')
+    with caplog.at_level(logging.WARNING):
+        rows = load_rows(source, bad_rows="skip")
+    assert [row.where for row in rows] == [f"{source}:1", f"{source}:14"]
+    assert rows.num_bad == 13
+    *reported, total = [record.getMessage() for record in caplog.records]
+    assert [message.split(": ")[1] for message in reported] == [f"{source}:{line}" for line in range(2, 12)]
+    assert total == f"skipped 13 bad rows of 15 in {source}"
+
+
+def test_good_rows_are_reported_to_be_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", ROWS)
+    with caplog.at_level(logging.WARNING):
+        assert [load_rows(source, bad_rows=choice).num_bad for choice in ("stop", "skip")] == [0, 0]
+    assert not caplog.records
+
+
+def test_a_line_that_is_no_json_is_one_bad_row(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", ROWS)
+    source.write_text("{\n" + source.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: bad JSON: .*; expected a row per line"):
+        load_rows(source)
+    rows = load_rows(source, bad_rows="skip")
+    assert ([row.where for row in rows], rows.num_bad) == ([f"{source}:2", f"{source}:3"], 1)
+
+
+def test_a_list_that_breaks_off_stops_even_where_bad_rows_are_skipped(tmp_path: Path) -> None:
+    source = tmp_path / "rows.json"
+    source.write_text('[\n{"prompt": "a", "completion": "b"},\n{"prompt": ')
+    with pytest.raises(DataError, match=r"rows.json:3: bad JSON"):
+        load_rows(source, bad_rows="skip")
+
+
+def test_nothing_but_bad_rows_is_refused(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(DataError, match=r"all 2 rows are bad; the first: .*rows.jsonl:1: no field 'completion'"):
+        load_rows(source, bad_rows="skip")
+    with pytest.raises(ConfigError, match="bad_rows is 'ignore', expected stop or skip"):
+        load_rows(source, bad_rows="ignore")

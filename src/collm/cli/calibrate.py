@@ -13,6 +13,10 @@ def calibrate(
     split: Annotated[str | None, typer.Option(help="Split of a data set.")] = None,
     prompt_field: Annotated[str, typer.Option(help="Name of the prompt's field.")] = "prompt",
     completion_field: Annotated[str, typer.Option(help="Name of the completion's field.")] = "completion",
+    format_: Annotated[
+        str, typer.Option("--format", help="rows, tulu, gsm8k, gsm8k-plain, math or bioasq, as published.")
+    ] = "rows",
+    bad_rows: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip and count it.")] = "stop",
     metric: Annotated[
         str, typer.Option(help="exact_match, contains, last_number, token_f1 or module:function.")
     ] = "exact_match",
@@ -38,7 +42,8 @@ def calibrate(
     from collm.evaluation.calibration import DEFERRAL_RATES
 
     model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
-    rows = run.DataConfig(data, split, prompt_field, completion_field).rows(data, split)[:limit]
+    source = run.DataConfig(data, split, prompt_field, completion_field, format=format_, bad_rows=bad_rows)
+    rows = source.rows(data, split)[:limit]
     params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
     calibration = run.calibrate_rows(
         model, rows, data, metric=metric, params=params, rates=rate or DEFERRAL_RATES, max_batch=max_batch

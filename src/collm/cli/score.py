@@ -19,6 +19,10 @@ def score(
     prompt_field: Annotated[str, typer.Option(help="Name of the prompt's field.")] = "prompt",
     completion_field: Annotated[str, typer.Option(help="Name of the completion's field.")] = "completion",
     template: Annotated[str, typer.Option(help="Prompt template, as in training.")] = "{prompt}",
+    format_: Annotated[
+        str, typer.Option("--format", help="rows, tulu, gsm8k, gsm8k-plain, math or bioasq, as published.")
+    ] = "rows",
+    bad_rows: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip and count it.")] = "stop",
     max_length: Annotated[int, typer.Option(help="Most tokens of an example, as in training.")] = 2048,
     max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch, padding included.")] = 16384,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
@@ -58,7 +62,7 @@ def score(
         spec = run.parse_model(model, dtype=dtype, device=device)
     base = run.parse_model(tokenizer) if tokenizer else spec
     assert isinstance(base, ModelSpec)
-    config = run.DataConfig(data, split, prompt_field, completion_field, template)
+    config = run.DataConfig(data, split, prompt_field, completion_field, template, format_, bad_rows)
     scores = run.score_data(
         config, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens, server=served
     )

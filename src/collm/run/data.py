@@ -24,19 +24,32 @@ MAX_HELD_OUT = 200
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the models will read."""
+    """What the models will read.
+
+    Attributes:
+        num_bad: training rows that were skipped.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
     examples: Examples
     validation: list[Row]
+    num_bad: int
+
+    def rendered(self) -> str:
+        """The first example as its tokens spell it, special tokens included, and what of it is learned."""
+        first = self.examples[0]
+        learned = [token for token, wanted in zip(first.token_ids, first.is_target, strict=True) if wanted]
+        whole, targets = (self.tokenizer.decode(ids) for ids in (first.token_ids, learned))
+        return f"--- the first example ---\n{whole}\n--- of it is learned ---\n{targets}\n"
 
 
 def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
     """Read the rows, check that the tokenizers agree and that tools can be called, encode."""
-    rows = config.rows(config.data, config.data_split)
+    read = config.rows(config.data, config.data_split)
+    rows: list[Row] = read
     if config.validation is None:
-        rows, validation = hold_out(rows, seed=seed)
+        rows, validation = hold_out(read, seed=seed)
     else:
         validation = config.rows(config.validation, config.validation_split)
     tokenizer = load_tokenizer(config.base_model)
@@ -48,7 +61,8 @@ def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
         else:
             open_tool(spec).close()
     template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
-    return Prepared(tokenizer, template, encode_rows(rows, template, tokenizer, max_length=max_length), validation)
+    examples = encode_rows(rows, template, tokenizer, max_length=max_length)
+    return Prepared(tokenizer, template, examples, validation, read.num_bad)
 
 
 def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:

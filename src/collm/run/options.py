@@ -12,7 +12,7 @@ from collm.models.guards import check_accepted
 from collm.models.loading import ModelSpec
 from collm.models.members import AssistantSpec
 from collm.tools.spec import PREFIX, ToolSpec
-from collm.training.data import Row, load_rows
+from collm.training.data import Rows, load_rows
 
 
 @dataclass
@@ -24,6 +24,8 @@ class DataConfig:
         data_split: which split of a data set.
         prompt_field, completion_field: names of the two fields.
         template: wraps prompts, in training and in decoding alike.
+        format: rows (default), tulu, gsm8k, gsm8k-plain, math or bioasq: the forms in which these sets are published.
+        bad_rows: "stop" at a row that cannot be used, or "skip" it, reported and counted.
     """
 
     data: str
@@ -31,10 +33,19 @@ class DataConfig:
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     template: str = "{prompt}"
+    format: str = "rows"
+    bad_rows: str = "stop"
 
-    def rows(self, source: str, split: str | None) -> list[Row]:
-        """Rows of any source that has these fields."""
-        return load_rows(source, split=split, prompt_field=self.prompt_field, completion_field=self.completion_field)
+    def rows(self, source: str, split: str | None) -> Rows:
+        """Rows of any source that has this format."""
+        return load_rows(
+            source,
+            split=split,
+            format=self.format,
+            prompt_field=self.prompt_field,
+            completion_field=self.completion_field,
+            bad_rows=self.bad_rows,
+        )
 
 
 @dataclass(kw_only=True)

@@ -51,8 +51,8 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
 
     Started in several processes (torchrun, `accelerate launch`), they share scoring and training; the first one saves
     and calibrates while the others wait. An interrupted run goes on where it was when it is started again with the same
-    options. The run directory (`args.output_dir`) holds run.yaml, run.json, scores/, checkpoint-*/, metrics.json and
-    collaboration/.
+    options. The run directory (`args.output_dir`) holds run.yaml, run.json, example.txt, scores/, checkpoint-*/,
+    metrics.json and collaboration/.
 
     Raises:
         ConfigError: options that do not fit, or a run directory that holds another run.
@@ -65,6 +65,9 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     processes.wait_for_everyone()  # all have looked before one writes
     if processes.is_main_process:
         claim_directory(directory, config, args)
+        _write(directory / "example.txt", prepared.rendered())
+        if not quiet:
+            sys.stderr.write(prepared.rendered())
     scores = score_all(config, prepared, directory, processes, quiet=quiet)
     model, metrics = fit(config, args, prepared, scores)
     if processes.is_main_process:
@@ -162,6 +165,7 @@ def fit(
         "method": args.method,
         "data": config.data,
         "examples": len(prepared.examples),
+        "bad_rows_skipped": prepared.num_bad,
         "train_loss_nats": outcome.training_loss,
     }
     if trainer.label_report is not None and trainer.warm_start_report is not None:

@@ -1,18 +1,28 @@
-"""Rows of training data: prompts with completions, or chats, from files, `datasets` directories and the Hub."""
+"""Rows of training data: prompts with completions, or chats, from files, directories and the Hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from collm.errors import ConfigError, DataError
+from collm.training.formats import Format, format_named, text_field
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
 Record = tuple[str, Any]
-"""Where a row stands, and what was read there."""
+"""Where a row stands, and what was read there: fields, or the DataError that says why nothing was."""
+
+BAD_ROWS = ("stop", "skip")
+"""What may be done with a bad row."""
+
+MAX_REPORTED = 10
+"""Bad rows that are reported one by one where they are skipped."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +42,27 @@ class Row:
     where: str
 
 
+class Rows(list[Row]):
+    """Rows of one source.
+
+    Attributes:
+        num_bad: how many bad rows were skipped.
+    """
+
+    def __init__(self, rows: Iterable[Row] = (), num_bad: int = 0) -> None:
+        super().__init__(rows)
+        self.num_bad = num_bad
+
+
 def load_rows(
     source: str | Path,
     *,
     split: str | None = None,
+    format: str = "rows",  # noqa: A002 - the option's name everywhere
     prompt_field: str = "prompt",
     completion_field: str = "completion",
-) -> list[Row]:
+    bad_rows: str = "stop",
+) -> Rows:
     """Read prompt/completion rows or chats.
 
     A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
@@ -46,53 +70,123 @@ def load_rows(
 
     Args:
         source: a JSON file (a list of rows), a JSONL file, a directory written by `datasets.save_to_disk`, or the name
-            of a Hub data set, with ":configuration" behind it where it has several ("openai/gsm8k:main").
-        split: which split of a data set, "train" by default; a file has none.
-        prompt_field, completion_field: what the two fields are called.
+            of a Hub data set, with ":configuration" behind it where it has several ("openai/gsm8k:main"). In an
+            official format also a directory as its publishers lay it out, or a copy of one on the Hub.
+        split: which split of a data set or directory, "train" by default; a file has none.
+        format: "rows" as above, or an official format: `collm.training.formats` says what each becomes.
+        prompt_field, completion_field: what the two fields of "rows" are called.
+        bad_rows: "stop" at the first, or "skip" all: each is then a warning with its file and line, the first 10 in
+            full, and `num_bad` of the result counts them. A file that cannot be read as a whole stops in any case.
 
     Raises:
-        DataError: nothing usable at `source`, or a malformed row: its file and line, and what is wrong.
-        ConfigError: a split of a file.
+        DataError: nothing usable at `source`, no such split, or a malformed row: its file and line, and what is wrong;
+            with "skip" if every row is.
+        ConfigError: an unknown format or `bad_rows`, a split of a file, or names of fields of an official format.
     """
-    path = Path(source)
-    if path.is_file():
-        if split is not None:
-            raise ConfigError(f"split {split!r} has no effect on the file {path}; leave it out")
-        records = _read_file(path)
-    elif path.is_dir() or not _looks_like_path(str(source)):
-        records = _read_dataset(str(source), split)
-    else:
-        raise DataError(f"there is no {path}; expected a JSON or JSONL file, a data set directory or a Hub name")
-    rows = [_row(where, record, prompt_field, completion_field) for where, record in records]
+    chosen = format_named(format)
+    if bad_rows not in BAD_ROWS:
+        raise ConfigError(f"bad_rows is {bad_rows!r}, expected {' or '.join(BAD_ROWS)}")
+    if format != "rows" and (prompt_field, completion_field) != ("prompt", "completion"):
+        raise ConfigError(f"prompt_field and completion_field have no effect with format {format!r}; leave them out")
+
+    def to_row(where: str, record: Any) -> Row:
+        return _row(where, record, chosen, prompt_field, completion_field)
+
+    rows = _collect(_records(source, split, chosen), to_row, str(source), skip=bad_rows == "skip")
     if not rows:
         raise DataError(f"{source} has no rows; expected at least one")
     return rows
 
 
-def _read_file(path: Path) -> Iterator[Record]:
+def _collect(records: Iterator[Record], to_row: Callable[[str, Any], Row], source: str, *, skip: bool) -> Rows:
+    rows, first = Rows(), None
+    for where, record in records:
+        try:
+            rows.append(to_row(where, record))
+        except DataError as error:
+            if not skip:
+                raise
+            first = first or error
+            rows.num_bad += 1
+            if rows.num_bad <= MAX_REPORTED:
+                logger.warning("skipped a bad row: %s", error)
+    if first is not None and not rows:
+        raise DataError(f"{source}: all {rows.num_bad} rows are bad; the first: {first}") from first
+    if rows.num_bad:
+        logger.warning("skipped %d bad rows of %d in %s", rows.num_bad, rows.num_bad + len(rows), source)
+    return rows
+
+
+def _records(source: str | Path, split: str | None, chosen: Format) -> Iterator[Record]:
+    path = Path(source)
+    if path.is_file():
+        if split is not None:
+            raise ConfigError(f"split {split!r} has no effect on the file {path}; leave it out")
+        return _read_file(path, chosen)
+    if path.is_dir() and chosen.files:
+        files = chosen.files_in(path, split)
+        if files:
+            return (record for file in files for record in _read_file(file, chosen))
+        if not _is_saved(path) and next(path.rglob("*.parquet"), None) is None:
+            patterns = " or ".join(chosen.files.values())
+            raise DataError(f"{path} holds no {chosen.name} data; expected {patterns}, or a copy of a Hub data set")
+    if path.is_dir() or not _looks_like_path(str(source)):
+        return _read_dataset(str(source), split, chosen)
+    raise DataError(f"there is no {path}; expected a JSON or JSONL file, a data set directory or a Hub name")
+
+
+def _read_file(path: Path, chosen: Format) -> Iterator[Record]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text ({error}); expected a JSON or JSONL file") from error
-    return _read_list(text, path) if text.lstrip().startswith("[") else _read_lines(text, path)
+    if text.lstrip().startswith("["):
+        return _read_list(text, path, text.index("["))
+    if path.suffix == ".json" and chosen.key is not None:
+        return _read_object(text, path, chosen.key)
+    if path.suffix == ".json" and chosen.row_files:
+        return iter([(f"{path}:1", _parse(text, path))])
+    return _read_lines(text, path)
 
 
 def _read_lines(text: str, path: Path) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: bad JSON: {error.msg} at column {error.colno}; expected a row per line, or one list"
-            ) from error
+        yield f"{path}:{number}", _parse(line, path, number, "; expected a row per line, or one list")
 
 
-def _read_list(text: str, path: Path) -> Iterator[Record]:
-    """Rows of one JSON list, each with the line it starts on."""
+def _read_object(text: str, path: Path, key: str) -> Iterator[Record]:
+    """Rows of the list under one key of a JSON object."""
+    found = _parse(text, path)
+    if isinstance(found, DataError):
+        raise found
+    if not isinstance(found, Mapping) or not isinstance(found.get(key), list):
+        raise DataError(f'{path}: no list of rows; expected {{"{key}": [...]}}')
     decoder = json.JSONDecoder()
-    position, line, counted = _skip_space(text, text.index("[") + 1), 1, 0
+    position = text.index("{") + 1
+    while True:  # ends: the text is JSON, and the key is in it
+        name, position = decoder.raw_decode(text, _skip_space(text, position))
+        position = _skip_space(text, text.index(":", position) + 1)
+        if name == key and text[position] == "[":
+            return _read_list(text, path, position, nested=True)
+        _, position = decoder.raw_decode(text, position)
+        position = text.index(",", position) + 1
+
+
+def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
+    """What a JSON text holds, or the DataError that says why it cannot be read."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        return DataError(f"{path}:{line}: bad JSON: {error.msg} at column {error.colno}{advice}")
+
+
+def _read_list(text: str, path: Path, start: int, *, nested: bool = False) -> Iterator[Record]:
+    """Rows of the JSON list that starts there, each with the line it starts on; a nested one need not end the text."""
+    decoder = json.JSONDecoder()
+    position, line, counted = _skip_space(text, start + 1), 1, 0
     separator = ","
     if text[position : position + 1] == "]":
         separator, position = "]", position + 1
@@ -106,7 +200,7 @@ def _read_list(text: str, path: Path) -> Iterator[Record]:
         end = _skip_space(text, end)
         separator = text[end : end + 1]
         position = _skip_space(text, end + 1)
-    if separator != "]" or text[position:].strip():
+    if separator != "]" or (text[position:].strip() and not nested):
         raise DataError(f"{path}:{line}: bad JSON: expected , or ] after the row that starts here, and nothing after ]")
 
 
@@ -120,23 +214,38 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in (".json", ".jsonl")
 
 
-def _read_dataset(source: str, split: str | None) -> Iterator[Record]:
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _read_dataset(source: str, split: str | None, chosen: Format) -> Iterator[Record]:
     import datasets
 
-    saved = Path(source)
-    name, _, configuration = source.partition(":")
     try:
-        if (saved / "dataset_dict.json").exists() or (saved / "state.json").exists():
-            table = _pick_split(datasets.load_from_disk(source), source, split)
+        if _is_saved(Path(source)):
+            tables = {source: _pick_split(datasets.load_from_disk(source), source, split)}
         else:
-            table = datasets.load_dataset(name, configuration or None, split=split or "train")
+            tables = _load_tables(source, split or "train", chosen)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"could not load the data set {source!r}: {first_line}; expected a JSON or JSONL file, "
+            f"could not load the data set {source!r}: {reason:.400}; expected a JSON or JSONL file, "
             "a directory written by datasets.save_to_disk, or a Hub name"
         ) from error
-    return ((f"{source}:{number}", record) for number, record in enumerate(table, start=1))
+    return ((f"{name}:{number}", record) for name, table in tables.items() for number, record in enumerate(table, 1))
+
+
+def _load_tables(source: str, split: str, chosen: Format) -> dict[str, Any]:
+    """One split of a data set, of each configuration to be read."""
+    import datasets
+
+    name, _, configuration = source.partition(":")
+    if not configuration and chosen.configurations:
+        there = datasets.get_dataset_config_names(name)
+        usual = [known for known in chosen.configurations if known in there]
+        if usual:
+            return {f"{name}:{known}": datasets.load_dataset(name, known, split=split) for known in usual}
+    return {source: datasets.load_dataset(name, configuration or None, split=split)}
 
 
 def _pick_split(found: Any, source: str, split: str | None) -> Any:
@@ -149,26 +258,18 @@ def _pick_split(found: Any, source: str, split: str | None) -> Any:
     return found[split or "train"]
 
 
-def _row(where: str, record: Any, prompt_field: str, completion_field: str) -> Row:
+def _row(where: str, record: Any, chosen: Format, prompt_field: str, completion_field: str) -> Row:
+    if isinstance(record, DataError):
+        raise record
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: the row is a {type(record).__name__}, expected an object with named fields")
-    if "messages" in record and not (prompt_field in record and completion_field in record):
-        return _chat_row(where, record["messages"])
-    prompt, completion = (_text(where, record, field) for field in (prompt_field, completion_field))
+    fields = chosen.render(where, record)
+    if "messages" in fields and not (prompt_field in fields and completion_field in fields):
+        return _chat_row(where, fields["messages"])
+    prompt, completion = (
+        text_field(where, fields, name, "name the fields to read") for name in (prompt_field, completion_field)
+    )
     return Row(prompt, completion, None, where)
-
-
-def _text(where: str, record: Mapping[str, Any], field: str) -> str:
-    if field not in record:
-        raise DataError(
-            f"{where}: no field {field!r}, the row has {', '.join(map(repr, record))}; name the fields to read"
-        )
-    value = record[field]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {field!r} is a {type(value).__name__}, expected a string")
-    if not value.strip():
-        raise DataError(f"{where}: {field!r} is empty, expected some text")
-    return value
 
 
 def _chat_row(where: str, messages: Any) -> Row:

@@ -1,0 +1,227 @@
+"""Official formats of data sets: what a row of each becomes, and how its publishers lay out its files.
+
+This is the one place that says so. A prompt is the question alone; words around it are the prompt template's, which
+training and decoding share.
+
+`rows`: collm's own, see `data.load_rows`.
+
+`tulu`: Tulu v2 mixture (allenai/tulu-v2-sft-mixture; fields `dataset`, `id`, `messages`). Split: train.
+    The chat as it is, rendered by the chat template; every assistant turn is learned.
+
+`gsm8k`: GSM8K (openai/gsm8k; fields `question`, `answer`). Splits: train, test.
+    Prompt: the question. Completion: the answer, with its calculator marks such as <<48/2=24>> and its last line
+    "#### 72". `gsm8k-plain` is the same without the marks. The Hub's configuration is `main` unless another is named.
+
+`math`: Hendrycks MATH (fields `problem`, `level`, `type`, `solution`). Splits: train, test.
+    Prompt: the problem. Completion: the solution. A directory is read by subject and then by number; the Hub's
+    configurations, one per subject (EleutherAI/hendrycks_math), one after the other unless one is named.
+
+`bioasq`: BioASQ task B (fields `body`, `type`, `ideal_answer`, `exact_answer`). Splits: train (training11b.json), test
+    (11B1_golden.json and its like); a directory holds one edition.
+    Prompt: the question (`body`), without snippets: what the base does not know is the assistant's to say.
+    Completion: the ideal answer; where there are several, any of which would do, the first. Unless the question is a
+    summary, the exact answer follows on a line of its own, all texts without white space around them:
+
+        factoid   The final answer is:\\n- name\\n- another name of the same
+        list      The final answer is:\\n- first entity\\n- second entity       (of each entity its first name)
+        yesno     The final answer is: yes                                    (or no)
+
+    A question without an ideal answer, or without the exact answer that its type asks for, is a bad row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collm.errors import ConfigError, DataError
+
+_CALCULATOR_MARK = re.compile(r"<<.*?>>")
+_QUESTION_TYPES = ("factoid", "list", "yesno", "summary")
+_FINAL_ANSWER = "The final answer is:"
+
+
+@dataclass(frozen=True)
+class Format:
+    """What one official format holds.
+
+    Attributes:
+        name: what it is called in `load_rows`.
+        render: place and fields of a row -> the same as a row of collm's own format.
+        files: by split, the pattern of its files in a directory as published.
+        key: in a .json file that holds an object, where the list of rows is; None if the object is a row.
+        row_files: whether a .json file may hold one row alone.
+        configurations: of a Hub data set, those to read if it has them and its name says none.
+        edition: what in a file's name tells the edition; a directory that holds several is refused.
+    """
+
+    name: str
+    render: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+    files: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = None
+    row_files: bool = False
+    configurations: tuple[str, ...] = ()
+    edition: str = ""
+
+    def files_in(self, directory: Path, split: str | None) -> list[Path]:
+        """The files of a split, train by default, in their order; none if no split has files here.
+
+        Raises:
+            DataError: other splits have files here, but this one has none; or they are of several editions.
+        """
+        found = {name: sorted(directory.glob(pattern), key=_numbers_by_value) for name, pattern in self.files.items()}
+        found = {name: files for name, files in found.items() if files}
+        if not found:
+            return []
+        if (split or "train") not in found:
+            raise DataError(f"{directory} has no split {split or 'train'!r}, only {', '.join(found)}")
+        if self.edition:
+            self._check_edition(directory, [file.name for files in found.values() for file in files])
+        return found[split or "train"]
+
+    def _check_edition(self, directory: Path, names: list[str]) -> None:
+        editions = {match[0].lower() for name in names if (match := re.search(self.edition, name))}
+        if len(editions) > 1:  # training data of an edition contains the tests of those before
+            raise DataError(
+                f"{directory} holds {len(editions)} editions ({', '.join(sorted(editions))}) of {self.name}; "
+                "expected one, name its directory or a file"
+            )
+
+
+def format_named(name: str) -> Format:
+    """A format of FORMATS.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"format is {name!r}, expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def text_field(
+    where: str, record: Mapping[str, Any], name: str, advice: str = "expected the official format's fields"
+) -> str:
+    """A field that holds text.
+
+    Raises:
+        DataError: it is missing, no string or empty.
+    """
+    if name not in record:
+        raise DataError(f"{where}: no field {name!r}, the row has {', '.join(map(repr, record))}; {advice}")
+    value = record[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name!r} is a {type(value).__name__}, expected a string")
+    if not value.strip():
+        raise DataError(f"{where}: {name!r} is empty, expected some text")
+    return value
+
+
+def _rows(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return record
+
+
+def _tulu(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "messages" not in record:
+        raise DataError(f"{where}: no field 'messages', the row has {', '.join(map(repr, record))}")
+    return {"messages": record["messages"]}
+
+
+def _gsm8k(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"prompt": text_field(where, record, "question"), "completion": text_field(where, record, "answer")}
+
+
+def _gsm8k_plain(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    row = _gsm8k(where, record)
+    return {**row, "completion": _CALCULATOR_MARK.sub("", row["completion"])}
+
+
+def _math(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"prompt": text_field(where, record, "problem"), "completion": text_field(where, record, "solution")}
+
+
+def _bioasq(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    kind = record.get("type")
+    if kind not in _QUESTION_TYPES:
+        raise DataError(f"{where}: 'type' is {kind!r:.40}, expected one of {', '.join(_QUESTION_TYPES)}")
+    question = text_field(where, record, "body").strip()
+    ideal_answers = _names(where, "ideal_answer", record.get("ideal_answer"))
+    if not ideal_answers:
+        raise DataError(f"{where}: no 'ideal_answer', expected a text or a list of them")
+    if kind == "summary":
+        return {"prompt": question, "completion": ideal_answers[0]}
+    return {"prompt": question, "completion": f"{ideal_answers[0]}\n{_final_answer(where, kind, record)}"}
+
+
+def _final_answer(where: str, kind: str, record: Mapping[str, Any]) -> str:
+    exact = record.get("exact_answer")
+    entities = [_names(where, "exact_answer", entity) for entity in (exact if isinstance(exact, list) else [exact])]
+    entities = [names for names in entities if names]
+    if not entities:
+        raise DataError(f"{where}: no 'exact_answer', which a {kind} question has")
+    if kind == "list":
+        return _bullets([names[0] for names in entities])
+    names = [name for entity in entities for name in entity]
+    if kind == "factoid":
+        return _bullets(names)
+    answers = {name.lower().rstrip(".") for name in names}
+    if answers not in ({"yes"}, {"no"}):
+        raise DataError(f"{where}: 'exact_answer' is {exact!r:.40}, expected yes or no")
+    return f"{_FINAL_ANSWER} {answers.pop()}"
+
+
+def _bullets(names: list[str]) -> str:
+    return _FINAL_ANSWER + "".join(f"\n- {name}" for name in dict.fromkeys(names))
+
+
+def _names(where: str, name: str, value: Any) -> list[str]:
+    """The texts in a field that holds none, one or a list of them, without the empty ones."""
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {name!r} holds a {type(text).__name__}, expected text")
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _numbers_by_value(path: Path) -> list[str | int]:
+    """Sorts 2.json before 10.json."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", path.as_posix()))]
+
+
+_GSM8K_FILES = {"train": "train.jsonl", "test": "test.jsonl"}
+_MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+FORMATS: dict[str, Format] = {
+    known.name: known
+    for known in (
+        Format("rows", _rows),
+        Format("tulu", _tulu, {"train": "train.jsonl"}),
+        Format("gsm8k", _gsm8k, _GSM8K_FILES, configurations=("main",)),
+        Format("gsm8k-plain", _gsm8k_plain, _GSM8K_FILES, configurations=("main",)),
+        Format(
+            "math",
+            _math,
+            {"train": "train/*/*.json", "test": "test/*/*.json"},
+            row_files=True,
+            configurations=_MATH_SUBJECTS,
+        ),
+        Format(
+            "bioasq",
+            _bioasq,
+            {"train": "**/*train*.json", "test": "**/*golden*.json"},
+            key="questions",
+            edition=r"[0-9]+[bB]",
+        ),
+    )
+}
