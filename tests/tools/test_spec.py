@@ -29,13 +29,13 @@ def test_a_table_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tool:calculater", "there is no tool 'calculater:'; expected calculator, date, lookup"),
+        ("tool:calculater", "there is no tool 'calculater'; expected calculator, date, lookup"),
         ("tool:calculator:roman", "argument of a tool is 'roman', expected 'marks' or none"),
         ("tool:date:utc", "argument of a tool is 'utc', expected none"),
         ("tool:lookup", "expected a table: tool:lookup:facts.csv"),
         ("tool:module:", "there is no tool 'module:'"),
         ("tool:my-module:function", "there is no tool 'my-module:function'"),
-        ("tool:", "there is no tool ':'"),
+        ("tool:", "there is no tool ''"),
     ],
 )
 def test_other_names_are_refused(text: str, said: str) -> None:

@@ -438,7 +438,6 @@ def test_an_interrupt_inside_a_request_leaves_nothing_behind(server: FakeServer)
     assert len(server.requests) <= 16 + 4
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs signals")
 @pytest.mark.parametrize("in_a_notebook", [False, True])
 def test_ctrl_c_leaves_nothing_behind(server: FakeServer, module: PreTrainedModel, in_a_notebook: bool) -> None:
     model = remote(server)

@@ -46,19 +46,17 @@ def score(
 
     if server is None and (concurrency is not None or api_key_env is not None):
         raise ConfigError("concurrency and api_key_env have no effect without --server; leave them out")
-    if server is not None and (model.startswith(PREFIX) or dtype != "auto" or device is not None):
-        raise ConfigError("--server takes the name of a model as the server calls it, and no dtype or device")
     served = None if server is None else run.Server(server, concurrency or 16, api_key_env)
     spec: ModelSpec | ToolSpec
     if model.startswith(PREFIX):
+        _refuse(model, "which is no model", dtype=dtype != "auto", device=device, server=server)
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
-        if dtype != "auto" or device is not None:
-            raise ConfigError(f"dtype and device have no effect with {model}, which is no model; leave them out")
         spec = run.parse_tool(model, tool_eps, tool_seconds)
     else:
-        if tool_eps is not None or tool_seconds is not None:
-            raise ConfigError(f"tool_eps and tool_seconds have no effect with {model}, which is no tool; drop them")
+        _refuse(model, "which is no tool", tool_eps=tool_eps, tool_seconds=tool_seconds)
+        if server is not None:
+            _refuse(model, "which the server runs", dtype=dtype != "auto", device=device)
         spec = run.parse_model(model, dtype=dtype, device=device)
     base = run.parse_model(tokenizer) if tokenizer else spec
     assert isinstance(base, ModelSpec)
@@ -71,3 +69,12 @@ def score(
         f"{summary.num_targets} target tokens: mean NLL {summary.mean_nll_nats:.4f} nats, "
         f"argmax is gold for {summary.accuracy:.2%}; written to {out}"
     )
+
+
+def _refuse(model: str, why: str, **options: object) -> None:
+    """Raise a ConfigError for the first option that is set."""
+    from collm.errors import ConfigError
+
+    for name, value in options.items():
+        if value not in (None, False):
+            raise ConfigError(f"{name} has no effect with {model}, {why}; leave it out")

@@ -64,7 +64,7 @@ class ToolSpec:
             rest = str(Path(rest).resolve())
         if name in BUILT_IN:
             return cls(name, rest or None, **options)
-        return cls(f"{name}:{rest}", **options)
+        return cls(text.removeprefix(PREFIX), **options)
 
     @classmethod
     def of(cls, function: ToolFunction, **options: Any) -> ToolSpec:
