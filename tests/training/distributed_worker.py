@@ -46,6 +46,7 @@ def main() -> None:
         "output_dir": str(out),
         "max_steps": STEPS,
         "learning_rate": 1e-3,
+        "adam_epsilon": 1e-5,  # with 1e-8 a gradient near 0 turns rounding into a step of its own
         "per_device_train_batch_size": 4,
         "use_cpu": True,
         "warm_start": False,

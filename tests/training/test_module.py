@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from collm.core.head import DeferralHead
 from collm.errors import MismatchError
-from collm.training import targets
+from collm.training import fused
 from collm.training.dataset import TrainingSet, collate
 from collm.training.measures import TokenViews
 from collm.training.module import JointModule
@@ -90,7 +90,7 @@ def test_batching_and_chunks_change_nothing(
     together = gradients([list(range(6))])
     assert len(together) == len(list(module.parameters()))
     one_by_one = gradients([[i] for i in range(6)])
-    monkeypatch.setattr(targets, "MAX_LOGITS", 97 * 3)
+    monkeypatch.setattr(fused, "MIN_ROWS", 3)
     for other in (one_by_one, gradients([list(range(6))])):
         for mine, theirs in zip(together, other, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

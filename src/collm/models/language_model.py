@@ -42,15 +42,15 @@ class LanguageModel:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the output layer, which may exceed the tokenizer's ids."""
-        return int(self._output_layer.weight.shape[0])
+        return int(self.output_weight.shape[0])
 
     @property
     def hidden_size(self) -> int:
-        return int(self._output_layer.weight.shape[1])
+        return int(self.output_weight.shape[1])
 
     @property
     def device(self) -> torch.device:
-        return cast(torch.device, self._output_layer.weight.device)
+        return self.output_weight.device
 
     @property
     def input_device(self) -> torch.device:
@@ -92,12 +92,25 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states (..., H): shape (..., V), scaled and capped as the model does."""
-        logits = self._output_layer(hidden.to(self.device))
+        return self.shape_logits(cast(Tensor, self._output_layer(hidden.to(self.device))))
+
+    def shape_logits(self, values: Tensor) -> Tensor:
+        """Logits from what the output layer gives, shape (..., padded V): the same tensor where nothing is to do."""
         if self._scale != 1:
-            logits = logits * self._scale
+            values = values * self._scale
         if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return cast(Tensor, logits[..., : self.vocab_size])
+            values = torch.tanh(values / self._softcap) * self._softcap
+        return values if self.vocab_size == self.padded_vocab_size else values[..., : self.vocab_size]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Of the output layer, shape (padded V, H)."""
+        return cast(Tensor, self._output_layer.weight)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """Of the output layer, shape (padded V,), None if it has none."""
+        return cast("Tensor | None", getattr(self._output_layer, "bias", None))
 
 
 def _decoder(inner: Any, name: str) -> Any:

@@ -12,6 +12,7 @@ from collm.core.objective import marginal_logprobs
 from collm.errors import ConfigError, MismatchError, MissingExtra
 from collm.models.language_model import LanguageModel
 from collm.training.config import CoLLMConfig
+from collm.training.fused import marginal_nll_sum
 from collm.training.targets import read_targets
 
 
@@ -75,7 +76,7 @@ class JointModule(nn.Module):
             assistant_logprobs: of the gold tokens at target positions, nats, shape (B, T, K).
             assistant_correct: plays no part in the loss.
             num_items_in_batch: target tokens to divide by; by default those of this batch.
-            per_token: also return what the tokens' measures need.
+            per_token: also return what the tokens' measures need; the loss then has no gradient in the base.
 
         Returns:
             loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
@@ -84,11 +85,14 @@ class JointModule(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             hidden = self._model.hidden_states(input_ids, attention_mask=attention_mask, use_cache=False)  # (B, T, H)
             hidden = hidden[target_mask]  # (N, H)
-            base_logprob, base_correct = read_targets(self._model, hidden, gold[target_mask])  # (N,)
+        gold, assistant_logprobs = gold[target_mask], assistant_logprobs[target_mask]
         defer_logits = self.head(hidden)  # (N, K)
-        marginal = marginal_logprobs(base_logprob, assistant_logprobs[target_mask], defer_logits)
-        divisor = target_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        result = {"loss": -marginal.sum() / divisor}
+        if torch.is_grad_enabled() and not self.frozen and not per_token:
+            nll = marginal_nll_sum(self._model, hidden, gold, assistant_logprobs, defer_logits)
+        else:
+            base_logprob, base_correct = read_targets(self._model, hidden, gold)  # (N,)
+            nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+        result = {"loss": nll / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
             views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
             result |= {name: _spread(values, target_mask) for name, values in views.items()}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
@@ -82,8 +81,9 @@ def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[lis
     return batches
 
 
+@torch.no_grad()
 def read_targets(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the gold tokens, and whether each is the model's argmax.
+    """Log-probability of the gold tokens, and whether each is the model's argmax; without gradients.
 
     Args:
         hidden: last hidden states at target positions, shape (N, H).
@@ -91,17 +91,14 @@ def read_targets(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Te
 
     Returns:
         logprob in nats, fp32, shape (N,), and correct, bool, shape (N,). At most `MAX_LOGITS` logits are held at a
-        time; with gradients each chunk is computed again in the backward pass.
+        time.
     """
     gold = gold.to(model.device)
     rows = max(1, MAX_LOGITS // model.vocab_size)
-    parts = []
-    for start in range(0, max(len(gold), 1), rows):
-        chunk = (model, hidden[start : start + rows], gold[start : start + rows])
-        if len(gold) > rows and torch.is_grad_enabled():
-            parts.append(checkpoint(_read_chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_read_chunk(*chunk))
+    parts = [
+        _read_chunk(model, hidden[start : start + rows], gold[start : start + rows])
+        for start in range(0, max(len(gold), 1), rows)
+    ]
     logprobs, correct = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(correct)
 

@@ -1,0 +1,155 @@
+"""The marginal likelihood and its gradient through the output layer, without a (B, T, V) tensor."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from collm.core.objective import marginal_logprobs
+from collm.errors import UnsupportedModel
+from collm.models.language_model import LanguageModel
+
+MIN_ROWS = 64
+"""Fewest target positions to a chunk; fewer would leave the matrix products idle."""
+
+
+def marginal_nll_sum(
+    model: LanguageModel, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+) -> Tensor:
+    """Negative log marginal likelihood of N gold tokens, summed (`core.objective.marginal_logprobs`).
+
+    The forward pass goes over the positions in chunks whose logits take no more memory than all the hidden states (but
+    at least `MIN_ROWS` positions). While a chunk's logits are there it also takes their gradient, on to the hidden
+    states and the output layer: d NLL / d logit_v = P(Z = base | x_<=t) (P_0(v) - [v = gold]). So nothing is computed
+    twice, and the backward pass only scales. In autocast the products run in its dtype, the likelihood in fp32.
+
+    Args:
+        model: its output layer reads the hidden states.
+        hidden: last hidden states at target positions, shape (N, H).
+        gold: the tokens that follow, shape (N,).
+        assistant_logprobs: nats, shape (N, K).
+        defer_logits: u, shape (N, K).
+
+    Returns:
+        A scalar in nats, fp32; differentiable once.
+
+    Raises:
+        UnsupportedModel: the output layer is quantized.
+    """
+    weight, bias = model.output_weight, model.output_bias
+    if not weight.is_floating_point():
+        raise UnsupportedModel(f"the output layer of {model.name} holds {weight.dtype}; leave it unquantized to train")
+    values = (hidden.to(weight.device), gold.to(weight.device), assistant_logprobs, defer_logits)
+    return cast(Tensor, _MarginalNLL.apply(model, weight, bias, *values))  # type: ignore[no-untyped-call]
+
+
+class _MarginalNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        model: LanguageModel,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        gold: Tensor,
+        assistant_logprobs: Tensor,
+        defer_logits: Tensor,
+    ) -> Tensor:
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            chunks = _Chunks(model, weight, bias, dtype, tuple(ctx.needs_input_grad[1:4]))
+            total, *grads = chunks.run(hidden, gold, assistant_logprobs, defer_logits)
+        ctx.grads = grads
+        return cast(Tensor, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the gradient of this loss was taken already; compute the loss again")
+        weight, bias, hidden, defer_logits = (None if grad is None else grad.mul_(upstream) for grad in ctx.grads)
+        ctx.grads = None
+        return None, weight, bias, hidden, None, None, defer_logits
+
+
+class _Chunks:
+    """The loop over chunks, with the sums that its gradients go to."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        needed: tuple[bool, ...],
+    ) -> None:
+        self.model = model
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.dtype = dtype
+        needs_weight, needs_bias, self.needs_hidden = needed
+        # sums over chunks: exact enough only in fp32
+        self.weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        self.bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+
+    def run(
+        self, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The sum, and its gradients by output weight, output bias, hidden states and defer logits."""
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_grad = torch.empty_like(hidden) if self.needs_hidden else None
+        defer_grad = torch.empty_like(defer_logits)
+        rows = max(MIN_ROWS, hidden.numel() // len(self.weight))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            states = hidden[part].to(self.dtype)
+            raw = F.linear(states, self.weight, self.bias)  # (n, V)
+            nll, raw_grad, defer_grad[part] = self._likelihood(
+                raw, gold[part], assistant_logprobs[part], defer_logits[part]
+            )
+            total += nll
+            if hidden_grad is not None:
+                hidden_grad[part] = raw_grad @ self.weight
+            if self.weight_grad is not None:
+                _add_product(self.weight_grad, raw_grad.T, states)
+            if self.bias_grad is not None:
+                self.bias_grad += raw_grad.sum(0, dtype=torch.float32)
+        weight_grad, bias_grad = (
+            None if grad is None else grad.to(self.model.output_weight.dtype)
+            for grad in (self.weight_grad, self.bias_grad)
+        )
+        return total, weight_grad, bias_grad, hidden_grad, defer_grad
+
+    def _likelihood(
+        self, raw: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum over a chunk, and its gradients by the output layer's values and by the defer logits."""
+        with torch.enable_grad():
+            raw.requires_grad_()
+            logits = self.model.shape_logits(raw)
+        probs = logits.detach().float()  # overwritten from here on: its own memory, or nothing else reads it
+        gold_logit = probs.gather(-1, gold.unsqueeze(-1))  # (n, 1)
+        largest = probs.amax(-1, keepdim=True)
+        norm = probs.sub_(largest).exp_().sum(-1, keepdim=True)
+        probs.div_(norm)
+        base_logprob = (gold_logit - largest - norm.log()).squeeze(-1)
+        with torch.enable_grad():
+            base, defer = base_logprob.requires_grad_(), defer_logits.detach().requires_grad_()
+            nll = -marginal_logprobs(base, assistant_logprobs, defer).sum()
+        of_base, of_defer = torch.autograd.grad(nll, (base, defer))  # of_base: minus the posterior of the base
+        grad = probs.mul_(-of_base.unsqueeze(-1)).scatter_add_(-1, gold.unsqueeze(-1), of_base.unsqueeze(-1))
+        (raw_grad,) = torch.autograd.grad(logits, raw, grad.to(logits.dtype)) if logits is not raw else (grad,)
+        return nll.detach(), raw_grad.to(self.dtype), of_defer
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a temporary where the dtypes allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
