@@ -122,7 +122,7 @@ class Run:
     def scores(self, name: str, split: str, examples: Examples) -> Scores:
         directory = self.out / "scores" / f"{split}-{name}"
         started = time.monotonic()
-        found = score(examples, self.specs[name], directory, self.tokenizer, max_batch_tokens=16384)
+        found = score(examples, self.specs[name], directory, self.tokenizer)
         self.seconds.setdefault(f"scoring {split} with {name}", time.monotonic() - started)
         return found
 

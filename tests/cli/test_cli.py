@@ -114,6 +114,20 @@ def fails(status: int, message: str, *arguments: object, cwd: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_inspecting_scores(pair: dict[str, Path], tmp_path: Path) -> None:
+    for name, model in (("base", pair["base"]), ("assistant-1", pair["assistant"])):
+        collm("score", pair["data"], "--model", model, "--out", tmp_path / "scores" / name, cwd=tmp_path)
+    shown = collm("score", "--inspect", tmp_path / "scores", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    for text in ("160 target tokens", "assistant 1", "best author", "pseudo-labels give"):
+        assert text in shown.stdout
+    both = collm("score", pair["data"], "--inspect", tmp_path / "scores", cwd=tmp_path)
+    neither = collm("score", pair["data"], cwd=tmp_path)
+    assert (both.returncode, neither.returncode) == (2, 2)
+    assert "scores nothing" in both.stderr
+    assert "--inspect SCORES" in neither.stderr
+
+
 def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> None:
     fails(1, "^collm: there is no collaboration at nowhere", "generate", "nowhere", "hi", cwd=tmp_path)
     fails(2, "top_p=0.5 .* no effect at temperature 0", "generate", "nowhere", "hi", "--top-p", 0.5, cwd=tmp_path)

@@ -20,6 +20,7 @@ from collm.training import scoring
 from collm.training.examples import Example, Examples
 from collm.training.scores import Scores
 from collm.training.scoring import find_scores, load_scores, progress_bar, score_examples, write_scores
+from collm.training.store import ScoreStore
 from tests.training.conftest import random_examples
 
 SPEC = ModelSpec("some/model")
@@ -261,3 +262,20 @@ def test_processes_share_the_shards(tiny_model: Callable[..., PreTrainedModel], 
     for name in shards[1:]:
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert torch.equal(load_scores(tmp_path / "shared", EXAMPLES).logprobs, whole.logprobs)
+
+
+def test_a_store_tells_its_own_examples(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    scores = run(tiny_model(1), tmp_path)
+    opened = ScoreStore.opened(tmp_path).collect()
+    assert torch.equal(opened.logprobs, scores.logprobs)
+    assert torch.equal(opened.corrects, scores.corrects)
+    assert torch.equal(opened.offsets, scores.offsets)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ArtefactError, match="damaged: its content does not match"):
+        ScoreStore.opened(tmp_path)
+    shard.unlink()
+    with pytest.raises(ArtefactError, match=f"incomplete: {shard.name} is missing"):
+        ScoreStore.opened(tmp_path)

@@ -9,9 +9,17 @@ import typer
 
 
 def score(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")],
-    model: Annotated[str, typer.Option(help="The model: path or Hub id, with @revision; or tool:..")],
-    out: Annotated[Path, typer.Option(help="Directory for the scores; an interrupted run resumes there.")],
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model: path or Hub id, with @revision; or tool:..")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the scores; an interrupted run resumes there.")
+    ] = None,
+    inspect: Annotated[
+        Path | None,
+        typer.Option(metavar="SCORES", help="Score nothing; compare SCORES/base with SCORES/assistant-1, .."),
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="The base whose tokenizer and template training will use. Default: the model.")
     ] = None,
@@ -24,7 +32,9 @@ def score(
     ] = "rows",
     bad_rows: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip and count it.")] = "stop",
     max_length: Annotated[int, typer.Option(help="Most tokens of an example, as in training.")] = 2048,
-    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch, padding included.")] = 16384,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in a batch, with padding. Default: 512 on a CPU, 16,384 elsewhere.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     server: Annotated[
@@ -39,6 +49,14 @@ def score(
 
     `collm train` does this by itself for what is missing in its scores directory.
     """
+    if inspect is not None:
+        if (data, model, out) != (None, None, None):
+            raise typer.BadParameter("--inspect scores nothing; leave DATA, --model and --out out")
+        _inspect(inspect)
+        return
+    if data is None or model is None or out is None:
+        raise typer.BadParameter("expected DATA, --model and --out, or --inspect SCORES")
+
     from collm import run
     from collm.errors import ConfigError
     from collm.models.loading import ModelSpec
@@ -49,14 +67,16 @@ def score(
     served = None if server is None else run.Server(server, concurrency or 16, api_key_env)
     spec: ModelSpec | ToolSpec
     if model.startswith(PREFIX):
-        _refuse(model, "which is no model", dtype=dtype != "auto", device=device, server=server)
+        options = {"dtype": dtype != "auto", "device": device, "server": server, "max_batch_tokens": max_batch_tokens}
+        _refuse(model, "which is no model", **options)
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
         spec = run.parse_tool(model, tool_eps, tool_seconds)
     else:
         _refuse(model, "which is no tool", tool_eps=tool_eps, tool_seconds=tool_seconds)
         if server is not None:
-            _refuse(model, "which the server runs", dtype=dtype != "auto", device=device)
+            options = {"dtype": dtype != "auto", "device": device, "max_batch_tokens": max_batch_tokens}
+            _refuse(model, "which the server runs", **options)
         spec = run.parse_model(model, dtype=dtype, device=device)
     base = run.parse_model(tokenizer) if tokenizer else spec
     assert isinstance(base, ModelSpec)
@@ -69,6 +89,18 @@ def score(
         f"{summary.num_targets} target tokens: mean NLL {summary.mean_nll_nats:.4f} nats, "
         f"argmax is gold for {summary.accuracy:.2%}; written to {out}"
     )
+
+
+def _inspect(directory: Path) -> None:
+    from rich.console import Console
+
+    from collm.cli.tables import inspection_table
+    from collm.training.inspection import inspect_scores
+
+    inspection = inspect_scores(directory)
+    console = Console(highlight=False)
+    console.print(inspection_table(inspection))
+    console.print(str(inspection.labels), markup=False)
 
 
 def _refuse(model: str, why: str, **options: object) -> None:

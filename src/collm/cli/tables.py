@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from collm.core.calibration import Calibration
     from collm.evaluation.report import Row
+    from collm.training.inspection import Inspection
 
 
 def calibration_table(calibration: Calibration) -> Table:
@@ -29,6 +30,24 @@ def calibration_table(calibration: Calibration) -> Table:
             "default" if point is best else "",
             style="bold" if point is best else "",
         )
+    return table
+
+
+def inspection_table(inspection: Inspection) -> Table:
+    """Base and assistants beside each other: how well each predicts, and who is right where the other is not."""
+    number = f"{inspection.summaries[0].num_targets:,} target tokens"
+    table = Table(title=number, box=box.SIMPLE_HEAD, caption="right = the gold token is the argmax")
+    for heading in ("", "mean NLL", "right", "both", "base only", "assistant only", "neither"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for number_of_author, summary in enumerate(inspection.summaries):
+        name = f"assistant {number_of_author}" if number_of_author else "base"
+        cells = [f"{summary.mean_nll_nats:.4f}", f"{summary.accuracy:.2%}"]
+        if number_of_author:
+            with_base = inspection.agreements[number_of_author - 1]
+            shares = (with_base.both, with_base.base_only, with_base.assistant_only, with_base.neither)
+            cells += [f"{share:.2%}" for share in shares]
+        table.add_row(name, *cells)
+    table.add_row("best author", f"{inspection.best_nll_nats:.4f}", f"{inspection.best_accuracy:.2%}")
     return table
 
 

@@ -68,7 +68,7 @@ class RunConfig(DataConfig):
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
         scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory; what is missing
             there is computed.
-        max_batch_tokens: of scoring, padding included.
+        max_batch_tokens: of scoring, padding included; by default 512 on a CPU, 16,384 elsewhere.
     """
 
     base: str
@@ -87,7 +87,7 @@ class RunConfig(DataConfig):
     tool_seconds: float | None = None
     accept_differences: list[str] = field(default_factory=list)
     scores: str | None = None
-    max_batch_tokens: int = 8192
+    max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.assistant:

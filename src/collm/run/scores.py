@@ -42,7 +42,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     processes: PartialState | None = None,
     *,
-    max_batch_tokens: int,
+    max_batch_tokens: int | None = None,
     server: Server | None = None,
     quiet: bool = False,
 ) -> Scores:
@@ -115,7 +115,7 @@ def score_data(
     out: Path,
     *,
     max_length: int,
-    max_batch_tokens: int,
+    max_batch_tokens: int | None = None,
     server: Server | None = None,
 ) -> Scores:
     """Score rows with one model or tool, encoded by the base's tokenizer as training will encode them."""

@@ -93,6 +93,26 @@ class ScoreStore:
         size = header.shard_size
         self.shards = [list(order[start : start + size]) for start in range(0, len(order), size)]
 
+    @classmethod
+    def opened(cls, directory: Path) -> ScoreStore:
+        """The store that lies in a directory, by what its own shards say of their examples.
+
+        Raises:
+            ArtefactError: there is none, or it is incomplete or damaged.
+        """
+        header = read_header(directory)
+        if header is None:
+            raise ArtefactError(f"there are no scores in {directory}: no {HEADER}; run 'collm score' first")
+        store = cls(directory, header, [], [])
+        order: list[int] = []
+        counts = [0] * header.num_examples
+        for shard in range(-(-header.num_examples // header.shard_size)):
+            tensors = store._whole(shard)
+            order += tensors["examples"].tolist()
+            for index, count in zip(tensors["examples"].tolist(), tensors["offsets"].diff().tolist(), strict=True):
+                counts[index] = count
+        return cls(directory, header, order, counts)
+
     def path(self, shard: int) -> Path:
         return self.directory / f"scores-{shard:05d}.safetensors"
 
@@ -127,17 +147,31 @@ class ScoreStore:
         Raises:
             ArtefactError: it is damaged, or was made from something else.
         """
-        path = self.path(shard)
-        if not path.exists():
+        if not self.path(shard).exists():
             return None
+        tensors = self._sound(shard)
+        layout = self._layout(shard)
+        if any(not torch.equal(tensors[name], layout[name]) for name in layout):
+            raise ArtefactError(f"{self.path(shard)} is damaged: it is of other examples; {_AGAIN}")
+        return tensors
+
+    def _whole(self, shard: int) -> dict[str, Tensor]:
+        if not self.path(shard).exists():
+            raise ArtefactError(
+                f"the scores in {self.directory} are incomplete: {self.path(shard).name} is missing; {_AGAIN}"
+            )
+        return self._sound(shard)
+
+    def _sound(self, shard: int) -> dict[str, Tensor]:
+        """The tensors of a shard that is there, checked against their checksum."""
+        path = self.path(shard)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
                 sound = (file.metadata() or {}).get("sha256") == self._digest(tensors)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path} is damaged ({error}); {_AGAIN}") from error
-        layout = self._layout(shard)
-        if not sound or any(not torch.equal(tensors[name], layout[name]) for name in layout):
+        if not sound:
             raise ArtefactError(f"{path} is damaged: its content does not match its checksum; {_AGAIN}")
         return tensors
 
@@ -151,12 +185,7 @@ class ScoreStore:
         logprobs = torch.empty(int(offsets[-1]), dtype=torch.float32)
         corrects = torch.empty(int(offsets[-1]), dtype=torch.bool)
         for shard, indices in enumerate(self.shards):
-            tensors = self.read(shard)
-            if tensors is None:
-                raise ArtefactError(
-                    f"the scores in {self.directory} are incomplete: {self.path(shard).name} of {len(self.shards)} "
-                    f"shards is missing; {_AGAIN}"
-                )
+            tensors = self._whole(shard)
             pieces = zip(indices, tensors["offsets"].tolist(), tensors["offsets"][1:].tolist(), strict=False)
             for index, start, end in pieces:
                 logprobs[offsets[index] : offsets[index + 1]] = tensors["logprob"][start:end]

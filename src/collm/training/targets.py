@@ -69,6 +69,11 @@ def pad(shifted: Sequence[Shifted]) -> Batch:
     )
 
 
+def batch_tokens_on(device: torch.device) -> int:
+    """Tokens to a batch that keep a device busy; on a CPU more of them would fall out of its caches."""
+    return 512 if device.type == "cpu" else 16384
+
+
 def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
     """Indices in batches of at most `max_batch_tokens` tokens with padding (or a single example), longest first."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))

@@ -17,7 +17,7 @@ from collm.training.labels import Labels
 from collm.training.measures import author_accuracy, deferral_auc
 from collm.training.regression import fit_authors, weighted_nll
 from collm.training.scoring import OnProgress
-from collm.training.targets import batches_by_length, pad, shift
+from collm.training.targets import batch_tokens_on, batches_by_length, pad, shift
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
 """L2 penalties tried on standardised features, strongest first."""
@@ -56,7 +56,7 @@ def warm_start(
     max_tokens: int = 65536,
     positive_weight: float = 8.0,
     seed: int,
-    max_batch_tokens: int = 8192,
+    max_batch_tokens: int | None = None,
     progress: OnProgress | None = None,
 ) -> WarmStartReport:
     """Set the head to the weighted logistic regression of the pseudo-labels on the base's hidden states.
@@ -71,6 +71,7 @@ def warm_start(
         max_tokens: most target tokens to use, from examples in random order.
         positive_weight: weight of tokens labelled with an assistant, against 1.
         seed: of that order.
+        max_batch_tokens: as in `scoring.write_scores`.
         progress: called with target tokens read and to be read.
 
     Raises:
@@ -138,7 +139,7 @@ def _read_features(
     base: LanguageModel,
     examples: Sequence[Example],
     chosen: Sequence[int],
-    max_batch_tokens: int,
+    max_batch_tokens: int | None,
     progress: OnProgress | None,
 ) -> Tensor:
     """Hidden states at the target positions of the chosen examples, in their order: fp32, shape (M, H)."""
@@ -150,7 +151,9 @@ def _read_features(
     base.module.eval()
     done = 0
     try:
-        for places in batches_by_length([len(one.input_ids) for one in shifted], max_batch_tokens):
+        for places in batches_by_length(
+            [len(one.input_ids) for one in shifted], max_batch_tokens or batch_tokens_on(base.device)
+        ):
             batch = pad([shifted[place] for place in places]).to(base.input_device)
             with torch.no_grad():
                 hidden = base.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

@@ -1,0 +1,275 @@
+"""Cost of training and scoring as ratios of one run, on models of real shape with random weights. Prints JSON.
+
+    python -m benchmarks.training --parts memory step scoring
+
+memory: peak memory of the loss, forward and backward, above what was held before it; all logits at once against chunks.
+step: seconds of an optimiser step of CoLLMTrainer against transformers' Trainer, same base, same batches, in turns.
+padding: seconds of an optimiser step without padding against one with it, by how the lengths are spread.
+scoring: tokens per second of `write_scores` against one example at a time through the model's own forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.limit import seconds
+from benchmarks.pairs import SHAPES, make_model
+from collm import CoLLMConfig, CoLLMTrainer, DeferralHead
+from collm.artefact import library_versions
+from collm.core.objective import marginal_logprobs
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec
+from collm.training.dataset import TrainingSet, collate
+from collm.training.examples import Example, fingerprint
+from collm.training.fused import marginal_nll_sum
+from collm.training.scores import Scores
+from collm.training.scoring import write_scores
+
+FORMS = ("plain", "chunks")
+
+
+class OutputLayer:
+    """As much of a `LanguageModel` as the loss reads."""
+
+    name = "output layer"
+    output_bias = None
+
+    def __init__(self, vocab_size: int, hidden_size: int, device: str) -> None:
+        self.output_weight = torch.empty(vocab_size, hidden_size, device=device).normal_(0, 0.02).requires_grad_()
+
+    def shape_logits(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+def plain_nll_sum(
+    layer: OutputLayer, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+) -> Tensor:
+    logprobs = torch.log_softmax(hidden @ layer.output_weight.T, dim=-1)
+    base_logprob = logprobs.gather(-1, gold.unsqueeze(-1)).squeeze(-1)
+    return -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+
+
+def loss_once(form: str, vocab_size: int, hidden_size: int, tokens: int, device: str) -> dict[str, float]:
+    """Peak bytes above the start, and seconds, of one loss with its gradients."""
+    layer = OutputLayer(vocab_size, hidden_size, device)
+    hidden = torch.randn(tokens, hidden_size, device=device, requires_grad=True)
+    gold = torch.randint(0, vocab_size, (tokens,), device=device)
+    assistant, defer = -torch.rand(tokens, 1, device=device), torch.randn(tokens, 1, device=device, requires_grad=True)
+    loss = plain_nll_sum if form == "plain" else marginal_nll_sum
+    before = _peak_bytes(device)
+    taken = seconds(lambda: loss(layer, hidden, gold, assistant, defer).backward())  # type: ignore[arg-type]
+    return {"bytes": _peak_bytes(device) - before, "seconds": taken}
+
+
+def _peak_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each form in a process of its own, whose peak is then its own."""
+    rows = []
+    for vocab_size in arguments.vocabularies:
+        measured = {form: _in_a_process(form, vocab_size, arguments) for form in FORMS}
+        plain, chunks = measured["plain"], measured["chunks"]
+        rows.append(
+            {
+                "vocabulary": vocab_size,
+                "plain_mb": plain["bytes"] / 1e6,
+                "chunks_mb": chunks["bytes"] / 1e6,
+                "memory_ratio": plain["bytes"] / chunks["bytes"],
+                "time_ratio": chunks["seconds"] / plain["seconds"],
+            }
+        )
+    return rows
+
+
+def _in_a_process(form: str, vocab_size: int, arguments: argparse.Namespace) -> dict[str, float]:
+    call = f"loss_once({form!r}, {vocab_size}, {arguments.width}, {arguments.loss_tokens}, {arguments.device!r})"
+    code = f"import torch; torch.set_num_threads({arguments.threads}); from benchmarks.training import *; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}print(json.dumps({call}))"], capture_output=True, text=True, check=True
+    )
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def make_examples(count: int, shortest: int, longest: int, vocab_size: int, target_share: float) -> list[Example]:
+    """Lengths drawn evenly; the last `target_share` of each example is to be learned."""
+    rng = random.Random(0)
+    examples = []
+    for _ in range(count):
+        length = rng.randint(shortest, longest)
+        targets = max(1, round(target_share * length))
+        ids = [rng.randrange(10, vocab_size) for _ in range(length)]
+        examples.append(Example(ids, [place >= length - targets for place in range(length)]))
+    return examples
+
+
+def training_set(examples: Sequence[Example]) -> TrainingSet:
+    counts = torch.tensor([0, *(example.num_targets for example in examples)]).cumsum(0)
+    logprobs = -torch.rand(int(counts[-1]))
+    return TrainingSet(examples, [Scores(logprobs, logprobs > -0.5, counts, fingerprint(examples))])
+
+
+class StepTimes(TrainerCallback):  # type: ignore[misc]
+    """Seconds of every step but the first, which makes what later ones keep."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+        self._begun = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begun = seconds_now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 1:
+            self.taken.append(seconds_now() - self._begun)
+
+
+def seconds_now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Plain(Trainer):  # type: ignore[misc]
+    """Fine-tuning as transformers does it: the model's own loss on the same targets."""
+
+    @staticmethod
+    def batch(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The same shifted tokens; the model shifts labels itself, so they move back by one."""
+        batch = collate(items)
+        labels = batch["gold"].masked_fill(~batch["target_mask"], -100)
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": torch.cat([torch.full_like(labels[:, :1], -100), labels[:, :-1]], dim=1),
+        }
+
+
+def step(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """By share of targets, since the plain loss computes logits everywhere and ours at targets alone."""
+    rows = []
+    for share in arguments.target_shares:
+        data = training_set(make_examples(64, 64, arguments.length, SHAPES[arguments.base][5], share))
+        taken: dict[str, list[float]] = {"ours": [], "plain": []}
+        for _ in range(arguments.rounds):
+            for kind in taken:
+                taken[kind] += _steps(kind, data, arguments)
+        ours, plain = (statistics.median(taken[kind]) for kind in ("ours", "plain"))
+        rows.append({"target_share": share, "steps": len(taken["ours"]), "step_ratio": ours / plain})
+    return rows
+
+
+def _steps(kind: str, data: TrainingSet, arguments: argparse.Namespace, **options: Any) -> list[float]:
+    base = make_model(arguments.base, SHAPES[arguments.base][5], torch.float32, arguments.device)
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as directory:
+        common: dict[str, Any] = {
+            "output_dir": directory,
+            "max_steps": arguments.steps,
+            "learning_rate": 1e-5,
+            "per_device_train_batch_size": arguments.batch,
+            "bf16": arguments.dtype == "bfloat16",
+            "use_cpu": arguments.device == "cpu",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            **options,
+        }
+        if kind == "plain":
+            given = TrainingArguments(**common, report_to="none", remove_unused_columns=False)
+            Plain(base, given, data_collator=Plain.batch, train_dataset=data, callbacks=[times]).train()
+        else:
+            head = DeferralHead(base.config.hidden_size).to(arguments.device)
+            config = CoLLMConfig(**common, warm_start=False, max_length=arguments.length)
+            CoLLMTrainer(base, head, config, data, callbacks=[times]).train()
+    return times.taken
+
+
+def scoring(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Against `model(ids).logits.log_softmax`, one example after the other, as a first script would do it."""
+    rows = []
+    for shape in (arguments.base, arguments.assistant):
+        for longest in arguments.score_lengths:
+            examples = make_examples(arguments.score_examples, longest // 8, longest, SHAPES[shape][5], 0.7)
+            module = make_model(shape, SHAPES[shape][5], getattr(torch, arguments.dtype), arguments.device)
+            slow = seconds(lambda: _one_at_a_time(module, examples))  # noqa: B023
+            fast = seconds(lambda: _write(module, examples))  # noqa: B023
+            rows.append({"model": shape, "longest": longest, "examples": len(examples), "scoring_ratio": slow / fast})
+    return rows
+
+
+@torch.inference_mode()
+def _one_at_a_time(module: Any, examples: Sequence[Example]) -> None:
+    for example in examples:
+        ids = torch.tensor([example.token_ids], device=module.device)
+        logprobs = module(ids).logits[0, :-1].float().log_softmax(-1)
+        logprobs.gather(-1, ids[0, 1:, None]).cpu()
+        logprobs.argmax(-1).cpu()
+
+
+def _write(module: Any, examples: Sequence[Example]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        write_scores(LanguageModel(module, name="model"), examples, Path(directory), spec=ModelSpec("model"))
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "memory": memory,
+    "step": step,
+    "scoring": scoring,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--base", choices=SHAPES, default="25m")
+    parser.add_argument("--assistant", choices=SHAPES, default="150m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 64_000, 128_256, 256_000])
+    parser.add_argument("--loss-tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=512, help="hidden size of the loss's benchmark")
+    parser.add_argument("--target-shares", type=float, nargs="+", default=[1.0, 0.5])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="longest training example")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--score-examples", type=int, default=256)
+    parser.add_argument("--score-lengths", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    command = " ".join(["python -m benchmarks.training", *sys.argv[1:]])
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    results: dict[str, Any] = {"command": command, "arguments": given, "versions": library_versions()}
+    for part in arguments.parts:
+        results[part] = PARTS[part](arguments)
+        if arguments.out is not None:  # after every part: a long run that is cut off keeps what it has
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.out is None:
+        print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
