@@ -1,0 +1,292 @@
+"""The paper's runs: their configurations are read and fit together, their costs are counted right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+from collm.cli.train import parse
+from collm.models.loading import ModelSpec, load_tokenizer
+from collm.models.template import PromptTemplate
+from collm.run import RunConfig
+from collm.training.config import CoLLMConfig
+from collm.training.data import load_rows
+from recipes.paper import estimate
+from recipes.paper.hold_out import HELD_OUT, hold_out
+from tests.models.test_template import TOKENIZERS
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "paper"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+RUNS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SUBJECT_ROWS = (1744, 771, 870, 1295, 869, 1205, 746)  # of MATH's 7,500
+ROW_COUNTS = {"gsm8k": [7473], "math": SUBJECT_ROWS, "tulu": [326_154]}
+THEIRS = {  # the authors' code (arXiv 2403.03870)
+    "optim": "adamw_torch",
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.04,
+    "weight_decay": 0.0,
+    "num_train_epochs": 2,
+    "max_length": 2048,
+    "bf16": True,
+    "positive_weight": 8,
+    "pseudo_label_variant": "a",
+}
+
+
+def written(run: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / f"{run}.yaml").read_text(encoding="utf-8"))
+
+
+def parsed(run: str) -> tuple[RunConfig, CoLLMConfig]:
+    return parse(["--config", str(FOLDER / f"{run}.yaml"), "--use_cpu", "true"])  # bf16 asks for a GPU otherwise
+
+
+def test_there_is_one_for_each_training_set() -> None:
+    assert set(RUNS) == set(estimate.DATA) == {"tulu", "gsm8k", "math", "bioasq"}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_field_is_known_and_arrives(run: str) -> None:
+    config, args = parsed(run)
+    for name, value in written(run).items():
+        got = getattr(config if hasattr(config, name) else args, name)
+        assert got == ([value] if name == "assistant" else value), name
+    assert args.output_dir == f"runs/paper/{run}"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_hyper_parameters_are_the_authors(run: str) -> None:
+    _, args = parsed(run)
+    assert {name: getattr(args, name) for name in THEIRS} == THEIRS
+    assert args.head_learning_rate == args.learning_rate
+    processes = yaml.safe_load((ROOT / "recipes/accelerate/zero2.yaml").read_text())["num_processes"]
+    assert processes == estimate.GPUS
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * processes == 128
+
+
+# Data
+
+
+def slices(spec: str, rows: int) -> list[int]:
+    instruction = datasets.ReadInstruction.from_spec(spec).to_absolute({"train": rows})
+    assert {part.splitname for part in instruction} == {"train"}
+    return [row for part in instruction for row in range(part.from_, part.to)]
+
+
+@pytest.mark.parametrize("run", ROW_COUNTS)
+def test_validation_is_held_out_of_the_training_split(run: str) -> None:
+    config, _ = parsed(run)
+    assert config.validation == config.data
+    assert config.data_split is not None
+    assert config.validation_split is not None
+    num_held_out = 0
+    for rows in ROW_COUNTS[run]:
+        train, validation = slices(config.data_split, rows), slices(config.validation_split, rows)
+        assert sorted(train + validation) == list(range(rows))
+        num_held_out += len(validation)
+    assert (sum(ROW_COUNTS[run]), num_held_out) == (estimate.DATA[run].rows, estimate.DATA[run].held_out)
+
+
+def test_slices_of_a_hub_set_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": f"How many, {i}?", "answer": f"#### {i}"} for i in range(220)]
+    (tmp_path / "copy").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "copy" / "train-00000-of-00001.parquet")
+    config, _ = parsed("gsm8k")
+    train, validation = (
+        load_rows(tmp_path / "copy", split=split, format=config.format)
+        for split in (config.data_split, config.validation_split)
+    )
+    assert [row.completion for row in validation + train] == [row["answer"] for row in rows]
+
+
+def test_questions_of_bioasq_are_held_out_once(tmp_path: Path) -> None:
+    questions = [{"body": f"What, {i}?", "type": "summary", "ideal_answer": [f"That, {i}."]} for i in range(250)]
+    (tmp_path / "training11b.json").write_text(json.dumps({"questions": questions}))
+    hold_out(tmp_path / "training11b.json", tmp_path / "data/bioasq")
+    config, _ = parsed("bioasq")
+    assert config.validation is not None
+    train, validation = (load_rows(tmp_path / file, format="bioasq") for file in (config.data, config.validation))
+    assert len(validation) == HELD_OUT == estimate.DATA["bioasq"].held_out
+    prompts = [row.prompt for row in train] + [row.prompt for row in validation]
+    assert sorted(prompts) == sorted(question["body"] for question in questions)
+    before = (tmp_path / config.validation).read_text()
+    hold_out(tmp_path / "training11b.json", tmp_path / "data/bioasq")
+    assert (tmp_path / config.validation).read_text() == before
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@pytest.mark.parametrize("run", sorted(set(RUNS) - {"tulu"}))
+def test_training_shows_the_prompts_of_decoding(run: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    config, _ = parsed(run)
+    template = PromptTemplate(config.template)
+    encoded = template.encode_completion(tokenizer, "the cat", "on the mat")
+    prompt = encoded.token_ids[: encoded.is_target.index(True)]
+    assert prompt == template.encode_prompt(tokenizer, "the cat")
+
+
+CHAT = [
+    {"role": "system", "content": "the mat"},
+    {"role": "user", "content": "the cat sat"},
+    {"role": "assistant", "content": "on the mat"},
+    {"role": "user", "content": "and the dog"},
+    {"role": "assistant", "content": "sat on the cat"},
+]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_a_chat_is_one_sequence_whose_answers_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = PromptTemplate(chat=(FOLDER / "tulu.jinja").read_text())
+    (encoded,) = template.encode_chat(tokenizer, CHAT)
+    learned = [token for token, wanted in zip(encoded.token_ids, encoded.is_target, strict=True) if wanted]
+    eos = tokenizer.eos_token
+    assert tokenizer.decode(learned).replace(" ", "") == f"onthemat{eos}satonthecat{eos}"
+    for before in (2, 4):
+        prompt = template.encode_prompt(tokenizer, CHAT[:before])
+        assert encoded.token_ids[: len(prompt)] == prompt
+        assert encoded.is_target[len(prompt)]
+        assert not encoded.is_target[len(prompt) - 1]
+
+
+def test_the_chat_template_spells_the_roles(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = PromptTemplate(chat=(FOLDER / "tulu.jinja").read_text())
+    assert template.render_chat(tokenizer, CHAT[:4], open_turn=True) == (
+        "<|system|>\nthe mat\n<|user|>\nthe cat sat\n<|assistant|>\non the mat<eos>\n"
+        "<|user|>\nand the dog\n<|assistant|>\n"
+    )
+
+
+def test_the_tulu_base_takes_its_template_from_the_file_beside_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(ModelSpec(str(tmp_path))).chat_template is None
+    shutil.copy(FOLDER / "tulu.jinja", tmp_path / "chat_template.jinja")
+    assert load_tokenizer(ModelSpec(str(tmp_path))).chat_template == (FOLDER / "tulu.jinja").read_text()
+
+
+# Costs, by hand
+
+TINY = estimate.Shape(layers=2, width=4, inner=6, kv_width=2, vocab=10)
+
+
+def test_parameters_are_those_of_the_published_weights() -> None:
+    assert TINY.parameters == 2 * (4 * 4 + 4 * 2 + 4 * 2 + 4 * 4 + 3 * 4 * 6 + 2 * 4) + 4 + 2 * 10 * 4  # 340
+    assert estimate.SHAPES["Llama-2-7b-hf"].parameters == 6_738_415_616
+    assert estimate.SHAPES["Llama-2-70b-hf"].parameters == 68_976_648_192
+    assert estimate.SHAPES["llemma_34b"].parameters == 33_743_970_304
+
+
+def test_flops() -> None:
+    assert estimate.forward_flops(TINY, examples=3, tokens=5) == 3 * (2 * 340 * 5 + 4 * 2 * 4 * 25)  # 12,600
+    assert estimate.training_flops(TINY, examples=3, tokens=5, epochs=2) == 3 * 2 * 12_600
+    assert estimate.hours(4 * 312e12 * 3600, 1.0) == pytest.approx(1.0)
+    assert estimate.hours(4 * 312e12 * 3600, 0.4) == pytest.approx(2.5)
+
+
+def test_memory() -> None:
+    assert estimate.state_bytes(400, stage=2) == {"weights": 800, "gradients": 200, "optimizer": 1200}
+    assert estimate.state_bytes(400, stage=3) == {"weights": 200, "gradients": 200, "optimizer": 1200}
+    assert estimate.activation_bytes(TINY, batch=2, length=3) == 2 * 6 * (2 * 4 + 32 + 24)  # bytes, tokens, numbers
+    assert estimate.loss_bytes(TINY, batch=2, length=3) == 4 * 24 + 8 * 24 + 6 * 40
+    parts = estimate.memory(TINY, batch=2, length=3, stage=2)
+    assert parts["total"] == 2 * 340 + 170 + 3 * 340 + 768 + 528
+
+
+def test_the_loss_holds_far_less_than_all_logits() -> None:
+    shape = estimate.SHAPES["Llama-2-7b-hf"]
+    assert estimate.loss_bytes(shape, 8, 2048) < 4 * 8 * 2048 * shape.vocab  # one fp32 copy of them
+
+
+def test_a_run_counts_what_its_configuration_says() -> None:
+    one = estimate.estimate("gsm8k")
+    assert (one.examples, one.tokens, one.targets) == (7273, 7273 * 220, 7273 * 140)
+    assert one.steps == 2 * 57  # 7,273 in steps of 128
+    both = 6_738_415_616 + 68_976_648_192
+    attention = 4 * 220 * (32 * 4096 + 80 * 8192)
+    assert one.scoring_flops == 7273 * 220 * (2 * both + attention)
+    assert one.checkpoint_bytes == 14 * 6_738_415_616
+
+
+# The README
+
+
+def test_the_readme_has_the_commands_output(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate.main([])
+    assert f"\n\n{capsys.readouterr().out}\n" in README
+
+
+def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate.main(["--json"])
+    read = json.loads(capsys.readouterr().out)
+    assert [one["run"] for one in read] == list(estimate.DATA)
+    assert read[0]["memory_bytes"]["zero2"]["total"] == estimate.estimate("tulu").memory_bytes["zero2"]["total"]
+
+
+def readme_commands(name: str) -> list[dict[str, str]]:
+    """Arguments of the README's `collm name ..` commands as the shell reads them: first and options."""
+    blocks = re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    script = "".join(block for block in blocks if f"collm {name} " in block and "accelerate" not in block)
+    shell = "collm() { printf '%s\\0' \"$@\"; printf '\\1'; }\n" + script
+    out = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True, check=True).stdout
+    listed = [command.split("\0")[:-1] for command in out.split("\1")[:-1]]
+    return [
+        {"": first, **dict(zip(options[::2], options[1::2], strict=True))}
+        for command, first, *options in listed
+        if command == name
+    ]
+
+
+def test_scoring_reads_what_training_reads() -> None:
+    commands = {command.pop("--out"): command for command in readme_commands("score")}
+    assert len(commands) == len(RUNS)
+    for run in RUNS:
+        config, args = parsed(run)
+        wanted = {
+            "": config.data,
+            "--split": config.data_split,
+            "--format": config.format,
+            "--bad-rows": config.bad_rows if config.bad_rows != "stop" else None,
+            "--template": config.template if run != "tulu" else None,
+            "--server": "http://localhost:8000/v1",
+            "--model": config.assistant[0],
+            "--tokenizer": config.base,
+        }
+        assert args.max_length == 2048  # the command's default
+        assert commands[f"{args.output_dir}/scores/assistant-1"] == {k: v for k, v in wanted.items() if v is not None}
+
+
+def test_calibration_measures_what_training_held_out() -> None:
+    commands = {command.pop(""): command for command in readme_commands("calibrate")}
+    assert len(commands) == len(RUNS)
+    for run in RUNS:
+        config, args = parsed(run)
+        wanted = {
+            "--data": config.validation,
+            "--split": config.validation_split,
+            "--format": config.format,
+            "--bad-rows": config.bad_rows if config.bad_rows != "stop" else None,
+            "--metric": config.metric,
+            "--max-new-tokens": str(config.max_new_tokens),
+            "--device": "auto",
+        }
+        assert commands[f"{args.output_dir}/collaboration"] == {k: v for k, v in wanted.items() if v is not None}
+
+
+def test_files_that_the_readme_names_are_there() -> None:
+    for name in re.findall(r"recipes/[\w/]+\.(?:yaml|jinja)", README):
+        assert (ROOT / name).is_file(), name
