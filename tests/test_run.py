@@ -16,7 +16,9 @@ from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
+from collm.training.checkpoints import last_checkpoint
 from collm.training.data import Row
+from collm.training.store import read_header
 from collm.training.trainer import CoLLMTrainer
 
 SavedModel = Callable[..., Path]
@@ -188,3 +190,36 @@ def test_a_published_format_and_its_bad_rows(setting: dict[str, Any], tmp_path: 
     assert shown.startswith("--- the first example ---\nw9 w")
     assert learned.startswith("w")
     assert learned.endswith("<eos>\n")
+
+
+def test_evaluations_while_training_use_the_validation_rows(setting: dict[str, Any], tmp_path: Path) -> None:
+    args = options(
+        tmp_path / "run", eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        early_stopping_patience=1, head_learning_rate=0.5, num_train_epochs=20,
+    )  # fmt: skip
+    result = train_collaboration(RunConfig(**setting), args, quiet=True)
+    assert {path.name for path in (tmp_path / "run/scores/validation").iterdir()} == {
+        "base",
+        "assistant-1",
+        "assistant-2",
+    }
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    history = json.loads((checkpoint / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in history["log_history"] if "eval_loss" in entry]
+    assert 1 < len(losses) < 20
+    assert result.metrics["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["eval_loss"] == result.metrics["eval_loss"]
+
+
+def test_hidden_states_kept_on_disk_train_the_same_head(setting: dict[str, Any], tmp_path: Path) -> None:
+    heads = []
+    for kept in (False, True):
+        directory = tmp_path / f"run-{kept}"
+        result = train_collaboration(RunConfig(**setting, cache_hidden_states=kept), options(directory), quiet=True)
+        heads.append(result.model.head.weight.detach())
+    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-6)
+    assert read_header(tmp_path / "run-True/scores/base").hidden_states
+    assert not read_header(tmp_path / "run-True/scores/assistant-1").hidden_states
+    with pytest.raises(ConfigError, match="cache_hidden_states does not fit method 'full'"):
+        train_collaboration(RunConfig(**setting, cache_hidden_states=True), options(tmp_path / "x", method="full"))

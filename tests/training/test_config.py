@@ -45,6 +45,8 @@ def test_the_head_has_its_own_learning_rate(config: Make) -> None:
         ({"resume_from_checkpoint": "x"}, "pass it to CoLLMTrainer.train"),
         ({"method": "both"}, "method is 'both', expected one of full, lora, head"),
         ({"max_length": 1}, "max_length is 1"),
+        ({"early_stopping_patience": 2}, "without load_best_model_at_end"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
         ({"head_learning_rate": 0.0}, "head_learning_rate is 0.0"),
         ({"method": "lora", "lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"method": "lora", "lora_r": 0}, "lora_r is 0"),

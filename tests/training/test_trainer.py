@@ -25,10 +25,13 @@ from collm.errors import (
     ModelFailure,
     WriteError,
 )
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec
 from collm.training.checkpoints import last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
 from collm.training.scores import Scores
+from collm.training.scoring import find_scores, score_examples
 from collm.training.trainer import CoLLMTrainer
 from tests.training.conftest import make_scores, random_examples
 
@@ -331,3 +334,123 @@ def test_a_training_set_is_of_one_set_of_examples() -> None:
         TrainingSet(random_examples(24, seed=9), [KNOWS_HALF])
     with pytest.raises(ConfigError, match="at least one assistant"):
         TrainingSet(EXAMPLES, [])
+
+
+def largest_gap(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert mine.keys() == theirs.keys()
+    return max((tensor - theirs[name]).abs().max().item() for name, tensor in mine.items())
+
+
+SMOOTH = {"learning_rate": 1e-3, "adam_epsilon": 1e-5, "seed": 3}  # no step of its own from rounding near 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_without_padding_gives_the_same_weights(tiny_model: Tiny, config: Make, method: str) -> None:
+    final = []
+    options = {**SMOOTH, **({"lora_dropout": 0.0} if method == "lora" else {})}
+    for padding_free in (False, True):
+        trainer = trainer_of(
+            tiny_model,
+            config(method=method, **options, padding_free=padding_free),
+            base=tiny_model(1),
+            eval_dataset=DATA,
+        )
+        trainer.train()
+        final.append((weights(trainer), trainer.evaluate()["eval_loss"]))
+        assert trainer.evaluate(DATA)["eval_loss"] == pytest.approx(final[-1][1], rel=1e-6)
+    assert largest_gap(final[0][0], final[1][0]) < 1e-5
+    assert final[0][1] == pytest.approx(final[1][1], rel=1e-5)
+
+
+def test_attention_that_mixes_sequences_is_refused(tiny_model: Tiny, config: Make) -> None:
+    base = tiny_model(1)
+    plain = type(base.model).forward
+
+    def deaf(self: Any, input_ids: Tensor, position_ids: Tensor | None = None, **rest: Any) -> Any:
+        return plain(self, input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids, **rest)
+
+    base.model.forward = deaf.__get__(base.model)
+    with pytest.raises(ConfigError, match="sequences in one row see each other"):
+        trainer_of(tiny_model, config(padding_free=True), base=base)
+
+
+def test_compiled_training_gives_the_same_weights(tiny_model: Tiny, config: Make) -> None:
+    final = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        trainer = trainer_of(
+            tiny_model, config(**SMOOTH, **options, max_steps=2), base=tiny_model(1), eval_dataset=DATA
+        )
+        trainer.train()
+        final.append((weights(trainer), trainer.evaluate()["eval_loss"]))
+    assert largest_gap(final[0][0], final[1][0]) < 1e-5
+    assert final[0][1] == pytest.approx(final[1][1], rel=1e-5)
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny_model: Tiny, config: Make) -> None:
+    measured = []
+    for bf16 in (False, True):
+        trainer = trainer_of(tiny_model, config(**SMOOTH, bf16=bf16), base=tiny_model(1), eval_dataset=DATA)
+        trainer.train()
+        assert all(tensor.dtype == torch.float32 for tensor in weights(trainer).values())
+        measured.append(trainer.evaluate()["eval_loss"])
+    assert measured[0] != measured[1]
+    assert measured[0] == pytest.approx(measured[1], rel=0.02)
+
+
+def test_a_head_trains_from_kept_hidden_states_as_from_the_base(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+    base = tiny_model(1)
+    spec, model = ModelSpec("base"), LanguageModel(base, name="base")
+    kept = score_examples(model, EXAMPLES, tmp_path / "kept", spec=spec, hidden_states=True, shard_size=5)
+    final = []
+    for from_hidden_states in (False, True):
+        data = TrainingSet(EXAMPLES, [KNOWS_HALF], kept, from_hidden_states=from_hidden_states)
+        trainer = trainer_of(
+            tiny_model,
+            config(method="head", warm_start=True, head_learning_rate=1e-2),
+            data,
+            base=base,
+            eval_dataset=data,
+        )
+        if from_hidden_states:
+            base.model.forward = None  # is not read any more
+        trainer.train()
+        final.append((weights(trainer)["head.weight"], trainer.evaluate()))
+    torch.testing.assert_close(*(weight for weight, _ in final), rtol=1e-4, atol=1e-5)
+    assert final[0][1] == pytest.approx(final[1][1], rel=1e-4)
+
+
+def test_kept_hidden_states_are_of_a_frozen_base_only(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+    model = LanguageModel(tiny_model(1), name="base")
+    plain = score_examples(model, EXAMPLES, tmp_path / "plain", spec=ModelSpec("base"))
+    with pytest.raises(ConfigError, match="hold no hidden states; score it with hidden_states=True"):
+        TrainingSet(EXAMPLES, [KNOWS_HALF], plain, from_hidden_states=True)
+    with pytest.raises(ConfigError, match=r"another kind \(with or without hidden states\)"):
+        find_scores(tmp_path / "plain", EXAMPLES, hidden_states=True)
+    kept = score_examples(model, EXAMPLES, tmp_path / "kept", spec=ModelSpec("base"), hidden_states=True)
+    data = TrainingSet(EXAMPLES, [KNOWS_HALF], kept, from_hidden_states=True)
+    with pytest.raises(ConfigError, match="kept of a frozen base only; method 'full' changes it"):
+        trainer_of(tiny_model, config(method="full"), data)
+
+
+def test_training_stops_early_and_keeps_the_best(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+    options = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 40,
+        "load_best_model_at_end": True, "early_stopping_patience": 3, "learning_rate": 0.3, "seed": 5,
+    }  # fmt: skip
+
+    def make(name: str, **more: Any) -> CoLLMTrainer:
+        made = config(**options, output_dir=str(tmp_path / name))
+        return trainer_of(tiny_model, made, base=tiny_model(1), eval_dataset=DATA, **more)
+
+    whole = make("whole")
+    whole.train()
+    losses = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 3 < 40
+    assert whole.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    with pytest.raises(KeyboardInterrupt):
+        make("cut", callbacks=[Kill(best + 2)]).train()
+    resumed = make("cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step
+    assert same(weights(resumed), weights(whole))

@@ -15,6 +15,7 @@ from collm.models.loading import ModelSpec, load_tokenizer
 from collm.models.template import PromptTemplate
 from collm.run.options import RunConfig
 from collm.tools.calls import open_tool
+from collm.training.config import CoLLMConfig
 from collm.training.data import Row
 from collm.training.examples import Examples, encode_rows
 
@@ -27,6 +28,8 @@ class Prepared:
     """What the models will read.
 
     Attributes:
+        validation: rows to calibrate on.
+        evaluation: these rows as examples, where there are evaluations during training.
         num_bad: training rows that were skipped.
     """
 
@@ -34,6 +37,7 @@ class Prepared:
     template: PromptTemplate
     examples: Examples
     validation: list[Row]
+    evaluation: Examples | None
     num_bad: int
 
     def rendered(self) -> str:
@@ -44,12 +48,12 @@ class Prepared:
         return f"--- the first example ---\n{whole}\n--- of it is learned ---\n{targets}\n"
 
 
-def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
+def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     """Read the rows, check that the tokenizers agree and that tools can be called, encode."""
     read = config.rows(config.data, config.data_split)
     rows: list[Row] = read
     if config.validation is None:
-        rows, validation = hold_out(read, seed=seed)
+        rows, validation = hold_out(read, seed=args.seed)
     else:
         validation = config.rows(config.validation, config.validation_split)
     tokenizer = load_tokenizer(config.base_model)
@@ -61,8 +65,11 @@ def prepare(config: RunConfig, max_length: int, *, seed: int) -> Prepared:
         else:
             open_tool(spec).close()
     template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
-    examples = encode_rows(rows, template, tokenizer, max_length=max_length)
-    return Prepared(tokenizer, template, examples, validation, read.num_bad)
+    examples = encode_rows(rows, template, tokenizer, max_length=args.max_length)
+    evaluation = None
+    if args.eval_strategy != "no":
+        evaluation = encode_rows(validation, template, tokenizer, max_length=args.max_length)
+    return Prepared(tokenizer, template, examples, validation, evaluation, read.num_bad)
 
 
 def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:

@@ -66,6 +66,8 @@ class RunConfig(DataConfig):
         tool_eps: probability that a tool leaves to all tokens but the next of its answer, 0.01 by default.
         tool_seconds: time limit of a call of your function, 1 by default.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
+        cache_hidden_states: keep the base's hidden states at all target tokens beside its scores, in its dtype; with
+            method "head" they are all that training reads, however many epochs.
         scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory; what is missing
             there is computed.
         max_batch_tokens: of scoring, padding included; by default 512 on a CPU, 16,384 elsewhere.
@@ -86,6 +88,7 @@ class RunConfig(DataConfig):
     tool_eps: float | None = None
     tool_seconds: float | None = None
     accept_differences: list[str] = field(default_factory=list)
+    cache_hidden_states: bool = False
     scores: str | None = None
     max_batch_tokens: int | None = None
 

@@ -17,9 +17,9 @@ from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
 from collm.models.tools import ToolModel
-from collm.run.data import Prepared
 from collm.run.options import DataConfig, RunConfig
 from collm.tools.spec import ToolSpec
+from collm.training.dataset import TrainingSet
 from collm.training.examples import Examples, encode_rows
 from collm.training.remote import RemoteModel
 from collm.training.scores import Scores
@@ -43,6 +43,7 @@ def score(
     processes: PartialState | None = None,
     *,
     max_batch_tokens: int | None = None,
+    hidden_states: bool = False,
     server: Server | None = None,
     quiet: bool = False,
 ) -> Scores:
@@ -51,7 +52,7 @@ def score(
     Several processes share the work; all return all scores.
     """
     processes = processes or PartialState(cpu=not torch.cuda.is_available())
-    found = find_scores(out, examples, spec)
+    found = find_scores(out, examples, spec, hidden_states=hidden_states)
     if found is None:
         model = _scored(spec, tokenizer, server)
         with progress_bar(f"scoring with {model.name}", enabled=not quiet and processes.is_main_process) as progress:
@@ -61,6 +62,7 @@ def score(
                 out,
                 spec=spec,
                 max_batch_tokens=max_batch_tokens,
+                hidden_states=hidden_states,
                 process=processes.process_index,
                 num_processes=processes.num_processes,
                 progress=progress,
@@ -89,23 +91,30 @@ def _scored(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: Ser
 
 
 def score_all(
-    config: RunConfig, prepared: Prepared, directory: Path, processes: PartialState, *, quiet: bool
-) -> list[Scores]:
-    """Scores of the base and of each assistant; computed where missing, one model in memory at a time."""
-    root = Path(config.scores) if config.scores else directory / "scores"
+    config: RunConfig,
+    examples: Examples,
+    root: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: PartialState,
+    *,
+    quiet: bool,
+) -> TrainingSet:
+    """Examples with the scores of base and assistants; computed where missing, one model in memory at a time."""
     specs = {"base": config.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(config.assistants, start=1)}}
-    return [
+    base, *assistants = [
         score(
-            prepared.examples,
+            examples,
             spec,
             root / author,
-            prepared.tokenizer,
+            tokenizer,
             processes,
             max_batch_tokens=config.max_batch_tokens,
+            hidden_states=config.cache_hidden_states and author == "base",
             quiet=quiet,
         )
         for author, spec in specs.items()
     ]
+    return TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
 
 
 def score_data(

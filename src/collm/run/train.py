@@ -31,7 +31,6 @@ from collm.training.checkpoints import last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.data import Row
 from collm.training.dataset import TrainingSet
-from collm.training.scores import Scores
 from collm.training.scoring import progress_bar
 from collm.training.trainer import CoLLMTrainer
 
@@ -58,18 +57,25 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         ConfigError: options that do not fit, or a run directory that holds another run.
         CollmError: whatever else its steps raise.
     """
+    if config.cache_hidden_states and args.method != "head":
+        raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
     directory = Path(args.output_dir)
     processes = processes_of(args)
     check_directory(directory, config, args)
-    prepared = prepare(config, args.max_length, seed=args.seed)
+    prepared = prepare(config, args)
     processes.wait_for_everyone()  # all have looked before one writes
     if processes.is_main_process:
         claim_directory(directory, config, args)
         _write(directory / "example.txt", prepared.rendered())
         if not quiet:
             sys.stderr.write(prepared.rendered())
-    scores = score_all(config, prepared, directory, processes, quiet=quiet)
-    model, metrics = fit(config, args, prepared, scores)
+    root = Path(config.scores) if config.scores else directory / "scores"
+    data = score_all(config, prepared.examples, root, prepared.tokenizer, processes, quiet=quiet)
+    evaluation = None
+    if prepared.evaluation is not None:
+        place = root / "validation"
+        evaluation = score_all(config, prepared.evaluation, place, prepared.tokenizer, processes, quiet=quiet)
+    model, metrics = fit(config, args, prepared, data, evaluation)
     if processes.is_main_process:
         _save(config, prepared, directory, model, metrics, quiet=quiet)
     processes.wait_for_everyone()
@@ -143,7 +149,7 @@ def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
 
 
 def fit(
-    config: RunConfig, args: CoLLMConfig, prepared: Prepared, scores: Sequence[Scores]
+    config: RunConfig, args: CoLLMConfig, prepared: Prepared, data: TrainingSet, evaluation: TrainingSet | None
 ) -> tuple[CoLLM, dict[str, Any]]:
     """Warm-start the head and train; the assistants are not in memory. Goes on from a checkpoint if there is one."""
     spec = config.base_model
@@ -156,7 +162,8 @@ def fit(
         base=base,
         head=DeferralHead(hidden_size, len(config.assistant)),
         args=args,
-        train_dataset=TrainingSet(prepared.examples, scores[1:], scores[0]),
+        train_dataset=data,
+        eval_dataset=evaluation,
         vocab_size=vocab_size,
     )
     outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
@@ -168,6 +175,8 @@ def fit(
         "bad_rows_skipped": prepared.num_bad,
         "train_loss_nats": outcome.training_loss,
     }
+    if evaluation is not None:
+        metrics |= trainer.evaluate()
     if trainer.label_report is not None and trainer.warm_start_report is not None:
         metrics["pseudo_label_share"] = trainer.label_report.share
         metrics["warm_start"] = asdict(trainer.warm_start_report)

@@ -60,6 +60,10 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
             logit by about 0.1 at any width (2.4e-5 at width 4096, 2e-3 at width 48).
         lora_r, lora_alpha, lora_dropout: 64, 16 and 0.1 by default, as in the authors' QLoRA runs.
         lora_target_modules: names of modules, "all-linear" by default; never the output layer.
+        padding_free: put the examples of a batch behind each other in one row instead of padding them; each attends to
+            itself alone, so the loss is the same. Where attention is SDPA or FlashAttention.
+        early_stopping_patience: stop after so many evaluations in which the marginal NLL did not improve; needs an
+            eval_strategy, and load_best_model_at_end to keep the best.
         warm_start: fit the head to pseudo-labels before training.
         warm_start_tokens: most target tokens to fit it to, 65,536 by default.
         positive_weight: weight of tokens labelled with an assistant, 8 by default.
@@ -76,6 +80,8 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
     lora_alpha: int | None = None
     lora_dropout: float | None = None
     lora_target_modules: list[str] | str | None = None
+    padding_free: bool = False
+    early_stopping_patience: int | None = None
     warm_start: bool = True
     warm_start_tokens: int | None = None
     positive_weight: float | None = None
@@ -86,9 +92,11 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
     warmup_steps: float = 0.04
     logging_steps: float = 10
     save_steps: float = 0.1
+    eval_steps: float | None = 0.1
     save_total_limit: int | None = 2
     report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
+    restore_callback_states_from_checkpoint: bool = True
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 24 * 3600
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
@@ -138,7 +146,7 @@ def _check_ranges(config: CoLLMConfig) -> None:
     for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
         value = getattr(config, name)
         _require(value is None or value > 0, name, value, "a number above 0")
-    for name in ("lora_r", "warm_start_tokens"):
+    for name in ("lora_r", "warm_start_tokens", "early_stopping_patience"):
         value = getattr(config, name)
         _require(value is None or value >= 1, name, value, "at least 1")
     dropout, variant = config.lora_dropout, config.pseudo_label_variant
@@ -158,6 +166,10 @@ def _check_effects(config: CoLLMConfig) -> None:
                 f"{name} has no effect with {switch}={getattr(config, switch)!r}; "
                 f"set {switch} to {needed!r} or leave {name} out"
             )
+    if config.early_stopping_patience is not None and not config.load_best_model_at_end:
+        raise ConfigError(
+            "early_stopping_patience without load_best_model_at_end would keep a worse model than it found; set both"
+        )
     if config.method == "head" and config.learning_rate not in (None, 0.0):
         raise ConfigError(
             f"learning_rate {config.learning_rate} has no effect with method 'head', which freezes the base; "

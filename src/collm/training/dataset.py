@@ -22,17 +22,26 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         examples: what was scored.
         assistant_scores: one for each assistant.
         base_scores: of the base before training; a warm start needs them.
+        from_hidden_states: give the hidden states kept with the base's scores instead of tokens. For a frozen base.
 
     Raises:
-        ConfigError: no assistant's scores, or scores of other examples.
+        ConfigError: no assistant's scores, scores of other examples, or no hidden states where they are wanted.
     """
 
     def __init__(
-        self, examples: Sequence[Example], assistant_scores: Sequence[Scores], base_scores: Scores | None = None
+        self,
+        examples: Sequence[Example],
+        assistant_scores: Sequence[Scores],
+        base_scores: Scores | None = None,
+        *,
+        from_hidden_states: bool = False,
     ) -> None:
         if not assistant_scores:
             raise ConfigError("a training set needs the scores of at least one assistant, none came")
+        if from_hidden_states and (base_scores is None or base_scores.hidden is None):
+            raise ConfigError("the base's scores hold no hidden states; score it with hidden_states=True")
         self.examples = examples
+        self.from_hidden_states = from_hidden_states
         self.assistant_scores = list(assistant_scores)
         self.base_scores = base_scores
         self.fingerprint = fingerprint(examples)
@@ -55,13 +64,15 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
         Returns:
             input_ids, gold, target_mask, shape (T,); assistant_logprobs and assistant_correct, shape (T, K), 0 and
-            false off the targets.
+            false off the targets. From hidden states T is the number of targets, and there are hidden, shape (T, H),
+            base_logprob and base_correct, shape (T,), in place of input_ids and gold.
         """
+        if self.from_hidden_states:
+            return self._targets(index)
         shifted = shift(self.examples[index])
         logprobs = torch.zeros(len(shifted.gold), self.num_assistants)
         correct = torch.zeros(len(shifted.gold), self.num_assistants, dtype=torch.bool)
-        logprobs[shifted.mask] = torch.stack([scores.logprob(index) for scores in self.assistant_scores], dim=-1)
-        correct[shifted.mask] = torch.stack([scores.correct(index) for scores in self.assistant_scores], dim=-1)
+        logprobs[shifted.mask], correct[shifted.mask] = self._assistants(index)
         return {
             "input_ids": shifted.input_ids,
             "gold": shifted.gold,
@@ -70,9 +81,29 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
             "assistant_correct": correct,
         }
 
+    def _targets(self, index: int) -> dict[str, Tensor]:
+        assert self.base_scores is not None
+        assert self.base_scores.hidden is not None
+        logprobs, correct = self._assistants(index)
+        return {
+            "hidden": self.base_scores.hidden.of(index),
+            "base_logprob": self.base_scores.logprob(index),
+            "base_correct": self.base_scores.correct(index),
+            "target_mask": torch.ones(len(logprobs), dtype=torch.bool),
+            "assistant_logprobs": logprobs,
+            "assistant_correct": correct,
+        }
+
+    def _assistants(self, index: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and flags at one example's targets, shape (n, K)."""
+        logprobs = torch.stack([scores.logprob(index) for scores in self.assistant_scores], dim=-1)
+        return logprobs, torch.stack([scores.correct(index) for scores in self.assistant_scores], dim=-1)
+
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch padded on the right, with the arguments of `JointModule.forward`."""
+    if "hidden" in items[0]:
+        return {name: pad_sequence([item[name] for item in items], batch_first=True) for name in items[0]}
     batch = pad([Shifted(item["input_ids"], item["gold"], item["target_mask"]) for item in items])
     return {
         "input_ids": batch.input_ids,
@@ -82,3 +113,12 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         "assistant_logprobs": pad_sequence([item["assistant_logprobs"] for item in items], batch_first=True),
         "assistant_correct": pad_sequence([item["assistant_correct"] for item in items], batch_first=True),
     }
+
+
+def collate_padding_free(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of one row, example behind example, whose position ids begin anew with each; no attention mask."""
+    batch = {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in items[0]}
+    if "input_ids" in batch:
+        positions = [torch.arange(len(item["input_ids"])) for item in items]
+        batch["position_ids"] = torch.cat(positions).unsqueeze(0)
+    return batch

@@ -17,6 +17,7 @@ MIN_ROWS = 64
 """Fewest target positions to a chunk; fewer would leave the matrix products idle."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def marginal_nll_sum(
     model: LanguageModel, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
 ) -> Tensor:

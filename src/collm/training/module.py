@@ -55,48 +55,66 @@ class JointModule(nn.Module):
         """The base's layers, by which FSDP cuts the model."""
         return list(getattr(self._model.inner, "_no_split_modules", None) or [])
 
+    # Compiled is what it calls of the base: the number of targets, which all else depends on, differs by batch.
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        gold: Tensor,
         target_mask: Tensor,
         assistant_logprobs: Tensor,
         assistant_correct: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         *,
         per_token: bool = False,
+        **inputs: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of a batch; position t speaks of the token after position t.
 
         Args:
-            input_ids, attention_mask: shape (B, T).
-            gold: the tokens that follow, shape (B, T).
             target_mask: true at target positions, shape (B, T).
             assistant_logprobs: of the gold tokens at target positions, nats, shape (B, T, K).
             assistant_correct: plays no part in the loss.
             num_items_in_batch: target tokens to divide by; by default those of this batch.
             per_token: also return what the tokens' measures need; the loss then has no gradient in the base.
+            **inputs: gold, the tokens that follow, shape (B, T), and what the base reads: input_ids and
+                attention_mask, shape (B, T). Or, of a frozen base, what it said: hidden, shape (B, T, H),
+                base_logprob and base_correct, shape (B, T).
 
         Returns:
             loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
             defer_logits, shape (B, T, K), all 0 off the targets.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            hidden = self._model.hidden_states(input_ids, attention_mask=attention_mask, use_cache=False)  # (B, T, H)
-            hidden = hidden[target_mask]  # (N, H)
-        gold, assistant_logprobs = gold[target_mask], assistant_logprobs[target_mask]
-        defer_logits = self.head(hidden)  # (N, K)
+        assistant_logprobs = assistant_logprobs[target_mask]
         if torch.is_grad_enabled() and not self.frozen and not per_token:
-            nll = marginal_nll_sum(self._model, hidden, gold, assistant_logprobs, defer_logits)
+            gold = inputs.pop("gold")[target_mask]
+            hidden = self._hidden_states(**inputs)[target_mask]  # (N, H)
+            nll = marginal_nll_sum(self._model, hidden, gold, assistant_logprobs, self._defer_logits(hidden))
+            views = {}
         else:
-            base_logprob, base_correct = read_targets(self._model, hidden, gold)  # (N,)
+            hidden, base_logprob, base_correct = self._read(target_mask, **inputs)
+            defer_logits = self._defer_logits(hidden)  # (N, K)
             nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+            views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
         result = {"loss": nll / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
-            views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
             result |= {name: _spread(values, target_mask) for name, values in views.items()}
         return result
+
+    def _hidden_states(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        return self._model.hidden_states(input_ids, use_cache=False, **inputs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _defer_logits(self, hidden: Tensor) -> Tensor:
+        return cast(Tensor, self.head(hidden))
+
+    @torch.no_grad()
+    def _read(self, target_mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (N, H), and log-probability and argmax (N,) of the gold tokens at the targets."""
+        if "hidden" in inputs:
+            hidden, base_logprob, base_correct = (inputs[name] for name in ("hidden", "base_logprob", "base_correct"))
+            return hidden[target_mask], base_logprob[target_mask], base_correct[target_mask]
+        gold = inputs.pop("gold")[target_mask]
+        hidden = self._hidden_states(**inputs)[target_mask]
+        return hidden, *read_targets(self._model, hidden, gold)
 
     def train(self, mode: bool = True) -> JointModule:
         """A frozen base stays in evaluation mode: its dropout would make it another model than the one decoded."""

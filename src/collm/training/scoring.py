@@ -60,6 +60,7 @@ def write_scores(
     spec: AssistantSpec,
     max_batch_tokens: int | None = None,
     shard_size: int = SHARD_SIZE,
+    hidden_states: bool = False,
     process: int = 0,
     num_processes: int = 1,
     progress: OnProgress | None = None,
@@ -76,19 +77,23 @@ def write_scores(
         spec: where the model came from, the part of its identity that is compared.
         max_batch_tokens: most tokens in a batch, padding included; by default 512 on a CPU, 16,384 elsewhere.
         shard_size: examples to a shard.
+        hidden_states: also keep the model's last hidden states at the target tokens: H numbers for each, in the
+            model's dtype. Only of a model in memory.
         process, num_processes: write every `num_processes`-th shard, from number `process` on.
         progress: called after each batch, with the tokens of these shards.
 
     Raises:
         ConfigError: `out_dir` holds scores of other examples or another model; the field that differs is named. Or
-            an example is longer than the model reads.
+            an example is longer than the model reads, or hidden states are asked of what shows none.
         MismatchError: a token id the model does not have.
         ModelFailure: NaN logits, naming the model and the example.
         ToolFailure: a tool raised, hung or returned no text; with the text it failed on.
         WriteError: the disk refused; whole shards remain.
     """
     _check_fits(model, examples)
-    header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=shard_size)
+    if hidden_states and not isinstance(model, LanguageModel):
+        raise ConfigError(f"{model.name} shows no hidden states; keep those of a model in memory")
+    header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=shard_size, hidden_states=hidden_states)
     store = _store(out_dir, header, examples)
     store.begin()
     mine = list(enumerate(store.shards))[process::num_processes]
@@ -105,7 +110,7 @@ def write_scores(
         if _is_whole(store, shard):
             advance(indices)
         else:
-            store.write(shard, *_score_shard(model, examples, indices, max_batch_tokens, advance))
+            store.write(shard, *_score_shard(model, examples, indices, max_batch_tokens, advance, hidden_states))
 
 
 def _score_shard(
@@ -114,32 +119,37 @@ def _score_shard(
     indices: Sequence[int],
     max_batch_tokens: int | None,
     advance: Callable[[Sequence[int]], None],
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and flags of these examples' target tokens, in their order."""
-    results: dict[int, tuple[Tensor, Tensor]] = {}
+    hidden_states: bool,
+) -> list[Tensor]:
+    """Log-probabilities and flags of these examples' target tokens, and hidden states if wanted, in their order."""
+    results: dict[int, tuple[Tensor, ...]] = {}
     for chosen in _batches(model, examples, indices, max_batch_tokens):
-        results.update(zip(chosen, _score_batch(model, examples, chosen), strict=True))
+        results.update(zip(chosen, _score_batch(model, examples, chosen, hidden_states), strict=True))
         advance(chosen)
-    logprobs, corrects = zip(*(results[index] for index in indices), strict=True)
-    return torch.cat(logprobs), torch.cat(corrects)
+    return [torch.cat(values) for values in zip(*(results[index] for index in indices), strict=True)]
 
 
-def find_scores(directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None) -> Scores | None:
+def find_scores(
+    directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None, *, hidden_states: bool = False
+) -> Scores | None:
     """The scores in a directory if they are complete; None if there is something left to score.
 
     Args:
         spec: compared with where the scored model came from, if given.
+        hidden_states: they must hold hidden states too.
 
     Raises:
-        ConfigError: they are of other examples or another model; the field that differs is named.
+        ConfigError: they are of other examples or another model, or without hidden states; what differs is named.
         ArtefactError: scores.json is damaged.
     """
     header = read_header(directory)
     if header is None:
         return None
-    wanted = {"fingerprint": fingerprint(examples)}
+    wanted: dict[str, Any] = {"fingerprint": fingerprint(examples)}
     if spec is not None:
         wanted |= spec.identity()
+    if hidden_states:
+        wanted["hidden_states"] = True
     header.check_same(wanted, directory)
     store = _store(directory, header, examples)
     whole = all(_is_whole(store, shard) for shard in range(len(store.shards)))
@@ -203,34 +213,36 @@ def _batches(
     return [[indices[place] for place in batch] for batch in batches]
 
 
-def _score_batch(model: Scored, examples: Sequence[Example], indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Log-probabilities and flags of each example's target tokens, on the CPU."""
+def _score_batch(
+    model: Scored, examples: Sequence[Example], indices: Sequence[int], hidden_states: bool = False
+) -> list[tuple[Tensor, ...]]:
+    """Log-probabilities and flags of each example's target tokens, and hidden states if wanted, on the CPU."""
     if isinstance(model, RemoteModel):
-        return model.score([examples[index] for index in indices], numbers=indices)
+        return [*model.score([examples[index] for index in indices], numbers=indices)]
     if isinstance(model, ToolModel):
         return [model.score(examples[index].token_ids, examples[index].is_target) for index in indices]
     shifted = [shift(examples[index]) for index in indices]
-    logprob, correct = _read_batch(model, shifted)
     counts = [int(one.mask.sum()) for one in shifted]
-    pairs = list(zip(torch.split(logprob, counts), torch.split(correct, counts), strict=True))
-    for index, (values, _) in zip(indices, pairs, strict=True):
+    read = _read_batch(model, shifted, hidden_states)
+    by_example = list(zip(*(torch.split(values, counts) for values in read), strict=True))
+    for index, (values, *_) in zip(indices, by_example, strict=True):
         if values.isnan().any():
             raise ModelFailure(
                 f"{model.name} returned NaN logits for example {index} (at its target token "
                 f"{int(values.isnan().nonzero()[0])}); check its weights and its dtype"
             )
-    return pairs
+    return by_example
 
 
-def _read_batch(model: LanguageModel, shifted: Sequence[Shifted]) -> tuple[Tensor, Tensor]:
+def _read_batch(model: LanguageModel, shifted: Sequence[Shifted], hidden_states: bool) -> list[Tensor]:
     training = model.module.training
     model.module.eval()
     try:
         with torch.inference_mode():
             batch = pad(shifted).to(model.input_device)
             hidden = model.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            mask = batch.mask.to(hidden.device)
-            logprob, correct = read_targets(model, hidden[mask], batch.gold[batch.mask])
-            return logprob.cpu(), correct.cpu()
+            hidden = hidden[batch.mask.to(hidden.device)]
+            read = [*read_targets(model, hidden, batch.gold[batch.mask]), *([hidden] if hidden_states else [])]
+            return [values.cpu() for values in read]
     finally:
         model.module.train(training)

@@ -19,7 +19,7 @@ from collm.atomic import atomic_file
 from collm.errors import ArtefactError, ConfigError
 from collm.models.members import AssistantSpec
 from collm.training.examples import Example, fingerprint
-from collm.training.scores import Scores
+from collm.training.scores import HiddenStates, Scores
 from collm.version import __version__
 
 FORMAT = 1
@@ -32,6 +32,7 @@ _FIELDS = {
     "weights": "weights of the model (or source or table of the tool)",
     "vocab_size": "vocabulary size",
     "shard_size": "shard size",
+    "hidden_states": "kind (with or without hidden states)",
 }
 
 _AGAIN = "run the same scoring again with the same --out: it recomputes what is missing"
@@ -39,7 +40,11 @@ _AGAIN = "run the same scoring again with the same --out: it recomputes what is 
 
 @dataclass(frozen=True)
 class Header:
-    """The content of scores.json: what the scores depend on, and with which versions they were begun."""
+    """The content of scores.json: what the scores depend on, and with which versions they were begun.
+
+    Attributes:
+        hidden_states: whether the shards also hold the model's last hidden states at the target tokens.
+    """
 
     fingerprint: str
     path: str
@@ -51,10 +56,19 @@ class Header:
     num_examples: int
     num_targets: int
     versions: dict[str, str]
+    hidden_states: bool = False
     format: int = FORMAT
 
     @classmethod
-    def of(cls, examples: Sequence[Example], spec: AssistantSpec, *, vocab_size: int, shard_size: int) -> Header:
+    def of(
+        cls,
+        examples: Sequence[Example],
+        spec: AssistantSpec,
+        *,
+        vocab_size: int,
+        shard_size: int,
+        hidden_states: bool = False,
+    ) -> Header:
         return cls(
             fingerprint=fingerprint(examples),
             **spec.identity(),
@@ -62,6 +76,7 @@ class Header:
             shard_size=shard_size,
             num_examples=len(examples),
             num_targets=sum(example.num_targets for example in examples),
+            hidden_states=hidden_states,
             versions={"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         )
 
@@ -130,13 +145,20 @@ class ScoreStore:
         with atomic_file(self.directory / HEADER) as temporary:
             temporary.write_text(json.dumps(asdict(self.header), indent=2) + "\n", encoding="utf-8")
 
-    def write(self, shard: int, logprob: Tensor, correct: Tensor) -> None:
-        """Write one shard: float32 and bool of its target tokens, in the shard's order of examples."""
+    def write(self, shard: int, logprob: Tensor, correct: Tensor, hidden: Tensor | None = None) -> None:
+        """Write one shard: float32 and bool of its target tokens, in the shard's order of examples.
+
+        Args:
+            hidden: last hidden states, shape (n, H), where the header says that the store holds them.
+        """
+        assert (hidden is not None) == self.header.hidden_states
         tensors = {
             "logprob": logprob.float().cpu().contiguous(),
             "correct": correct.cpu().to(torch.uint8).contiguous(),
             **self._layout(shard),
         }
+        if hidden is not None:
+            tensors["hidden"] = hidden.cpu().contiguous()
         content = save(tensors, metadata={"sha256": self._digest(tensors)})
         with atomic_file(self.path(shard)) as temporary:
             temporary.write_bytes(content)
@@ -182,15 +204,18 @@ class ScoreStore:
             ArtefactError: a shard is missing or damaged.
         """
         offsets = torch.tensor([0, *self.counts], dtype=torch.int64).cumsum(0)
+        places: dict[int, tuple[Path, int, int]] = {}
         logprobs = torch.empty(int(offsets[-1]), dtype=torch.float32)
         corrects = torch.empty(int(offsets[-1]), dtype=torch.bool)
         for shard, indices in enumerate(self.shards):
             tensors = self._whole(shard)
             pieces = zip(indices, tensors["offsets"].tolist(), tensors["offsets"][1:].tolist(), strict=False)
             for index, start, end in pieces:
+                places[index] = (self.path(shard), start, end)
                 logprobs[offsets[index] : offsets[index + 1]] = tensors["logprob"][start:end]
                 corrects[offsets[index] : offsets[index + 1]] = tensors["correct"][start:end].bool()
-        return Scores(logprobs, corrects, offsets, self.header.fingerprint)
+        hidden = HiddenStates(places) if self.header.hidden_states else None
+        return Scores(logprobs, corrects, offsets, self.header.fingerprint, hidden)
 
     def _layout(self, shard: int) -> dict[str, Tensor]:
         indices = self.shards[shard]
@@ -202,7 +227,7 @@ class ScoreStore:
         digest = hashlib.sha256(json.dumps(identity).encode())
         for name in sorted(tensors):
             digest.update(name.encode())
-            digest.update(tensors[name].numpy().tobytes())
+            digest.update(tensors[name].view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -86,6 +86,7 @@ def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[lis
     return batches
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def read_targets(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of the gold tokens, and whether each is the model's argmax; without gradients.

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
 from collm.training.checkpoints import STATE, is_whole, last_checkpoint, load_tuned, read_tuned, save_tuned
 from collm.training.config import CoLLMConfig
-from collm.training.dataset import TrainingSet, collate
+from collm.training.dataset import TrainingSet, collate, collate_padding_free
 from collm.training.labels import LabelReport, label_tokens
 from collm.training.measures import TokenViews
 from collm.training.module import JointModule, with_adapter
@@ -52,6 +52,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
     """
 
     optimizer: Any
+    data_collator: Any
     control: Any
 
     def __init__(
@@ -75,11 +76,14 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             JointModule(tuned, head, frozen=args.method == "head", vocab_size=vocab_size),
             args,
-            data_collator=collate,
+            data_collator=collate_padding_free if args.padding_free else collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *_early_stopping(args)],
         )
+        if args.padding_free and not train_dataset.from_hidden_states:
+            with self.accelerator.autocast():
+                _check_padding_free(LanguageModel(tuned, name="base"))
 
     @property
     def joint(self) -> JointModule:
@@ -150,6 +154,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
                 max_tokens=self.args.resolved("warm_start_tokens"),
                 positive_weight=self.args.resolved("positive_weight"),
                 seed=self.args.seed,
+                hidden=data.base_scores.hidden,
                 progress=progress,
             )
 
@@ -225,6 +230,14 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Padded in any case: rows are examples, which is how they are counted over processes."""
+        training, self.data_collator = self.data_collator, collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
     def _views(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The fields of `TokenViews` for one batch of every process, on the CPU."""
         inputs = self._prepare_inputs(batch)
@@ -263,6 +276,33 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+def _early_stopping(args: CoLLMConfig) -> list[TrainerCallback]:
+    patience = args.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+@torch.no_grad()
+def _check_padding_free(base: LanguageModel) -> None:
+    """Whether sequences behind each other in one row keep to themselves, which some attention ignores without a word.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    training = base.module.training
+    base.module.eval()
+    items = [{"input_ids": torch.arange(length) % base.vocab_size} for length in (7, 5)]
+    row = {name: values.to(base.input_device) for name, values in collate_padding_free(items).items()}
+    together = base.hidden_states(**row, use_cache=False)[0, 7:]
+    alone = base.hidden_states(row["input_ids"][:, 7:], use_cache=False)[0]
+    base.module.train(training)
+    if not torch.allclose(together, alone, rtol=0.05, atol=0.05 * alone.abs().max().item()):
+        raise ConfigError(
+            f"padding_free does not fit {type(base.inner).__name__} with attention "
+            f"{base.config._attn_implementation!r}: sequences in one row see each other; use sdpa or "
+            "flash_attention_2, or leave padding_free out"
+        )
+
+
 def _is_head(parameter_name: str) -> bool:
     """Whether a parameter of the joint module, wrapped or not, is the head's."""
     return next(part for part in parameter_name.split(".") if part in ("base", "head")) == "head"
@@ -282,6 +322,8 @@ def _check(
             raise MismatchError(
                 f"the head chooses among {head.num_assistants} assistants, the data has scores of {data.num_assistants}"
             )
+        if data.from_hidden_states and args.method != "head":
+            raise ConfigError(f"hidden states are kept of a frozen base only; method {args.method!r} changes it")
     longest = max(len(example.token_ids) for example in train_dataset.examples)
     if longest > args.max_length:
         raise DataError(

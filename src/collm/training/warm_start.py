@@ -16,6 +16,7 @@ from collm.training.examples import Example
 from collm.training.labels import Labels
 from collm.training.measures import author_accuracy, deferral_auc
 from collm.training.regression import fit_authors, weighted_nll
+from collm.training.scores import HiddenStates
 from collm.training.scoring import OnProgress
 from collm.training.targets import batch_tokens_on, batches_by_length, pad, shift
 
@@ -56,6 +57,7 @@ def warm_start(
     max_tokens: int = 65536,
     positive_weight: float = 8.0,
     seed: int,
+    hidden: HiddenStates | None = None,
     max_batch_tokens: int | None = None,
     progress: OnProgress | None = None,
 ) -> WarmStartReport:
@@ -71,6 +73,7 @@ def warm_start(
         max_tokens: most target tokens to use, from examples in random order.
         positive_weight: weight of tokens labelled with an assistant, against 1.
         seed: of that order.
+        hidden: the base's hidden states, where they were kept; it is not run then.
         max_batch_tokens: as in `scoring.write_scores`.
         progress: called with target tokens read and to be read.
 
@@ -84,7 +87,10 @@ def warm_start(
     targets = torch.cat([labels.of(index) for index in chosen])[:max_tokens].to(base.device)
     if not (targets != 0).any():
         raise DataError(f"the warm start finds no positive among the {len(targets)} tokens it reads; {labels.report()}")
-    features = _read_features(base, examples, chosen, max_batch_tokens, progress)[:max_tokens]
+    if hidden is not None:
+        features = torch.cat([hidden.of(index) for index in chosen])[:max_tokens].to(base.device, torch.float32)
+    else:
+        features = _read_features(base, examples, chosen, max_batch_tokens, progress)[:max_tokens]
     mean, scale = _standardise(features)
     cut = sum(len(labels.of(index)) for index in chosen[: round((1 - HELD_OUT) * len(chosen))])
     trial = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
