@@ -223,3 +223,30 @@ def test_hidden_states_kept_on_disk_train_the_same_head(setting: dict[str, Any],
     assert not read_header(tmp_path / "run-True/scores/assistant-1").hidden_states
     with pytest.raises(ConfigError, match="cache_hidden_states does not fit method 'full'"):
         train_collaboration(RunConfig(**setting, cache_hidden_states=True), options(tmp_path / "x", method="full"))
+
+
+@pytest.mark.parametrize("method", ["lora", "head"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_models_train_and_are_loaded_quantized(
+    method: str, kind: str, setting: dict[str, Any], saved_model: SavedModel, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes cuts rows into blocks of 64
+    names = {"base": str(saved_model("base", 0, **shape)), "assistant": [str(saved_model("first", 1, **shape))]}
+    models = {**setting, **names, "base_quantization": kind, "assistant_quantization": kind}
+    tuning = {"lora_r": 2, "learning_rate": 1e-2} if method == "lora" else {}
+    result = train_collaboration(RunConfig(**models), options(tmp_path / "run", method=method, **tuning), quiet=True)
+    loaded = CoLLM.from_pretrained(result.directory)
+    manifest = json.loads((result.directory / "collm.json").read_text())
+    assert [spec["quantization"] for spec in (manifest["base"], *manifest["assistants"])] == [kind, kind]
+    params = SamplingParams(max_new_tokens=6)
+    for threshold in (1.0, 0.4, -1.0):
+        expected = result.model.generate(["w1 w2", "w5"], params, threshold=threshold)
+        came = loaded.generate(["w1 w2", "w5"], params, threshold=threshold)
+        assert [c.token_ids for c in came] == [c.token_ids for c in expected]
+
+
+def test_quantized_weights_are_not_tuned_whole(setting: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="take no updates; use lora"):
+        train_collaboration(RunConfig(**setting, base_quantization="nf4"), options(tmp_path / "x", method="full"))
+    with pytest.raises(ConfigError, match=r"quantization of .* is 'nf3', expected one of nf4, int8"):
+        RunConfig(**setting, base_quantization="nf3").base_model  # noqa: B018

@@ -37,6 +37,7 @@ def score(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4 or int8, by bitsandbytes.")] = None,
     server: Annotated[
         str | None, typer.Option(help="Score there instead: base URL of an OpenAI-compatible server, as vLLM's.")
     ] = None,
@@ -67,7 +68,13 @@ def score(
     served = None if server is None else run.Server(server, concurrency or 16, api_key_env)
     spec: ModelSpec | ToolSpec
     if model.startswith(PREFIX):
-        options = {"dtype": dtype != "auto", "device": device, "server": server, "max_batch_tokens": max_batch_tokens}
+        options = {
+            "dtype": dtype != "auto",
+            "device": device,
+            "server": server,
+            "max_batch_tokens": max_batch_tokens,
+            "quantization": quantization,
+        }
         _refuse(model, "which is no model", **options)
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
@@ -75,9 +82,14 @@ def score(
     else:
         _refuse(model, "which is no tool", tool_eps=tool_eps, tool_seconds=tool_seconds)
         if server is not None:
-            options = {"dtype": dtype != "auto", "device": device, "max_batch_tokens": max_batch_tokens}
+            options = {
+                "dtype": dtype != "auto",
+                "device": device,
+                "max_batch_tokens": max_batch_tokens,
+                "quantization": quantization,
+            }
             _refuse(model, "which the server runs", **options)
-        spec = run.parse_model(model, dtype=dtype, device=device)
+        spec = run.parse_model(model, dtype=dtype, device=device, quantization=quantization)
     base = run.parse_model(tokenizer) if tokenizer else spec
     assert isinstance(base, ModelSpec)
     config = run.DataConfig(data, split, prompt_field, completion_field, template, format_, bad_rows)

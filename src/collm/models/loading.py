@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from collm.errors import ConfigError, LoadError, MissingExtra
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("nf4", "int8")
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,11 @@ class ModelSpec:
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "cuda:1", "auto" (spread by Accelerate), or None: the GPU if there is one.
         attention: attention implementation outside the KV slots (training, scoring); None lets transformers choose.
+        quantization: of its linear layers but the output layer, by bitsandbytes: "nf4" (4 bits, twice quantized, as in
+            QLoRA, arXiv 2305.14314) or "int8". They compute in `dtype`, bfloat16 if that is "auto".
 
     Raises:
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype or quantization.
     """
 
     path: str
@@ -36,10 +46,15 @@ class ModelSpec:
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype of {self.path} is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(
+                f"quantization of {self.path} is {self.quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
+            )
         if Path(self.path).is_dir():  # an artefact must not depend on the directory it was made from
             object.__setattr__(self, "path", str(Path(self.path).resolve()))
 
@@ -49,6 +64,7 @@ class ModelSpec:
             "path": self.path,
             "revision": self.revision,
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "weights": _weights_digest(self.path),
         }
 
@@ -83,16 +99,41 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
     Raises:
         LoadError: nothing at the path, or what is there is no causal LM that transformers can load.
+        MissingExtra: it is to be quantized, and bitsandbytes is not installed.
     """
     device = spec.device or default_device()
     options: dict[str, Any] = {"revision": spec.revision, "dtype": spec.dtype, "device_map": device}
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention
+    if spec.quantization is not None:
+        dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
+        options |= {"dtype": dtype, "quantization_config": _quantization(spec.quantization, dtype)}
     try:
         model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise LoadError(_could_not_load("model", spec, error)) from error
+    _keep_layout(model)
     return cast(PreTrainedModel, model.eval())
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """On some CPUs bitsandbytes repacks 4-bit weights at the first pass in evaluation mode; they have no gradient then."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "quantize")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
 from collm.models.guards import check_vocab_sizes
@@ -50,7 +50,12 @@ def spec_of(member: Member) -> AssistantSpec | None:
     path = getattr(inner.config, "_name_or_path", "")
     if not path:
         return None
-    return ModelSpec(path, revision=getattr(inner.config, "_commit_hash", None))
+    revision = getattr(inner.config, "_commit_hash", None)
+    quantized = getattr(inner.config, "quantization_config", None)
+    if isinstance(quantized, BitsAndBytesConfig):
+        kind = "int8" if quantized.load_in_8bit else "nf4"
+        return ModelSpec(path, revision, str(inner.dtype).removeprefix("torch."), quantization=kind)
+    return ModelSpec(path, revision)
 
 
 def load_members(

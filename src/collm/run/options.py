@@ -63,6 +63,8 @@ class RunConfig(DataConfig):
         max_new_tokens, stop, max_batch: of calibration's completions.
         dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
             whole.
+        base_quantization, assistant_quantization: nf4 or int8, by bitsandbytes; of the base with method "lora" (QLoRA)
+            or "head".
         tool_eps: probability that a tool leaves to all tokens but the next of its answer, 0.01 by default.
         tool_seconds: time limit of a call of your function, 1 by default.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
@@ -85,6 +87,8 @@ class RunConfig(DataConfig):
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
+    base_quantization: str | None = None
+    assistant_quantization: str | None = None
     tool_eps: float | None = None
     tool_seconds: float | None = None
     accept_differences: list[str] = field(default_factory=list)
@@ -104,6 +108,8 @@ class RunConfig(DataConfig):
             raise ConfigError("tool_eps has no effect without a tool among the assistants; leave it out")
         if self.tool_seconds is not None and not any(tool.foreign for tool in tools):
             raise ConfigError("tool_seconds has no effect without a function of yours as an assistant; leave it out")
+        if self.assistant_quantization is not None and len(tools) == len(self.assistant):
+            raise ConfigError("assistant_quantization has no effect where all assistants are tools; leave it out")
         check_accepted(self.accept_differences)
         check_rates(self.rates)
         metric_named(self.metric)
@@ -111,18 +117,22 @@ class RunConfig(DataConfig):
     @property
     def base_model(self) -> ModelSpec:
         """Where the base comes from."""
-        return self._model(self.base)
+        return self._model(self.base, self.base_quantization)
 
     @property
     def assistants(self) -> list[AssistantSpec]:
         """Where the assistants 1..K come from."""
         return [
-            parse_tool(name, self.tool_eps, self.tool_seconds) if name.startswith(PREFIX) else self._model(name)
+            parse_tool(name, self.tool_eps, self.tool_seconds)
+            if name.startswith(PREFIX)
+            else self._model(name, self.assistant_quantization)
             for name in self.assistant
         ]
 
-    def _model(self, name: str) -> ModelSpec:
-        return parse_model(name, dtype=self.dtype, device=self.device, attention=self.attention)
+    def _model(self, name: str, quantization: str | None) -> ModelSpec:
+        return parse_model(
+            name, dtype=self.dtype, device=self.device, attention=self.attention, quantization=quantization
+        )
 
 
 def parse_tool(name: str, eps: float | None = None, seconds: float | None = None) -> ToolSpec:
@@ -132,10 +142,15 @@ def parse_tool(name: str, eps: float | None = None, seconds: float | None = None
 
 
 def parse_model(
-    name: str, *, dtype: str = "auto", device: str | None = None, attention: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    attention: str | None = None,
+    quantization: str | None = None,
 ) -> ModelSpec:
     """A model by path or Hub id, with "@revision" behind it if need be."""
     path, at, revision = name.rpartition("@")
     if not at or Path(name).exists():
         path, revision = name, ""
-    return ModelSpec(path, revision or None, dtype, device, attention)
+    return ModelSpec(path, revision or None, dtype, device, attention, quantization)

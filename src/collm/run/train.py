@@ -59,6 +59,8 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     """
     if config.cache_hidden_states and args.method != "head":
         raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
+    if config.base_quantization is not None and args.method == "full":
+        raise ConfigError("base_quantization does not fit method 'full': quantized weights take no updates; use lora")
     directory = Path(args.output_dir)
     processes = processes_of(args)
     check_directory(directory, config, args)

@@ -29,6 +29,7 @@ _FIELDS = {
     "path": "model",
     "revision": "model revision",
     "dtype": "model dtype",
+    "quantization": "quantization of the model",
     "weights": "weights of the model (or source or table of the tool)",
     "vocab_size": "vocabulary size",
     "shard_size": "shard size",
@@ -56,6 +57,7 @@ class Header:
     num_examples: int
     num_targets: int
     versions: dict[str, str]
+    quantization: str | None = None
     hidden_states: bool = False
     format: int = FORMAT
 
