@@ -10,6 +10,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed  # asks for torch
 	touch $@
 
 demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each model alone (about 2 minutes).

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from collm.core.head import DeferralHead
 from collm.training.config import CoLLMConfig
@@ -54,12 +56,17 @@ def main() -> None:
         "save_strategy": "no",
         "logging_strategy": "no",
     }
-    config = CoLLMConfig(**{**settings, **options})
-    if config.fsdp:  # which Accelerate would turn into DDP on a CPU, without a word
+    with tempfile.TemporaryDirectory() as start:  # loaded when the options are known, as in a run: ZeRO-3 cuts it then
+        make_model(tiny_config(), 1).save_pretrained(start)
+        config = CoLLMConfig(**{**settings, **options})
         assert config.device.type == "cpu"  # has made the process group
+        if config.deepspeed:  # as Accelerate does it on GPUs
+            deepspeed.init_distributed(dist_backend="gloo")
+        base = AutoModelForCausalLM.from_pretrained(start)
+    if config.fsdp:  # which Accelerate would turn into DDP on a CPU, without a word
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     stops = [StopAfter(stop_after)] if stop_after else []
-    trainer = CoLLMTrainer(make_model(tiny_config(), 1), DeferralHead(32, 1), config, DATA, DATA, callbacks=stops)
+    trainer = CoLLMTrainer(base, DeferralHead(32, 1), config, DATA, DATA, callbacks=stops)
     trainer.train(resume_from_checkpoint=resume or None)
     measured = trainer.evaluate()
     trainer.save_model(str(out / "final"))

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +29,30 @@ FSDP2 = {
         "reshard_after_forward": True,
     },
 }
-WAYS = {"ddp": ({}, "DistributedDataParallel"), "fsdp2": (FSDP2, "FSDPJointModule")}
+WRAPPED = {
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPJointModule",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
+
+
+def options_of(way: str) -> dict[str, Any]:
+    """What makes training run that way; DeepSpeed's options are those of the configuration that is shipped."""
+    if not way.startswith("zero"):
+        return {"fsdp2": FSDP2, "ddp": {}}[way]
+    shipped = yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{way}.yaml").read_text())["deepspeed_config"]
+    plugin = DeepSpeedPlugin(
+        zero_stage=shipped["zero_stage"],
+        gradient_accumulation_steps=shipped["gradient_accumulation_steps"],
+        gradient_clipping=shipped["gradient_clipping"],
+        offload_optimizer_device=shipped["offload_optimizer_device"],
+        offload_param_device=shipped["offload_param_device"],
+        zero3_init_flag=shipped.get("zero3_init_flag"),
+        zero3_save_16bit_model=shipped.get("zero3_save_16bit_model"),
+    )
+    unused = [name for name, value in plugin.deepspeed_config.items() if value == float("inf")]  # no JSON
+    return {"deepspeed": {name: value for name, value in plugin.deepspeed_config.items() if name not in unused}}
 
 
 def launch(module: str, *arguments: str, processes: int, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -37,7 +62,12 @@ def launch(module: str, *arguments: str, processes: int, cwd: Path = ROOT) -> su
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command += ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     done = subprocess.run(
         [*command, module, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -66,20 +96,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return out, train(out, 1, gradient_accumulation_steps=2)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WRAPPED)
 def test_two_processes_train_and_measure_as_one(alone: tuple[Path, dict[str, Any]], tmp_path: Path, way: str) -> None:
-    options, wrapped = WAYS[way]
-    result = train(tmp_path, 2, **options)
-    assert (result["wrapped"], result["processes"]) == (wrapped, 2)
+    result = train(tmp_path, 2, **options_of(way))
+    assert (result["wrapped"], result["processes"]) == (WRAPPED[way], 2)
     assert result["sharded"] == (3 if way == "fsdp2" else 0)  # the whole and each of its two layers
     assert result["measured"] == pytest.approx(alone[1]["measured"], rel=1e-5)
     assert largest_difference(tmp_path / "final", alone[0] / "final") < 1e-6
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WRAPPED)
 def test_two_processes_resume_as_if_never_stopped(alone: tuple[Path, dict[str, Any]], tmp_path: Path, way: str) -> None:
-    options, _ = WAYS[way]
-    saving = {**options, "save_strategy": "steps", "save_steps": 2}
+    saving = {**options_of(way), "save_strategy": "steps", "save_steps": 2}
     train(tmp_path, 2, **saving, stop_after=2)
     shutil.rmtree(tmp_path / "final")
     train(tmp_path, 2, **saving, resume=True)

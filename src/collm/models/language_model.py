@@ -42,11 +42,17 @@ class LanguageModel:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the output layer, which may exceed the tokenizer's ids."""
-        return int(self.output_weight.shape[0])
+        return self._output_shape[0]
 
     @property
     def hidden_size(self) -> int:
-        return int(self.output_weight.shape[1])
+        return self._output_shape[1]
+
+    @property
+    def _output_shape(self) -> tuple[int, int]:
+        weight = self.output_weight
+        rows, columns = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves a parameter empty between uses
+        return int(rows), int(columns)
 
     @property
     def device(self) -> torch.device:

@@ -117,7 +117,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _keep_layout(model: nn.Module) -> None:
-    """On some CPUs bitsandbytes repacks 4-bit weights at the first pass in evaluation mode; they have no gradient then."""
+    """On some CPUs bitsandbytes repacks 4-bit weights at the first pass in evaluation mode; then without gradients."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast(Any, module).support_avx512bf16_for_cpu = False

@@ -105,7 +105,7 @@ class _Chunks:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if self.needs_hidden else None
         defer_grad = torch.empty_like(defer_logits)
-        rows = max(MIN_ROWS, hidden.numel() // len(self.weight))
+        rows = max(MIN_ROWS, hidden.numel() // self.weight.shape[0])
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             states = hidden[part].to(self.dtype)

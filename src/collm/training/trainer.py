@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, ModelFailure, WriteError
@@ -81,6 +82,10 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=eval_dataset,
             callbacks=[*callbacks, *_early_stopping(args)],
         )
+        if is_deepspeed_zero3_enabled():  # the loss reads this weight outside its layer
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(self.joint, LanguageModel(tuned, name="base").output_weight)
         if args.padding_free and not train_dataset.from_hidden_states:
             with self.accelerator.autocast():
                 _check_padding_free(LanguageModel(tuned, name="base"))
