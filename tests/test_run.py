@@ -17,7 +17,7 @@ from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
 from collm.training.checkpoints import last_checkpoint
-from collm.training.data import Row
+from collm.training.data import Row, Rows
 from collm.training.store import read_header
 from collm.training.trainer import CoLLMTrainer
 
@@ -156,14 +156,14 @@ def test_a_pair_that_does_not_fit_is_refused_before_scoring(setting: dict[str, A
 
 
 def test_held_out_rows_are_a_tenth_at_random_and_never_trained_on() -> None:
-    rows = [Row(f"p{i}", "c", None, str(i)) for i in range(300)]
+    rows = Rows(Row(f"p{i}", "c", None, str(i)) for i in range(300))
     train, validation = hold_out(rows, seed=0)
     assert (len(train), len(validation)) == (270, 30)
     assert not {row.where for row in train} & {row.where for row in validation}
-    assert len(hold_out([*rows] * 10, seed=0)[1]) == 200
+    assert len(hold_out(Rows([*rows] * 10), seed=0)[1]) == 200
     assert hold_out(rows, seed=0)[1] == validation != hold_out(rows, seed=1)[1]
     with pytest.raises(ConfigError, match="9 rows are too few"):
-        hold_out(rows[:9], seed=0)
+        hold_out(Rows(rows[:9]), seed=0)
 
 
 def test_models_may_name_a_revision(tmp_path: Path) -> None:
@@ -250,3 +250,11 @@ def test_quantized_weights_are_not_tuned_whole(setting: dict[str, Any], tmp_path
         train_collaboration(RunConfig(**setting, base_quantization="nf4"), options(tmp_path / "x", method="full"))
     with pytest.raises(ConfigError, match=r"quantization of .* is 'nf3', expected one of nf4, int8"):
         RunConfig(**setting, base_quantization="nf3").base_model  # noqa: B018
+
+
+@pytest.mark.parametrize("split", ["test", "test[:200]", "test_hard"])
+def test_nothing_is_learned_or_chosen_on_a_test_split(split: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is what results are measured on"):
+        RunConfig(**setting, data_split=split)
+    with pytest.raises(ConfigError, match="is what results are measured on"):
+        RunConfig(**setting, validation=setting["data"], validation_split=split)

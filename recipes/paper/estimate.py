@@ -87,7 +87,7 @@ DATA = {
     # calculator's marks are a token each.
     "gsm8k": Data(7_473, 200, tokens=220, targets=140),
     # 7,500 rows: arXiv 2103.03874. The same problems are on the Hub in 7 subjects, of each of which 30 are held out.
-    "math": Data(7_500, 210, tokens=320, targets=220),
+    "math": Data(7_500, 200, tokens=320, targets=220),
     # Task 11b, training11b.json: the number of questions is an assumption too.
     "bioasq": Data(4_719, 200, tokens=170, targets=130),
 }

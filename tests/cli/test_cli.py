@@ -128,6 +128,49 @@ def test_inspecting_scores(pair: dict[str, Path], tmp_path: Path) -> None:
     assert "--inspect SCORES" in neither.stderr
 
 
+def test_a_run_in_parts(pair: dict[str, Path], tmp_path: Path) -> None:
+    """Scoring what the run will read, training without calibration, calibrating on the rows it held out."""
+    (tmp_path / "chat.jinja").write_text("{% for message in messages %}{{ message.content + ' ' }}{% endfor %}")
+    options = {
+        "base": str(pair["base"]), "assistant": str(pair["assistant"]), "data": str(pair["data"]), "max_length": 64,
+        "output_dir": "run", "method": "head", "max_new_tokens": 4, "calibrate": False, "use_cpu": True,
+        "chat_template": str(tmp_path / "chat.jinja"), "metric": "token_f1", "rates": [0.0, 0.5],
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    for author in ("base", "assistant-1"):
+        scored = collm("score", "--config", "run.yaml", "--author", author, cwd=tmp_path)
+        assert scored.returncode == 0, scored.stderr
+        assert "144 target tokens" in scored.stdout  # 4 of 40 rows are held out
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    trained = collm("train", "--config", "run.yaml", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "not calibrated: collm calibrate run/collaboration" in trained.stdout
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (tmp_path / "run/collaboration/calibration.json").exists()
+    calibrated = collm("calibrate", "run/collaboration", cwd=tmp_path)
+    assert calibrated.returncode == 0, calibrated.stderr
+    loaded = CoLLM.from_pretrained(tmp_path / "run/collaboration")
+    assert loaded.template.chat == (tmp_path / "chat.jinja").read_text()
+    assert loaded.calibration is not None
+    assert (loaded.calibration.num_prompts, loaded.calibration.metric_name) == (4, "token_f1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["score", "--config", "run.yaml"], "needs --author"),
+        (["score", "x.jsonl", "--config", "run.yaml", "--author", "base"], "leave data out"),
+        (["score", "--inspect", "scores", "--dtype", "float32"], "leave --dtype out"),
+        (["score", "x.jsonl"], "expected DATA, --model and --out"),
+        (["calibrate", "run", "--metric", "contains"], "without --data the run of DIR says the rest"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(arguments: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert complaint in " ".join(re.sub("[\u2500-\u257f]", " ", result.stderr).split())
+
+
 def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> None:
     fails(1, "^collm: there is no collaboration at nowhere", "generate", "nowhere", "hi", cwd=tmp_path)
     fails(2, "top_p=0.5 .* no effect at temperature 0", "generate", "nowhere", "hi", "--top-p", 0.5, cwd=tmp_path)

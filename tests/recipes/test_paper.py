@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
 from collm.cli.train import parse
-from collm.models.loading import ModelSpec, load_tokenizer
 from collm.models.template import PromptTemplate
 from collm.run import RunConfig
+from collm.run.data import MAX_HELD_OUT
 from collm.training.config import CoLLMConfig
-from collm.training.data import load_rows
 from recipes.paper import estimate
-from recipes.paper.hold_out import HELD_OUT, hold_out
 from tests.models.test_template import TOKENIZERS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "paper"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 RUNS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-SUBJECT_ROWS = (1744, 771, 870, 1295, 869, 1205, 746)  # of MATH's 7,500
-ROW_COUNTS = {"gsm8k": [7473], "math": SUBJECT_ROWS, "tulu": [326_154]}
 THEIRS = {  # the authors' code (arXiv 2403.03870)
     "optim": "adamw_torch",
     "learning_rate": 2e-5,
@@ -75,55 +69,12 @@ def test_the_hyper_parameters_are_the_authors(run: str) -> None:
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * processes == 128
 
 
-# Data
-
-
-def slices(spec: str, rows: int) -> list[int]:
-    instruction = datasets.ReadInstruction.from_spec(spec).to_absolute({"train": rows})
-    assert {part.splitname for part in instruction} == {"train"}
-    return [row for part in instruction for row in range(part.from_, part.to)]
-
-
-@pytest.mark.parametrize("run", ROW_COUNTS)
+@pytest.mark.parametrize("run", RUNS)
 def test_validation_is_held_out_of_the_training_split(run: str) -> None:
     config, _ = parsed(run)
-    assert config.validation == config.data
-    assert config.data_split is not None
-    assert config.validation_split is not None
-    num_held_out = 0
-    for rows in ROW_COUNTS[run]:
-        train, validation = slices(config.data_split, rows), slices(config.validation_split, rows)
-        assert sorted(train + validation) == list(range(rows))
-        num_held_out += len(validation)
-    assert (sum(ROW_COUNTS[run]), num_held_out) == (estimate.DATA[run].rows, estimate.DATA[run].held_out)
-
-
-def test_slices_of_a_hub_set_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"question": f"How many, {i}?", "answer": f"#### {i}"} for i in range(220)]
-    (tmp_path / "copy").mkdir()
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "copy" / "train-00000-of-00001.parquet")
-    config, _ = parsed("gsm8k")
-    train, validation = (
-        load_rows(tmp_path / "copy", split=split, format=config.format)
-        for split in (config.data_split, config.validation_split)
-    )
-    assert [row.completion for row in validation + train] == [row["answer"] for row in rows]
-
-
-def test_questions_of_bioasq_are_held_out_once(tmp_path: Path) -> None:
-    questions = [{"body": f"What, {i}?", "type": "summary", "ideal_answer": [f"That, {i}."]} for i in range(250)]
-    (tmp_path / "training11b.json").write_text(json.dumps({"questions": questions}))
-    hold_out(tmp_path / "training11b.json", tmp_path / "data/bioasq")
-    config, _ = parsed("bioasq")
-    assert config.validation is not None
-    train, validation = (load_rows(tmp_path / file, format="bioasq") for file in (config.data, config.validation))
-    assert len(validation) == HELD_OUT == estimate.DATA["bioasq"].held_out
-    prompts = [row.prompt for row in train] + [row.prompt for row in validation]
-    assert sorted(prompts) == sorted(question["body"] for question in questions)
-    before = (tmp_path / config.validation).read_text()
-    hold_out(tmp_path / "training11b.json", tmp_path / "data/bioasq")
-    assert (tmp_path / config.validation).read_text() == before
+    assert (config.data_split, config.validation) == (None, None)  # train is the default, rows are held out of it
+    rows = estimate.DATA[run].rows
+    assert estimate.DATA[run].held_out == min(MAX_HELD_OUT, rows // 10)
 
 
 # Prompts
@@ -168,15 +119,6 @@ def test_the_chat_template_spells_the_roles(tokenizer: PreTrainedTokenizerFast) 
         "<|system|>\nthe mat\n<|user|>\nthe cat sat\n<|assistant|>\non the mat<eos>\n"
         "<|user|>\nand the dog\n<|assistant|>\n"
     )
-
-
-def test_the_tulu_base_takes_its_template_from_the_file_beside_it(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(ModelSpec(str(tmp_path))).chat_template is None
-    shutil.copy(FOLDER / "tulu.jinja", tmp_path / "chat_template.jinja")
-    assert load_tokenizer(ModelSpec(str(tmp_path))).chat_template == (FOLDER / "tulu.jinja").read_text()
 
 
 # Costs, by hand
@@ -237,54 +179,27 @@ def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert read[0]["memory_bytes"]["zero2"]["total"] == estimate.estimate("tulu").memory_bytes["zero2"]["total"]
 
 
-def readme_commands(name: str) -> list[dict[str, str]]:
-    """Arguments of the README's `collm name ..` commands as the shell reads them: first and options."""
+def readme_commands(name: str) -> list[list[str]]:
+    """Arguments of the README's `collm name ..` commands as the shell reads them."""
     blocks = re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-    script = "".join(block for block in blocks if f"collm {name} " in block and "accelerate" not in block)
-    shell = "collm() { printf '%s\\0' \"$@\"; printf '\\1'; }\n" + script
+    script = "".join(block for block in blocks if "collm " in block)
+    shell = "collm() { printf '%s\\0' \"$@\"; printf '\\1'; }\naccelerate() { :; }\n" + script
     out = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True, check=True).stdout
     listed = [command.split("\0")[:-1] for command in out.split("\1")[:-1]]
-    return [
-        {"": first, **dict(zip(options[::2], options[1::2], strict=True))}
-        for command, first, *options in listed
-        if command == name
-    ]
+    return [arguments for command, *arguments in listed if command == name]
 
 
-def test_scoring_reads_what_training_reads() -> None:
-    commands = {command.pop("--out"): command for command in readme_commands("score")}
-    assert len(commands) == len(RUNS)
-    for run in RUNS:
-        config, args = parsed(run)
-        wanted = {
-            "": config.data,
-            "--split": config.data_split,
-            "--format": config.format,
-            "--bad-rows": config.bad_rows if config.bad_rows != "stop" else None,
-            "--template": config.template if run != "tulu" else None,
-            "--server": "http://localhost:8000/v1",
-            "--model": config.assistant[0],
-            "--tokenizer": config.base,
-        }
-        assert args.max_length == 2048  # the command's default
-        assert commands[f"{args.output_dir}/scores/assistant-1"] == {k: v for k, v in wanted.items() if v is not None}
-
-
-def test_calibration_measures_what_training_held_out() -> None:
-    commands = {command.pop(""): command for command in readme_commands("calibrate")}
-    assert len(commands) == len(RUNS)
-    for run in RUNS:
-        config, args = parsed(run)
-        wanted = {
-            "--data": config.validation,
-            "--split": config.validation_split,
-            "--format": config.format,
-            "--bad-rows": config.bad_rows if config.bad_rows != "stop" else None,
-            "--metric": config.metric,
-            "--max-new-tokens": str(config.max_new_tokens),
-            "--device": "auto",
-        }
-        assert commands[f"{args.output_dir}/collaboration"] == {k: v for k, v in wanted.items() if v is not None}
+def test_the_readmes_commands_take_the_configurations() -> None:
+    scored = [command for command in readme_commands("score") if "--config" in command]
+    assert {Path(command[1]).stem for command in scored} == set(RUNS)
+    for command in scored:
+        config, _ = parse(["--config", str(ROOT / command[1]), "--use_cpu", "true"])
+        assert command[2:4] == ["--author", "assistant-1"]
+        assert command[3] in config.authors
+        assert not config.calibrate
+    directories = {parsed(run)[1].output_dir for run in RUNS}
+    assert all(str(Path(command[0]).parent) in directories for command in readme_commands("calibrate"))
+    assert len(readme_commands("calibrate")) == 1
 
 
 def test_files_that_the_readme_names_are_there() -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from collm.cli.usage import allow_only
+
 
 def calibrate(
+    context: typer.Context,
     collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration, a directory.")],
-    data: Annotated[str, typer.Option(help="Validation rows: JSON, JSONL, data set directory or Hub name.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Validation rows: JSON, JSONL, data set directory or Hub name. Default: as DIR's run says."),
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a data set.")] = None,
     prompt_field: Annotated[str, typer.Option(help="Name of the prompt's field.")] = "prompt",
     completion_field: Annotated[str, typer.Option(help="Name of the completion's field.")] = "completion",
@@ -32,7 +39,10 @@ def calibrate(
         bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
     ] = False,
 ) -> None:
-    """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and keep the best."""
+    """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and keep the best.
+
+    Without --data, on the rows and with the options of the run that made DIR.
+    """
     from rich.console import Console
 
     from collm import run
@@ -41,7 +51,14 @@ def calibrate(
     from collm.core.types import SamplingParams
     from collm.evaluation.calibration import DEFERRAL_RATES
 
+    if data is None:
+        allow_only(context, "collaboration", "device", "trust_tools", why="without --data the run of DIR says the rest")
     model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
+    if data is None:
+        measured = run.calibrate_run(model, Path(collaboration).resolve().parent)
+        model.save_calibration(collaboration)
+        Console(highlight=False).print(calibration_table(measured))
+        return
     source = run.DataConfig(data, split, prompt_field, completion_field, format=format_, bad_rows=bad_rows)
     rows = source.rows(data, split)[:limit]
     params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())

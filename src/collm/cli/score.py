@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from collm.cli.usage import allow_only
+
+if TYPE_CHECKING:
+    from collm.training.scores import Scores
+
 
 def score(
+    context: typer.Context,
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")
     ] = None,
@@ -20,6 +26,10 @@ def score(
         Path | None,
         typer.Option(metavar="SCORES", help="Score nothing; compare SCORES/base with SCORES/assistant-1, .."),
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="run.yaml", help="Score what 'collm train --config' will ask of --author.")
+    ] = None,
+    author: Annotated[str | None, typer.Option(help="With --config: base, assistant-1, ..")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="The base whose tokenizer and template training will use. Default: the model.")
     ] = None,
@@ -27,6 +37,9 @@ def score(
     prompt_field: Annotated[str, typer.Option(help="Name of the prompt's field.")] = "prompt",
     completion_field: Annotated[str, typer.Option(help="Name of the completion's field.")] = "completion",
     template: Annotated[str, typer.Option(help="Prompt template, as in training.")] = "{prompt}",
+    chat_template: Annotated[
+        str | None, typer.Option(help="File with the chat template, as in training. Default: the tokenizer's.")
+    ] = None,
     format_: Annotated[
         str, typer.Option("--format", help="rows, tulu, gsm8k, gsm8k-plain, math or bioasq, as published.")
     ] = "rows",
@@ -51,14 +64,12 @@ def score(
     `collm train` does this by itself for what is missing in its scores directory.
     """
     if inspect is not None:
-        if (data, model, out) != (None, None, None):
-            raise typer.BadParameter("--inspect scores nothing; leave DATA, --model and --out out")
+        allow_only(context, "inspect", why="--inspect scores nothing")
         _inspect(inspect)
         return
-    if data is None or model is None or out is None:
-        raise typer.BadParameter("expected DATA, --model and --out, or --inspect SCORES")
 
     from collm import run
+    from collm.cli.train import parse
     from collm.errors import ConfigError
     from collm.models.loading import ModelSpec
     from collm.tools.spec import PREFIX, ToolSpec
@@ -66,6 +77,16 @@ def score(
     if server is None and (concurrency is not None or api_key_env is not None):
         raise ConfigError("concurrency and api_key_env have no effect without --server; leave them out")
     served = None if server is None else run.Server(server, concurrency or 16, api_key_env)
+    if config is not None:
+        allow_only(
+            context, "config", "author", "server", "concurrency", "api_key_env", why="--config says what to score"
+        )
+        if author is None:
+            raise typer.BadParameter("--config needs --author: base, assistant-1, ..")
+        _report(run.score_author(*parse(["--config", str(config)]), author, server=served), None)
+        return
+    if data is None or model is None or out is None:
+        raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
     spec: ModelSpec | ToolSpec
     if model.startswith(PREFIX):
         options = {
@@ -92,14 +113,18 @@ def score(
         spec = run.parse_model(model, dtype=dtype, device=device, quantization=quantization)
     base = run.parse_model(tokenizer) if tokenizer else spec
     assert isinstance(base, ModelSpec)
-    config = run.DataConfig(data, split, prompt_field, completion_field, template, format_, bad_rows)
+    rows = run.DataConfig(data, split, prompt_field, completion_field, template, format_, bad_rows, chat_template)
     scores = run.score_data(
-        config, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens, server=served
+        rows, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens, server=served
     )
+    _report(scores, out)
+
+
+def _report(scores: Scores, out: Path | None) -> None:
     summary = scores.summary()
     typer.echo(
         f"{summary.num_targets} target tokens: mean NLL {summary.mean_nll_nats:.4f} nats, "
-        f"argmax is gold for {summary.accuracy:.2%}; written to {out}"
+        f"argmax is gold for {summary.accuracy:.2%}" + (f"; written to {out}" if out else "")
     )
 
 

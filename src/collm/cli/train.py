@@ -28,7 +28,10 @@ def train(context: typer.Context) -> None:
     console = Console(highlight=False)
     console.print(run.to_yaml(config, args), markup=False)
     result = run.train_collaboration(config, args)
-    console.print(calibration_table(result.calibration))
+    if config.calibrate:
+        console.print(calibration_table(result.calibration))
+    else:
+        console.print(f"not calibrated: collm calibrate {result.directory}", markup=False)
     console.print(f'collm generate {result.directory} "..."', markup=False)
 
 

@@ -2,8 +2,8 @@
 
 from collm.run.data import hold_out
 from collm.run.options import DataConfig, RunConfig, parse_model, parse_tool
-from collm.run.scores import Server, score, score_data
-from collm.run.train import RunResult, calibrate_rows, to_yaml, train_collaboration
+from collm.run.scores import Server, score, score_author, score_data
+from collm.run.train import RunResult, calibrate_rows, calibrate_run, to_yaml, train_collaboration
 
 __all__ = [
     "DataConfig",
@@ -11,10 +11,12 @@ __all__ = [
     "RunResult",
     "Server",
     "calibrate_rows",
+    "calibrate_run",
     "hold_out",
     "parse_model",
     "parse_tool",
     "score",
+    "score_author",
     "score_data",
     "to_yaml",
     "train_collaboration",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +14,7 @@ from collm.models.template import PromptTemplate
 from collm.run.options import RunConfig
 from collm.tools.calls import open_tool
 from collm.training.config import CoLLMConfig
-from collm.training.data import Row
+from collm.training.data import Row, Rows
 from collm.training.examples import Examples, encode_rows
 
 MAX_HELD_OUT = 200
@@ -50,12 +48,7 @@ class Prepared:
 
 def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     """Read the rows, check that the tokenizers agree and that tools can be called, encode."""
-    read = config.rows(config.data, config.data_split)
-    rows: list[Row] = read
-    if config.validation is None:
-        rows, validation = hold_out(read, seed=args.seed)
-    else:
-        validation = config.rows(config.validation, config.validation_split)
+    rows, validation = split_rows(config, seed=args.seed)
     tokenizer = load_tokenizer(config.base_model)
     identity = TokenizerIdentity.of(tokenizer)
     for number, spec in enumerate(config.assistants, start=1):
@@ -64,15 +57,27 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
             check_tokenizers(identity, other, f"assistant {number} ({spec.path})", accept=config.accept_differences)
         else:
             open_tool(spec).close()
-    template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
+    template = config.prompt_template(tokenizer)
     examples = encode_rows(rows, template, tokenizer, max_length=args.max_length)
     evaluation = None
     if args.eval_strategy != "no":
         evaluation = encode_rows(validation, template, tokenizer, max_length=args.max_length)
-    return Prepared(tokenizer, template, examples, validation, evaluation, read.num_bad)
+    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad)
 
 
-def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:
+def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:
+    """Rows to train on, and rows to calibrate and evaluate on.
+
+    Raises:
+        ConfigError: fewer than 10 rows, of which none can be held out.
+    """
+    rows = config.rows(config.data, config.data_split)
+    if config.validation is None:
+        return hold_out(rows, seed=seed)
+    return rows, list(config.rows(config.validation, config.validation_split))
+
+
+def hold_out(rows: Rows, *, seed: int) -> tuple[Rows, list[Row]]:
     """Rows to train on and rows to calibrate on, drawn at random.
 
     Raises:
@@ -83,4 +88,5 @@ def hold_out(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[Row]]:
         raise ConfigError(f"{len(rows)} rows are too few to hold some out for calibration; pass a validation set")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = set(order[:count])
-    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+    kept = Rows((row for i, row in enumerate(rows) if i not in held_out), rows.num_bad)
+    return kept, [rows[i] for i in sorted(held_out)]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, check_rates
@@ -11,6 +14,7 @@ from collm.evaluation.metrics import metric_named
 from collm.models.guards import check_accepted
 from collm.models.loading import ModelSpec
 from collm.models.members import AssistantSpec
+from collm.models.template import PromptTemplate
 from collm.tools.spec import PREFIX, ToolSpec
 from collm.training.data import Rows, load_rows
 
@@ -25,6 +29,7 @@ class DataConfig:
         prompt_field, completion_field: names of the two fields.
         template: wraps prompts, in training and in decoding alike.
         format: rows (default), tulu, gsm8k, gsm8k-plain, math or bioasq: the forms in which these sets are published.
+        chat_template: file with the Jinja template that renders chats; by default the base tokenizer's own.
         bad_rows: "stop" at a row that cannot be used, or "skip" it, reported and counted.
     """
 
@@ -35,6 +40,23 @@ class DataConfig:
     template: str = "{prompt}"
     format: str = "rows"
     bad_rows: str = "stop"
+    chat_template: str | None = None
+
+    def prompt_template(self, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+        """How prompts and chats are rendered.
+
+        Raises:
+            ConfigError: the chat template cannot be read.
+        """
+        chat = tokenizer.chat_template
+        if self.chat_template is not None:
+            try:
+                chat = Path(self.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(
+                    f"chat_template {self.chat_template} cannot be read ({error}); name a file"
+                ) from error
+        return PromptTemplate(self.template, chat=cast("str | None", chat))
 
     def rows(self, source: str, split: str | None) -> Rows:
         """Rows of any source that has this format."""
@@ -59,6 +81,8 @@ class RunConfig(DataConfig):
         validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
         validation_split: which split of a data set.
         metric: what calibration measures: exact_match, contains, last_number, token_f1 or module:function.
+        calibrate: measure thresholds when training is done; false where base and assistants do not fit one process
+            there: `collm calibrate` does it later, with the same rows.
         rates: deferral rates that calibration aims at.
         max_new_tokens, stop, max_batch: of calibration's completions.
         dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
@@ -79,6 +103,7 @@ class RunConfig(DataConfig):
     assistant: list[str]
     validation: str | None = None
     validation_split: str | None = None
+    calibrate: bool = True
     metric: str = "exact_match"
     rates: list[float] = field(default_factory=lambda: list(DEFERRAL_RATES))
     max_new_tokens: int = 256
@@ -101,6 +126,12 @@ class RunConfig(DataConfig):
             raise ConfigError("no assistant came; expected at least one path or Hub id")
         if self.validation_split is not None and self.validation is None:
             raise ConfigError("validation_split has no effect without validation; name the data set")
+        for split in (self.data_split, self.validation_split):
+            if split is not None and split.startswith("test"):
+                raise ConfigError(
+                    f"split {split!r} is what results are measured on; train on another, and choose the threshold on "
+                    "rows held out of it (leave validation out) or on a validation split"
+                )
         if self.base.startswith(PREFIX):
             raise ConfigError(f"the base is {self.base}, expected a language model: the head reads its hidden states")
         tools = [spec for spec in self.assistants if isinstance(spec, ToolSpec)]
@@ -113,6 +144,11 @@ class RunConfig(DataConfig):
         check_accepted(self.accept_differences)
         check_rates(self.rates)
         metric_named(self.metric)
+
+    @property
+    def authors(self) -> dict[str, AssistantSpec]:
+        """Base and assistants by the names of their scores: base, assistant-1, .."""
+        return {"base": self.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(self.assistants, start=1)}}
 
     @property
     def base_model(self) -> ModelSpec:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from collm.errors import ConfigError
 from collm.models.guards import ACCEPTABLE, TokenizerIdentity, check_tokenizers
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.models.members import AssistantSpec
-from collm.models.template import PromptTemplate
 from collm.models.tools import ToolModel
+from collm.run.data import prepare
 from collm.run.options import DataConfig, RunConfig
 from collm.tools.spec import ToolSpec
+from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
 from collm.training.examples import Examples, encode_rows
 from collm.training.remote import RemoteModel
@@ -100,7 +101,6 @@ def score_all(
     quiet: bool,
 ) -> TrainingSet:
     """Examples with the scores of base and assistants; computed where missing, one model in memory at a time."""
-    specs = {"base": config.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(config.assistants, start=1)}}
     base, *assistants = [
         score(
             examples,
@@ -112,7 +112,7 @@ def score_all(
             hidden_states=config.cache_hidden_states and author == "base",
             quiet=quiet,
         )
-        for author, spec in specs.items()
+        for author, spec in config.authors.items()
     ]
     return TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
 
@@ -132,7 +132,45 @@ def score_data(
     if isinstance(spec, ModelSpec) and spec != base:
         other = TokenizerIdentity.of(load_tokenizer(spec))
         check_tokenizers(TokenizerIdentity.of(tokenizer), other, spec.path, accept=ACCEPTABLE)
-    template = PromptTemplate(config.template, chat=cast("str | None", tokenizer.chat_template))
     rows = config.rows(config.data, config.data_split)
-    examples = encode_rows(rows, template, tokenizer, max_length=max_length)
+    examples = encode_rows(rows, config.prompt_template(tokenizer), tokenizer, max_length=max_length)
     return score(examples, spec, out, tokenizer, max_batch_tokens=max_batch_tokens, server=server)
+
+
+def score_author(
+    config: RunConfig, args: CoLLMConfig, author: str, *, server: Server | None = None, quiet: bool = False
+) -> Scores:
+    """Score what a run will ask of one author, where it will look for it: training rows, and validation rows if it
+    evaluates.
+
+    Args:
+        author: base, assistant-1, ..
+
+    Raises:
+        ConfigError: the run has no such author, or a server is given for a tool.
+    """
+    if author not in config.authors:
+        raise ConfigError(f"author is {author!r}, expected one of {', '.join(config.authors)}")
+    spec, prepared = config.authors[author], prepare(config, args)
+    if server is not None and isinstance(spec, ToolSpec):
+        raise ConfigError(f"{author} is {spec}, which no server runs; leave the server out")
+    parts = {".": prepared.examples, **({"validation": prepared.evaluation} if prepared.evaluation else {})}
+    scores = {
+        part: score(
+            examples,
+            spec,
+            scores_directory(config, args) / part / author,
+            prepared.tokenizer,
+            max_batch_tokens=config.max_batch_tokens,
+            hidden_states=config.cache_hidden_states and author == "base",
+            server=server,
+            quiet=quiet,
+        )
+        for part, examples in parts.items()
+    }
+    return scores["."]
+
+
+def scores_directory(config: RunConfig, args: CoLLMConfig) -> Path:
+    """Where a run keeps its scores."""
+    return Path(config.scores) if config.scores else Path(args.output_dir) / "scores"

@@ -24,9 +24,9 @@ from collm.evaluation.calibration import DEFERRAL_RATES, ValidationItem, calibra
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_model
-from collm.run.data import Prepared, prepare
+from collm.run.data import Prepared, prepare, split_rows
 from collm.run.options import RunConfig
-from collm.run.scores import score_all
+from collm.run.scores import score_all, scores_directory
 from collm.training.checkpoints import last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.data import Row
@@ -41,8 +41,18 @@ class RunResult:
 
     directory: Path
     model: CoLLM
-    calibration: Calibration
     metrics: dict[str, Any]
+
+    @property
+    def calibration(self) -> Calibration:
+        """What was measured at the end.
+
+        Raises:
+            ConfigError: the run was told not to calibrate.
+        """
+        if self.model.calibration is None:
+            raise ConfigError(f"{self.directory} was not calibrated; run 'collm calibrate {self.directory}'")
+        return self.model.calibration
 
 
 def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = False) -> RunResult:
@@ -71,7 +81,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         _write(directory / "example.txt", prepared.rendered())
         if not quiet:
             sys.stderr.write(prepared.rendered())
-    root = Path(config.scores) if config.scores else directory / "scores"
+    root = scores_directory(config, args)
     data = score_all(config, prepared.examples, root, prepared.tokenizer, processes, quiet=quiet)
     evaluation = None
     if prepared.evaluation is not None:
@@ -83,9 +93,9 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     processes.wait_for_everyone()
     if not processes.is_main_process:
         model = CoLLM.from_pretrained(directory / "collaboration", trust_tools=True)
-    assert model.calibration is not None
-    metrics["calibration"] = model.calibration.to_dict()
-    return RunResult(directory / "collaboration", model, model.calibration, metrics)
+    if model.calibration is not None:
+        metrics["calibration"] = model.calibration.to_dict()
+    return RunResult(directory / "collaboration", model, metrics)
 
 
 def processes_of(args: CoLLMConfig) -> PartialState:
@@ -98,21 +108,14 @@ def processes_of(args: CoLLMConfig) -> PartialState:
 def _save(
     config: RunConfig, prepared: Prepared, directory: Path, model: CoLLM, metrics: dict[str, Any], *, quiet: bool
 ) -> None:
-    """Save the collaboration, calibrate it and keep what was measured."""
+    """Save the collaboration, calibrate it if wanted and keep what was measured."""
     model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
     model.save_pretrained(directory / "collaboration")
-    calibration = calibrate_rows(
-        model,
-        prepared.validation,
-        config.validation or f"held out of {config.data}",
-        metric=config.metric,
-        rates=config.rates,
-        params=SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
-        max_batch=config.max_batch,
-        quiet=quiet,
-    )
-    model.save_calibration(directory / "collaboration")
-    kept = {**metrics, "calibration": calibration.to_dict()}
+    kept = dict(metrics)
+    if config.calibrate:
+        calibration = calibrate_as(config, model, prepared.validation, quiet=quiet)
+        model.save_calibration(directory / "collaboration")
+        kept["calibration"] = calibration.to_dict()
     _write(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
 
 
@@ -191,6 +194,34 @@ def fit(
         accept_differences=config.accept_differences,
     )
     return model, metrics
+
+
+def calibrate_as(config: RunConfig, model: CoLLM, rows: Sequence[Row], *, quiet: bool = False) -> Calibration:
+    """Calibrate as a run's options say."""
+    return calibrate_rows(
+        model,
+        rows,
+        config.validation or f"held out of {config.data}",
+        metric=config.metric,
+        rates=config.rates,
+        params=SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
+        max_batch=config.max_batch,
+        quiet=quiet,
+    )
+
+
+def calibrate_run(model: CoLLM, directory: Path, *, quiet: bool = False) -> Calibration:
+    """Calibrate the collaboration of a run directory, with the rows and options of its run.yaml.
+
+    Raises:
+        ConfigError: there is no run.yaml.
+    """
+    path = directory / "run.yaml"
+    if not path.exists():
+        raise ConfigError(f"there is no {path} to say which rows; pass --data")
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = RunConfig(**{one.name: options[one.name] for one in fields(RunConfig)})
+    return calibrate_as(config, model, split_rows(config, seed=options["seed"])[1], quiet=quiet)
 
 
 def calibrate_rows(
