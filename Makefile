@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test bench lint types check clean
+.PHONY: demo test bench bench-training lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,7 +22,11 @@ test: $(INSTALLED)  ## The whole test suite.
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
 	$(BIN)/python -m benchmarks.decode --dtype float32 --out benchmarks/results/cpu-float32.json
 	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --out benchmarks/results/cpu-bfloat16.json
-	$(BIN)/python -m benchmarks.table benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
+	$(BIN)/python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
+
+bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as the tables of docs/training.md (about 15 minutes).
+	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json
+	$(BIN)/python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

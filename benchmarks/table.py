@@ -1,6 +1,7 @@
-"""Puts what `benchmarks.decode` wrote into the tables of docs/performance.md, between its markers.
+"""Puts what a benchmark wrote into the tables of a page, between its markers.
 
-python -m benchmarks.table benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
+python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
+python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PAGE = Path("docs/performance.md")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 GRID = {
     "prompt": "prompt",
@@ -47,7 +47,21 @@ COMPILED = {
     "speed_vs_packed": "vs packed",
     "seconds_to_compile": "seconds to compile",
 }
+MEMORY = {
+    "vocabulary": "vocabulary",
+    "plain_mb": "all logits, MB",
+    "chunks_mb": "chunks, MB",
+    "memory_ratio": "memory ratio",
+    "time_ratio": "time ratio",
+}
+STEP = {"target_share": "share of targets", "steps": "steps", "step_ratio": "time / plain fine-tuning"}
+PADDING = {"shortest": "shortest", "longest": "longest", "padding_free_ratio": "time / padded"}
+SCORING = {"model": "model", "longest": "longest", "examples": "examples", "scoring_ratio": "speed / one at a time"}
 PARTS = [
+    ("memory", "Memory of the loss, forward and backward, above what was held before it:", MEMORY),
+    ("step", "An optimiser step against transformers' Trainer with the model's own loss:", STEP),
+    ("padding", "An optimiser step without padding against one with it:", PADDING),
+    ("scoring", "Scoring against one example at a time:", SCORING),
     ("lookahead", "Lookahead, one sequence, by how often the models agree:", LOOKAHEAD),
     ("context", "As the context grows, the base writing:", CONTEXT),
     ("compiled", "The compiled one-token step, rate 0.3:", COMPILED),
@@ -101,11 +115,12 @@ def _cache_free(rows: list[dict[str, Any]], new: int) -> list[str]:
 
 
 def main() -> None:
-    page = PAGE.read_text()
+    path = Path(sys.argv[1])
+    page = path.read_text()
     head, rest = page.split(BEGIN)
     _, tail = rest.split(END)
-    sections = [line for name in sys.argv[1:] for line in section(Path(name))]
-    PAGE.write_text(head + BEGIN + "\n\n" + "\n".join(sections) + END + tail)
+    sections = [line for name in sys.argv[2:] for line in section(Path(name))]
+    path.write_text(head + BEGIN + "\n\n" + "\n".join(sections) + END + tail)
 
 
 if __name__ == "__main__":

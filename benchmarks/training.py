@@ -1,6 +1,6 @@
 """Cost of training and scoring as ratios of one run, on models of real shape with random weights. Prints JSON.
 
-    python -m benchmarks.training --parts memory step scoring
+    python -m benchmarks.training --parts memory step padding scoring
 
 memory: peak memory of the loss, forward and backward, above what was held before it; all logits at once against chunks.
 step: seconds of an optimiser step of CoLLMTrainer against transformers' Trainer, same base, same batches, in turns.
@@ -11,6 +11,7 @@ scoring: tokens per second of `write_scores` against one example at a time throu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import resource
@@ -178,10 +179,24 @@ def step(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def padding(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Without padding every token is real, but attention goes over the whole row: what wins depends on both."""
+    rows = []
+    for shortest in (arguments.length // 16, arguments.length // 2):
+        data = training_set(make_examples(64, shortest, arguments.length, SHAPES[arguments.base][5], 1.0))
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(arguments.rounds):
+            for free in taken:
+                taken[free] += _steps("ours", data, arguments, padding_free=free)
+        free, padded = (statistics.median(taken[kind]) for kind in (True, False))
+        rows.append({"shortest": shortest, "longest": arguments.length, "padding_free_ratio": free / padded})
+    return rows
+
+
 def _steps(kind: str, data: TrainingSet, arguments: argparse.Namespace, **options: Any) -> list[float]:
     base = make_model(arguments.base, SHAPES[arguments.base][5], torch.float32, arguments.device)
     times = StepTimes()
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):  # where Trainer prints
         common: dict[str, Any] = {
             "output_dir": directory,
             "max_steps": arguments.steps,
@@ -234,6 +249,7 @@ def _write(module: Any, examples: Sequence[Example]) -> None:
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "memory": memory,
     "step": step,
+    "padding": padding,
     "scoring": scoring,
 }
 
@@ -255,7 +271,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a round")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--score-examples", type=int, default=256)
-    parser.add_argument("--score-lengths", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--score-lengths", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
