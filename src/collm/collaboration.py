@@ -323,7 +323,7 @@ class CoLLM:
         self, policy: str | Policy | Sequence[Policy] | None, threshold: float | None, budget: float | None, count: int
     ) -> Sequence[Policy]:
         if policy is None or policy == "threshold":
-            return [ThresholdPolicy(self._threshold(threshold, budget))] * count
+            return [ThresholdPolicy(self.threshold(threshold, budget))] * count
         if threshold is not None or budget is not None:
             raise ConfigError("threshold and budget have no effect with another policy than 'threshold'; drop them")
         if isinstance(policy, str):
@@ -333,7 +333,12 @@ class CoLLM:
             raise ConfigError(f"{len(policies)} policies came for {count} prompts; give one for each, or one for all")
         return policies
 
-    def _threshold(self, threshold: float | None, budget: float | None) -> float:
+    def threshold(self, threshold: float | None = None, budget: float | None = None) -> float:
+        """The threshold that `generate` uses with these options: the given one, else the calibrated one.
+
+        Raises:
+            ConfigError: both came, or there is no calibration to take it from.
+        """
         if threshold is not None and budget is not None:
             raise ConfigError("threshold and budget both came; a budget becomes a threshold, so give one of them")
         if threshold is not None:
@@ -370,7 +375,7 @@ class CoLLM:
         )
 
     @cached_property
-    def _members(self) -> list[LanguageModel | ToolModel]:
+    def members(self) -> list[LanguageModel | ToolModel]:
         """All members in memory and checked against each other: the base, then the assistants."""
         members = [self.base, *self.assistants]
         vocab_size = self.identity.vocab_size
@@ -388,12 +393,12 @@ class CoLLM:
     def _authors(self) -> list[ModelRunner | ToolRunner]:
         return [
             ModelRunner(member, compiled=self.compiled) if isinstance(member, LanguageModel) else ToolRunner(member)
-            for member in self._members
+            for member in self.members
         ]
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        models = [member for member in self._members if isinstance(member, LanguageModel)]
+        models = [member for member in self.members if isinstance(member, LanguageModel)]
         of_models = check_eos([(m.name, m.eos_token_ids) for m in models], accept=self.accept_differences)
         eos = cast("int | None", self.tokenizer.eos_token_id)
         return of_models if eos is None else of_models | {eos}

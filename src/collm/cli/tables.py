@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from collm.core.calibration import Calibration
+    from collm.evaluation.compare import Comparison
+    from collm.evaluation.intervals import Interval
     from collm.evaluation.report import Row
     from collm.training.inspection import Inspection
 
@@ -49,6 +51,31 @@ def inspection_table(inspection: Inspection) -> Table:
         table.add_row(name, *cells)
     table.add_row("best author", f"{inspection.best_nll_nats:.4f}", f"{inspection.best_accuracy:.2%}")
     return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Systems beside each other: the main measure, the difference to the collaboration, and what an answer costs."""
+    measure = comparison.measure or "answers"
+    table = Table(title=f"{comparison.task}, {len(comparison.items)} items", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("system", measure, "95 %", "difference", "deferral", "GFLOP/item", "tokens/s", "s/item"):
+        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+    for result in comparison.results:
+        score = result.measures.get(measure)
+        table.add_row(
+            result.name,
+            "" if score is None else f"{score.mean:.1%}",
+            "" if score is None else _ends(score),
+            "" if result.difference is None else f"{100 * result.difference.mean:+.1f} ({_ends(result.difference)})",
+            f"{result.deferral_rate:.1%}",
+            f"{result.flops / 1e9:.3g}",
+            f"{result.tokens_per_s:.0f}",
+            f"{result.seconds:.2f}",
+        )
+    return table
+
+
+def _ends(interval: Interval) -> str:
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def results_table(rows: Sequence[Row]) -> Table:

@@ -13,7 +13,7 @@ from string import Template
 from collm.atomic import atomic_file
 from collm.core.types import BASE, deferral_rate
 from collm.evaluation.curve import draw_curve
-from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Example, Report, Row, Table, Token
 
 _COLOURS = 6
 _UNDERLINES = 5
@@ -48,7 +48,14 @@ def render_page(report: Report) -> str:
         MissingExtra: the report has a curve and matplotlib is not installed.
     """
     template = files("collm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    sections = (_table(report.rows), _curve(report), _examples(report), _details(report.details))
+    sections = (
+        _table(report.rows),
+        _curve(report),
+        _examples(report),
+        _astray(report),
+        *(_texts(table) for table in report.tables),
+        _details(report.details),
+    )
     return Template(template).substitute(
         title=_text(report.title),
         summary="".join(f"<p>{_text(part)}</p>" for part in re.split(r"\n\s*\n", report.summary.strip()) if part),
@@ -111,8 +118,35 @@ def _examples(report: Report) -> str:
         "<p>Each token is marked by who wrote it. Point at a token, or move to it with the Tab and arrow keys, to see "
         "its author and its defer prob: the probability that the head gave to asking an assistant.</p>"
     )
-    cards = "".join(_example(number, example, report.authors) for number, example in enumerate(report.examples, 1))
-    return _section("examples", "Who wrote what", intro + _legend(report.authors) + cards)
+    return _section("examples", "Who wrote what", intro + _legend(report.authors) + _cards(report.examples, report, 1))
+
+
+def _astray(report: Report) -> str:
+    if not report.astray:
+        return ""
+    intro = "<p>Answers that score lower than the base's alone, with at least one token by an assistant.</p>"
+    first = len(report.examples) + 1
+    return _section("astray", "Where an assistant led the answer astray", intro + _cards(report.astray, report, first))
+
+
+def _cards(examples: list[Example], report: Report, first: int) -> str:
+    return "".join(_example(number, example, report.authors) for number, example in enumerate(examples, first))
+
+
+def _texts(table: Table) -> str:
+    if not table.rows:
+        return ""
+    body = "".join(
+        f'<tr><th scope="row"><span class="verbatim">{_visible(name)}</span></th>{_cells(map(_text, cells))}</tr>\n'
+        for name, *cells in table.rows
+    )
+    content = _html_table(_text(table.heading), map(_text, table.columns), body)
+    return _section(table.name, _text(table.heading), _scrolling(f"{_text(table.heading)}, table", content))
+
+
+def _visible(text: str) -> str:
+    """Blanks at the ends, which tell one token from another, as marks."""
+    return _text(text).replace("\n", "⏎").replace(" ", "\u00a0") if text.strip() != text else _text(text)
 
 
 def _legend(authors: list[str]) -> str:

@@ -57,11 +57,29 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        name: of its place in the page.
+        heading: above it.
+        columns: their headings; the first names the rows.
+    """
+
+    name: str
+    heading: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Report:
     """What the page says; an empty list leaves its section out.
 
     Attributes:
         summary: what was found, in sentences; an empty line starts a new paragraph.
+        astray: answers that an assistant's token made worse than the base's own.
+        tables: shown after the examples; one without rows is left out.
         authors: names; author 0 is the base.
         operating_point: the deferral rate the collaboration runs at, None if it has none.
         details: how to get the same again: versions, seed, command.
@@ -72,6 +90,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     curve: list[CalibrationPoint] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    astray: list[Example] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     authors: list[str] = field(default_factory=list)
     operating_point: float | None = None
     details: dict[str, str] = field(default_factory=dict)
@@ -79,7 +99,7 @@ class Report:
     def __post_init__(self) -> None:
         if self.operating_point is not None:
             _check_shares(self, "operating_point")
-        for token in (token for example in self.examples for token in example.tokens):
+        for token in (token for example in [*self.examples, *self.astray] for token in example.tokens):
             if not 0 <= token.author < len(self.authors):
                 raise DataError(
                     f"token {token.text!r} is by author {token.author}, but the report names "

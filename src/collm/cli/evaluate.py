@@ -1,0 +1,77 @@
+"""`collm eval`: the collaboration beside every baseline on a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
+    task: Annotated[str, typer.Option(help="gsm8k, math, bioasq, alpaca_eval, multiple_choice, or rows.")],
+    data: Annotated[str, typer.Option(help="The task's data: a file, a directory or a Hub name.")],
+    out: Annotated[Path, typer.Option(help="Directory for answers and results; an interrupted evaluation resumes.")],
+    compare: Annotated[
+        str, typer.Option(help="Commas between: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4, POLICY.")
+    ] = "base,assistant",
+    split: Annotated[str | None, typer.Option(help="Split of the data. Default: the task's test split.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask so many items, drawn by --seed.")] = None,
+    shots: Annotated[int, typer.Option(help="Answered questions shown before each item, from the train split.")] = 0,
+    shots_data: Annotated[str | None, typer.Option(help="Where shots come from instead.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="For rows: exact_match, contains, last_number, token_f1 or module:function.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as the user of a chat.")] = False,
+    threshold: Annotated[float | None, typer.Option(help="Of the collaboration. Default: the calibrated one.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Deferral rate allowed, in place of a threshold.")] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Also answer at every threshold of the calibration.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of drawn items, shots and tokens.")] = 0,
+    max_batch: Annotated[int, typer.Option(help="Most prompts decoded at once.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    trust_tools: Annotated[
+        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    ] = False,
+) -> None:
+    """Answer a task with the collaboration and with what it is compared to; scores, intervals and costs of each."""
+    from rich.console import Console
+
+    from collm.cli.tables import comparison_table
+    from collm.collaboration import CoLLM
+    from collm.core.policies import ThresholdPolicy
+    from collm.core.types import SamplingParams
+    from collm.errors import ConfigError
+    from collm.evaluation import compare as comparing
+    from collm.evaluation.systems import systems_named
+    from collm.evaluation.tasks.named import task_named
+    from collm.evaluation.verdict import verdict
+    from collm.training.scoring import progress_bar
+
+    chosen = task_named(task, **({} if metric is None else {"metric": metric}))
+    items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
+    model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
+    operating = model.threshold(threshold, budget)
+    names = [name for name in compare.split(",") if name]
+    if curve:
+        if model.calibration is None:
+            raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
+        names += [f"threshold={point.threshold!r}" for point in model.calibration.points]
+    params = SamplingParams(temperature=temperature, seed=seed if temperature else None)
+    with progress_bar("answering") as progress:
+        found = comparing.compare(
+            systems_named(model, names, ThresholdPolicy(operating)),
+            chosen,
+            items,
+            out,
+            threshold=operating,
+            params=params,
+            chat=chat,
+            max_batch=max_batch,
+            progress=lambda name: progress,
+        )
+    console = Console(highlight=False)
+    console.print(comparison_table(found))
+    console.print(verdict(found.task, found.measure, found.results), markup=False)
+    console.print(f"collm report {out}", markup=False)

@@ -1,0 +1,157 @@
+"""What one system answered, item by item, in a file that an interrupted evaluation goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collm.core.types import Completion, FinishReason, ModelUsage
+from collm.errors import ArtefactError, ConfigError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One item answered.
+
+    Attributes:
+        id: of the item.
+        token_texts, authors, defer_probs: one entry per token.
+        scores: the task's measures of this item.
+        seconds: from the start of its batch to its last token.
+    """
+
+    id: str
+    token_texts: list[str]
+    authors: list[int]
+    defer_probs: list[float]
+    finish_reason: FinishReason
+    scores: dict[str, float]
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return "".join(self.token_texts)
+
+    @classmethod
+    def of(cls, item_id: str, completion: Completion, scores: Mapping[str, float], seconds: float) -> Answer:
+        return cls(
+            item_id,
+            completion.token_texts,
+            completion.authors,
+            [round(prob, 6) for prob in completion.defer_probs],
+            completion.finish_reason,
+            dict(scores),
+            round(seconds, 4),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch cost.
+
+    Attributes:
+        usage: by model, what it did.
+        seconds: for all of the batch.
+    """
+
+    ids: list[str]
+    usage: dict[str, ModelUsage]
+    seconds: float
+
+
+@dataclass
+class Answers:
+    """All answers of one system, in the order they came, and what they cost."""
+
+    items: dict[str, Answer] = field(default_factory=dict)
+    batches: list[Batch] = field(default_factory=list)
+
+
+def answer_path(directory: Path, system: str) -> Path:
+    """Where the answers of a system lie: its name's letters and digits, with a hash where others had to go."""
+    plain = "".join(letter if letter.isalnum() or letter in "-.=" else "_" for letter in system)
+    name = plain if plain == system else f"{plain}-{hashlib.sha256(system.encode()).hexdigest()[:8]}"
+    return directory / "answers" / f"{name}.jsonl"
+
+
+def read_answers(directory: Path, system: str) -> dict[str, Answer]:
+    """The answers of one system, by item.
+
+    Raises:
+        ArtefactError: they are missing or damaged.
+    """
+    path = answer_path(directory, system)
+    if not path.exists():
+        raise ArtefactError(f"there is no {path}; run the same 'collm eval' again")
+    return AnswerFile(path).answers.items
+
+
+class AnswerFile:
+    """A JSONL file: what it answers, then a line for each answer and for each batch.
+
+    Args:
+        path: made if absent.
+        identity: what the answers depend on; None to take what is there.
+
+    Raises:
+        ConfigError: the file holds answers to something else.
+        ArtefactError: a line in it is damaged.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.identity = json.loads(json.dumps(identity))
+        self.answers = Answers()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path.exists() and self._read()):
+            self._append({"identity": self.identity})
+
+    def add(self, answer: Answer) -> None:
+        self.answers.items[answer.id] = answer
+        self._append({"answer": asdict(answer)})
+
+    def close_batch(self, ids: Sequence[str], usage: Mapping[str, ModelUsage], started: float) -> None:
+        """Keep what a batch cost that began at `started` (`time.perf_counter`)."""
+        batch = Batch(list(ids), dict(usage), round(time.perf_counter() - started, 4))
+        self.answers.batches.append(batch)
+        self._append({"batch": asdict(batch)})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _read(self) -> bool:
+        """Take over what is there; whether anything is."""
+        lines = self.path.read_bytes().split(b"\n")
+        if lines[-1]:  # a kill in the middle of a line
+            self.path.write_bytes(b"\n".join([*lines[:-1], b""]))
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ArtefactError(f"{self.path}, line {number} is damaged ({error}); delete the file") from error
+        return len(lines) > 1
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        if "identity" in record:
+            self._check(record["identity"])
+        elif "answer" in record:
+            answer = Answer(**record["answer"])
+            self.answers.items[answer.id] = answer
+        else:
+            content = record["batch"]
+            usage = {name: ModelUsage(**used) for name, used in content["usage"].items()}
+            self.answers.batches.append(Batch(content["ids"], usage, content["seconds"]))
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        for name, value in (self.identity or {}).items():
+            if before.get(name) != value:
+                raise ConfigError(
+                    f"{self.path} holds answers with {name}={before.get(name)!r}, now it is {value!r}; "
+                    "choose another --out, or give the same options to go on"
+                )

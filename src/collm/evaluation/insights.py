@@ -1,0 +1,91 @@
+"""What a collaboration's own answers tell: which tokens it defers, in what runs, and where that led it astray."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from collm.core.types import BASE
+from collm.evaluation.answers import Answer
+
+CLASSES = ("number", "word begins", "word goes on", "punctuation", "white space", "nothing yet")
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """How often a token, or a class of tokens, was written by an assistant.
+
+    Attributes:
+        deferred: times an assistant wrote it.
+        total: times anybody wrote it.
+    """
+
+    name: str
+    deferred: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.deferred / self.total
+
+
+def token_class(text: str) -> str:
+    """One of CLASSES, by what the token's text looks like; "nothing yet" where it leaves a character incomplete."""
+    if not text:
+        return "nothing yet"
+    word = text.strip()
+    if not word:
+        return "white space"
+    if re.fullmatch(r"[\d.,]*\d[\d.,]*%?", word):
+        return "number"
+    if not any(letter.isalnum() for letter in word):
+        return "punctuation"
+    return "word begins" if text[0].isspace() else "word goes on"
+
+
+def deferred_tokens(answers: Sequence[Answer], most: int = 20) -> list[Deferred]:
+    """The tokens that assistants wrote most often, by their text."""
+    return _counted(answers, lambda text: text)[:most]
+
+
+def deferred_classes(answers: Sequence[Answer]) -> list[Deferred]:
+    """Every class of tokens that came, the most often deferred first."""
+    return _counted(answers, token_class, everything=True)
+
+
+def _counted(answers: Sequence[Answer], name_of: object, *, everything: bool = False) -> list[Deferred]:
+    assert callable(name_of)
+    written = [
+        (name_of(text), author)
+        for answer in answers
+        for text, author in zip(answer.token_texts, answer.authors, strict=True)
+    ]
+    total = Counter(name for name, _ in written)
+    deferred = Counter(name for name, author in written if author != BASE)
+    names = total if everything else deferred
+    return sorted(
+        (Deferred(name, deferred[name], total[name]) for name in names), key=lambda one: (-one.deferred, one.name)
+    )
+
+
+def run_lengths(answers: Sequence[Answer]) -> dict[int, int]:
+    """How many runs of so many tokens in a row assistants wrote, by length."""
+    lengths = Counter(
+        len(list(run)) for answer in answers for author, run in groupby(answer.authors, lambda a: a != BASE) if author
+    )
+    return dict(sorted(lengths.items()))
+
+
+def led_astray(own: Sequence[Answer], base: Mapping[str, Answer], measure: str) -> list[Answer]:
+    """Answers that score lower than the base's alone, and in which an assistant wrote."""
+    return [
+        answer
+        for answer in own
+        if any(author != BASE for author in answer.authors)
+        and answer.id in base
+        and measure in answer.scores
+        and answer.scores[measure] < base[answer.id].scores.get(measure, 0.0)
+    ]

@@ -1,0 +1,117 @@
+"""From the directory of an evaluation to its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from collm.core.calibration import CalibrationPoint
+from collm.errors import ArtefactError
+from collm.evaluation.answers import Answer, read_answers
+from collm.evaluation.insights import Deferred, deferred_classes, deferred_tokens, led_astray, run_lengths
+from collm.evaluation.report import Example, Report, Row, Table, Token
+from collm.evaluation.systems import COLLABORATION
+
+NUM_EXAMPLES = 12
+
+
+def report_of(directory: Path) -> Report:
+    """What `collm eval` left in a directory, as a report.
+
+    Raises:
+        ArtefactError: it holds no finished evaluation, or a damaged one.
+    """
+    try:
+        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+        items = {item["id"]: item for item in json.loads((directory / "items.json").read_text(encoding="utf-8"))}
+        rows = {row["name"]: row for row in results["rows"]}
+        answers = {name: read_answers(directory, name) for name in rows}
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{directory} holds no finished evaluation ({error}); run 'collm eval' first") from error
+    own = [answers[COLLABORATION][item] for item in items]
+    astray = led_astray(own, answers.get("base", {}), results["measure"] or "")
+    return Report(
+        title=f"{results['task']}: does collaborating pay?",
+        summary=results["verdict"],
+        rows=[_row(row, results["measure"]) for row in rows.values() if not _is_threshold(row["name"])],
+        curve=_curve(rows, results),
+        examples=[_example(answer, items[answer.id], results["measure"]) for answer in own[:NUM_EXAMPLES]],
+        astray=[_example(answer, items[answer.id], results["measure"]) for answer in astray[:NUM_EXAMPLES]],
+        authors=results["authors"],
+        operating_point=rows[COLLABORATION]["deferral_rate"],
+        tables=_tables(own, rows),
+        details={"items": str(results["num_items"]), "threshold": f"{results['threshold']:.6g}", **_settings(results)},
+    )
+
+
+def _is_threshold(name: str) -> bool:
+    return name.startswith("threshold=")
+
+
+def _row(row: Mapping[str, Any], measure: str | None) -> Row:
+    score = row["measures"].get(measure, {"mean": 0.0, "low": 0.0, "high": 0.0})
+    note = f"{row['flops'] / 1e9:.3g} GFLOP and {row['seconds']:.2f} s an item"
+    if (difference := row["difference"]) is not None:
+        ends = f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
+        note = f"{100 * difference['mean']:+.1f} points against the collaboration ({ends}); {note}"
+    return Row(row["name"], **score, deferral_rate=row["deferral_rate"], tokens_per_s=row["tokens_per_s"], note=note)
+
+
+def _curve(rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> list[CalibrationPoint]:
+    """The systems that are thresholds, and the operating point; nothing where only that was measured."""
+    points = [
+        CalibrationPoint(threshold, row["deferral_rate"], score["mean"], score["low"], score["high"])
+        for name, row in rows.items()
+        if (threshold := _threshold(name, results)) is not None and (score := row["measures"].get(results["measure"]))
+    ]
+    return sorted(points, key=lambda point: point.deferral_rate) if len(points) > 1 else []
+
+
+def _threshold(name: str, results: Mapping[str, Any]) -> float | None:
+    if name == COLLABORATION:
+        return float(results["threshold"])
+    return float(name.partition("=")[2]) if _is_threshold(name) else None
+
+
+def _example(answer: Answer, item: Mapping[str, Any], measure: str | None) -> Example:
+    score = answer.scores.get(measure or "")
+    tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, strict=True)
+    return Example(
+        prompt=_text(item["prompt"]),
+        reference=_text(item["reference"]),
+        tokens=[Token(text, author, prob) for text, author, prob in tokens],
+        correct=None if score is None else score == 1.0,
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, dict) and "content" in one for one in value):
+        return "\n".join(f"{one.get('role')}: {one['content']}" for one in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _tables(own: Sequence[Answer], rows: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    deferring = ("", "by assistants", "in all", "share")
+    models = [
+        (f"{name}: {model}", *(f"{used[key]:,.1f}" for key in ("tokens_read", "tokens_written", "forward_passes")))
+        for name, row in rows.items()
+        for model, used in row["models"].items()
+    ]
+    runs: list[tuple[str, ...]] = [(str(length), f"{count:,}") for length, count in run_lengths(own).items()]
+    return [
+        Table("costs", "What each model did for an item", ("", "tokens read", "tokens written", "passes"), models),
+        Table("classes", "What kind of token assistants write", deferring, _shares(deferred_classes(own))),
+        Table("tokens", "The tokens that assistants write most often", deferring, _shares(deferred_tokens(own))),
+        Table("runs", "How many tokens in a row", ("tokens in a row", "times"), runs),
+    ]
+
+
+def _shares(counted: Sequence[Deferred]) -> list[tuple[str, ...]]:
+    return [(one.name, f"{one.deferred:,}", f"{one.total:,}", f"{one.share:.1%}") for one in counted]
+
+
+def _settings(results: Mapping[str, Any]) -> dict[str, str]:
+    flat = {name: value for name, value in results["settings"].items() if not isinstance(value, dict)}
+    return {name: str(value) for name, value in {**flat, **results["settings"]["versions"]}.items()}

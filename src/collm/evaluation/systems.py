@@ -1,0 +1,118 @@
+"""What is compared: the collaboration, each author alone, other rules, other models, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from collm.collaboration import CoLLM
+from collm.core.combinations import ProxyTuningPolicy
+from collm.core.head import DeferralHead
+from collm.core.named import POLICIES, policy_named
+from collm.core.policies import Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
+from collm.core.types import BASE
+from collm.errors import ConfigError
+from collm.models.guards import TokenizerIdentity, check_tokenizers
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.tools.spec import ToolSpec
+
+COLLABORATION = "collaboration"
+KNOWN = (
+    "base, assistant (assistant-2, ..), threshold=0.4, random (at the collaboration's own rate), sft=PATH (a model "
+    "alone), proxy=PATH (the assistant steered by the base, and by the base before tuning, which lies in PATH), or "
+    f"a policy ({', '.join(POLICIES)})"
+)
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to answer prompts.
+
+    Attributes:
+        name: in tables and files.
+        load: the models that decode, brought into memory if they are not those of the collaboration.
+        policy: who writes; None for a random rule whose rate is not known yet.
+        writes_as: the author of the collaboration that a model alone is, where it is not the base.
+    """
+
+    name: str
+    load: Callable[[], CoLLM]
+    policy: Policy | None
+    writes_as: int = BASE
+
+    def at_rate(self, rate: float) -> Policy:
+        """Who writes, where a random rule without a rate takes this one."""
+        return RandomPolicy(rate) if self.policy is None else self.policy
+
+
+def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy) -> list[System]:
+    """The collaboration at its operating point, then what `names` say, each once.
+
+    Raises:
+        ConfigError: an unknown name, or one that does not fit the collaboration.
+    """
+    wanted = dict.fromkeys(name for name in names if name != COLLABORATION)
+    return [System(COLLABORATION, lambda: model, operating), *(_system(model, name) for name in wanted)]
+
+
+def _system(model: CoLLM, name: str) -> System:
+    kind, equals, value = name.partition("=")
+    if kind == "sft" and value:
+        return System(name, lambda: _read_alone(model, value), SingleAuthorPolicy(BASE))
+    if kind == "proxy" and value:
+        return System(name, lambda: _with_untuned(model, value), ProxyTuningPolicy(model=1, tuned=0, untuned=2))
+    if kind.partition("-")[0] == "assistant" and not equals:
+        return _assistant(model, name)
+    return System(name, lambda: model, _policy(name, kind, value))
+
+
+def _policy(name: str, kind: str, value: str) -> Policy | None:
+    if name == "random":
+        return None
+    if name == "base":
+        return SingleAuthorPolicy(BASE)
+    if kind == "threshold" and value:
+        return policy_named(f"threshold:threshold={value}")
+    if name.partition(":")[0] in POLICIES:
+        return policy_named(name)
+    raise ConfigError(f"cannot compare {name!r}; expected one of {KNOWN}")
+
+
+def _assistant(model: CoLLM, name: str) -> System:
+    number = name.partition("-")[2] or "1"
+    if not number.isdecimal() or not 1 <= int(number) <= len(model.assistants):
+        raise ConfigError(f"cannot compare {name!r}: the collaboration has {len(model.assistants)} assistants")
+    author = int(number)
+    if isinstance(model.assistants[author - 1], ToolSpec):
+        return System(name, lambda: model, SingleAuthorPolicy(author))  # the base writes where it abstains
+    return System(name, lambda: _alone(model, _module(model, author)), SingleAuthorPolicy(BASE), writes_as=author)
+
+
+def _module(model: CoLLM, author: int) -> nn.Module:
+    member = model.members[author]
+    if not isinstance(member, LanguageModel):
+        raise ConfigError(f"{member.name} is a tool, expected a language model")
+    return member.module
+
+
+def _alone(model: CoLLM, module: nn.Module) -> CoLLM:
+    """A model with the collaboration's tokenizer and template, as a base whose assistant, itself, is never asked."""
+    head = DeferralHead(LanguageModel(module, name="alone").hidden_size)
+    return CoLLM(module, [module], head, model.tokenizer, template=model.template)
+
+
+def _read_alone(model: CoLLM, path: str) -> CoLLM:
+    spec = ModelSpec(path)
+    check_tokenizers(model.identity, TokenizerIdentity.of(load_tokenizer(spec)), path, accept=model.accept_differences)
+    return _alone(model, load_model(spec))
+
+
+def _with_untuned(model: CoLLM, path: str) -> CoLLM:
+    members: list[nn.Module | ModelSpec] = [_module(model, 1), ModelSpec(path)]
+    head, accepted = DeferralHead(model.head.hidden_size, 2), model.accept_differences
+    return CoLLM(
+        _module(model, BASE), members, head, model.tokenizer, template=model.template, accept_differences=accepted
+    )

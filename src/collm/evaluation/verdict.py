@@ -1,0 +1,73 @@
+"""What a comparison says in words: whether collaborating pays, or one model alone is the better choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from collm.evaluation.systems import COLLABORATION
+
+if TYPE_CHECKING:
+    from collm.evaluation.compare import SystemResult
+    from collm.evaluation.intervals import Interval
+
+
+def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> str:
+    """Sentences on the collaboration, against the base and each assistant as far as they were compared.
+
+    Args:
+        task: its name.
+        measure: its main measure, None if it has none.
+        results: of all systems.
+    """
+    by_name = {result.name: result for result in results}
+    own = by_name[COLLABORATION]
+    if measure is None:
+        return f"Task {task} gives no score by itself."
+    parts = [_own_words(own, measure)]
+    if "base" in by_name:
+        parts.append(_against_base(by_name["base"]))
+    assistants = [result for result in results if result.name.startswith("assistant")]
+    parts += [_against_assistant(own, result) for result in assistants]
+    return " ".join(parts)
+
+
+def _own_words(own: SystemResult, measure: str) -> str:
+    score = own.measures[measure]
+    return (
+        f"The collaboration reaches {measure} {score.mean:.1%} ({score.low:.1%} to {score.high:.1%}) on "
+        f"{own.num_items} items with {own.deferral_rate:.1%} of the tokens written by assistants."
+    )
+
+
+def _against_base(base: SystemResult) -> str:
+    assert base.difference is not None
+    if base.difference.high < 0:
+        return f"It is better than the base alone by {_points(base.difference, -1)}."
+    if base.difference.low > 0:
+        return f"The base alone is better, by {_points(base.difference, 1)}, and cheaper: use it alone."
+    return (
+        f"The base alone cannot be told from it (difference {_points(base.difference, -1)}) and is cheaper: on this "
+        "evidence the base alone is the better choice."
+    )
+
+
+def _against_assistant(own: SystemResult, other: SystemResult) -> str:
+    assert other.difference is not None
+    cost = own.flops / other.flops if other.flops else float("nan")
+    speed = own.tokens_per_s / other.tokens_per_s if other.tokens_per_s else float("nan")
+    costs = f"{cost:.2f} times its FLOPs, {speed:.2f} times its tokens per second"
+    if other.difference.low > 0:
+        worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
+        return f"{worse}." if cost < 1 else f"{worse}: the {other.name} alone is the better choice."
+    known = "is better than" if other.difference.high < 0 else "cannot be told from"
+    compared = f"It {known} the {other.name} alone (difference {_points(other.difference, -1)}) and takes {costs}"
+    if other.difference.high >= 0 and cost >= 1:
+        return f"{compared}: the {other.name} alone is the better choice."
+    return f"{compared}."
+
+
+def _points(difference: Interval, sign: int) -> str:
+    """Percentage points with the interval, seen from the side that `sign` says."""
+    mean, ends = sign * difference.mean, sorted((sign * difference.low, sign * difference.high))
+    return f"{100 * mean:+.1f} points ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})"
