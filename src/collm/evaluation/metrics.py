@@ -57,8 +57,13 @@ def last_number(prediction: str, reference: str) -> float:
     Compared exactly, as decimals. Thousands commas, currency signs, a trailing point and a percent sign are
     dropped (50% is 50). A text without a number matches nothing.
     """
-    predicted, wanted = _last_decimal(prediction), _last_decimal(reference)
-    return float(predicted is not None and predicted == wanted)
+    predicted, wanted = (numbers_in(text)[-1:] for text in (prediction, reference))
+    return float(bool(predicted) and predicted == wanted)
+
+
+def numbers_in(text: str) -> list[Decimal]:
+    """The numbers of a text, exactly and in order; what is dropped around them says `last_number`."""
+    return [_decimal(match) for match in _NUMBER.finditer(text)]
 
 
 def token_f1(prediction: str, reference: str) -> float:
@@ -103,13 +108,9 @@ def _bag_of_words(text: str) -> Counter[str]:
     return Counter(re.findall(r"\w+", _normalised(text).casefold()))
 
 
-def _last_decimal(text: str) -> Decimal | None:
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers:
-        return None
-    last = numbers[-1]
-    sign = "" if last["sign"] in (None, "+") else "-"
-    return Decimal(sign + last["digits"].replace(",", "") + (last["exponent"] or ""))
+def _decimal(number: re.Match[str]) -> Decimal:
+    sign = "" if number["sign"] in (None, "+") else "-"
+    return Decimal(sign + number["digits"].replace(",", "") + (number["exponent"] or ""))
 
 
 def _imported(name: str) -> Callable[[str, str], object]:

@@ -98,6 +98,24 @@ def load_rows(
     return rows
 
 
+def load_records(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    format: str = "rows",  # noqa: A002
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The fields of every row as its publishers wrote them, with its place; sources as in `load_rows`.
+
+    Raises:
+        DataError: nothing usable at `source`, no such split, or a row without named fields.
+        ConfigError: an unknown format, or a split of a file.
+    """
+    records = [(where, _fields(where, record)) for where, record in _records(source, split, format_named(format))]
+    if not records:
+        raise DataError(f"{source} has no rows; expected at least one")
+    return records
+
+
 def _collect(records: Iterator[Record], to_row: Callable[[str, Any], Row], source: str, *, skip: bool) -> Rows:
     rows, first = Rows(), None
     for where, record in records:
@@ -258,12 +276,16 @@ def _pick_split(found: Any, source: str, split: str | None) -> Any:
     return found[split or "train"]
 
 
-def _row(where: str, record: Any, chosen: Format, prompt_field: str, completion_field: str) -> Row:
+def _fields(where: str, record: Any) -> Mapping[str, Any]:
     if isinstance(record, DataError):
         raise record
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: the row is a {type(record).__name__}, expected an object with named fields")
-    fields = chosen.render(where, record)
+    return record
+
+
+def _row(where: str, record: Any, chosen: Format, prompt_field: str, completion_field: str) -> Row:
+    fields = chosen.render(where, _fields(where, record))
     if "messages" in fields and not (prompt_field in fields and completion_field in fields):
         return _chat_row(where, fields["messages"])
     prompt, completion = (

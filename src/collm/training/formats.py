@@ -39,7 +39,9 @@ from typing import Any
 
 from collm.errors import ConfigError, DataError
 
-_CALCULATOR_MARK = re.compile(r"<<.*?>>")
+CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+"""What GSM8K writes where a calculator did the sum, as in 48/2 = <<48/2=24>>24."""
+
 _QUESTION_TYPES = ("factoid", "list", "yesno", "summary")
 _FINAL_ANSWER = "The final answer is:"
 
@@ -136,41 +138,70 @@ def _gsm8k(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _gsm8k_plain(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
     row = _gsm8k(where, record)
-    return {**row, "completion": _CALCULATOR_MARK.sub("", row["completion"])}
+    return {**row, "completion": CALCULATOR_MARK.sub("", row["completion"])}
 
 
 def _math(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"prompt": text_field(where, record, "problem"), "completion": text_field(where, record, "solution")}
 
 
-def _bioasq(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+@dataclass(frozen=True)
+class BioasqQuestion:
+    """A question of BioASQ task B with its answers.
+
+    Attributes:
+        kind: factoid, list, yesno or summary.
+        body: the question.
+        ideal: ideal answers, any of which would do; at least one.
+        entities: the exact answer: the names of each entity; [["yes"]] or [["no"]]; nothing for a summary.
+    """
+
+    kind: str
+    body: str
+    ideal: list[str]
+    entities: list[list[str]]
+
+
+def bioasq_question(where: str, record: Mapping[str, Any]) -> BioasqQuestion:
+    """Read a question as its publishers write it.
+
+    Raises:
+        DataError: an unknown type, no ideal answer, or not the exact answer that the type asks for.
+    """
     kind = record.get("type")
     if kind not in _QUESTION_TYPES:
         raise DataError(f"{where}: 'type' is {kind!r:.40}, expected one of {', '.join(_QUESTION_TYPES)}")
-    question = text_field(where, record, "body").strip()
-    ideal_answers = _names(where, "ideal_answer", record.get("ideal_answer"))
-    if not ideal_answers:
+    body = text_field(where, record, "body").strip()
+    ideal = _names(where, "ideal_answer", record.get("ideal_answer"))
+    if not ideal:
         raise DataError(f"{where}: no 'ideal_answer', expected a text or a list of them")
-    if kind == "summary":
-        return {"prompt": question, "completion": ideal_answers[0]}
-    return {"prompt": question, "completion": f"{ideal_answers[0]}\n{_final_answer(where, kind, record)}"}
+    return BioasqQuestion(kind, body, ideal, [] if kind == "summary" else _entities(where, kind, record))
 
 
-def _final_answer(where: str, kind: str, record: Mapping[str, Any]) -> str:
+def _entities(where: str, kind: str, record: Mapping[str, Any]) -> list[list[str]]:
     exact = record.get("exact_answer")
     entities = [_names(where, "exact_answer", entity) for entity in (exact if isinstance(exact, list) else [exact])]
     entities = [names for names in entities if names]
     if not entities:
         raise DataError(f"{where}: no 'exact_answer', which a {kind} question has")
-    if kind == "list":
-        return _bullets([names[0] for names in entities])
-    names = [name for entity in entities for name in entity]
-    if kind == "factoid":
-        return _bullets(names)
-    answers = {name.lower().rstrip(".") for name in names}
+    if kind != "yesno":
+        return entities
+    answers = {name.lower().rstrip(".") for names in entities for name in names}
     if answers not in ({"yes"}, {"no"}):
         raise DataError(f"{where}: 'exact_answer' is {exact!r:.40}, expected yes or no")
-    return f"{_FINAL_ANSWER} {answers.pop()}"
+    return [[answers.pop()]]
+
+
+def _bioasq(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    question = bioasq_question(where, record)
+    lines = [question.ideal[0]]
+    if question.kind == "factoid":
+        lines.append(_bullets([name for names in question.entities for name in names]))
+    elif question.kind == "list":
+        lines.append(_bullets([names[0] for names in question.entities]))
+    elif question.kind == "yesno":
+        lines.append(f"{_FINAL_ANSWER} {question.entities[0][0]}")
+    return {"prompt": question.body, "completion": "\n".join(lines)}
 
 
 def _bullets(names: list[str]) -> str:

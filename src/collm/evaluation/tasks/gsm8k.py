@@ -1,0 +1,73 @@
+"""GSM8K: the final number of a solution."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from collm.errors import ConfigError, DataError
+from collm.evaluation.metrics import numbers_in
+from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question, first_line, stated_answer
+from collm.evaluation.tasks.task import Task, TaskItem
+from collm.training.data import Row
+from collm.training.formats import CALCULATOR_MARK
+
+_MARKED = re.compile(r"####[ \t]*(?=[^\w\n]{0,4}\d)")
+_FORMATS = ("gsm8k", "gsm8k-plain")
+
+
+@dataclass(frozen=True)
+class Gsm8k(Task):
+    """GSM8K (openai/gsm8k).
+
+    Measures: `accuracy`, 1 if the final number has the reference's value; `unparsed`, 1 if there is no final number.
+
+    Attributes:
+        format: of the shots: gsm8k, or gsm8k-plain without calculator marks.
+
+    Raises:
+        ConfigError: another format.
+    """
+
+    format: str = "gsm8k"
+
+    name = "gsm8k"
+    measure = "accuracy"
+    max_new_tokens = 400
+    stop = NEXT_QUESTION
+
+    def __post_init__(self) -> None:
+        if self.format not in _FORMATS:
+            raise ConfigError(f"format of task 'gsm8k' is {self.format!r}, expected {' or '.join(_FORMATS)}")
+
+    def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
+        rows = self.rows(source, split)
+        return [TaskItem(str(n), row.prompt, str(_reference(row)), row.where) for n, row in enumerate(rows, 1)]
+
+    def score(self, item: TaskItem, text: str) -> dict[str, float]:
+        number = final_number(text)
+        return {"accuracy": float(number == Decimal(item.reference)), "unparsed": float(number is None)}
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number behind the first "####", else behind the last "the answer is", else the last one.
+
+    Calculator marks and further questions are left out; of a sum ("5*3 = 15") the result counts. What is dropped around
+    a number says `metrics.last_number`. A stated answer without a number, such as one in words, is none.
+    """
+    text = CALCULATOR_MARK.sub("", before_next_question(text))
+    marked = _MARKED.search(text)
+    stated = text[marked.end() :] if marked else stated_answer(text)
+    if stated is None:
+        return next(reversed(numbers_in(text)), None)
+    line = first_line(stated)
+    return next(iter(numbers_in(line.rpartition("=")[2]) or numbers_in(line)), None)
+
+
+def _reference(row: Row) -> Decimal:
+    numbers = numbers_in(row.completion.rpartition("####")[2])
+    if "####" not in row.completion or len(numbers) != 1:
+        raise DataError(f"{row.where}: 'answer' ends with {row.completion[-40:]!r}, expected '####' and one number")
+    return numbers[0]

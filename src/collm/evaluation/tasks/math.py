@@ -1,0 +1,55 @@
+"""Hendrycks MATH: the boxed answer of a solution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from collm.errors import DataError
+from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question, boxed, stated_answer
+from collm.evaluation.tasks.equivalence import Equivalence
+from collm.evaluation.tasks.task import Task, TaskItem
+from collm.training.data import Row
+
+
+class HendrycksMath(Task):
+    """MATH (EleutherAI/hendrycks_math).
+
+    Measures: `accuracy`, 1 if the final answer is equal to the reference's, as math-verify compares them; `unparsed`,
+    1 if there is no final answer.
+
+    Raises:
+        MissingExtra: math-verify is not installed.
+    """
+
+    name = "math"
+    measure = "accuracy"
+    max_new_tokens = 1024
+    stop = NEXT_QUESTION
+    format = "math"
+
+    def __init__(self) -> None:
+        self._equal = Equivalence()
+
+    def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
+        rows = self.rows(source, split)
+        return [TaskItem(str(n), row.prompt, _reference(row), row.where) for n, row in enumerate(rows, 1)]
+
+    def score(self, item: TaskItem, text: str) -> dict[str, float]:
+        answer = final_answer(text)
+        return {"accuracy": float(bool(answer) and self._equal(item.reference, answer)), "unparsed": float(not answer)}
+
+
+def final_answer(text: str) -> str:
+    """What the last box holds, else the sentence after the last "the answer is"; empty if there is neither."""
+    text = before_next_question(text)
+    answer = boxed(text)
+    if answer is not None:
+        return answer
+    return (stated_answer(text) or "").partition(". ")[0].rstrip(".").strip().strip("$").strip()
+
+
+def _reference(row: Row) -> str:
+    answer = boxed(row.completion)
+    if not answer:
+        raise DataError(f"{row.where}: no \\boxed{{...}} in 'solution', expected the answer in one")
+    return answer

@@ -1,0 +1,50 @@
+"""Any rows, scored by a metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from collm.evaluation.metrics import metric_named
+from collm.evaluation.tasks.task import Task, TaskItem
+from collm.training.data import Row, load_rows
+
+
+@dataclass(frozen=True)
+class RowsTask(Task):
+    """Prompts with completions, or chats of which the last assistant turn is asked for.
+
+    Measures: the metric, of the text and the row's completion.
+
+    Attributes:
+        metric: a name from `metrics.METRICS`, or your own as "package.module:function".
+        prompt_field, completion_field: what the two fields are called.
+
+    Raises:
+        ConfigError: no such metric.
+    """
+
+    metric: str = "exact_match"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+
+    name = "rows"
+    max_new_tokens = 256
+    format = "rows"
+
+    def __post_init__(self) -> None:
+        metric_named(self.metric)
+
+    @property
+    def measure(self) -> str:
+        return self.metric
+
+    def rows(self, source: str | Path, split: str | None) -> list[Row]:
+        return load_rows(source, split=split, prompt_field=self.prompt_field, completion_field=self.completion_field)
+
+    def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
+        rows = self.rows(source, split)
+        return [TaskItem(str(n), row.prompt, row.completion, row.where) for n, row in enumerate(rows, 1)]
+
+    def score(self, item: TaskItem, text: str) -> dict[str, float]:
+        return {self.metric: metric_named(self.metric)(text, item.reference)}
