@@ -57,7 +57,7 @@ def evaluate(
     if curve:
         if model.calibration is None:
             raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
-        names += [f"threshold={point.threshold!r}" for point in model.calibration.points]
+        names += [f"threshold={point.threshold:.6g}" for point in model.calibration.points]
     params = SamplingParams(temperature=temperature, seed=seed if temperature else None)
     with progress_bar("answering") as progress:
         found = comparing.compare(

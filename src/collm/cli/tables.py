@@ -54,12 +54,17 @@ def inspection_table(inspection: Inspection) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Systems beside each other: the main measure, the difference to the collaboration, and what an answer costs."""
+    """Systems beside each other: the main measure, the difference to the collaboration, and what an answer costs.
+
+    Thresholds, of which a curve has many, are left to the report.
+    """
     measure = comparison.measure or "answers"
     table = Table(title=f"{comparison.task}, {len(comparison.items)} items", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("system", measure, "95 %", "difference", "deferral", "GFLOP/item", "tokens/s", "s/item"):
-        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+    for heading in ("system", measure, "95 %", "difference", "deferral", "GFLOP", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "system" else "right", overflow="fold")
     for result in comparison.results:
+        if result.name.startswith("threshold="):
+            continue
         score = result.measures.get(measure)
         table.add_row(
             result.name,
@@ -69,7 +74,6 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{result.deferral_rate:.1%}",
             f"{result.flops / 1e9:.3g}",
             f"{result.tokens_per_s:.0f}",
-            f"{result.seconds:.2f}",
         )
     return table
 

@@ -54,9 +54,10 @@ def _row(row: Mapping[str, Any], measure: str | None) -> Row:
     score = row["measures"].get(measure, {"mean": 0.0, "low": 0.0, "high": 0.0})
     note = f"{row['flops'] / 1e9:.3g} GFLOP and {row['seconds']:.2f} s an item"
     if (difference := row["difference"]) is not None:
-        ends = f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
-        note = f"{100 * difference['mean']:+.1f} points against the collaboration ({ends}); {note}"
-    return Row(row["name"], **score, deferral_rate=row["deferral_rate"], tokens_per_s=row["tokens_per_s"], note=note)
+        low, high = 100 * difference["low"], 100 * difference["high"]
+        note = f"{100 * difference['mean']:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"
+    ends = (score["mean"], score["low"], score["high"])
+    return Row(row["name"], *ends, row["deferral_rate"], row["tokens_per_s"], note)
 
 
 def _curve(rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> list[CalibrationPoint]:
