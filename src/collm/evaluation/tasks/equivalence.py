@@ -45,5 +45,5 @@ class Equivalence:
             self._process = self._process or IsolatedTool(JUDGE)
             (answer,) = self._process.answers(question, [len(question)])
         if isinstance(answer, ToolFailure):
-            logger.warning("not comparable, taken as different: %s", answer)
+            logger.warning("%r and %r could not be compared, so they count as different: %s", wanted, given, answer)
         return answer == "equal"
