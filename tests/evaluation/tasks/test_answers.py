@@ -27,8 +27,19 @@ READERS = {
     "yes_or_no": yes_or_no,
 }
 PIECES = [
-    *("\\boxed{", "\\boxed ", "\\fbox", "{", "}", "\\", "\\{", "$", "(", ")", "A", "(B)", "a dog", "####", "<<", ">>"),
-    *("The final answer is:", "the answer is", "Final answer:", "\n", "\n\nQuestion:", "\nQ:", " ", "\t", "-", "\u2212"),
+    *("\\boxed{", "\\boxed ", "\\fbox", "{", "}", "\\", "\\{", "$", "(", ")", "A", "(B)", "a dog"),
+    *(
+        "The final answer is:",
+        "the answer is",
+        "Final answer:",
+        "\n",
+        "\n\nQuestion:",
+        "\nQ:",
+        " ",
+        "\t",
+        "-",
+        "\u2212",
+    ),
     *("1,234", "1,", "$-5", ".", "=", "5", "e9", "\x00", "\x85", "\u2028", "- name\n", "yes", "no", "*", "_", "\u0663"),
 ]
 
