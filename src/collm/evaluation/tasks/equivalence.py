@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 JUDGE = ToolSpec("collm.evaluation.tasks.math_judge:judge", seconds=10.0)
 """What compares; the seconds limit one comparison."""
 
-MAX_CHARACTERS = 1000
+MAX_CHARACTERS = 400
 """No answer is longer; what is, is equal to nothing but itself."""
 
 
