@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from collm.errors import ConfigError, DataError
 from collm.evaluation import intervals
-from collm.evaluation.intervals import Interval, bootstrap_interval, paired_difference, ratio_interval
+from collm.evaluation.intervals import (
+    Interval,
+    bootstrap_interval,
+    paired_difference,
+    ratio_interval,
+    statistic_interval,
+)
 
 shares = st.floats(0, 1)
 
@@ -174,3 +180,19 @@ def test_a_ratio_of_all_or_none_has_a_width() -> None:
 def test_parts_that_are_no_parts_are_refused(parts: list[float], wholes: list[float]) -> None:
     with pytest.raises(DataError, match="expected a part from 0 to its whole"):
         ratio_interval(parts, wholes)
+
+
+@given(rows=st.lists(st.tuples(shares, st.floats(1, 2)), min_size=2, max_size=30))
+def test_a_ratio_is_a_statistic_of_sums(rows):
+    parts, wholes = [list(side) for side in zip(*rows, strict=True)]
+    interval = statistic_interval(lambda sums: sums[..., 0] / sums[..., 1], rows, resamples=200)
+    expected = ratio_interval(parts, wholes, resamples=200)
+    if expected.mean not in (0, 1):  # there ratio_interval takes Wilson's
+        assert [interval.low, interval.mean, interval.high] == pytest.approx(
+            [expected.low, expected.mean, expected.high]
+        )
+
+
+def test_a_statistic_needs_items():
+    with pytest.raises(DataError, match="no items to take a statistic of"):
+        statistic_interval(lambda sums: sums[..., 0], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collm.errors import ConfigError
-from collm.evaluation.metrics import METRICS, contains, exact_match, last_number, metric_named, token_f1
+from collm.evaluation.metrics import METRICS, contains, exact_match, last_number, metric_named, numbers_in, token_f1
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
@@ -88,6 +89,11 @@ def test_contains(prediction, reference, score):
 )
 def test_last_number(prediction, reference, score):
     assert last_number(prediction, reference) == score
+
+
+def test_numbers_are_in_order_and_exact():
+    assert numbers_in("-$1,200.50, then 3 or .5") == [Decimal("-1200.5"), Decimal(3), Decimal("0.5")]
+    assert numbers_in("none") == []
 
 
 def test_f1_counts_words_with_their_multiplicity():

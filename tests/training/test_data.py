@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from collm.errors import ConfigError, DataError
-from collm.training.data import load_rows
+from collm.training.data import load_records, load_rows
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\u2028d", "completion": "é"}]
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]
@@ -174,3 +174,13 @@ def test_nothing_but_bad_rows_is_refused(tmp_path: Path) -> None:
         load_rows(source, bad_rows="skip")
     with pytest.raises(ConfigError, match="bad_rows is 'ignore', expected stop or skip"):
         load_rows(source, bad_rows="ignore")
+
+
+def test_records_are_as_published(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choices": ["a", "b"]}, {"question": "r"}]
+    source = jsonl(tmp_path / "any.jsonl", rows)
+    assert load_records(source) == [(f"{source}:1", rows[0]), (f"{source}:2", rows[1])]
+    with pytest.raises(DataError, match=r"any.jsonl:2: the row is a list, expected an object"):
+        load_records(jsonl(tmp_path / "any.jsonl", [*rows[:1], ["r"]]))
+    with pytest.raises(DataError, match=r"any.jsonl has no rows"):
+        load_records(jsonl(tmp_path / "any.jsonl", []))

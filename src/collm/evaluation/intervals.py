@@ -102,12 +102,10 @@ def statistic_interval(
     if not items:
         raise DataError("no items to take a statistic of, expected at least one")
     rows = torch.tensor(items, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    sums = [_resampled_means(column, resamples, generator.manual_seed(seed)) * len(rows) for column in rows.T]
+    draws = torch.randint(len(rows), (resamples, len(rows)), generator=torch.Generator().manual_seed(seed))
     value = statistic(rows.sum(0)).item()
     tail = (1 - confidence) / 2
-    ends = torch.tensor([tail, 1 - tail], dtype=rows.dtype)
-    low, high = statistic(torch.stack(sums, dim=-1)).quantile(ends).tolist()
+    low, high = statistic(rows[draws].sum(1)).quantile(torch.tensor([tail, 1 - tail], dtype=rows.dtype)).tolist()
     return Interval(value, min(low, value), max(high, value))
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 JUDGE = ToolSpec("collm.evaluation.tasks.math_judge:judge", seconds=10.0)
 """What compares; the seconds limit one comparison."""
 
-MAX_CHARACTERS = 1000
+MAX_CHARACTERS = 400
 """No answer is longer; what is, is equal to nothing but itself."""
 
 
@@ -45,5 +45,5 @@ class Equivalence:
             self._process = self._process or IsolatedTool(JUDGE)
             (answer,) = self._process.answers(question, [len(question)])
         if isinstance(answer, ToolFailure):
-            logger.warning("not comparable, taken as different: %s", answer)
+            logger.warning("%r and %r could not be compared, so they count as different: %s", wanted, given, answer)
         return answer == "equal"

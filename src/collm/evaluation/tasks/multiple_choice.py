@@ -60,9 +60,9 @@ def chosen_letter(text: str, choices: Mapping[str, str]) -> str | None:
         if letter:
             return letter
     words = _words(text.rstrip().rpartition("\n")[2])
-    alone = [letter for letter, choice in choices.items() if _folded(choice) == _folded(words)]
-    brackets = [one for one in re.findall(r"[(\[]([A-Z])[)\]]", words) if one in choices]
-    return _marked_letter(words, choices) or next(iter(alone + brackets[-1:]), None)
+    alone: set[str | None] = {letter for letter, choice in choices.items() if _folded(choice) == _folded(words)}
+    named = alone or set(re.findall(r"[(\[]([A-Z])[)\]]", words)) or {_marked_letter(words, choices)}
+    return named.pop() if len(named) == 1 and named <= set(choices) else None
 
 
 def _words(line: str) -> str:
@@ -92,7 +92,8 @@ def _told(words: str, choices: Mapping[str, str]) -> str | None:
     if bare and bare[1] in choices:
         return bare[1]
     inside = [letter for letter, text in texts.items() if contains(told, text)]
-    return inside[0] if len(inside) == 1 else None
+    whole = [one for one in inside if not any(contains(texts[other], texts[one]) for other in inside if other != one)]
+    return whole[0] if len(whole) == 1 else None  # "York" is not named by "New York"
 
 
 def _folded(text: str) -> str:

@@ -72,13 +72,8 @@ class Task(ABC):
         """All items of a split, without shots."""
 
     def rows(self, source: str | Path, split: str | None) -> list[Row]:
-        """Rows of a split as training reads them; shots are taken from them.
-
-        Raises:
-            ConfigError: the task has no answered questions.
-        """
-        if self.format is None:
-            raise ConfigError(f"task {self.name!r} has no answered questions to show; leave shots out")
+        """Rows of a split as training reads them, of a task with a format; shots are taken from them."""
+        assert self.format is not None
         return load_rows(source, split=split, format=self.format)
 
     @abstractmethod
@@ -117,6 +112,8 @@ class Task(ABC):
             items = _draw(items, min(limit, len(items)), seed)
         if shots == 0:
             return items
+        if self.format is None:
+            raise ConfigError(f"task {self.name!r} has no answered questions to show; leave shots out")
         taken = self._shots(_shots_source(source, shots_source), shots, seed, items)
         return [replace(item, shots=taken) for item in items]
 

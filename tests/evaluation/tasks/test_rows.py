@@ -1,0 +1,42 @@
+"""Any rows, with any metric."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from collm.errors import ConfigError, DataError
+from collm.evaluation.tasks.rows import RowsTask
+from tests.evaluation.tasks.files import jsonl
+
+CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "Paris."}]
+
+
+@pytest.mark.parametrize(("metric", "score"), [("exact_match", 0), ("contains", 1)])
+def test_the_metric_is_the_measure(tmp_path: Path, metric: str, score: float) -> None:
+    task = RowsTask(metric)
+    (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"prompt": "Capital?", "completion": "Paris"}))
+    assert task.score(item, "It is Paris.") == {metric: score}
+    assert task.measure == metric
+
+
+def test_chats_are_asked_for_their_last_turn(tmp_path: Path) -> None:
+    (item,) = RowsTask().load(jsonl(tmp_path / "rows.jsonl", {"messages": CHAT}))
+    assert (item.prompt, item.reference) == (CHAT[:1], "Paris.")
+
+
+def test_fields_can_be_named(tmp_path: Path) -> None:
+    task = RowsTask(prompt_field="q", completion_field="a")
+    (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"q": "Capital?", "a": "Paris"}))
+    assert (item.prompt, item.reference, item.where) == ("Capital?", "Paris", f"{tmp_path}/rows.jsonl:1")
+
+
+def test_a_bad_row_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:2: no field 'completion'"):
+        RowsTask().load(jsonl(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c"}, {"prompt": "p"}))
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_generated() -> None:
+    with pytest.raises(ConfigError, match="metric is 'rouge'"):
+        RowsTask("rouge")
