@@ -246,7 +246,7 @@ class CoLLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         threshold: float | None = None,
         budget: float | None = None,
@@ -260,7 +260,7 @@ class CoLLM:
 
         Args:
             prompts: strings, chats (lists of messages) or lists of token ids, or one of them.
-            params: how tokens are drawn; with a seed, prompt i draws with seed + i.
+            params: how tokens are drawn; with a seed, prompt i draws with seed + i. Or one for each prompt, as it is.
             threshold: the base keeps a token while its defer prob is at most this; by default the calibrated one.
             budget: a deferral rate to stay within, in place of a threshold; needs a calibration.
             policy: "threshold" (default), another name as `core.named.policy_named` reads it ("joint", "mixture",
@@ -279,16 +279,15 @@ class CoLLM:
             PolicyFailure: a policy raised.
         """
         listed = _as_prompts(prompts)
-        params = params or SamplingParams()
+        drawing = _each(params or SamplingParams(), len(listed))
         policies = self._policies(policy, threshold, budget, len(listed))
         self._check_lookahead(lookahead, policies)
         before = {author.name: copy(author.usage) for author in self._authors}
         engine = self._engine(max_batch, lookahead, max_wait)
         done: dict[int, Completion] = {}
         try:
-            for index, (prompt, chosen) in enumerate(zip(listed, policies, strict=True)):
-                seeded = params if params.seed is None else replace(params, seed=params.seed + index)
-                engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), seeded, chosen))
+            for prompt, drawn, chosen in zip(listed, drawing, policies, strict=True):
+                engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), drawn, chosen))
             while engine.has_work:
                 for emitted in engine.step():
                     if emitted.failure is not None:
@@ -402,6 +401,16 @@ class CoLLM:
         of_models = check_eos([(m.name, m.eos_token_ids) for m in models], accept=self.accept_differences)
         eos = cast("int | None", self.tokenizer.eos_token_id)
         return of_models if eos is None else of_models | {eos}
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """One for each prompt; of a single one with a seed, with seeds that follow it."""
+    if isinstance(params, SamplingParams):
+        seed = params.seed
+        return [params if seed is None else replace(params, seed=seed + index) for index in range(count)]
+    if len(params) != count:
+        raise ConfigError(f"{len(params)} sampling parameters came for {count} prompts; give one for each, or one")
+    return list(params)
 
 
 def _steps(engine: Engine) -> Iterator[TokenStep]:

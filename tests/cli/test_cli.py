@@ -17,10 +17,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from collm import CoLLM
+from collm import CoLLM, DeferralHead
 from collm.cli.main import app
 from collm.cli.train import parse
 from collm.errors import ConfigError
+from collm.models.loading import ModelSpec, load_tokenizer
 from tests.fake_server import FakeServer
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +172,42 @@ def test_options_that_do_not_go_together_are_wrong_usage(arguments: list[str], c
     assert complaint in " ".join(re.sub("[\u2500-\u257f]", " ", result.stderr).split())
 
 
+def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("collm.evaluation.tasks.rows.RowsTask.max_new_tokens", 5)
+    specs = [ModelSpec(str(pair[name])) for name in ("base", "assistant")]
+    tokenizer = load_tokenizer(specs[0])
+    CoLLM(specs[0], specs[1:], DeferralHead(32, 1), tokenizer).save_pretrained("mine")
+    asked = [
+        "eval",
+        "mine",
+        "--task",
+        "rows",
+        "--metric",
+        "token_f1",
+        "--data",
+        str(pair["validation"]),
+        "--out",
+        "run",
+    ]
+    done = CliRunner().invoke(app, [*asked, "--threshold", "0.4", "--compare", "base,assistant,random"])
+    assert done.exit_code == 0, done.output
+    assert "The collaboration reaches token_f1" in " ".join(done.stdout.split())
+    shown = json.loads((tmp_path / "run/results.json").read_text())
+    assert [row["name"] for row in shown["rows"]] == ["collaboration", "base", "assistant", "random"]
+    assert shown["threshold"] == 0.4
+    reported = CliRunner().invoke(app, ["report", "run"])
+    assert reported.exit_code == 0, reported.output
+    assert "What each model did for an item" in (tmp_path / "run/report.html").read_text()
+    for arguments, complaint in (
+        ([*asked, "--threshold", "0.4", "--curve"], "is not calibrated, so there is no curve"),
+        ([*asked], "there is no default threshold"),
+        (["report", "elsewhere"], "holds no finished evaluation"),
+    ):
+        failed = CliRunner().invoke(app, arguments)
+        assert complaint in str(failed.exception)
+
+
 def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> None:
     fails(1, "^collm: there is no collaboration at nowhere", "generate", "nowhere", "hi", cwd=tmp_path)
     fails(2, "top_p=0.5 .* no effect at temperature 0", "generate", "nowhere", "hi", "--top-p", 0.5, cwd=tmp_path)
@@ -250,7 +287,7 @@ def test_an_unknown_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
 def test_every_command_and_flag_in_the_readme_exists() -> None:
     readme = re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text())
     commands = re.findall(r"(?:^|`)collm (\w+)([^`\n]*)", readme, flags=re.MULTILINE)
-    assert {name for name, _ in commands} == {"demo", "score", "train", "calibrate", "generate", "env"}
+    assert {name for name, _ in commands} == {command.name for command in app.registered_commands}
     for name, rest in commands:
         help_text = help_of(name)
         for flag in re.findall(r"--\w[\w-]*", rest):

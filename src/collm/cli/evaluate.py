@@ -58,7 +58,6 @@ def evaluate(
         if model.calibration is None:
             raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
         names += [f"threshold={point.threshold:.6g}" for point in model.calibration.points]
-    params = SamplingParams(temperature=temperature, seed=seed if temperature else None)
     with progress_bar("answering") as progress:
         found = comparing.compare(
             systems_named(model, names, ThresholdPolicy(operating)),
@@ -66,9 +65,10 @@ def evaluate(
             items,
             out,
             threshold=operating,
-            params=params,
+            params=SamplingParams(temperature=temperature),
             chat=chat,
             max_batch=max_batch,
+            seed=seed,
             progress=lambda name: progress,
         )
     console = Console(highlight=False)

@@ -59,27 +59,42 @@ def comparison_table(comparison: Comparison) -> Table:
     Thresholds, of which a curve has many, are left to the report.
     """
     measure = comparison.measure or "answers"
-    table = Table(title=f"{comparison.task}, {len(comparison.items)} items", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("system", measure, "95 %", "difference", "deferral", "GFLOP", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "system" else "right", overflow="fold")
+    table = Table(title=f"{comparison.task}, {len(comparison.items)} items", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("system", measure, "difference", "deferral", "FLOP", "tok/s"):
+        named = heading == "system"
+        table.add_column(
+            heading,
+            justify="left" if named else "right",
+            overflow="fold",
+            no_wrap=not named,
+            min_width=13 if named else None,
+        )
     for result in comparison.results:
         if result.name.startswith("threshold="):
             continue
         score = result.measures.get(measure)
         table.add_row(
             result.name,
-            "" if score is None else f"{score.mean:.1%}",
-            "" if score is None else _ends(score),
+            "" if score is None else f"{100 * score.mean:.1f} ({_ends(score)})",
             "" if result.difference is None else f"{100 * result.difference.mean:+.1f} ({_ends(result.difference)})",
             f"{result.deferral_rate:.1%}",
-            f"{result.flops / 1e9:.3g}",
+            _scaled(result.flops),
             f"{result.tokens_per_s:.0f}",
         )
     return table
 
 
+def _scaled(number: float) -> str:
+    """Three digits and a prefix: 1.25G."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or prefix == "P":
+            return f"{number:.3g}{prefix}"
+        number /= 1000
+    raise AssertionError("the last prefix takes any number")
+
+
 def _ends(interval: Interval) -> str:
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+    return f"{100 * interval.low:.1f}..{100 * interval.high:.1f}"
 
 
 def results_table(rows: Sequence[Row]) -> Table:

@@ -97,6 +97,7 @@ def compare(
     params: SamplingParams | None = None,
     chat: bool = False,
     max_batch: int = 16,
+    seed: int = 0,
     progress: Callable[[str], OnProgress] | None = None,
 ) -> Comparison:
     """Have every system answer every item.
@@ -110,6 +111,7 @@ def compare(
         threshold: the collaboration's, for the record.
         chat: ask as the user of a chat, for a collaboration trained on chats.
         params: how tokens are drawn; max_new_tokens and stop are the task's. Greedy by default.
+        seed: item i draws with seed + i where anything is drawn, whatever has been answered before.
         progress: called with a system's name for a callback that is told items done and to do.
 
     Raises:
@@ -118,23 +120,23 @@ def compare(
         ModelFailure: a model failed at an item: the run stops, nothing is scored as wrong; what is answered is kept.
     """
     _check(items)
-    asking = _Asking(task, items, params or SamplingParams(), chat, max_batch)
+    asking = _Asking(task, items, params or SamplingParams(), chat, max_batch, seed)
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
-    members = systems[0].load().members
+    num_assistants = len(systems[0].load().assistants)
+    authors = [author_name(author, num_assistants) for author in range(1 + num_assistants)]
     for system in systems:
         report = progress(system.name) if progress else None
         found, model = asking.answers(system, out, rate=_rate(answers), report=report)
         answers[system.name] = [found.items[item.id] for item in items]
-        results.append(_result(system, model, task, items, answers, found))
+        results.append(_result(system, model, task, items, answers, found, authors))
     settings = {
         "temperature": asking.params.temperature,
-        "seed": asking.params.seed,
+        "seed": seed,
         "chat": chat,
         "max_batch": max_batch,
         "versions": library_versions(),
     }
-    authors = [author_name(author, len(members) - 1) for author in range(len(members))]
     comparison = Comparison(task.name, task.measure, items, results, answers, authors, threshold, settings)
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
     _write(out / "results.json", comparison.to_dict())
@@ -170,6 +172,7 @@ class _Asking:
     params: SamplingParams
     chat: bool
     max_batch: int
+    seed: int
 
     def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[Answers, CoLLM]:
         """All answers of one system, and its model; answers that a file holds already are not made again."""
@@ -183,11 +186,16 @@ class _Asking:
             "items": _fingerprint(self.items),
             "chat": self.chat,
             "params": asdict(params),
+            "seed": self.seed,
+        }
+        draws = policy.draws or params.temperature > 0
+        drawing = {
+            item.id: replace(params, seed=self.seed + place if draws else None) for place, item in enumerate(self.items)
         }
         file = AnswerFile(answer_path(out, system.name), identity)
         left = [item for item in self.items if item.id not in file.answers.items]
         for start in range(0, len(left), self.max_batch):
-            self._batch(left[start : start + self.max_batch], system, model, policy, params, file)
+            self._batch(left[start : start + self.max_batch], system, model, policy, drawing, file)
             if report is not None:
                 report(len(file.answers.items), len(self.items))
         return file.answers, model
@@ -198,7 +206,7 @@ class _Asking:
         system: System,
         model: CoLLM,
         policy: Policy,
-        params: SamplingParams,
+        drawing: Mapping[str, SamplingParams],
         file: AnswerFile,
     ) -> None:
         prompts = [self.task.render(item, model.template, model.tokenizer, chat=self.chat) for item in batch]
@@ -209,6 +217,7 @@ class _Asking:
             answer = Answer.of(item.id, completion, self.task.score(item, completion.text), seconds)
             file.add(replace(answer, authors=[author or system.writes_as for author in answer.authors]))
 
+        params = [drawing[item.id] for item in batch]
         done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
         file.close_batch([item.id for item in batch], done.usage, started)
 
@@ -233,10 +242,11 @@ def _result(
     items: Sequence[TaskItem],
     answers: Mapping[str, Sequence[Answer]],
     found: Answers,
+    authors: Sequence[str],
 ) -> SystemResult:
     mine = answers[system.name]
     measured = sum(len(batch.ids) for batch in found.batches)
-    usage = _usage(system, model, found)
+    usage = _usage(system, found, authors)
     tokens = {name: _per_item(used, measured) for name, used in usage.items()}
     by_batch = {id_ for batch in found.batches for id_ in batch.ids}
     written = sum(len(answer.authors) for answer in mine if answer.id in by_batch)
@@ -253,7 +263,7 @@ def _result(
     )
 
 
-def _usage(system: System, model: CoLLM, found: Answers) -> dict[str, ModelUsage]:
+def _usage(system: System, found: Answers, authors: Sequence[str]) -> dict[str, ModelUsage]:
     """By model, over all batches; a model alone is called by its own name, and its idle assistant left out."""
     total: dict[str, ModelUsage] = {}
     for batch in found.batches:
@@ -262,7 +272,7 @@ def _usage(system: System, model: CoLLM, found: Answers) -> dict[str, ModelUsage
             total[name] = ModelUsage(*(getattr(before, key) + value for key, value in asdict(used).items()))
     busy = {name: used for name, used in total.items() if any(asdict(used).values())}
     if system.writes_as != BASE and "base" in busy:
-        return {author_name(system.writes_as, len(model.assistants)): busy["base"]}
+        return {authors[system.writes_as]: busy["base"]}
     return busy
 
 
@@ -278,10 +288,7 @@ def _flops(system: System, model: CoLLM, name: str) -> float:
     member = next(member for member in model.members if member.name == name)
     if not isinstance(member, LanguageModel):
         return 0.0
-    embedding = member.decoder.get_input_embeddings().weight
-    tied = embedding is member.output_weight
-    weights: int = member.inner.num_parameters()
-    return 2.0 * (weights - (0 if tied else embedding.numel()))
+    return 2.0 * member.weights_per_token
 
 
 def _difference(task: Task, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:

@@ -69,5 +69,5 @@ def _against_assistant(own: SystemResult, other: SystemResult) -> str:
 
 def _points(difference: Interval, sign: int) -> str:
     """Percentage points with the interval, seen from the side that `sign` says."""
-    mean, ends = sign * difference.mean, sorted((sign * difference.low, sign * difference.high))
-    return f"{100 * mean:+.1f} points ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})"
+    mean, low, high = (100 * sign * end + 0.0 for end in (difference.mean, difference.low, difference.high))  # no -0.0
+    return f"{mean:+.1f} points ({min(low, high):+.1f} to {max(low, high):+.1f})"

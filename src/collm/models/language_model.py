@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collm.errors import UnsupportedModel
+from collm.models.packing import PackedLinear
 
 
 class LanguageModel:
@@ -47,6 +48,14 @@ class LanguageModel:
     @property
     def hidden_size(self) -> int:
         return self._output_shape[1]
+
+    @property
+    def weights_per_token(self) -> int:
+        """Weights that reading a token multiplies with: all but the input embedding; of experts all, active or not."""
+        embedding = self.decoder.get_input_embeddings().weight
+        packed = sum(layer.weight.numel() for layer in self.inner.modules() if isinstance(layer, PackedLinear))
+        tied = embedding is self.output_weight
+        return int(self.inner.num_parameters()) + packed - (0 if tied else embedding.numel())
 
     @property
     def _output_shape(self) -> tuple[int, int]:

@@ -16,6 +16,8 @@ class PackedLinear(nn.Module):
     nor saved.
     """
 
+    weight: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)

@@ -1,0 +1,273 @@
+"""Systems beside each other: the same items for all, resumable, costs counted, nothing scored that was not answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from collm import CoLLM, DeferralHead, SamplingParams
+from collm.core.policies import ThresholdPolicy
+from collm.errors import ArtefactError, ConfigError, DataError, ModelFailure
+from collm.evaluation.answers import Answer, AnswerFile, answer_path
+from collm.evaluation.compare import Comparison, SystemResult, compare
+from collm.evaluation.insights import deferred_classes, deferred_tokens, led_astray, run_lengths, token_class
+from collm.evaluation.intervals import Interval
+from collm.evaluation.page import render_page
+from collm.evaluation.run_report import report_of
+from collm.evaluation.systems import systems_named
+from collm.evaluation.tasks.named import task_named
+from collm.evaluation.tasks.task import Task, TaskItem
+from collm.evaluation.verdict import verdict
+
+THRESHOLD = 0.5
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> CoLLM:
+    head = DeferralHead(32, 2)
+    with torch.no_grad():
+        head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    return CoLLM(tiny_model(0), [tiny_model(1), tiny_model(2, hidden_size=48)], head, tokenizer)
+
+
+@pytest.fixture
+def task(model: CoLLM) -> Task:
+    return task_named("rows", metric="exact_match")
+
+
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collm.evaluation.tasks.rows.RowsTask.max_new_tokens", 6)
+
+
+@pytest.fixture
+def items(model: CoLLM) -> list[TaskItem]:
+    """What the base says is right for every other prompt."""
+    prompts = [f"w{i} w{i + 3}" for i in range(10)]
+    said = model.generate(prompts, SamplingParams(max_new_tokens=6), threshold=1.0)
+    references = [one.text if i % 2 == 0 else "nothing" for i, one in enumerate(said)]
+    return [
+        TaskItem(str(i), prompt, ref, f"line {i}")
+        for i, (prompt, ref) in enumerate(zip(prompts, references, strict=True))
+    ]
+
+
+def run(
+    model: CoLLM, task: Task, items: list[TaskItem], out: Path, names: str = "base,assistant-2,random"
+) -> Comparison:
+    systems = systems_named(model, names.split(","), ThresholdPolicy(THRESHOLD))
+    return compare(systems, task, items, out, threshold=THRESHOLD, max_batch=4)
+
+
+def test_every_system_answers_every_item_as_generate_does(
+    model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
+) -> None:
+    found = run(model, task, items, tmp_path, "base,assistant,assistant-2,random,mixture,threshold=0.2")
+    params, prompts = SamplingParams(max_new_tokens=6), [str(item.prompt) for item in items]
+    expected = {
+        "collaboration": model.generate(prompts, params, threshold=THRESHOLD),
+        "base": model.generate(prompts, params, threshold=1.0),
+        "assistant": model.generate(prompts, params, policy="single:writer=1"),
+        "assistant-2": model.generate(prompts, params, policy="single:writer=2"),
+        "mixture": model.generate(prompts, params, policy="mixture"),
+        "threshold=0.2": model.generate(prompts, params, threshold=0.2),
+    }
+    for name, completions in expected.items():
+        assert [one.text for one in found.answers[name]] == [one.text for one in completions], name
+    by_name = {result.name: result for result in found.results}
+    assert by_name["base"].measures["exact_match"].mean == 0.5
+    assert by_name["collaboration"].difference is None
+    scores = [[one.scores["exact_match"] for one in found.answers[name]] for name in ("base", "collaboration")]
+    difference = by_name["base"].difference
+    assert difference is not None
+    assert difference.mean == pytest.approx((sum(scores[0]) - sum(scores[1])) / 10)
+    assert (by_name["base"].deferral_rate, by_name["assistant-2"].deferral_rate) == (0.0, 1.0)
+    assert {author for one in found.answers["assistant-2"] for author in one.authors} == {2}
+    assert by_name["random"].deferral_rate == pytest.approx(by_name["collaboration"].deferral_rate, abs=0.2)
+
+
+def test_a_model_alone_costs_its_own_passes(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
+    found = {result.name: result for result in run(model, task, items, tmp_path, "base,assistant-2").results}
+    assert list(found["base"].models) == ["base"]
+    assert list(found["assistant-2"].models) == ["assistant 2"]
+    for name, author in (("base", 0), ("assistant-2", 2)):
+        member = model.members[author]
+        weights = (
+            sum(p.numel() for p in member.module.parameters()) - member.module.get_input_embeddings().weight.numel()
+        )
+        (used,) = found[name].models.values()
+        assert found[name].flops == pytest.approx(2 * weights * used["tokens_read"])
+        assert used["tokens_read"] >= 2 + 5  # the prompt, and every token but the last
+    assert set(found["collaboration"].models) >= {"base", "assistant 1"}
+
+
+def test_an_interrupted_evaluation_goes_on_item_by_item(
+    model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(model, task, items, tmp_path / "whole")
+    scored: list[str] = []
+    score = type(task).score
+
+    def dying(self: Any, item: TaskItem, text: str) -> dict[str, float]:
+        if len(scored) == 6:
+            raise KeyboardInterrupt
+        scored.append(item.id)
+        return score(self, item, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(task), "score", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, task, items, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "results.json").exists()
+    path = answer_path(tmp_path / "cut", "collaboration")
+    assert len(AnswerFile(path).answers.items) == 6
+    path.write_bytes(path.read_bytes() + b'{"answer": {"id": "h')  # a line cut short
+    asked: list[int] = []
+    generate = CoLLM.generate
+    monkeypatch.setattr(CoLLM, "generate", lambda self, p, *a, **k: asked.append(len(p)) or generate(self, p, *a, **k))
+    again = run(model, task, items, tmp_path / "cut")
+    assert sum(asked) == 4 + 10 * 3
+    for name, answers in whole.answers.items():
+        assert [one.token_texts for one in again.answers[name]] == [one.token_texts for one in answers], name
+    assert [result.measures for result in again.results] == [result.measures for result in whole.results]
+
+
+def test_answers_to_something_else_are_refused(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
+    run(model, task, items, tmp_path, "base")
+    with pytest.raises(ConfigError, match="holds answers with items="):
+        run(model, task, items[:5], tmp_path, "base")
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    with pytest.raises(ConfigError, match="holds answers with models="):
+        run(model, task, items, tmp_path, "base")
+    answer_path(tmp_path, "base").write_text('{"identity": {}}\n{"answer": {}}\n')
+    with pytest.raises((ArtefactError, ConfigError)):
+        AnswerFile(answer_path(tmp_path, "base"))
+
+
+def test_a_failing_model_stops_the_run_and_scores_nothing(
+    model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        model.members[2].module.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ModelFailure, match="NaN"):
+        run(model, task, items, tmp_path, "base,assistant-2")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_items_must_be_there_and_differ(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no items"):
+        run(model, task, [], tmp_path)
+    with pytest.raises(DataError, match=r"line 1 and line 1 have the same id '1'"):
+        run(model, task, [*items, items[1]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("assistant-3", "the collaboration has 2 assistants"),
+        ("assistant-x", "the collaboration has 2 assistants"),
+        ("better", "cannot compare 'better'; expected one of base, assistant"),
+        ("threshold=high", "expected a number"),
+        ("sft=", "cannot compare 'sft='"),
+    ],
+)
+def test_unknown_systems_are_refused(model: CoLLM, name: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        systems_named(model, [name], ThresholdPolicy(0.5))
+
+
+def test_other_models_by_path(
+    model: CoLLM, task: Task, items: list[TaskItem], saved_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = saved_model("other", 7, hidden_size=64)
+    found = run(model, task, items, tmp_path / "out", f"sft={path},proxy={saved_model('untuned', 8)}")
+    assert [result.name.partition("=")[0] for result in found.results] == ["collaboration", "sft", "proxy"]
+    alone = CoLLM.generate(
+        next(s for s in systems_named(model, [f"sft={path}"], ThresholdPolicy(0.5)) if s.name.startswith("sft")).load(),
+        [str(item.prompt) for item in items], SamplingParams(max_new_tokens=6), threshold=1.0,
+    )  # fmt: skip
+    assert [one.text for one in found.answers[f"sft={path}"]] == [one.text for one in alone]
+
+
+# Words
+
+
+def result(name: str, mean: float, difference: tuple[float, float] | None, flops: float = 1.0) -> SystemResult:
+    interval = None if difference is None else Interval(sum(difference) / 2, *difference)
+    return SystemResult(name, 100, {"m": Interval(mean, mean - 0.1, mean + 0.1)}, interval, 0.1, {}, flops, 10.0, 1.0)
+
+
+COSTS = "2.00 times its FLOPs, 1.00 times its tokens per second"
+CHOOSE_IT = "the assistant alone is the better choice"
+WORDS = [
+    (("base", 0.3, (-0.3, -0.1), 0.1), "better than the base alone by +20.0 points (+10.0 to +30.0)"),
+    (("base", 0.5, (-0.1, 0.1), 0.1), "the base alone is the better choice"),
+    (("base", 0.7, (0.1, 0.3), 0.1), "The base alone is better, by +20.0 points (+10.0 to +30.0), and cheaper"),
+    (("assistant", 0.7, (0.1, 0.3), 0.5), f"(+10.0 to +30.0); the collaboration takes {COSTS}: {CHOOSE_IT}"),
+    (("assistant", 0.7, (0.1, 0.3), 4.0), "takes 0.25 times its FLOPs, 1.00 times its tokens per second."),
+    (("assistant", 0.5, (-0.1, 0.1), 0.5), f"(difference +0.0 points (-10.0 to +10.0)) and takes {COSTS}: {CHOOSE_IT}"),
+    (("assistant", 0.3, (-0.3, -0.1), 0.5), "It is better than the assistant alone (difference +20.0 points"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("other", "words"), WORDS)
+def test_the_verdict_says_plainly_which_is_the_better_choice(other: Any, words: str) -> None:
+    assert words in verdict("t", "m", [result("collaboration", 0.5, None), result(*other)])
+
+
+def answer(id_: str, texts: list[str], authors: list[int], score: float = 1.0) -> Answer:
+    return Answer(id_, texts, authors, [0.5] * len(texts), "eos", {"m": score}, 1.0)
+
+
+def test_insights_count_by_hand() -> None:
+    own = [
+        answer("a", [" the", " 12", ",", "5", ""], [0, 1, 1, 0, 1], 0.0),
+        answer("b", [" the", "\n", " 12"], [1, 0, 2], 1.0),
+    ]
+    assert [(one.name, one.deferred, one.total) for one in deferred_tokens(own)] == [
+        (" 12", 2, 2), ("", 1, 1), (" the", 1, 2), (",", 1, 1),
+    ]  # fmt: skip
+    assert {one.name: (one.deferred, one.total) for one in deferred_classes(own)} == {
+        "number": (2, 3), "word begins": (1, 2), "punctuation": (1, 1), "nothing yet": (1, 1), "white space": (0, 1),
+    }  # fmt: skip
+    assert run_lengths(own) == {1: 3, 2: 1}
+    assert token_class("ing") == "word goes on"
+    base = {"a": answer("a", [], [], 1.0), "b": answer("b", [], [], 1.0)}
+    assert [one.id for one in led_astray(own, base, "m")] == ["a"]
+
+
+def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
+    found = run(model, task, items, tmp_path, "base,assistant,threshold=0.9,threshold=0.1")
+    report = report_of(tmp_path)
+    assert report.summary == verdict(found.task, found.measure, found.results)
+    assert [row.name for row in report.rows] == ["collaboration", "base", "assistant"]
+    assert sorted(point.threshold for point in report.curve) == [0.1, 0.5, 0.9]
+    page = render_page(report)
+    for text in (
+        "What kind of token assistants write",
+        "How many tokens in a row",
+        "Where an assistant led",
+        "assistant 2",
+    ):
+        assert text in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "").replace(
+        "https://www.w3.org", ""
+    )
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(ArtefactError, match="no finished evaluation"):
+        report_of(tmp_path)
+
+
+def test_results_are_json(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
+    found = run(model, task, items, tmp_path, "base")
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in read["rows"]] == ["collaboration", "base"]
+    assert read["verdict"] == verdict(found.task, found.measure, found.results)
+    assert read["rows"][1]["measures"]["exact_match"]["mean"] == 0.5
