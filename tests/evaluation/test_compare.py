@@ -235,7 +235,7 @@ def test_insights_count_by_hand() -> None:
         (" 12", 2, 2), ("", 1, 1), (" the", 1, 2), (",", 1, 1),
     ]  # fmt: skip
     assert {one.name: (one.deferred, one.total) for one in deferred_classes(own)} == {
-        "number": (2, 3), "word begins": (1, 2), "punctuation": (1, 1), "nothing yet": (1, 1), "white space": (0, 1),
+        "number": (2, 3), "word begins": (1, 2), "punctuation": (1, 1), "no text": (1, 1), "white space": (0, 1),
     }  # fmt: skip
     assert run_lengths(own) == {1: 3, 2: 1}
     assert token_class("ing") == "word goes on"

@@ -11,7 +11,7 @@ from itertools import groupby
 from collm.core.types import BASE
 from collm.evaluation.answers import Answer
 
-CLASSES = ("number", "word begins", "word goes on", "punctuation", "white space", "nothing yet")
+CLASSES = ("number", "word begins", "word goes on", "punctuation", "white space", "no text")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Deferred:
 
 
 def token_class(text: str) -> str:
-    """One of CLASSES, by what the token's text looks like; "nothing yet" where it leaves a character incomplete."""
+    """One of CLASSES, by what the token's text looks like; "no text" for an end or a part of a character."""
     if not text:
-        return "nothing yet"
+        return "no text"
     word = text.strip()
     if not word:
         return "white space"
