@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from collm.core.head import DeferralHead
+from collm.run.train import leave
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
 from collm.training.trainer import CoLLMTrainer
@@ -75,6 +76,7 @@ def main() -> None:
         sharded = sum(isinstance(part, FSDPModule) for part in trainer.model_wrapped.modules())
         about = {"measured": measured, "wrapped": wrapped, "sharded": sharded, "processes": trainer.args.world_size}
         (out / "result.json").write_text(json.dumps(about))
+    leave()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def train(context: typer.Context) -> None:
     console = Console(highlight=False)
     console.print(run.to_yaml(config, args), markup=False)
     result = run.train_collaboration(config, args)
+    run.leave()
     if config.calibrate:
         console.print(calibration_table(result.calibration))
     else:

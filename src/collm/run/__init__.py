@@ -3,7 +3,7 @@
 from collm.run.data import hold_out
 from collm.run.options import DataConfig, RunConfig, parse_model, parse_tool
 from collm.run.scores import Server, score, score_author, score_data
-from collm.run.train import RunResult, calibrate_rows, calibrate_run, to_yaml, train_collaboration
+from collm.run.train import RunResult, calibrate_rows, calibrate_run, leave, to_yaml, train_collaboration
 
 __all__ = [
     "DataConfig",
@@ -13,6 +13,7 @@ __all__ = [
     "calibrate_rows",
     "calibrate_run",
     "hold_out",
+    "leave",
     "parse_model",
     "parse_tool",
     "score",

@@ -105,6 +105,14 @@ def processes_of(args: CoLLMConfig) -> PartialState:
     return args.distributed_state
 
 
+def leave() -> None:
+    """Leave the group of processes together, if there is one: one that is torn down by exiting may abort."""
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
 def _save(
     config: RunConfig, prepared: Prepared, directory: Path, model: CoLLM, metrics: dict[str, Any], *, quiet: bool
 ) -> None:
