@@ -10,7 +10,6 @@ tokens on average. On a CPU our loop runs packed linear layers, as for any colla
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.limit import PassTable, limit_seconds, pass_seconds, seconds
 from benchmarks.pairs import SHAPES, collaborate, make_model, make_predictable, pattern, prompts_of, successors
+from benchmarks.record import run_parts
 from collm import CoLLM, SamplingParams
-from collm.artefact import library_versions
 from collm.collaboration import Completions
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.models.packing import pack_linears, packing_pays
@@ -256,16 +255,7 @@ def main() -> None:
         "context": bench.context,
         "compiled": bench.compiled,
     }
-    command = " ".join(["python -m benchmarks.decode", *sys.argv[1:]])
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    results: dict[str, Any] = {"command": command, "arguments": given, "versions": library_versions()}
-    for part in arguments.parts:
-        results[part] = parts[part]()
-        if arguments.out is not None:  # after every part: a long run that is cut off keeps what it has
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.out is None:
-        print(json.dumps(results, indent=1))
+    run_parts("benchmarks.decode", arguments, parts)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.limit import seconds
 from benchmarks.pairs import SHAPES, make_model
+from benchmarks.record import run_parts
 from collm import CoLLMConfig, CoLLMTrainer, DeferralHead
-from collm.artefact import library_versions
 from collm.core.objective import marginal_logprobs
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec
@@ -275,16 +276,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    command = " ".join(["python -m benchmarks.training", *sys.argv[1:]])
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    results: dict[str, Any] = {"command": command, "arguments": given, "versions": library_versions()}
-    for part in arguments.parts:
-        results[part] = PARTS[part](arguments)
-        if arguments.out is not None:  # after every part: a long run that is cut off keeps what it has
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.out is None:
-        print(json.dumps(results, indent=1))
+    run_parts("benchmarks.training", arguments, {name: partial(part, arguments) for name, part in PARTS.items()})
 
 
 if __name__ == "__main__":

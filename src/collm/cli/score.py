@@ -10,6 +10,7 @@ import typer
 from collm.cli.usage import allow_only
 
 if TYPE_CHECKING:
+    from collm.models.members import AssistantSpec
     from collm.training.scores import Scores
 
 
@@ -71,8 +72,7 @@ def score(
     from collm import run
     from collm.cli.train import parse
     from collm.errors import ConfigError
-    from collm.models.loading import ModelSpec
-    from collm.tools.spec import PREFIX, ToolSpec
+    from collm.tools.spec import PREFIX
 
     if server is None and (concurrency is not None or api_key_env is not None):
         raise ConfigError("concurrency and api_key_env have no effect without --server; leave them out")
@@ -87,32 +87,20 @@ def score(
         return
     if data is None or model is None or out is None:
         raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
-    spec: ModelSpec | ToolSpec
+    loaded = {"dtype": dtype, "device": device, "quantization": quantization, "max_batch_tokens": max_batch_tokens}
+    of_models = {name: value for name, value in loaded.items() if value != "auto"}
     if model.startswith(PREFIX):
-        options = {
-            "dtype": dtype != "auto",
-            "device": device,
-            "server": server,
-            "max_batch_tokens": max_batch_tokens,
-            "quantization": quantization,
-        }
-        _refuse(model, "which is no model", **options)
+        _refuse(model, "which is no model", **of_models, server=server)
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
-        spec = run.parse_tool(model, tool_eps, tool_seconds)
+        base = run.parse_model(tokenizer)
+        spec: AssistantSpec = run.parse_tool(model, tool_eps, tool_seconds)
     else:
         _refuse(model, "which is no tool", tool_eps=tool_eps, tool_seconds=tool_seconds)
         if server is not None:
-            options = {
-                "dtype": dtype != "auto",
-                "device": device,
-                "max_batch_tokens": max_batch_tokens,
-                "quantization": quantization,
-            }
-            _refuse(model, "which the server runs", **options)
-        spec = run.parse_model(model, dtype=dtype, device=device, quantization=quantization)
-    base = run.parse_model(tokenizer) if tokenizer else spec
-    assert isinstance(base, ModelSpec)
+            _refuse(model, "which the server runs", **of_models)
+        own = run.parse_model(model, dtype=dtype, device=device, quantization=quantization)
+        base, spec = run.parse_model(tokenizer) if tokenizer else own, own
     rows = run.DataConfig(data, split, prompt_field, completion_field, template, format_, bad_rows, chat_template)
     scores = run.score_data(
         rows, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens, server=served
@@ -145,5 +133,5 @@ def _refuse(model: str, why: str, **options: object) -> None:
     from collm.errors import ConfigError
 
     for name, value in options.items():
-        if value not in (None, False):
+        if value is not None:
             raise ConfigError(f"{name} has no effect with {model}, {why}; leave it out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -56,8 +56,7 @@ def deferred_classes(answers: Sequence[Answer]) -> list[Deferred]:
     return _counted(answers, token_class, everything=True)
 
 
-def _counted(answers: Sequence[Answer], name_of: object, *, everything: bool = False) -> list[Deferred]:
-    assert callable(name_of)
+def _counted(answers: Sequence[Answer], name_of: Callable[[str], str], *, everything: bool = False) -> list[Deferred]:
     written = [
         (name_of(text), author)
         for answer in answers
