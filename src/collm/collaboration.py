@@ -282,7 +282,7 @@ class CoLLM:
         drawing = _each(params or SamplingParams(), len(listed))
         policies = self._policies(policy, threshold, budget, len(listed))
         self._check_lookahead(lookahead, policies)
-        before = {author.name: copy(author.usage) for author in self._authors}
+        before = {author.name: copy(author.usage) for author in self.runners}
         engine = self._engine(max_batch, lookahead, max_wait)
         done: dict[int, Completion] = {}
         try:
@@ -298,7 +298,7 @@ class CoLLM:
                             on_completion(emitted.number, emitted.completion)
         finally:
             engine.close()
-        usage = {author.name: author.usage - before[author.name] for author in self._authors}
+        usage = {author.name: author.usage - before[author.name] for author in self.runners}
         return Completions([done[number] for number in sorted(done)], usage)
 
     def stream(
@@ -358,8 +358,8 @@ class CoLLM:
             )
 
     def _engine(self, max_batch: int, lookahead: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
-        base, *assistants = self._authors
-        for member, runner in zip([self.base, *self.assistants], self._authors, strict=True):
+        base, *assistants = self.runners
+        for member, runner in zip([self.base, *self.assistants], self.runners, strict=True):
             if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
                 runner.forget()
         return Engine(
@@ -389,7 +389,8 @@ class CoLLM:
         return models
 
     @cached_property
-    def _authors(self) -> list[ModelRunner | ToolRunner]:
+    def runners(self) -> list[ModelRunner | ToolRunner]:
+        """One for each author, the base first."""
         return [
             ModelRunner(member, compiled=self.compiled) if isinstance(member, LanguageModel) else ToolRunner(member)
             for member in self.members

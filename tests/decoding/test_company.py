@@ -66,7 +66,7 @@ def test_nan_in_one_sequence_harms_no_other(pair: CoLLM, author: int, policy: Po
     assert list(failures) == [1]
     assert isinstance(failures[1], ModelFailure)
     assert f"{['base', 'assistant'][author]} returned NaN logits after 3 tokens" in str(failures[1])
-    assert [a.open_slots for a in pair._authors] == [0, 0]
+    assert [a.open_slots for a in pair.runners] == [0, 0]
     later = pair.generate([prompts[i] for i in (0, 2, 3)] * 2, PARAMS, policy=policy)  # in the spoiled slot too
     assert [c.token_ids for c in later] == good * 2
 
@@ -78,7 +78,7 @@ def test_a_model_that_raises_for_one_sequence_fails_that_one(
     prompts = [[5, 6], [7, POISON, 8], [9, 10, 11]]
     policy = SingleAuthorPolicy(author)
     good = [c.token_ids for c in pair.generate(prompts[::2], PARAMS, policy=policy)]
-    model = pair._authors[author].model
+    model = pair.runners[author].model
     plain = model.hidden_states
 
     def fails_on_poison(input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_a_model_that_raises_for_one_sequence_fails_that_one(
     assert list(failures) == [1]
     assert "raised RuntimeError: device-side assert" in str(failures[1])
     assert "failed on 3 sequences" in caplog.text
-    assert [a.open_slots for a in pair._authors] == [0, 0]
+    assert [a.open_slots for a in pair.runners] == [0, 0]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def test_a_token_that_an_author_excludes_breaks_no_combination(
     pair: CoLLM, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Models that mask a part of their vocabulary give logits of -inf."""
-    for runner in pair._authors:
+    for runner in pair.runners:
         plain = runner.model.logits
         cut = runner.name == "base"
 
@@ -187,11 +187,11 @@ def test_thousands_of_joins_leaves_and_cancellations_leave_nothing_behind(pair: 
             if round_ == 1500:
                 tracemalloc.start()
             sizes.append(tracemalloc.get_traced_memory()[0])
-            assert [author.open_slots for author in pair._authors] == [0, 0]
+            assert [author.open_slots for author in pair.runners] == [0, 0]
             assert not engine.has_work
     tracemalloc.stop()
     assert sizes[1] - sizes[0] < 200_000, "bytes kept after 1,500 requests"
-    assert all(author._cache.slots == 8 for author in pair._authors)
+    assert all(author._cache.slots == 8 for author in pair.runners)
 
 
 def test_completions_of_one_prompt_read_it_once(pair: CoLLM) -> None:
@@ -245,7 +245,7 @@ def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monk
     passes = [alone.usage["assistant"].forward_passes]
     for max_wait in (1, 3):
         engine = pair._engine(max_batch=6, lookahead=0, max_wait=max_wait)
-        before = pair._authors[1].usage.forward_passes
+        before = pair.runners[1].usage.forward_passes
         for prompt in prompts:
             engine.add(Request(prompt, params, ThresholdPolicy(0.9)))
         came: dict[int, list[int]] = {number: [] for number in range(6)}
@@ -260,7 +260,7 @@ def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monk
                     del silent[news.number]
             assert max(silent.values(), default=0) <= max_wait
         assert list(came.values()) == [c.token_ids for c in alone]
-        passes.append(pair._authors[1].usage.forward_passes - before)
+        passes.append(pair.runners[1].usage.forward_passes - before)
     assert passes[0] > passes[1] > passes[2]
 
 

@@ -179,7 +179,7 @@ def test_random_schedules_of_mixed_requests(
         written = len(came[number][0])
         assert came[number] == (token_ids[:written], authors[:written])
         assert written == len(token_ids) or number not in finished
-    assert [author.open_slots for author in model._authors] == [0, 0, 0]
+    assert [author.open_slots for author in model.runners] == [0, 0, 0]
 
 
 def test_stop_strings_streaming_and_limits_hold_while_reading_ahead(

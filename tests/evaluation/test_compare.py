@@ -223,7 +223,7 @@ def test_the_verdict_says_plainly_which_is_the_better_choice(other: Any, words: 
 
 
 def answer(id_: str, texts: list[str], authors: list[int], score: float = 1.0) -> Answer:
-    return Answer(id_, texts, authors, [0.5] * len(texts), "eos", {"m": score}, 1.0)
+    return Answer(id_, [1] * len(texts), texts, authors, [0.5] * len(texts), "eos", {"m": score}, 1.0)
 
 
 def test_insights_count_by_hand() -> None:

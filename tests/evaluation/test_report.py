@@ -9,11 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from collm.core.calibration import CalibrationPoint
 from collm.errors import DataError, MissingExtra, WriteError
-from collm.evaluation.curve import draw_curve, require_matplotlib
+from collm.evaluation.chart import draw_chart, require_matplotlib
 from collm.evaluation.page import render_page, write_report
-from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Chart, Example, Point, Report, Row, Token, deferral_chart
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -82,21 +81,29 @@ TOKENS = [
 ]
 
 
+ROWS = [
+    Row("Base alone", 0.083, 0.046, 0.147, 0.0, 512.3, "0.12 M parameters"),
+    Row("Expert alone", 0.0, 0.0, 0.031, 1.0, 1301.2),
+    Row("Random deferral", 0.075, 0.04, 0.136, 0.081, 39.07),
+    Row("Collaboration", 0.983, 0.941, 0.995, 0.081, 402),
+]
+CURVE = [
+    Point("threshold -1", 1.0, 0.0, 0.0, 0.031),
+    Point("threshold 1", 0.0, 0.083, 0.046, 0.147),
+    Point("threshold 0.51", 0.081, 0.983, 0.941, 0.995),
+]
+DIAGONAL = {"whole answers at random": [(0.0, 0.083), (1.0, 0.0)]}
+
+
 @pytest.fixture(scope="module")
 def report() -> Report:
     return Report(
         title="A pair of models",
         summary="The collaboration is right.\n\nNothing else is.",
-        rows=[
-            Row("Base alone", 0.083, 0.046, 0.147, 0.0, 512.3, "0.12 M parameters"),
-            Row("Expert alone", 0.0, 0.0, 0.031, 1.0, 1301.2),
-            Row("Random deferral", 0.075, 0.04, 0.136, 0.081, 39.07),
-            Row("Collaboration", 0.983, 0.941, 0.995, 0.081, 402),
-        ],
-        curve=[
-            CalibrationPoint(-1.0, 1.0, 0.0, 0.0, 0.031),
-            CalibrationPoint(1.0, 0.0, 0.083, 0.046, 0.147),
-            CalibrationPoint(0.51, 0.081, 0.983, 0.941, 0.995),
+        rows=ROWS,
+        charts=[
+            deferral_chart(CURVE, ROWS, 0.081, DIAGONAL),
+            Chart("cost", "Accuracy against cost", "", "GFLOP", "Accuracy", CURVE, in_use=0.7, unit="GFLOP"),
         ],
         examples=[
             Example("Tell me about Kenya.", "It is right.", TOKENS, True),
@@ -104,7 +111,6 @@ def report() -> Report:
             Example("And Peru?", "It is unjudged.", [], None),
         ],
         authors=["generalist", "geography expert", "chemistry expert"],
-        operating_point=0.081,
         details={"command": "collm demo --out demo", "torch": "2.13.0"},
     )
 
@@ -142,12 +148,18 @@ def test_asks_nothing_of_the_network(page, report):
 
 
 def test_the_table_has_a_row_per_system_with_its_numbers(page, report):
-    results, curve = page.every("table")
+    results, curve, cost = page.every("table")
     rows = results.every("tbody")[0].every("tr")
     assert [row.every("th")[0].text for row in rows] == [row.name + row.note for row in report.rows]
     assert [td.text for td in rows[0].every("td")] == ["8.3% 4.6% to 14.7%", "0.0%", "512"]
     assert [row.every("td")[-1].text for row in rows] == ["512", "1,301", "39.1", "402"]
-    assert len(curve.every("tbody")[0].every("tr")) == len(report.curve)
+    assert len(curve.every("tbody")[0].every("tr")) == len(CURVE) + len(ROWS)
+    assert [th.text for th in cost.every("tbody")[0].every("th")] == ["threshold 1", "threshold 0.51", "threshold -1"]
+    assert [row.every("td")[0].text for row in cost.every("tbody")[0].every("tr")] == [
+        "0 GFLOP",
+        "0.081 GFLOP",
+        "1 GFLOP",
+    ]
 
 
 def test_tables_are_marked_up_for_screen_readers(page):
@@ -166,6 +178,14 @@ def test_every_token_is_there_with_its_author_and_defer_prob(page, report):
         assert element.text == f"{text} {report.authors[token.author]} · defer prob {token.defer_prob:.3f} "
         assert element.attributes["tabindex"] == "0"
     assert len(page.every("script")) == 1  # the page's own
+
+
+def test_a_token_shows_what_each_author_would_have_written(report):
+    candidates = [[(" Rome", 0.5), ("</s>", 0.25)], []]
+    example = Example("p", "r", [Token("Paris", 1, 0.9, candidates)])
+    (token,) = tree(replace(report, examples=[example])).every("li", "token")
+    (line,) = token.every("span", "line")  # the expert had nothing to say
+    assert line.text == "generalist: \u00a0Rome 50.0% · </s> 25.0% "
 
 
 def test_verdicts_are_words_and_only_where_somebody_judged(page):
@@ -196,43 +216,45 @@ def test_every_text_is_escaped():
         HOSTILE,
         HOSTILE,
         rows=[Row(HOSTILE, 0.5, 0.4, 0.6, 0.5, 1, HOSTILE)],
-        curve=[CalibrationPoint(0.5, 0.5, 0.5, 0.4, 0.6)],
-        examples=[Example(HOSTILE, HOSTILE, [Token(HOSTILE, 1, 0.5)])],
+        charts=[deferral_chart([Point(HOSTILE, 0.5, 0.5, 0.4, 0.6)], [Row(HOSTILE, 0.5, 0.4, 0.6, 0.5, 1)], 0.1)],
+        examples=[Example(HOSTILE, HOSTILE, [Token(HOSTILE, 1, 0.5, [[], [(HOSTILE, 0.5)]])])],
         authors=["base", HOSTILE],
         details={HOSTILE: HOSTILE},
     )
     page = tree(report)
     assert len(page.every("script")) == 1
-    # title twice, summary, row name and note, its label and description, prompt, reference, token, author twice,
-    # detail name and value
-    assert page.text.count(HOSTILE) == 14
+    # title twice, summary, row name and note, the chart's mark and point in its label, description and numbers (5),
+    # prompt, reference, token, author thrice, candidate, detail name and value
+    assert page.text.count(HOSTILE) == 19
 
 
 def test_the_plot_is_labelled_text_in_the_colours_of_the_page(page, report):
-    (svg,) = page.every("svg")
+    svg, _ = page.every("svg")
     assert svg.attributes["role"] == "img"
     assert svg.every("title")[0].text == "Accuracy against deferral rate"
     described = svg.every("desc")[0].text
     assert all(f"{row.name}: {100 * row.accuracy:.1f}%" in described for row in report.rows)
     words = [text.text for text in svg.every("text")]
     assert {row.name for row in report.rows} < set(words)
-    assert {"Accuracy", "Deferral rate", "in use: 8.1%", "100%"} < set(words)
-    source = draw_curve(report.curve, report.rows, report.operating_point)
+    assert {"Accuracy", "Deferral rate", "in use: 8.1%", "100%", *DIAGONAL} < set(words)
+    assert "whole answers at random: from 8.3% at 0.0% to 0.0% at 100.0%." in described
+    source = draw_chart(report.charts[0])
     colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", source))
     assert colours == {"none", "currentColor", "var(--curve)", "var(--page)"}
     assert not svg.every("style")  # it would style the whole page
 
 
 def test_the_plot_does_not_depend_on_the_order_of_the_points(report):
-    drawings = {draw_curve(points, report.rows, 0.081) for points in (report.curve, report.curve[::-1])}
+    drawings = {draw_chart(deferral_chart(points, ROWS, 0.081)) for points in (CURVE, CURVE[::-1])}
     assert len(drawings) == 1
 
 
 def test_rows_at_one_place_share_a_label_and_all_keep_their_name(report):
-    twins = [replace(report.rows[-1], name=name) for name in ("full", "head only", "costs $5 to $6", "名前")]
-    svg = Tree(draw_curve(report.curve, [*report.rows, *twins], None)).root
+    twins = [replace(ROWS[-1], name=name) for name in ("full", "head only", "costs $5 to $6", "名前")]
+    chart = deferral_chart(CURVE, [*ROWS, *twins], 0.0)
+    svg = Tree(draw_chart(replace(chart, in_use=None))).root
     words = [text.text for text in svg.every("text")]
-    assert [words.count(row.name) for row in [*report.rows, *twins]] == [1] * 8
+    assert [words.count(row.name) for row in [*ROWS, *twins]] == [1] * 8
     assert not any("in use" in word for word in words)
 
 
@@ -283,7 +305,7 @@ def test_an_unnamed_author_is_refused(report):
     [
         lambda: Row("base", 95.0, 0.9, 0.97, 0.1, 1),
         lambda: Token("a", 0, -0.1),
-        lambda: Report("title", "", operating_point=8.1),
+        lambda: deferral_chart([], [], 8.1),
     ],
 )
 def test_a_percentage_is_no_share(make):

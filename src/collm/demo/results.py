@@ -11,7 +11,7 @@ from collm.core.types import deferral_rate
 from collm.demo.systems import FULL, Measured
 from collm.demo.world import DemoWorld
 from collm.evaluation.intervals import bootstrap_interval
-from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Example, Point, Report, Row, Token, deferral_chart
 
 NUM_EXAMPLES = 12
 
@@ -72,14 +72,15 @@ def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds:
     """The page of the demo; curve and examples are the first seed's."""
     first = results[0]
     names = [domain.name for domain in first.world.domains]
+    curve = [Point(f"threshold {p.threshold:.4g}", p.deferral_rate, p.metric, p.low, p.high) for p in first.curve]
+    rate = next(row for row in rows if row.name == FULL).deferral_rate
     return Report(
         title="collm demo: a generalist base and " + ("an expert" if len(names) == 1 else "its experts"),
         summary=_summary(results, rows),
         rows=rows,
-        curve=first.curve,
+        charts=[deferral_chart(curve, rows, rate)],
         examples=_examples(first),
         authors=["base", *(f"{name} expert" for name in names)],
-        operating_point=next(row for row in rows if row.name == FULL).deferral_rate,
         details={"command": command, "seconds": f"{seconds:.0f}", **library_versions()},
     )
 

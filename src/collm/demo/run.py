@@ -16,7 +16,7 @@ from collm.demo.tiny_models import ModelPaths, fine_tune, make_models
 from collm.demo.world import DemoWorld
 from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES
-from collm.evaluation.curve import require_matplotlib
+from collm.evaluation.chart import require_matplotlib
 from collm.evaluation.page import write_report
 from collm.evaluation.report import Report
 from collm.run import RunConfig, RunResult, train_collaboration

@@ -20,12 +20,13 @@ class Answer:
 
     Attributes:
         id: of the item.
-        token_texts, authors, defer_probs: one entry per token.
+        token_ids, token_texts, authors, defer_probs: one entry per token.
         scores: the task's measures of this item.
         seconds: from the start of its batch to its last token.
     """
 
     id: str
+    token_ids: list[int]
     token_texts: list[str]
     authors: list[int]
     defer_probs: list[float]
@@ -41,6 +42,7 @@ class Answer:
     def of(cls, item_id: str, completion: Completion, scores: Mapping[str, float], seconds: float) -> Answer:
         return cls(
             item_id,
+            completion.token_ids,
             completion.token_texts,
             completion.authors,
             [round(prob, 6) for prob in completion.defer_probs],

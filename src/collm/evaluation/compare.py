@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from collm.artefact import library_versions
 from collm.atomic import atomic_file
 from collm.collaboration import CoLLM
-from collm.core.policies import Policy
-from collm.core.types import BASE, Completion, ModelUsage, SamplingParams, deferral_rate
+from collm.core.types import BASE, ModelUsage, SamplingParams, deferral_rate
 from collm.errors import DataError
-from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
+from collm.evaluation.answers import Answer, Answers, answer_path
+from collm.evaluation.asking import Asking, OnProgress
+from collm.evaluation.candidates import top_candidates
+from collm.evaluation.insights import shown
 from collm.evaluation.intervals import Interval, paired_difference
 from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
 from collm.models.language_model import LanguageModel
-from collm.models.members import author_name, spec_of
-
-OnProgress = Callable[[int, int], None]
+from collm.models.members import author_name
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def compare(
     """Have every system answer every item.
 
     What is answered is kept in `out`/answers/NAME.jsonl at once, so an interrupted evaluation goes on where it was. The
-    results go to `out`/results.json.
+    results go to `out`/results.json; for its report also items.json, and candidates.json with what each author would
+    have written at the tokens of some answers; of a task with a judge outside, outputs/NAME.json is for that.
 
     Args:
         systems: the collaboration first, as `systems_named` gives them.
@@ -120,7 +119,7 @@ def compare(
         ModelFailure: a model failed at an item: the run stops, nothing is scored as wrong; what is answered is kept.
     """
     _check(items)
-    asking = _Asking(task, items, params or SamplingParams(), chat, max_batch, seed)
+    asking = Asking(task, items, params or SamplingParams(), chat, max_batch, seed)
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
     num_assistants = len(systems[0].load().assistants)
@@ -130,6 +129,9 @@ def compare(
         found, model = asking.answers(system, out, rate=_rate(answers), report=report)
         answers[system.name] = [found.items[item.id] for item in items]
         results.append(_result(system, model, task, items, answers, found, authors))
+        outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
+        if outputs is not None:
+            _write(out / "outputs" / f"{answer_path(out, system.name).stem}.json", outputs)
     settings = {
         "temperature": asking.params.temperature,
         "seed": seed,
@@ -137,7 +139,9 @@ def compare(
         "max_batch": max_batch,
         "versions": library_versions(),
     }
-    comparison = Comparison(task.name, task.measure, items, results, answers, authors, threshold, settings)
+    measure = task.main_measure(items)
+    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, settings)
+    _write(out / "candidates.json", _candidates(systems[0].load(), asking, comparison))
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
     _write(out / "results.json", comparison.to_dict())
     return comparison
@@ -146,6 +150,17 @@ def compare(
 def _write(path: Path, content: Any) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _candidates(model: CoLLM, asking: Asking, found: Comparison) -> dict[str, Any]:
+    """By item, of the answers that a report shows."""
+    base = {answer.id: answer for answer in found.answers.get("base", ())}
+    by_id = {item.id: item for item in found.items}
+    answers = {one.id: one for group in shown(found.answers[COLLABORATION], base, found.measure) for one in group}
+    return {
+        id_: top_candidates(model, asking.prompt_ids(by_id[id_], model), answer.token_ids)
+        for id_, answer in answers.items()
+    }
 
 
 def _check(items: Sequence[TaskItem]) -> None:
@@ -161,78 +176,6 @@ def _check(items: Sequence[TaskItem]) -> None:
 def _rate(answers: Mapping[str, Sequence[Answer]]) -> float:
     """The collaboration's deferral rate, once it has answered."""
     return deferral_rate([author for answer in answers.get(COLLABORATION, ()) for author in answer.authors])
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """What all systems are asked, and how."""
-
-    task: Task
-    items: Sequence[TaskItem]
-    params: SamplingParams
-    chat: bool
-    max_batch: int
-    seed: int
-
-    def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[Answers, CoLLM]:
-        """All answers of one system, and its model; answers that a file holds already are not made again."""
-        model, policy = system.load(), system.at_rate(rate)
-        stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
-        params = replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop)
-        identity = {
-            "system": f"{system.name}: {policy}",
-            "models": _digest(model),
-            "task": self.task.name,
-            "items": _fingerprint(self.items),
-            "chat": self.chat,
-            "params": asdict(params),
-            "seed": self.seed,
-        }
-        draws = policy.draws or params.temperature > 0
-        drawing = {
-            item.id: replace(params, seed=self.seed + place if draws else None) for place, item in enumerate(self.items)
-        }
-        file = AnswerFile(answer_path(out, system.name), identity)
-        left = [item for item in self.items if item.id not in file.answers.items]
-        for start in range(0, len(left), self.max_batch):
-            self._batch(left[start : start + self.max_batch], system, model, policy, drawing, file)
-            if report is not None:
-                report(len(file.answers.items), len(self.items))
-        return file.answers, model
-
-    def _batch(
-        self,
-        batch: Sequence[TaskItem],
-        system: System,
-        model: CoLLM,
-        policy: Policy,
-        drawing: Mapping[str, SamplingParams],
-        file: AnswerFile,
-    ) -> None:
-        prompts = [self.task.render(item, model.template, model.tokenizer, chat=self.chat) for item in batch]
-        started = time.perf_counter()
-
-        def keep(index: int, completion: Completion) -> None:
-            item, seconds = batch[index], time.perf_counter() - started
-            answer = Answer.of(item.id, completion, self.task.score(item, completion.text), seconds)
-            file.add(replace(answer, authors=[author or system.writes_as for author in answer.authors]))
-
-        params = [drawing[item.id] for item in batch]
-        done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
-        file.close_batch([item.id for item in batch], done.usage, started)
-
-
-def _fingerprint(items: Sequence[TaskItem]) -> str:
-    content = [[item.id, item.prompt, item.reference, item.shots] for item in items]
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
-
-
-def _digest(model: CoLLM) -> str:
-    """Of the head, and of where the models come from."""
-    digest = hashlib.sha256(json.dumps([str(spec_of(member)) for member in (model.base, *model.assistants)]).encode())
-    for tensor in model.head.state_dict().values():
-        digest.update(tensor.cpu().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _result(
@@ -254,7 +197,9 @@ def _result(
         name=system.name,
         num_items=len(items),
         measures=task.aggregate([(item, one.text, one.scores) for item, one in zip(items, mine, strict=True)]),
-        difference=None if system.name == COLLABORATION else _difference(task, mine, answers[COLLABORATION]),
+        difference=None
+        if system.name == COLLABORATION
+        else _difference(task.main_measure(items), mine, answers[COLLABORATION]),
         deferral_rate=deferral_rate([author for answer in mine for author in answer.authors]),
         models=tokens,
         flops=sum(_flops(system, model, name) * used["tokens_read"] for name, used in tokens.items()),
@@ -291,12 +236,11 @@ def _flops(system: System, model: CoLLM, name: str) -> float:
     return 2.0 * member.weights_per_token
 
 
-def _difference(task: Task, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:
+def _difference(measure: str | None, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:
     """Over the items that have the main measure."""
-    measure = task.measure or ""
     pairs = [
         (one.scores[measure], other.scores[measure])
         for one, other in zip(mine, theirs, strict=True)
-        if measure in one.scores and measure in other.scores
+        if measure is not None and measure in one.scores and measure in other.scores
     ]
     return paired_difference(*map(list, zip(*pairs, strict=True))) if pairs else None

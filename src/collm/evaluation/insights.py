@@ -11,6 +11,9 @@ from itertools import groupby
 from collm.core.types import BASE
 from collm.evaluation.answers import Answer
 
+NUM_EXAMPLES = 12
+"""Most answers of a kind that a report shows."""
+
 CLASSES = ("number", "word begins", "word goes on", "punctuation", "white space", "no text")
 
 
@@ -76,6 +79,13 @@ def run_lengths(answers: Sequence[Answer]) -> dict[int, int]:
         len(list(run)) for answer in answers for author, run in groupby(answer.authors, lambda a: a != BASE) if author
     )
     return dict(sorted(lengths.items()))
+
+
+def shown(
+    own: Sequence[Answer], base: Mapping[str, Answer], measure: str | None
+) -> tuple[Sequence[Answer], Sequence[Answer]]:
+    """The answers a report shows token by token: the first ones, and the first that were led astray."""
+    return own[:NUM_EXAMPLES], led_astray(own, base, measure or "")[:NUM_EXAMPLES]
 
 
 def led_astray(own: Sequence[Answer], base: Mapping[str, Answer], measure: str) -> list[Answer]:

@@ -12,8 +12,8 @@ from string import Template
 
 from collm.atomic import atomic_file
 from collm.core.types import BASE, deferral_rate
-from collm.evaluation.curve import draw_curve
-from collm.evaluation.report import Example, Report, Row, Table, Token
+from collm.evaluation.chart import draw_chart
+from collm.evaluation.report import Candidates, Chart, Example, Report, Row, Table, Token
 
 _COLOURS = 6
 _UNDERLINES = 5
@@ -33,7 +33,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     report gives the same bytes.
 
     Raises:
-        MissingExtra: the report has a curve and matplotlib is not installed.
+        MissingExtra: the report has a chart and matplotlib is not installed.
         WriteError: the file cannot be written; what was there stays.
     """
     page = render_page(report)
@@ -45,12 +45,12 @@ def render_page(report: Report) -> str:
     """The whole page; every text from the report is escaped.
 
     Raises:
-        MissingExtra: the report has a curve and matplotlib is not installed.
+        MissingExtra: the report has a chart and matplotlib is not installed.
     """
     template = files("collm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     sections = (
         _table(report.rows),
-        _curve(report),
+        *map(_chart, report.charts),
         _examples(report),
         _astray(report),
         *(_texts(table) for table in report.tables),
@@ -89,25 +89,24 @@ def _table_row(row: Row) -> str:
     return f'<tr><th scope="row">{_text(row.name)}{note}</th>{_cells(cells)}</tr>\n'
 
 
-def _curve(report: Report) -> str:
-    if not report.curve:
+def _chart(chart: Chart) -> str:
+    if not chart.curve and not chart.marks:
         return ""
-    svg = draw_curve(report.curve, report.rows, report.operating_point)
+    points = [*sorted(chart.curve, key=lambda point: point.x), *chart.marks]
     body = "".join(
-        f'<tr><th scope="row">{_percent(point.deferral_rate)}</th>'
-        + _cells((_measured(point.metric, point.low, point.high), f"{point.threshold:.4g}"))
+        f'<tr><th scope="row">{_text(point.name)}</th>'
+        + _cells((chart.worded(point.x), _measured(point.y, point.low, point.high)))
         + "</tr>\n"
-        for point in report.curve
+        for point in points
     )
-    columns = ("Deferral rate", _ACCURACY, "Threshold")
-    numbers = _html_table("Each row is one threshold.", columns, body)
-    diamonds = " Diamonds are the systems of the table." if report.rows else ""
+    measured = f'{_text(chart.y_label)} <span class="interval">95% interval</span>'
+    numbers = _html_table("In order of the line, then the diamonds.", ("", _text(chart.x_label), measured), body)
     return _section(
-        "curve",
-        "Accuracy against deferral rate",
-        f"<p>The line is the collaboration at different thresholds, the band its 95% interval.{diamonds}</p>"
-        f"<figure>{svg}</figure>"
-        f"<details><summary>The curve in numbers</summary>{_scrolling('Curve, table', numbers)}</details>",
+        chart.name,
+        _text(chart.heading),
+        f"<p>{_text(chart.note)}</p><figure>{draw_chart(chart)}</figure>"
+        f"<details><summary>The numbers of this chart</summary>"
+        f"{_scrolling(f'{_text(chart.heading)}, numbers', numbers)}</details>",
     )
 
 
@@ -116,7 +115,8 @@ def _examples(report: Report) -> str:
         return ""
     intro = (
         "<p>Each token is marked by who wrote it. Point at a token, or move to it with the Tab and arrow keys, to see "
-        "its author and its defer prob: the probability that the head gave to asking an assistant.</p>"
+        "its author and its defer prob, the probability that the head gave to asking an assistant; where they were "
+        "kept, also the tokens that each model thought most probable there.</p>"
     )
     return _section("examples", "Who wrote what", intro + _legend(report.authors) + _cards(report.examples, report, 1))
 
@@ -179,8 +179,19 @@ def _token(token: Token, authors: list[str]) -> str:
     shown = _text(word).replace("\n", '<span class="glyph">⏎</span>\n') or '<span class="glyph">◌</span>'
     return (
         f'<li class="token" tabindex="0">{blank}<span class="{_author_class(token.author)}">{shown}</span>'
-        f'<span class="tip"> {_text(authors[token.author])} · defer prob {token.defer_prob:.3f} </span></li>'
+        f'<span class="tip"> {_text(authors[token.author])} · defer prob {token.defer_prob:.3f} '
+        f"{_candidates(token, authors)}</span></li>"
     )
+
+
+def _candidates(token: Token, authors: list[str]) -> str:
+    """A line for each author that was asked: what it would have written, and how sure it was."""
+    lines = zip(authors, token.candidates, strict=False)
+    return "".join(f'<span class="line">{_text(name)}: {_worded(found)} </span>' for name, found in lines if found)
+
+
+def _worded(candidates: Candidates) -> str:
+    return " · ".join(f"<b>{_visible(text) or '◌'}</b> {_percent(prob)}" for text, prob in candidates)
 
 
 def _author_class(author: int) -> str:

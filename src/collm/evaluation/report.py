@@ -1,10 +1,11 @@
-"""What a report says: systems beside each other, the curve, answers with the author of every token."""
+"""What a report says: systems beside each other, charts, answers with the author of every token."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from collm.core.calibration import CalibrationPoint
 from collm.errors import DataError
 
 
@@ -34,13 +35,24 @@ class Row:
         _check_shares(self, "accuracy", "low", "high", "deferral_rate")
 
 
+Candidates = Sequence[tuple[str, float]]
+"""Tokens by their text, with the probability an author gave them, the most probable first."""
+
+
 @dataclass(frozen=True)
 class Token:
-    """A token's text, who wrote it (an index into `Report.authors`) and the defer prob it was decided at."""
+    """A token of an answer.
+
+    Attributes:
+        author: who wrote it, an index into `Report.authors`.
+        defer_prob: that it was decided at.
+        candidates: of each author, in their order; empty where they were not asked.
+    """
 
     text: str
     author: int
     defer_prob: float
+    candidates: Sequence[Candidates] = ()
 
     def __post_init__(self) -> None:
         _check_shares(self, "defer_prob")
@@ -73,32 +85,102 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A share measured somewhere along an axis, with the ends of its 95 % interval, and what was measured there."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "y", "low", "high")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Shares over an axis.
+
+    Attributes:
+        name: of its place in the page.
+        note: a sentence or two under the heading.
+        x_label, y_label: of the axes.
+        curve: points joined by a line, with their intervals as a band.
+        marks: points with their names beside them.
+        lines: dashed, by name: corners (x, y).
+        in_use: marked on the x axis.
+        unit: of x: "%" for shares from 0 to 1.
+    """
+
+    name: str
+    heading: str
+    note: str
+    x_label: str
+    y_label: str
+    curve: Sequence[Point]
+    marks: Sequence[Point] = ()
+    lines: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    in_use: float | None = None
+    unit: str = "%"
+
+    def __post_init__(self) -> None:
+        used = [] if self.in_use is None else [self.in_use]
+        for x in [*used, *(point.x for point in [*self.curve, *self.marks])]:
+            if not (0 <= x <= 1 or (self.unit != "%" and 0 <= x < math.inf)):
+                expected = "a share from 0 to 1 (a percentage over 100)" if self.unit == "%" else "at least 0"
+                raise DataError(f"chart {self.name!r} has a point at {x} {self.unit}, expected {expected}")
+
+    def worded(self, x: float) -> str:
+        """A place on the x axis with its unit."""
+        return f"{100 * x:.1f}%" if self.unit == "%" else f"{x:,.3g} {self.unit}"
+
+
+def deferral_chart(
+    curve: Sequence[Point],
+    rows: Sequence[Row],
+    rate: float,
+    lines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Chart:
+    """Accuracy against deferral rate: thresholds as the curve, systems as marks, and the rate in use."""
+    return Chart(
+        name="curve",
+        heading="Accuracy against deferral rate",
+        note="The line is the collaboration at different thresholds, the band its 95% interval. Diamonds are the "
+        "systems of the table.",
+        x_label="Deferral rate",
+        y_label="Accuracy",
+        curve=curve,
+        marks=[Point(row.name, row.deferral_rate, row.accuracy, row.low, row.high) for row in rows],
+        lines=lines or {},
+        in_use=rate,
+    )
+
+
+@dataclass(frozen=True)
 class Report:
     """What the page says; an empty list leaves its section out.
 
     Attributes:
         summary: what was found, in sentences; an empty line starts a new paragraph.
         astray: answers that an assistant's token made worse than the base's own.
+        charts: shown after the rows.
         tables: shown after the examples; one without rows is left out.
         authors: names; author 0 is the base.
-        operating_point: the deferral rate the collaboration runs at, None if it has none.
         details: how to get the same again: versions, seed, command.
     """
 
     title: str
     summary: str
     rows: list[Row] = field(default_factory=list)
-    curve: list[CalibrationPoint] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     astray: list[Example] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     authors: list[str] = field(default_factory=list)
-    operating_point: float | None = None
     details: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.operating_point is not None:
-            _check_shares(self, "operating_point")
         for token in (token for example in [*self.examples, *self.astray] for token in example.tokens):
             if not 0 <= token.author < len(self.authors):
                 raise DataError(

@@ -7,47 +7,50 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from collm.core.calibration import CalibrationPoint
 from collm.errors import ArtefactError
 from collm.evaluation.answers import Answer, read_answers
-from collm.evaluation.insights import Deferred, deferred_classes, deferred_tokens, led_astray, run_lengths
-from collm.evaluation.report import Example, Report, Row, Table, Token
+from collm.evaluation.insights import Deferred, deferred_classes, deferred_tokens, run_lengths, shown
+from collm.evaluation.report import Candidates, Example, Report, Row, Table, Token
+from collm.evaluation.run_charts import Prices, is_threshold, run_charts
 from collm.evaluation.systems import COLLABORATION
 
-NUM_EXAMPLES = 12
 
-
-def report_of(directory: Path) -> Report:
+def report_of(directory: Path, prices: Prices | None = None) -> Report:
     """What `collm eval` left in a directory, as a report.
+
+    Args:
+        prices: of tokens, for the chart of costs; FLOPs without.
 
     Raises:
         ArtefactError: it holds no finished evaluation, or a damaged one.
+        ConfigError: a model has no price.
     """
     try:
         results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         items = {item["id"]: item for item in json.loads((directory / "items.json").read_text(encoding="utf-8"))}
+        candidates = json.loads((directory / "candidates.json").read_text(encoding="utf-8"))
         rows = {row["name"]: row for row in results["rows"]}
         answers = {name: read_answers(directory, name) for name in rows}
     except (OSError, ValueError, KeyError) as error:
         raise ArtefactError(f"{directory} holds no finished evaluation ({error}); run 'collm eval' first") from error
     own = [answers[COLLABORATION][item] for item in items]
-    astray = led_astray(own, answers.get("base", {}), results["measure"] or "")
+    first, astray = shown(own, answers.get("base", {}), results["measure"])
+    table = [_row(row, results["measure"]) for row in rows.values() if not is_threshold(row["name"])]
+
+    def example(answer: Answer) -> Example:
+        return _example(answer, items[answer.id], candidates.get(answer.id, ()), results["measure"])
+
     return Report(
         title=f"{results['task']}: does collaborating pay?",
         summary=results["verdict"],
-        rows=[_row(row, results["measure"]) for row in rows.values() if not _is_threshold(row["name"])],
-        curve=_curve(rows, results),
-        examples=[_example(answer, items[answer.id], results["measure"]) for answer in own[:NUM_EXAMPLES]],
-        astray=[_example(answer, items[answer.id], results["measure"]) for answer in astray[:NUM_EXAMPLES]],
+        rows=table,
+        charts=run_charts(results, table, answers, prices),
+        examples=[example(answer) for answer in first],
+        astray=[example(answer) for answer in astray],
         authors=results["authors"],
-        operating_point=rows[COLLABORATION]["deferral_rate"],
         tables=_tables(own, rows),
         details={"items": str(results["num_items"]), "threshold": f"{results['threshold']:.6g}", **_settings(results)},
     )
-
-
-def _is_threshold(name: str) -> bool:
-    return name.startswith("threshold=")
 
 
 def _row(row: Mapping[str, Any], measure: str | None) -> Row:
@@ -60,29 +63,16 @@ def _row(row: Mapping[str, Any], measure: str | None) -> Row:
     return Row(row["name"], *ends, row["deferral_rate"], row["tokens_per_s"], note)
 
 
-def _curve(rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> list[CalibrationPoint]:
-    """The systems that are thresholds, and the operating point; nothing where only that was measured."""
-    points = [
-        CalibrationPoint(threshold, row["deferral_rate"], score["mean"], score["low"], score["high"])
-        for name, row in rows.items()
-        if (threshold := _threshold(name, results)) is not None and (score := row["measures"].get(results["measure"]))
-    ]
-    return sorted(points, key=lambda point: point.deferral_rate) if len(points) > 1 else []
-
-
-def _threshold(name: str, results: Mapping[str, Any]) -> float | None:
-    if name == COLLABORATION:
-        return float(results["threshold"])
-    return float(name.partition("=")[2]) if _is_threshold(name) else None
-
-
-def _example(answer: Answer, item: Mapping[str, Any], measure: str | None) -> Example:
+def _example(
+    answer: Answer, item: Mapping[str, Any], candidates: Sequence[Sequence[Candidates]], measure: str | None
+) -> Example:
     score = answer.scores.get(measure or "")
-    tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, strict=True)
+    known = candidates or [()] * len(answer.authors)
+    tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, known, strict=True)
     return Example(
         prompt=_text(item["prompt"]),
         reference=_text(item["reference"]),
-        tokens=[Token(text, author, prob) for text, author, prob in tokens],
+        tokens=[Token(*token) for token in tokens],
         correct=None if score is None else score == 1.0,
     )
 

@@ -194,6 +194,11 @@ def _entities(where: str, kind: str, record: Mapping[str, Any]) -> list[list[str
 
 def _bioasq(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
     question = bioasq_question(where, record)
+    return {"prompt": question.body, "completion": bioasq_completion(question)}
+
+
+def bioasq_completion(question: BioasqQuestion) -> str:
+    """The first ideal answer, and behind a fixed sentence the exact one where there is one."""
     lines = [question.ideal[0]]
     if question.kind == "factoid":
         lines.append(_bullets([name for names in question.entities for name in names]))
@@ -201,7 +206,7 @@ def _bioasq(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
         lines.append(_bullets([names[0] for names in question.entities]))
     elif question.kind == "yesno":
         lines.append(f"{_FINAL_ANSWER} {question.entities[0][0]}")
-    return {"prompt": question.body, "completion": "\n".join(lines)}
+    return "\n".join(lines)
 
 
 def _bullets(names: list[str]) -> str:

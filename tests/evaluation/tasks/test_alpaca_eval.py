@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from collm.errors import ConfigError, DataError
-from collm.evaluation.tasks.alpaca_eval import AlpacaEval, write_outputs
+from collm.evaluation.tasks.alpaca_eval import AlpacaEval
 
 ROWS = [
     {"instruction": "Name a river.", "output": "The Po.", "generator": "reference", "dataset": "helpful_base"},
@@ -23,17 +23,16 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_outputs_are_in_the_form_of_the_reference_outputs(source: Path, tmp_path: Path) -> None:
+def test_outputs_are_in_the_form_of_the_reference_outputs(source: Path) -> None:
     task = AlpacaEval()
     items = task.load(source)
     assert [item.prompt for item in items] == ["Name a river.", "Say é."]
-    write_outputs(tmp_path / "outputs.json", items, ["The Ebro.", ""], "ours")
-    written = json.loads((tmp_path / "outputs.json").read_text(encoding="utf-8"))
-    assert written == [
+    outputs = task.outputs(items, ["The Ebro.", ""], "ours")
+    assert outputs == [
         {"instruction": "Name a river.", "output": "The Ebro.", "generator": "ours", "dataset": "helpful_base"},
         {"instruction": "Say é.", "output": "", "generator": "ours", "dataset": "koala"},
     ]
-    assert [list(row) for row in written] == [list(row) for row in ROWS]
+    assert [list(row) for row in outputs] == [list(row) for row in ROWS]
 
 
 def test_nothing_is_scored_here(source: Path) -> None:
@@ -42,12 +41,6 @@ def test_nothing_is_scored_here(source: Path) -> None:
     assert task.measure is None
     assert task.score(item, "anything") == {}
     assert task.aggregate([(item, "anything", {})]) == {}
-
-
-def test_texts_must_be_of_the_items(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 texts for 2 items"):
-        write_outputs(tmp_path / "outputs.json", AlpacaEval().load(source), ["one"], "ours")
-    assert not (tmp_path / "outputs.json").exists()
 
 
 def test_a_row_without_an_instruction_is_named(tmp_path: Path) -> None:

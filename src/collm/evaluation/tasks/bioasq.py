@@ -18,7 +18,7 @@ from collm.evaluation.intervals import Interval, ratio_interval, statistic_inter
 from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question
 from collm.evaluation.tasks.task import Scored, Task, TaskItem
 from collm.training.data import load_records
-from collm.training.formats import bioasq_question
+from collm.training.formats import bioasq_completion, bioasq_question
 
 MAX_FACTOID_ANSWERS = 5
 """So many names of a factoid's answer count."""
@@ -26,6 +26,9 @@ MAX_FACTOID_ANSWERS = 5
 _FINAL = re.compile(r"\bthe\s{1,9}final\s{1,9}answer\s{1,9}is\b[ \t]{0,9}:?", re.IGNORECASE)
 _BULLET = re.compile(r"(?:[-*•]|\d{1,3}[.)])[ \t]+(.*)")
 _YES_OR_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+
+
+_MAIN = {"factoid": "factoid_mrr", "list": "list_f1", "yesno": "yesno_accuracy", "summary": "rouge2_f1"}
 
 
 class Bioasq(Task):
@@ -38,6 +41,9 @@ class Bioasq(Task):
         all: `rouge2_recall`, `rouge2_f1`, `rouge_su4_recall`, `rouge_su4_f1` of the ideal answer, each the best over
             the reference's, without stemming.
         all but summary: `unparsed`, 1 if there is no exact answer.
+
+    The main measure is `factoid_mrr`; of items without a factoid that of the first kind there is: `list_f1`,
+    `yesno_accuracy`, `rouge2_f1`.
 
     Names are equal if their lower-case letters are, as the challenge compares them, and also if they differ in white
     space or in the quotes and marks around them.
@@ -61,8 +67,14 @@ class Bioasq(Task):
         for number, (where, record) in enumerate(load_records(source, split=split, format="bioasq"), 1):
             question = bioasq_question(where, record)
             reference = {"type": question.kind, "ideal": question.ideal, "entities": question.entities}
-            items.append(TaskItem(str(record.get("id", number)), question.body, reference, where))
+            name = str(record.get("id", number))
+            items.append(TaskItem(name, question.body, reference, where, bioasq_completion(question)))
         return items
+
+    def main_measure(self, items: Sequence[TaskItem]) -> str:
+        """Of the first of factoid, list, yes/no and summary questions that are there."""
+        kinds = {item.reference["type"] for item in items}
+        return next(measure for kind, measure in _MAIN.items() if kind in kinds)
 
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         ideal, final = split_answer(before_next_question(text))

@@ -31,6 +31,7 @@ class TaskItem:
         prompt: the question as training data has it: text, or the messages of a chat.
         reference: what is right, as JSON.
         where: file and line, for messages about this item.
+        solution: a whole answer as training data has it; None where the data holds none.
         shots: shown before it.
     """
 
@@ -38,6 +39,7 @@ class TaskItem:
     prompt: str | list[Message]
     reference: Any
     where: str
+    solution: str | None = None
     shots: tuple[Shot, ...] = ()
 
 
@@ -66,6 +68,14 @@ class Task(ABC):
     @abstractmethod
     def measure(self) -> str | None:
         """The main one of its measures; None if it has none."""
+
+    def main_measure(self, items: Sequence[TaskItem]) -> str | None:
+        """The main measure of these items, where it depends on them."""
+        return self.measure
+
+    def outputs(self, items: Sequence[TaskItem], texts: Sequence[str], system: str) -> list[dict[str, Any]] | None:
+        """A system's answers to the items as a judge outside reads them; None of a task without one."""
+        return None
 
     @abstractmethod
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:

@@ -1,4 +1,4 @@
-"""Accuracy against deferral rate as an inline SVG that takes its colours and font from the page around it."""
+"""A chart as an inline SVG that takes its colours and font from the page around it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from collm.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from collm.core.calibration import CalibrationPoint
-    from collm.evaluation.report import Row
+    from collm.evaluation.report import Chart, Point
 
 # Colours nobody would choose, replaced in the finished drawing by those the page defines for light and dark.
 _INK, _CURVE, _PAGE = "#010203", "#040506", "#070809"
@@ -32,7 +31,8 @@ _OFFSETS_PT = sorted(
     key=lambda offset: math.hypot(*offset),
 )[1:]  # where a label may stand, seen from its point, the nearest first
 
-Point = tuple[float, float]
+Place = tuple[float, float]
+"""In points, from the bottom left."""
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
 
@@ -45,11 +45,8 @@ def require_matplotlib() -> None:
         raise MissingExtra("matplotlib", "eval") from error
 
 
-def draw_curve(curve: Sequence[CalibrationPoint], rows: Sequence[Row], operating_point: float | None) -> str:
-    """One <svg> element: the curve, its interval as a band, and every row as a labelled point.
-
-    Args:
-        operating_point: the deferral rate in use, drawn as a vertical line.
+def draw_chart(chart: Chart) -> str:
+    """One <svg> element: the curve, its interval as a band, every mark labelled, dashed lines and the place in use.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -58,66 +55,79 @@ def draw_curve(curve: Sequence[CalibrationPoint], rows: Sequence[Row], operating
     import matplotlib
     from matplotlib.figure import Figure
 
-    curve = sorted(curve, key=lambda point: point.deferral_rate)
+    curve = sorted(chart.curve, key=lambda point: point.x)
     settings = {"svg.fonttype": "none", "svg.hashsalt": "collm", "font.size": _FONT_PT, "figure.dpi": 72}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Text stays text, so what matplotlib's own font lacks the reader's may have.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(5.8, 4.0), layout="constrained", facecolor="none")
         axes = figure.add_subplot(facecolor="none")
-        _draw_axes(axes, curve, rows)
-        _draw_points(axes, curve, rows)
-        _draw_operating_point(axes, operating_point)
+        _draw_axes(axes, chart)
+        _draw_points(axes, curve, chart)
+        _draw_place_in_use(axes, chart)
         figure.draw_without_rendering()  # settles the layout, so that points have their places
-        _draw_labels(axes, curve, rows)
+        _draw_labels(axes, curve, chart)
         drawing = io.StringIO()
         figure.savefig(drawing, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inlined(drawing.getvalue(), _described(curve, rows, operating_point))
+    return _inlined(drawing.getvalue(), chart, _described(curve, chart))
 
 
-def _draw_axes(axes: Any, curve: Sequence[CalibrationPoint], rows: Sequence[Row]) -> None:
-    points: list[CalibrationPoint | Row] = [*curve, *rows]
+def _draw_axes(axes: Any, chart: Chart) -> None:
+    points = [*chart.curve, *chart.marks]
     ends = [end for point in points for end in (point.low, point.high)]
+    ends += [y for corners in chart.lines.values() for _, y in corners]
     margin = max(0.02, 0.06 * (max(ends) - min(ends)))
-    axes.set_xlim(-0.03, 1.03)
+    furthest = 1.0 if chart.unit == "%" else max(point.x for point in points) or 1.0
+    axes.set_xlim(-0.03 * furthest, 1.03 * furthest)
     axes.set_ylim(min(ends) - margin, max(ends) + margin)
-    axes.set_xlabel("Deferral rate", color=_INK)
-    axes.set_ylabel("Accuracy", color=_INK)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{100 * value:g}%" if -1e-9 < value < 1 + 1e-9 else "")
+    axes.set_xlabel(chart.x_label, color=_INK)
+    axes.set_ylabel(chart.y_label, color=_INK)
+    axes.yaxis.set_major_formatter(_percents)
+    axes.xaxis.set_major_formatter(_percents if chart.unit == "%" else lambda value, _: f"{value:,g}")
     axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
     axes.tick_params(length=0, labelcolor=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=_INK, alpha=0.4)
 
 
-def _draw_points(axes: Any, curve: Sequence[CalibrationPoint], rows: Sequence[Row]) -> None:
-    rates = [point.deferral_rate for point in curve]
-    low, high = [point.low for point in curve], [point.high for point in curve]
-    axes.fill_between(rates, low, high, color=_CURVE, alpha=0.18, linewidth=0)
-    axes.plot(rates, [point.metric for point in curve], color=_CURVE, linewidth=2, marker="o", markersize=4)
-    for row in rows:
-        axes.plot([row.deferral_rate] * 2, [row.low, row.high], color=_INK, alpha=0.6, linewidth=1)
-        axes.plot(row.deferral_rate, row.accuracy, "D", color=_PAGE, markeredgecolor=_INK, markersize=_MARK_PT - 1)
+def _percents(share: float, _: int) -> str:
+    return f"{100 * share:g}%" if -1e-9 < share < 1 + 1e-9 else ""
 
 
-def _draw_operating_point(axes: Any, rate: float | None) -> None:
-    if rate is None:
+def _draw_points(axes: Any, curve: Sequence[Point], chart: Chart) -> None:
+    for corners in chart.lines.values():
+        axes.plot(*zip(*corners, strict=True), color=_INK, alpha=0.6, linewidth=1, linestyle=(0, (1, 2)))
+    places = [point.x for point in curve]
+    axes.fill_between(
+        places, [point.low for point in curve], [point.high for point in curve], color=_CURVE, alpha=0.18, linewidth=0
+    )
+    axes.plot(places, [point.y for point in curve], color=_CURVE, linewidth=2, marker="o", markersize=4)
+    for mark in chart.marks:
+        axes.plot([mark.x] * 2, [mark.low, mark.high], color=_INK, alpha=0.6, linewidth=1)
+        axes.plot(mark.x, mark.y, "D", color=_PAGE, markeredgecolor=_INK, markersize=_MARK_PT - 1)
+
+
+def _draw_place_in_use(axes: Any, chart: Chart) -> None:
+    if chart.in_use is None:
         return
-    axes.axvline(rate, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    side = "left" if rate < 0.15 else "right" if rate > 0.85 else "center"
+    axes.axvline(chart.in_use, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    share = (chart.in_use - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
+    side = "left" if share < 0.15 else "right" if share > 0.85 else "center"
     above_the_axes = {"transform": axes.get_xaxis_transform(), "va": "bottom", "ha": side}
-    axes.text(rate, 1.01, f"in use: {100 * rate:.1f}%", color=_INK, **above_the_axes)
+    axes.text(chart.in_use, 1.01, f"in use: {chart.worded(chart.in_use)}", color=_INK, **above_the_axes)
 
 
-def _draw_labels(axes: Any, curve: Sequence[CalibrationPoint], rows: Sequence[Row]) -> None:
-    """The rows' names where they hide least: the nearest free place around their point, with a line to it."""
-    points = [tuple(axes.transData.transform((row.deferral_rate, row.accuracy))) for row in rows]
-    path = [tuple(axes.transData.transform((point.deferral_rate, point.metric))) for point in curve]
-    taken = [_around(x, y, 5) for x, y in points] + [_around(x, y, 2) for x, y in _walked(path)]
+def _draw_labels(axes: Any, curve: Sequence[Point], chart: Chart) -> None:
+    """The names where they hide least: the nearest free place around their point, with a line to it."""
+    marks = [_placed(axes, (mark.x, mark.y)) for mark in chart.marks]
+    path = [_placed(axes, (point.x, point.y)) for point in curve]
+    lines = {name: [_placed(axes, corner) for corner in corners] for name, corners in chart.lines.items()}
+    taken = [_around(x, y, 5) for x, y in marks] + [_around(x, y, 2) for x, y in _walked(path)]
+    taken += [_around(x, y, 1) for corners in lines.values() for x, y in _walked(corners)]
     inside: Box = tuple(axes.get_window_extent().extents)
     middle = (inside[0] + inside[2]) / 2
-    labels = _one_label_per_place(zip(points, (row.name for row in rows), strict=True))
+    labels = _one_label_per_place(zip(marks, (mark.name for mark in chart.marks), strict=True))
+    labels |= {_walked(corners)[10]: name for name, corners in lines.items()}
     # From the middle outwards: points at an edge have the places left that reach inwards over the others.
     for (x, y), text in sorted(labels.items(), key=lambda label: abs(label[0][0] - middle)):
         places = [(_label_box(text, x + dx, y + dy, dx), dx, dy) for dx, dy in _OFFSETS_PT]
@@ -138,9 +148,15 @@ def _draw_labels(axes: Any, curve: Sequence[CalibrationPoint], rows: Sequence[Ro
         ).set_in_layout(False)
 
 
-def _one_label_per_place(named: Iterable[tuple[Point, str]]) -> dict[Point, str]:
+def _placed(axes: Any, point: Place) -> Place:
+    """Where a point comes to lie, in points."""
+    x, y = axes.transData.transform(point)
+    return float(x), float(y)
+
+
+def _one_label_per_place(named: Iterable[tuple[Place, str]]) -> dict[Place, str]:
     """Names of points whose marks touch become the lines of one label, at the first of them."""
-    labels: dict[Point, str] = {}
+    labels: dict[Place, str] = {}
     for point, name in named:
         place = next((place for place in labels if math.dist(place, point) < _MARK_PT), point)
         labels[place] = f"{labels[place]}\n{name}" if place in labels else name
@@ -151,7 +167,7 @@ def _around(x: float, y: float, radius: float) -> Box:
     return x - radius, y - radius, x + radius, y + radius
 
 
-def _walked(path: Sequence[Point]) -> list[Point]:
+def _walked(path: Sequence[Place]) -> list[Place]:
     """Points along the path, some 1/20 of each leg apart."""
     steps = [step / 20 for step in range(20)]
     legs = [(ax + s * (bx - ax), ay + s * (by - ay)) for (ax, ay), (bx, by) in pairwise(path) for s in steps]
@@ -176,32 +192,35 @@ def _badness(box: Box, taken: Sequence[Box], inside: Box) -> float:
     return sum(_overlap(box, other) for other in taken) + 10 * (area - _overlap(box, inside))
 
 
-def _described(curve: Sequence[CalibrationPoint], rows: Sequence[Row], operating_point: float | None) -> str:
+def _described(curve: Sequence[Point], chart: Chart) -> str:
     """What the drawing shows, for those who do not see it."""
     parts = []
     if curve:
-        best = max(curve, key=lambda point: point.metric)
+        best = max(curve, key=lambda point: point.y)
         parts.append(
-            f"Over {len(curve)} thresholds the accuracy is highest, {100 * best.metric:.1f}%, "
-            f"at a deferral rate of {100 * best.deferral_rate:.1f}%."
+            f"Over {len(curve)} points the highest is {100 * best.y:.1f}%, at {chart.worded(best.x)} ({best.name})."
         )
-    if operating_point is not None:
-        parts.append(f"The deferral rate in use is {100 * operating_point:.1f}%.")
-    parts += [f"{row.name}: {100 * row.accuracy:.1f}% at {100 * row.deferral_rate:.1f}%." for row in rows]
+    if chart.in_use is not None:
+        parts.append(f"In use is {chart.worded(chart.in_use)}.")
+    parts += [f"{mark.name}: {100 * mark.y:.1f}% at {chart.worded(mark.x)}." for mark in chart.marks]
+    for name, corners in chart.lines.items():
+        ends = " to ".join(f"{100 * y:.1f}% at {chart.worded(x)}" for x, y in (corners[0], corners[-1]))
+        parts.append(f"{name}: from {ends}.")
     return " ".join(parts)
 
 
-def _inlined(drawing: str, description: str) -> str:
+def _inlined(drawing: str, chart: Chart, description: str) -> str:
     """The <svg> element alone, sized and coloured by the page, with a title and a description."""
     svg = drawing[drawing.index("<svg") :]
+    svg = re.sub(r'(?<=\bid=")|(?<=href="#)|(?<=url\(#)', f"{chart.name}-", svg)  # charts of a page share its ids
     for sentinel, colour in _PAGE_COLOURS.items():
         svg = svg.replace(sentinel, colour)
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # would apply to the whole page
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None, "matplotlib writes a viewBox"
     opening = (
-        f'<svg class="curve" {view_box[0]} role="img" aria-labelledby="curve-title curve-description">'
-        '<title id="curve-title">Accuracy against deferral rate</title>'
-        f'<desc id="curve-description">{escape(description)}</desc>'
+        f'<svg class="chart" {view_box[0]} role="img" aria-labelledby="{chart.name}-title {chart.name}-description">'
+        f'<title id="{chart.name}-title">{escape(chart.heading)}</title>'
+        f'<desc id="{chart.name}-description">{escape(description)}</desc>'
     )
     return opening + svg[svg.index(">") + 1 :].strip()

@@ -1,0 +1,33 @@
+"""What a benchmark leaves behind: its command, its versions and what each part measured, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from collm.artefact import library_versions
+
+
+def run_parts(name: str, arguments: Namespace, parts: Mapping[str, Callable[[], Any]]) -> None:
+    """Run the parts that `arguments.parts` names; the results go to `arguments.out`, or to stdout without it.
+
+    The file is written after every part, so a long run that is cut off keeps what it has.
+    """
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    results: dict[str, Any] = {
+        "command": " ".join([f"python -m {name}", *sys.argv[1:]]),
+        "arguments": given,
+        "versions": library_versions(),
+    }
+    out: Path | None = arguments.out
+    for part in arguments.parts:
+        results[part] = parts[part]()
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=1) + "\n")
+    if out is None:
+        print(json.dumps(results, indent=1))

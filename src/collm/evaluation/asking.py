@@ -1,0 +1,106 @@
+"""Putting a task's items to systems, batch by batch; what is answered is kept at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from collm.collaboration import CoLLM
+from collm.core.policies import Policy
+from collm.core.types import Completion, SamplingParams
+from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
+from collm.evaluation.systems import System
+from collm.evaluation.tasks.task import Task, TaskItem
+from collm.models.members import spec_of
+from collm.models.template import Prompt
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What all systems are asked, and how.
+
+    Attributes:
+        params: how tokens are drawn; max_new_tokens and stop are the task's.
+        chat: ask as the user of a chat.
+        seed: item i draws with seed + i where anything is drawn, whatever has been answered before.
+    """
+
+    task: Task
+    items: Sequence[TaskItem]
+    params: SamplingParams
+    chat: bool
+    max_batch: int
+    seed: int
+
+    def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[Answers, CoLLM]:
+        """All answers of one system, and its model; answers that a file holds already are not made again."""
+        model, policy = system.load(), system.at_rate(rate)
+        stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
+        params = replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop)
+        identity = {
+            "system": f"{system.name}: {policy}",
+            "models": _digest(model),
+            "task": self.task.name,
+            "items": _fingerprint(self.items),
+            "chat": self.chat,
+            "params": asdict(params),
+            "seed": self.seed,
+        }
+        draws = policy.draws or params.temperature > 0
+        drawing = {
+            item.id: replace(params, seed=self.seed + place if draws else None) for place, item in enumerate(self.items)
+        }
+        file = AnswerFile(answer_path(out, system.name), identity)
+        left = [item for item in self.items if item.id not in file.answers.items]
+        for start in range(0, len(left), self.max_batch):
+            self._batch(left[start : start + self.max_batch], system, model, policy, drawing, file)
+            if report is not None:
+                report(len(file.answers.items), len(self.items))
+        return file.answers, model
+
+    def _prompt(self, item: TaskItem, model: CoLLM) -> Prompt:
+        return self.task.render(item, model.template, model.tokenizer, chat=self.chat)
+
+    def prompt_ids(self, item: TaskItem, model: CoLLM) -> list[int]:
+        """What a model reads before its answer."""
+        return model.template.encode_prompt(model.tokenizer, self._prompt(item, model))
+
+    def _batch(
+        self,
+        batch: Sequence[TaskItem],
+        system: System,
+        model: CoLLM,
+        policy: Policy,
+        drawing: Mapping[str, SamplingParams],
+        file: AnswerFile,
+    ) -> None:
+        prompts = [self._prompt(item, model) for item in batch]
+        started = time.perf_counter()
+
+        def keep(index: int, completion: Completion) -> None:
+            item, seconds = batch[index], time.perf_counter() - started
+            answer = Answer.of(item.id, completion, self.task.score(item, completion.text), seconds)
+            file.add(replace(answer, authors=[author or system.writes_as for author in answer.authors]))
+
+        params = [drawing[item.id] for item in batch]
+        done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
+        file.close_batch([item.id for item in batch], done.usage, started)
+
+
+def _fingerprint(items: Sequence[TaskItem]) -> str:
+    content = [[item.id, item.prompt, item.reference, item.shots] for item in items]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def _digest(model: CoLLM) -> str:
+    """Of the head, and of where the models come from."""
+    digest = hashlib.sha256(json.dumps([str(spec_of(member)) for member in (model.base, *model.assistants)]).encode())
+    for tensor in model.head.state_dict().values():
+        digest.update(tensor.cpu().float().numpy().tobytes())
+    return digest.hexdigest()

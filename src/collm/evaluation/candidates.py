@@ -1,0 +1,62 @@
+"""What each author would have written at every token of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from collm.collaboration import CoLLM
+from collm.evaluation.report import Candidates
+from collm.models.runner import ModelRunner
+from collm.models.token_text import TokenText
+from collm.models.tools import ToolRunner
+
+MOST = 5
+"""Candidates of an author."""
+
+_Likely = list[tuple[int, float]]
+"""Token ids with their probabilities."""
+
+
+@torch.inference_mode()
+def top_candidates(
+    model: CoLLM, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int = MOST
+) -> list[list[Candidates]]:
+    """For each token of an answer, and each author in their order, its most probable tokens there.
+
+    Every author reads prompt and answer at once. A program that has nothing to say at a place has no candidates there,
+    and elsewhere the one token that it knows.
+    """
+    if not token_ids:
+        return []
+    by_author = [_likely(runner, prompt_ids, token_ids, most) for runner in model.runners]
+    read = TokenText(model.tokenizer, prompt_ids)
+    spelled: list[list[Candidates]] = []
+    for token_id, *likely in zip(token_ids, *by_author, strict=True):
+        spelled.append([[(_spelled(read, model, one), prob) for one, prob in of_author] for of_author in likely])
+        read.push(token_id)
+    return spelled
+
+
+def _likely(
+    runner: ModelRunner | ToolRunner, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
+) -> list[_Likely]:
+    slot = runner.open()
+    try:
+        reading = runner.extend({slot: [*prompt_ids, *token_ids[:-1]]}, keep={slot: len(token_ids)})
+    finally:
+        runner.close(slot)
+    probs, ids = reading.logits.float().softmax(-1).topk(min(most, reading.logits.shape[-1]))
+    found = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), probs.tolist(), strict=True)]
+    if isinstance(runner, ToolRunner):
+        return [[] if silent else likely[:1] for likely, silent in zip(found, reading.silent, strict=True)]
+    return found
+
+
+def _spelled(read: TokenText, model: CoLLM, token_id: int) -> str:
+    """What a token adds to the text; its name where it adds nothing, as an end does."""
+    length = len(read)
+    text = read.push(token_id)
+    read.cut(length)
+    return text or str(model.tokenizer.convert_ids_to_tokens(token_id))

@@ -1,0 +1,219 @@
+"""The charts of an evaluation, from the rows and answers it left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from collm.errors import ConfigError
+from collm.evaluation.answers import Answer
+from collm.evaluation.report import Chart, Point, Row, deferral_chart
+from collm.evaluation.systems import COLLABORATION
+
+ResultRow = Mapping[str, Any]
+"""A `SystemResult` as results.json has it."""
+
+Corners = Sequence[tuple[float, float]]
+
+NUM_CORNERS = 32
+"""Most corners of the oracle's line."""
+
+_DIAGONAL, _ORACLE = "whole answers at random", "oracle: the better of whole answers"
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a million tokens cost that a model reads, its own included, and that it writes; by its name."""
+
+    read: Mapping[str, float]
+    written: Mapping[str, float]
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Prices:
+        """Read NAME=READ or NAME=READ:WRITTEN, NAME being base, assistant, assistant-2, ..
+
+        Raises:
+            ConfigError: another form, or a price below 0.
+        """
+        read, written = {}, {}
+        for text in texts:
+            name, _, numbers = text.rpartition("=")
+            try:
+                prices = [float(number) for number in numbers.split(":")]
+            except ValueError:
+                prices = []
+            if not name or not 1 <= len(prices) <= 2 or not all(0 <= price < float("inf") for price in prices):
+                raise ConfigError(
+                    f"price is {text!r}, expected NAME=READ or NAME=READ:WRITTEN per million tokens, as base=0.1:0.4"
+                )
+            model = name.replace("-", " ")
+            read[model], written[model] = prices[0], prices[1] if len(prices) == 2 else 0.0
+        return cls(read, written)
+
+    def of(self, row: ResultRow) -> float:
+        """Price of 1,000 items of a system.
+
+        Raises:
+            ConfigError: one of its models has no price.
+        """
+        total = 0.0
+        for name, used in row["models"].items():
+            if used["forward_passes"] == 0:  # a program
+                continue
+            if name not in self.read:
+                raise ConfigError(
+                    f"{row['name']} uses {name}, which has no price; add --price {name.replace(' ', '-')}=.."
+                )
+            total += self.read[name] * used["tokens_read"] + self.written[name] * used["tokens_written"]
+        return total / 1000
+
+
+def run_charts(
+    results: Mapping[str, Any], rows: Sequence[Row], answers: Mapping[str, Mapping[str, Answer]], prices: Prices | None
+) -> list[Chart]:
+    """Score against deferral rate and against cost, and how far the defer prob can be trusted; those that can be drawn.
+
+    Args:
+        results: results.json.
+        rows: the table's.
+        answers: by system, by item.
+        prices: for the cost's axis; FLOPs without.
+    """
+    measure = results["measure"]
+    by_name = {row["name"]: row for row in results["rows"]}
+    charts = []
+    if measure is not None:
+        lines = _random_lines(by_name, measure, {name: float(name != "base") for name in by_name})
+        if oracle := oracle_line(answers, measure):
+            lines[_ORACLE] = oracle
+        rate = by_name[COLLABORATION]["deferral_rate"]
+        curve = [
+            _point(by_name[name], measure, by_name[name]["deferral_rate"], f"threshold {threshold:.4g}")
+            for name, threshold in _on_curve(results, by_name).items()
+        ]
+        charts = [deferral_chart(curve, rows, rate, lines), _costs(results, rows, prices)]
+    return [*charts, *_reliability(results)]
+
+
+def is_threshold(name: str) -> bool:
+    """Whether a system is the collaboration at another threshold."""
+    return name.startswith("threshold=")
+
+
+def _on_curve(results: Mapping[str, Any], by_name: Mapping[str, ResultRow]) -> dict[str, float]:
+    """Systems that are the collaboration at some threshold: the base alone, and a single assistant alone, are too."""
+    ends = {"base": 1.0} | ({"assistant": -1.0} if len(results["authors"]) == 2 else {})
+    thresholds = {name: float(name.partition("=")[2]) for name in by_name if is_threshold(name)}
+    if not thresholds:
+        return {}
+    known = {**thresholds, COLLABORATION: results["threshold"], **ends}
+    return {name: threshold for name, threshold in known.items() if name in by_name}
+
+
+def _point(row: ResultRow, measure: str, x: float, name: str) -> Point:
+    score = row["measures"][measure]
+    return Point(name, x, score["mean"], score["low"], score["high"])
+
+
+def _random_lines(by_name: Mapping[str, ResultRow], measure: str, places: Mapping[str, float]) -> dict[str, Corners]:
+    """From the base alone to each assistant alone: what choosing between their whole answers at random would give."""
+    assistants = [name for name in by_name if name.partition("-")[0] == "assistant"]
+    if "base" not in by_name:
+        return {}
+
+    def corner(name: str) -> tuple[float, float]:
+        return places[name], by_name[name]["measures"][measure]["mean"]
+
+    names = {name: _DIAGONAL if len(assistants) == 1 else f"base or {name}, at random" for name in assistants}
+    return {names[name]: [corner("base"), corner(name)] for name in assistants}
+
+
+def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Corners:
+    """Deferral rate and mean score of an oracle that takes an item's whole answer from the base or from an assistant.
+
+    It takes the assistants' where they gain most for their tokens first. Empty where the base or every assistant was
+    not compared, or single items have no score. What writes token by token may exceed it.
+    """
+    base = answers.get("base", {})
+    others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
+    if not others or any(measure not in found[item].scores for found in [base, *others] for item in base):
+        return []
+    tokens, theirs = sum(len(answer.authors) for answer in base.values()), 0
+    score = sum(answer.scores[measure] for answer in base.values())
+    corners = [(0.0, score / len(base))]
+    for gain, mine, other in sorted(
+        _gains(base, others, measure), key=lambda one: one[0] / max(one[2], 1), reverse=True
+    ):
+        theirs, tokens, score = theirs + other, tokens + other - mine, score + gain
+        corners.append((theirs / max(tokens, 1), score / len(base)))
+    step = -(-len(corners) // NUM_CORNERS)
+    return [*corners[:-1:step], corners[-1]]
+
+
+def _gains(
+    base: Mapping[str, Answer], others: Sequence[Mapping[str, Answer]], measure: str
+) -> list[tuple[float, int, int]]:
+    """Where an assistant scores higher: by how much, the base's tokens and the assistant's."""
+    gains = []
+    for item, mine in base.items():
+        best = max((found[item] for found in others), key=lambda other: (other.scores[measure], -len(other.authors)))
+        gain = best.scores[measure] - mine.scores[measure]
+        if gain > 0:
+            gains.append((gain, len(mine.authors), len(best.authors)))
+    return gains
+
+
+def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | None) -> Chart:
+    """Score against what an item costs."""
+    measure = results["measure"]
+    by_name: dict[str, ResultRow] = {row["name"]: row for row in results["rows"]}
+    shown = {row.name for row in rows} | set(_on_curve(results, by_name))
+    costs = {name: by_name[name]["flops"] / 1e9 if prices is None else prices.of(by_name[name]) for name in shown}
+
+    def point(name: str) -> Point:
+        return _point(by_name[name], measure, costs[name], name)
+
+    return Chart(
+        name="cost",
+        heading="Accuracy against cost",
+        note="Further left is cheaper. "
+        + ("FLOPs are estimated from the tokens that the models read." if prices is None else "Tokens at your prices."),
+        x_label="GFLOP for an item" if prices is None else "Price of 1,000 items",
+        y_label="Accuracy",
+        curve=[point(name) for name in _on_curve(results, by_name)],
+        marks=[point(row.name) for row in rows],
+        lines=_random_lines(by_name, measure, costs),
+        in_use=costs[COLLABORATION],
+        unit="GFLOP" if prices is None else "for 1,000",
+    )
+
+
+def _reliability(results: Mapping[str, Any]) -> list[Chart]:
+    tokens = results["tokens"]
+    if tokens is None or not tokens["reliability"]:
+        return []
+    points = [
+        Point(f"{one['tokens']:,} tokens", one["defer_prob"], one["assistant_right"], one["low"], one["high"])
+        for one in tokens["reliability"]
+    ]
+    auc = tokens["measures"]["head_auc"]
+    return [
+        Chart(
+            name="reliability",
+            heading="Can the defer prob be trusted?",
+            note="On reference answers: of the tokens that either the base or the assistant has right, the share that "
+            "the assistant has, by defer prob. On the dotted line the defer prob is as good as its word; above it the "
+            "head asks too seldom. "
+            + (
+                f"AUC {auc:.3f}: how often a token that only the assistant has right has a higher defer prob than "
+                "another token."
+                if auc is not None
+                else "No token that only the assistant has right, so there is no AUC."
+            ),
+            x_label="Defer prob",
+            y_label="Assistant right",
+            curve=points,
+            lines={"as good as its word": [(0.0, 0.0), (1.0, 1.0)]},
+        )
+    ]
