@@ -22,6 +22,7 @@ from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, deferral_rate
+from collm.decoding.candidates import Candidates, top_candidates
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, Engine
 from collm.decoding.request import Request
 from collm.errors import ArtefactError, ConfigError, MismatchError
@@ -317,6 +318,11 @@ class CoLLM:
         engine = self._engine(1, lookahead, 0)
         engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
         return _steps(engine)
+
+    def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
+        """What each author would have written at each token of an answer to a prompt (`decoding.candidates`)."""
+        prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
+        return top_candidates(self.runners, self.tokenizer, prompt_ids, token_ids, most)
 
     def _policies(
         self, policy: str | Policy | Sequence[Policy] | None, threshold: float | None, budget: float | None, count: int

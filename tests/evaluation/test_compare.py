@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
+from collm.core.calibration import Calibration, CalibrationPoint
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ArtefactError, ConfigError, DataError, ModelFailure
 from collm.evaluation.answers import Answer, AnswerFile, answer_path
@@ -19,11 +21,14 @@ from collm.evaluation.compare import Comparison, SystemResult, compare
 from collm.evaluation.insights import deferred_classes, deferred_tokens, led_astray, run_lengths, token_class
 from collm.evaluation.intervals import Interval
 from collm.evaluation.page import render_page
+from collm.evaluation.reliability import reliability
+from collm.evaluation.run_charts import Prices, oracle_line
 from collm.evaluation.run_report import report_of
-from collm.evaluation.systems import systems_named
+from collm.evaluation.systems import systems_named, thresholds_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
+from collm.training.measures import TokenViews
 
 THRESHOLD = 0.5
 
@@ -194,6 +199,56 @@ def test_other_models_by_path(
         [str(item.prompt) for item in items], SamplingParams(max_new_tokens=6), threshold=1.0,
     )  # fmt: skip
     assert [one.text for one in found.answers[f"sft={path}"]] == [one.text for one in alone]
+
+
+def test_a_curve_leaves_out_what_models_alone_show(model: CoLLM) -> None:
+    points = [CalibrationPoint(t, 0.5, 0.5, 0.4, 0.6) for t in (-1.0, 0.0, 0.3, 1.0)]
+    calibration = Calibration(points, "exact_match", 1, {})
+    one = CoLLM(model.base, model.assistants[:1], DeferralHead(32, 1), model.tokenizer)
+    named = [thresholds_named(pair, calibration, ["base", "assistant"]) for pair in (one, model)]
+    assert named == [["threshold=0", "threshold=0.3"], ["threshold=-1", "threshold=0", "threshold=0.3"]]
+    assert len(thresholds_named(one, calibration, [])) == 4
+
+
+def test_the_line_of_an_oracle_by_hand() -> None:
+    base = {"a": answer("a", ["x"] * 2, [0] * 2, 0.0), "b": answer("b", ["x"] * 4, [0] * 4, 0.0)}
+    base["c"] = answer("c", ["x"] * 4, [0] * 4, 1.0)
+    one = {"a": answer("a", ["x"] * 8, [1] * 8, 1.0), "b": answer("b", ["x"] * 2, [1] * 2, 1.0)}
+    one["c"] = answer("c", ["x"], [1], 0.0)
+    line = oracle_line({"base": base, "assistant": one}, "m")
+    # b first, whose right answer costs 2 tokens in place of 4, then a, which costs 8 in place of 2
+    assert line == [(0.0, pytest.approx(1 / 3)), (2 / 8, pytest.approx(2 / 3)), (10 / 14, pytest.approx(1.0))]
+    assert oracle_line({"base": base}, "m") == []
+    assert oracle_line({"base": base, "assistant": one}, "other") == []
+
+
+def test_prices_are_of_tokens_read_and_written() -> None:
+    prices = Prices.parse(["base=0.5", "assistant-2=2:8"])
+    used = {"tokens_read": 100.0, "tokens_written": 10.0, "forward_passes": 3.0}
+    row = {"name": "collaboration", "models": {"base": used, "assistant 2": used}}
+    assert prices.of(row) == pytest.approx((100 * 0.5 + 100 * 2 + 10 * 8) / 1e6 * 1000)
+    row["models"]["assistant 1"] = used
+    with pytest.raises(ConfigError, match="assistant 1, which has no price; add --price assistant-1="):
+        prices.of(row)
+
+
+@pytest.mark.parametrize("text", ["base", "base=", "=1", "base=1:2:3", "base=-1", "base=cheap", "base=nan"])
+def test_other_prices_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected NAME=READ or NAME=READ:WRITTEN"):
+        Prices.parse([text])
+
+
+def test_reliability_by_hand() -> None:
+    base = torch.tensor([True, False, False, True, False, True])
+    theirs = torch.tensor([[False, False], [True, False], [False, True], [True, True], [False, False], [False, True]])
+    logits = torch.tensor([[-3.0, -9], [3, -9], [-9, 3], [3, 3], [3, 3], [-9, -2.9]])
+    zeros = torch.zeros(6)
+    views = TokenViews(zeros, base, zeros.unsqueeze(-1).expand(6, 2), theirs, logits)
+    low, high = reliability(views)
+    assert (low.tokens, low.assistant_right) == (1, 0.0)  # the first; the last has both right, the asked one too
+    assert (high.tokens, high.assistant_right) == (2, 1.0)
+    assert high.defer_prob == pytest.approx(1 / (1 + math.exp(-3)), abs=1e-4)
+    assert high.low < high.assistant_right
 
 
 # Words

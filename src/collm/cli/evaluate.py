@@ -44,7 +44,7 @@ def evaluate(
     from collm.core.types import SamplingParams
     from collm.errors import ConfigError
     from collm.evaluation import compare as comparing
-    from collm.evaluation.systems import systems_named
+    from collm.evaluation.systems import systems_named, thresholds_named
     from collm.evaluation.tasks.named import task_named
     from collm.evaluation.verdict import verdict
     from collm.training.scoring import progress_bar
@@ -57,7 +57,7 @@ def evaluate(
     if curve:
         if model.calibration is None:
             raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
-        names += [f"threshold={point.threshold:.6g}" for point in model.calibration.points]
+        names += thresholds_named(model, model.calibration, names)
     with progress_bar("answering") as progress:
         found = comparing.compare(
             systems_named(model, names, ThresholdPolicy(operating)),

@@ -15,7 +15,6 @@ from collm.core.types import BASE, ModelUsage, SamplingParams, deferral_rate
 from collm.errors import DataError
 from collm.evaluation.answers import Answer, Answers, answer_path
 from collm.evaluation.asking import Asking, OnProgress
-from collm.evaluation.candidates import top_candidates
 from collm.evaluation.insights import shown
 from collm.evaluation.intervals import Interval, paired_difference
 from collm.evaluation.systems import COLLABORATION, System
@@ -60,6 +59,7 @@ class Comparison:
         answers: by system, its answers in the order of the items.
         authors: names of the collaboration's, the base first.
         threshold: of the collaboration.
+        tokens: what the authors say of the items' solutions; None where the data holds none.
     """
 
     task: str
@@ -70,6 +70,7 @@ class Comparison:
     authors: list[str]
     threshold: float
     settings: dict[str, Any]
+    tokens: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the items and their answers, for JSON."""
@@ -80,6 +81,7 @@ class Comparison:
             "authors": self.authors,
             "threshold": self.threshold,
             "settings": self.settings,
+            "tokens": self.tokens,
             "rows": [asdict(result) for result in self.results],
             "verdict": verdict(self.task, self.measure, self.results),
         }
@@ -158,8 +160,7 @@ def _candidates(model: CoLLM, asking: Asking, found: Comparison) -> dict[str, An
     by_id = {item.id: item for item in found.items}
     answers = {one.id: one for group in shown(found.answers[COLLABORATION], base, found.measure) for one in group}
     return {
-        id_: top_candidates(model, asking.prompt_ids(by_id[id_], model), answer.token_ids)
-        for id_, answer in answers.items()
+        id_: model.candidates(asking.prompt_ids(by_id[id_], model), answer.token_ids) for id_, answer in answers.items()
     }
 
 

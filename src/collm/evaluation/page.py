@@ -12,8 +12,9 @@ from string import Template
 
 from collm.atomic import atomic_file
 from collm.core.types import BASE, deferral_rate
+from collm.decoding.candidates import Candidates
 from collm.evaluation.chart import draw_chart
-from collm.evaluation.report import Candidates, Chart, Example, Report, Row, Table, Token
+from collm.evaluation.report import Chart, Example, Report, Row, Table, Token
 
 _COLOURS = 6
 _UNDERLINES = 5

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from collm.decoding.candidates import Candidates
 from collm.errors import DataError
 
 
@@ -33,10 +34,6 @@ class Row:
 
     def __post_init__(self) -> None:
         _check_shares(self, "accuracy", "low", "high", "deferral_rate")
-
-
-Candidates = Sequence[tuple[str, float]]
-"""Tokens by their text, with the probability an author gave them, the most probable first."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from collm.decoding.candidates import Candidates
 from collm.errors import ArtefactError
 from collm.evaluation.answers import Answer, read_answers
 from collm.evaluation.insights import Deferred, deferred_classes, deferred_tokens, run_lengths, shown
-from collm.evaluation.report import Candidates, Example, Report, Row, Table, Token
+from collm.evaluation.report import Example, Report, Row, Table, Token
 from collm.evaluation.run_charts import Prices, is_threshold, run_charts
 from collm.evaluation.systems import COLLABORATION
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from collm.collaboration import CoLLM
+from collm.core.calibration import Calibration
 from collm.core.combinations import ProxyTuningPolicy
 from collm.core.head import DeferralHead
 from collm.core.named import POLICIES, policy_named
@@ -56,6 +57,14 @@ def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy
     """
     wanted = dict.fromkeys(name for name in names if name != COLLABORATION)
     return [System(COLLABORATION, lambda: model, operating), *(_system(model, name) for name in wanted)]
+
+
+def thresholds_named(model: CoLLM, calibration: Calibration, names: Sequence[str]) -> list[str]:
+    """Names of the calibration's thresholds, but for those at which one model of `names` writes everything."""
+    lowest = 0.0 if "assistant" in names and len(model.assistants) == 1 else -1.0
+    highest = 1.0 if "base" in names else 2.0
+    inner = [point.threshold for point in calibration.points if lowest <= point.threshold < highest]
+    return [f"threshold={threshold:.6g}" for threshold in inner]
 
 
 def _system(model: CoLLM, name: str) -> System:

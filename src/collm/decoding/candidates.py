@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from collm.collaboration import CoLLM
-from collm.evaluation.report import Candidates
 from collm.models.runner import ModelRunner
 from collm.models.token_text import TokenText
 from collm.models.tools import ToolRunner
 
-MOST = 5
-"""Candidates of an author."""
+Candidates = Sequence[tuple[str, float]]
+"""Tokens by their text, with the probability an author gave them, the most probable first."""
 
 _Likely = list[tuple[int, float]]
 """Token ids with their probabilities."""
@@ -21,20 +20,32 @@ _Likely = list[tuple[int, float]]
 
 @torch.inference_mode()
 def top_candidates(
-    model: CoLLM, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int = MOST
+    runners: Sequence[ModelRunner | ToolRunner],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    most: int = 5,
 ) -> list[list[Candidates]]:
     """For each token of an answer, and each author in their order, its most probable tokens there.
 
     Every author reads prompt and answer at once. A program that has nothing to say at a place has no candidates there,
     and elsewhere the one token that it knows.
+
+    Args:
+        runners: of the authors, the base first.
+        tokenizer: of all of them.
+        most: candidates of an author.
+
+    Raises:
+        RequestError: prompt and answer outgrow a model's context.
     """
     if not token_ids:
         return []
-    by_author = [_likely(runner, prompt_ids, token_ids, most) for runner in model.runners]
-    read = TokenText(model.tokenizer, prompt_ids)
+    by_author = [_likely(runner, prompt_ids, token_ids, most) for runner in runners]
+    read = TokenText(tokenizer, prompt_ids)
     spelled: list[list[Candidates]] = []
     for token_id, *likely in zip(token_ids, *by_author, strict=True):
-        spelled.append([[(_spelled(read, model, one), prob) for one, prob in of_author] for of_author in likely])
+        spelled.append([[(_spelled(read, tokenizer, one), prob) for one, prob in of_author] for of_author in likely])
         read.push(token_id)
     return spelled
 
@@ -54,9 +65,9 @@ def _likely(
     return found
 
 
-def _spelled(read: TokenText, model: CoLLM, token_id: int) -> str:
+def _spelled(read: TokenText, tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """What a token adds to the text; its name where it adds nothing, as an end does."""
     length = len(read)
     text = read.push(token_id)
     read.cut(length)
-    return text or str(model.tokenizer.convert_ids_to_tokens(token_id))
+    return text or str(tokenizer.convert_ids_to_tokens(token_id))
