@@ -303,7 +303,21 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     report = report_of(tmp_path)
     assert report.summary == verdict(found.task, found.measure, found.results)
     assert [row.name for row in report.rows] == ["collaboration", "base", "assistant"]
-    assert sorted(point.threshold for point in report.curve) == [0.1, 0.5, 0.9]
+    curve, cost = report.charts
+    on_curve = ["threshold 0.1", "threshold 0.5", "threshold 0.9", "threshold 1"]  # with two assistants no other end
+    assert sorted(point.name for point in curve.curve) == on_curve
+    assert [mark.name for mark in curve.marks] == ["collaboration", "base", "assistant"]
+    rows = {row.name: row for row in report.rows}
+    ends = [(0.0, rows["base"].accuracy), (1.0, rows["assistant"].accuracy)]
+    assert curve.lines["whole answers at random"] == ends
+    flops = {result.name: result.flops / 1e9 for result in found.results}
+    assert {mark.name: mark.x for mark in cost.marks} == {name: flops[name] for name in rows}
+    shown = found.answers["collaboration"][0]
+    assert all(len(of_author) == 5 for token in report.examples[0].tokens for of_author in token.candidates)
+    assert len(report.examples[0].tokens) == len(shown.token_ids)
+    priced = report_of(tmp_path, Prices.parse(["base=1", "assistant-1=2", "assistant-2=3"]))
+    used = found.results[1].models["base"]["tokens_read"]
+    assert next(mark.x for mark in priced.charts[1].marks if mark.name == "base") == pytest.approx(used / 1000)
     page = render_page(report)
     for text in (
         "What kind of token assistants write",

@@ -127,7 +127,9 @@ def _draw_labels(axes: Any, curve: Sequence[Point], chart: Chart) -> None:
     inside: Box = tuple(axes.get_window_extent().extents)
     middle = (inside[0] + inside[2]) / 2
     labels = _one_label_per_place(zip(marks, (mark.name for mark in chart.marks), strict=True))
-    labels |= {_walked(corners)[10]: name for name, corners in lines.items()}
+    for name, corners in lines.items():
+        walked = _walked(corners)
+        labels[walked[len(walked) // 2]] = name
     # From the middle outwards: points at an edge have the places left that reach inwards over the others.
     for (x, y), text in sorted(labels.items(), key=lambda label: abs(label[0][0] - middle)):
         places = [(_label_box(text, x + dx, y + dy, dx), dx, dy) for dx, dy in _OFFSETS_PT]

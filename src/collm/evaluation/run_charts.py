@@ -132,8 +132,8 @@ def _random_lines(by_name: Mapping[str, ResultRow], measure: str, places: Mappin
 def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Corners:
     """Deferral rate and mean score of an oracle that takes an item's whole answer from the base or from an assistant.
 
-    It takes the assistants' where they gain most for their tokens first. Empty where the base or every assistant was
-    not compared, or single items have no score. What writes token by token may exceed it.
+    It takes the assistants' where they gain most for their tokens first. Empty where there is nothing to gain, the base
+    or every assistant was not compared, or single items have no score. What writes token by token may exceed it.
     """
     base = answers.get("base", {})
     others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
@@ -147,6 +147,8 @@ def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Co
     ):
         theirs, tokens, score = theirs + other, tokens + other - mine, score + gain
         corners.append((theirs / max(tokens, 1), score / len(base)))
+    if len(corners) == 1:
+        return []
     step = -(-len(corners) // NUM_CORNERS)
     return [*corners[:-1:step], corners[-1]]
 
