@@ -18,6 +18,7 @@ from collm.core.policies import ThresholdPolicy
 from collm.errors import ArtefactError, ConfigError, DataError, ModelFailure
 from collm.evaluation.answers import Answer, AnswerFile, answer_path
 from collm.evaluation.compare import Comparison, SystemResult, compare
+from collm.evaluation.gold import gold_views
 from collm.evaluation.insights import deferred_classes, deferred_tokens, led_astray, run_lengths, token_class
 from collm.evaluation.intervals import Interval
 from collm.evaluation.page import render_page
@@ -28,6 +29,8 @@ from collm.evaluation.systems import systems_named, thresholds_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
+from collm.training.data import Row
+from collm.training.examples import Example
 from collm.training.measures import TokenViews
 
 THRESHOLD = 0.5
@@ -58,7 +61,7 @@ def items(model: CoLLM) -> list[TaskItem]:
     said = model.generate(prompts, SamplingParams(max_new_tokens=6), threshold=1.0)
     references = [one.text if i % 2 == 0 else "nothing" for i, one in enumerate(said)]
     return [
-        TaskItem(str(i), prompt, ref, f"line {i}")
+        TaskItem(str(i), prompt, ref, f"line {i}", Row(prompt, ref, None, f"line {i}"))
         for i, (prompt, ref) in enumerate(zip(prompts, references, strict=True))
     ]
 
@@ -238,6 +241,25 @@ def test_other_prices_are_refused(text: str) -> None:
         Prices.parse([text])
 
 
+@torch.no_grad()
+def test_gold_views_are_what_each_model_says(model: CoLLM) -> None:
+    texts = [model.tokenizer(text).input_ids for text in ("w1 w2 w3 w4", "w5 w6 w7")]
+    examples = [Example(ids, [i >= 2 for i in range(len(ids))]) for ids in texts]
+    views = gold_views(model, examples)
+    at = 0
+    for ids in texts:
+        logits = [member.module(torch.tensor([ids])).logits[0].log_softmax(-1) for member in model.members]
+        hidden = model.members[0].hidden_states(torch.tensor([ids]))[0]
+        for place in range(2, len(ids)):
+            said = [float(one[place - 1, ids[place]]) for one in logits]
+            right = [int(one[place - 1].argmax()) == ids[place] for one in logits]
+            assert [float(views.base_logprob[at]), *views.assistant_logprobs[at].tolist()] == pytest.approx(said)
+            assert [bool(views.base_correct[at]), *views.assistant_correct[at].tolist()] == right
+            assert views.defer_logits[at].tolist() == pytest.approx(model.head(hidden[place - 1]).tolist(), abs=1e-5)
+            at += 1
+    assert at == len(views.base_logprob)
+
+
 def test_reliability_by_hand() -> None:
     base = torch.tensor([True, False, False, True, False, True])
     theirs = torch.tensor([[False, False], [True, False], [False, True], [True, True], [False, False], [False, True]])
@@ -303,7 +325,8 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     report = report_of(tmp_path)
     assert report.summary == verdict(found.task, found.measure, found.results)
     assert [row.name for row in report.rows] == ["collaboration", "base", "assistant"]
-    curve, cost = report.charts
+    curve, cost, trusted = report.charts
+    assert sum(int(point.name.split()[0]) for point in trusted.curve) <= 5 * 7 + 5 * 2
     on_curve = ["threshold 0.1", "threshold 0.5", "threshold 0.9", "threshold 1"]  # with two assistants no other end
     assert sorted(point.name for point in curve.curve) == on_curve
     assert [mark.name for mark in curve.marks] == ["collaboration", "base", "assistant"]

@@ -17,6 +17,7 @@ from collm.evaluation.systems import System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.models.members import spec_of
 from collm.models.template import Prompt
+from collm.training.data import Row
 
 OnProgress = Callable[[int, int], None]
 
@@ -71,6 +72,11 @@ class Asking:
         """What a model reads before its answer."""
         return model.template.encode_prompt(model.tokenizer, self._prompt(item, model))
 
+    def solutions(self) -> list[Row]:
+        """The items with whole answers, as training would read them."""
+        rows = [item.solution for item in self.items if item.solution is not None]
+        return [_as_chat(row) if self.chat and row.messages is None else row for row in rows]
+
     def _batch(
         self,
         batch: Sequence[TaskItem],
@@ -91,6 +97,12 @@ class Asking:
         params = [drawing[item.id] for item in batch]
         done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
         file.close_batch([item.id for item in batch], done.usage, started)
+
+
+def _as_chat(row: Row) -> Row:
+    assert isinstance(row.prompt, str)
+    asked = [{"role": "user", "content": row.prompt}]
+    return Row(asked, row.completion, [*asked, {"role": "assistant", "content": row.completion}], row.where)
 
 
 def _fingerprint(items: Sequence[TaskItem]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +17,17 @@ from collm.core.types import BASE, ModelUsage, SamplingParams, deferral_rate
 from collm.errors import DataError
 from collm.evaluation.answers import Answer, Answers, answer_path
 from collm.evaluation.asking import Asking, OnProgress
+from collm.evaluation.gold import gold_views
 from collm.evaluation.insights import shown
 from collm.evaluation.intervals import Interval, paired_difference
+from collm.evaluation.reliability import reliability
 from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
 from collm.models.language_model import LanguageModel
 from collm.models.members import author_name
+from collm.training.data import Row
+from collm.training.examples import encode_rows
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ def compare(
         "versions": library_versions(),
     }
     measure = task.main_measure(items)
-    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, settings)
+    tokens = _tokens(systems[0].load(), asking.solutions())
+    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, settings, tokens)
     _write(out / "candidates.json", _candidates(systems[0].load(), asking, comparison))
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
     _write(out / "results.json", comparison.to_dict())
@@ -152,6 +159,21 @@ def compare(
 def _write(path: Path, content: Any) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
+    """What the authors say of solutions: measures, NaN as None, and how far the defer prob can be trusted."""
+    if not solutions:
+        return None
+    limit = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
+    examples = encode_rows(solutions, model.template, model.tokenizer, max_length=limit)
+    views = gold_views(model, examples)
+    measures = {name: None if math.isnan(value) else value for name, value in views.measures().items()}
+    return {
+        "num_tokens": len(views.base_logprob),
+        "measures": measures,
+        "reliability": [asdict(one) for one in reliability(views)],
+    }
 
 
 def _candidates(model: CoLLM, asking: Asking, found: Comparison) -> dict[str, Any]:

@@ -113,6 +113,20 @@ def write_scores(
             store.write(shard, *_score_shard(model, examples, indices, max_batch_tokens, advance, hidden_states))
 
 
+def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> list[Tensor]:
+    """What `write_scores` would write, left in memory.
+
+    Returns:
+        Of all target tokens, example by example: log-probabilities in nats, shape (M,), whether each is the model's
+        argmax, shape (M,), and if wanted its last hidden states, shape (M, H).
+
+    Raises:
+        ConfigError, MismatchError, ModelFailure, ToolFailure: as `write_scores`.
+    """
+    _check_fits(model, examples)
+    return _score_shard(model, examples, range(len(examples)), None, lambda indices: None, hidden_states)
+
+
 def _score_shard(
     model: Scored,
     examples: Sequence[Example],

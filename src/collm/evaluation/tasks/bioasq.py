@@ -17,7 +17,7 @@ from collm.errors import MissingExtra
 from collm.evaluation.intervals import Interval, ratio_interval, statistic_interval
 from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question
 from collm.evaluation.tasks.task import Scored, Task, TaskItem
-from collm.training.data import load_records
+from collm.training.data import Row, load_records
 from collm.training.formats import bioasq_completion, bioasq_question
 
 MAX_FACTOID_ANSWERS = 5
@@ -68,7 +68,8 @@ class Bioasq(Task):
             question = bioasq_question(where, record)
             reference = {"type": question.kind, "ideal": question.ideal, "entities": question.entities}
             name = str(record.get("id", number))
-            items.append(TaskItem(name, question.body, reference, where, bioasq_completion(question)))
+            solution = Row(question.body, bioasq_completion(question), None, where)
+            items.append(TaskItem(name, question.body, reference, where, solution))
         return items
 
     def main_measure(self, items: Sequence[TaskItem]) -> str:

@@ -44,10 +44,7 @@ class Gsm8k(Task):
 
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
         rows = self.rows(source, split)
-        return [
-            TaskItem(str(n), row.prompt, str(_reference(row)), row.where, row.completion)
-            for n, row in enumerate(rows, 1)
-        ]
+        return [TaskItem(str(n), row.prompt, str(_reference(row)), row.where, row) for n, row in enumerate(rows, 1)]
 
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         number = final_number(text)

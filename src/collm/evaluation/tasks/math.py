@@ -32,9 +32,7 @@ class HendrycksMath(Task):
 
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
         rows = self.rows(source, split)
-        return [
-            TaskItem(str(n), row.prompt, _reference(row), row.where, row.completion) for n, row in enumerate(rows, 1)
-        ]
+        return [TaskItem(str(n), row.prompt, _reference(row), row.where, row) for n, row in enumerate(rows, 1)]
 
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         answer = final_answer(text)

@@ -44,9 +44,7 @@ class RowsTask(Task):
 
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
         rows = self.rows(source, split)
-        return [
-            TaskItem(str(n), row.prompt, row.completion, row.where, row.completion) for n, row in enumerate(rows, 1)
-        ]
+        return [TaskItem(str(n), row.prompt, row.completion, row.where, row) for n, row in enumerate(rows, 1)]
 
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         return {self.metric: metric_named(self.metric)(text, item.reference)}

@@ -31,7 +31,7 @@ class TaskItem:
         prompt: the question as training data has it: text, or the messages of a chat.
         reference: what is right, as JSON.
         where: file and line, for messages about this item.
-        solution: a whole answer as training data has it; None where the data holds none.
+        solution: the question with a whole answer, as training data has them; None where there is no such answer.
         shots: shown before it.
     """
 
@@ -39,7 +39,7 @@ class TaskItem:
     prompt: str | list[Message]
     reference: Any
     where: str
-    solution: str | None = None
+    solution: Row | None = None
     shots: tuple[Shot, ...] = ()
 
 
