@@ -88,9 +88,10 @@ def run_charts(
         if oracle := oracle_line(answers, measure):
             lines[_ORACLE] = oracle
         rate = by_name[COLLABORATION]["deferral_rate"]
+        thresholds = _thresholds(results)
         curve = [
             _point(by_name[name], measure, by_name[name]["deferral_rate"], f"threshold {threshold:.4g}")
-            for name, threshold in _on_curve(results, by_name).items()
+            for name, threshold in (thresholds and thresholds | _ends(results)).items()
         ]
         charts = [deferral_chart(curve, rows, rate, lines), _costs(results, rows, prices)]
     return [*charts, *_reliability(results)]
@@ -101,14 +102,18 @@ def is_threshold(name: str) -> bool:
     return name.startswith("threshold=")
 
 
-def _on_curve(results: Mapping[str, Any], by_name: Mapping[str, ResultRow]) -> dict[str, float]:
-    """Systems that are the collaboration at some threshold: the base alone, and a single assistant alone, are too."""
+def _thresholds(results: Mapping[str, Any]) -> dict[str, float]:
+    """Systems that are the collaboration at some threshold; empty where that is one only."""
+    names = [row["name"] for row in results["rows"] if is_threshold(row["name"])]
+    found = {name: float(name.partition("=")[2]) for name in names}
+    return {COLLABORATION: results["threshold"], **found} if found else {}
+
+
+def _ends(results: Mapping[str, Any]) -> dict[str, float]:
+    """Models alone that write what the collaboration does at an end of the thresholds."""
     ends = {"base": 1.0} | ({"assistant": -1.0} if len(results["authors"]) == 2 else {})
-    thresholds = {name: float(name.partition("=")[2]) for name in by_name if is_threshold(name)}
-    if not thresholds:
-        return {}
-    known = {**thresholds, COLLABORATION: results["threshold"], **ends}
-    return {name: threshold for name, threshold in known.items() if name in by_name}
+    names = {row["name"] for row in results["rows"]}
+    return {name: threshold for name, threshold in ends.items() if name in names}
 
 
 def _point(row: ResultRow, measure: str, x: float, name: str) -> Point:
@@ -170,7 +175,7 @@ def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | Non
     """Score against what an item costs."""
     measure = results["measure"]
     by_name: dict[str, ResultRow] = {row["name"]: row for row in results["rows"]}
-    shown = {row.name for row in rows} | set(_on_curve(results, by_name))
+    shown = {row.name for row in rows} | set(_thresholds(results))
     costs = {name: by_name[name]["flops"] / 1e9 if prices is None else prices.of(by_name[name]) for name in shown}
 
     def point(name: str) -> Point:
@@ -183,7 +188,7 @@ def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | Non
         + ("FLOPs are estimated from the tokens that the models read." if prices is None else "Tokens at your prices."),
         x_label="GFLOP for an item" if prices is None else "Price of 1,000 items",
         y_label="Accuracy",
-        curve=[point(name) for name in _on_curve(results, by_name)],
+        curve=[point(name) for name in _thresholds(results)],
         marks=[point(row.name) for row in rows],
         lines=_random_lines(by_name, measure, costs),
         in_use=costs[COLLABORATION],

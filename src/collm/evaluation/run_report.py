@@ -89,6 +89,7 @@ def _tables(own: Sequence[Answer], rows: Mapping[str, Mapping[str, Any]]) -> lis
     models = [
         (f"{name}: {model}", *(f"{used[key]:,.1f}" for key in ("tokens_read", "tokens_written", "forward_passes")))
         for name, row in rows.items()
+        if not is_threshold(name)
         for model, used in row["models"].items()
     ]
     runs: list[tuple[str, ...]] = [(str(length), f"{count:,}") for length, count in run_lengths(own).items()]
