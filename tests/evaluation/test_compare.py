@@ -282,7 +282,7 @@ def result(name: str, mean: float, difference: tuple[float, float] | None, flops
 
 
 COSTS = "2.00 times its FLOPs, 1.00 times its tokens per second"
-CHOOSE_IT = "the assistant alone is the better choice"
+CHOOSE_IT = "of the two the assistant alone is the better choice"
 WORDS = [
     (("base", 0.3, (-0.3, -0.1), 0.1), "better than the base alone by +20.0 points (+10.0 to +30.0)"),
     (("base", 0.5, (-0.1, 0.1), 0.1), "the base alone is the better choice"),

@@ -47,8 +47,8 @@ def _against_base(base: SystemResult) -> str:
     if base.difference.low > 0:
         return f"The base alone is better, by {_points(base.difference, 1)}, and cheaper: use it alone."
     return (
-        f"The base alone cannot be told from it (difference {_points(base.difference, -1)}) and is cheaper: on this "
-        "evidence the base alone is the better choice."
+        f"The base alone cannot be told from it (difference {_points(base.difference, -1)}) and is cheaper: of the "
+        "two, on this evidence, the base alone is the better choice."
     )
 
 
@@ -59,11 +59,11 @@ def _against_assistant(own: SystemResult, other: SystemResult) -> str:
     costs = f"{cost:.2f} times its FLOPs, {speed:.2f} times its tokens per second"
     if other.difference.low > 0:
         worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
-        return f"{worse}." if cost < 1 else f"{worse}: the {other.name} alone is the better choice."
+        return f"{worse}." if cost < 1 else f"{worse}: of the two the {other.name} alone is the better choice."
     known = "is better than" if other.difference.high < 0 else "cannot be told from"
     compared = f"It {known} the {other.name} alone (difference {_points(other.difference, -1)}) and takes {costs}"
     if other.difference.high >= 0 and cost >= 1:
-        return f"{compared}: the {other.name} alone is the better choice."
+        return f"{compared}: of the two the {other.name} alone is the better choice."
     return f"{compared}."
 
 
