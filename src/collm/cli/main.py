@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from collm.cli import calibrate, demo, env, evaluate, generate, report, score, train
+from collm.cli import calibrate, demo, env, evaluate, generate, lm_eval, report, score, train
 from collm.errors import CollmError, ConfigError
 from collm.version import __version__
 
@@ -44,6 +44,7 @@ app.command("train", context_settings=train.PASS_THROUGH, add_help_option=False)
 app.command("calibrate")(calibrate.calibrate)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
 app.command("report")(report.report)
 app.command("env")(env.env)
 
