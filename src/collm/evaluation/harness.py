@@ -223,7 +223,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self._prompt(request.args[0], one.max_new_tokens) for request, one in zip(requests, asked, strict=True)
         ]
         seed = torch.initial_seed()
-        params = [replace(one, seed=seed + index) for index, one in enumerate(asked)]
+        draws = [self.policy.draws or one.temperature > 0 for one in asked]
+        params = [replace(one, seed=seed + n) if draws[n] else one for n, one in enumerate(asked)]
         with progress_bar("generating", enabled=not disable_tqdm) as report:
             done = 0
 
