@@ -177,6 +177,18 @@ def test_no_slot_outlives_its_sequence(pair: CoLLM) -> None:
     assert [author.open_slots for author in pair._authors] == [0, 0]
 
 
+def test_a_draft_behind_a_prompt_that_was_read_before_is_answered_in_full(
+    pair: CoLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot that holds the drafted tokens too must not be taken over so far that there is nothing left to answer."""
+    prompt, params = (prompts_of(3, 1)[0] * 20)[:60], SamplingParams(max_new_tokens=6)
+    (alone,) = pair.generate([prompt], params, threshold=0.5, lookahead=0)
+    monkeypatch.setattr("collm.decoding.lookup.PromptLookup.draft", lambda self, length: alone.token_ids[:length])
+    monkeypatch.setattr("collm.decoding.engine.lookup_length", lambda odds, base, other, active, available: available)
+    for completion in pair.generate([prompt] * 3, params, threshold=0.5, max_batch=1):
+        assert (completion.token_ids, completion.authors) == (alone.token_ids, alone.authors)
+
+
 def test_cancelled_sequences_leave_the_others_unchanged(pair: CoLLM) -> None:
     params, prompts = SamplingParams(max_new_tokens=10), prompts_of(6, 4)
     expected = [c.token_ids for c in pair.generate(prompts, params, threshold=0.5)]

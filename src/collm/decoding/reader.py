@@ -111,7 +111,8 @@ class Reader:
         for sequence, stretch in wanted.items():
             text = sequence.text[: stretch.end]
             if self.author not in sequence.slots:
-                sequence.slots[self.author] = self.runner.open(text)
+                # What it may find already read ends before the first token to answer after.
+                sequence.slots[self.author] = self.runner.open(text[: stretch.end - stretch.keep + 1])
             slot = sequence.slots[self.author]
             unseen[slot], keep[slot] = text[self.runner.length(slot) :], stretch.keep
         try:
