@@ -20,6 +20,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import Registry
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
@@ -396,6 +397,13 @@ def test_model_arguments_without_effect_are_refused(
         model_arguments(arguments, options)
 
 
+def test_the_device_of_an_artefact_is_kept_where_nobody_chose_another() -> None:
+    unchosen = {"device": EvaluatorConfig().device, "batch_size": 1, "max_batch_size": None}
+    assert model_arguments({"pretrained": "x"}, unchosen) == ({"path": "x"}, {"batch_size": 1})
+    assert model_arguments({"pretrained": "x", "device": "cuda:1"}, unchosen)[0] == {"path": "x", "device": "cuda:1"}
+    assert model_arguments({"pretrained": "x"}, {"device": "cpu"})[0] == {"path": "x", "device": "cpu"}
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -488,7 +496,7 @@ def test_the_command_gives_the_numbers_of_the_library(
 ) -> None:
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # they are many
     options = ["--tasks", "answers,choices,texts", "--include_path", tasks, "--output_path", tmp_path / "out"]
-    more = ["--log_samples", "--batch_size", "4", "--device", "cpu", "--model_args", f"threshold={THRESHOLD}"]
+    more = ["--log_samples", "--batch_size", "4", "--model_args", f"threshold={THRESHOLD}"]
     assert run(monkeypatch, world.sharing, *options, *more) == 0
     (results,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(results.read_text())

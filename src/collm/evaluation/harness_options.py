@@ -25,6 +25,9 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
 }
 _KINDS = _LOADING | _OPTIONS
 
+UNCHOSEN_DEVICE = "cuda:0"
+"""What the harness's command line passes where nobody chose a device, so it means the artefact's own choice."""
+
 MAX_GEN_TOKS = 256
 """Most tokens to generate where a task does not say, as for the harness's own models."""
 
@@ -34,12 +37,14 @@ def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tup
 
     Args:
         given: `--model_args`.
-        options: options of the harness that go to a model; None where not given.
+        options: options of the harness that go to a model; None where not given. Its device is left out where it is
+            `UNCHOSEN_DEVICE`.
 
     Raises:
         ConfigError: an unknown argument, one that came twice, a value of the wrong kind, or no `pretrained`.
     """
-    chosen = {name: value for name, value in options.items() if value is not None}
+    unchosen = {"device": UNCHOSEN_DEVICE}
+    chosen = {name: value for name, value in options.items() if value is not None and value != unchosen.get(name)}
     twice = sorted(given.keys() & chosen.keys())
     if twice:
         raise ConfigError(f"{', '.join(twice)} came in --model_args and as --{twice[0]}; give the option alone")
