@@ -55,12 +55,12 @@ class PromptTemplate:
             RequestError: an empty prompt, messages without a chat template, or something else than a prompt.
         """
         if isinstance(prompt, str):
-            token_ids = _tokenize(tokenizer, self.text.replace("{prompt}", prompt)) if prompt else []
+            token_ids = tokenize(tokenizer, self.text.replace("{prompt}", prompt)) if prompt else []
         elif _is_list_of(prompt, int):
             token_ids = list(cast(Sequence[int], prompt))
         elif _is_list_of(prompt, Mapping):
             rendered = self.render_chat(tokenizer, cast(Sequence[Message], prompt), open_turn=True)
-            token_ids = _tokenize(tokenizer, rendered, special=False)
+            token_ids = tokenize(tokenizer, rendered, special=False)
         else:
             raise RequestError(f"a prompt is a string, a list of messages or a list of token ids, came {prompt!r:.80}")
         if not token_ids:
@@ -79,7 +79,7 @@ class PromptTemplate:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, so a completion cannot end; set tokenizer.eos_token")
         prompt_ids = self.encode_prompt(tokenizer, prompt)
-        whole = _tokenize(tokenizer, self.text.replace("{prompt}", prompt) + completion)
+        whole = tokenize(tokenizer, self.text.replace("{prompt}", prompt) + completion)
         encoded = _extended(tokenizer, prompt_ids, whole, completion)
         eos = int(cast(int, tokenizer.eos_token_id))
         if encoded.token_ids[-1] == eos and encoded.is_target[-1]:
@@ -152,7 +152,7 @@ def _is_list_of(prompt: object, kind: type) -> bool:
     )
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
     # verbose=False: lengths are checked against the models, not against the tokenizer's advice
     token_ids = cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     if not special or len(token_ids) < 2 or token_ids[-1] != tokenizer.eos_token_id:
@@ -175,27 +175,27 @@ def _extended(
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text that continues another: without the space some tokenizers put before a text's first word."""
     for end in ("\n", "."):
-        before, whole = (_tokenize(tokenizer, part, special=False) for part in (end, end + text))
+        before, whole = (tokenize(tokenizer, part, special=False) for part in (end, end + text))
         if whole[: len(before)] == before:
             return whole[len(before) :]
-    return _tokenize(tokenizer, text, special=False)
+    return tokenize(tokenizer, text, special=False)
 
 
 def _apart(tokenizer: PreTrainedTokenizerBase, opened: str, closed: str) -> Encoded:
-    opened_ids, closed_ids = (_tokenize(tokenizer, text, special=False) for text in (opened, closed))
+    opened_ids, closed_ids = (tokenize(tokenizer, text, special=False) for text in (opened, closed))
     return _extended(tokenizer, opened_ids, closed_ids, closed[len(opened) :])
 
 
 def _joined(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Encoded | None:
     """All turns in one sequence; None unless each turn's text and tokens go on from the turn before."""
-    whole = _tokenize(tokenizer, turns[-1][1], special=False)
+    whole = tokenize(tokenizer, turns[-1][1], special=False)
     is_target: list[bool] = []
     done = ""
     for opened, closed in turns:
         if not opened.startswith(done):
             return None
         for text, target in ((opened, False), (closed, True)):
-            token_ids = _tokenize(tokenizer, text, special=False)
+            token_ids = tokenize(tokenizer, text, special=False)
             if whole[: len(token_ids)] != token_ids:
                 return None
             is_target += [target] * (len(token_ids) - len(is_target))

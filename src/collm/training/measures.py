@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ class TokenViews:
     assistant_logprobs: Tensor
     assistant_correct: Tensor
     defer_logits: Tensor
+
+    def split(self, sizes: Sequence[int]) -> list[TokenViews]:
+        """The first tokens, those that follow, ..: so many each."""
+        parts = (torch.split(getattr(self, field.name), list(sizes)) for field in fields(self))
+        return [TokenViews(*one) for one in zip(*parts, strict=True)]
 
     def measures(self) -> dict[str, float]:
         """Means over the tokens.

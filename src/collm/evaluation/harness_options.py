@@ -1,0 +1,112 @@
+"""What lm-evaluation-harness passes to a model: arguments that make it, and options of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from collm.collaboration import CoLLM
+from collm.core.types import SamplingParams
+from collm.errors import ConfigError
+
+_LOADING: dict[str, tuple[type, ...]] = {
+    "pretrained": (str, int),
+    "device": (str,),
+    "dtype": (str,),
+    "trust_tools": (bool,),
+}
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "threshold": (float, int),
+    "budget": (float, int),
+    "policy": (str,),
+    "batch_size": (int, str),
+    "max_length": (int,),
+    "add_bos_token": (bool,),
+}
+_KINDS = _LOADING | _OPTIONS
+
+MAX_GEN_TOKS = 256
+"""Most tokens to generate where a task does not say, as for the harness's own models."""
+
+
+def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `CoLLM.from_pretrained` and those of `HarnessLM`, checked.
+
+    Args:
+        given: `--model_args`.
+        options: options of the harness that go to a model; None where not given.
+
+    Raises:
+        ConfigError: an unknown argument, one that came twice, a value of the wrong kind, or no `pretrained`.
+    """
+    chosen = {name: value for name, value in options.items() if value is not None}
+    twice = sorted(given.keys() & chosen.keys())
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} came in --model_args and as --{twice[0]}; give the option alone")
+    merged = {**given, **chosen}
+    unknown = sorted(merged.keys() - _KINDS.keys())
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)} has no effect on a collaboration, which takes {', '.join(_KINDS)}")
+    for name, value in merged.items():
+        if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
+            kinds = " or ".join(kind.__name__ for kind in _KINDS[name])
+            raise ConfigError(f"model argument {name} is {value!r}, expected {kinds}")
+    if "pretrained" not in merged:
+        raise ConfigError("nothing says which collaboration; add pretrained=DIR to --model_args")
+    loading = {name: value for name, value in merged.items() if name in _LOADING and name != "pretrained"}
+    loading["path"] = str(merged["pretrained"])
+    return loading, {name: value for name, value in merged.items() if name in _OPTIONS}
+
+
+def batch_size_of(value: int | str) -> int | None:
+    """How many texts at once; None for "auto".
+
+    Raises:
+        ConfigError: neither a number above 0 nor "auto".
+    """
+    if value == "auto":
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ConfigError(f"batch size is {value!r}, expected a number of texts from 1, or auto")
+    return int(value)
+
+
+def max_length_of(model: CoLLM, wanted: int | None) -> int:
+    """Most tokens to read: what is wanted, by default what every model reads.
+
+    Raises:
+        ConfigError: some model reads less.
+    """
+    from lm_eval.models.utils import DEFAULT_MAX_LENGTH
+
+    limits = [member.max_length for member in model.members if member.max_length is not None]
+    if wanted is None:
+        return min(limits, default=DEFAULT_MAX_LENGTH)
+    if wanted < 1 or wanted > min(limits, default=wanted):
+        raise ConfigError(
+            f"max_length is {wanted}, expected from 1 to {min(limits, default='any')}: all models read that"
+        )
+    return wanted
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """Options of a generation as the harness understands them: `do_sample=False` means temperature 0.
+
+    Raises:
+        ConfigError: an option that has no effect here, or a value out of range.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), MAX_GEN_TOKS))
+    stop, max_new_tokens = asked.pop("until"), asked.pop("max_gen_toks")
+    sampled, temperature = asked.pop("do_sample"), float(asked.pop("temperature", 0.0))
+    truncation = {name: asked.pop(name) for name in ("top_p", "top_k") if name in asked}
+    if asked.pop("num_beams", 1) != 1 or asked:
+        refused = ", ".join(f"{name}={options[name]!r}" for name in options if name in {*asked, "num_beams"})
+        raise ConfigError(
+            f"a generation was asked for with {refused}, which has no effect here; expected until, max_gen_toks, "
+            "do_sample, temperature, top_p and top_k"
+        )
+    if sampled and temperature == 0:
+        raise ConfigError("do_sample=True came with temperature 0, which draws nothing; give a temperature above 0")
+    return SamplingParams(max_new_tokens, temperature, stop=stop, **truncation)
