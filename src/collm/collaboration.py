@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -311,7 +311,7 @@ class CoLLM:
         budget: float | None = None,
         policy: str | Policy | None = None,
         lookahead: int | None = None,
-    ) -> Iterator[TokenStep]:
+    ) -> Generator[TokenStep, None, None]:
         """Continue one prompt, token by token; the texts joined are the completion's text. As `generate` otherwise."""
         (chosen,) = self._policies(policy, threshold, budget, 1)
         self._check_lookahead(lookahead, [chosen])
@@ -420,7 +420,7 @@ def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list
     return list(params)
 
 
-def _steps(engine: Engine) -> Iterator[TokenStep]:
+def _steps(engine: Engine) -> Generator[TokenStep, None, None]:
     try:
         while engine.has_work:
             for emitted in engine.step():

@@ -273,6 +273,24 @@ def test_reliability_by_hand() -> None:
     assert high.low < high.assistant_right
 
 
+def test_a_judge_outside_gets_the_outputs_of_every_system(
+    model: CoLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collm.evaluation.tasks.alpaca_eval.AlpacaEval.max_new_tokens", 6)
+    source = tmp_path / "alpaca.json"
+    source.write_text(json.dumps([{"instruction": f"w{i} w3", "dataset": "d"} for i in range(3)]))
+    task = task_named("alpaca_eval")
+    found = run(model, task, task.load(source), tmp_path / "out", "base")
+    for name in ("collaboration", "base"):
+        outputs = json.loads((tmp_path / "out" / "outputs" / f"{name}.json").read_text())
+        assert [one["output"] for one in outputs] == [answer.text for answer in found.answers[name]]
+        assert {one["generator"] for one in outputs} == {name}
+    assert found.measure is None
+    report = report_of(tmp_path / "out")
+    assert report.charts == []  # nothing is scored, and there are no solutions to read
+    assert report.examples[0].correct is None
+
+
 # Words
 
 

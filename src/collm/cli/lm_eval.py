@@ -15,7 +15,7 @@ def lm_eval(
     context: typer.Context,
     collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
 ) -> None:
-    """Run lm-evaluation-harness: what follows DIR is passed on to `lm-eval run`, DIR being its model.
+    """Run lm-evaluation-harness: what follows DIR, as --tasks gsm8k, goes to `lm-eval run`, DIR being its model.
 
     --model_args takes threshold, budget, policy, dtype, trust_tools, max_length and add_bos_token. DIR --help lists all
     options of the harness.

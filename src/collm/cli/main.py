@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from collm.cli import calibrate, demo, env, evaluate, generate, lm_eval, report, score, train
+from collm.cli import calibrate, chat, demo, env, evaluate, generate, lm_eval, report, score, train
 from collm.errors import CollmError, ConfigError
 from collm.version import __version__
 
@@ -43,6 +43,7 @@ app.command("score")(score.score)
 app.command("train", context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
 app.command("report")(report.report)

@@ -60,6 +60,22 @@ def test_factoid(text: str, strict: float, lenient: float, mrr: float, unparsed:
     }
 
 
+@pytest.mark.parametrize(
+    ("kinds", "measure"),
+    [
+        (["summary", "yesno", "list", "factoid"], "factoid_mrr"),
+        (["summary", "yesno", "list"], "list_f1"),
+        (["summary", "yesno"], "yesno_accuracy"),
+        (["summary"], "rouge2_f1"),
+    ],
+)
+def test_the_main_measure_is_one_that_the_items_have(kinds: list[str], measure: str) -> None:
+    items = [item(kind, [["yes"]]) for kind in kinds]
+    task = Bioasq()
+    assert task.main_measure(items) == measure
+    assert measure in task.aggregate([(one, "x", task.score(one, "x")) for one in items])
+
+
 LIST = item("list", [["TP53", "p53"], ["BRCA1"], ["BRCA2"], ["PTEN"]])
 
 

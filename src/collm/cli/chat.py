@@ -1,0 +1,243 @@
+"""`collm chat`: a conversation in the terminal, each token in its author's colour."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from collm.collaboration import CoLLM
+    from collm.core.types import SamplingParams, TokenStep
+
+HELP = """\
+/threshold X   the base keeps a token while its defer prob is at most X
+/budget X      a deferral rate to stay within, by the calibration
+/model NAME    who answers: collaboration, base, assistant, assistant-2, ..
+/history       the conversation so far
+/undo          take back the last question and its answer
+/clear         begin a new conversation
+/save FILE     write the conversation as a row of training data, with the authors of its tokens
+/help          these lines
+/quit          leave; so does Ctrl-D. Ctrl-C stops an answer"""
+
+
+def chat(
+    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="A collaboration: directory or Hub repository.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Base keeps a token while its defer prob is at most this. Default: calibrated.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Deferral rate to stay within, in place of a threshold.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this share.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
+    trust_tools: Annotated[
+        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    ] = False,
+) -> None:
+    """Talk to a collaboration; /help lists what else can be typed.
+
+    What was read for earlier turns stays in the KV cache of every model, so a turn costs only what is new.
+    """
+    import transformers
+    from rich.console import Console
+
+    from collm.cli.authors import legend
+    from collm.collaboration import CoLLM
+    from collm.core.types import SamplingParams
+
+    transformers.utils.logging.disable_progress_bar()
+    params = SamplingParams(max_new_tokens, temperature, top_p)
+    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype, trust_tools=trust_tools)
+    talk = Conversation(model, params, model.threshold(threshold, budget), system)
+    talk.check()
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(legend(author_names(model)), "[dim]/help for more[/dim]")
+    _converse(talk, console)
+
+
+def author_names(model: CoLLM) -> list[str]:
+    """The base's, then the assistants'."""
+    from collm.models.members import author_name
+
+    return [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
+
+
+@dataclass
+class Conversation:
+    """Turns with one collaboration.
+
+    Attributes:
+        threshold: of the collaboration.
+        system: the system message, if any.
+        author: who answers alone; None for the collaboration.
+        turns: question and answer of each.
+    """
+
+    model: CoLLM
+    params: SamplingParams
+    threshold: float
+    system: str | None = None
+    author: int | None = None
+    turns: list[tuple[str, list[TokenStep]]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise a RequestError where the collaboration takes no chats."""
+        self.model.template.encode_prompt(self.model.tokenizer, self.messages("hello"))
+
+    def messages(self, question: str | None = None) -> list[dict[str, str]]:
+        """The turns so far, and an open question."""
+        found = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for asked, steps in self.turns:
+            found.append({"role": "user", "content": asked})
+            found.append({"role": "assistant", "content": "".join(step.text for step in steps)})
+        return found if question is None else [*found, {"role": "user", "content": question}]
+
+    def ask(self, question: str) -> Generator[TokenStep, None, None]:
+        """The answer, token by token; what came of it is kept even if nobody waits for its end."""
+        from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy
+
+        policy = ThresholdPolicy(self.threshold) if self.author is None else SingleAuthorPolicy(self.author)
+        steps: list[TokenStep] = []
+        stream = self.model.stream(self.messages(question), self.params, policy=policy)
+        try:
+            for step in stream:
+                steps.append(step)
+                yield step
+        finally:
+            stream.close()
+            self.turns.append((question, steps))
+
+    def save(self, path: Path) -> None:
+        """Write one row of training data, and beside its messages who wrote each token of the answers."""
+        from collm.atomic import atomic_file
+        from collm.errors import WriteError
+
+        if path.exists():
+            raise WriteError(f"{path} exists; choose another name")
+        authors = [[step.author for step in steps] for _, steps in self.turns]
+        row = {"messages": self.messages(), "authors": authors, "author_names": author_names(self.model)}
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _converse(talk: Conversation, console: Console) -> None:
+    """Read lines until there are no more."""
+    from collm.errors import CollmError
+
+    with suppress(ImportError):  # lines can be typed without
+        import readline  # noqa: F401 - gives input() its editing and its history
+    while True:
+        try:
+            line = console.input("[bold]you:[/bold] ").strip()
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            continue
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                _obey(talk, console, line)
+            elif line:
+                _answer(talk, console, line)
+        except CollmError as error:
+            console.print(str(error), style="red", markup=False)
+
+
+def _answer(talk: Conversation, console: Console, question: str) -> None:
+    from collm.cli.authors import coloured
+    from collm.core.types import deferral_rate
+
+    answer = talk.ask(question)
+    try:
+        for step in answer:
+            console.print(coloured([step]), end="")
+    except KeyboardInterrupt:
+        console.print(" [dim](stopped)[/dim]", end="")
+    finally:
+        answer.close()
+    authors = [step.author for step in talk.turns[-1][1]]
+    console.print(f"\n[dim]{len(authors)} tokens, {deferral_rate(authors):.1%} by assistants[/dim]")
+
+
+def _obey(talk: Conversation, console: Console, line: str) -> None:
+    name, _, rest = line.partition(" ")
+    commands: dict[str, Callable[[str], str]] = {
+        "/threshold": lambda value: _set(talk, threshold=_number(name, value)),
+        "/budget": lambda value: _set(talk, budget=_number(name, value)),
+        "/model": lambda value: _choose(talk, value),
+        "/undo": lambda _: _forget(talk, 1),
+        "/clear": lambda _: _forget(talk, len(talk.turns)),
+        "/save": lambda value: _save(talk, value),
+        "/help": lambda _: HELP,
+    }
+    if name == "/history":
+        _show(talk, console)
+    elif name in commands:
+        console.print(commands[name](rest.strip()), style="dim", markup=False)
+    else:
+        console.print(f"{name} is no command; /help lists them", style="dim", markup=False)
+
+
+def _number(name: str, value: str) -> float:
+    from collm.errors import ConfigError
+
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{name} was given {value!r}, expected a number, as {name} 0.4") from None
+
+
+def _set(talk: Conversation, **limits: float) -> str:
+    from collm.core.types import check_threshold
+
+    talk.threshold, talk.author = check_threshold(talk.model.threshold(**limits)), None
+    return f"threshold {talk.threshold:.4g}"
+
+
+def _choose(talk: Conversation, name: str) -> str:
+    from collm.errors import ConfigError
+
+    names = [known.replace(" ", "-") for known in author_names(talk.model)]
+    if name == "collaboration":
+        return _set(talk, threshold=talk.threshold)
+    if name not in names:
+        raise ConfigError(f"/model was given {name!r}, expected one of collaboration, {', '.join(names)}")
+    talk.author = names.index(name)
+    return f"{name} alone"
+
+
+def _forget(talk: Conversation, count: int) -> str:
+    del talk.turns[len(talk.turns) - count :]
+    return f"{len(talk.turns)} turns left"
+
+
+def _save(talk: Conversation, name: str) -> str:
+    from collm.errors import ConfigError
+
+    if not name:
+        raise ConfigError("/save needs a file, as /save talk.jsonl")
+    talk.save(Path(name).expanduser())
+    return f"written to {name}"
+
+
+def _show(talk: Conversation, console: Console) -> None:
+    from collm.cli.authors import coloured
+
+    for question, steps in talk.turns:
+        console.print("[bold]you:[/bold] ", end="")
+        console.print(question, markup=False)
+        console.print(coloured(steps))

@@ -1,0 +1,172 @@
+"""`collm chat`: turns, commands, and what earlier turns leave in the KV caches."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from collm import CoLLM, DeferralHead, SamplingParams
+from collm.cli.chat import Conversation, _converse
+from collm.errors import RequestError
+from collm.models.loading import ModelSpec
+from collm.models.template import PromptTemplate
+
+TEMPLATE = "{% for m in messages %} w0 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w1{% endif %}"
+
+
+def talk_of(model: CoLLM) -> Conversation:
+    return Conversation(model, SamplingParams(max_new_tokens=24), 0.5)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> CoLLM:
+    head = DeferralHead(32, 1)
+    with torch.no_grad():
+        head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    return CoLLM(
+        tiny_model(0), [tiny_model(1, hidden_size=48)], head, tokenizer, template=PromptTemplate(chat=TEMPLATE)
+    )
+
+
+def typed(talk: Conversation, *lines: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the terminal shows for these lines."""
+    left = iter(lines)
+    console = Console(file=io.StringIO(), width=1000, highlight=False)
+
+    def read(*_: object) -> str:
+        line = next(left, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr(console, "input", read)
+    _converse(talk, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_every_turn_is_what_generate_makes_of_the_messages(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = talk_of(model)
+    talk.system = "w9"
+    shown = typed(talk, "w2 w3", "w4", "/history", monkeypatch=monkeypatch)
+    opening = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w2 w3"}]
+    first = model.generate([opening], talk.params, threshold=0.5)[0]
+    messages = talk.messages()
+    assert messages[:3] == [
+        {"role": "system", "content": "w9"},
+        {"role": "user", "content": "w2 w3"},
+        {"role": "assistant", "content": first.text},
+    ]
+    second = model.generate([messages[:4]], talk.params, threshold=0.5)[0]
+    assert [step.token_id for step in talk.turns[1][1]] == second.token_ids
+    assert shown.count(first.text) == 2  # as it came, and in the history
+    assert f"{len(second.authors)} tokens, {second.deferral_rate:.1%} by assistants" in shown
+
+
+def test_commands_change_who_answers(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = talk_of(model)
+    lines = ("/model assistant", "w2", "/clear", "/model base", "w2", "/clear", "/model collaboration")
+    typed(talk, *lines, monkeypatch=monkeypatch)
+    assert (talk.author, talk.turns, talk.threshold) == (None, [], 0.5)
+    for command, author in (("/model assistant", 1), ("/model base", 0), ("/threshold -1", 1), ("/threshold 1", 0)):
+        typed(talk, command, "w2", monkeypatch=monkeypatch)
+        assert {step.author for step in talk.turns[-1][1]} == {author}, command
+    typed(talk, "/undo", monkeypatch=monkeypatch)
+    assert len(talk.turns) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/threshold high", "expected a number, as /threshold 0.4"),
+        ("/threshold 7", "expected a number from -1 to 1"),
+        ("/budget 0.1", "a budget needs a calibration"),
+        ("/model better", "expected one of collaboration, base, assistant"),
+        ("/save", "/save needs a file"),
+        ("/fly", "/fly is no command; /help lists them"),
+        ("/help", "Ctrl-C stops an answer"),
+    ],
+)
+def test_what_is_mistyped_is_said_and_the_talk_goes_on(
+    model: CoLLM, monkeypatch: pytest.MonkeyPatch, line: str, answer: str
+) -> None:
+    talk = talk_of(model)
+    assert answer in typed(talk, line, "w2", monkeypatch=monkeypatch)
+    assert len(talk.turns) == 1
+
+
+def test_a_conversation_is_saved_as_training_data(
+    model: CoLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    talk, path = talk_of(model), tmp_path / "talk.jsonl"
+    shown = typed(talk, "w2", "w3", f"/save {path}", f"/save {path}", monkeypatch=monkeypatch)
+    row = json.loads(path.read_text())
+    assert row["messages"] == talk.messages()
+    assert row["authors"] == [[step.author for step in steps] for _, steps in talk.turns]
+    assert "exists; choose another name" in shown
+
+
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(model: CoLLM) -> None:
+    talk = talk_of(model)
+    answer = talk.ask("w2")
+    came = [next(answer), next(answer)]
+    answer.close()
+    assert talk.turns == [("w2", came)]
+    assert [runner.open_slots for runner in model.runners] == [0, 0]
+
+
+def test_a_turn_reads_only_what_is_new(saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    base, assistant = (ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant")))
+    model = CoLLM(base, [assistant], DeferralHead(32, 1), tokenizer, template=PromptTemplate(chat=TEMPLATE))
+    talk = talk_of(model)
+    list(talk.ask(" ".join(f"w{i}" for i in range(2, 42))))
+    before = model.runners[0].usage.tokens_read
+    steps = list(talk.ask("w7"))
+    read = model.runners[0].usage.tokens_read - before
+    assert read <= len(steps) + 24 + 8  # drafts aside: the new answer, what follows the first, the question
+
+
+def test_a_collaboration_without_chats_is_refused(model: CoLLM) -> None:
+    model.template = PromptTemplate()
+    with pytest.raises(RequestError, match="no chat template"):
+        talk_of(model).check()
+
+
+def test_in_a_terminal(saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    specs = [ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant"))]
+    model = CoLLM(specs[0], specs[1:], DeferralHead(32, 1), tokenizer, template=PromptTemplate(chat=TEMPLATE))
+    model.save_pretrained(tmp_path / "pair")
+    code = "from collm.cli.main import main; main()"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "chat", str(tmp_path / "pair"), "--threshold", "-1", "--max-new-tokens", "4"],
+        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    os.close(theirs)
+    os.write(ours, b"w2 w3\n/quit\n")
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:
+        pass  # the other end was closed
+    finally:
+        os.close(ours)
+    assert process.wait(60) == 0, shown.decode()
+    assert b"4 tokens, 100.0% by assistants" in shown
+    assert b"\x1b[1;32m" in shown  # the assistant's colour
