@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from collm.cli import calibrate, demo, env, evaluate, generate, report, score, train
+from collm.cli import calibrate, demo, env, evaluate, generate, report, score, serve, train
 from collm.errors import CollmError, ConfigError
 from collm.version import __version__
 
@@ -45,6 +45,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("serve")(serve.serve)
 app.command("env")(env.env)
 
 
