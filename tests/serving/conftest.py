@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -46,7 +48,7 @@ class Running:
         self.server.startup = startup  # type: ignore[method-assign]
         self.thread.start()
         assert up.wait(30)
-        self.url = "http://127.0.0.1:{}".format(self.server.servers[0].sockets[0].getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
         self.client.base_url = httpx.URL(self.url)
         self.until(lambda: all(one.worker.ready for one in self.service.collaborations.served))
         return self
@@ -70,7 +72,7 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, **{"api_key": "none", **options})
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.client.post(path, json=body)
+        return self.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 
     def worker(self, name: str = "pair") -> Any:
         return self.service.collaborations.targets[name].served.worker
@@ -94,7 +96,6 @@ def make_pair(tokenizer: PreTrainedTokenizerFast, assistants: int = 1, **options
 @pytest.fixture(scope="session")
 def serve() -> Callable[..., Any]:
     """serve(models, **settings): a context manager of a running server."""
-    from contextlib import contextmanager
 
     @contextmanager
     def running(models: Mapping[str, CoLLM], **settings: Any) -> Iterator[Running]:

@@ -31,7 +31,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=_INT64)]
 TokenIds = Annotated[list[Token], Field(min_length=1)]
-NonEmpty = Annotated[Text, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[NonEmpty], Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[dict[str, Any], Field(max_length=0)]

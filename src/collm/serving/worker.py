@@ -232,7 +232,7 @@ class Worker:
     def _obey(self) -> bool:
         """Carry out what the event loop asks, waiting for it where there is nothing else to do; False to end."""
         with self._changed:
-            while not (self._commands or self._running or self._stopped):
+            while not (self._commands or self._running or self._waiting or self._stopped):
                 self._changed.wait()
             commands, self._commands = self._commands, []
         for command in commands:
