@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,16 +40,19 @@ def test_every_operation_is_fuzzed(server: Running) -> None:
     assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [
+        (*one, mode)
+        for one in OPERATIONS
+        for mode in schemathesis.GenerationMode
+        if one[0] == "POST" or mode.is_positive
+    ],
+)
 def test_answers_are_as_the_schema_says(server: Running, method: str, path: str, mode: Any) -> None:
     document = server.client.get("/openapi.json").json()
     _aim(document)
-    schema = schemathesis.openapi.from_dict(document)
-    try:
-        cases = schema[path][method].as_strategy(generation_mode=mode)
-    except Exception:  # noqa: BLE001
-        raise
+    cases = schemathesis.openapi.from_dict(document)[path][method].as_strategy(generation_mode=mode)
 
     @seed(0)
     @settings(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -194,11 +194,14 @@ class Info(Reply):
     data: list[ModelInfo]
 
 
+Candidate = Annotated[list[str | float], Field(min_length=2, max_length=2, description="A text, its probability.")]
+
+
 class CandidatesReply(Reply):
     """POST /v1/collm/candidates: for each token and author its likeliest tokens with their probabilities."""
 
     author_names: list[str]
-    candidates: list[list[list[tuple[str, float]]]]
+    candidates: list[list[list[Candidate]]]
 
 
 class Status(Reply):
