@@ -72,8 +72,11 @@ def serve(
 
 def _models(collaborations: list[str], options: dict[str, Any]) -> dict[str, Any]:
     """By name."""
+    import transformers
+
     from collm.collaboration import CoLLM
 
+    transformers.utils.logging.disable_progress_bar()  # the log is JSON
     models: dict[str, Any] = {}
     for given in collaborations:
         name, equals, path = given.partition("=")
