@@ -180,6 +180,18 @@ def test_a_request_takes_no_longer_than_it_may(serve: Any, tokenizer: PreTrained
         server.until(server.idle)
 
 
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may(
+    serve: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with serve({"pair": make_pair(tokenizer)}, time_limit_s=0.05) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+            answer = connection.recv(1 << 16).decode()
+        assert answer.startswith("HTTP/1.1 408 ")
+        assert "body_timeout" in answer
+
+
 # Requests, models and policies that break
 
 

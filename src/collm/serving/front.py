@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -66,7 +67,7 @@ class Front:
 
         try:
             self._check_key(scope)
-            body = await _body(receive, self.settings.max_body_bytes)
+            body = await self._body(receive)
             if body is None:
                 record.status = DISCONNECTED
                 return
@@ -78,6 +79,15 @@ class Front:
             if record.status:
                 raise
             await refuse(broken(), noting)
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """The whole body; None if the client went away."""
+        seconds = self.settings.time_limit_s
+        try:
+            return await asyncio.wait_for(_whole(receive, self.settings.max_body_bytes), seconds)
+        except asyncio.TimeoutError as error:
+            message = f"the request body did not come within {seconds:g} s; send it again"
+            raise Refusal(408, message, code="body_timeout") from error
 
     def _check_key(self, scope: Scope) -> None:
         key = self.settings.api_key
@@ -103,7 +113,7 @@ async def refuse(refusal: Refusal, send: Send) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-async def _body(receive: Receive, most: int) -> bytes | None:
+async def _whole(receive: Receive, most: int) -> bytes | None:
     """The whole body; None if the client went away.
 
     Raises:

@@ -163,5 +163,8 @@ def sse(body: Mapping[str, Any]) -> bytes:
     return b"data: " + _encoded(body) + b"\n\n"
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def _encoded(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(body).encode()

@@ -218,6 +218,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._engine = self.model.engine(self.max_batch)
+            self.model.tokenizer(" ")  # the first call sets it up; later ones come from several threads at once
             self.ready = True
             while self._obey():
                 self._fill()
