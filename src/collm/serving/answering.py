@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from collm.serving.records import Record
 from collm.serving.refusals import DISCONNECTED, Refusal, broken
 from collm.serving.shapes import DONE, Json, Part, Shape, sse, usage_of
-from collm.serving.worker import News, Submission
+from collm.serving.submission import News, Submission
 
 _LOG = logging.getLogger(__name__)
 

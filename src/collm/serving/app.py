@@ -190,6 +190,11 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
     app.state.metrics = Metrics(service.collaborations.served)
     for kind in (Refusal, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _refused)
+    _add_middleware(app, settings)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
     routes = {str(getattr(route, "path", "")) for route in router.routes}
     app.add_middleware(cast(Any, Front), settings=settings, metrics=app.state.metrics, routes=routes)
     if settings.allow_origins:
@@ -199,4 +204,3 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return app

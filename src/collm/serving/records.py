@@ -71,32 +71,23 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._requests = self._made(Counter, "collm_requests", "Requests.", ["route", "model", "status"])
         self._tokens = self._made(Counter, "collm_tokens", "Generated tokens.", ["model", "author"])
-        self._deferred = self._made(
-            Histogram,
-            "collm_deferral_rate",
-            "Share of a request's tokens that assistants wrote.",
-            ["model"],
-            buckets=[i / 10 for i in range(11)],
+        self._deferred = self._histogram(
+            "collm_deferral_rate", "Share of a request's tokens that assistants wrote.", [i / 10 for i in range(11)]
         )
-        self._first = self._made(
-            Histogram,
-            "collm_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            ["model"],
-            buckets=_FIRST_S,
+        self._first = self._histogram(
+            "collm_time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_S
         )
-        self._per_token = self._made(
-            Histogram,
-            "collm_time_per_token_seconds",
-            "From a request's first token to its last, by the tokens in between.",
-            ["model"],
-            buckets=_TOKEN_S,
+        self._per_token = self._histogram(
+            "collm_time_per_token_seconds", "From a request's first token to its last, by the tokens between.", _TOKEN_S
         )
         waiting = self._made(Gauge, "collm_queue_length", "Completions that wait for the batch.", ["model"])
         running = self._made(Gauge, "collm_running", "Completions in the batch.", ["model"])
         for one in collaborations:
             waiting.labels(one.name).set_function(_of(one, "waiting"))
             running.labels(one.name).set_function(_of(one, "running"))
+
+    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Any:
+        return self._made(Histogram, name, what, ["model"], buckets=buckets)
 
     def _made(self, kind: Any, *arguments: Any, **options: Any) -> Any:
         return kind(*arguments, registry=self.registry, **options)

@@ -64,5 +64,5 @@ def of_failure(failure: CollmError) -> Refusal:
 
 
 def broken() -> Refusal:
-    """Something on our side; `front` adds the request's id, under which the log has the rest."""
+    """Something on our side; the log has the rest, under the id in the answer's X-Request-Id."""
     return Refusal(500, "the server failed on this request; its log says why", code="internal_error")
