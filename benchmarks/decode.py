@@ -217,7 +217,7 @@ def _logged(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cache_share(model: CoLLM, length: int, batch: int) -> float:
-    caches = [runner._cache for runner in model._authors]
+    caches = [runner._cache for runner in model.runners]
     return sum(cache.slots * cache.capacity for cache in caches) / (len(caches) * length * batch)
 
 

@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "collaboration": {"core", "tools", "models", "decoding", "artefact"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
+MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}
 MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"], "run"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}
-MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "cli"}
+MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "serving", "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "matplotlib", "numpy"}
 

@@ -284,7 +284,7 @@ class CoLLM:
         policies = self._policies(policy, threshold, budget, len(listed))
         self._check_lookahead(lookahead, policies)
         before = {author.name: copy(author.usage) for author in self.runners}
-        engine = self._engine(max_batch, lookahead, max_wait)
+        engine = self.engine(max_batch, lookahead, max_wait)
         done: dict[int, Completion] = {}
         try:
             for prompt, drawn, chosen in zip(listed, drawing, policies, strict=True):
@@ -315,7 +315,7 @@ class CoLLM:
         """Continue one prompt, token by token; the texts joined are the completion's text. As `generate` otherwise."""
         (chosen,) = self._policies(policy, threshold, budget, 1)
         self._check_lookahead(lookahead, [chosen])
-        engine = self._engine(1, lookahead, 0)
+        engine = self.engine(1, lookahead, 0)
         engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
         return _steps(engine)
 
@@ -327,16 +327,25 @@ class CoLLM:
     def _policies(
         self, policy: str | Policy | Sequence[Policy] | None, threshold: float | None, budget: float | None, count: int
     ) -> Sequence[Policy]:
+        if policy is None or isinstance(policy, str | Policy):
+            return [self.policy(policy, threshold, budget)] * count
+        _check_alone(threshold, budget)
+        if len(policy) != count:
+            raise ConfigError(f"{len(policy)} policies came for {count} prompts; give one for each, or one for all")
+        return policy
+
+    def policy(
+        self, policy: str | Policy | None = None, threshold: float | None = None, budget: float | None = None
+    ) -> Policy:
+        """The rule that `generate` uses with these options.
+
+        Raises:
+            ConfigError: options that contradict each other, an unknown name, or no threshold to be had.
+        """
         if policy is None or policy == "threshold":
-            return [ThresholdPolicy(self.threshold(threshold, budget))] * count
-        if threshold is not None or budget is not None:
-            raise ConfigError("threshold and budget have no effect with another policy than 'threshold'; drop them")
-        if isinstance(policy, str):
-            policy = policy_named(policy)
-        policies = cast("Sequence[Policy]", policy) if isinstance(policy, Sequence) else [policy] * count
-        if len(policies) != count:
-            raise ConfigError(f"{len(policies)} policies came for {count} prompts; give one for each, or one for all")
-        return policies
+            return ThresholdPolicy(self.threshold(threshold, budget))
+        _check_alone(threshold, budget)
+        return policy_named(policy) if isinstance(policy, str) else policy
 
     def threshold(self, threshold: float | None = None, budget: float | None = None) -> float:
         """The threshold that `generate` uses with these options: the given one, else the calibrated one.
@@ -363,7 +372,17 @@ class CoLLM:
                 "leave it out"
             )
 
-    def _engine(self, max_batch: int, lookahead: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
+    def engine(self, max_batch: int = 16, lookahead: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
+        """The decoding loop on these models, for requests that come and go; one at a time, and `close` it.
+
+        Args:
+            max_batch, lookahead, max_wait: as of `generate`.
+
+        Raises:
+            ConfigError: a limit out of range.
+            LoadError: a model cannot be loaded.
+            MismatchError: the models do not fit.
+        """
         base, *assistants = self.runners
         for member, runner in zip([self.base, *self.assistants], self.runners, strict=True):
             if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
@@ -408,6 +427,11 @@ class CoLLM:
         of_models = check_eos([(m.name, m.eos_token_ids) for m in models], accept=self.accept_differences)
         eos = cast("int | None", self.tokenizer.eos_token_id)
         return of_models if eos is None else of_models | {eos}
+
+
+def _check_alone(threshold: float | None, budget: float | None) -> None:
+    if threshold is not None or budget is not None:
+        raise ConfigError("threshold and budget have no effect with another policy than 'threshold'; drop them")
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:

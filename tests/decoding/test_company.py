@@ -58,7 +58,7 @@ def test_nan_in_one_sequence_harms_no_other(pair: CoLLM, author: int, policy: Po
     assert not any(POISON in token_ids for token_ids in good)
     model: Any = [pair.base, *pair.assistants][author]
     model.get_input_embeddings().weight.data[POISON] = torch.nan
-    engine = pair._engine(max_batch=4)
+    engine = pair.engine(max_batch=4)
     for prompt in prompts:
         engine.add(Request(prompt, PARAMS, policy))
     came, failures = run(engine)
@@ -87,7 +87,7 @@ def test_a_model_that_raises_for_one_sequence_fails_that_one(
         return plain(input_ids, **inputs)
 
     monkeypatch.setattr(model, "hidden_states", fails_on_poison)
-    engine = pair._engine(max_batch=3)
+    engine = pair.engine(max_batch=3)
     for prompt in prompts:
         engine.add(Request(prompt, PARAMS, policy))
     came, failures = run(engine)
@@ -130,7 +130,7 @@ def test_a_policy_that_breaks_down_fails_its_own_sequence(
     pair: CoLLM, policy: Policy, error: type[CollmError], message: str, written: int
 ) -> None:
     good = [c.token_ids for c in pair.generate([[5, 6], [9]], PARAMS, threshold=0.5)]
-    engine = pair._engine(max_batch=3)
+    engine = pair.engine(max_batch=3)
     for prompt, each in (([5, 6], ThresholdPolicy(0.5)), ([7], policy), ([9], ThresholdPolicy(0.5))):
         engine.add(Request(prompt, PARAMS, each))
     came, failures = run(engine)
@@ -166,7 +166,7 @@ def test_a_token_that_an_author_excludes_breaks_no_combination(
 
 def test_thousands_of_joins_leaves_and_cancellations_leave_nothing_behind(pair: CoLLM) -> None:
     rng = random.Random(0)
-    engine = pair._engine(max_batch=8)
+    engine = pair.engine(max_batch=8)
     live: list[int] = []
     sizes = []
     for round_ in range(3000):
@@ -244,7 +244,7 @@ def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monk
     monkeypatch.setattr(engine_module, "wait_steps", lambda *rest: rest[-1])
     passes = [alone.usage["assistant"].forward_passes]
     for max_wait in (1, 3):
-        engine = pair._engine(max_batch=6, lookahead=0, max_wait=max_wait)
+        engine = pair.engine(max_batch=6, lookahead=0, max_wait=max_wait)
         before = pair.runners[1].usage.forward_passes
         for prompt in prompts:
             engine.add(Request(prompt, params, ThresholdPolicy(0.9)))
@@ -265,7 +265,7 @@ def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monk
 
 
 def test_one_sequence_never_waits(pair: CoLLM) -> None:
-    engine = pair._engine(max_batch=4, lookahead=0)
+    engine = pair.engine(max_batch=4, lookahead=0)
     engine.add(Request([5, 6], PARAMS, ThresholdPolicy(-1.0)))
     while engine.has_work:
         assert len(engine.step()) == 1

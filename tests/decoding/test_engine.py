@@ -172,9 +172,9 @@ def test_no_slot_outlives_its_sequence(pair: CoLLM) -> None:
     pair.generate(prompts_of(5, 4), SamplingParams(max_new_tokens=5), threshold=0.5)
     stream = pair.stream([3, 4], SamplingParams(max_new_tokens=5), threshold=0.5)
     next(stream)
-    assert pair._authors[0].open_slots == 1
+    assert pair.runners[0].open_slots == 1
     stream.close()  # type: ignore[attr-defined]
-    assert [author.open_slots for author in pair._authors] == [0, 0]
+    assert [author.open_slots for author in pair.runners] == [0, 0]
 
 
 def test_a_draft_behind_a_prompt_that_was_read_before_is_answered_in_full(
@@ -192,7 +192,7 @@ def test_a_draft_behind_a_prompt_that_was_read_before_is_answered_in_full(
 def test_cancelled_sequences_leave_the_others_unchanged(pair: CoLLM) -> None:
     params, prompts = SamplingParams(max_new_tokens=10), prompts_of(6, 4)
     expected = [c.token_ids for c in pair.generate(prompts, params, threshold=0.5)]
-    engine = pair._engine(max_batch=3)
+    engine = pair.engine(max_batch=3)
     numbers = [engine.add(Request(p, params, ThresholdPolicy(0.5))) for p in prompts]
     came: dict[int, list[int]] = {number: [] for number in numbers}
     while len(came[1]) < 3:
@@ -264,7 +264,7 @@ def test_nan_names_the_model_and_frees_every_slot(pair: CoLLM) -> None:
     assistant.lm_head.weight.data[3] = torch.nan
     with pytest.raises(ModelFailure, match="assistant returned NaN"):
         pair.generate([[5], [6]], SamplingParams(max_new_tokens=4), threshold=-1.0)
-    assert [author.open_slots for author in pair._authors] == [0, 0]
+    assert [author.open_slots for author in pair.runners] == [0, 0]
 
 
 def test_streaming_equals_generating(pair: CoLLM) -> None:
@@ -287,7 +287,7 @@ def test_stop_strings_cut_the_text_before_them(pair: CoLLM) -> None:
 
 
 def test_the_engine_can_be_driven_by_hand(pair: CoLLM) -> None:
-    engine: Engine = pair._engine(max_batch=2)
+    engine: Engine = pair.engine(max_batch=2)
     assert not engine.has_work
     number = engine.add(Request([5], SamplingParams(max_new_tokens=2), ThresholdPolicy(1.0)))
     assert [e.number for e in engine.step()] == [number]

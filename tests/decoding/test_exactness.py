@@ -147,7 +147,7 @@ def test_random_schedules_of_mixed_requests(
     rng = random.Random(seed)
     Plans(monkeypatch, rng)
     model = CoLLM(trio[0], trio[1:], random_head(32, 2), tokenizer)
-    engine = model._engine(max_batch, lookahead, max_wait)
+    engine = model.engine(max_batch, lookahead, max_wait)
     shared = [rng.randrange(2, VOCAB_SIZE) for _ in range(20)]
     requests: dict[int, Any] = {}
     came: dict[int, tuple[list[int], list[int]]] = {}

@@ -119,7 +119,7 @@ def test_a_tool_that_always_knows_is_a_one_hot_language_model(
     model = CoLLM(make_model(tiny_config(), 0), [replace(TOOL, eps=0.5)], random_head(32, 1), tokenizer)
     params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=3)
     out = of(model.generate(prompts_of(5, 4), params, policy="joint"))
-    tool = next(author for author in model._authors if isinstance(author, ToolRunner))
+    tool = next(author for author in model.runners if isinstance(author, ToolRunner))
     extend = tool.extend
     monkeypatch.setattr(tool, "may_abstain", False)
     monkeypatch.setattr(tool, "extend", lambda *args: Reading(extend(*args).logits))
@@ -132,9 +132,9 @@ def test_a_tool_that_always_knows_is_a_one_hot_language_model(
 def test_tools_help_any_architecture(name: str, tokenizer: PreTrainedTokenizerFast, plans: Plans) -> None:
     base = make_model(EXACT[name](), 0)
     model = CoLLM(base, [TOOL], random_head(32, 1), tokenizer)
-    for runner in model._authors[1:]:
+    for runner in model.runners[1:]:
         runner.model._tool = BuiltInTool(knows)  # type: ignore[union-attr]
-    tool = model._authors[1].model
+    tool = model.runners[1].model
     params = SamplingParams(max_new_tokens=16)
     prompts = prompts_of(11, 3)
     policy = ThresholdPolicy(0.5)

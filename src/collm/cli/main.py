@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from collm.cli import calibrate, chat, demo, env, evaluate, generate, lm_eval, report, score, train
+from collm.cli import calibrate, chat, demo, env, evaluate, generate, lm_eval, report, score, serve, train
 from collm.errors import CollmError, ConfigError
 from collm.version import __version__
 
@@ -47,6 +47,7 @@ app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
 app.command("report")(report.report)
+app.command("serve")(serve.serve)
 app.command("env")(env.env)
 
 

@@ -47,11 +47,14 @@ class Calibration:
         """The point of the best metric among those whose deferral rate is within the budget, ties to the lower rate.
 
         Raises:
-            ConfigError: the budget is outside [0, 1].
+            ConfigError: the budget is outside [0, 1], or no point is within it.
         """
         if not 0 <= budget <= 1:
             raise ConfigError(f"budget is {budget}, expected a deferral rate from 0 to 1")
         allowed = [point for point in self.points if point.deferral_rate <= budget]
+        if not allowed:
+            least = min(point.deferral_rate for point in self.points)
+            raise ConfigError(f"budget is {budget}, but the least deferral rate that was measured is {least:.3g}")
         return max(allowed, key=lambda point: (point.metric, -point.deferral_rate, point.threshold))
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: i
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    scaled = logits / temperature
+    highest = logits.amax(-1, keepdim=True)  # subtracted, a temperature next to 0 cannot overflow
+    scaled = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if 0 < top_k < logits.shape[-1]:
         border = scaled.topk(top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < border, -torch.inf)

@@ -12,6 +12,11 @@ from collm.errors import ConfigError
 BASE = 0
 """Author number of the base; assistants are 1..K."""
 
+MAX_TOP_LOGPROBS = 20
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Token ids with their log-probabilities in nats, the most probable first."""
+
 FinishReason = Literal["eos", "stop", "length"]
 
 
@@ -26,6 +31,7 @@ class SamplingParams:
         top_k: keep the k most probable tokens; 0 keeps all.
         seed: makes the draws of this request reproducible, whatever else is in the batch.
         stop: strings that end the text; the text is cut before them.
+        top_logprobs: report so many of the author's most probable tokens at every position, 0 to 20.
 
     Raises:
         ConfigError: a value out of range, or one that has no effect at temperature 0.
@@ -37,6 +43,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     stop: str | Sequence[str] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -49,6 +56,7 @@ class SamplingParams:
         )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
+        _require(0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", self.top_logprobs, "0 to 20")
         _require(all(self.stop), "stop", self.stop, "non-empty strings")
         if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
             raise ConfigError(
@@ -86,6 +94,7 @@ class TokenStep:
         author: 0 for the base, 1..K for the assistants.
         defer_prob: 1 - P(author = base) where the token was decided.
         logprob: log-probability in nats of the token under its author, before temperature and truncation.
+        top_logprobs: the author's most probable tokens there, likewise; as many as were asked for.
     """
 
     token_id: int
@@ -93,6 +102,7 @@ class TokenStep:
     author: int
     defer_prob: float
     logprob: float
+    top_logprobs: TopLogprobs = ()
 
 
 @dataclass
@@ -106,6 +116,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     prompt_token_ids: list[int] = field(repr=False)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list, repr=False)
 
     @property
     def text(self) -> str:

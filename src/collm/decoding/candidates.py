@@ -45,7 +45,7 @@ def top_candidates(
     read = TokenText(tokenizer, prompt_ids)
     spelled: list[list[Candidates]] = []
     for token_id, *likely in zip(token_ids, *by_author, strict=True):
-        spelled.append([[(_spelled(read, tokenizer, one), prob) for one, prob in of_author] for of_author in likely])
+        spelled.append([[(read.spelling(one), prob) for one, prob in of_author] for of_author in likely])
         read.push(token_id)
     return spelled
 
@@ -63,11 +63,3 @@ def _likely(
     if isinstance(runner, ToolRunner):
         return [[] if silent else likely[:1] for likely, silent in zip(found, reading.silent, strict=True)]
     return found
-
-
-def _spelled(read: TokenText, tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """What a token adds to the text; its name where it adds nothing, as an end does."""
-    length = len(read)
-    text = read.push(token_id)
-    read.cut(length)
-    return text or str(tokenizer.convert_ids_to_tokens(token_id))

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from collm.core.sampling import sample, token_probs
-from collm.core.types import SamplingParams
+from collm.core.types import SamplingParams, TopLogprobs
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What an author writes at one position, and its log-probability in nats before temperature and truncation."""
+    """What an author writes at one position, and its log-probability in nats before temperature and truncation.
+
+    `top` are the author's most probable tokens there, where the request asks for them.
+    """
 
     token_id: int
     logprob: float
+    top: TopLogprobs = ()
 
     @property
     def broken(self) -> bool:
@@ -47,3 +51,12 @@ def sampled_draw(logits: Tensor, params: SamplingParams, uniform: float) -> Draw
     probs = token_probs(logits, params.temperature, params.top_p, params.top_k)
     token_id = sample(probs, probs.new_tensor(uniform, dtype=torch.float64))
     return Draw(int(token_id), float(logits[token_id] - logits.logsumexp(-1)))
+
+
+def top_logprobs(logits: Tensor, most: int) -> TopLogprobs:
+    """The most probable tokens of logits (V,), before temperature and truncation; none that is ruled out (-inf)."""
+    values, token_ids = logits.topk(min(most, logits.shape[-1]))
+    logprobs = (values - logits.logsumexp(-1)).tolist()
+    return tuple(
+        (one, logprob) for one, logprob in zip(token_ids.tolist(), logprobs, strict=True) if logprob > -math.inf
+    )

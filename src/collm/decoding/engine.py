@@ -21,9 +21,9 @@ from collm.decoding.consulting import Consultation, chosen, combined
 from collm.decoding.draws import Draw, greedy_draws
 from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, wait_steps
 from collm.decoding.reader import Heard, Reader, Stretch
-from collm.decoding.request import Request
+from collm.decoding.request import Request, check_prompt
 from collm.decoding.sequence import Decision, Sequence
-from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
+from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure
 from collm.models.runner import Assistant, ModelRunner
 
 LOOKAHEAD = 16
@@ -115,7 +115,7 @@ class Engine:
             RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context.
             ConfigError: the policy asks for an author that does not exist.
         """
-        self._check_prompt(request.prompt_ids)
+        check_prompt(self.authors, self._vocab_size, request.prompt_ids)
         consulted = request.policy.consults(len(self.authors) - 1)
         unknown = [author for author in consulted if not 1 <= author < len(self.authors)]
         if unknown:
@@ -153,19 +153,6 @@ class Engine:
         self._combine(consultations)
         news, self._news = self._news, []
         return news
-
-    def _check_prompt(self, prompt_ids: ListOf[int]) -> None:
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; expected at least one token")
-        outside = [token for token in prompt_ids if not 0 <= token < self._vocab_size]
-        if outside:
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self._vocab_size} tokens")
-        for author in self.authors:
-            if author.max_length is not None and len(prompt_ids) >= author.max_length:
-                raise RequestError(
-                    f"the prompt has {len(prompt_ids)} tokens, but {author.name} reads at most {author.max_length} "
-                    "including what it writes; shorten the prompt"
-                )
 
     # The base reads, and every position it reads is decided
 

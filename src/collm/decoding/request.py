@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from collm.core.policies import Policy
 from collm.core.types import SamplingParams
-from collm.errors import ConfigError
+from collm.errors import ConfigError, RequestError
+from collm.models.runner import Assistant
 
 
 @dataclass(frozen=True)
@@ -26,4 +28,23 @@ class Request:
             raise ConfigError(
                 f"seed={self.params.seed} has no effect: at temperature 0 nothing is drawn; "
                 "set a temperature above 0 or leave the seed out"
+            )
+
+
+def check_prompt(authors: Sequence[Assistant], vocab_size: int, prompt_ids: Sequence[int]) -> None:
+    """Whether all authors can read a prompt and write after it.
+
+    Raises:
+        RequestError: it is empty, holds unknown token ids or leaves no room in an author's context.
+    """
+    if not prompt_ids:
+        raise RequestError("the prompt is empty; expected at least one token")
+    outside = [token for token in prompt_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens")
+    for author in authors:
+        if author.max_length is not None and len(prompt_ids) >= author.max_length:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens, but {author.name} reads at most {author.max_length} "
+                "including what it writes; shorten the prompt"
             )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.policies import StepView
 from collm.core.types import BASE, Completion, FinishReason, TokenStep
-from collm.decoding.draws import Draw, sampled_draw
+from collm.decoding.draws import Draw, sampled_draw, top_logprobs
 from collm.decoding.lookup import PromptLookup
 from collm.decoding.pacing import Odds
 from collm.decoding.request import Request
@@ -127,7 +127,8 @@ class Sequence:
     def draw(self, position: int, logits: Tensor, greedy: Draw) -> Draw:
         """What an author with these logits (V,) writes at a completion position, `greedy` being their argmax."""
         params = self.request.params
-        return greedy if params.temperature == 0 else sampled_draw(logits, params, self.uniform(position, 1))
+        draw = greedy if params.temperature == 0 else sampled_draw(logits, params, self.uniform(position, 1))
+        return replace(draw, top=top_logprobs(logits, params.top_logprobs)) if params.top_logprobs else draw
 
     def author_of_next(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
@@ -191,7 +192,7 @@ class Sequence:
         if self.finish_reason in ("eos", "length"):
             text += self._stream.finish()
         writer = BASE if decision.abstained else decision.author
-        step = TokenStep(drawn.token_id, text, writer, decision.defer_prob, drawn.logprob)
+        step = TokenStep(drawn.token_id, text, writer, decision.defer_prob, drawn.logprob, drawn.top)
         self.steps.append(step)
         return step
 
@@ -222,4 +223,5 @@ class Sequence:
             logprobs=[step.logprob for step in self.steps],
             finish_reason=self.finish_reason,
             prompt_token_ids=self.request.prompt_ids,
+            top_logprobs=[step.top_logprobs for step in self.steps if step.top_logprobs],
         )

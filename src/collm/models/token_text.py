@@ -62,6 +62,13 @@ class TokenText:
         self._whole.append(whole)
         return new
 
+    def spelling(self, token_id: int) -> str:
+        """What a token would add to the text; its name where it would add nothing, as an end does."""
+        length = len(self)
+        text = self.push(token_id)
+        self.cut(length)
+        return text or str(self._tokenizer.convert_ids_to_tokens(token_id))
+
     def cut(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
         if length == len(self.token_ids):

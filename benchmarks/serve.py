@@ -1,0 +1,159 @@
+"""`collm serve` under load: its speed against the same engine without HTTP, and many streams of which some are left.
+
+    python -m benchmarks.serve --batch 16 --rounds 5
+
+Models have real shapes and random weights; a token is deferred with probability 0.3. Clients run in a process of their
+own. `speed_vs_engine`: tokens per second over HTTP over those of `CoLLM.generate` with the same requests. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.pairs import SHAPES, collaborate, make_model, prompts_of
+from benchmarks.record import run_parts
+from collm import CoLLM, SamplingParams
+from collm.serving.run import Server
+from collm.serving.settings import Settings
+
+POLICY = "random:rate=0.3"
+
+
+@contextmanager
+def serving(model: CoLLM, max_batch: int) -> Iterator[Server]:
+    """A server in a thread, ready."""
+    server = Server({"pair": model}, Settings(max_batch=max_batch, time_limit_s=600), host="127.0.0.1", port=0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not (server.started and server.service.collaborations.targets["pair"].served.worker.ready):
+        time.sleep(0.01)
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def streams(server: Server, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a process of clients sees."""
+    host, port = server.servers[0].sockets[0].getsockname()
+    command = [sys.executable, "-m", "benchmarks.streams", host, str(port)]
+    done = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class Bench:
+    """One pair of models."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.vocab_size = SHAPES[arguments.base][-1]
+        shapes = (arguments.base, arguments.assistant)
+        self.pair = collaborate(
+            *(make_model(one, self.vocab_size, torch.float32, "cpu", packed=True) for one in shapes)
+        )
+
+    def throughput(self) -> list[dict[str, Any]]:
+        """As many streams as the batch holds, in turn with the engine alone."""
+        rows = []
+        for batch in self.arguments.batch:
+            prompts = prompts_of(batch, self.arguments.prompt, self.vocab_size)
+            params = [SamplingParams(self.arguments.new, seed=seed) for seed in range(batch)]
+            bodies = [
+                {"model": "pair", "prompt": prompt, "max_tokens": self.arguments.new, "seed": seed}
+                for seed, prompt in enumerate(prompts)
+            ]
+            requests = [{"body": {**body, "collm": {"policy": POLICY}}, "leave_after": None} for body in bodies]
+            alone, served = [], []
+            for _ in range(self.arguments.repeats + 1):
+                start = time.perf_counter()
+                self.pair.generate(prompts, params, policy=POLICY, max_batch=batch)
+                alone.append(time.perf_counter() - start)
+                with serving(self.pair, batch) as server:
+                    came = streams(server, requests)
+                assert all(one["tokens"] == self.arguments.new for one in came["streams"])
+                served.append(came["seconds"])
+            engine_s, served_s = min(alone[1:]), min(served[1:])  # the first runs also pay for memory
+            row = {"batch": batch, "speed_vs_engine": engine_s / served_s, "engine_s": engine_s, "served_s": served_s}
+            row |= {"tokens_per_second": batch * self.arguments.new / served_s}
+            rows.append(_logged(row))
+        return rows
+
+    def load(self) -> list[dict[str, Any]]:
+        """Rounds of streams of mixed lengths, three in ten left early."""
+        rows = []
+        rng = random.Random(0)
+        with serving(self.pair, self.arguments.batch[-1]) as server:
+            worker = server.service.collaborations.targets["pair"].served.worker
+            for number in range(self.arguments.rounds):
+                came = streams(server, [self._request(rng) for _ in range(self.arguments.streams)])
+                while worker.outstanding or worker.running:
+                    time.sleep(0.01)
+                seen = came["streams"]
+                row = {
+                    "round": number + 1,
+                    "finished": sum(one["ended"] for one in seen),
+                    "left": sum(not one["ended"] and one["error"] is None for one in seen),
+                    "errors": sum(one["error"] is not None or one["status"] != 200 for one in seen),
+                    "open_slots": sum(getattr(runner, "open_slots") for runner in self.pair.runners),  # noqa: B009
+                    "resident_mb": resident_mb(),
+                    "tokens_per_second": sum(one["tokens"] for one in seen) / came["seconds"],
+                }
+                rows.append(_logged(row))
+        return rows
+
+    def _request(self, rng: random.Random) -> dict[str, Any]:
+        (prompt,) = prompts_of(1, rng.randrange(4, 64), self.vocab_size)
+        body = {"model": "pair", "prompt": prompt, "max_tokens": rng.randrange(4, 65), "seed": rng.randrange(1000)}
+        leave_after = rng.randrange(1, 20) if rng.random() < 0.3 else None
+        return {"body": {**body, "collm": {"policy": POLICY}}, "leave_after": leave_after}
+
+
+def _logged(row: dict[str, Any]) -> dict[str, Any]:
+    """Progress goes to stderr, so that stdout is JSON."""
+    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    print(rounded, file=sys.stderr, flush=True)
+    return rounded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=SHAPES, default="25m")
+    parser.add_argument("--assistant", choices=SHAPES, default="150m")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; the server's own and the clients need some too"
+    )
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="new tokens")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=("throughput", "load"), default=["throughput", "load"])
+    parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench = Bench(arguments)
+    run_parts("benchmarks.serve", arguments, {"throughput": bench.throughput, "load": bench.load})
+
+
+if __name__ == "__main__":
+    main()

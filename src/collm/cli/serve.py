@@ -1,0 +1,88 @@
+"""`collm serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from collm.errors import ConfigError, MissingExtra
+
+
+def serve(
+    collaborations: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR...", help="Collaborations, each called by its directory's name, or by NAME in NAME=DIR."
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="COLLM_API_KEY", help="What clients must send as their API key.")
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in, whatever the host.")] = False,
+    max_batch: Annotated[int, typer.Option(help="Most completions of a collaboration decoded at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Most completions that wait for that; more get a 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 4096,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompt. Default: what the models read.")
+    ] = None,
+    max_choices: Annotated[int, typer.Option(help="Most completions of one request: its prompts times n.")] = 16,
+    max_body: Annotated[int, typer.Option(help="Longest request body, bytes.")] = 4 << 20,
+    time_limit: Annotated[float, typer.Option(help="Longest time for a request, seconds, waiting included.")] = 300.0,
+    drain: Annotated[float, typer.Option(help="Seconds that requests may go on once the server is to stop.")] = 30.0,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web origin whose pages may call the server; may be repeated.")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
+    trust_tools: Annotated[
+        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile, CUDA graphs on a GPU; a slow start, then faster.")
+    ] = False,
+) -> None:
+    """Serve collaborations to OpenAI clients, until Ctrl-C or SIGTERM; then running requests are finished first."""
+    try:
+        from collm.serving.run import run
+    except ModuleNotFoundError as error:
+        raise MissingExtra(str(error.name).partition(".")[0], "serve") from error
+    from collm.serving.settings import Settings
+
+    settings = Settings(
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        max_body_bytes=max_body,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        max_choices=max_choices,
+        time_limit_s=time_limit,
+        drain_s=drain,
+        api_key=api_key,
+        log_prompts=log_prompts,
+        allow_origins=allow_origin or (),
+    )
+    options = {"device": device, "dtype": dtype, "trust_tools": trust_tools, "compiled": compiled}
+    run(_models(collaborations, options), settings, host=host, port=port, no_auth=no_auth)
+
+
+def _models(collaborations: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """By name."""
+    import transformers
+
+    from collm.collaboration import CoLLM
+
+    transformers.utils.logging.disable_progress_bar()  # the log is JSON
+    models: dict[str, Any] = {}
+    for given in collaborations:
+        name, equals, path = given.partition("=")
+        if not equals:
+            name, path = Path(given).resolve().name, given
+        if name in models:
+            raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
+        models[name] = CoLLM.from_pretrained(path, **options)
+    return models

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: one decoding loop per collaboration, shared by all its clients."""

@@ -1,0 +1,144 @@
+"""From submitted requests to their answer, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from collm.serving.records import Record
+from collm.serving.refusals import DISCONNECTED, Refusal, broken
+from collm.serving.shapes import DONE, Json, Part, Shape, sse, usage_of
+from collm.serving.submission import News, Submission
+
+_LOG = logging.getLogger(__name__)
+
+
+class Answer:
+    """A submission while it is answered.
+
+    Whatever ends it early - the client's leaving, the time limit, the server's stop - ends the submission, so that its
+    slots are free; `close` must be called in the end.
+
+    Args:
+        submission: the requests.
+        shape: how the answer is written.
+        record: of the HTTP request.
+        http: the request, to learn whether the client is still there.
+        time_limit_s: for the whole answer.
+    """
+
+    def __init__(
+        self, submission: Submission, shape: Shape, record: Record, http: HttpRequest, time_limit_s: float
+    ) -> None:
+        self.shape = shape
+        self.record = record
+        self._submission = submission
+        self._authors: list[int] = []
+        self._time = asyncio.get_running_loop().call_later(time_limit_s, self._too_late, time_limit_s)
+        self._gone = asyncio.create_task(self._watch(http))
+
+    async def whole(self) -> Response:
+        """The answer in one piece."""
+        parts = [Part(index) for index in range(len(self._submission.requests))]
+        try:
+            while news := await self._news():
+                for one in news:
+                    parts[one.index].steps.append(one.step)
+                    parts[one.index].finish_reason = one.finish_reason
+            return Response(self.shape.reply(parts, self._usage()), media_type="application/json")
+        finally:
+            self.close()
+
+    async def stream(self, *, include_usage: bool) -> Response:
+        """The answer in chunks; an error before the first token is still an error of HTTP."""
+        try:
+            first = await self._news()
+        except BaseException:
+            self.close()
+            raise
+        return EventStream(self, first, include_usage=include_usage)
+
+    async def events(self, news: Sequence[News], *, include_usage: bool) -> AsyncIterator[bytes]:
+        """All events, from the first news on; an error as an event that ends them."""
+        begun: set[int] = set()
+        try:
+            while news:
+                parts = _parts(news, begun)
+                yield b"".join(self.shape.event(part, usage=include_usage) for part in parts)
+                news = await self._news()
+            if include_usage:
+                yield self.shape.usage_event(self._usage())
+            yield DONE
+        except Refusal as refusal:
+            self.record.status = refusal.status
+            yield sse(refusal.content)
+        except Exception:
+            _LOG.exception("request %s failed", self.record.id)
+            self.record.status = 500
+            yield sse(broken().content)
+
+    def close(self) -> None:
+        """The answer is out, or nobody wants it."""
+        self._time.cancel()
+        self._gone.cancel()
+        self._submission.close()
+
+    async def _news(self) -> list[News]:
+        news = await self._submission.news()
+        if news:
+            authors = [one.step.author for one in news]
+            self._authors += authors
+            self.record.wrote(authors)
+        return news
+
+    def _usage(self) -> Json:
+        read = {id(request.prompt_ids): len(request.prompt_ids) for request in self._submission.requests}
+        return usage_of(sum(read.values()), self._authors, self.shape.author_names)
+
+    def _too_late(self, seconds: float) -> None:
+        message = f"the request was not finished within {seconds:g} s; ask for fewer tokens, or when less is going on"
+        self._submission.fail(Refusal(504, message, code="time_limit"))
+
+    async def _watch(self, http: HttpRequest) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self._submission.fail(Refusal(DISCONNECTED, "the client went away", code="client_disconnected"))
+
+
+def _parts(news: Sequence[News], begun: set[int]) -> list[Part]:
+    """One for each completion that goes on; `begun` are those that did before."""
+    parts: dict[int, Part] = {}
+    for one in news:
+        if one.index not in parts:
+            parts[one.index] = Part(one.index, first=one.index not in begun)
+            begun.add(one.index)
+        parts[one.index].steps.append(one.step)
+        parts[one.index].finish_reason = one.finish_reason
+    return list(parts.values())
+
+
+class EventStream(Response):
+    """Server-sent events of an answer."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, first: Sequence[News], *, include_usage: bool) -> None:
+        self._answer = answer
+        self._events = answer.events(first, include_usage=include_usage)
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self._answer.close()

@@ -1,0 +1,109 @@
+"""Running a server until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import Mapping
+from types import FrameType
+
+import uvicorn
+
+from collm.collaboration import CoLLM
+from collm.errors import ConfigError
+from collm.serving.app import create_app
+from collm.serving.settings import Settings
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_GRACE_S = 5
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on the first signal goes on answering until running requests are finished: new ones get a 503.
+
+    Args:
+        models: by the names that clients ask for.
+        settings: of the app.
+        host, port: where to listen; port 0 takes a free one.
+    """
+
+    def __init__(self, models: Mapping[str, CoLLM], settings: Settings, *, host: str, port: int) -> None:
+        app = create_app(models, settings)
+        self.service = app.state.service
+        self.service.on_failure = self._stop_now
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is None and self.started:
+            self._loop.call_soon_threadsafe(self.drain)
+        else:
+            super().handle_exit(sig, frame)
+
+    def drain(self) -> None:
+        """Begin to stop; for the event loop's thread."""
+        self._draining = asyncio.ensure_future(self.service.drain())
+        self._draining.add_done_callback(lambda _: self._stop_now())
+
+    def _stop_now(self) -> None:
+        self.should_exit = True
+
+
+def run(
+    models: Mapping[str, CoLLM], settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, no_auth: bool = False
+) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        no_auth: let everybody in who reaches an address that is not this machine's own.
+
+    Raises:
+        ConfigError: such an address without an API key.
+        CollmError: the models cannot be loaded, or do not fit.
+    """
+    if host not in LOOPBACK and settings.api_key is None and not no_auth:
+        raise ConfigError(
+            f"host is {host}, which others can reach, and there is no API key; give --api-key or COLLM_API_KEY, "
+            "or --no-auth to let everybody in"
+        )
+    log_as_json()
+    server = Server(models, settings, host=host, port=port)
+    server.run()
+    if server.service.failure is not None:
+        raise server.service.failure
+
+
+def log_as_json() -> None:
+    """Log to stderr, an object a line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname}
+        if record.name == "collm.serving.requests":
+            return json.dumps({**line, **json.loads(record.getMessage())})
+        line |= {"logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)

@@ -1,0 +1,92 @@
+"""Requests that one HTTP request makes of a worker, and what has come of them so far."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from collm.core.types import TokenStep
+from collm.decoding.engine import Emitted
+from collm.decoding.request import Request
+from collm.errors import CollmError
+from collm.serving.refusals import Refusal, of_failure
+
+if TYPE_CHECKING:
+    from collm.serving.worker import Worker
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class News:
+    """A token of a submission's request number `index`; `finish_reason` comes with the last."""
+
+    index: int
+    step: TokenStep
+    finish_reason: str | None
+
+
+class Submission:
+    """Requests that came together and end together. All methods are for the event loop's thread.
+
+    Attributes:
+        requests: in the order of their indices.
+        unfinished: how many still run or wait.
+    """
+
+    def __init__(self, requests: Sequence[Request], worker: Worker) -> None:
+        self.requests = requests
+        self.unfinished = len(requests)
+        self._worker = worker
+        self._news: list[News] = []
+        self._failure: Refusal | None = None
+        self._arrived = asyncio.Event()
+
+    async def news(self) -> list[News]:
+        """All tokens since the last call, at least one; nothing once everything is finished.
+
+        Raises:
+            Refusal: the requests failed, or were failed.
+        """
+        if self.unfinished or self._failure:
+            await self._arrived.wait()
+        self._arrived.clear()
+        news, self._news = self._news, []
+        if self._failure is not None:
+            raise self._failure
+        return news
+
+    def fail(self, refusal: Refusal) -> None:
+        """End the requests; their slots are free before the next step."""
+        if self.unfinished:
+            self._failure = refusal
+            self._arrived.set()
+            self.close()
+
+    def close(self) -> None:
+        """Nobody waits for the rest."""
+        if self.unfinished:
+            self._worker.drop(self)
+
+    def hear(self, index: int, emitted: Emitted) -> None:
+        """Take what the engine says of a request."""
+        if not self.unfinished:
+            return
+        if emitted.failure is not None:
+            self._failed(emitted.failure)
+            return
+        assert emitted.step is not None
+        finish_reason = emitted.completion.finish_reason if emitted.completion else None
+        self._news.append(News(index, emitted.step, finish_reason))
+        self._arrived.set()
+        if finish_reason is not None:
+            self._worker.finish(self)
+
+    def _failed(self, failure: CollmError) -> None:
+        refusal = of_failure(failure)
+        if refusal.status >= 500:
+            _LOG.error("a request to %s failed: %s", self._worker.name, failure, exc_info=failure)
+        self.fail(refusal)

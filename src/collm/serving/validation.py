@@ -1,0 +1,55 @@
+"""What is wrong with a body, or with a path, as a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from collm.serving.refusals import Refusal, broken, invalid
+
+_NESTED = {"collm", "stream_options", "response_format"}
+
+
+def refusal_of(error: Exception, asked: str) -> Refusal:
+    """An exception of the routes, or of what lies before them, for a client that `asked` (method and path)."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error.errors())
+    if isinstance(error, HTTPException):
+        return Refusal(
+            error.status_code, f"{asked[:80]}: {error.detail}; /openapi.json lists what there is", headers=error.headers
+        )
+    return broken()
+
+
+def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+    """The first parameter at fault; all that is said of it, as each form it may take is tried."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return invalid(f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+    if len(first["loc"]) < 2:
+        return invalid("the body is no JSON object; send one, with Content-Type: application/json")
+    param = _param(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return invalid(f"{param} is no parameter of this server; leave it out", param, "unknown_parameter")
+    if first["type"] == "missing":
+        return invalid(f"{param} is missing", param, "missing_parameter")
+    expected = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in errors if _param(one["loc"]) == param)
+    return invalid(f"{param} is {_shown(first['input'])}: {'; or '.join(expected)}", param)
+
+
+def _param(loc: Sequence[str | int]) -> str:
+    """Name of a parameter: of objects with that of the part."""
+    name = str(loc[1])
+    if name in _NESTED and len(loc) > 2:
+        return f"{name}.{loc[2]}"
+    return f"{name}[{loc[2]}]" if name == "messages" and len(loc) > 2 else name
+
+
+def _shown(came: object) -> str:
+    shown = ascii(came)
+    return shown if len(shown) <= 60 else f"{shown[:60]}.."

@@ -1,0 +1,228 @@
+"""One collaboration's decoding loop in a thread of its own, driven from an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from collm.collaboration import CoLLM
+from collm.decoding.engine import Emitted, Engine
+from collm.decoding.request import Request
+from collm.errors import CollmError, ModelFailure
+from collm.serving.refusals import not_now
+from collm.serving.submission import Submission
+
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Worker:
+    """Runs the requests of one collaboration.
+
+    Args:
+        name: of the collaboration.
+        model: the collaboration; its models are loaded in the worker's thread.
+        max_batch: most requests decoded at once.
+        max_waiting: most requests that wait for that.
+
+    Attributes:
+        ready: models are in memory.
+        accepting: False once the server is stopping.
+        outstanding: requests and jobs that are not finished.
+    """
+
+    def __init__(self, name: str, model: CoLLM, *, max_batch: int, max_waiting: int) -> None:
+        self.name = name
+        self.model = model
+        self.max_batch = max_batch
+        self.max_waiting = max_waiting
+        self.ready = False
+        self.accepting = True
+        self.outstanding = 0
+        self.submissions: set[Submission] = set()
+        self._loop: asyncio.AbstractEventLoop
+        self._on_failure: Callable[[Exception], None]
+        self._thread = threading.Thread(target=self._run, name=f"collm {name}", daemon=True)
+        self._changed = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._stopped = False
+        self._engine: Engine
+        self._waiting: deque[tuple[Submission, int]] = deque()
+        self._running: dict[int, tuple[Submission, int]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place in the batch."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._running)
+
+    # For the event loop's thread
+
+    def start(self, on_failure: Callable[[Exception], None]) -> None:
+        """Load the models and take requests; `on_failure` hears, in this event loop, what ends the thread."""
+        self._loop, self._on_failure = asyncio.get_running_loop(), on_failure
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> Submission:
+        """Queue requests.
+
+        Raises:
+            Refusal: there is no room for them, the models are not there yet, or the server is stopping.
+        """
+        self._admit(len(requests))
+        submission = Submission(requests, self)
+        self.submissions.add(submission)
+        self._do(lambda: self._waiting.extend((submission, index) for index in range(len(requests))))
+        return submission
+
+    def drop(self, submission: Submission) -> None:
+        """Forget what is unfinished of a submission."""
+        self.outstanding -= submission.unfinished
+        submission.unfinished = 0
+        self.submissions.discard(submission)
+        self._do(lambda: self._cancel(submission))
+
+    def finish(self, submission: Submission) -> None:
+        """One more request of it is finished."""
+        self.outstanding -= 1
+        submission.unfinished -= 1
+        if not submission.unfinished:
+            self.submissions.discard(submission)
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """Run a job between two steps.
+
+        Raises:
+            Refusal: as of `submit`.
+            Exception: what the job raised.
+        """
+        self._admit(1)
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._do(lambda: self._work(job, future))
+        try:
+            return await future
+        finally:
+            self.outstanding -= 1
+
+    def stop(self) -> None:
+        """End the thread after the step it is in, and wait for it."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def check_open(self) -> None:
+        """Raise a Refusal while the models are being loaded, and once the server is stopping."""
+        if not self.accepting:
+            raise not_now(503, "the server is stopping; send the request to another one", "stopping")
+        if not self.ready:
+            raise not_now(503, f"the models of {self.name} are still being loaded; try again soon", "loading", 5)
+
+    def _admit(self, count: int) -> None:
+        self.check_open()
+        if self.outstanding + count > self.max_batch + self.max_waiting:
+            raise not_now(
+                429, f"{self.outstanding} requests are running or waiting, which is all there is room for", "queue_full"
+            )
+        self.outstanding += count
+
+    def _do(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    # In the worker's thread
+
+    def _run(self) -> None:
+        try:
+            self._engine = self.model.engine(self.max_batch)
+            self.model.tokenizer(" ")  # the first call sets it up; later ones come from several threads at once
+            self.ready = True
+            while self._obey():
+                self._fill()
+                if self._running:
+                    self._step()
+            self._engine.close()
+        except Exception as error:
+            self.ready = False
+            _LOG.exception("the worker of %s ended", self.name)
+            self._tell(self._on_failure, error)
+
+    def _obey(self) -> bool:
+        """Carry out what the event loop asks, waiting for it where there is nothing else to do; False to end."""
+        with self._changed:
+            while not (self._commands or self._running or self._waiting or self._stopped):
+                self._changed.wait()
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command()
+        return not self._stopped
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self.max_batch:
+            submission, index = self._waiting.popleft()
+            try:
+                number = self._engine.add(submission.requests[index])
+            except CollmError as error:
+                self._tell(submission.hear, index, Emitted(-1, failure=error))
+            else:
+                self._running[number] = submission, index
+
+    def _step(self) -> None:
+        try:
+            news = self._engine.step()
+        except Exception:
+            _LOG.exception("the decoding loop of %s broke down; its %d requests fail", self.name, len(self._running))
+            failure = ModelFailure("the decoding loop broke down")
+            news = [Emitted(number, failure=failure) for number in self._running]
+            self._engine.close()
+            self._engine = self.model.engine(self.max_batch)
+        heard = [(*self._running[emitted.number], emitted) for emitted in news if emitted.number in self._running]
+        for emitted in news:
+            if emitted.completion is not None or emitted.failure is not None:
+                self._running.pop(emitted.number, None)
+        if heard:
+            self._tell(_deliver, heard)
+
+    def _cancel(self, submission: Submission) -> None:
+        self._waiting = deque(one for one in self._waiting if one[0] is not submission)
+        for number in [number for number, one in self._running.items() if one[0] is submission]:
+            self._engine.cancel(number)
+            del self._running[number]
+
+    def _work(self, job: Callable[[], T], future: asyncio.Future[T]) -> None:
+        if future.done():
+            return
+        try:
+            self._tell(_settle, future, job(), None)
+        except Exception as error:
+            self._tell(_settle, future, None, error)
+
+    def _tell(self, hear: Callable[..., None], *what: object) -> None:
+        """Wake the event loop; it may have ended."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(hear, *what)
+
+
+def _deliver(heard: Sequence[tuple[Submission, int, Emitted]]) -> None:
+    """One call for all that a step brought, so that the event loop wakes once."""
+    for submission, index, emitted in heard:
+        submission.hear(index, emitted)
+
+
+def _settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,128 @@
+"""Real servers on loopback, and clients of them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from collm import CoLLM
+from collm.core.calibration import Calibration, CalibrationPoint
+from collm.models.template import PromptTemplate
+from collm.serving.run import Server
+from collm.serving.settings import Settings
+from tests.conftest import make_model, tiny_config
+from tests.decoding.test_engine import random_head
+
+CHAT = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w9"
+CALIBRATION = Calibration(
+    [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3), CalibrationPoint(0.5, 0.4, 0.6, 0.5, 0.7)], "accuracy", 20, {}
+)
+
+
+class Running:
+    """A server that answers, and what a test needs to reach it from outside and inside."""
+
+    def __init__(self, models: Mapping[str, CoLLM], settings: Settings) -> None:
+        self.models = models
+        self.server = Server(models, settings, host="127.0.0.1", port=0)
+        self.service = self.server.service
+        self.thread = threading.Thread(target=self.server.run)
+        self.client = httpx.Client(timeout=30)
+
+    def start(self) -> Running:
+        up = threading.Event()
+        starting = self.server.startup
+
+        async def startup(sockets: Any = None) -> None:
+            await starting(sockets)
+            up.set()
+
+        self.server.startup = startup  # type: ignore[method-assign]
+        self.thread.start()
+        assert up.wait(30)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.client.base_url = httpx.URL(self.url)
+        self.until(lambda: all(one.worker.ready for one in self.service.collaborations.served))
+        return self
+
+    def stop(self) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    def until(self, holds: Callable[[], bool], seconds: float = 20.0) -> None:
+        """Wait for something that is to happen."""
+        ticking = threading.Event()
+        for _ in range(int(seconds / 0.005)):
+            if holds():
+                return
+            ticking.wait(0.005)
+        raise AssertionError("it did not happen")
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, **{"api_key": "none", **options})
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+    def worker(self, name: str = "pair") -> Any:
+        return self.service.collaborations.targets[name].served.worker
+
+    @property
+    def open_slots(self) -> int:
+        return sum(runner.open_slots for model in self.models.values() for runner in model.runners)
+
+    def idle(self) -> bool:
+        """Nothing runs, nothing waits, no slot is open."""
+        workers = [one.worker for one in self.service.collaborations.served]
+        return not any(one.running or one.waiting or one.outstanding for one in workers) and not self.open_slots
+
+
+def make_pair(tokenizer: PreTrainedTokenizerFast, assistants: int = 1, **options: Any) -> CoLLM:
+    members = [make_model(tiny_config(hidden_size=48), seed) for seed in range(1, assistants + 1)]
+    head = random_head(32, assistants, scale=1.0)
+    return CoLLM(make_model(tiny_config(), 0), members, head, tokenizer, template=PromptTemplate(chat=CHAT), **options)
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., Any]:
+    """serve(models, **settings): a context manager of a running server."""
+
+    @contextmanager
+    def running(models: Mapping[str, CoLLM], **settings: Any) -> Iterator[Running]:
+        server = Running(models, Settings(**settings)).start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+    return running
+
+
+@pytest.fixture(scope="session")
+def server(tokenizer: PreTrainedTokenizerFast, serve: Callable[..., Any]) -> Iterator[Running]:
+    """One server for all tests that leave it as it was: a calibrated pair, and three authors without calibration."""
+    models = {"pair": make_pair(tokenizer, calibration=CALIBRATION), "three": make_pair(tokenizer, 2)}
+    with serve(models) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with server.openai() as client:
+        yield client
+
+
+@pytest.fixture
+def pair(tokenizer: PreTrainedTokenizerFast) -> CoLLM:
+    """The pair of `server`, to ask directly."""
+    return make_pair(tokenizer, calibration=CALIBRATION)

@@ -1,0 +1,149 @@
+"""`collm serve` as a user starts it, and what docs/serving.md says to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from collm import CoLLM
+from collm.cli.main import app
+from collm.errors import ConfigError, MissingExtra
+from collm.models.loading import ModelSpec
+from collm.models.template import PromptTemplate
+from tests.decoding.test_engine import random_head
+from tests.serving.conftest import CALIBRATION, CHAT
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+COMMAND = [sys.executable, "-c", "from collm.cli.main import main; main()", "serve"]
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
+
+
+@pytest.fixture
+def artefact(saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    members = [ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant"))]
+    head = random_head(32, 1, scale=1.0)
+    template = PromptTemplate(chat=CHAT)
+    model = CoLLM(members[0], members[1:], head, tokenizer, template=template, calibration=CALIBRATION)
+    model.save_pretrained(tmp_path / "my-collaboration")
+    return tmp_path / "my-collaboration"
+
+
+@pytest.fixture
+def started(artefact: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The page's command, and the port it listens on."""
+    (line,) = [line for block in blocks("") for line in block.splitlines() if line.startswith("collm serve")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*COMMAND, *line.split()[2:], "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=artefact.parent, stderr=subprocess.PIPE, text=True, env=environment)
+    ticking = threading.Event()
+    for _ in range(600):
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
+                break
+        except httpx.TransportError:
+            assert process.poll() is None, process.communicate()[1]
+        ticking.wait(0.1)
+    try:
+        yield process, port
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_the_page_says_runs(started: tuple[subprocess.Popen[str], int], tmp_path: Path) -> None:
+    process, port = started
+    commands = "".join(block for block in blocks("") if block.startswith("curl"))
+    assert commands.count("curl ") == 2
+    script = "set -e\n" + commands.replace("curl", "curl -sS --fail").replace("8000", str(port))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, *_ = done.stdout.split("data: ")
+    assert json.loads(whole)["usage"]["completion_tokens"] == 8
+    assert done.stdout.rstrip().endswith("data: [DONE]")
+
+    (snippet,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet.replace("8000", str(port))], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deferral_rate" in done.stdout
+
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert sum("route" in line for line in lines) == 5
+
+
+def test_the_errors_of_the_page_are_those_of_the_server(server: Any) -> None:
+    (example,) = (json.loads(block) for block in blocks("json"))
+    came = server.post("/v1/completions", model="pair", prompt="w1", temperature=3).json()
+    assert set(came["error"]) == set(example["error"])
+    assert came["error"]["message"].startswith("temperature is 3: ")
+
+
+def test_the_page_lists_every_route_and_metric(server: Any) -> None:
+    paths = server.client.get("/openapi.json").json()["paths"]
+    assert set(paths) <= set(re.findall(r"/[\w/]+", PAGE))
+    names = set(re.findall(r"^# TYPE (collm_\w+?)(?:_total)? (?:counter|histogram)|^# TYPE (collm_\w+) gauge",
+                           server.client.get("/metrics").text, flags=re.MULTILINE))  # fmt: skip
+    for name in {one or other for one, other in names} - {""}:
+        assert name.removesuffix("_created") in PAGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "there is no API key"),
+        (["--max-batch", "0"], "max_batch is 0"),
+        (["--time-limit", "0"], "time_limit_s is 0.0"),
+        (["--api-key", "schlüssel"], "use ASCII"),
+        (["{artefact}"], "two collaborations are called 'my-collaboration'"),
+        (["a/b={artefact}"], "named 'a/b'"),
+    ],
+)
+def test_wrong_options_are_said_before_anything_listens(
+    artefact: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLLM_API_KEY", raising=False)
+    filled = [argument.replace("{artefact}", str(artefact)) for argument in arguments]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        CliRunner().invoke(app, ["serve", str(artefact), *filled], catch_exceptions=False)
+
+
+def test_a_missing_extra_is_said_with_the_command_that_helps(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("collm.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'collm\[serve\]'"):
+        CliRunner().invoke(app, ["serve", str(artefact)], catch_exceptions=False)
+
+
+def test_recipes_start_the_command_with_options_it_has() -> None:
+    recipes = Path(__file__).parents[2] / "recipes" / "serving"
+    text = (recipes / "Dockerfile").read_text() + (recipes / "collm.service").read_text()
+    known = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+    used = set(re.findall(r"--(?:host|port|drain|api-key)\b", text))
+    assert used == {"--host", "--port", "--drain"}
+    assert all(option in known for option in used)

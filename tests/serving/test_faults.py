@@ -1,0 +1,386 @@
+"""What goes wrong stays where it went wrong: clients that leave, models that break, full queues, servers that stop."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from collm import CoLLM
+from collm.core.named import POLICIES
+from collm.core.policies import Policy, StepView
+from collm.errors import LoadError
+from collm.models.loading import ModelSpec
+from collm.serving.run import Server, run
+from collm.serving.settings import Settings
+from collm.serving.worker import Worker
+from tests.serving.conftest import CALIBRATION, Running, make_pair
+
+LONG = {"model": "pair", "prompt": "w5 w6", "max_tokens": 100}
+
+
+@contextmanager
+def held(worker: Worker) -> Iterator[None]:
+    """The worker does nothing until the block ends."""
+    gate = threading.Event()
+    worker._do(lambda: gate.wait(60))
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+class Steps:
+    """Lets the engine make a step only when told to; where there is nothing to step it waits for requests as ever."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._permits = threading.Semaphore(0)
+        self.engine = worker._engine
+        self._step = self.engine.step
+        self.engine.step = self._wait  # type: ignore[method-assign]
+
+    def _wait(self) -> Any:
+        assert self._permits.acquire(timeout=60)
+        return self._step()
+
+    def allow(self, count: int) -> None:
+        self._permits.release(count)
+
+
+@pytest.fixture
+def alone(serve: Any, tokenizer: PreTrainedTokenizerFast) -> Iterator[Running]:
+    """A server of one's own, whose engine reads nothing ahead: about a token for each step."""
+    pair = make_pair(tokenizer, calibration=CALIBRATION)
+    with serve({"pair": pair}, max_batch=2, max_waiting=2, drain_s=20) as running:
+        yield running
+        running.until(running.idle)
+
+
+def in_threads(count: int, ask: Callable[[], Any]) -> tuple[ThreadPoolExecutor, list[Future[Any]]]:
+    pool = ThreadPoolExecutor(count)
+    return pool, [pool.submit(ask) for _ in range(count)]
+
+
+def first_event(reply: httpx.Response) -> dict[str, Any]:
+    line = next(line for line in reply.iter_lines() if line)
+    return json.loads(line.removeprefix("data: "))  # type: ignore[no-any-return]
+
+
+def written(reply: httpx.Response) -> list[tuple[str, list[int]]]:
+    assert reply.status_code == 200, reply.text
+    return [(choice["text"], choice["collm"]["token_ids"]) for choice in reply.json()["choices"]]
+
+
+# Clients that leave
+
+
+def test_a_stream_that_nobody_reads_any_more_gives_its_slots_back(alone: Running) -> None:
+    steps = Steps(alone.worker())
+    steps.allow(3)
+    with alone.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as reply:
+        assert first_event(reply)["choices"][0]["collm"]["token_ids"]
+        assert alone.open_slots > 0
+    alone.until(lambda: alone.worker().outstanding == 0)
+    steps.allow(1)  # the one that it is in
+    alone.until(alone.idle)
+    steps.allow(1000)
+    assert alone.post("/v1/completions", **LONG).status_code == 200
+
+
+@contextmanager
+def asking(server: Running, **body: Any) -> Iterator[None]:
+    """A client that asks, and leaves when the block ends."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + content)
+        yield
+
+
+def test_a_request_that_nobody_waits_for_gives_its_slots_back(alone: Running) -> None:
+    steps = Steps(alone.worker())
+    with asking(alone, **LONG, n=2):
+        alone.until(lambda: alone.worker().running == 2)
+        steps.allow(1)
+        alone.until(lambda: alone.open_slots >= 2)
+    alone.until(lambda: alone.worker().outstanding == 0)
+    steps.allow(1)
+    alone.until(alone.idle)
+    steps.allow(1000)
+    assert 'status="499"' in alone.client.get("/metrics").text
+
+
+def test_a_client_that_leaves_the_queue_makes_room(alone: Running) -> None:
+    worker = alone.worker()
+    with held(worker):
+        with asking(alone, **LONG, n=4):
+            alone.until(lambda: worker.outstanding == 4)
+            assert alone.post("/v1/completions", **LONG).status_code == 429
+        alone.until(lambda: worker.outstanding == 0)
+        pool, (asked,) = in_threads(1, lambda: alone.post("/v1/completions", **LONG, n=4))
+        alone.until(lambda: worker.outstanding == 4)
+    assert asked.result().status_code == 200
+    pool.shutdown()
+
+
+# Queues that fill
+
+
+def test_a_full_queue_refuses_until_there_is_room(alone: Running) -> None:
+    with held(alone.worker()):
+        pool, asked = in_threads(4, lambda: alone.post("/v1/completions", **LONG).status_code)
+        alone.until(lambda: alone.worker().outstanding == 4)
+        refused = [
+            alone.post("/v1/completions", **LONG),
+            alone.post("/v1/completions", **LONG, stream=True),
+            alone.post("/v1/collm/candidates", model="pair", prompt="w1", token_ids=[5]),
+        ]
+        with alone.openai() as client, pytest.raises(openai.RateLimitError) as raised:
+            client.completions.create(**LONG)
+    for reply in refused:
+        assert (reply.status_code, reply.headers["Retry-After"]) == (429, "1")
+        assert reply.json()["error"]["code"] == "queue_full"
+    assert raised.value.code == "queue_full"
+    assert [one.result() for one in asked] == [200] * 4
+    pool.shutdown()
+    assert alone.post("/v1/completions", **LONG).status_code == 200
+
+
+def test_a_request_takes_no_longer_than_it_may(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = make_pair(tokenizer, calibration=CALIBRATION)
+    with serve({"pair": pair}, time_limit_s=0.2) as server:
+        steps = Steps(server.worker())
+        whole = server.post("/v1/completions", **LONG)
+        assert whole.status_code == 504
+        assert whole.json()["error"]["code"] == "time_limit"
+        steps.allow(1)
+        server.until(server.idle)
+        steps.allow(2)
+        reply = server.post("/v1/completions", **LONG, stream=True)
+        assert reply.status_code == 200
+        *_, chunk, error, end = reply.text.split("\n\n")
+        assert json.loads(chunk.removeprefix("data: "))["choices"][0]["finish_reason"] is None
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "time_limit"
+        assert end == ""
+        steps.allow(1)
+        server.until(server.idle)
+
+
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may(
+    serve: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with serve({"pair": make_pair(tokenizer)}, time_limit_s=0.05) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+            answer = connection.recv(1 << 16).decode()
+        assert answer.startswith("HTTP/1.1 408 ")
+        assert "body_timeout" in answer
+
+
+# Requests, models and policies that break
+
+
+@dataclass(frozen=True)
+class BadPolicy(Policy):
+    """Raises at its fourth token."""
+
+    def author(self, step: StepView) -> int:
+        if step.position == 3:
+            raise ZeroDivisionError("secret thing")
+        return step.position % 2
+
+
+def test_a_policy_that_raises_ends_its_request_alone(
+    alone: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(POLICIES, "bad", BadPolicy)
+    expected = written(alone.post("/v1/completions", **LONG))
+    with held(alone.worker()):
+        pool = ThreadPoolExecutor(3)
+        bad = pool.submit(lambda: alone.post("/v1/completions", **LONG, collm={"policy": "bad"}))
+        good = pool.submit(lambda: alone.post("/v1/completions", **LONG))
+        streamed = pool.submit(lambda: alone.post("/v1/completions", **LONG, collm={"policy": "bad"}, stream=True))
+        alone.until(lambda: alone.worker().outstanding == 3)
+    assert written(good.result()) == expected
+    assert bad.result().status_code == 500
+    assert bad.result().json()["error"]["code"] == "internal_error"
+    assert "error" in json.loads(streamed.result().text.strip().split("\n\n")[-1].removeprefix("data: "))
+    for reply in (bad.result(), streamed.result()):
+        assert "secret thing" not in reply.text
+        assert '"finish_reason":"' not in reply.text
+        assert "[DONE]" not in reply.text
+    assert "secret thing" in caplog.text
+    pool.shutdown()
+
+
+def test_a_client_sees_a_stream_break_off(alone: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "bad", BadPolicy)
+    steps = Steps(alone.worker())
+    steps.allow(1)
+    with alone.openai() as client:
+        stream = client.completions.create(**LONG, stream=True, extra_body={"collm": {"policy": "bad"}})  # type: ignore[call-overload]
+        assert next(stream).choices[0].collm["token_ids"]
+        steps.allow(100)
+        with pytest.raises(openai.APIError, match="the server failed"):
+            list(stream)
+
+
+def test_nan_ends_one_request_and_spoils_no_other(alone: Running) -> None:
+    expected = written(alone.post("/v1/completions", **LONG))
+    base: Any = alone.models["pair"].base
+    poison = next(token for token in range(10, 97) if token not in expected[0][1])
+    base.model.embed_tokens.weight.data[poison] = torch.nan
+    with held(alone.worker()):
+        pool = ThreadPoolExecutor(2)
+        bad = pool.submit(lambda: alone.post("/v1/completions", **{**LONG, "prompt": [7, poison]}))
+        good = pool.submit(lambda: alone.post("/v1/completions", **LONG))
+        alone.until(lambda: alone.worker().outstanding == 2)
+    assert bad.result().status_code == 500
+    assert "NaN" not in bad.result().text
+    assert written(good.result()) == expected
+    assert written(alone.post("/v1/completions", **LONG)) == expected
+    pool.shutdown()
+
+
+def test_a_loop_that_breaks_down_fails_what_runs_and_goes_on(alone: Running, caplog: pytest.LogCaptureFixture) -> None:
+    expected = written(alone.post("/v1/completions", **LONG))
+    worker = alone.worker()
+    engine, step, count = worker._engine, worker._engine.step, iter(range(100))
+
+    def breaking() -> Any:
+        if next(count) == 3:
+            raise RuntimeError("out of something")
+        return step()
+
+    with held(worker):
+        engine.step = breaking
+        pool, asked = in_threads(4, lambda: alone.post("/v1/completions", **LONG))
+        alone.until(lambda: worker.outstanding == 4)
+    replies = [one.result() for one in asked]
+    assert sorted(reply.status_code for reply in replies) == [200, 200, 500, 500]  # two ran, two waited
+    assert all(written(reply) == expected for reply in replies if reply.status_code == 200)
+    assert not any("out of something" in reply.text for reply in replies)
+    assert "out of something" in caplog.text
+    assert worker._engine is not engine
+    pool.shutdown()
+
+
+def test_a_defect_of_ours_is_an_answer_with_an_id_and_no_details(
+    alone: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ZeroDivisionError("secret thing")
+
+    monkeypatch.setattr(alone.models["pair"], "candidates", broken)
+    reply = alone.post("/v1/collm/candidates", model="pair", prompt="w1", token_ids=[5])
+    assert reply.status_code == 500
+    assert "secret thing" not in reply.text
+    assert reply.json()["error"]["code"] == "internal_error"
+    assert reply.headers["X-Request-Id"] in caplog.text
+    assert "secret thing" in caplog.text
+
+
+# Servers that start and stop
+
+
+def test_a_server_that_stops_finishes_what_runs_and_takes_nothing_new(alone: Running) -> None:
+    expected = written(alone.post("/v1/completions", **LONG))
+    with held(alone.worker()):
+        pool, asked = in_threads(3, lambda: alone.post("/v1/completions", **LONG))
+        alone.until(lambda: alone.worker().outstanding == 3)
+        alone.server.handle_exit(15, None)
+        alone.until(lambda: not alone.worker().accepting)
+        refused = alone.post("/v1/completions", **LONG)
+        unready = alone.client.get("/ready")
+        assert alone.client.get("/health").status_code == 200
+    for reply in (refused, unready):
+        assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
+        assert reply.json()["error"]["code"] == "stopping"
+    assert [written(one.result()) for one in asked] == [expected] * 3
+    pool.shutdown()
+    alone.thread.join(20)
+    assert not alone.thread.is_alive()
+
+
+def test_a_server_waits_no_longer_than_it_may(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, drain_s=0) as server:
+        steps = Steps(server.worker())
+        pool, (asked,) = in_threads(1, lambda: server.post("/v1/completions", **LONG))
+        server.until(lambda: server.worker().outstanding == 1)
+        server.server.handle_exit(15, None)
+        assert asked.result().status_code == 503
+        assert asked.result().json()["error"]["code"] == "stopping"
+        steps.allow(1)
+        pool.shutdown()
+        server.thread.join(20)
+        assert server.idle()
+
+
+def test_while_models_are_loaded_the_server_lives_and_is_not_ready(
+    serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, engine = threading.Event(), CoLLM.engine
+
+    def slow(self: CoLLM, *arguments: Any) -> Any:
+        loading.wait(60)
+        return engine(self, *arguments)
+
+    monkeypatch.setattr(CoLLM, "engine", slow)
+    server = Running({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, Settings())
+    starting = ThreadPoolExecutor(1)
+    started = starting.submit(server.start)
+    server.until(lambda: hasattr(server, "url"))
+    try:
+        assert server.client.get("/health").status_code == 200
+        for reply in (server.client.get("/ready"), server.post("/v1/completions", **LONG)):
+            assert (reply.status_code, reply.headers["Retry-After"]) == (503, "5")
+            assert reply.json()["error"]["code"] == "loading"
+        assert server.client.get("/v1/models").status_code == 200
+        loading.set()
+        started.result()
+        assert server.client.get("/ready").status_code == 200
+    finally:
+        loading.set()
+        starting.shutdown()
+        server.stop()
+
+
+def test_models_that_cannot_be_loaded_end_the_server(tokenizer: PreTrainedTokenizerFast, pair: CoLLM) -> None:
+    pair.assistants[0] = ModelSpec("/nowhere/at/all")
+    server = Server({"pair": pair}, Settings(), host="127.0.0.1", port=0)
+    server.run()
+    assert isinstance(server.service.failure, LoadError)
+
+
+def test_an_open_address_needs_a_key(pair: CoLLM) -> None:
+    with pytest.raises(Exception, match=r"0\.0\.0\.0, which others can reach, and there is no API key"):
+        run({"pair": pair}, Settings(), host="0.0.0.0")
+
+
+def test_an_idle_worker_sleeps(alone: Running) -> None:
+    """It waits on its condition, so nothing calls the engine."""
+    worker = alone.worker()
+    calls: list[int] = []
+    fill = worker._fill
+    worker._fill = lambda: (calls.append(1), fill())[1]
+    alone.post("/v1/completions", **{**LONG, "max_tokens": 1})
+    alone.until(alone.idle)
+    before = len(calls)
+    assert not worker._commands
+    with worker._changed:  # only a worker that waits lets go of it
+        assert len(calls) == before

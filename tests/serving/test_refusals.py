@@ -1,0 +1,236 @@
+"""Every refusal has OpenAI's shape and names the parameter; nothing is ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serving.conftest import Running, make_pair
+from tests.serving.test_generation import of_choice
+
+COMPLETION = {"model": "pair", "prompt": "w5"}
+CHAT = {"model": "pair", "messages": [{"role": "user", "content": "w5"}]}
+
+
+def refused(reply: httpx.Response, status: int, param: str | None, *, said: str = "") -> None:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert said in error["message"]
+    assert "Traceback" not in reply.text
+
+
+WRONG_IN_BOTH: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+    ({"temperature": "hot"}, "temperature", "valid number"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": 0.5}, "top_p", "no effect at temperature 0"),
+    ({"top_p": 0.5, "temperature": 0}, "top_p", "no effect at temperature 0"),
+    ({"seed": 1}, "seed", "nothing is drawn"),
+    ({"seed": 1, "temperature": 0}, "seed", "nothing is drawn"),
+    ({"seed": 1 << 70, "temperature": 1}, "seed", "less than"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 17}, "n", "17 completions, this server gives 16"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 4097}, "max_tokens", "at most 4096"),
+    ({"max_tokens": 1.5}, "max_tokens", "integer"),
+    ({"stop": ""}, "stop", "at least 1 character"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+    ({"stop": [""]}, "stop", "at least 1 character"),
+    ({"stop": "\ud800"}, "stop", "unicode"),
+    ({"user": "\ud800"}, "user", "surrogate"),
+    ({"stream": "yes"}, "stream", "boolean"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "no effect without stream"),
+    ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more", "no parameter"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
+    ({"frequency_penalty": -0.5}, "frequency_penalty", "greater than or equal to 0"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "at most 0"),
+    ({"top_k": 5}, "top_k", "no parameter of this server"),
+    ({"collm": {"threshold": 2}}, "collm.threshold", "less than or equal to 1"),
+    ({"collm": {"threshold": 0.5, "budget": 0.5}}, "collm.budget", "give one of them"),
+    ({"collm": {"budget": -1}}, "collm.budget", "greater than or equal to 0"),
+    ({"collm": {"policy": "best"}}, "collm.policy", "policy is 'best', expected one of"),
+    ({"collm": {"policy": "single:writer=7"}}, None, "named author 7"),
+    ({"collm": {"policy": "proxy:model=5,tuned=0,untuned=1"}}, None, "asks for author 5"),
+    ({"collm": {"policy": "joint", "threshold": 0.5}}, "collm.policy", "no effect"),
+    ({"collm": {"eta": 0.5}}, "collm.eta", "no parameter"),
+    ({"model": "pair/base", "collm": {"threshold": 0.5}}, "collm", "one author alone"),
+    ({"model": "three"}, "collm.threshold", "not calibrated"),
+    ({"model": "three", "collm": {"budget": 0.5}}, "collm.budget", "a budget needs a calibration"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "param", "said"), WRONG_IN_BOTH, ids=lambda value: ascii(value)[:50])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_wrong_in_completions_and_chats(
+    server: Running, wrong: dict[str, Any], param: str | None, said: str, stream: bool
+) -> None:
+    options = wrong if "stream" in wrong or "stream_options" in wrong else {"stream": stream, **wrong}
+    refused(server.post("/v1/completions", **{**COMPLETION, **options}), 400, param, said=said)
+    refused(server.post("/v1/chat/completions", **{**CHAT, **options}), 400, param, said=said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "said"),
+    [
+        ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"prompt": "   "}, "prompt", "empty"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [[]]}, "prompt", "at least 1 item"),
+        ({"prompt": ["w5", ""]}, "prompt", "at least 1 character"),
+        ({"prompt": [5, "w5"]}, "prompt", "valid"),
+        ({"prompt": [97]}, "prompt", "outside the vocabulary of 97"),
+        ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
+        ({"prompt": 5}, "prompt", "valid string"),
+        ({"prompt": [5] * 128}, "prompt", "reads at most 128"),
+        ({"prompt": [[5]] * 17}, "prompt", "17 completions"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "integer"),
+        ({"echo": True, "logprobs": 0}, "logprobs", "leave echo or logprobs out"),
+        ({"best_of": 2}, "best_of", "expected the value of n, 1"),
+        ({"suffix": "w1"}, "suffix", "Input should be ''"),
+        ({"max_completion_tokens": 4}, "max_completion_tokens", "no parameter"),
+        ({"messages": CHAT["messages"]}, "messages", "no parameter"),
+    ],
+    ids=lambda value: ascii(value)[:50],
+)
+def test_what_is_wrong_in_completions(server: Running, wrong: dict[str, Any], param: str, said: str) -> None:
+    refused(server.post("/v1/completions", **{**COMPLETION, **wrong}), 400, param, said=said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "said"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "tool", "content": "w1"}]}, "messages[0]", "'system', 'user' or 'assistant'"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "missing"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]", "valid string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]", "'text'"),
+        ({"messages": [{"role": "user", "content": "w1", "name": "x"}]}, "messages[0]", "no parameter"),
+        ({"messages": [{"role": "user", "content": "w1 " * 200}]}, "messages", "reads at most 128"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens", "give one of them"),
+        ({"max_completion_tokens": 5000}, "max_tokens", "at most 4096"),
+        ({"top_logprobs": 2}, "top_logprobs", "without logprobs"),
+        ({"logprobs": False, "top_logprobs": 0}, "top_logprobs", "without logprobs"),
+        ({"logprobs": 3}, "logprobs", "boolean"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"tools": [{"type": "function"}]}, "tools", "at most 0"),
+        ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
+        ({"store": True}, "store", "False"),
+        ({"prompt": "w5"}, "prompt", "no parameter"),
+    ],
+    ids=lambda value: ascii(value)[:50],
+)
+def test_what_is_wrong_in_chats(server: Running, wrong: dict[str, Any], param: str, said: str) -> None:
+    refused(server.post("/v1/chat/completions", **{**CHAT, **wrong}), 400, param, said=said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "said"),
+    [
+        ({}, "prompt", "either prompt or messages"),
+        ({"prompt": "w1", "messages": CHAT["messages"]}, "prompt", "either prompt or messages"),
+        ({"prompt": "w1", "token_ids": [97]}, "token_ids", "outside the vocabulary"),
+        ({"prompt": "w1", "token_ids": [5] * 127}, "token_ids", "reads at most 128"),
+        ({"prompt": "w1", "most": 11}, "most", "less than or equal to 10"),
+        ({"prompt": ["w1"]}, "prompt", "valid"),
+    ],
+    ids=lambda value: ascii(value)[:50],
+)
+def test_what_is_wrong_in_candidates(server: Running, wrong: dict[str, Any], param: str, said: str) -> None:
+    body = {"model": "pair", "token_ids": [5], **wrong}
+    refused(server.post("/v1/collm/candidates", **body), 400, param, said=said)
+
+
+def test_what_official_clients_send_without_meaning_it(client: openai.OpenAI) -> None:
+    nothing: dict[str, Any] = {
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "top_p": 1,
+        "n": 1,
+        "user": "me",
+        "stop": None,
+        "seed": None,
+        "stream": False,
+    }
+    plain = client.completions.create(model="pair", prompt="w5", max_tokens=5)
+    reply = client.completions.create(
+        model="pair", prompt="w5", max_tokens=5, best_of=1, suffix=None, echo=False, **nothing
+    )
+    assert of_choice(reply.choices[0]) == of_choice(plain.choices[0])
+    plain_chat = client.chat.completions.create(model="pair", messages=CHAT["messages"], max_tokens=5)  # type: ignore[arg-type]
+    chat = client.chat.completions.create(
+        model="pair",
+        messages=CHAT["messages"],  # type: ignore[arg-type]
+        max_tokens=5,
+        max_completion_tokens=5,
+        tools=[],
+        tool_choice="none",
+        response_format={"type": "text"},
+        modalities=["text"],
+        parallel_tool_calls=True,
+        store=False,
+        metadata={},
+        service_tier="auto",
+        **nothing,
+    )
+    assert of_choice(chat.choices[0]) == of_choice(plain_chat.choices[0])
+
+
+def test_models_routes_and_methods_that_do_not_exist(server: Running) -> None:
+    refused(server.post("/v1/completions", model="other", prompt="w5"), 404, "model", said="pair/assistant")
+    refused(server.post("/v1/collm/candidates", model="x", prompt="w5", token_ids=[]), 404, "model")
+    refused(server.client.get("/v1/nothing"), 404, None, said="GET /v1/nothing")
+    refused(server.client.get("/v1/completions"), 405, None)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'{"model": NaN}', b"\xff", b"[" * 100_000])
+def test_bodies_that_are_no_request(server: Running, body: bytes) -> None:
+    reply = server.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    as_text = server.client.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert as_text.status_code == 400
+
+
+def test_a_body_that_is_too_long(server: Running) -> None:
+    refused(server.post("/v1/completions", model="pair", prompt="w" * (4 << 20)), 413, None, said="4194304 bytes")
+
+    def chunks() -> Any:
+        for _ in range(5):
+            yield b"w" * (1 << 20)
+
+    refused(server.client.post("/v1/completions", content=chunks()), 413, None)
+
+
+def test_the_key(serve: Any, tokenizer: Any) -> None:
+    with serve({"pair": make_pair(tokenizer)}, api_key="secret") as server:
+        with server.openai(api_key="secret") as client:
+            assert client.models.list().data
+        for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/collm/info"):
+                reply = server.client.get(path, headers=header)
+                refused(reply, 401, None, said="API key")
+                assert reply.headers["WWW-Authenticate"] == "Bearer"
+                assert "secret" not in reply.text
+        odd = server.client.get("/v1/models", headers={"Authorization": "Bearer \xe9".encode("latin-1")})
+        assert odd.status_code == 401
+        assert server.client.get("/health").status_code == server.client.get("/ready").status_code == 200
+
+
+def test_other_origins_are_let_in_only_by_name(server: Running, serve: Any, tokenizer: Any) -> None:
+    origin = {"Origin": "https://example.org"}
+    assert "access-control-allow-origin" not in server.client.get("/v1/models", headers=origin).headers
+    with serve({"pair": make_pair(tokenizer)}, allow_origins=["https://example.org"], api_key="k") as open_to:
+        preflight = {**origin, "Access-Control-Request-Method": "POST"}
+        reply = open_to.client.options("/v1/completions", headers=preflight)
+        assert reply.headers["access-control-allow-origin"] == "https://example.org"
+        other = open_to.client.options("/v1/completions", headers={**preflight, "Origin": "https://example.com"})
+        assert "access-control-allow-origin" not in other.headers
