@@ -22,7 +22,7 @@ from collm.models.template import PromptTemplate
 
 SavedModel = Callable[..., Path]
 PARAMS = SamplingParams(max_new_tokens=10)
-POINTS = [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3), CalibrationPoint(0.5, 0.1, 0.8, 0.7, 0.9)]
+POINTS = [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.1), CalibrationPoint(0.5, 0.1, 0.8, 0.7, 0.9, 0.0, 0.2)]
 
 
 def head(k: int = 1, hidden_size: int = 32) -> DeferralHead:
@@ -98,7 +98,7 @@ def test_calibration_gives_the_default_threshold_and_budgets(saved: Path) -> Non
     assert by_default[0].authors == by_threshold[0].authors
     assert set(model.generate(["w5"], PARAMS, budget=0.05)[0].authors) == {0}
     card = (saved / "README.md").read_text()
-    assert "| 0.5 | 10.0% | 0.800 | 0.700 - 0.900 |" in card
+    assert "| 0.5 | 10.0% | 0.0% - 20.0% | 0.800 | 0.700 - 0.900 | default |" in card
 
 
 def test_models_may_be_replaced_when_loading(saved: Path, specs: list[ModelSpec], tmp_path: Path) -> None:

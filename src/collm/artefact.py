@@ -298,11 +298,13 @@ def _calibration_lines(calibration: Calibration | None) -> list[str]:
         f"{calibration.metric_name} on {calibration.num_prompts} validation prompts; default threshold "
         f"{best.threshold:.4g}. Threshold 1 is the base alone, below 0 the assistants alone.",
         "",
-        f"| threshold | deferral rate | {calibration.metric_name} | interval |",
-        "|--:|--:|--:|--:|",
+        f"| threshold | deferral rate | interval | {calibration.metric_name} | interval | best |",
+        "|--:|--:|--:|--:|--:|---|",
         *(
-            f"| {p.threshold:.4g} | {p.deferral_rate:.1%} | {p.metric:.3f} | {p.low:.3f} - {p.high:.3f} |"
+            f"| {p.threshold:.4g} | {p.deferral_rate:.1%} | {p.rate_low:.1%} - {p.rate_high:.1%} "
+            f"| {p.metric:.3f} | {p.low:.3f} - {p.high:.3f} | {', '.join(calibration.uses(p))} |"
             for p in calibration.points
         ),
         "",
+        *(f"{check.words(calibration.metric_name)}\n" for check in calibration.checks),
     ]

@@ -90,6 +90,8 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     assert calibrated.returncode == 0, calibrated.stderr
     assert json.loads((artefact / "calibration.json").read_text())["metric_name"] == "token_f1"
 
+    _calibrate_as_the_run_says(artefact, pair, tmp_path)
+
     options = ("generate", artefact, "w1 w2", "--max-new-tokens", 5, "--threshold", 0.5, "--lookahead", 0)
     plain, machine = (collm(*options, *extra, cwd=tmp_path) for extra in ([], ["--json"]))
     assert plain.returncode == machine.returncode == 0, plain.stderr + machine.stderr
@@ -106,6 +108,37 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     assert json.loads(mixed.stdout)["token_ids"] == together
     fails(2, "policy is 'best', expected one of threshold, .* proxy", *ruled, "best", cwd=tmp_path)
     fails(2, "lookahead=4 has no effect with MixturePolicy", *ruled, "mixture", "--lookahead", 4, cwd=tmp_path)
+
+
+def _calibrate_as_the_run_says(artefact: Path, pair: dict[str, Path], tmp_path: Path) -> None:
+    calibrate, path = ("calibrate", artefact), artefact / "calibration.json"
+    before = path.read_bytes()
+    curve = collm(*calibrate, "--teacher-forced", "--budget", 0.3, cwd=tmp_path)
+    assert curve.returncode == 0, curve.stderr
+    assert "20 gold tokens, " in curve.stdout
+    assert "of all" in curve.stdout
+    assert "within 0.3" in curve.stdout
+    kept = tmp_path / "run" / "scores" / "validation" / "assistant-1"
+    assert json.loads((kept / "scores.json").read_text())["num_targets"] == 20
+    here = collm(*calibrate, "--teacher-forced", "--data", pair["validation"], "--budget", 0.3, cwd=tmp_path)
+    assert here.stdout == curve.stdout
+    assert path.read_bytes() == before
+
+    held = collm(*calibrate, "--check", 0.4, "--budget", 0.3, "--refine", 1, cwd=tmp_path)
+    assert held.returncode == 0, held.stderr
+    assert "On 2 other prompts, the default threshold" in held.stdout
+    found = json.loads(path.read_text())
+    assert (found["num_prompts"], found["budgets"], len(found["checks"])) == (3, [0.3], 2)
+    assert "On 2 other prompts" in (artefact / "README.md").read_text()
+    other = collm(*calibrate, "--check-data", pair["data"], "--refine", 0, cwd=tmp_path)
+    assert other.returncode == 0, other.stderr
+    assert "On 40 other prompts" in other.stdout
+
+    fails(2, "generates nothing; leave --metric, --check", *calibrate, "--teacher-forced",
+          "--metric", "contains", "--check", 0.4, cwd=tmp_path)  # fmt: skip
+    fails(2, "both came", *calibrate, "--check", 0.4, "--check-data", pair["data"], cwd=tmp_path)
+    fails(2, "expected a number between 0 and 1", *calibrate, "--check", 1.5, cwd=tmp_path)
+    fails(2, "0 rows; leave at least one", *calibrate, "--check", 0.01, cwd=tmp_path)
 
 
 def fails(status: int, message: str, *arguments: object, cwd: Path) -> None:

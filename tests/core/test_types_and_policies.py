@@ -212,10 +212,10 @@ def test_one_stop_string_may_stand_alone() -> None:
 
 def test_calibration_keeps_the_best_and_ties_go_to_the_lower_rate() -> None:
     points = [
-        CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3),
-        CalibrationPoint(0.6, 0.1, 0.8, 0.7, 0.9),
-        CalibrationPoint(0.3, 0.4, 0.8, 0.7, 0.9),
-        CalibrationPoint(-1.0, 1.0, 0.5, 0.4, 0.6),
+        CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.1),
+        CalibrationPoint(0.6, 0.1, 0.8, 0.7, 0.9, 0.0, 0.2),
+        CalibrationPoint(0.3, 0.4, 0.8, 0.7, 0.9, 0.3, 0.5),
+        CalibrationPoint(-1.0, 1.0, 0.5, 0.4, 0.6, 0.9, 1.0),
     ]
     calibration = Calibration(points, "exact_match", 50, {})
     assert calibration.best() == points[1]

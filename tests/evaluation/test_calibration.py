@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
+from collm.core.calibration import Calibration
 from collm.errors import ConfigError, DataError
-from collm.evaluation.calibration import ValidationItem, calibrate
+from collm.evaluation.calibration import ValidationItem, calibrate, check_on
 
 PARAMS = SamplingParams(max_new_tokens=8)
 
@@ -42,18 +45,20 @@ def test_it_finds_who_is_right_and_records_what_came(model: CoLLM, items: list[V
     assert rates == sorted(rates)
     assert len(rates) >= 10
     assert progress[-1] == (len(items) * len(rates), len(items) * len(rates))
+    assert all(done <= total for done, total in progress)
     for point in calibration.points[::4]:
         out = model.generate([item.prompt for item in items], PARAMS, threshold=point.threshold)
         assert out.deferral_rate == point.deferral_rate
         right = [c.text.split() == item.reference.split() for c, item in zip(out, items, strict=True)]
         assert point.metric == pytest.approx(sum(right) / len(right))
         assert point.low <= point.metric <= point.high
+        assert point.rate_low <= point.deferral_rate <= point.rate_high
 
 
 def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items: list[ValidationItem]) -> None:
     alone = model.generate([item.prompt for item in items], PARAMS, threshold=1.0)
     probs = [prob for completion in alone for prob in completion.defer_probs]
-    calibration = calibrate(model, items, params=PARAMS, rates=(0, 0.3, 1))
+    calibration = calibrate(model, items, params=PARAMS, rates=(0, 0.3, 1), refine=0)
     middle = [p.threshold for p in calibration.points if p.threshold not in (1.0, -1.0, 0.5)]
     assert len(middle) == 1
     assert sum(prob > middle[0] for prob in probs) / len(probs) == pytest.approx(0.3, abs=0.02)
@@ -76,5 +81,105 @@ def test_bad_input_is_refused(model: CoLLM, items: list[ValidationItem]) -> None
         calibrate(model, [])
     with pytest.raises(ConfigError, match=r"rate of 1\.2"):
         calibrate(model, items, rates=(0, 1.2))
+    with pytest.raises(ConfigError, match=r"rate of -1"):
+        calibrate(model, items, budgets=[-1])
+    with pytest.raises(ConfigError, match="threshold is 3"):
+        calibrate(model, items, guesses=[3])
+    with pytest.raises(ConfigError, match="refine is -1"):
+        calibrate(model, items, refine=-1)
     with pytest.raises(ConfigError, match="nothing_known"):
         calibrate(model, items, metric="nothing_known")
+
+
+def test_refining_splits_the_widest_step_beside_the_best(model: CoLLM, items: list[ValidationItem]) -> None:
+    coarse = calibrate(model, items, params=PARAMS, rates=(0, 1), refine=0)
+    rounds = []
+    for refine in (1, 2, 3):
+        finer = calibrate(model, items, params=PARAMS, rates=(0, 1), refine=refine)
+        assert {point.threshold for point in coarse.points} < {point.threshold for point in finer.points}
+        rounds.append([point for point in finer.points if point not in coarse.points])
+    assert [len(new) for new in rounds] == [1, 2, 3]
+    # The assistant alone is the best, so its step to the point before it is split, from there down.
+    before = coarse.points[-2]
+    [first] = rounds[0]
+    assert -1 < first.threshold < before.threshold
+    probs = [
+        prob
+        for one in model.generate([i.prompt for i in items], PARAMS, threshold=before.threshold)
+        for prob in one.defer_probs
+        if -1 < prob < before.threshold
+    ]
+    assert sum(prob > first.threshold for prob in probs) == pytest.approx(len(probs) / 2, abs=1)
+    for earlier, later in pairwise(rounds):
+        assert set(earlier) < set(later)
+
+
+def test_refining_ends_where_no_step_is_left(model: CoLLM, items: list[ValidationItem]) -> None:
+    progress: list[tuple[int, int]] = []
+    unreachable = [ValidationItem(item.prompt, "w1 " * 30) for item in items[:2]]
+    params = SamplingParams(max_new_tokens=2)
+    found = calibrate(model, unreachable, params=params, refine=50, on_completion=lambda *p: progress.append(p))
+    assert len(found.points) < 20  # two prompts of two tokens: the base alone is the best, and the next token is 25 %
+    assert progress[-1] == (2 * len(found.points), 2 * len(found.points))
+
+
+def test_budgets_are_looked_for_and_kept(model: CoLLM, items: list[ValidationItem]) -> None:
+    plain = calibrate(model, items, metric="token_f1", params=PARAMS, refine=3)
+    found = calibrate(model, items, metric="token_f1", params=PARAMS, refine=3, budgets=[0.4, 0.15, 0.4])
+    assert found.budgets == [0.15, 0.4]
+    assert set(plain.points) < set(found.points)
+    for budget in found.budgets:
+        assert found.best(budget).deferral_rate <= budget
+        assert found.best(budget).metric >= plain.best(budget).metric
+        near = [abs(point.deferral_rate - budget) for point in found.points]
+        assert min(near) <= min(abs(point.deferral_rate - budget) for point in plain.points)
+        assert f"within {budget}" in found.uses(found.best(budget))
+    assert found.uses(found.best())[0] == "default"
+    assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_guesses_are_measured(model: CoLLM, items: list[ValidationItem]) -> None:
+    found = calibrate(model, items, params=PARAMS, rates=(0,), refine=0, guesses=[0.123, 0.5])
+    assert [point.threshold for point in found.points] == [1.0, 0.5, 0.123]
+
+
+def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list[ValidationItem]) -> None:
+    calibrate(model, items, params=PARAMS, budgets=[0.3])
+    prompts = [f"w{i} w{i + 7}" for i in range(20)]
+    answers = model.generate(prompts, PARAMS, threshold=-1)
+    others = [ValidationItem(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+    progress: list[tuple[int, int]] = []
+    checked = check_on(model, others, params=PARAMS, on_completion=lambda *p: progress.append(p))
+    assert model.calibration is checked
+    default, budget = checked.checks
+    assert (default.budget, budget.budget, default.num_prompts) == (1.0, 0.3, 20)
+    assert progress[-1] == (40, 40)
+    for check in checked.checks:
+        assert check.promised == checked.best(check.budget)
+        assert check.came.threshold == check.promised.threshold
+        low, high = check.rate_difference
+        assert low <= check.came.deferral_rate - check.promised.deferral_rate <= high
+        assert check.rate_holds == (low <= 0 <= high)
+    assert default.metric_holds  # the assistant alone is always right
+    assert default.words("exact_match").startswith(
+        "On 20 other prompts, the default threshold (-1): deferral rate holds"
+    )
+    assert "a budget of 0.3" in budget.words("exact_match")
+    assert Calibration.from_dict(json.loads(json.dumps(checked.to_dict()))) == checked
+
+
+def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[ValidationItem]) -> None:
+    calibrate(model, items, params=PARAMS)
+    never = [ValidationItem(item.prompt, "w1 " * 30) for item in items]
+    [check] = check_on(model, never, params=PARAMS).checks
+    assert check.rate_holds
+    assert not check.metric_holds
+    assert "exact_match does NOT hold (promised 100.0%, came 0.0%)" in check.words("exact_match")
+
+
+def test_what_cannot_be_checked_is_refused(model: CoLLM, items: list[ValidationItem]) -> None:
+    with pytest.raises(ConfigError, match="not calibrated"):
+        check_on(model, items)
+    calibrate(model, items, params=PARAMS, rates=(0,), refine=0)
+    with pytest.raises(DataError, match="no prompts to check"):
+        check_on(model, [])

@@ -205,7 +205,7 @@ def test_other_models_by_path(
 
 
 def test_a_curve_leaves_out_what_models_alone_show(model: CoLLM) -> None:
-    points = [CalibrationPoint(t, 0.5, 0.5, 0.4, 0.6) for t in (-1.0, 0.0, 0.3, 1.0)]
+    points = [CalibrationPoint(t, 0.5, 0.5, 0.4, 0.6, 0.4, 0.6) for t in (-1.0, 0.0, 0.3, 1.0)]
     calibration = Calibration(points, "exact_match", 1, {})
     one = CoLLM(model.base, model.assistants[:1], DeferralHead(32, 1), model.tokenizer)
     named = [thresholds_named(pair, calibration, ["base", "assistant"]) for pair in (one, model)]

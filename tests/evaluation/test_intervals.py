@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from collm.evaluation import intervals
 from collm.evaluation.intervals import (
     Interval,
     bootstrap_interval,
+    independent_difference,
     paired_difference,
     ratio_interval,
     statistic_interval,
@@ -196,3 +198,28 @@ def test_a_ratio_is_a_statistic_of_sums(rows):
 def test_a_statistic_needs_items():
     with pytest.raises(DataError, match="no items to take a statistic of"):
         statistic_interval(lambda sums: sums[..., 0], [])
+
+
+def test_a_difference_of_proportions_is_newcombes() -> None:
+    """56/70 against 48/80: 0.2 with ends 0.0524 and 0.3339 (Newcombe 1998, table II, row a, method 10)."""
+    found = independent_difference(
+        bootstrap_interval([1.0] * 56 + [0.0] * 14), bootstrap_interval([1.0] * 48 + [0.0] * 32)
+    )
+    assert [found.mean, found.low, found.high] == pytest.approx([0.2, 0.0524, 0.3339], abs=5e-5)
+
+
+@pytest.mark.parametrize(("here", "there", "items"), [(0.9, 0.9, 60), (0.5, 0.8, 40), (0.05, 0.3, 50)])
+def test_an_interval_of_a_difference_covers_it(here: float, there: float, items: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    covered = 0
+    for _ in range(400):
+        a, b = ((torch.rand(items, generator=draw) < rate).double().tolist() for rate in (here, there))
+        found = independent_difference(bootstrap_interval(a), bootstrap_interval(b))
+        covered += found.low <= here - there <= found.high
+    assert 0.92 <= covered / 400 <= 0.99
+
+
+def test_a_difference_turns_around_with_its_sides() -> None:
+    a, b = Interval(0.7, 0.5, 0.8), Interval(0.4, 0.35, 0.6)
+    forth, back = independent_difference(a, b), independent_difference(b, a)
+    assert [forth.mean, forth.low, forth.high] == pytest.approx([-back.mean, -back.high, -back.low])

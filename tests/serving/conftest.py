@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ from tests.decoding.test_engine import random_head
 
 CHAT = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w9"
 CALIBRATION = Calibration(
-    [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3), CalibrationPoint(0.5, 0.4, 0.6, 0.5, 0.7)], "accuracy", 20, {}
+    [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.1), CalibrationPoint(0.5, 0.4, 0.6, 0.5, 0.7, 0.3, 0.5)],
+    "accuracy",
+    20,
+    {},
 )
 
 
@@ -91,6 +95,16 @@ def make_pair(tokenizer: PreTrainedTokenizerFast, assistants: int = 1, **options
     members = [make_model(tiny_config(hidden_size=48), seed) for seed in range(1, assistants + 1)]
     head = random_head(32, assistants, scale=1.0)
     return CoLLM(make_model(tiny_config(), 0), members, head, tokenizer, template=PromptTemplate(chat=CHAT), **options)
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """What a test does to the root logger ends with it."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,7 @@ def test_the_page_lists_every_route_and_metric(server: Any) -> None:
         assert name.removesuffix("_created") in PAGE
 
 
+@pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -73,8 +73,8 @@ def in_threads(count: int, ask: Callable[[], Any]) -> tuple[ThreadPoolExecutor, 
     return pool, [pool.submit(ask) for _ in range(count)]
 
 
-def first_event(reply: httpx.Response) -> dict[str, Any]:
-    line = next(line for line in reply.iter_lines() if line)
+def next_event(lines: Iterator[str]) -> dict[str, Any]:
+    line = next(line for line in lines if line)
     return json.loads(line.removeprefix("data: "))  # type: ignore[no-any-return]
 
 
@@ -90,7 +90,8 @@ def test_a_stream_that_nobody_reads_any_more_gives_its_slots_back(alone: Running
     steps = Steps(alone.worker())
     steps.allow(3)
     with alone.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as reply:
-        assert first_event(reply)["choices"][0]["collm"]["token_ids"]
+        lines = reply.iter_lines()  # dropping it would close the connection
+        assert next_event(lines)["choices"][0]["collm"]["token_ids"]
         assert alone.open_slots > 0
     alone.until(lambda: alone.worker().outstanding == 0)
     steps.allow(1)  # the one that it is in

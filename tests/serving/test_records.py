@@ -93,19 +93,14 @@ def test_the_log_has_a_line_for_each_request_and_prompts_only_if_asked(
         assert "w61" not in caplog.text
 
 
+@pytest.mark.usefixtures("own_logging")
 def test_every_line_of_the_log_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    log_as_json()
+    logging.getLogger("collm.serving.requests").info('{"id": "1", "status": 200}')
     try:
-        log_as_json()
-        logging.getLogger("collm.serving.requests").info('{"id": "1", "status": 200}')
-        try:
-            raise ZeroDivisionError("why")
-        except ZeroDivisionError:
-            logging.getLogger("other").exception("two\nlines")
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
+        raise ZeroDivisionError("why")
+    except ZeroDivisionError:
+        logging.getLogger("other").exception("two\nlines")
     request, failure = map(json.loads, capsys.readouterr().err.splitlines())
     assert (request["id"], request["status"], request["level"]) == ("1", 200, "INFO")
     assert failure["message"] == "two\nlines"

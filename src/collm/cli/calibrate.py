@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from collm.cli.usage import allow_only
+from collm.cli.usage import allow_none, allow_only
 
 
 def calibrate(
@@ -30,6 +30,23 @@ def calibrate(
     rate: Annotated[
         list[float] | None, typer.Option(help="Deferral rate to aim at; may be repeated. Default: 0, 0.1 .. 1.")
     ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(help="Deferral rate to find the best threshold within, besides the best of all; may be repeated."),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(help="Thresholds to add beside the best, and beside that of each budget.  [default: 3]"),
+    ] = None,
+    check: Annotated[
+        float | None, typer.Option(help="Hold this share of the rows back and check the chosen thresholds on it.")
+    ] = None,
+    check_data: Annotated[
+        str | None, typer.Option(help="Check the chosen thresholds on these rows, given as --data.")
+    ] = None,
+    teacher_forced: Annotated[
+        bool, typer.Option("--teacher-forced", help="Only show all thresholds on the gold completions; chooses none.")
+    ] = False,
     max_batch: Annotated[int, typer.Option(help="Most prompts decoded at once.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Use the first so many rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 256,
@@ -39,31 +56,66 @@ def calibrate(
         bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
     ] = False,
 ) -> None:
-    """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and keep the best.
+    """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and near the best, which is kept.
 
     Without --data, on the rows and with the options of the run that made DIR.
     """
+    from dataclasses import replace
+
     from rich.console import Console
 
     from collm import run
-    from collm.cli.tables import calibration_table
+    from collm.cli.tables import calibration_table, teacher_forced_table
     from collm.collaboration import CoLLM
     from collm.core.types import SamplingParams
     from collm.evaluation.calibration import DEFERRAL_RATES
 
+    if check is not None and check_data is not None:
+        raise typer.BadParameter("--check and --check-data both came; check on a share of the rows, or on others")
+    if teacher_forced:
+        generating = {"metric", "rate", "refine", "check", "check_data", "max_batch", "max_new_tokens", "stop"}
+        allow_none(context, *generating, why="--teacher-forced generates nothing")
+    chosen = {"budget", "refine", "check", "check_data", "teacher_forced"}
     if data is None:
-        allow_only(context, "collaboration", "device", "trust_tools", why="without --data the run of DIR says the rest")
+        allow_only(
+            context,
+            "collaboration",
+            "device",
+            "trust_tools",
+            *chosen,
+            why="without --data the run of DIR says the rest",
+        )
     model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
+    out = Console(highlight=False)
+    past = None
     if data is None:
-        measured = run.calibrate_run(model, Path(collaboration).resolve().parent)
-        model.save_calibration(collaboration)
-        Console(highlight=False).print(calibration_table(measured))
+        past = run.PastRun.read(Path(collaboration).resolve().parent)
+        source: run.DataConfig = past.config
+        validation = past.validation()
+    else:
+        source = run.DataConfig(data, split, prompt_field, completion_field, format=format_, bad_rows=bad_rows)
+        params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
+        rows = source.rows(data, split)[:limit]
+        validation = run.Validation(rows, data, metric, params, rate or DEFERRAL_RATES, max_batch=max_batch)
+    if teacher_forced:
+        curve = past.curve(model) if past else validation.curve(model)
+        out.print(teacher_forced_table(curve, budget or validation.budgets))
         return
-    source = run.DataConfig(data, split, prompt_field, completion_field, format=format_, bad_rows=bad_rows)
-    rows = source.rows(data, split)[:limit]
-    params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
-    calibration = run.calibrate_rows(
-        model, rows, data, metric=metric, params=params, rates=rate or DEFERRAL_RATES, max_batch=max_batch
+    validation = replace(
+        validation,
+        budgets=budget or validation.budgets,
+        refine=validation.refine if refine is None else refine,
     )
+    held_back = None
+    if check is not None:
+        validation, held_back = validation.split(check)
+    elif check_data is not None:
+        held_back = replace(validation, rows=source.rows(check_data, None), source=check_data)
+    calibration = validation.calibrate(model)
     model.save_calibration(collaboration)
-    Console(highlight=False).print(calibration_table(calibration))
+    if held_back is not None:
+        calibration = held_back.check(model)
+        model.save_calibration(collaboration)
+    out.print(calibration_table(calibration))
+    for one in calibration.checks:
+        out.print(one.words(calibration.metric_name))

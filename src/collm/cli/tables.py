@@ -14,24 +14,44 @@ if TYPE_CHECKING:
     from collm.evaluation.compare import Comparison
     from collm.evaluation.intervals import Interval
     from collm.evaluation.report import Row
+    from collm.evaluation.teacher_forced import TeacherForcedCurve
     from collm.training.inspection import Inspection
 
 
 def calibration_table(calibration: Calibration) -> Table:
     """Every measured threshold, the chosen one marked."""
     table = Table(title=f"{calibration.metric_name} on {calibration.num_prompts} validation prompts")
-    for heading in ("threshold", "deferral rate", calibration.metric_name, "interval", ""):
-        table.add_column(heading, justify="right")
-    best = calibration.best()
+    for heading in ("threshold", "deferral rate", "interval", calibration.metric_name, "interval", "best"):
+        table.add_column(heading, justify="left" if heading == "best" else "right")
     for point in calibration.points:
+        uses = calibration.uses(point)
         table.add_row(
             f"{point.threshold:.4g}",
             f"{point.deferral_rate:.1%}",
+            f"{point.rate_low:.1%} - {point.rate_high:.1%}",
             f"{point.metric:.3f}",
             f"{point.low:.3f} - {point.high:.3f}",
-            "default" if point is best else "",
-            style="bold" if point is best else "",
+            ", ".join(uses),
+            style="bold" if uses else "",
         )
+    return table
+
+
+def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) -> Table:
+    """The curve at rates 0, 0.1 .. 1, its best point, and its best points within budgets."""
+    title = f"{curve.num_tokens:,} gold tokens, {len(curve):,} thresholds; nothing generated"
+    caption = f"right = the gold token is the argmax of who writes there; choosing rightly: {curve.reachable:.2%}"
+    table = Table(title=title, caption=caption)
+    for heading in ("threshold", "deferral rate", "right", "mean NLL", "best"):
+        table.add_column(heading, justify="left" if heading == "best" else "right")
+    best = {curve.best(): "of all"}
+    for budget in budgets:
+        point = curve.best(budget)
+        best[point] = ", ".join(filter(None, [best.get(point), f"within {budget:.4g}"]))
+    points = {*curve.at_rates([tenth / 10 for tenth in range(11)]), *best}
+    for point in sorted(points, key=lambda point: (point.deferral_rate, -point.threshold)):
+        cells = (f"{point.threshold:.4g}", f"{point.deferral_rate:.1%}", f"{point.accuracy:.2%}", f"{point.nll:.4f}")
+        table.add_row(*cells, best.get(point, ""), style="bold" if point in best else "")
     return table
 
 

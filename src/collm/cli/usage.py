@@ -11,12 +11,27 @@ def allow_only(context: typer.Context, *names: str, why: str) -> None:
     Raises:
         typer.BadParameter: naming all such options.
     """
-    given = [
-        parameter.opts[-1]
+    _refuse([option for name, option in _given(context).items() if name not in names], why)
+
+
+def allow_none(context: typer.Context, *names: str, why: str) -> None:
+    """Wrong usage if one of these options was given, where it would have no effect.
+
+    Raises:
+        typer.BadParameter: naming all such options.
+    """
+    _refuse([option for name, option in _given(context).items() if name in names], why)
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """The options of the command line, as they are written there, by parameter."""
+    return {
+        str(parameter.name): parameter.opts[-1]
         for parameter in context.command.params
-        if parameter.name not in names
-        and (source := context.get_parameter_source(str(parameter.name))) is not None
-        and source.name == "COMMANDLINE"
-    ]
-    if given:
-        raise typer.BadParameter(f"{why}; leave {', '.join(given)} out")
+        if (source := context.get_parameter_source(str(parameter.name))) is not None and source.name == "COMMANDLINE"
+    }
+
+
+def _refuse(options: list[str], why: str) -> None:
+    if options:
+        raise typer.BadParameter(f"{why}; leave {', '.join(options)} out")

@@ -13,7 +13,7 @@ from collm.core.head import DeferralHead
 from collm.core.policies import OraclePolicy, Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import Completion, SamplingParams, deferral_rate
 from collm.demo.world import DemoWorld
-from collm.evaluation.intervals import bootstrap_interval
+from collm.evaluation.calibration import point_of
 from collm.evaluation.metrics import exact_match
 from collm.models.loading import ModelSpec, load_tokenizer
 from collm.run import RunResult
@@ -95,9 +95,6 @@ def measure_curve(result: RunResult, world: DemoWorld, progress: Callable[[int, 
     thresholds = [point.threshold for point in result.calibration.points]
     for done, threshold in enumerate(thresholds, start=1):
         measured = _measure("", result.model, ThresholdPolicy(threshold), world)
-        interval = bootstrap_interval(measured.scores)
-        points.append(
-            CalibrationPoint(threshold, deferral_rate(measured.authors), interval.mean, interval.low, interval.high)
-        )
+        points.append(point_of(threshold, measured.completions, measured.scores))
         progress(done, len(thresholds))
     return points

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from collm.collaboration import CoLLM
-from collm.core.calibration import Calibration, CalibrationPoint
-from collm.core.types import Completion, SamplingParams
+from collm.core.calibration import Calibration, CalibrationPoint, HeldOutCheck, best_within
+from collm.core.types import BASE, Completion, SamplingParams, check_threshold
 from collm.errors import ConfigError, DataError
-from collm.evaluation.intervals import bootstrap_interval
+from collm.evaluation.intervals import Interval, bootstrap_interval, independent_difference, ratio_interval
 from collm.evaluation.metrics import metric_named
 from collm.models.template import Prompt
 
 DEFERRAL_RATES = tuple(i / 10 for i in range(11))
 BASE_ALONE, ASSISTANTS_ALONE, EVEN_ODDS = 1.0, -1.0, 0.5
+REFINE = 3
+_NARROW = 0.01  # step in deferral rate that is left as it is
+
+OnCompletion = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -33,51 +40,192 @@ def calibrate(
     metric: str = "exact_match",
     params: SamplingParams | None = None,
     rates: Sequence[float] = DEFERRAL_RATES,
+    budgets: Sequence[float] = (),
+    guesses: Sequence[float] = (),
+    refine: int = REFINE,
     max_batch: int = 16,
     settings: dict[str, Any] | None = None,
-    on_completion: Callable[[int, int], None] | None = None,
+    on_completion: OnCompletion | None = None,
 ) -> Calibration:
-    """Measure deferral rate and metric at thresholds meant for `rates`; sets and returns `model.calibration`.
+    """Measure deferral rate and metric at thresholds; sets and returns `model.calibration`.
 
     The base first writes every answer alone; the quantiles of its defer probs are the thresholds that would give
-    those rates on its own text (arXiv 2403.03870), to which 1/2 is added, where deferring is as likely as
-    not. Each is then generated with, so the recorded rate is the one that came.
+    `rates` on its own text (arXiv 2403.03870), to which 1/2 is added, where deferring is as likely as not. Then the
+    search is refined around the best threshold, and around the best within each budget: a threshold that splits the
+    widest step in deferral rate beside it, by the median of the defer probs that came there, `refine` times. Each
+    threshold is generated with, so the recorded rate is the one that came.
 
     Args:
         items: the validation set.
         metric: a name from `metrics.METRICS` or "module:function".
         params: how completions are drawn; greedy by default.
         rates: deferral rates to aim at; 0 (the base alone) is always measured.
+        budgets: deferral rates to look for thresholds within, besides the best one of all.
+        guesses: thresholds to measure as well, such as the best one of a `teacher_forced` curve.
+        refine: thresholds to add for the best one, and for each budget; fewer where no step of 1 % is left.
         settings: kept with the calibration, to say what it was measured on.
-        on_completion: called with (completions done, completions to do).
+        on_completion: called with (completions done, completions to do at most).
 
     Raises:
         DataError: no items.
-        ConfigError: an unknown metric, or a rate outside [0, 1].
+        ConfigError: an unknown metric, a rate or budget outside [0, 1], a guess that is no threshold, or a negative
+            `refine`.
     """
     if not items:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
-    check_rates(rates)
-    score = metric_named(metric)
+    check_rates([*rates, *budgets])
+    for guess in guesses:
+        check_threshold(guess)
+    check_refine(refine)
     params = params or SamplingParams()
-    progress = _Progress(on_completion, total=len(items) * (1 + len(_thresholds([0.5], rates))))
-
-    def measure(threshold: float) -> tuple[CalibrationPoint, list[float]]:
-        prompts = [item.prompt for item in items]
-        out = model.generate(prompts, params, threshold=threshold, max_batch=max_batch, on_completion=progress.count)
-        scores = [score(completion.text, item.reference) for completion, item in zip(out, items, strict=True)]
-        interval = bootstrap_interval(scores)
-        point = CalibrationPoint(threshold, out.deferral_rate, interval.mean, interval.low, interval.high)
-        return point, [prob for completion in out for prob in completion.defer_probs]
-
-    alone, probs = measure(BASE_ALONE)
-    thresholds = _thresholds(probs, rates)
-    progress.total = len(items) * (1 + len(thresholds))
-    points = [alone, *(measure(threshold)[0] for threshold in thresholds)]
-    points.sort(key=lambda point: (point.deferral_rate, -point.threshold))
+    measuring = _Measuring(model, items, metric, params, max_batch, on_completion)
+    aims = [1.0, *budgets]
+    more = refine * len(aims)
+    measuring.expect(1 + len(_thresholds([EVEN_ODDS], rates, guesses)) + more)
+    alone = measuring.at(BASE_ALONE)
+    thresholds = _thresholds(alone.defer_probs.tolist(), rates, guesses)
+    measuring.expect(1 + len(thresholds) + more)
+    measured = [alone, *(measuring.at(threshold) for threshold in thresholds)]
+    for aim in aims:
+        for _ in range(refine):
+            threshold = _between(measured, aim)
+            if threshold is None:
+                break
+            measured.append(measuring.at(threshold))
+    measuring.expect(len(measured))
     used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
-    model.calibration = Calibration(points, metric, len(items), used)
+    points = sorted((one.point for one in measured), key=lambda point: (point.deferral_rate, -point.threshold))
+    model.calibration = Calibration(points, metric, len(items), used, sorted(set(budgets)))
     return model.calibration
+
+
+def check_on(
+    model: CoLLM,
+    items: Sequence[ValidationItem],
+    *,
+    params: SamplingParams | None = None,
+    max_batch: int = 16,
+    on_completion: OnCompletion | None = None,
+) -> Calibration:
+    """Generate new prompts at the chosen thresholds: do deferral rate and metric come as calibration promised?
+
+    Of many thresholds the best one was partly lucky, so its metric on other prompts is lower by a little. The
+    interval of each difference is that of two independent means (`intervals.independent_difference`).
+
+    Args:
+        items: prompts that calibration has not seen.
+        params: those that the calibration was made with.
+
+    Returns:
+        The calibration with its `checks`, which is also `model.calibration` now.
+
+    Raises:
+        DataError: no items.
+        ConfigError: the collaboration is not calibrated, or no threshold is within one of its budgets.
+    """
+    if not items:
+        raise DataError("there are no prompts to check the thresholds on; expected at least one")
+    calibration = model.calibration
+    if calibration is None:
+        raise ConfigError("the collaboration is not calibrated, so there is nothing to check; calibrate it first")
+    chosen = {budget: calibration.best(budget) for budget in (1.0, *calibration.budgets)}
+    measuring = _Measuring(model, items, calibration.metric_name, params or SamplingParams(), max_batch, on_completion)
+    thresholds = {point.threshold for point in chosen.values()}
+    measuring.expect(len(thresholds))
+    came = {threshold: measuring.at(threshold).point for threshold in thresholds}
+    checks = [_checked(budget, point, came[point.threshold], len(items)) for budget, point in chosen.items()]
+    model.calibration = replace(calibration, checks=checks)
+    return model.calibration
+
+
+def _checked(budget: float, promised: CalibrationPoint, came: CalibrationPoint, num_prompts: int) -> HeldOutCheck:
+    rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (came, promised)]
+    metrics = [Interval(one.metric, one.low, one.high) for one in (came, promised)]
+    rate, metric = independent_difference(*rates), independent_difference(*metrics)
+    return HeldOutCheck(budget, promised, came, num_prompts, (rate.low, rate.high), (metric.low, metric.high))
+
+
+def point_of(threshold: float, completions: Sequence[Completion], scores: Sequence[float]) -> CalibrationPoint:
+    """What a threshold gave, with the intervals of both over the prompts."""
+    metric = bootstrap_interval(scores)
+    deferred = [sum(author != BASE for author in completion.authors) for completion in completions]
+    rate = ratio_interval(deferred, [len(completion.authors) for completion in completions])
+    return CalibrationPoint(threshold, rate.mean, metric.mean, metric.low, metric.high, rate.low, rate.high)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A threshold that was generated with; defer probs of all its tokens, fp64, shape (M,)."""
+
+    point: CalibrationPoint
+    defer_probs: Tensor
+
+
+class _Measuring:
+    """Generates the items at a threshold and scores them, counting completions over all thresholds."""
+
+    def __init__(
+        self,
+        model: CoLLM,
+        items: Sequence[ValidationItem],
+        metric: str,
+        params: SamplingParams,
+        max_batch: int,
+        report: OnCompletion | None,
+    ) -> None:
+        self.model, self.items, self.params, self.max_batch = model, items, params, max_batch
+        self._score = metric_named(metric)
+        self._report = report
+        self._done = self._total = 0
+
+    def expect(self, thresholds: int) -> None:
+        """So many in all, those that are done among them."""
+        self._total = len(self.items) * thresholds
+        if self._done and self._report is not None:
+            self._report(self._done, self._total)
+
+    def at(self, threshold: float) -> _Measured:
+        out = self.model.generate(
+            [item.prompt for item in self.items],
+            self.params,
+            threshold=threshold,
+            max_batch=self.max_batch,
+            on_completion=self._count,
+        )
+        scores = [self._score(one.text, item.reference) for one, item in zip(out, self.items, strict=True)]
+        probs = torch.tensor([prob for one in out for prob in one.defer_probs], dtype=torch.float64)
+        return _Measured(point_of(threshold, out, scores), probs)
+
+    def _count(self, index: int, completion: Completion) -> None:
+        self._done += 1
+        if self._report is not None:
+            self._report(self._done, self._total)
+
+
+def _between(measured: Sequence[_Measured], budget: float) -> float | None:
+    """A threshold that splits the widest step in deferral rate beside the best one within the budget; None if none is
+    wide enough, or no token lies in it."""
+    falling = sorted(measured, key=lambda one: -one.point.threshold)
+    points = [one.point for one in falling]
+    best = points.index(best_within(points, budget))
+    beyond = next((i for i, point in enumerate(points) if point.deferral_rate > budget), best)
+    steps = {step for step in (best - 1, best, beyond - 1) if 0 <= step < len(points) - 1}  # each to the point after
+    widths = {step: points[step + 1].deferral_rate - points[step].deferral_rate for step in steps}
+    for step in sorted(steps, key=lambda step: -widths[step]):
+        if widths[step] < _NARROW:
+            return None
+        higher, lower = points[step].threshold, points[step + 1].threshold
+        probs = falling[step].defer_probs
+        inside = probs[(probs < higher) & (probs > lower)]
+        if len(inside):
+            return inside.median().item()
+    return None
+
+
+def check_refine(refine: int) -> None:
+    """Raise a ConfigError for a negative number of thresholds."""
+    if refine < 0:
+        raise ConfigError(f"refine is {refine}, expected 0 or more thresholds")
 
 
 def check_rates(rates: Sequence[float]) -> None:
@@ -87,23 +235,9 @@ def check_rates(rates: Sequence[float]) -> None:
         raise ConfigError(f"cannot aim at a deferral rate of {outside[0]}, expected numbers from 0 to 1")
 
 
-@dataclass
-class _Progress:
-    """Counts completions over all thresholds."""
-
-    report: Callable[[int, int], None] | None
-    total: int
-    done: int = 0
-
-    def count(self, index: int, completion: Completion) -> None:
-        self.done += 1
-        if self.report is not None:
-            self.report(self.done, max(self.total, self.done))
-
-
-def _thresholds(defer_probs: Sequence[float], rates: Sequence[float]) -> list[float]:
-    """Besides the base alone: for each rate the defer prob that this share of `defer_probs` exceeds, and 1/2."""
+def _thresholds(defer_probs: Sequence[float], rates: Sequence[float], guesses: Sequence[float]) -> list[float]:
+    """Besides the base alone: for each rate the defer prob that this share of `defer_probs` exceeds, 1/2, guesses."""
     ranked = sorted(defer_probs, reverse=True)
     inner = {ranked[min(round(rate * len(ranked)), len(ranked) - 1)] for rate in rates if 0 < rate < 1}
     ends = {ASSISTANTS_ALONE} if 1 in rates else set()
-    return sorted((inner | ends | {EVEN_ODDS}) - {BASE_ALONE}, reverse=True)
+    return sorted((inner | ends | {EVEN_ODDS, *guesses}) - {BASE_ALONE}, reverse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from collm.core.types import BASE, ModelUsage, SamplingParams, deferral_rate
 from collm.errors import DataError
 from collm.evaluation.answers import Answer, Answers, answer_path
 from collm.evaluation.asking import Asking, OnProgress
-from collm.evaluation.gold import gold_views
+from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.insights import shown
 from collm.evaluation.intervals import Interval, paired_difference
 from collm.evaluation.reliability import reliability
@@ -27,7 +26,6 @@ from collm.evaluation.verdict import verdict
 from collm.models.language_model import LanguageModel
 from collm.models.members import author_name
 from collm.training.data import Row
-from collm.training.examples import encode_rows
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,7 @@ def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
     """What the authors say of solutions: measures, NaN as None, and how far the defer prob can be trusted."""
     if not solutions:
         return None
-    limit = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
-    examples = encode_rows(solutions, model.template, model.tokenizer, max_length=limit)
-    views = gold_views(model, examples)
+    views = gold_views(model, gold_examples(model, solutions))
     measures = {name: None if math.isnan(value) else value for name, value in views.measures().items()}
     return {
         "num_tokens": len(views.base_logprob),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -10,27 +13,80 @@ from torch import Tensor
 
 from collm.collaboration import CoLLM
 from collm.core.objective import defer_probs
-from collm.models.tools import ToolModel
-from collm.training.examples import Example
+from collm.models.members import load_members
+from collm.tools.spec import ToolSpec
+from collm.training.data import Row
+from collm.training.examples import Example, Examples, encode_rows
 from collm.training.measures import TokenViews
+from collm.training.scores import Scores
 from collm.training.scoring import read_scores
 
 
+def gold_examples(model: CoLLM, rows: Sequence[Row]) -> Examples:
+    """Rows as the collaboration's template renders them, cut to what its models read.
+
+    Raises:
+        DataError: a row the template refuses, or no target token in any.
+    """
+    limit = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
+    return encode_rows(rows, model.template, model.tokenizer, max_length=limit)
+
+
 @torch.inference_mode()
-def gold_views(model: CoLLM, examples: Sequence[Example]) -> TokenViews:
+def gold_views(model: CoLLM, examples: Sequence[Example], scores: Sequence[Scores] | None = None) -> TokenViews:
     """Every target token of the examples, as base, head and assistants see it: one pass of each model.
+
+    Args:
+        scores: of the assistants on these examples; with them the base alone is loaded and read.
 
     Raises:
         ConfigError: an example is longer than a model reads.
         ModelFailure: NaN logits, naming the model and the example.
         ToolFailure: a tool raised, hung or returned no text.
     """
-    base, *assistants = model.members
+    if scores is None:
+        base, *assistants = model.members
+        of_assistants = [read_scores(assistant, examples) for assistant in assistants]
+    else:
+        [base] = load_members([model.base], model.tokenizer, vocab_size=model.identity.vocab_size)
+        of_assistants = [[one.logprobs, one.corrects] for one in scores]
     base_logprob, base_correct, hidden = read_scores(base, examples, hidden_states=True)
-    of_assistants = [read_scores(assistant, examples) for assistant in assistants]
     logprobs, correct = (torch.stack(values, dim=-1) for values in zip(*of_assistants, strict=True))  # (M, K)
     defer_logits = cast(Tensor, model.head(hidden.to(model.head.weight.device))).float().cpu()
     return TokenViews(base_logprob, base_correct, logprobs, correct, defer_logits)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """What deferring would give at each gold token: that of argmax_k u_k, or of the base where it is a silent tool.
+
+    Attributes:
+        by_assistant: an assistant would write, bool, shape (M,).
+        correct: the gold token, bool, shape (M,).
+        logprob: of the gold token, nats, shape (M,).
+    """
+
+    by_assistant: Tensor
+    correct: Tensor
+    logprob: Tensor
+
+
+def deferred(model: CoLLM, views: TokenViews) -> Deferred:
+    """What each gold token becomes if the base defers there."""
+    silent = torch.zeros_like(views.assistant_correct)  # (M, K)
+    of_silence = torch.tensor(-math.log(model.identity.vocab_size))  # a tool's, of any token, as scores keep it
+    for k, member in enumerate(model.assistants):
+        if isinstance(member, ToolSpec):
+            silent[:, k] = views.assistant_logprobs[:, k] == of_silence
+    asked = views.defer_logits.argmax(-1, keepdim=True)
+    falls_back, correct, logprob = (
+        values.gather(-1, asked).squeeze(-1) for values in (silent, views.assistant_correct, views.assistant_logprobs)
+    )
+    return Deferred(
+        ~falls_back,
+        torch.where(falls_back, views.base_correct, correct),
+        torch.where(falls_back, views.base_logprob, logprob),
+    )
 
 
 def greedy_writes(model: CoLLM, views: TokenViews, threshold: float) -> Tensor:
@@ -42,11 +98,5 @@ def greedy_writes(model: CoLLM, views: TokenViews, threshold: float) -> Tensor:
     Returns:
         bool, shape (M,).
     """
-    correct = views.assistant_correct.clone()  # (M, K)
-    for k, member in enumerate(model.members[1:]):
-        if isinstance(member, ToolModel):
-            silent = views.assistant_logprobs[:, k] == torch.tensor(member.logprobs[-1])
-            correct[:, k] = torch.where(silent, views.base_correct, correct[:, k])
-    chosen = correct.gather(-1, views.defer_logits.argmax(-1, keepdim=True)).squeeze(-1)
-    deferred = defer_probs(views.defer_logits).double() > threshold  # as decoding compares them, not rounded to fp32
-    return torch.where(deferred, chosen, views.base_correct)
+    asks = defer_probs(views.defer_logits).double() > threshold  # as decoding compares them, not rounded to fp32
+    return torch.where(asks, deferred(model, views).correct, views.base_correct)

@@ -134,6 +134,19 @@ def paired_difference(
     return _bootstrap(differences, -1.0, confidence, resamples, seed)
 
 
+def independent_difference(a: Interval, b: Interval) -> Interval:
+    """An interval for the difference of two means over different items, from the interval of each.
+
+    Square and add (Newcombe 1998, method 10; Zou and Donner 2008): each end is as far from the difference as the two
+    ends that push it that way are from their means, squared and added, so it is no wider than it must be and keeps
+    the skewness of both.
+    """
+    difference = a.mean - b.mean
+    below = math.hypot(a.mean - a.low, b.high - b.mean)
+    above = math.hypot(a.high - a.mean, b.mean - b.low)
+    return Interval(difference, difference - below, difference + above)
+
+
 def _checked_values(scores: Sequence[float]) -> Tensor:
     values = torch.tensor(scores, dtype=torch.float64)
     if not len(values):

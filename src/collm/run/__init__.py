@@ -1,17 +1,18 @@
 """One training run from models, tools and rows to a calibrated collaboration."""
 
+from collm.run.calibrate import PastRun, Validation
 from collm.run.data import hold_out
 from collm.run.options import DataConfig, RunConfig, parse_model, parse_tool
 from collm.run.scores import Server, score, score_author, score_data
-from collm.run.train import RunResult, calibrate_rows, calibrate_run, leave, to_yaml, train_collaboration
+from collm.run.train import RunResult, leave, to_yaml, train_collaboration
 
 __all__ = [
     "DataConfig",
+    "PastRun",
     "RunConfig",
     "RunResult",
     "Server",
-    "calibrate_rows",
-    "calibrate_run",
+    "Validation",
     "hold_out",
     "leave",
     "parse_model",

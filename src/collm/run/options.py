@@ -9,7 +9,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.evaluation.calibration import DEFERRAL_RATES, check_rates
+from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, check_rates, check_refine
 from collm.evaluation.metrics import metric_named
 from collm.models.guards import check_accepted
 from collm.models.loading import ModelSpec
@@ -84,6 +84,8 @@ class RunConfig(DataConfig):
         calibrate: measure thresholds when training is done; false where base and assistants do not fit one process
             there: `collm calibrate` does it later, with the same rows.
         rates: deferral rates that calibration aims at.
+        budgets: deferral rates to find the best threshold within, besides the best of all.
+        refine: thresholds that calibration adds beside the best, and beside the best within each budget.
         max_new_tokens, stop, max_batch: of calibration's completions.
         dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
             whole.
@@ -106,6 +108,8 @@ class RunConfig(DataConfig):
     calibrate: bool = True
     metric: str = "exact_match"
     rates: list[float] = field(default_factory=lambda: list(DEFERRAL_RATES))
+    budgets: list[float] = field(default_factory=list)
+    refine: int = REFINE
     max_new_tokens: int = 256
     stop: list[str] = field(default_factory=list)
     max_batch: int = 16
@@ -142,7 +146,8 @@ class RunConfig(DataConfig):
         if self.assistant_quantization is not None and len(tools) == len(self.assistant):
             raise ConfigError("assistant_quantization has no effect where all assistants are tools; leave it out")
         check_accepted(self.accept_differences)
-        check_rates(self.rates)
+        check_rates([*self.rates, *self.budgets])
+        check_refine(self.refine)
         metric_named(self.metric)
 
     @property

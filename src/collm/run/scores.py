@@ -159,7 +159,7 @@ def score_author(
         part: score(
             examples,
             spec,
-            scores_directory(config, args) / part / author,
+            scores_directory(config, Path(args.output_dir)) / part / author,
             prepared.tokenizer,
             max_batch_tokens=config.max_batch_tokens,
             hidden_states=config.cache_hidden_states and author == "base",
@@ -171,6 +171,6 @@ def score_author(
     return scores["."]
 
 
-def scores_directory(config: RunConfig, args: CoLLMConfig) -> Path:
-    """Where a run keeps its scores."""
-    return Path(config.scores) if config.scores else Path(args.output_dir) / "scores"
+def scores_directory(config: RunConfig, run: Path) -> Path:
+    """Where the run of a directory keeps its scores."""
+    return Path(config.scores) if config.scores else run / "scores"

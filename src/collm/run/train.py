@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,20 +17,17 @@ from collm.atomic import atomic_file
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
-from collm.core.types import SamplingParams
 from collm.errors import ConfigError
-from collm.evaluation.calibration import DEFERRAL_RATES, ValidationItem, calibrate
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_model
-from collm.run.data import Prepared, prepare, split_rows
+from collm.run.calibrate import Validation
+from collm.run.data import Prepared, prepare
 from collm.run.options import RunConfig
 from collm.run.scores import score_all, scores_directory
 from collm.training.checkpoints import last_checkpoint
 from collm.training.config import CoLLMConfig
-from collm.training.data import Row
 from collm.training.dataset import TrainingSet
-from collm.training.scoring import progress_bar
 from collm.training.trainer import CoLLMTrainer
 
 
@@ -81,7 +77,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         _write(directory / "example.txt", prepared.rendered())
         if not quiet:
             sys.stderr.write(prepared.rendered())
-    root = scores_directory(config, args)
+    root = scores_directory(config, directory)
     data = score_all(config, prepared.examples, root, prepared.tokenizer, processes, quiet=quiet)
     evaluation = None
     if prepared.evaluation is not None:
@@ -121,7 +117,7 @@ def _save(
     model.save_pretrained(directory / "collaboration")
     kept = dict(metrics)
     if config.calibrate:
-        calibration = calibrate_as(config, model, prepared.validation, quiet=quiet)
+        calibration = Validation.of(config, prepared.validation).calibrate(model, quiet=quiet)
         model.save_calibration(directory / "collaboration")
         kept["calibration"] = calibration.to_dict()
     _write(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
@@ -202,60 +198,6 @@ def fit(
         accept_differences=config.accept_differences,
     )
     return model, metrics
-
-
-def calibrate_as(config: RunConfig, model: CoLLM, rows: Sequence[Row], *, quiet: bool = False) -> Calibration:
-    """Calibrate as a run's options say."""
-    return calibrate_rows(
-        model,
-        rows,
-        config.validation or f"held out of {config.data}",
-        metric=config.metric,
-        rates=config.rates,
-        params=SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
-        max_batch=config.max_batch,
-        quiet=quiet,
-    )
-
-
-def calibrate_run(model: CoLLM, directory: Path, *, quiet: bool = False) -> Calibration:
-    """Calibrate the collaboration of a run directory, with the rows and options of its run.yaml.
-
-    Raises:
-        ConfigError: there is no run.yaml.
-    """
-    path = directory / "run.yaml"
-    if not path.exists():
-        raise ConfigError(f"there is no {path} to say which rows; pass --data")
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config = RunConfig(**{one.name: options[one.name] for one in fields(RunConfig)})
-    return calibrate_as(config, model, split_rows(config, seed=options["seed"])[1], quiet=quiet)
-
-
-def calibrate_rows(
-    model: CoLLM,
-    rows: Sequence[Row],
-    source: str,
-    *,
-    metric: str,
-    params: SamplingParams,
-    rates: Sequence[float] = DEFERRAL_RATES,
-    max_batch: int = 16,
-    quiet: bool = False,
-) -> Calibration:
-    """Calibrate on rows of data that came from `source`, with a progress bar."""
-    items = [ValidationItem(row.prompt, row.completion) for row in rows]
-    with progress_bar("calibrating", enabled=not quiet) as progress:
-        return calibrate(
-            model,
-            items,
-            metric=metric,
-            params=params,
-            rates=rates,
-            max_batch=max_batch,
-            settings={"data": source},
-            on_completion=progress,
-        )
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from collm.collaboration import CoLLM
+from collm.core.calibration import Calibration
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.core.types import BASE
 from collm.decoding.request import check_prompt
@@ -39,15 +40,19 @@ class Served:
     def info(self) -> dict[str, Any]:
         """What clients may know of it."""
         calibration = self.model.calibration
-        found = calibration.to_dict() if calibration else {}
         return {
             "id": self.name,
             "author_names": self.author_names,
             "alone": self.alone,
             "default_threshold": calibration.best().threshold if calibration else None,
-            "calibration": {key: found[key] for key in ("metric_name", "num_prompts", "points")} if found else None,
+            "calibration": calibration and _measured(calibration),
             "chat": self.model.template.chat is not None,
         }
+
+
+def _measured(calibration: Calibration) -> dict[str, Any]:
+    found = calibration.to_dict()
+    return {key: found[key] for key in ("metric_name", "num_prompts", "points", "budgets")}
 
 
 @dataclass(frozen=True)

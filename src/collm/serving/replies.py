@@ -166,14 +166,17 @@ class Point(Reply):
     metric: float
     low: float
     high: float
+    rate_low: float
+    rate_high: float
 
 
 class CalibrationInfo(Reply):
-    """Thresholds that were measured."""
+    """Thresholds that were measured, and the deferral rates that thresholds were looked for."""
 
     metric_name: str
     num_prompts: int
     points: list[Point]
+    budgets: list[float]
 
 
 class ModelInfo(Reply):

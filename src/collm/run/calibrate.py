@@ -1,0 +1,153 @@
+"""Thresholds of a trained collaboration: on which rows they are chosen, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from collm.collaboration import CoLLM
+from collm.core.calibration import Calibration
+from collm.core.types import SamplingParams
+from collm.errors import ConfigError
+from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem, calibrate, check_on
+from collm.evaluation.gold import deferred, gold_examples, gold_views
+from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
+from collm.run.data import split_rows
+from collm.run.options import RunConfig
+from collm.run.scores import score, scores_directory
+from collm.training.data import Row
+from collm.training.examples import encode_rows
+from collm.training.scoring import progress_bar
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Rows to choose thresholds on, and how.
+
+    Attributes:
+        rows: prompts with their references.
+        source: where they came from, in words or as a path.
+        metric, params, rates, budgets, refine, max_batch: as of `calibrate`.
+    """
+
+    rows: Sequence[Row]
+    source: str
+    metric: str = "exact_match"
+    params: SamplingParams = field(default_factory=SamplingParams)
+    rates: Sequence[float] = DEFERRAL_RATES
+    budgets: Sequence[float] = ()
+    refine: int = REFINE
+    max_batch: int = 16
+
+    @classmethod
+    def of(cls, config: RunConfig, rows: Sequence[Row]) -> Validation:
+        """As a run's options say."""
+        return cls(
+            rows,
+            config.validation or f"held out of {config.data}",
+            config.metric,
+            SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
+            config.rates,
+            config.budgets,
+            config.refine,
+            config.max_batch,
+        )
+
+    @property
+    def items(self) -> list[ValidationItem]:
+        """What is generated, and what it is compared with."""
+        return [ValidationItem(row.prompt, row.completion) for row in self.rows]
+
+    def split(self, share: float) -> tuple[Validation, Validation]:
+        """Rows to choose on, and a share of them to check the choice on; drawn at random, the same ones every time.
+
+        Raises:
+            ConfigError: a share that leaves no row on one of the sides.
+        """
+        if not 0 < share < 1:
+            raise ConfigError(f"the share to check on is {share}, expected a number between 0 and 1, as 0.3")
+        count = round(share * len(self.rows))
+        if not 0 < count < len(self.rows):
+            raise ConfigError(
+                f"a share of {share} of {len(self.rows)} rows is {count} rows; leave at least one to choose on and one "
+                "to check on"
+            )
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0)).tolist()
+        checked = set(order[:count])
+        chosen = [row for i, row in enumerate(self.rows) if i not in checked]
+        return replace(self, rows=chosen), replace(self, rows=[self.rows[i] for i in sorted(checked)])
+
+    def calibrate(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
+        """Calibrate on these rows, the best threshold of their teacher-forced curve among those that are tried."""
+        curve = self.curve(model)
+        guesses = [curve.best(budget).threshold for budget in (1.0, *self.budgets)]
+        with progress_bar("calibrating", enabled=not quiet) as progress:
+            return calibrate(
+                model,
+                self.items,
+                metric=self.metric,
+                params=self.params,
+                rates=self.rates,
+                budgets=self.budgets,
+                guesses=guesses,
+                refine=self.refine,
+                max_batch=self.max_batch,
+                settings={"data": self.source},
+                on_completion=progress,
+            )
+
+    def check(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
+        """Check the chosen thresholds on these rows."""
+        with progress_bar("checking", enabled=not quiet) as progress:
+            return check_on(model, self.items, params=self.params, max_batch=self.max_batch, on_completion=progress)
+
+    def curve(self, model: CoLLM) -> TeacherForcedCurve:
+        """All thresholds on the gold completions of these rows, without generating."""
+        views = gold_views(model, gold_examples(model, self.rows))
+        return teacher_forced(views, deferred(model, views))
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run directory, with the options of its run.yaml."""
+
+    directory: Path
+    config: RunConfig
+    seed: int
+    max_length: int
+
+    @classmethod
+    def read(cls, directory: Path) -> PastRun:
+        """The run that made a collaboration in this directory.
+
+        Raises:
+            ConfigError: there is no run.yaml.
+        """
+        path = directory / "run.yaml"
+        if not path.exists():
+            raise ConfigError(f"there is no {path} to say which rows; pass --data")
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = RunConfig(**{one.name: options[one.name] for one in fields(RunConfig)})
+        return cls(directory, config, options["seed"], options["max_length"])
+
+    def validation(self) -> Validation:
+        """Its validation rows, to be calibrated on as it did."""
+        return Validation.of(self.config, split_rows(self.config, seed=self.seed)[1])
+
+    def curve(self, model: CoLLM, *, quiet: bool = False) -> TeacherForcedCurve:
+        """As `Validation.curve`, with the scores of the assistants that the run keeps: of models, the base alone is
+        loaded and read. Scores that are missing are computed and kept."""
+        rows, config = self.validation().rows, self.config
+        examples = encode_rows(rows, model.template, model.tokenizer, max_length=self.max_length)
+        root = scores_directory(config, self.directory) / "validation"
+        scores = [
+            score(examples, spec, root / author, model.tokenizer, max_batch_tokens=config.max_batch_tokens, quiet=quiet)
+            for author, spec in config.authors.items()
+            if author != "base"
+        ]
+        views = gold_views(model, examples, scores)
+        return teacher_forced(views, deferred(model, views))
