@@ -233,7 +233,9 @@ def read_calibration(directory: Path) -> Calibration | None:
     try:
         return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); calibrate again") from error
+        raise ArtefactError(
+            f"{path} is damaged ({type(error).__name__}: {error}); remove it and calibrate again"
+        ) from error
 
 
 def write_text_files(directory: Path, manifest: Manifest, calibration: Calibration | None) -> None:

@@ -118,4 +118,4 @@ def calibrate(
         model.save_calibration(collaboration)
     out.print(calibration_table(calibration))
     for one in calibration.checks:
-        out.print(one.words(calibration.metric_name))
+        out.print(one.words(calibration.metric_name), soft_wrap=True)

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 def calibration_table(calibration: Calibration) -> Table:
     """Every measured threshold, the chosen one marked."""
-    table = Table(title=f"{calibration.metric_name} on {calibration.num_prompts} validation prompts")
+    title = f"{calibration.metric_name} on {calibration.num_prompts} validation prompts"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for heading in ("threshold", "deferral rate", "interval", calibration.metric_name, "interval", "best"):
-        table.add_column(heading, justify="left" if heading == "best" else "right")
+        table.add_column(heading, justify="left" if heading == "best" else "right", no_wrap=heading != "best")
     for point in calibration.points:
         uses = calibration.uses(point)
         table.add_row(
             f"{point.threshold:.4g}",
             f"{point.deferral_rate:.1%}",
-            f"{point.rate_low:.1%} - {point.rate_high:.1%}",
+            f"{100 * point.rate_low:.1f} - {point.rate_high:.1%}",
             f"{point.metric:.3f}",
             f"{point.low:.3f} - {point.high:.3f}",
             ", ".join(uses),
@@ -41,7 +42,7 @@ def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) ->
     """The curve at rates 0, 0.1 .. 1, its best point, and its best points within budgets."""
     title = f"{curve.num_tokens:,} gold tokens, {len(curve):,} thresholds; nothing generated"
     caption = f"right = the gold token is the argmax of who writes there; choosing rightly: {curve.reachable:.2%}"
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     for heading in ("threshold", "deferral rate", "right", "mean NLL", "best"):
         table.add_column(heading, justify="left" if heading == "best" else "right")
     best = {curve.best(): "of all"}
