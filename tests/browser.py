@@ -29,9 +29,14 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, address: str, **options: object) -> Iterator[Page]:
-    """A page that must ask for nothing but `address` and what lies below it, and must log no error."""
-    context = browser.new_context(bypass_csp=True, **options)  # type: ignore[arg-type]
+def opened(browser: Browser, address: str, *, failing: str = "", **options: object) -> Iterator[Page]:
+    """A page that must ask for nothing but `address` and what lies below it, and must log no error.
+
+    Args:
+        failing: what an error that the page does log has to hold.
+        options: of the browser's context; axe needs `bypass_csp`, which is the default.
+    """
+    context = browser.new_context(**{"bypass_csp": True, **options})  # type: ignore[arg-type]
     page = context.new_page()
     asked: list[str] = []
     errors: list[str] = []
@@ -40,10 +45,11 @@ def opened(browser: Browser, address: str, **options: object) -> Iterator[Page]:
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(address)
     yield page
-    outside = [url for url in asked if not url.startswith((address, "data:"))]
+    here = address.partition("#")[0]
+    outside = [url for url in asked if not url.startswith((here, "data:"))]
     context.close()
     assert not outside
-    assert not errors
+    assert not [error for error in errors if not failing or failing not in error]
 
 
 def sideways(page: Page) -> int:

@@ -19,6 +19,7 @@ from collm.core.calibration import Calibration, CalibrationPoint
 from collm.models.template import PromptTemplate
 from collm.serving.run import Server
 from collm.serving.settings import Settings
+from collm.serving.worker import Worker
 from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import random_head
 
@@ -89,6 +90,23 @@ class Running:
         """Nothing runs, nothing waits, no slot is open."""
         workers = [one.worker for one in self.service.collaborations.served]
         return not any(one.running or one.waiting or one.outstanding for one in workers) and not self.open_slots
+
+
+class Steps:
+    """Lets the engine make a step only when told to; where there is nothing to step it waits for requests as ever."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._permits = threading.Semaphore(0)
+        self.engine = worker._engine
+        self._step = self.engine.step
+        self.engine.step = self._wait  # type: ignore[method-assign]
+
+    def _wait(self) -> Any:
+        assert self._permits.acquire(timeout=60)
+        return self._step()
+
+    def allow(self, count: int) -> None:
+        self._permits.release(count)
 
 
 def make_pair(tokenizer: PreTrainedTokenizerFast, assistants: int = 1, **options: Any) -> CoLLM:

@@ -26,7 +26,7 @@ from collm.models.loading import ModelSpec
 from collm.serving.run import Server, run
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
-from tests.serving.conftest import CALIBRATION, Running, make_pair
+from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
 
 LONG = {"model": "pair", "prompt": "w5 w6", "max_tokens": 100}
 
@@ -40,23 +40,6 @@ def held(worker: Worker) -> Iterator[None]:
         yield
     finally:
         gate.set()
-
-
-class Steps:
-    """Lets the engine make a step only when told to; where there is nothing to step it waits for requests as ever."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._permits = threading.Semaphore(0)
-        self.engine = worker._engine
-        self._step = self.engine.step
-        self.engine.step = self._wait  # type: ignore[method-assign]
-
-    def _wait(self) -> Any:
-        assert self._permits.acquire(timeout=60)
-        return self._step()
-
-    def allow(self, count: int) -> None:
-        self._permits.release(count)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from collm.serving import replies
 from collm.serving.answering import Answer
 from collm.serving.collaborations import Target
 from collm.serving.front import Front
+from collm.serving.playground import playground
 from collm.serving.reading import Reading, as_chat, read_chat, read_completion
 from collm.serving.records import Metrics, Record
 from collm.serving.refusals import Refusal, invalid
@@ -39,6 +40,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: data: {chunk}, [DONE]"}}}
 
 router = APIRouter(responses=_ERRORS)
+router.add_route("/", playground, include_in_schema=False)
 
 
 def _generation(model: type[replies.Reply]) -> dict[int | str, dict[str, Any]]:

@@ -22,7 +22,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _LOG = logging.getLogger(__name__)
 
-OPEN_PATHS = {"/health", "/ready"}
+OPEN_PATHS = {"/", "/health", "/ready"}
 """They need no key."""
 UNRECORDED = {"/health", "/ready", "/metrics"}
 """Asked every few seconds by machines, so neither logged nor counted."""
