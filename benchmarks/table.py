@@ -2,6 +2,7 @@
 
 python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
 python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
+python -m benchmarks.table docs/serving.md benchmarks/results/cpu-serve.json
 """
 
 from __future__ import annotations
@@ -57,7 +58,18 @@ MEMORY = {
 STEP = {"target_share": "share of targets", "steps": "steps", "step_ratio": "time / plain fine-tuning"}
 PADDING = {"shortest": "shortest", "longest": "longest", "padding_free_ratio": "time / padded"}
 SCORING = {"model": "model", "longest": "longest", "examples": "examples", "scoring_ratio": "speed / one at a time"}
+THROUGHPUT = {"batch": "streams at once", "speed_vs_engine": "speed / engine", "tokens_per_second": "tokens per second"}
+LOAD = {
+    "round": "round",
+    "finished": "finished",
+    "left": "left early",
+    "errors": "errors",
+    "open_slots": "slots open after",
+    "resident_mb": "memory, MB",
+}
 PARTS = [
+    ("throughput", "Over HTTP against the same engine without it, the same requests:", THROUGHPUT),
+    ("load", "Rounds of many streams of mixed lengths, of which some are left early:", LOAD),
     ("memory", "Memory of the loss, forward and backward, above what was held before it:", MEMORY),
     ("step", "An optimiser step against transformers' Trainer with the model's own loss:", STEP),
     ("padding", "An optimiser step without padding against one with it:", PADDING),
@@ -83,7 +95,8 @@ def section(path: Path) -> list[str]:
     given, versions = result["arguments"], result["versions"]
     made_on = f"{given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}"
     lines = [
-        f"### {given['base'].upper()} + {given['assistant'].upper()}, {given['dtype']}, {given['device']}",
+        f"### {given['base'].upper()} + {given['assistant'].upper()}, {given.get('dtype', 'float32')}, "
+        f"{given.get('device', 'cpu')}",
         "",
         f"`{result['command']}` ({made_on}):",
         "",

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "training": {"core", "tools", "models", "training"},
     "decoding": {"core", "tools", "models", "decoding"},
     "artefact": {"core", "tools", "models"},
-    "collaboration": {"core", "tools", "models", "decoding", "artefact"},
+    "vllm": {"core", "tools", "models", "decoding", "vllm"},
+    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
 MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}

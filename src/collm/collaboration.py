@@ -34,6 +34,7 @@ from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.spec import ToolFunction, ToolSpec
+from collm.vllm.export import export_base
 
 
 class Completions(list[Completion]):
@@ -205,6 +206,17 @@ class CoLLM:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
         return str(address)
+
+    def export_vllm(self, path: str | Path) -> None:
+        """Write the base with the head as rows of its output layer, for vLLM (`vllm.export.export_base`).
+
+        Raises:
+            ArtefactError: `path` exists.
+            ConfigError, UnsupportedModel: no row can hold the head.
+            WriteError: the disk refused.
+        """
+        threshold = self.calibration.best().threshold if self.calibration else None
+        export_base(self.base, self.head, self.tokenizer, Path(path), default_threshold=threshold)
 
     def _save_base(self, directory: Path) -> SavedBase | None:
         folder: SavedBase = "adapter" if hasattr(self.base, "peft_config") else "base"

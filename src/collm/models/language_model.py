@@ -35,8 +35,8 @@ class LanguageModel:
             raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no output layer; expected a causal LM")
         self.vocab_size = min(vocab_size or self.padded_vocab_size, self.padded_vocab_size)
         text_config = inner.config.get_text_config()
-        self._softcap = getattr(text_config, "final_logit_softcapping", None)
-        self._scale = getattr(text_config, "logit_scale", None) or 1 / (
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.scale = getattr(text_config, "logit_scale", None) or 1 / (
             getattr(text_config, "logits_scaling", None) or 1
         )
 
@@ -111,10 +111,10 @@ class LanguageModel:
 
     def shape_logits(self, values: Tensor) -> Tensor:
         """Logits from what the output layer gives, shape (..., padded V): the same tensor where nothing is to do."""
-        if self._scale != 1:
-            values = values * self._scale
-        if self._softcap is not None:
-            values = torch.tanh(values / self._softcap) * self._softcap
+        if self.scale != 1:
+            values = values * self.scale
+        if self.softcap is not None:
+            values = torch.tanh(values / self.softcap) * self.softcap
         return values if self.vocab_size == self.padded_vocab_size else values[..., : self.vocab_size]
 
     @property

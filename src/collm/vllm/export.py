@@ -1,0 +1,129 @@
+"""A base with its deferral head as one transformers model that vLLM serves."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from collm.atomic import atomic_directory
+from collm.core.head import DeferralHead
+from collm.errors import ArtefactError, ConfigError, UnsupportedModel
+from collm.models.guards import TokenizerIdentity
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_model
+from collm.vllm.note import Note
+
+
+def export_base(
+    base: nn.Module | ModelSpec,
+    head: DeferralHead,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    default_threshold: float | None = None,
+) -> Note:
+    """Write the base with the head as further rows of its output layer, tokenizer and note.
+
+    A LoRA adapter is merged, tied embeddings are untied, and what pads the vocabulary stays where it is: behind all
+    existing rows come one for each assistant and a row of zeros. Rows take the model's dtype, so in bfloat16 a defer
+    logit is rounded to about three digits; the head's own arithmetic is fp32.
+
+    Args:
+        base: as of `CoLLM`; it stays as it is.
+        default_threshold: kept in the note.
+
+    Raises:
+        ArtefactError: `out` exists.
+        ConfigError: the base is quantized.
+        UnsupportedModel: no row can hold the head: the logits are capped, or the tokenizer does not let the rows have
+            names of their own.
+        WriteError: the disk refused; nothing is left at `out`.
+    """
+    if out.exists():
+        raise ArtefactError(f"{out} exists; choose another directory or remove it")
+    model: Any = _plain(base)
+    language = LanguageModel(model, name="base")
+    if language.softcap is not None:
+        raise UnsupportedModel(
+            f"the base caps its logits (final_logit_softcapping {language.softcap}), so no row of its output layer can "
+            "hold the head; decode with --engine local"
+        )
+    first = language.padded_vocab_size
+    note = Note(
+        defer_ids=list(range(first, first + head.num_assistants)),
+        biases=head.bias.detach().float().tolist(),
+        zero_id=first + head.num_assistants,
+        vocab_size=TokenizerIdentity.of(tokenizer).vocab_size,
+        tokenizer_hash=TokenizerIdentity.of(tokenizer).hash,
+        default_threshold=default_threshold,
+    )
+    named = _named(tokenizer, note)
+    _add_rows(model, head.weight.detach() / language.scale, note.zero_id + 1)
+    with atomic_directory(out.resolve()) as directory:
+        model.save_pretrained(directory)
+        named.save_pretrained(directory)
+        note.write(directory)
+    return note
+
+
+def _plain(base: nn.Module | ModelSpec) -> Any:
+    """The base as a model of its own, without an adapter."""
+    if isinstance(base, ModelSpec):
+        if base.quantization is not None:
+            raise ConfigError(
+                f"the base is quantized ({base.quantization}), and rows of its output layer are not; export a "
+                "collaboration whose base is not"
+            )
+        return load_model(replace(base, device="cpu"))
+    copy: Any = deepcopy(base).to("cpu")
+    return copy.merge_and_unload() if hasattr(copy, "peft_config") else copy
+
+
+@torch.no_grad()
+def _add_rows(model: Any, rows: Tensor, vocab_size: int) -> None:
+    """Give the output layer these rows behind its own, then zeros up to `vocab_size`, and untie it."""
+    old = model.get_output_embeddings()
+    weight, bias = _lengthened(old.weight, vocab_size), getattr(old, "bias", None)
+    weight[len(old.weight) : len(old.weight) + len(rows)] = rows.to(weight)
+    output = nn.Linear(weight.shape[1], vocab_size, bias=bias is not None, device="meta")
+    output.weight = nn.Parameter(weight)
+    if bias is not None:
+        output.bias = nn.Parameter(_lengthened(bias, vocab_size))
+    read = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    model.get_input_embeddings().weight[read:] = 0  # nobody reads them
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(output)
+
+
+def _lengthened(values: Tensor, length: int) -> Tensor:
+    """With zeros behind, as a tensor of its own."""
+    longer = values.new_zeros(length, *values.shape[1:])
+    longer[: len(values)] = values
+    return longer
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, note: Note) -> PreTrainedTokenizerBase:
+    """The tokenizer with a special token for each new row, and for the padding before them."""
+    names = ["<|defer|>"] if len(note.defer_ids) == 1 else [f"<|defer-{k}|>" for k in range(1, len(note.defer_ids) + 1)]
+    names.append("<|zero|>")
+    named = deepcopy(tokenizer)
+    padding = [f"<|padding-{token_id}|>" for token_id in range(note.vocab_size, note.defer_ids[0])]
+    taken = [name for name in [*padding, *names] if name in named.get_vocab()]
+    if taken:
+        raise UnsupportedModel(f"the tokenizer has a token {taken[0]!r} already, which the export would add; rename it")
+    named.add_tokens([AddedToken(name, special=True) for name in [*padding, *names]], special_tokens=True)
+    found = named.convert_tokens_to_ids(names)
+    if found != [*note.defer_ids, note.zero_id]:
+        raise UnsupportedModel(
+            f"the tokenizer gives the new rows the ids {found}, expected {[*note.defer_ids, note.zero_id]}; it has "
+            "holes in its vocabulary"
+        )
+    return named

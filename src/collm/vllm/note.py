@@ -1,0 +1,56 @@
+"""What is known of an exported base: written by the export, read by whoever decodes with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from collm.errors import ArtefactError
+from collm.version import __version__
+from collm.vllm import NOTE, NOTE_FORMAT
+
+
+@dataclass(frozen=True)
+class Note:
+    """The content of collm_vllm.json.
+
+    Attributes:
+        defer_ids: rows of the output layer that hold the head, of assistants 1..K.
+        biases: b_1..b_K, which no row can hold: u_k is row k's logit plus b_k.
+        zero_id: a row of zeros, whose logit is 0, from which log-probabilities become logits again.
+        vocab_size: the ids that all models share.
+        tokenizer_hash: of the collaboration's tokenizer.
+        default_threshold: chosen by calibration, None before it.
+    """
+
+    defer_ids: list[int]
+    biases: list[float]
+    zero_id: int
+    vocab_size: int
+    tokenizer_hash: str
+    default_threshold: float | None
+    version: str = __version__
+    format: int = NOTE_FORMAT
+
+    def write(self, directory: Path) -> None:
+        """Put it beside the model."""
+        (directory / NOTE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Note:
+        """The note of an exported base.
+
+        Raises:
+            ArtefactError: there is none, or another version wrote it.
+        """
+        path = directory / NOTE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != NOTE_FORMAT:
+                raise ArtefactError(f"{path} has format {content['format']!r}, this version reads {NOTE_FORMAT}")
+            return cls(**content)
+        except OSError as error:
+            raise ArtefactError(f"there is no {path}; expected what 'collm export vllm' writes") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); export again") from error
