@@ -19,7 +19,7 @@ from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.vllm import NOTE
 from collm.vllm.export import export_base
-from collm.vllm.note import Note
+from collm.vllm.note import Note, defer_names
 from tests.architectures import EXACT
 from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import random_head
@@ -62,7 +62,10 @@ def test_logits_and_defer_logits_stay(
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     named = AutoTokenizer.from_pretrained(tmp_path / "out")
     names = ["<|defer|>"] if k == 1 else ["<|defer-1|>", "<|defer-2|>"]
-    assert named.convert_tokens_to_ids([*names, "<|zero|>"]) == [*note.defer_ids, note.zero_id]
+    assert defer_names(head)[:-1] == names
+    assert named.convert_tokens_to_ids(defer_names(head)) == [*note.defer_ids, note.zero_id]
+    head.bias.data += 1
+    assert named.convert_tokens_to_ids(defer_names(head)[-1]) == named.unk_token_id
     assert named("w5 w6")["input_ids"] == tokenizer("w5 w6")["input_ids"]
     assert named.decode([5, *note.defer_ids, note.zero_id], skip_special_tokens=True) == tokenizer.decode([5])
 

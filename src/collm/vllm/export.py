@@ -18,7 +18,7 @@ from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
-from collm.vllm.note import Note
+from collm.vllm.note import Note, defer_names
 
 
 def export_base(
@@ -64,7 +64,7 @@ def export_base(
         tokenizer_hash=TokenizerIdentity.of(tokenizer).hash,
         default_threshold=default_threshold,
     )
-    named = _named(tokenizer, note)
+    named = _named(tokenizer, defer_names(head), note)
     _add_rows(model, head.weight.detach() / language.scale, note.zero_id + 1)
     with atomic_directory(out.resolve()) as directory:
         model.save_pretrained(directory)
@@ -110,10 +110,8 @@ def _lengthened(values: Tensor, length: int) -> Tensor:
     return longer
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, note: Note) -> PreTrainedTokenizerBase:
+def _named(tokenizer: PreTrainedTokenizerBase, names: list[str], note: Note) -> PreTrainedTokenizerBase:
     """The tokenizer with a special token for each new row, and for the padding before them."""
-    names = ["<|defer|>"] if len(note.defer_ids) == 1 else [f"<|defer-{k}|>" for k in range(1, len(note.defer_ids) + 1)]
-    names.append("<|zero|>")
     named = deepcopy(tokenizer)
     padding = [f"<|padding-{token_id}|>" for token_id in range(note.vocab_size, note.defer_ids[0])]
     taken = [name for name in [*padding, *names] if name in named.get_vocab()]

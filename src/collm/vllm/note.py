@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from collm.core.head import DeferralHead
 from collm.errors import ArtefactError
 from collm.version import __version__
 from collm.vllm import NOTE, NOTE_FORMAT
+
+
+def defer_names(head: DeferralHead) -> list[str]:
+    """Tokens of the rows that hold the head: of each assistant, and of the row of zeros, named after the head itself.
+
+    So a server that knows the last one serves an export of this very head.
+    """
+    digest = hashlib.sha256()
+    for values in (head.weight, head.bias):
+        digest.update(values.detach().float().cpu().numpy().tobytes())
+    count = head.num_assistants
+    names = ["<|defer|>"] if count == 1 else [f"<|defer-{k}|>" for k in range(1, count + 1)]
+    return [*names, f"<|head-{digest.hexdigest()[:12]}|>"]
 
 
 @dataclass(frozen=True)
