@@ -42,6 +42,7 @@ class Manifest:
         saved_base: which folder of the artefact holds the tuned base, None for a frozen one.
         tokenizer_hash, chat_template_hash: of the tokenizer all models share.
         default_threshold: chosen by calibration, None before it.
+        servers: where base and assistants are served, the fields of `vllm.servers.Servers`; None for models in memory.
         training: how the head was trained and what was measured, for the model card.
     """
 
@@ -55,6 +56,7 @@ class Manifest:
     accept_differences: list[str]
     default_threshold: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    servers: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     format: int = FORMAT
 

@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -23,18 +23,24 @@ from collm.core.named import policy_named
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, deferral_rate
 from collm.decoding.candidates import Candidates, top_candidates
-from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, Engine
+from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.decoding.request import Request
 from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
+from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter, saved_eos_ids
 from collm.models.members import AssistantSpec, Member, as_member, author_name, load_members, spec_of
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.spec import ToolFunction, ToolSpec
+from collm.vllm.endpoint import Endpoint
+from collm.vllm.engine import VllmEngine
 from collm.vllm.export import export_base
+from collm.vllm.fleet import Fleet
+from collm.vllm.servers import Servers
+
+EngineName = Literal["local", "vllm"]
 
 
 class Completions(list[Completion]):
@@ -66,6 +72,7 @@ class CoLLM:
         calibration: what `generate` takes its default threshold and its budgets from.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
         training: what was measured while training, for the model card.
+        servers: where base and assistants are served; then nothing is loaded here, and decoding goes across them.
         compiled: run each model's one-token passes through `torch.compile`, as CUDA graphs on a GPU; costs about half
             a minute a model at the start and whenever the cache grows.
 
@@ -85,8 +92,11 @@ class CoLLM:
         accept_differences: Sequence[str] = (),
         training: dict[str, Any] | None = None,
         compiled: bool = False,
+        servers: Servers | None = None,
     ) -> None:
         check_accepted(accept_differences)
+        if servers is not None:
+            _check_served(servers, assistants, compiled)
         if len(assistants) != head.num_assistants:
             raise MismatchError(
                 f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
@@ -104,6 +114,7 @@ class CoLLM:
         self.accept_differences = tuple(accept_differences)
         self.training = training or {}
         self.compiled = compiled
+        self.servers = servers
         self._source: Path | None = None
         for number, member in enumerate(self.assistants, start=1):
             if isinstance(member, ModelSpec):
@@ -124,6 +135,8 @@ class CoLLM:
         dtype: str | None = None,
         compiled: bool = False,
         trust_tools: bool = False,
+        engine: EngineName | None = None,
+        servers: Servers | None = None,
     ) -> CoLLM:
         """Load a collaboration from a directory or a Hub repository; the models' weights follow on first use.
 
@@ -134,10 +147,13 @@ class CoLLM:
             device, dtype: of all models, in place of what the artefact says.
             compiled: as of the class.
             trust_tools: run the code of assistants that are functions of somebody's.
+            engine: "local" or "vllm"; by default "vllm" where servers are given or the artefact names some.
+            servers: in place of those that the artefact names.
 
         Raises:
             ArtefactError: it is missing, half-written or corrupt, a tokenizer is not the one it was made with, or it
                 names code that was not trusted.
+            ConfigError: servers for the local engine, or none for the other.
             MismatchError: the models do not fit each other.
         """
         directory = artefact.local_directory(path, revision)
@@ -145,6 +161,7 @@ class CoLLM:
         if not trust_tools and assistants is None:
             artefact.check_trusted(manifest, directory)
         head = artefact.read_head(directory, manifest.head)
+        servers = _servers_for(engine, servers, manifest)
         placed = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         base_spec = manifest.base
         if manifest.saved_base == "base":
@@ -152,7 +169,7 @@ class CoLLM:
         tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else base_spec)
         artefact.check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
         base_spec = replace(base_spec, **placed)
-        if base is None and manifest.saved_base == "adapter":
+        if base is None and manifest.saved_base == "adapter" and servers is None:
             base = load_with_adapter(base_spec, directory / "adapter")
         model = cls(
             base or base_spec,
@@ -164,6 +181,7 @@ class CoLLM:
             accept_differences=manifest.accept_differences,
             training=manifest.training,
             compiled=compiled,
+            servers=servers,
         )
         model._source = directory if base is None else None
         return model
@@ -222,10 +240,12 @@ class CoLLM:
         folder: SavedBase = "adapter" if hasattr(self.base, "peft_config") else "base"
         if isinstance(self.base, nn.Module):
             cast(Any, self.base).save_pretrained(directory / folder)
-        elif self._source is not None and (self._source / "base").exists():
-            shutil.copytree(self._source / "base", directory / "base")
         else:
-            return None
+            here = [one for one in get_args(SavedBase) if self._source is not None and (self._source / one).exists()]
+            if not here:
+                return None
+            (folder,) = here
+            shutil.copytree(cast(Path, self._source) / folder, directory / folder)
         if folder == "base":
             self.tokenizer.save_pretrained(directory / folder)
         return folder
@@ -252,6 +272,7 @@ class CoLLM:
             accept_differences=list(self.accept_differences),
             default_threshold=self.calibration.best().threshold if self.calibration else None,
             training=self.training,
+            servers=None if self.servers is None else asdict(self.servers),
         )
 
     # Decoding
@@ -334,7 +355,9 @@ class CoLLM:
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
         """What each author would have written at each token of an answer to a prompt (`decoding.candidates`)."""
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
-        return top_candidates(self.runners, self.tokenizer, prompt_ids, token_ids, most)
+        if self.servers is not None:
+            return self.fleet.candidates(self.tokenizer, prompt_ids, token_ids, most)
+        return top_candidates(self._in_memory, self.tokenizer, prompt_ids, token_ids, most)
 
     def _policies(
         self, policy: str | Policy | Sequence[Policy] | None, threshold: float | None, budget: float | None, count: int
@@ -384,19 +407,23 @@ class CoLLM:
                 "leave it out"
             )
 
-    def engine(self, max_batch: int = 16, lookahead: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
+    def engine(self, max_batch: int = 16, lookahead: int | None = None, max_wait: int = MAX_WAIT) -> DecodingLoop:
         """The decoding loop on these models, for requests that come and go; one at a time, and `close` it.
 
         Args:
-            max_batch, lookahead, max_wait: as of `generate`.
+            max_batch, lookahead, max_wait: as of `generate`; servers do not wait for each other.
 
         Raises:
-            ConfigError: a limit out of range.
-            LoadError: a model cannot be loaded.
+            ConfigError: a limit out of range, or a lookahead across servers.
+            LoadError: a model cannot be loaded, or a server is not there.
             MismatchError: the models do not fit.
         """
-        base, *assistants = self.runners
-        for member, runner in zip([self.base, *self.assistants], self.runners, strict=True):
+        if self.servers is not None:
+            if lookahead is not None:
+                raise ConfigError(f"lookahead={lookahead} has no effect across servers; leave it out")
+            return VllmEngine(self.fleet, self.tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+        base, *assistants = self._in_memory
+        for member, runner in zip([self.base, *self.assistants], self._in_memory, strict=True):
             if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
                 runner.forget()
         return Engine(
@@ -409,6 +436,16 @@ class CoLLM:
             lookahead=LOOKAHEAD if lookahead is None else lookahead,
             max_wait=max_wait,
         )
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """The servers, checked.
+
+        Raises:
+            ConfigError, LoadError, MismatchError: as of `Fleet`.
+        """
+        assert self.servers is not None
+        return Fleet(self.servers, self.head, self.tokenizer)
 
     @cached_property
     def members(self) -> list[LanguageModel | ToolModel]:
@@ -425,9 +462,13 @@ class CoLLM:
         self.head.to(base.device)
         return models
 
+    @property
+    def runners(self) -> Sequence[ModelRunner | ToolRunner | Endpoint]:
+        """One for each author, the base first: who does the work, and counts it."""
+        return self._in_memory if self.servers is None else self.fleet.authors
+
     @cached_property
-    def runners(self) -> list[ModelRunner | ToolRunner]:
-        """One for each author, the base first."""
+    def _in_memory(self) -> list[ModelRunner | ToolRunner]:
         return [
             ModelRunner(member, compiled=self.compiled) if isinstance(member, LanguageModel) else ToolRunner(member)
             for member in self.members
@@ -435,10 +476,44 @@ class CoLLM:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        models = [member for member in self.members if isinstance(member, LanguageModel)]
-        of_models = check_eos([(m.name, m.eos_token_ids) for m in models], accept=self.accept_differences)
+        if self.servers is not None:
+            served = enumerate([self.base, *self.assistants])
+            named = [(author_name(author, len(self.assistants)), _eos_ids_of(member)) for author, member in served]
+        else:
+            named = [(m.name, m.eos_token_ids) for m in self.members if isinstance(m, LanguageModel)]
+        of_models = check_eos(named, accept=self.accept_differences)
         eos = cast("int | None", self.tokenizer.eos_token_id)
         return of_models if eos is None else of_models | {eos}
+
+
+def _servers_for(engine: EngineName | None, servers: Servers | None, manifest: Manifest) -> Servers | None:
+    """The servers that decode, None where models in memory do."""
+    if engine not in (None, *get_args(EngineName)):
+        raise ConfigError(f"engine is {engine!r}, expected one of {', '.join(get_args(EngineName))}")
+    if engine == "local":
+        if servers is not None:
+            raise ConfigError("servers have no effect with engine 'local'; leave one of them out")
+        return None
+    found = servers or (None if manifest.servers is None else Servers(**manifest.servers))
+    if engine == "vllm" and found is None:
+        raise ConfigError("engine 'vllm' needs to know its servers; give the address of each, the base's first")
+    return found
+
+
+def _eos_ids_of(member: Member) -> frozenset[int]:
+    """Of a model that is not loaded, or lies here although it is served elsewhere."""
+    if isinstance(member, nn.Module):
+        return LanguageModel(member, name="").eos_token_ids
+    return saved_eos_ids(cast(ModelSpec, member))
+
+
+def _check_served(servers: Servers, assistants: Sequence[Member | ToolFunction], compiled: bool) -> None:
+    servers.check_count(len(assistants))
+    tools = [one for one in assistants if not isinstance(one, ModelSpec | nn.Module)]
+    if tools:
+        raise ConfigError(f"the assistant {tools[0]} is a program, which no server runs; use engine 'local'")
+    if compiled:
+        raise ConfigError("compiled has no effect across servers; leave it out")
 
 
 def _check_alone(threshold: float | None, budget: float | None) -> None:
@@ -456,7 +531,7 @@ def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list
     return list(params)
 
 
-def _steps(engine: Engine) -> Generator[TokenStep, None, None]:
+def _steps(engine: DecodingLoop) -> Generator[TokenStep, None, None]:
     try:
         while engine.has_work:
             for emitted in engine.step():

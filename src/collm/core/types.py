@@ -95,6 +95,7 @@ class TokenStep:
         defer_prob: 1 - P(author = base) where the token was decided.
         logprob: log-probability in nats of the token under its author, before temperature and truncation.
         top_logprobs: the author's most probable tokens there, likewise; as many as were asked for.
+        stood_in: the base wrote it because the server of an assistant could not be asked.
     """
 
     token_id: int
@@ -103,11 +104,16 @@ class TokenStep:
     defer_prob: float
     logprob: float
     top_logprobs: TopLogprobs = ()
+    stood_in: bool = False
 
 
 @dataclass
 class Completion:
-    """Everything generated for one prompt; the lists have one entry per token, as in `TokenStep`."""
+    """Everything generated for one prompt; the lists have one entry per token, as in `TokenStep`.
+
+    Attributes:
+        stood_in: places of the tokens that the base wrote in the stead of an assistant that could not be asked.
+    """
 
     token_ids: list[int]
     token_texts: list[str] = field(repr=False)
@@ -117,6 +123,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_token_ids: list[int] = field(repr=False)
     top_logprobs: list[TopLogprobs] = field(default_factory=list, repr=False)
+    stood_in: list[int] = field(default_factory=list, repr=False)
 
     @property
     def text(self) -> str:
@@ -142,9 +149,9 @@ class ModelUsage:
         forward_passes: of a model; a program has none.
         tokens_read: by those.
         tokens_written: tokens of the text that are its.
-        calls: tokens that a program was asked for.
+        calls: tokens that a program was asked for; requests to a server.
         abstained: of those, where it had nothing to say.
-        failed: of those, where it raised, hung or returned no text.
+        failed: of those, where it raised, hung or returned no text; tokens that a server could not be asked for.
     """
 
     forward_passes: int = 0

@@ -14,7 +14,7 @@ from collm.models.tools import ToolRunner
 Candidates = Sequence[tuple[str, float]]
 """Tokens by their text, with the probability an author gave them, the most probable first."""
 
-_Likely = list[tuple[int, float]]
+Likely = list[tuple[int, float]]
 """Token ids with their probabilities."""
 
 
@@ -42,17 +42,31 @@ def top_candidates(
     if not token_ids:
         return []
     by_author = [_likely(runner, prompt_ids, token_ids, most) for runner in runners]
+    return spelled(tokenizer, prompt_ids, token_ids, by_author)
+
+
+def spelled(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    by_author: Sequence[Sequence[Likely]],
+) -> list[list[Candidates]]:
+    """Candidates as texts: for each token of an answer, those of each author.
+
+    Args:
+        by_author: for each author, what it holds likely at each token.
+    """
     read = TokenText(tokenizer, prompt_ids)
-    spelled: list[list[Candidates]] = []
+    texts: list[list[Candidates]] = []
     for token_id, *likely in zip(token_ids, *by_author, strict=True):
-        spelled.append([[(read.spelling(one), prob) for one, prob in of_author] for of_author in likely])
+        texts.append([[(read.spelling(one), prob) for one, prob in of_author] for of_author in likely])
         read.push(token_id)
-    return spelled
+    return texts
 
 
 def _likely(
     runner: ModelRunner | ToolRunner, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
-) -> list[_Likely]:
+) -> list[Likely]:
     slot = runner.open()
     try:
         reading = runner.extend({slot: [*prompt_ids, *token_ids[:-1]]}, keep={slot: len(token_ids)})

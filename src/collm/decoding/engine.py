@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListOf
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,21 @@ class Emitted:
     step: TokenStep | None = None
     completion: Completion | None = None
     failure: CollmError | None = None
+
+
+class DecodingLoop(Protocol):
+    """Decodes requests that come and go, on models in memory or across servers; from one thread."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Request) -> int: ...
+
+    def cancel(self, number: int) -> None: ...
+
+    def step(self) -> list[Emitted]: ...
+
+    def close(self) -> None: ...
 
 
 class Engine:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from collm.core.policies import Policy
 from collm.core.types import SamplingParams
 from collm.errors import ConfigError, RequestError
-from collm.models.runner import Assistant
+from collm.models.runner import Limited
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Request:
             )
 
 
-def check_prompt(authors: Sequence[Assistant], vocab_size: int, prompt_ids: Sequence[int]) -> None:
+def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequence[int]) -> None:
     """Whether all authors can read a prompt and write after it.
 
     Raises:

@@ -31,6 +31,7 @@ class Decision:
         guess: what the base would write; None where nobody will ask.
         choice: what the author writes; None until it was asked.
         abstained: the author had nothing to say, so the base writes its guess.
+        stood_in: it could not be asked, so the base writes.
     """
 
     author: int
@@ -38,6 +39,7 @@ class Decision:
     guess: Draw | None
     choice: Draw | None
     abstained: bool = False
+    stood_in: bool = False
 
 
 class Sequence:
@@ -192,7 +194,8 @@ class Sequence:
         if self.finish_reason in ("eos", "length"):
             text += self._stream.finish()
         writer = BASE if decision.abstained else decision.author
-        step = TokenStep(drawn.token_id, text, writer, decision.defer_prob, drawn.logprob, drawn.top)
+        numbers = (decision.defer_prob, drawn.logprob, drawn.top)
+        step = TokenStep(drawn.token_id, text, writer, *numbers, stood_in=decision.stood_in)
         self.steps.append(step)
         return step
 
@@ -224,4 +227,5 @@ class Sequence:
             finish_reason=self.finish_reason,
             prompt_token_ids=self.request.prompt_ids,
             top_logprobs=[step.top_logprobs for step in self.steps if step.top_logprobs],
+            stood_in=[place for place, step in enumerate(self.steps) if step.stood_in],
         )

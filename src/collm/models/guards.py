@@ -15,7 +15,7 @@ from collm.models.language_model import LanguageModel
 ACCEPTABLE = ("special_tokens", "eos", "chat_template")
 """Differences a user may accept by name; a different vocabulary is never acceptable."""
 
-_PROBE = "The 3 quick-brown foxes\n\tpaid €1,234.50  (c'est ça) 日本語 🦊 {x: 'y'} ÀÉ"
+PROBE = "The 3 quick-brown foxes\n\tpaid €1,234.50  (c'est ça) 日本語 🦊 {x: 'y'} ÀÉ"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TokenizerIdentity:
             tokens={token_id: token for token, token_id in tokenizer.get_vocab().items()},
             special_tokens=special,
             chat_template=template if isinstance(template, str) or template is None else json.dumps(template),
-            probe_ids=tuple(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]),
+            probe_ids=tuple(tokenizer(PROBE, add_special_tokens=False)["input_ids"]),
         )
 
     @property

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -134,6 +135,15 @@ def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
+
+
+def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
+    """The EOS set that the generation config beside a model's weights names, without loading them."""
+    try:
+        eos = GenerationConfig.from_pretrained(spec.path, revision=spec.revision).eos_token_id
+    except (OSError, ValueError):
+        return frozenset()
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

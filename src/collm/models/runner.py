@@ -31,6 +31,15 @@ class Reading:
     silent: Sequence[bool] = ()
 
 
+class Limited(Protocol):
+    """Anything that reads only so much."""
+
+    name: str
+
+    @property
+    def max_length(self) -> int | None: ...
+
+
 class Assistant(Protocol):
     """Anything that gives a next-token distribution for a prefix: a model, or a program that may know what follows.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from collm.collaboration import CoLLM
-from collm.decoding.engine import Emitted, Engine
+from collm.decoding.engine import DecodingLoop, Emitted
 from collm.decoding.request import Request
 from collm.errors import CollmError, ModelFailure
 from collm.serving.refusals import not_now
@@ -51,7 +51,7 @@ class Worker:
         self._changed = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._stopped = False
-        self._engine: Engine
+        self._engine: DecodingLoop
         self._waiting: deque[tuple[Submission, int]] = deque()
         self._running: dict[int, tuple[Submission, int]] = {}
 

@@ -1,7 +1,7 @@
 """The logits processor that turns rows of an exported base's output layer into author decisions, inside vLLM.
 
-vLLM finds it through the entry point group `vllm.logits_processors` wherever collm is installed, also without what collm
-itself needs: nothing but vLLM and torch is imported. Models without a note are left alone.
+vLLM finds it through the entry point group `vllm.logits_processors` wherever collm is installed, also without what
+collm itself needs: nothing but vLLM and torch is imported. Models without a note are left alone.
 """
 
 from __future__ import annotations
