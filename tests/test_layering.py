@@ -21,13 +21,14 @@ MAY_IMPORT = {
     "decoding": {"core", "tools", "models", "decoding"},
     "artefact": {"core", "tools", "models"},
     "vllm": {"core", "tools", "models", "decoding", "vllm"},
-    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm"},
+    "engines": {"core", "tools", "models", "decoding", "vllm"},
+    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
 MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}
 MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"], "run"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}
-MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "serving", "cli"}
+MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "vllm", "serving", "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "matplotlib", "numpy"}
 

@@ -7,9 +7,8 @@ import tempfile
 from collections.abc import Callable, Generator, Sequence
 from copy import copy
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -22,25 +21,22 @@ from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, deferral_rate
-from collm.decoding.candidates import Candidates, top_candidates
-from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
+from collm.decoding.candidates import Candidates
+from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request
+from collm.engines import Backend, EngineName, InMemory, OnServers, servers_for
 from collm.errors import ArtefactError, ConfigError, MismatchError
-from collm.models.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers
+from collm.models.guards import TokenizerIdentity, check_accepted, check_tokenizers
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter, saved_eos_ids
-from collm.models.members import AssistantSpec, Member, as_member, author_name, load_members, spec_of
+from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
+from collm.models.members import AssistantSpec, Member, as_member, author_name, spec_of
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.vllm.endpoint import Endpoint
-from collm.vllm.engine import VllmEngine
 from collm.vllm.export import export_base
-from collm.vllm.fleet import Fleet
 from collm.vllm.servers import Servers
-
-EngineName = Literal["local", "vllm"]
 
 
 class Completions(list[Completion]):
@@ -95,8 +91,8 @@ class CoLLM:
         servers: Servers | None = None,
     ) -> None:
         check_accepted(accept_differences)
-        if servers is not None:
-            _check_served(servers, assistants, compiled)
+        if servers is not None and compiled:
+            raise ConfigError("compiled has no effect across servers; leave it out")
         if len(assistants) != head.num_assistants:
             raise MismatchError(
                 f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
@@ -113,9 +109,13 @@ class CoLLM:
         self.calibration = calibration
         self.accept_differences = tuple(accept_differences)
         self.training = training or {}
-        self.compiled = compiled
         self.servers = servers
         self._source: Path | None = None
+        members, accepted = [self.base, *self.assistants], self.accept_differences
+        self._in_memory = InMemory(members, head, tokenizer, accept_differences=accepted, compiled=compiled)
+        self.backend: Backend = self._in_memory
+        if servers is not None:
+            self.backend = OnServers(servers, members, head, tokenizer, accept_differences=accepted)
         for number, member in enumerate(self.assistants, start=1):
             if isinstance(member, ModelSpec):
                 other = TokenizerIdentity.of(load_tokenizer(member))
@@ -161,8 +161,11 @@ class CoLLM:
         if not trust_tools and assistants is None:
             artefact.check_trusted(manifest, directory)
         head = artefact.read_head(directory, manifest.head)
-        servers = _servers_for(engine, servers, manifest)
+        saved = None if manifest.servers is None else Servers.of(manifest.servers, str(directory))
+        servers = servers_for(engine, servers, saved)
         placed = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        if servers is not None and placed:
+            raise ConfigError(f"{', '.join(placed)} has no effect on servers; leave it out, or use engine 'local'")
         base_spec = manifest.base
         if manifest.saved_base == "base":
             base_spec = replace(base_spec, path=str(directory / "base"), revision=None)
@@ -287,7 +290,7 @@ class CoLLM:
         policy: str | Policy | Sequence[Policy] | None = None,
         max_batch: int = 16,
         lookahead: int | None = None,
-        max_wait: int = MAX_WAIT,
+        max_wait: int | None = None,
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Completions:
         """Continue each prompt.
@@ -303,6 +306,7 @@ class CoLLM:
             lookahead: most tokens that may be drafted ahead of the certain text; 0 for none. The tokens that come out
                 are the same.
             max_wait: most steps in which a prompt may wait for others that need the same assistant; 0 for none.
+                Neither has an effect across servers, and is refused there.
             on_completion: called with index and completion whenever a prompt is done.
 
         Raises:
@@ -348,16 +352,14 @@ class CoLLM:
         """Continue one prompt, token by token; the texts joined are the completion's text. As `generate` otherwise."""
         (chosen,) = self._policies(policy, threshold, budget, 1)
         self._check_lookahead(lookahead, [chosen])
-        engine = self.engine(1, lookahead, 0)
+        engine = self.engine(1, lookahead)
         engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
         return _steps(engine)
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
         """What each author would have written at each token of an answer to a prompt (`decoding.candidates`)."""
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
-        if self.servers is not None:
-            return self.fleet.candidates(self.tokenizer, prompt_ids, token_ids, most)
-        return top_candidates(self._in_memory, self.tokenizer, prompt_ids, token_ids, most)
+        return self.backend.candidates(prompt_ids, token_ids, most)
 
     def _policies(
         self, policy: str | Policy | Sequence[Policy] | None, threshold: float | None, budget: float | None, count: int
@@ -407,113 +409,28 @@ class CoLLM:
                 "leave it out"
             )
 
-    def engine(self, max_batch: int = 16, lookahead: int | None = None, max_wait: int = MAX_WAIT) -> DecodingLoop:
+    def engine(self, max_batch: int = 16, lookahead: int | None = None, max_wait: int | None = None) -> DecodingLoop:
         """The decoding loop on these models, for requests that come and go; one at a time, and `close` it.
 
         Args:
-            max_batch, lookahead, max_wait: as of `generate`; servers do not wait for each other.
+            max_batch, lookahead, max_wait: as of `generate`.
 
         Raises:
-            ConfigError: a limit out of range, or a lookahead across servers.
+            ConfigError: a limit out of range, or one without effect.
             LoadError: a model cannot be loaded, or a server is not there.
             MismatchError: the models do not fit.
         """
-        if self.servers is not None:
-            if lookahead is not None:
-                raise ConfigError(f"lookahead={lookahead} has no effect across servers; leave it out")
-            return VllmEngine(self.fleet, self.tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
-        base, *assistants = self._in_memory
-        for member, runner in zip([self.base, *self.assistants], self._in_memory, strict=True):
-            if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
-                runner.forget()
-        return Engine(
-            cast(ModelRunner, base),
-            assistants,
-            self.head,
-            self.tokenizer,
-            eos_ids=self._eos_ids,
-            max_batch=max_batch,
-            lookahead=LOOKAHEAD if lookahead is None else lookahead,
-            max_wait=max_wait,
-        )
-
-    @cached_property
-    def fleet(self) -> Fleet:
-        """The servers, checked.
-
-        Raises:
-            ConfigError, LoadError, MismatchError: as of `Fleet`.
-        """
-        assert self.servers is not None
-        return Fleet(self.servers, self.head, self.tokenizer)
-
-    @cached_property
-    def members(self) -> list[LanguageModel | ToolModel]:
-        """All members in memory and checked against each other: the base, then the assistants."""
-        members = [self.base, *self.assistants]
-        vocab_size = self.identity.vocab_size
-        models = load_members(members, self.tokenizer, vocab_size=vocab_size, packed=not self.compiled)
-        base = cast(LanguageModel, models[0])
-        if base.hidden_size != self.head.hidden_size:
-            raise MismatchError(
-                f"the head reads hidden states of size {self.head.hidden_size}, the base has {base.hidden_size}; "
-                "this head belongs to another base"
-            )
-        self.head.to(base.device)
-        return models
+        return self.backend.engine(max_batch, lookahead, max_wait)
 
     @property
     def runners(self) -> Sequence[ModelRunner | ToolRunner | Endpoint]:
         """One for each author, the base first: who does the work, and counts it."""
-        return self._in_memory if self.servers is None else self.fleet.authors
+        return self.backend.runners
 
-    @cached_property
-    def _in_memory(self) -> list[ModelRunner | ToolRunner]:
-        return [
-            ModelRunner(member, compiled=self.compiled) if isinstance(member, LanguageModel) else ToolRunner(member)
-            for member in self.members
-        ]
-
-    @cached_property
-    def _eos_ids(self) -> frozenset[int]:
-        if self.servers is not None:
-            served = enumerate([self.base, *self.assistants])
-            named = [(author_name(author, len(self.assistants)), _eos_ids_of(member)) for author, member in served]
-        else:
-            named = [(m.name, m.eos_token_ids) for m in self.members if isinstance(m, LanguageModel)]
-        of_models = check_eos(named, accept=self.accept_differences)
-        eos = cast("int | None", self.tokenizer.eos_token_id)
-        return of_models if eos is None else of_models | {eos}
-
-
-def _servers_for(engine: EngineName | None, servers: Servers | None, manifest: Manifest) -> Servers | None:
-    """The servers that decode, None where models in memory do."""
-    if engine not in (None, *get_args(EngineName)):
-        raise ConfigError(f"engine is {engine!r}, expected one of {', '.join(get_args(EngineName))}")
-    if engine == "local":
-        if servers is not None:
-            raise ConfigError("servers have no effect with engine 'local'; leave one of them out")
-        return None
-    found = servers or (None if manifest.servers is None else Servers(**manifest.servers))
-    if engine == "vllm" and found is None:
-        raise ConfigError("engine 'vllm' needs to know its servers; give the address of each, the base's first")
-    return found
-
-
-def _eos_ids_of(member: Member) -> frozenset[int]:
-    """Of a model that is not loaded, or lies here although it is served elsewhere."""
-    if isinstance(member, nn.Module):
-        return LanguageModel(member, name="").eos_token_ids
-    return saved_eos_ids(cast(ModelSpec, member))
-
-
-def _check_served(servers: Servers, assistants: Sequence[Member | ToolFunction], compiled: bool) -> None:
-    servers.check_count(len(assistants))
-    tools = [one for one in assistants if not isinstance(one, ModelSpec | nn.Module)]
-    if tools:
-        raise ConfigError(f"the assistant {tools[0]} is a program, which no server runs; use engine 'local'")
-    if compiled:
-        raise ConfigError("compiled has no effect across servers; leave it out")
+    @property
+    def members(self) -> list[LanguageModel | ToolModel]:
+        """All members in memory and checked against each other, the base first; loaded for this if servers decode."""
+        return self._in_memory.members
 
 
 def _check_alone(threshold: float | None, budget: float | None) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from collm.cli.servers import EngineOption, ServersOption, servers_named
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,6 +43,8 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this share.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
+    engine: EngineOption = None,
+    servers: ServersOption = None,
     trust_tools: Annotated[
         bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
     ] = False,
@@ -58,7 +62,14 @@ def chat(
 
     transformers.utils.logging.disable_progress_bar()
     params = SamplingParams(max_new_tokens, temperature, top_p)
-    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype, trust_tools=trust_tools)
+    model = CoLLM.from_pretrained(
+        collaboration,
+        engine=engine,
+        servers=servers_named(servers),
+        device=device,
+        dtype=dtype,
+        trust_tools=trust_tools,
+    )
     talk = Conversation(model, params, model.threshold(threshold, budget), system)
     talk.check()
     console = Console(highlight=False, soft_wrap=True)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from collm.cli.servers import EngineOption, ServersOption, servers_named
+
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
     from collm.core.types import SamplingParams
@@ -37,6 +39,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the completion; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    engine: EngineOption = None,
+    servers: ServersOption = None,
     trust_tools: Annotated[
         bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
     ] = False,
@@ -57,7 +61,8 @@ def generate(
 
     transformers.utils.logging.disable_progress_bar()
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
-    model = CoLLM.from_pretrained(collaboration, device=device, dtype=dtype, compiled=compiled, trust_tools=trust_tools)
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "compiled": compiled, "trust_tools": trust_tools}
+    model = CoLLM.from_pretrained(collaboration, engine=engine, servers=servers_named(servers), **loading)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
     choice = {"threshold": threshold, "budget": budget, "policy": policy, "lookahead": lookahead}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from collm.cli.servers import EngineOption, ServersOption, servers_named
 from collm.errors import ConfigError, MissingExtra
 
 
@@ -39,6 +40,8 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
+    engine: EngineOption = None,
+    servers: ServersOption = None,
     trust_tools: Annotated[
         bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
     ] = False,
@@ -66,7 +69,13 @@ def serve(
         log_prompts=log_prompts,
         allow_origins=allow_origin or (),
     )
-    options = {"device": device, "dtype": dtype, "trust_tools": trust_tools, "compiled": compiled}
+    if servers is not None and len(collaborations) > 1:
+        raise ConfigError(
+            f"--servers came with {len(collaborations)} collaborations, expected one; for several, name the servers in "
+            "each one's collm.json"
+        )
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_tools": trust_tools, "compiled": compiled}
+    options |= {"engine": engine, "servers": servers_named(servers)}
     run(_models(collaborations, options), settings, host=host, port=port, no_auth=no_auth)
 
 

@@ -6,8 +6,11 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
 
 from collm.errors import ConfigError
 
@@ -40,7 +43,9 @@ class Servers:
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "urls", tuple(url.rstrip("/") for url in self.urls))
+        if isinstance(self.urls, str):
+            raise ConfigError(f"urls is {self.urls!r}, expected a list of addresses, the base's first")
+        object.__setattr__(self, "urls", tuple(url.strip().rstrip("/") for url in self.urls))
         if not all(_URL.fullmatch(url) for url in self.urls):  # not shown, as it may hold a key
             raise ConfigError("a server's address is no URL like http://localhost:8001/v1 (no key or user in it)")
         if self.on_failure not in get_args(OnFailure):
@@ -50,6 +55,43 @@ class Servers:
                 f"timeout_s, wait_s and retries are {self.timeout_s}, {self.wait_s} and {self.retries}, expected "
                 "seconds above 0, seconds, and a number of attempts"
             )
+
+    @classmethod
+    def named(cls, text: str) -> Servers:
+        """Addresses with commas between, the base's first; or the path of a YAML file that holds the fields above.
+
+        Raises:
+            ConfigError: no such file, or one that holds something else.
+        """
+        if "://" in text:
+            return cls(text.split(","))
+        path = Path(text)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"servers are {text!r}: {type(error).__name__}; expected addresses like http://localhost:8001/v1 with "
+                "commas between, or a YAML file with a list 'urls'"
+            ) from error
+        return cls.of(content, str(path))
+
+    @classmethod
+    def of(cls, content: Any, where: str) -> Servers:
+        """From the fields as JSON or YAML hold them.
+
+        Args:
+            where: what errors call their place.
+
+        Raises:
+            ConfigError: a field is missing, unknown or of another kind.
+        """
+        known = {field.name for field in fields(cls)}
+        if not isinstance(content, dict) or "urls" not in content or content.keys() - known:
+            raise ConfigError(f"{where} has {content!r}, expected 'urls', and of {', '.join(sorted(known))} some")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ConfigError(f"{where}: {error}; expected a list of urls, seconds and numbers") from error
 
     def check_count(self, num_assistants: int) -> None:
         """Raise a ConfigError unless there is one server for each author."""

@@ -1,0 +1,208 @@
+"""What decodes for a collaboration: its models in memory, or servers that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Literal, Protocol, cast, get_args
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from collm.core.head import DeferralHead
+from collm.decoding.candidates import Candidates, top_candidates
+from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
+from collm.errors import ConfigError, MismatchError
+from collm.models.guards import TokenizerIdentity, check_eos
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, saved_eos_ids
+from collm.models.members import Member, author_name, load_members
+from collm.models.runner import ModelRunner
+from collm.models.tools import ToolModel, ToolRunner
+from collm.vllm.endpoint import Endpoint
+from collm.vllm.engine import VllmEngine
+from collm.vllm.fleet import Fleet
+from collm.vllm.servers import Servers
+
+EngineName = Literal["local", "vllm"]
+
+
+class Backend(Protocol):
+    """Where the authors are, and how to decode with them."""
+
+    @property
+    def runners(self) -> Sequence[ModelRunner | ToolRunner | Endpoint]:
+        """One for each author, the base first: who does the work, and counts it."""
+
+    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> DecodingLoop:
+        """The decoding loop; arguments as of `CoLLM.engine`."""
+
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
+        """What each author would have written at each token, as `decoding.candidates.top_candidates`."""
+
+
+class InMemory:
+    """Models of this process, loaded on first use.
+
+    Args:
+        members: the base, then the assistants.
+        head: of the base.
+        tokenizer: of all.
+        accept_differences: as of `CoLLM`.
+        compiled: run one-token passes through `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        head: DeferralHead,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        accept_differences: Collection[str] = (),
+        compiled: bool = False,
+    ) -> None:
+        self._given = members
+        self._head = head
+        self._tokenizer = tokenizer
+        self._accept_differences = accept_differences
+        self._compiled = compiled
+
+    @cached_property
+    def members(self) -> list[LanguageModel | ToolModel]:
+        """All in memory and checked against each other.
+
+        Raises:
+            LoadError: a model cannot be loaded.
+            MismatchError: they do not fit.
+        """
+        vocab_size = TokenizerIdentity.of(self._tokenizer).vocab_size
+        models = load_members(self._given, self._tokenizer, vocab_size=vocab_size, packed=not self._compiled)
+        base = cast(LanguageModel, models[0])
+        if base.hidden_size != self._head.hidden_size:
+            raise MismatchError(
+                f"the head reads hidden states of size {self._head.hidden_size}, the base has {base.hidden_size}; "
+                "this head belongs to another base"
+            )
+        self._head.to(base.device)
+        return models
+
+    @cached_property
+    def runners(self) -> list[ModelRunner | ToolRunner]:
+        return [
+            ModelRunner(member, compiled=self._compiled) if isinstance(member, LanguageModel) else ToolRunner(member)
+            for member in self.members
+        ]
+
+    @cached_property
+    def _eos_ids(self) -> frozenset[int]:
+        named = [(model.name, model.eos_token_ids) for model in self.members if isinstance(model, LanguageModel)]
+        return _eos_ids(named, self._tokenizer, self._accept_differences)
+
+    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> Engine:
+        base, *assistants = self.runners
+        for member, runner in zip(self._given, self.runners, strict=True):
+            if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
+                runner.forget()
+        return Engine(
+            cast(ModelRunner, base),
+            assistants,
+            self._head,
+            self._tokenizer,
+            eos_ids=self._eos_ids,
+            max_batch=max_batch,
+            lookahead=LOOKAHEAD if lookahead is None else lookahead,
+            max_wait=MAX_WAIT if max_wait is None else max_wait,
+        )
+
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
+        return top_candidates(self.runners, self._tokenizer, prompt_ids, token_ids, most)
+
+
+class OnServers:
+    """Models that servers hold; nothing of them is loaded here.
+
+    Args:
+        servers: where they are.
+        members, head, tokenizer, accept_differences: as of `InMemory`.
+
+    Raises:
+        ConfigError: not one server for each author, or an assistant is a program.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        members: Sequence[Member],
+        head: DeferralHead,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        accept_differences: Collection[str] = (),
+    ) -> None:
+        servers.check_count(len(members) - 1)
+        tools = [one for one in members if not isinstance(one, ModelSpec | nn.Module)]
+        if tools:
+            raise ConfigError(f"the assistant {tools[0]} is a program, which no server runs; use engine 'local'")
+        self._servers = servers
+        self._given = cast("Sequence[ModelSpec | nn.Module]", members)
+        self._head = head
+        self._tokenizer = tokenizer
+        self._accept_differences = accept_differences
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """The servers, checked.
+
+        Raises:
+            ConfigError, LoadError, MismatchError: as of `Fleet`.
+        """
+        return Fleet(self._servers, self._head, self._tokenizer)
+
+    @property
+    def runners(self) -> Sequence[Endpoint]:
+        return self.fleet.authors
+
+    @cached_property
+    def _eos_ids(self) -> frozenset[int]:
+        count = len(self._given) - 1
+        named = [(author_name(author, count), _eos_ids_of(member)) for author, member in enumerate(self._given)]
+        return _eos_ids(named, self._tokenizer, self._accept_differences)
+
+    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> VllmEngine:
+        for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():
+            if value is not None:
+                raise ConfigError(f"{name}={value} has no effect across servers; leave it out")
+        return VllmEngine(self.fleet, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
+        return self.fleet.candidates(self._tokenizer, prompt_ids, token_ids, most)
+
+
+def servers_for(engine: EngineName | None, given: Servers | None, saved: Servers | None) -> Servers | None:
+    """The servers that decode: the given ones, else those that an artefact names; None where models in memory do.
+
+    Raises:
+        ConfigError: an unknown engine, servers for the local one, or none for the other.
+    """
+    if engine not in (None, *get_args(EngineName)):
+        raise ConfigError(f"engine is {engine!r}, expected one of {', '.join(get_args(EngineName))}")
+    if engine == "local":
+        if given is not None:
+            raise ConfigError("servers have no effect with engine 'local'; leave one of them out")
+        return None
+    if engine == "vllm" and not (given or saved):
+        raise ConfigError("engine 'vllm' needs to know its servers; give the address of each, the base's first")
+    return given or saved
+
+
+def _eos_ids_of(member: ModelSpec | nn.Module) -> frozenset[int]:
+    """Of a model that need not be loaded."""
+    return saved_eos_ids(member) if isinstance(member, ModelSpec) else LanguageModel(member, name="").eos_token_ids
+
+
+def _eos_ids(
+    named: list[tuple[str, frozenset[int]]], tokenizer: PreTrainedTokenizerBase, accept: Collection[str]
+) -> frozenset[int]:
+    """Of all models, which must agree, and of the tokenizer."""
+    of_models = check_eos(named, accept=accept)
+    eos = cast("int | None", tokenizer.eos_token_id)
+    return of_models if eos is None else of_models | {eos}

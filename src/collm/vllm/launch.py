@@ -1,0 +1,160 @@
+"""vLLM servers on this machine: started, waited for, taken down."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so named in all its versions
+
+from collm.errors import LoadError
+
+_LOG = logging.getLogger(__name__)
+_MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` needs metadata that CPU builds lack
+_LOOK_S, _SAY_EVERY_S, _GRACE_S = 0.2, 10.0, 30.0
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """One server to be started.
+
+    Attributes:
+        name: of the author it serves.
+        model: a directory or a Hub repository id.
+        flags: of vLLM, besides model, address and port.
+        environment: variables on top of this process's.
+    """
+
+    name: str
+    model: str
+    flags: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, python: str, port: int) -> list[str]:
+        """The program and its arguments."""
+        served = ["--model", self.model, "--served-model-name", self.name.replace(" ", "-")]
+        return [python, "-m", _MODULE, *served, "--host", "127.0.0.1", "--port", str(port), *self.flags]
+
+
+class ServerProcess:
+    """A server that was started; `stop` it.
+
+    Args:
+        plan: what it serves.
+        python: the interpreter that has vLLM.
+        log: file for what it prints.
+    """
+
+    def __init__(self, plan: ServerPlan, python: str, log: Path) -> None:
+        self.plan = plan
+        self.log = log
+        self.port = _free_port()
+        self.root = f"http://127.0.0.1:{self.port}"
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                plan.command(python, self.port),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **plan.environment},
+                start_new_session=True,  # Ctrl-C is for who started it
+            )
+
+    @property
+    def url(self) -> str:
+        """What stands before "/completions"."""
+        return f"{self.root}/v1"
+
+    def wait(self, deadline: float) -> None:
+        """Until it answers.
+
+        Args:
+            deadline: by `time.monotonic`.
+
+        Raises:
+            LoadError: it ended, or is not up by then.
+        """
+        started = said = time.monotonic()
+        while not self._answers():
+            now = time.monotonic()
+            if self.process.poll() is not None:
+                raise LoadError(
+                    f"the server of the {self.plan.name} ended with status {self.process.returncode} before it was up: "
+                    f"{self._last_words()}; {self.log} has the rest"
+                )
+            if now >= deadline:
+                raise LoadError(
+                    f"the server of the {self.plan.name} is not up after {now - started:.0f} s, its model being "
+                    f"{self.plan.model}; wait longer, or see what it does in {self.log}"
+                )
+            if now - said >= _SAY_EVERY_S:
+                _LOG.info("waiting for the %s (%s), %.0f s so far", self.plan.name, self.plan.model, now - started)
+                said = now
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_LOOK_S)
+
+    def stop(self) -> None:
+        """End it and all processes of its own."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_GRACE_S)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            return bool(httpx.get(f"{self.root}/health", timeout=2.0).status_code == 200)
+        except httpx.TransportError:
+            return False
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        errors = [line for line in lines if "Error" in line] or [line for line in lines if line] or ["it said nothing"]
+        return errors[-1][-300:]
+
+
+@contextmanager
+def launched(
+    plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: float, one_by_one: bool = False
+) -> Iterator[list[ServerProcess]]:
+    """Servers, up while the block runs.
+
+    Args:
+        python: the interpreter that has vLLM.
+        logs: directory for what they print.
+        wait_s: longest time until all are up.
+        one_by_one: start each when those before are up, as servers on one GPU must, who measure what is free.
+
+    Raises:
+        LoadError: one ended, or is not up in time; none is left running.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    running: list[ServerProcess] = []
+    try:
+        for plan in plans:
+            running.append(ServerProcess(plan, python, logs / f"{plan.name.replace(' ', '-')}.log"))
+            if one_by_one:
+                running[-1].wait(deadline)
+        for server in running:
+            server.wait(deadline)
+        yield running
+    finally:
+        for server in reversed(running):
+            server.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
