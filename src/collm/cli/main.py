@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from collm.cli import calibrate, chat, demo, env, evaluate, export, generate, lm_eval, report, score, serve, train
+from collm.cli import (
+    calibrate,
+    chat,
+    demo,
+    env,
+    evaluate,
+    export,
+    generate,
+    launch,
+    lm_eval,
+    report,
+    score,
+    serve,
+    train,
+)
 from collm.errors import CollmError, ConfigError
 from collm.version import __version__
 
@@ -48,6 +62,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
+app.command("launch", context_settings=launch.PASS_ON)(launch.launch)
 app.add_typer(export.export, name="export")
 app.command("env")(env.env)
 

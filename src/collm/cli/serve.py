@@ -50,10 +50,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve collaborations to OpenAI clients, until Ctrl-C or SIGTERM; then running requests are finished first."""
-    try:
-        from collm.serving.run import run
-    except ModuleNotFoundError as error:
-        raise MissingExtra(str(error.name).partition(".")[0], "serve") from error
+    check_extra()
+    from collm.serving.run import run
     from collm.serving.settings import Settings
 
     settings = Settings(
@@ -77,6 +75,14 @@ def serve(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_tools": trust_tools, "compiled": compiled}
     options |= {"engine": engine, "servers": servers_named(servers)}
     run(_models(collaborations, options), settings, host=host, port=port, no_auth=no_auth)
+
+
+def check_extra() -> None:
+    """Raise a MissingExtra where a server's libraries are missing."""
+    try:
+        import collm.serving.run  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra(str(error.name).partition(".")[0], "serve") from error
 
 
 def _models(collaborations: list[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import FrameType
 
 import uvicorn
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so named in all its versions
 
 from collm.collaboration import CoLLM
 from collm.errors import ConfigError
@@ -96,6 +97,7 @@ def log_as_json() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger(httpx.__name__).setLevel(logging.WARNING)  # it says every request to a model's server
 
 
 class _JsonLines(logging.Formatter):

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so named in all its versions
 
-from collm.errors import LoadError
+from collm.errors import ConfigError, LoadError
 
 _LOG = logging.getLogger(__name__)
 _MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` needs metadata that CPU builds lack
+GROUP = "vllm.logits_processors"
+"""Entry points in which vLLM looks for the plug-in."""
 _LOOK_S, _SAY_EVERY_S, _GRACE_S = 0.2, 10.0, 30.0
 
 
@@ -37,6 +39,11 @@ class ServerPlan:
     model: str
     flags: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> str:
+        """Those that it sees."""
+        return self.environment.get("CUDA_VISIBLE_DEVICES", "")
 
     def command(self, python: str, port: int) -> list[str]:
         """The program and its arguments."""
@@ -123,17 +130,36 @@ class ServerProcess:
         return errors[-1][-300:]
 
 
+def check_python(python: str) -> str:
+    """The interpreter, if vLLM finds the plug-in there.
+
+    Raises:
+        ConfigError: it has no vLLM or no plug-in, or is none.
+    """
+    code = (
+        f"import vllm; from importlib.metadata import entry_points as e; print(len(e(group={GROUP!r}, name='collm')))"
+    )
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+        found = int(done.stdout.split()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError) as error:
+        raise ConfigError(
+            f"{python} has no vLLM; install vLLM and then 'pip install --no-deps collm' in an environment of its own "
+            "and name its interpreter with --vllm-python"
+        ) from error
+    if not found:
+        raise ConfigError(f"vLLM of {python} has no collm plug-in; run '{python} -m pip install --no-deps collm'")
+    return python
+
+
 @contextmanager
-def launched(
-    plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: float, one_by_one: bool = False
-) -> Iterator[list[ServerProcess]]:
-    """Servers, up while the block runs.
+def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: float) -> Iterator[list[ServerProcess]]:
+    """Servers, up while the block runs. Those on one GPU start one by one, since each measures what is free.
 
     Args:
         python: the interpreter that has vLLM.
         logs: directory for what they print.
         wait_s: longest time until all are up.
-        one_by_one: start each when those before are up, as servers on one GPU must, who measure what is free.
 
     Raises:
         LoadError: one ended, or is not up in time; none is left running.
@@ -143,9 +169,10 @@ def launched(
     running: list[ServerProcess] = []
     try:
         for plan in plans:
+            for other in running:
+                if plan.gpus and plan.gpus == other.plan.gpus:
+                    other.wait(deadline)
             running.append(ServerProcess(plan, python, logs / f"{plan.name.replace(' ', '-')}.log"))
-            if one_by_one:
-                running[-1].wait(deadline)
         for server in running:
             server.wait(deadline)
         yield running

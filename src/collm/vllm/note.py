@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError
 from collm.version import __version__
@@ -69,3 +71,14 @@ class Note:
             raise ArtefactError(f"there is no {path}; expected what 'collm export vllm' writes") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); export again") from error
+
+
+def check_exported(directory: Path, head: DeferralHead) -> None:
+    """Raise an ArtefactError unless a directory holds a base that was exported with this head."""
+    note = Note.read(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{directory} has no tokenizer; remove it to have it written anew") from error
+    if tokenizer.convert_tokens_to_ids(defer_names(head)) != [*note.defer_ids, note.zero_id]:
+        raise ArtefactError(f"{directory} was exported with another head; remove it to have it written anew")

@@ -6,12 +6,13 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
+from collm.atomic import atomic_file
 from collm.errors import ConfigError
 
 OnFailure = Literal["fail", "base"]
@@ -92,6 +93,11 @@ class Servers:
             return cls(**content)
         except TypeError as error:
             raise ConfigError(f"{where}: {error}; expected a list of urls, seconds and numbers") from error
+
+    def write(self, path: Path) -> None:
+        """As the file that `named` reads."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(yaml.safe_dump({**asdict(self), "urls": list(self.urls)}), encoding="utf-8")
 
     def check_count(self, num_assistants: int) -> None:
         """Raise a ConfigError unless there is one server for each author."""

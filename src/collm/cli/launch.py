@@ -1,0 +1,116 @@
+"""`collm launch`: vLLM servers of a collaboration on this machine, and a server of the collaboration before them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from collm.cli import serve
+
+if TYPE_CHECKING:
+    from collm.collaboration import CoLLM
+    from collm.vllm.launch import ServerPlan
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def launch(
+    context: typer.Context,
+    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
+    work: Annotated[
+        Path | None,
+        typer.Option(help="For the exported base, the servers' logs and servers.yaml. Default: NAME-vllm, here."),
+    ] = None,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Interpreter that has vLLM and the collm plug-in. Default: this one.")
+    ] = None,
+    wait: Annotated[float, typer.Option(help="Longest time until all servers are up, seconds.")] = 900.0,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest sequence, tokens. Default: what all models read, 8192 at most.")
+    ] = None,
+    base_flags: Annotated[str, typer.Option(help="More flags of vLLM for the base's server, in quotes.")] = "",
+    assistant_flags: Annotated[str, typer.Option(help="More flags of vLLM for the assistants' servers.")] = "",
+    on_failure: Annotated[
+        Literal["fail", "base"],
+        typer.Option(help="Where an assistant cannot be asked: fail the request, or let the base write, marked so."),
+    ] = "fail",
+) -> None:
+    """Start vLLM servers of base and assistants, wait for them, serve; on Ctrl-C or SIGTERM take all down.
+
+    What is not listed here goes to 'collm serve': --port, --api-key, --max-batch and so on.
+    """
+    serve.check_extra()
+    from collm.serving.run import log_as_json
+    from collm.vllm.launch import check_python, launched
+    from collm.vllm.servers import Servers
+
+    log_as_json()
+    serving = _serve_command(collaboration, context.args)  # wrong options show before anything starts
+    python = check_python(vllm_python or sys.executable)
+    directory = work or Path(f"{Path(collaboration).resolve().name}-vllm")
+    flags = [shlex.split(base_flags), shlex.split(assistant_flags)]
+    plans = _plans(collaboration, directory, flags, serving.params["max_batch"], max_model_len)
+    with _terminated_as_interrupted(), launched(plans, python, directory / "logs", wait_s=wait) as running:
+        servers = Servers([server.url for server in running], on_failure=on_failure)
+        servers.write(directory / "servers.yaml")
+        serving.params["servers"] = str(directory / "servers.yaml")
+        serving.command.invoke(serving)
+
+
+def _serve_command(collaboration: str, arguments: list[str]) -> Any:
+    """The parsed call of `collm serve`."""
+    app = typer.Typer(add_completion=False)
+    app.command("serve")(serve.serve)
+    return typer.main.get_command(app).make_context("collm serve", [collaboration, *arguments])
+
+
+def _plans(
+    collaboration: str, directory: Path, flags: list[list[str]], max_batch: int, max_length: int | None
+) -> Sequence[ServerPlan]:
+    from collm.collaboration import CoLLM
+    from collm.errors import ConfigError
+    from collm.models.loading import ModelSpec
+    from collm.models.members import author_name
+    from collm.vllm.placement import Machine, Served, placed
+
+    model = CoLLM.from_pretrained(collaboration, engine="local")
+    base = ModelSpec(str(_exported(model, directory / "export")))
+    models = [Served("base", base, flags[0])]
+    for number, assistant in enumerate(model.assistants, start=1):
+        if not isinstance(assistant, ModelSpec):
+            raise ConfigError(f"the assistant {assistant} is a program, which no server runs; use 'collm serve'")
+        models.append(Served(author_name(number, len(model.assistants)), assistant, flags[1]))
+    return placed(models, Machine.this(), max_batch=max_batch, max_length=max_length)
+
+
+def _exported(model: CoLLM, out: Path) -> Path:
+    """The exported base, which is written unless it is there."""
+    from collm.vllm.note import check_exported
+
+    if out.exists():
+        check_exported(out, model.head)
+    else:
+        typer.echo(f"writing the base with its head to {out}", err=True)
+        model.export_vllm(out)
+    return out
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that servers are taken down; while serving, the server has its own handler."""
+    import signal
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

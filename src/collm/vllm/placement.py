@@ -1,0 +1,209 @@
+"""Which server gets what of one machine: its GPUs or cores, and memory for keys and values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from collm.errors import ConfigError, LoadError
+from collm.models.loading import ModelSpec
+from collm.vllm.launch import ServerPlan
+
+USABLE = 0.9
+"""Share of a device's memory that servers may take."""
+OVERHEAD_BYTES = 2 << 30
+"""For a server's activations, CUDA graphs and libraries; of a CPU, its interpreter."""
+BLOCK_TOKENS = 32
+"""Tokens a sequence may leave unused in its last block of the cache; CPU builds take multiples of 32."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes, in bytes.
+
+    Attributes:
+        weights: of all of it.
+        kv_per_token: keys and values of one token in all layers; more than that where layers share or compress them.
+        max_length: tokens that it was made to read.
+        dtype: that it is saved in, or is to be loaded in; vLLM left alone halves float32.
+    """
+
+    weights: int
+    kv_per_token: int
+    max_length: int
+    dtype: str
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Footprint:
+        """From a model's config; its weights are not read.
+
+        Raises:
+            ConfigError: it is to be quantized.
+            LoadError: there is no config of a causal LM.
+        """
+        if spec.quantization is not None:
+            raise ConfigError(
+                f"{spec.path} is to be quantized ({spec.quantization}), which is not launched; start a server of a "
+                "quantized checkpoint yourself and name it with --servers"
+            )
+        try:
+            config = AutoConfig.from_pretrained(spec.path, revision=spec.revision)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{spec.path} has no config of a causal language model: {error}") from error
+        text = config.get_text_config()
+        dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            weights=sum(weight.numel() for weight in model.parameters()) * dtype.itemsize,
+            kv_per_token=2 * text.num_hidden_layers * heads * width * dtype.itemsize,
+            max_length=text.max_position_embeddings,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is.
+
+    Attributes:
+        gpu_bytes: memory of each GPU; none on a CPU.
+        memory_bytes: main memory that is free.
+        cores: that this process may use.
+    """
+
+    gpu_bytes: Sequence[int]
+    memory_bytes: int
+    cores: Sequence[int]
+
+    @classmethod
+    def this(cls) -> Machine:
+        """The one at hand."""
+        gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+        return cls(gpus, psutil.virtual_memory().available, sorted(os.sched_getaffinity(0)))
+
+    def devices(self, count: int) -> list[Device]:
+        """What each of so many servers runs on: GPUs if there are some, else cores."""
+        if self.gpu_bytes:
+            groups = gpus_for(len(self.gpu_bytes), count)
+            return [Device(group, (), sum(self.gpu_bytes[gpu] for gpu in group)) for group in groups]
+        return [Device((), cores, self.memory_bytes) for cores in cores_for(self.cores, count)]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one server runs on.
+
+    Attributes:
+        gpus: their numbers; servers with the same ones share them, and all without share the main memory.
+        cores: their numbers, of a server without GPUs.
+        memory_bytes: of its GPUs together, or the main memory that is free.
+    """
+
+    gpus: Sequence[int]
+    cores: Sequence[int]
+    memory_bytes: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that keep a server to it; more threads than cores stall each other."""
+        if self.gpus:
+            return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
+        cores = ",".join(map(str, self.cores))
+        return {"OMP_NUM_THREADS": str(len(self.cores)), "VLLM_CPU_OMP_THREADS_BIND": cores}
+
+    def flags(self, size: Footprint, tokens: int) -> list[str]:
+        """Flags of vLLM, with memory for the keys and values of so many tokens."""
+        each = -(-tokens * size.kv_per_token // max(1, len(self.gpus)))
+        flags = ["--kv-cache-memory-bytes", str(each)]
+        if not self.gpus:
+            return [
+                *flags,
+                "--enforce-eager",
+                "--block-size",
+                str(BLOCK_TOKENS),
+                "--distributed-executor-backend",
+                "uni",
+            ]
+        taken = size.weights + tokens * size.kv_per_token + OVERHEAD_BYTES * len(self.gpus)
+        share = f"{min(USABLE, taken / self.memory_bytes):.3f}"
+        return [*flags, "--tensor-parallel-size", str(len(self.gpus)), "--gpu-memory-utilization", share]
+
+
+def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
+    """GPUs of each server: the first for the base, equal shares of the others for the assistants, powers of two as
+    tensor parallelism wants them; with fewer GPUs than servers all share the first."""
+    if num_gpus < num_servers:
+        return [[0]] * num_servers
+    each = (num_gpus - 1) // (num_servers - 1)
+    size = 1 << (each.bit_length() - 1)
+    return [[0], *(list(range(1 + k * size, 1 + (k + 1) * size)) for k in range(num_servers - 1))]
+
+
+def cores_for(cores: Sequence[int], num_servers: int) -> list[list[int]]:
+    """Cores of each server: equal shares, none in two of them unless there are more servers than cores."""
+    shares = [[core for n, core in enumerate(cores) if n * num_servers // len(cores) == k] for k in range(num_servers)]
+    return [share or [cores[k % len(cores)]] for k, share in enumerate(shares)]
+
+
+def kv_tokens(models: Sequence[Footprint], memory_bytes: float, wanted: int) -> int:
+    """Tokens for which all servers that share a memory can hold keys and values: those wanted, or what fits.
+
+    T = (memory - sum_i (weights_i + overhead)) / sum_i kv_i: base and assistants read the same sequences.
+    """
+    left = memory_bytes - sum(model.weights + OVERHEAD_BYTES for model in models)
+    return min(wanted, int(left // sum(model.kv_per_token for model in models)))
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model to be served.
+
+    Attributes:
+        name: of its author.
+        flags: of vLLM, after those that the placement gives.
+    """
+
+    name: str
+    spec: ModelSpec
+    flags: Sequence[str] = ()
+
+
+def placed(
+    models: Sequence[Served], machine: Machine, *, max_batch: int, max_length: int | None = None
+) -> list[ServerPlan]:
+    """Servers of one machine that can hold `max_batch` sequences, or as many tokens as fit.
+
+    Args:
+        models: the base's first.
+        max_length: longest sequence, in tokens; by default what all models read, 8192 at most.
+
+    Raises:
+        ConfigError: not even one sequence of that length fits.
+        LoadError: as of `Footprint.of`.
+    """
+    sizes = [Footprint.of(model.spec) for model in models]
+    devices = machine.devices(len(models))
+    length = max_length or min(8192, *(size.max_length for size in sizes))
+    plans = []
+    for model, size, device in zip(models, sizes, devices, strict=True):
+        beside = [other for other, its in zip(sizes, devices, strict=True) if its.gpus == device.gpus]
+        tokens = kv_tokens(beside, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
+        if tokens < length + BLOCK_TOKENS:
+            raise ConfigError(
+                f"beside the weights of the {model.name} fit keys and values of {max(tokens, 0)} tokens, expected "
+                f"{length}, the longest sequence; give --max-model-len, more memory, or servers on several machines"
+            )
+        flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
+        if model.spec.revision is not None:
+            flags += ["--revision", model.spec.revision]
+        flags += [*device.flags(size, tokens), *model.flags]
+        plans.append(ServerPlan(model.name, model.spec.path, flags, device.environment))
+    return plans

@@ -1,0 +1,131 @@
+"""What each server of a machine gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collm import ModelSpec
+from collm.errors import ConfigError, LoadError
+from collm.vllm.launch import ServerPlan
+from collm.vllm.placement import (
+    BLOCK_TOKENS,
+    OVERHEAD_BYTES,
+    USABLE,
+    Footprint,
+    Machine,
+    Served,
+    cores_for,
+    gpus_for,
+    kv_tokens,
+    placed,
+)
+
+GIB = 1 << 30
+SIZES = st.builds(Footprint, st.integers(0, 40 * GIB), st.integers(1, 1 << 20), st.just(4096), st.just("float32"))
+Saved = Callable[..., Path]
+
+
+def flag(plan: ServerPlan, name: str) -> str:
+    return plan.flags[list(plan.flags).index(name) + 1]
+
+
+def test_a_footprint_is_read_from_the_config_alone(saved_model: Saved) -> None:
+    path = saved_model("model", 0)
+    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    next(path.glob("*.safetensors")).unlink()
+    size = Footprint.of(ModelSpec(str(path)))
+    assert 0 <= weights - size.weights < 8192  # the file's header
+    assert size == Footprint(size.weights, 2 * 2 * 32 // 4 * 2 * 4, 128, "float32")  # layers, kv heads x width, fp32
+    half = Footprint.of(ModelSpec(str(path), dtype="bfloat16"))
+    assert (half.weights, half.kv_per_token) == (size.weights // 2, size.kv_per_token // 2)
+
+
+def test_what_has_no_footprint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="no config of a causal language model"):
+        Footprint.of(ModelSpec(str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"quantized \(nf4\).*--servers"):
+        Footprint.of(ModelSpec("anywhere", quantization="nf4"))
+
+
+@given(
+    st.lists(SIZES, min_size=1),
+    st.integers(0, 400 * GIB),
+    st.integers(1, 1 << 20),
+)
+def test_all_that_share_a_memory_fit_into_it(models: list[Footprint], memory: int, wanted: int) -> None:
+    tokens = kv_tokens(models, memory, wanted)
+    needed = [sum(m.weights + OVERHEAD_BYTES + n * m.kv_per_token for m in models) for n in (tokens, tokens + 1)]
+    assert tokens <= wanted
+    assert tokens < 0 or needed[0] <= memory
+    assert tokens == wanted or needed[1] > memory
+
+
+@given(st.integers(1, 16), st.integers(2, 5))
+def test_every_server_has_gpus_and_only_a_lack_makes_them_share(num_gpus: int, num_servers: int) -> None:
+    groups = gpus_for(num_gpus, num_servers)
+    used = [gpu for group in groups for gpu in group]
+    assert len(groups) == num_servers
+    assert all(len(group) & (len(group) - 1) == 0 < len(group) for group in groups)
+    assert set(used) <= set(range(num_gpus))
+    assert (len(used) == len(set(used))) == (num_gpus >= num_servers)
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, unique=True), st.integers(1, 5))
+def test_every_server_has_cores_and_only_a_lack_makes_them_share(cores: list[int], num_servers: int) -> None:
+    shares = cores_for(cores, num_servers)
+    used = [core for share in shares for core in share]
+    assert len(shares) == num_servers
+    assert all(shares)
+    assert set(used) <= set(cores)
+    if len(cores) >= num_servers:
+        assert sorted(used) == sorted(cores)
+
+
+@pytest.fixture
+def models(saved_model: Saved) -> Sequence[Served]:
+    base, assistant = (ModelSpec(str(saved_model(name, seed))) for name, seed in (("one", 0), ("other", 1)))
+    return [Served("base", base, ["--seed", "1"]), Served("assistant", assistant)]
+
+
+def test_servers_on_cores(models: Sequence[Served]) -> None:
+    base, assistant = placed(models, Machine([], 64 * GIB, [4, 5, 6, 7]), max_batch=3, max_length=100)
+    assert base.environment == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "4,5"}
+    assert assistant.environment["VLLM_CPU_OMP_THREADS_BIND"] == "6,7"
+    assert (base.gpus, base.flags[-2:]) == ("", ["--seed", "1"])
+    size = Footprint.of(models[0].spec)
+    assert int(flag(base, "--kv-cache-memory-bytes")) == 3 * (100 + BLOCK_TOKENS) * size.kv_per_token
+    assert flag(base, "--dtype") == "float32"  # vLLM's auto would halve it
+    assert (flag(base, "--max-model-len"), flag(base, "--max-num-seqs")) == ("100", "3")
+
+
+def test_servers_on_one_gpu_share_it(models: Sequence[Served]) -> None:
+    plans = placed(models, Machine([24 * GIB], 64 * GIB, [0]), max_batch=1 << 20)
+    assert [plan.gpus for plan in plans] == ["0", "0"]
+    shares = [float(flag(plan, "--gpu-memory-utilization")) for plan in plans]
+    assert sum(shares) == pytest.approx(USABLE, abs=2e-3)
+    kv = [int(flag(plan, "--kv-cache-memory-bytes")) for plan in plans]
+    assert kv[0] == kv[1]  # models of one shape hold the same sequences
+    assert flag(plans[0], "--max-model-len") == "128"
+
+
+def test_servers_on_many_gpus_are_parallel(models: Sequence[Served]) -> None:
+    base, assistant = placed(models, Machine([24 * GIB] * 6, 64 * GIB, [0]), max_batch=4)
+    assert (base.gpus, assistant.gpus) == ("0", "1,2,3,4")
+    assert flag(assistant, "--tensor-parallel-size") == "4"
+    size, tokens = Footprint.of(models[1].spec), 4 * (128 + BLOCK_TOKENS)
+    assert int(flag(assistant, "--kv-cache-memory-bytes")) == tokens * size.kv_per_token // 4
+
+
+def test_a_memory_that_holds_no_sequence_is_refused(models: Sequence[Served]) -> None:
+    with pytest.raises(ConfigError, match=r"beside the weights of the base fit .* 0 tokens, expected 128"):
+        placed(models, Machine([GIB], 64 * GIB, [0]), max_batch=4)
+
+
+def test_a_revision_is_served(models: Sequence[Served]) -> None:
+    given = [models[0], Served("assistant", ModelSpec(models[1].spec.path, revision="v2"))]
+    assert flag(placed(given, Machine([], 64 * GIB, [0]), max_batch=1)[1], "--revision") == "v2"
