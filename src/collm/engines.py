@@ -15,7 +15,7 @@ from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.errors import ConfigError, MismatchError
 from collm.models.guards import TokenizerIdentity, check_eos
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, saved_eos_ids
+from collm.models.loading import ModelSpec, empty_model, saved_eos_ids
 from collm.models.members import Member, author_name, load_members
 from collm.models.runner import ModelRunner
 from collm.models.tools import ToolModel, ToolRunner
@@ -39,6 +39,9 @@ class Backend(Protocol):
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
         """What each author would have written at each token, as `decoding.candidates.top_candidates`."""
+
+    def weights_per_token(self, author: int) -> int:
+        """Weights of an author that reading a token multiplies with; 0 of a program."""
 
 
 class InMemory:
@@ -117,6 +120,10 @@ class InMemory:
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
         return top_candidates(self.runners, self._tokenizer, prompt_ids, token_ids, most)
 
+    def weights_per_token(self, author: int) -> int:
+        member = self.members[author]
+        return member.weights_per_token if isinstance(member, LanguageModel) else 0
+
 
 class OnServers:
     """Models that servers hold; nothing of them is loaded here.
@@ -175,6 +182,11 @@ class OnServers:
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
         return self.fleet.candidates(self._tokenizer, prompt_ids, token_ids, most)
+
+    def weights_per_token(self, author: int) -> int:
+        member = self._given[author]
+        module = empty_model(member) if isinstance(member, ModelSpec) else member
+        return LanguageModel(module, name="").weights_per_token
 
 
 def servers_for(engine: EngineName | None, given: Servers | None, saved: Servers | None) -> Servers | None:

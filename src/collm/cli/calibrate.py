@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from collm.cli.servers import EngineOption, ServersOption, servers_named
 from collm.cli.usage import allow_none, allow_only
 
 
@@ -52,6 +53,8 @@ def calibrate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 256,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    engine: EngineOption = None,
+    servers: ServersOption = None,
     trust_tools: Annotated[
         bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
     ] = False,
@@ -81,11 +84,15 @@ def calibrate(
             context,
             "collaboration",
             "device",
+            "engine",
+            "servers",
             "trust_tools",
             *chosen,
             why="without --data the run of DIR says the rest",
         )
-    model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
+    model = CoLLM.from_pretrained(
+        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_tools=trust_tools
+    )
     out = Console(highlight=False)
     past = None
     if data is None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from collm.cli.servers import EngineOption, ServersOption, servers_named
+
 
 def evaluate(
     collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
@@ -31,6 +33,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of drawn items, shots and tokens.")] = 0,
     max_batch: Annotated[int, typer.Option(help="Most prompts decoded at once.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    engine: EngineOption = None,
+    servers: ServersOption = None,
     trust_tools: Annotated[
         bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
     ] = False,
@@ -51,7 +55,9 @@ def evaluate(
 
     chosen = task_named(task, **({} if metric is None else {"metric": metric}))
     items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
-    model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
+    model = CoLLM.from_pretrained(
+        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_tools=trust_tools
+    )
     operating = model.threshold(threshold, budget)
     names = [name for name in compare.split(",") if name]
     if curve:

@@ -67,8 +67,24 @@ def check_share(name: str, value: float) -> None:
         raise ConfigError(f"{name} is {value}, expected a number from 0 to 1")
 
 
+class ThresholdRule(Policy):
+    """author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k, with a threshold that is known before the step."""
+
+    def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
+        """The threshold at one position; below 0 it defers whatever the text, at 1 never.
+
+        Args:
+            position, deferred, uniform: as in `StepView`.
+        """
+        raise NotImplementedError
+
+    def author(self, step: StepView) -> int:
+        threshold = self.threshold_at(step.position, step.deferred, step.uniform)
+        return BASE if step.defer_prob <= threshold else likeliest_assistant(step.author_probs)
+
+
 @dataclass(frozen=True)
-class ThresholdPolicy(Policy):
+class ThresholdPolicy(ThresholdRule):
     """author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k (arXiv 2403.03870).
 
     Raises:
@@ -80,12 +96,12 @@ class ThresholdPolicy(Policy):
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
 
-    def author(self, step: StepView) -> int:
-        return BASE if step.defer_prob <= self.threshold else likeliest_assistant(step.author_probs)
+    def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
+        return self.threshold
 
 
 @dataclass(frozen=True)
-class ScheduledPolicy(Policy):
+class ScheduledPolicy(ThresholdRule):
     """The threshold rule with a threshold that moves: start + (end - start) * min(position / steps, 1).
 
     A low start lets the assistants open the text, where a wrong turn costs most, and hands over to the base.
@@ -104,13 +120,12 @@ class ScheduledPolicy(Policy):
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}, expected at least 1 token from start to end")
 
-    def author(self, step: StepView) -> int:
-        threshold = self.start + (self.end - self.start) * min(step.position / self.steps, 1.0)
-        return BASE if step.defer_prob <= threshold else likeliest_assistant(step.author_probs)
+    def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
+        return self.start + (self.end - self.start) * min(position / self.steps, 1.0)
 
 
 @dataclass(frozen=True)
-class BudgetPolicy(Policy):
+class BudgetPolicy(ThresholdRule):
     """The threshold rule within a deferral rate that no prefix of this one completion exceeds by more than a burst.
 
     Defers only if 1 - P(Z = 0) > threshold and deferred + 1 <= budget * (position + 1) + burst, so after n tokens at
@@ -136,9 +151,8 @@ class BudgetPolicy(Policy):
         if self.burst < 0:
             raise ConfigError(f"burst is {self.burst}, expected 0 or more tokens")
 
-    def author(self, step: StepView) -> int:
-        afford = step.deferred + 1 <= self.budget * (step.position + 1) + self.burst
-        return likeliest_assistant(step.author_probs) if afford and step.defer_prob > self.threshold else BASE
+    def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
+        return self.threshold if deferred + 1 <= self.budget * (position + 1) + self.burst else 1.0
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,7 @@ class JointPolicy(Policy):
 
 
 @dataclass(frozen=True)
-class RandomPolicy(Policy):
+class RandomPolicy(ThresholdRule):
     """Defers with probability `rate`, whatever the text; among assistants, argmax_k u_k. A baseline.
 
     Raises:
@@ -181,8 +195,8 @@ class RandomPolicy(Policy):
     def __post_init__(self) -> None:
         check_share("rate", self.rate)
 
-    def author(self, step: StepView) -> int:
-        return likeliest_assistant(step.author_probs) if step.uniform < self.rate else BASE
+    def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
+        return -1.0 if uniform < self.rate else 1.0
 
 
 class ConsultingPolicy(Policy):

@@ -23,7 +23,6 @@ from collm.evaluation.reliability import reliability
 from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
-from collm.models.language_model import LanguageModel
 from collm.models.members import author_name
 from collm.training.data import Row
 
@@ -160,8 +159,9 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
-    """What the authors say of solutions: measures, NaN as None, and how far the defer prob can be trusted."""
-    if not solutions:
+    """What the authors say of solutions: measures, NaN as None, and how far the defer prob can be trusted; None of
+    models that are not in memory."""
+    if not solutions or model.servers is not None:
         return None
     views = gold_views(model, gold_examples(model, solutions))
     measures = {name: None if math.isnan(value) else value for name, value in views.measures().items()}
@@ -247,12 +247,8 @@ def _per_item(used: ModelUsage, items: int) -> dict[str, float]:
 
 def _flops(system: System, model: CoLLM, name: str) -> float:
     """Per token read: two for each weight but those of the input embedding."""
-    if system.writes_as != BASE:
-        name = "base"
-    member = next(member for member in model.members if member.name == name)
-    if not isinstance(member, LanguageModel):
-        return 0.0
-    return 2.0 * member.weights_per_token
+    author = BASE if system.writes_as != BASE else [runner.name for runner in model.runners].index(name)
+    return 2.0 * model.backend.weights_per_token(author)
 
 
 def _difference(measure: str | None, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:

@@ -95,12 +95,14 @@ def _assistant(model: CoLLM, name: str) -> System:
     if not number.isdecimal() or not 1 <= int(number) <= len(model.assistants):
         raise ConfigError(f"cannot compare {name!r}: the collaboration has {len(model.assistants)} assistants")
     author = int(number)
-    if isinstance(model.assistants[author - 1], ToolSpec):
-        return System(name, lambda: model, SingleAuthorPolicy(author))  # the base writes where it abstains
+    if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
+        return System(name, lambda: model, SingleAuthorPolicy(author))  # for a tool that abstains the base writes
     return System(name, lambda: _alone(model, _module(model, author)), SingleAuthorPolicy(BASE), writes_as=author)
 
 
 def _module(model: CoLLM, author: int) -> nn.Module:
+    if model.servers is not None:
+        raise ConfigError("proxy needs all models in memory; leave it out, or use engine 'local'")
     member = model.members[author]
     if not isinstance(member, LanguageModel):
         raise ConfigError(f"{member.name} is a tool, expected a language model")

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -115,6 +116,20 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         raise LoadError(_could_not_load("model", spec, error)) from error
     _keep_layout(model)
     return cast(PreTrainedModel, model.eval())
+
+
+def empty_model(spec: ModelSpec) -> PreTrainedModel:
+    """A causal LM without weights (on the meta device), from its config alone.
+
+    Raises:
+        LoadError: there is no config of a causal LM.
+    """
+    try:
+        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision)
+        with torch.device("meta"):
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    except (OSError, ValueError, ImportError) as error:
+        raise LoadError(_could_not_load("config", spec, error)) from error
 
 
 def _keep_layout(model: nn.Module) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from collm.errors import ConfigError, LoadError
-from collm.models.loading import ModelSpec
+from collm.errors import ConfigError
+from collm.models.loading import ModelSpec, empty_model
 from collm.vllm.launch import ServerPlan
 
 USABLE = 0.9
@@ -51,12 +51,8 @@ class Footprint:
                 f"{spec.path} is to be quantized ({spec.quantization}), which is not launched; start a server of a "
                 "quantized checkpoint yourself and name it with --servers"
             )
-        try:
-            config = AutoConfig.from_pretrained(spec.path, revision=spec.revision)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError) as error:
-            raise LoadError(f"{spec.path} has no config of a causal language model: {error}") from error
+        model = empty_model(spec)
+        config: Any = model.config
         text = config.get_text_config()
         dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
