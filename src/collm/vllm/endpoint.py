@@ -299,9 +299,11 @@ class Endpoint:
 
     async def _events(self, client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[str, None]:
         async with client.stream("POST", f"{self.url}/completions", json=body) as reply:
-            if reply.status_code != 200:
-                text = (await reply.aread()).decode(errors="replace")
-                self._check(reply.status_code, text, reply.headers.get("Retry-After", ""))
+            if reply.status_code != 200 or "event-stream" not in reply.headers.get("Content-Type", ""):
+                await reply.aread()
+                self._check(reply.status_code, reply.text, reply.headers.get("Retry-After", ""))
+                yield reply.text  # a whole answer, or no answer at all
+                return
             async with aclosing(event_data(reply.aiter_lines())) as data:
                 async for event in data:
                     yield event
