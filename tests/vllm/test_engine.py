@@ -235,6 +235,25 @@ def test_a_request_cancelled_while_it_waits_is_never_sent(cluster: Clusters) -> 
     assert len(base.bodies) == 1
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 12, 40])
+def test_a_request_can_be_cancelled_at_any_time(cluster: Clusters, steps: int) -> None:
+    world = cluster()
+    model = world.connect()
+    prompts = prompts_of(26, 3)
+    expected = world.members.local.generate(prompts[1:], GREEDY, threshold=0.5)
+    engine = model.engine(3)
+    dropped, *kept = (engine.add(Request(prompt, GREEDY, ThresholdPolicy(0.5))) for prompt in prompts)
+    news = [emitted for _ in range(steps) for emitted in engine.step()]
+    engine.cancel(dropped)
+    engine.cancel(dropped)
+    engine.cancel(99)
+    later = [emitted for _ in iter(lambda: engine.has_work, False) for emitted in engine.step()]
+    assert dropped not in {emitted.number for emitted in later}
+    done = {emitted.number: emitted.completion for emitted in news + later if emitted.completion is not None}
+    for number, whole in zip(kept, expected, strict=True):
+        check_equal(done[number], whole)
+
+
 def test_a_stream_that_is_left_leaves_nothing_running(cluster: Clusters) -> None:
     world = cluster()
     model, (base, _) = world.connect(), world.fakes

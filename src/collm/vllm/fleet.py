@@ -76,7 +76,7 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_serve, args=(self._loop,), name="collm-vllm", daemon=True)
         thread.start()
-        self._end = weakref.finalize(self, _end, self._loop, thread, self.client)
+        self._ending = weakref.finalize(self, _end, self._loop, thread, self.client)
         try:
             self.run(self._check(tokenizer))
         except BaseException:
@@ -93,7 +93,7 @@ class Fleet:
 
     def close(self) -> None:
         """Break off what is asked, close the connections and end the thread; once is enough."""
-        self._end()
+        self._ending()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Do something in the loop's thread.
@@ -101,7 +101,7 @@ class Fleet:
         Raises:
             ConfigError: the fleet was closed.
         """
-        if not self._end.alive:
+        if not self._ending.alive:
             work.close()
             raise ConfigError("the connections to the servers were closed; load the collaboration again")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
