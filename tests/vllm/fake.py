@@ -34,8 +34,8 @@ class Fault:
         text: of an answer with status 200 that is none, or of a refusal.
         hang: no answer comes.
         after: so many tokens are sent, then what `then` says happens.
-        then: "drop" closes the connection, "hang" sends nothing more, "comments" keeps the connection alive without
-            an end, a dict is sent as an event, "end" ends the stream without a finish_reason.
+        then: "drop" closes the connection, "hang" sends nothing more, "comments" and "empties" (pieces without
+            tokens) go on for ever, "end" ends the stream without a finish_reason, a dict is sent as an event.
         change: of the choice of a piece or an answer, before it is sent.
     """
 
@@ -405,10 +405,11 @@ class FakeVllm:
             yield _event(fault.then)
         elif fault.then == "hang":
             await asyncio.sleep(LATEST_S)
-        elif fault.then == "comments":
+        elif fault.then in ("comments", "empties"):
+            empty = _event({"choices": [{**self._choice(body, [], first=False), "finish_reason": None}]})
             while True:
                 await asyncio.sleep(0.01)
-                yield ": keep-alive\n\n"
+                yield ": keep-alive\n\n" if fault.then == "comments" else empty
         elif fault.then == "drop":
             yield None
 

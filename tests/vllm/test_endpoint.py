@@ -209,13 +209,13 @@ def test_retry_after_is_honoured_within_bounds(fake: FakeVllm, served: Served) -
 
 
 def test_a_time_limit_holds_for_each_call(fake: FakeVllm, served: Served) -> None:
-    asking = Asking(fake, timeout_s=0.2, retries=1)
-    for fault in (HANG, Fault(after=3, then="hang"), Fault(after=3, then="comments")):
+    asking = Asking(fake, timeout_s=0.5, retries=2)
+    for fault in (HANG, *(Fault(after=3, then=then) for then in ("hang", "comments", "empties"))):
         fake.faults = [fault]
         assert asking.stream(5) == greedy(served, 5)
-    fake.faults = [HANG] * 2
+    fake.faults = [HANG] * 3
     began = time.monotonic()
-    with pytest.raises(Unreachable, match=r"failed 2 times, at last: (no answer within 0.2 s|ReadTimeout)"):
+    with pytest.raises(Unreachable, match=r"failed 3 times, at last: (no answer within 0.5 s|ReadTimeout)"):
         asking.one()
     assert time.monotonic() - began < 10  # not the 20 that the server takes
 

@@ -168,7 +168,7 @@ def test_tokens_are_drawn_by_the_law_of_their_author(
     """In total variation n draws stray from their law by sum_x sqrt(p_x (1 - p_x) / (2 pi n)) on average, and by
     sqrt(log(1000) / 2n) more in less than one case of a thousand (McDiarmid)."""
     world = cluster()
-    draws = 400
+    draws = 300
     params = SamplingParams(max_new_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, seed=1)
     (prompt,) = prompts_of(13, 1)
     model = world.connect()
@@ -347,6 +347,9 @@ def test_a_fleet_ends_when_closed_or_forgotten(cluster: Clusters, members: Calla
     assert threads() == before
     world.fakes[0].wait_until(lambda: not world.fakes[0].running)
     world.fakes[0].let_go()
+    (last,) = engine.step()
+    assert "closed while it was decoded" in str(last.failure)
+    assert not engine.has_work
     with pytest.raises(ConfigError, match="connections to the servers were closed"):
         model.generate([[5]], GREEDY, threshold=0.5)
     m = members(1)

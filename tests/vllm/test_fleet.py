@@ -216,7 +216,7 @@ def test_the_wait_is_bounded_for_a_server_that_hangs(cluster: Clusters, monkeypa
 def test_a_start_that_fails_later_is_an_error_of_ours(cluster: Clusters, fault: Fault) -> None:
     world = cluster()
     world.fakes[1].of_path["/tokenize"] = [fault]
-    check(world, ModelFailure, "assistant at http", timeout_s=0.3)
+    check(world, ModelFailure, "assistant at http", timeout_s=1.0)
 
 
 def test_a_head_of_many_assistants_finds_their_rows(cluster: Clusters) -> None:

@@ -33,6 +33,7 @@ from collm.vllm.fleet import Fleet
 
 _PATIENCE_S = 0.02
 """A step waits no longer for news, so that requests can come and go between steps."""
+_CLOSED = "the connections to the servers were closed while it was decoded; load the collaboration again"
 _LEAST_TEMPERATURE = 0.01
 """vLLM raises a lower one to this."""
 
@@ -134,7 +135,10 @@ class VllmEngine:
         for emitted in news:
             if emitted.completion is not None or emitted.failure is not None:
                 self._active.pop(emitted.number, None)
-        return news
+        broken_off = [number for number, running in self._active.items() if running.cancelled()]
+        for number in broken_off:
+            del self._active[number]
+        return news + [Emitted(number, failure=ModelFailure(_CLOSED)) for number in broken_off]
 
     # In the fleet's thread
 
