@@ -3,64 +3,79 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any, TypeVar
 
+import anyio
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so named in all its versions
 
 from collm.core.types import ModelUsage
 from collm.decoding.candidates import Likely
-from collm.errors import LoadError, MismatchError, ModelFailure
+from collm.errors import LoadError, ModelFailure
+from collm.vllm.answers import ErrorEventError, Piece, Written, event_data, read_likely, read_piece, retry_after_s
+from collm.vllm.breaker import Breaker
 from collm.vllm.servers import Servers
 
+T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
-_TRIPS_AFTER, _COOLS_S = 3, 10.0
-_TRANSIENT = (httpx.TransportError, asyncio.TimeoutError)
-
-
-@dataclass(frozen=True)
-class Written:
-    """A token that a server wrote, its log-probability in nats, and those of the tokens that were asked about."""
-
-    token_id: int
-    logprob: float
-    about: dict[int, float] = field(default_factory=dict)
+_LOOKS_EVERY_S, _LEAST_LOOK_S = 0.5, 5.0
+_ENDING_S = 1.0
+"""Longest wait for the end of a stream whose last token came; then its connection is not used again."""
+_OUTAGES = {408, 429, 502, 503, 504}
+"""Statuses that say something of the server, not of the request."""
+_NO_TOKENIZER = {404, 405, 501}
 
 
 class Unreachable(ModelFailure):
     """A server that did not answer, after all attempts."""
 
 
+class _Failed(Exception):  # noqa: N818
+    """An attempt that may go better next time."""
+
+    def __init__(self, reason: str, *, outage: bool, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.reason, self.outage, self.wait_s = reason, outage, wait_s
+
+
 class Endpoint:
     """A server as an author: what `Engine` knows of a runner, and its requests.
 
-    After three calls in a row that failed in all their attempts it is left alone for ten seconds: calls fail at once,
-    and the first one after that tries again.
+    A call is made again after a connection error, a time-out, status 429 or 5xx and an answer that is none, with
+    pauses that double from a quarter of a second, or as long as Retry-After says, at most ten seconds. After three
+    calls in a row without an answer the server is left alone (`Breaker`); what it says of a single request, be it
+    status 500 or nonsense, counts for that request alone.
 
     Args:
         name: what errors and counts call it.
         url: what stands before "/completions".
         servers: how patiently it is asked.
         vocab_size: ids that it may write.
+        sleep: awaited between attempts, with seconds.
 
     Attributes:
         usage: `calls` counts requests; `forward_passes` tokens and deferrals that it generated; `tokens_read` what was
             new to it of each request, as its prefix cache should see it.
-        max_length: most tokens of prompt and completion, as it says itself.
+        max_length: most tokens of prompt and completion, as it says itself; None if it does not.
     """
 
     may_abstain = False
     open_slots = 0
 
-    def __init__(self, name: str, url: str, servers: Servers, vocab_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        servers: Servers,
+        vocab_size: int,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self.name = name
         self.url = url
         self.servers = servers
@@ -68,9 +83,10 @@ class Endpoint:
         self.usage = ModelUsage()
         self.model = ""
         self.max_length: int | None = None
+        self.breaker = Breaker()
+        self.sleep = sleep
         self._random = random.Random()
-        self._failures = 0
-        self._closed_until = 0.0
+        self._key = servers.headers.get("Authorization", "").removeprefix("Bearer ")
 
     async def find(self, client: httpx.AsyncClient, deadline: float) -> None:
         """Learn what it serves, waiting until `deadline` (`time.monotonic`) for it to be up.
@@ -79,41 +95,56 @@ class Endpoint:
             LoadError: it is not up by then, refuses, or serves several models.
         """
         while True:
+            look_s = min(self.servers.timeout_s, max(deadline - time.monotonic(), _LEAST_LOOK_S))
             try:
-                reply = await asyncio.wait_for(client.get(f"{self.url}/models"), self.servers.timeout_s)
-                if reply.status_code == 200:
-                    break
-                if reply.status_code < 500:
-                    raise LoadError(f"{self.name} at {self.url} answers {_said(reply)}; check address and key")
-                reason = _said(reply)
-            except _TRANSIENT as error:
-                reason = f"{type(error).__name__} {error}".strip()
-            if time.monotonic() >= deadline:
+                with self._failures(look_s), anyio.fail_after(look_s):
+                    reply = await client.get(f"{self.url}/models")
+                self._check(reply.status_code, reply.text)
+                break
+            except _Failed as failure:
+                reason = failure.reason
+            except ModelFailure as error:
+                raise LoadError(str(error)) from error
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise LoadError(
                     f"{self.name} at {self.url} is not up after {self.servers.wait_s:g} s: {reason}; "
                     "start it, or wait longer"
                 )
             _LOG.info("waiting for %s at %s: %s", self.name, self.url, reason)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(min(_LOOKS_EVERY_S, left))
         try:
             cards = reply.json()["data"]
-            self.model, self.max_length = str(cards[0]["id"]), cards[0].get("max_model_len")
+            self.model, longest = str(cards[0]["id"]), cards[0].get("max_model_len")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise LoadError(f"GET {self.url}/models gave no list of models; is the address right?") from error
         if len(cards) != 1:
             names = ", ".join(str(card.get("id")) for card in cards)
             raise LoadError(f"{self.url} serves several models ({names}); expected the {self.name} alone")
+        self.max_length = longest if type(longest) is int else None
 
     async def tokenize(self, client: httpx.AsyncClient, text: str) -> list[int] | None:
-        """Token ids of a text, None from a server that does not say."""
+        """Token ids of a text, None from a server that does not say.
+
+        Raises:
+            ModelFailure: as of `one`.
+        """
         url = f"{self.url.removesuffix('/v1')}/tokenize"
-        reply = await client.post(url, json={"model": self.model, "prompt": text, "add_special_tokens": False})
-        if reply.status_code == 404:
-            return None
-        try:
-            return [int(token) for token in reply.json()["tokens"]]
-        except (ValueError, LookupError, TypeError) as error:
-            raise LoadError(f"{self.name} at {url} gave no tokens of a text: {_said(reply)}") from error
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+
+        async def attempt() -> list[int] | None:
+            with self._failures(self.servers.timeout_s):
+                with anyio.fail_after(self.servers.timeout_s):
+                    reply = await client.post(url, json=body)
+                if reply.status_code in _NO_TOKENIZER:
+                    return None
+                self._check(reply.status_code, reply.text, reply.headers.get("Retry-After", ""))
+                tokens = reply.json().get("tokens")
+                if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+                    raise ValueError(f"no tokens of a text: {reply.text[:200]}")
+                return tokens
+
+        return await self._patiently(attempt)
 
     async def one(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Written:
         """The next token.
@@ -122,161 +153,194 @@ class Endpoint:
             Unreachable: in no attempt was there an answer.
             ModelFailure: it refuses, or answers with something else.
         """
-        async with aclosing(self.stream(client, {**body, "max_tokens": 1}, streaming=False)) as written:
-            async for tokens in written:
-                return tokens[0]
-        raise self._no_use("no token")
+        asked = self._asked({**body, "max_tokens": 1}, [])
 
-    async def stream(
-        self, client: httpx.AsyncClient, body: dict[str, Any], *, streaming: bool = True
-    ) -> AsyncGenerator[list[Written], None]:
+        async def attempt() -> Written:
+            self.usage.calls += 1
+            with self._failures(self.servers.timeout_s):
+                piece = read_piece(await self._post(client, asked), asked["prompt"], self.vocab_size)
+                if len(piece.written) != 1:
+                    raise ValueError(f"{len(piece.written)} tokens where one was asked for")
+            self.usage.forward_passes += 1
+            return piece.written[0]
+
+        return await self._patiently(attempt)
+
+    async def stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[list[Written], None]:
         """Tokens as they come; leave it early with `aclosing`. An answer that breaks off is asked for again from there.
 
         Raises:
             Unreachable, ModelFailure: as `one`.
         """
-        left = self._closed_until - time.monotonic()
-        if left > 0:
-            raise Unreachable(
-                f"{self.name} at {self.url} failed {self._failures} times and is left alone for {left:.0f} s"
-            )
-        prompt, most = list(body["prompt"]), body["max_tokens"]
-        attempt = 0
+        self._admit()
+        written: list[int] = []
+        failed = 0
         while True:
-            asked = {"model": self.model, "return_token_ids": True, "return_tokens_as_token_ids": True, **body}
-            asked |= {"prompt": prompt, "max_tokens": most, "stream": streaming}
-            self.usage.calls += 1
             try:
-                chunks = self._events(client, asked) if streaming else self._whole(client, asked)
-                async with aclosing(chunks):
-                    async for choice in chunks:
-                        tokens = self._read(choice, prompt)
-                        self.usage.forward_passes += len(tokens)
-                        prompt += [one.token_id for one in tokens]
-                        most -= len(tokens)
-                        attempt = self._failures = 0
-                        if tokens:
-                            yield tokens
-                        if choice.get("finish_reason"):
-                            return
-                reason, wait_s = "the answer broke off", 0.0
-            except _Refused as refusal:
-                reason, wait_s = refusal.reason, refusal.wait_s
-            except _TRANSIENT as error:
-                reason, wait_s = f"{type(error).__name__} {error}".strip(), 0.0
-            attempt += 1
-            if attempt > self.servers.retries:
-                self._trip()
-                raise Unreachable(
-                    f"{self.name} at {self.url} failed {attempt} times, at last: {reason}; check that the server runs"
-                )
-            pause = min(_FIRST_WAIT_S * 2.0 ** (attempt - 1), _LONGEST_WAIT_S) * self._random.uniform(0.5, 1.0)
-            await asyncio.sleep(min(max(pause, wait_s), _LONGEST_WAIT_S))
+                async with aclosing(self._pieces(client, self._asked(body, written))) as pieces:
+                    async for piece in pieces:
+                        if piece.written:
+                            failed = 0
+                            self.breaker.succeeded()
+                            self.usage.forward_passes += len(piece.written)
+                            written += [one.token_id for one in piece.written]
+                            yield piece.written
+                return
+            except _Failed as failure:
+                if len(written) == body["max_tokens"]:  # only the end of the answer is missing
+                    return
+                failed += 1
+                await self._pause(failure, failed)
+            except ModelFailure:
+                self.breaker.succeeded()
+                raise
 
     async def likely(self, client: httpx.AsyncClient, token_ids: list[int], count: int, most: int) -> list[Likely]:
         """The most probable tokens, with their probabilities, at each of the last `count` tokens.
 
         Raises:
-            ModelFailure: it refuses, or answers with something else.
+            Unreachable, ModelFailure: as `one`.
         """
         body = {"model": self.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": most}
-        try:
-            async for choice in self._whole(client, body):
-                places = choice["prompt_logprobs"][-count:]
-                read = [{int(token): float(entry["logprob"]) for token, entry in place.items()} for place in places]
-                ranked = [sorted(place.items(), key=lambda item: -item[1]) for place in read]
-                return [[(token, math.exp(logprob)) for token, logprob in place] for place in ranked]
-        except (_Refused, *_TRANSIENT, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise self._no_use(f"{type(error).__name__} {error}") from error
-        raise self._no_use("nothing")
 
-    def _trip(self) -> None:
-        self._failures += 1
-        if self._failures >= _TRIPS_AFTER:
-            self._closed_until = time.monotonic() + _COOLS_S
+        async def attempt() -> list[Likely]:
+            self.usage.calls += 1
+            with self._failures(self.servers.timeout_s):
+                return read_likely(await self._post(client, body), count)
 
-    async def _whole(self, client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        reply = await asyncio.wait_for(client.post(f"{self.url}/completions", json=body), self.servers.timeout_s)
-        self._check_status(reply, reply.text)
-        yield self._choice(reply.text)
+        return await self._patiently(attempt)
 
-    async def _events(self, client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        timeout = httpx.Timeout(self.servers.timeout_s)  # of reading: between two pieces
-        async with client.stream("POST", f"{self.url}/completions", json=body, timeout=timeout) as reply:
-            if reply.status_code != 200:
-                self._check_status(reply, (await reply.aread()).decode(errors="replace"))
-            async for line in _data(reply.aiter_lines()):
-                if line == "[DONE]":
-                    return
-                yield self._choice(line)
+    # Attempts
 
-    def _check_status(self, reply: httpx.Response, text: str) -> None:
-        if reply.status_code == 200:
-            return
-        reason = f"status {reply.status_code} {' '.join(text.split())[:300]}"
-        if reply.status_code == 429 or reply.status_code >= 500:
-            raise _Refused(reason, _retry_after_s(reply))
-        raise ModelFailure(f"{self.name} at {self.url} refuses a request: {reason}")
+    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        self._admit()
+        failed = 0
+        while True:
+            try:
+                result = await attempt()
+            except _Failed as failure:
+                failed += 1
+                await self._pause(failure, failed)
+            except ModelFailure:
+                self.breaker.succeeded()
+                raise
+            else:
+                self.breaker.succeeded()
+                return result
 
-    def _choice(self, text: str) -> dict[str, Any]:
-        try:
-            event = json.loads(text)
-            if "error" in event:
-                raise _Refused(str(event["error"])[:300], 0.0)
-            return event["choices"][0]  # type: ignore[no-any-return]
-        except (ValueError, LookupError, TypeError) as error:
-            raise self._no_use(text) from error
-
-    def _read(self, choice: dict[str, Any], prompt: Sequence[int]) -> list[Written]:
-        """Tokens of an answer or of a piece of one."""
-        try:
-            echoed = choice.get("prompt_token_ids")
-            if echoed is not None and list(echoed) != list(prompt):
-                raise ValueError("its prompt_token_ids are not the token ids that were sent")
-            token_ids, logprobs = choice["token_ids"], choice.get("logprobs") or {"token_logprobs": []}
-            values = logprobs["token_logprobs"]
-            about = logprobs.get("top_logprobs") or [{}] * len(token_ids)
-            read = [
-                Written(
-                    int(token), float(value), {int(key.removeprefix("token_id:")): float(p) for key, p in of.items()}
-                )
-                for token, value, of in zip(token_ids, values, about, strict=True)
-            ]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise self._no_use(f"{type(error).__name__} {error} in {choice}") from error
-        outside = [one.token_id for one in read if not 0 <= one.token_id < self.vocab_size]
-        if outside:
-            raise MismatchError(
-                f"{self.name} at {self.url} wrote token id {outside[0]}, expected ids below {self.vocab_size}: it "
-                "serves another model"
+    def _admit(self) -> None:
+        shut_s = self.breaker.shut_s()
+        if shut_s:
+            raise Unreachable(
+                f"{self.name} at {self.url} did not answer {self.breaker.failures} calls in a row and is left alone "
+                f"for {shut_s:.0f} s; check that the server runs"
             )
-        return read
 
-    def _no_use(self, what: str) -> ModelFailure:
-        return ModelFailure(
-            f"{self.name} at {self.url} gave no usable answer, expected token ids with log-probabilities: {what[:300]}"
-        )
+    async def _pause(self, failure: _Failed, failed: int) -> None:
+        """Wait before the next attempt, or give up."""
+        if failed > self.servers.retries or (self.breaker.tripped and failure.outage):
+            where, count = f"{self.name} at {self.url}", f"{failed} time{'s' * (failed > 1)}"
+            if failure.outage:
+                self.breaker.failed()
+                raise Unreachable(f"{where} failed {count}, at last: {failure.reason}; check that the server runs")
+            self.breaker.succeeded()
+            raise ModelFailure(
+                f"{where} gave no usable answer {count}, expected token ids with log-probabilities, at last: "
+                f"{failure.reason}; check what it serves"
+            )
+        pause_s = min(_FIRST_WAIT_S * 2.0 ** (failed - 1), _LONGEST_WAIT_S) * self._random.uniform(0.5, 1.0)
+        wait_s = min(max(pause_s, failure.wait_s), _LONGEST_WAIT_S, self.servers.timeout_s)
+        _LOG.warning("%s at %s: %s; asking again in %.1f s", self.name, self.url, failure.reason, wait_s)
+        await self.sleep(wait_s)
+
+    def _asked(self, body: dict[str, Any], written: list[int]) -> dict[str, Any]:
+        """The request for what follows what was written already; it draws on its own then."""
+        asked = {"model": self.model, "return_token_ids": True, "return_tokens_as_token_ids": True, **body}
+        asked |= {"prompt": [*body["prompt"], *written], "max_tokens": body["max_tokens"] - len(written)}
+        if written and "seed" in body:
+            asked["seed"] = random.Random(f"{body['seed']} {len(written)}").getrandbits(31)
+        return asked
+
+    # One attempt
+
+    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
+        with anyio.fail_after(self.servers.timeout_s):
+            reply = await client.post(f"{self.url}/completions", json=body)
+        self._check(reply.status_code, reply.text, reply.headers.get("Retry-After", ""))
+        return str(reply.text)
+
+    async def _pieces(self, client: httpx.AsyncClient, asked: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+        """Of one answer, up to its last."""
+        self.usage.calls += 1
+        left, limit_s = asked["max_tokens"], self.servers.timeout_s
+        with self._failures(limit_s):
+            async with aclosing(self._events(client, {**asked, "stream": True})) as events:
+                while True:
+                    piece = await self._next(events, asked, limit_s)
+                    left -= len(piece.written)
+                    if left < 0:
+                        raise ValueError(f"more than the {asked['max_tokens']} tokens that were asked for")
+                    if piece.last and left == asked["max_tokens"]:
+                        raise ValueError("it ended without a token")
+                    if piece.last:
+                        await _end(events)
+                    yield piece
+                    if piece.last:
+                        return
+
+    async def _next(self, events: AsyncGenerator[str, None], asked: dict[str, Any], limit_s: float) -> Piece:
+        """The next piece with tokens, or the last."""
+        with anyio.fail_after(limit_s):
+            while (text := await anext(events, None)) is not None:
+                piece = read_piece(text, asked["prompt"], self.vocab_size)
+                if piece.written or piece.last:
+                    return piece
+        raise _Failed("the answer broke off", outage=True)
+
+    async def _events(self, client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[str, None]:
+        async with client.stream("POST", f"{self.url}/completions", json=body) as reply:
+            if reply.status_code != 200 or "event-stream" not in reply.headers.get("Content-Type", ""):
+                await reply.aread()
+                self._check(reply.status_code, reply.text, reply.headers.get("Retry-After", ""))
+                yield reply.text  # a whole answer, or no answer at all
+                return
+            async with aclosing(event_data(reply.aiter_lines())) as data:
+                async for event in data:
+                    yield event
+
+    def _check(self, status: int, text: str, retry_after: str = "") -> None:
+        """Raise unless the status is 200."""
+        if status == 200:
+            return
+        reason = f"status {status} {' '.join(self._redacted(text).split())[:300]}".strip()
+        if status in _OUTAGES or status >= 500:
+            raise _Failed(reason, outage=status in _OUTAGES, wait_s=retry_after_s(retry_after))
+        advice = "check the address and what it serves"
+        if status in (401, 403):
+            named = self.servers.api_key_env
+            advice = f"check the key in {named}" if named else "name the environment variable of its key (api_key_env)"
+        raise ModelFailure(f"{self.name} at {self.url} refuses a request: {reason}; {advice}")
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+    @contextmanager
+    def _failures(self, limit_s: float) -> Iterator[None]:
+        """What may go wrong in an attempt, in one kind of exception."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise _Failed(f"no answer within {limit_s:g} s", outage=True) from error
+        except httpx.TransportError as error:
+            raise _Failed(f"{type(error).__name__} {error}".strip(), outage=True) from error
+        except ErrorEventError as error:
+            self._check(error.status, str(error))
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise _Failed(self._redacted(str(error)), outage=False) from error
 
 
-class _Refused(Exception):  # noqa: N818
-    """A status that may pass."""
-
-    def __init__(self, reason: str, wait_s: float) -> None:
-        super().__init__(reason)
-        self.reason, self.wait_s = reason, wait_s
-
-
-async def _data(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The data of server-sent events that have one line each, as OpenAI's have."""
-    async for line in lines:
-        if line.startswith("data:"):
-            yield line.removeprefix("data:").strip()
-
-
-def _said(reply: httpx.Response) -> str:
-    return f"status {reply.status_code} {' '.join(reply.text.split())[:300]}".strip()
-
-
-def _retry_after_s(reply: httpx.Response) -> float:
-    value = reply.headers.get("Retry-After", "")
-    return float(value) if value.isdecimal() else 0.0
+async def _end(events: AsyncGenerator[str, None]) -> None:
+    """Read what follows the last token, so that the connection can serve again."""
+    with suppress(httpx.HTTPError), anyio.move_on_after(_ENDING_S):
+        async for _ in events:
+            pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import queue
 import random
@@ -10,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -26,11 +26,36 @@ from collm.decoding.sequence import Decision, Sequence
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.runner import Assistant
 from collm.vllm import THRESHOLD
-from collm.vllm.endpoint import Written
+from collm.vllm.answers import Written
+from collm.vllm.breaker import Breaker
+from collm.vllm.endpoint import Unreachable
 from collm.vllm.fleet import Fleet
 
 _PATIENCE_S = 0.02
 """A step waits no longer for news, so that requests can come and go between steps."""
+_CLOSED = "the connections to the servers were closed while it was decoded; load the collaboration again"
+_LEAST_TEMPERATURE = 0.01
+"""vLLM raises a lower one to this."""
+
+
+@dataclass(eq=False)
+class _Run:
+    """A sequence on its servers.
+
+    Attributes:
+        known: author -> how many of the sequence's tokens its server has read or written.
+        refused: author -> its calls for this sequence that failed although its server answers.
+    """
+
+    sequence: Sequence
+    known: dict[int, int] = field(default_factory=dict)
+    refused: dict[int, Breaker] = field(default_factory=dict)
+
+    def read(self, author: int) -> int:
+        """Tokens that are new to the author, which knows all of them then."""
+        new = len(self.sequence.token_ids) - self.known.get(author, 0)
+        self.known[author] = len(self.sequence.token_ids)
+        return new
 
 
 class VllmEngine:
@@ -62,7 +87,6 @@ class VllmEngine:
         self._active: dict[int, Future[None]] = {}
         self._count = 0
         self._news: queue.SimpleQueue[Emitted] = queue.SimpleQueue()
-        self._known: dict[tuple[Sequence, int], int] = {}  # tokens that a server has read or written of a sequence
 
     @property
     def has_work(self) -> bool:
@@ -99,8 +123,7 @@ class VllmEngine:
         """What has become certain since the last step, in order; waits a little for it."""
         while self._waiting and len(self._active) < self.max_batch:
             sequence = self._waiting.popleft()
-            work = self._decode(sequence)
-            self._active[sequence.number] = asyncio.run_coroutine_threadsafe(work, self.fleet.loop)
+            self._active[sequence.number] = self.fleet.start(self._decode(_Run(sequence)))
         news = []
         try:
             news.append(self._news.get(timeout=_PATIENCE_S))
@@ -112,105 +135,117 @@ class VllmEngine:
         for emitted in news:
             if emitted.completion is not None or emitted.failure is not None:
                 self._active.pop(emitted.number, None)
-        return news
+        broken_off = [number for number, running in self._active.items() if running.cancelled()]
+        for number in broken_off:
+            del self._active[number]
+        return news + [Emitted(number, failure=ModelFailure(_CLOSED)) for number in broken_off]
 
     # In the fleet's thread
 
-    async def _decode(self, sequence: Sequence) -> None:
+    async def _decode(self, run: _Run) -> None:
+        sequence = run.sequence
+        policy = sequence.request.policy
+        writer = policy.writer if isinstance(policy, SingleAuthorPolicy) else BASE
         try:
             while sequence.finish_reason is None:
-                if isinstance(sequence.request.policy, SingleAuthorPolicy) and sequence.request.policy.writer != BASE:
-                    await self._assistant_writes(sequence, sequence.request.policy.writer)
-                else:
-                    deferral = await self._base_writes(sequence)
+                if writer == BASE:
+                    deferral = await self._base_writes(run)
                     if deferral is not None:
-                        await self._ask(sequence, *deferral)
+                        await self._ask(run, *deferral)
+                else:
+                    await self._assistant_writes(run, writer)
         except CollmError as error:
             self._news.put(Emitted(sequence.number, failure=error))
         except Exception as error:
             failure = ModelFailure(f"decoding across servers broke down: {type(error).__name__}: {error}")
             failure.__cause__ = error
             self._news.put(Emitted(sequence.number, failure=failure))
-        finally:
-            for author in range(len(self.fleet.authors)):
-                self._known.pop((sequence, author), None)
 
-    async def _base_writes(self, sequence: Sequence, most: int | None = None) -> tuple[int, float] | None:
-        """Let the base write on, to the end, or at most so many tokens without deferring, or until it defers: the
-        assistant and the defer prob then."""
-        policy = sequence.request.policy
-        threshold = policy.threshold if isinstance(policy, ThresholdPolicy) and most is None else 1.0
-        body = {
-            **self._body(sequence, BASE, most),
-            "logprob_token_ids": [*self.fleet.defer_ids, self.fleet.zero_id],
-            "vllm_xargs": {THRESHOLD: threshold},
-        }
-        async with aclosing(self._stream(sequence, BASE, body)) as stream:
+    async def _base_writes(self, run: _Run) -> tuple[int, float] | None:
+        """Let the base write on, to the end or until it defers: the assistant and the defer prob then."""
+        policy = run.sequence.request.policy
+        threshold = policy.threshold if isinstance(policy, ThresholdPolicy) else 1.0
+        async with aclosing(self._stream(run, BASE, self._base_body(run, threshold))) as stream:
             async for written in stream:
                 defer_prob, logprob = self._of_row(written)
                 if written.token_id in self.fleet.defer_ids:
                     return self.fleet.defer_ids.index(written.token_id) + 1, defer_prob
-                self._settle(sequence, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
-                if sequence.finish_reason is not None:
+                self._settle(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
+                if run.sequence.finish_reason is not None:
                     return None
         return None
 
-    async def _assistant_writes(self, sequence: Sequence, author: int) -> None:
+    async def _assistant_writes(self, run: _Run, author: int) -> None:
         """Let an assistant write everything; the base is not asked, so its defer prob is given as 1."""
-        async with aclosing(self._stream(sequence, author, self._body(sequence, author))) as stream:
-            async for written in stream:
-                self._settle(sequence, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
-                if sequence.finish_reason is not None:
-                    return
+        try:
+            self._check_asked(run, author)
+            async with aclosing(self._stream(run, author, self._body(run, author))) as stream:
+                async for written in stream:
+                    self._settle(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
+                    if run.sequence.finish_reason is not None:
+                        return
+        except ModelFailure as failure:
+            await self._stand_in(run, author, 1.0, failure)
 
-    async def _ask(self, sequence: Sequence, author: int, defer_prob: float) -> None:
+    async def _ask(self, run: _Run, author: int, defer_prob: float) -> None:
         """Let an assistant write the next token; where it cannot be asked, perhaps the base."""
         endpoint = self.fleet.authors[author]
-        body = self._body(sequence, author, 1)
         try:
-            endpoint.usage.tokens_read += self._unread(sequence, author)
-            written = await endpoint.one(self.fleet.client, body)
-        except ModelFailure:
-            endpoint.usage.failed += 1
-            if self.fleet.servers.on_failure == "fail":
-                raise
-            await self._stand_in(sequence, author, defer_prob)
-            return
-        self._settle(sequence, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
+            self._check_asked(run, author)
+            endpoint.usage.tokens_read += run.read(author)
+            written = await endpoint.one(self.fleet.client, self._body(run, author))
+        except ModelFailure as failure:
+            await self._stand_in(run, author, defer_prob, failure)
+        else:
+            self._settle(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
 
-    async def _stand_in(self, sequence: Sequence, author: int, defer_prob: float) -> None:
-        """The base writes a token that it would have left to an assistant."""
-        body = {
-            **self._body(sequence, BASE, 1),
-            "logprob_token_ids": [*self.fleet.defer_ids, self.fleet.zero_id],
-            "vllm_xargs": {THRESHOLD: 1.0},
-        }
+    def _check_asked(self, run: _Run, author: int) -> None:
+        """Raise a ModelFailure for an assistant that failed this sequence too often."""
+        shut_s = run.refused.setdefault(author, Breaker()).shut_s()
+        if shut_s:
+            raise Unreachable(f"{self.fleet.authors[author].name} is not asked about this text for {shut_s:.0f} s")
+
+    async def _stand_in(self, run: _Run, author: int, defer_prob: float, failure: ModelFailure) -> None:
+        """The base writes a token that it would have left to an assistant, if that is wanted."""
+        if not isinstance(failure, Unreachable):
+            run.refused[author].failed()
+        self.fleet.authors[author].usage.failed += 1
+        if self.fleet.servers.on_failure == "fail":
+            raise failure
         base = self.fleet.authors[BASE]
-        base.usage.tokens_read += self._unread(sequence, BASE)
-        written = await base.one(self.fleet.client, body)
+        base.usage.tokens_read += run.read(BASE)
+        written = await base.one(self.fleet.client, self._base_body(run, 1.0))
         drawn = Draw(written.token_id, self._of_row(written)[1])
-        self._settle(sequence, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
+        self._settle(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
 
-    async def _stream(self, sequence: Sequence, author: int, body: dict[str, Any]) -> AsyncGenerator[Written, None]:
+    async def _stream(self, run: _Run, author: int, body: dict[str, Any]) -> AsyncGenerator[Written, None]:
         endpoint = self.fleet.authors[author]
-        endpoint.usage.tokens_read += self._unread(sequence, author)
+        endpoint.usage.tokens_read += run.read(author)
         async with aclosing(endpoint.stream(self.fleet.client, body)) as pieces:
             async for piece in pieces:
                 for written in piece:
                     yield written
 
-    def _body(self, sequence: Sequence, author: int, most: int | None = None) -> dict[str, Any]:
-        params = sequence.request.params
+    def _base_body(self, run: _Run, threshold: float) -> dict[str, Any]:
+        about = {"logprob_token_ids": [*self.fleet.defer_ids, self.fleet.zero_id]}
+        return {**self._body(run, BASE), **about, "vllm_xargs": {THRESHOLD: threshold}}
+
+    def _body(self, run: _Run, author: int) -> dict[str, Any]:
+        """What is asked of an author; nothing is left to the generation config of its model."""
+        sequence, params = run.sequence, run.sequence.request.params
         body: dict[str, Any] = {
             "prompt": list(sequence.token_ids),
-            "max_tokens": sequence.draft_limit + 1 if most is None else most,
+            "max_tokens": sequence.draft_limit + 1,
             "temperature": params.temperature,
-            "repetition_penalty": 1.0,  # whatever the model's generation config says
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "logprobs": 0,
+            "ignore_eos": True,  # of the model; these end the text
             "stop_token_ids": [*(self.fleet.defer_ids if author == BASE else ()), *sorted(self.eos_ids)],
         }
         if params.temperature > 0:
-            body |= {"top_p": params.top_p, "top_k": params.top_k}
+            body |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": 0.0}
         if params.seed is not None:  # each call draws on its own
             body["seed"] = random.Random(f"{params.seed} {len(sequence.steps)} {author}").getrandbits(31)
         return body
@@ -233,19 +268,15 @@ class VllmEngine:
         others = math.exp(zero) + sum(map(math.exp, rows))
         return float(defer_probs(u)), written.logprob - math.log1p(-min(others, 1 - 1e-12))
 
-    def _settle(self, sequence: Sequence, decision: Decision) -> None:
+    def _settle(self, run: _Run, decision: Decision) -> None:
         """Send out what has become certain."""
+        sequence = run.sequence
         sequence.decisions.append(decision)
         for step in sequence.settle():
             self.fleet.authors[step.author].usage.tokens_written += 1
+            run.known[step.author] = len(sequence.token_ids)
             completion = sequence.completion() if sequence.finish_reason is not None else None
             self._news.put(Emitted(sequence.number, step, completion))
-
-    def _unread(self, sequence: Sequence, author: int) -> int:
-        """Tokens that are new to a server which kept what it read and wrote."""
-        known = self._known.get((sequence, author), 0)
-        self._known[sequence, author] = len(sequence.token_ids)
-        return len(sequence.token_ids) - known
 
 
 def _check_servable(request: Request, num_authors: int) -> None:
@@ -259,3 +290,8 @@ def _check_servable(request: Request, num_authors: int) -> None:
         raise ConfigError(f"{policy} asks for author {policy.writer}, expected 0 to {num_authors - 1}")
     if request.params.top_logprobs:
         raise ConfigError(f"top_logprobs={request.params.top_logprobs} is not available across servers; leave it out")
+    if 0 < request.params.temperature < _LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"temperature is {request.params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at "
+            f"least {_LEAST_TEMPERATURE}"
+        )

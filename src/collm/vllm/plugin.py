@@ -15,6 +15,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
 from collm.vllm import NOTE, NOTE_FORMAT, THRESHOLD
+from collm.vllm.rows import decide
 
 try:  # model runner V2, vLLM's choice on recent GPUs
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
@@ -102,24 +103,6 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
         else:
             thresholds = self.slots[ctx.expanded_idx_mapping.long()]
         return decide(logits, thresholds.to(logits.device), self.note)
-
-
-def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
-    """Leave only an assistant's row where the base defers, and no row beyond the vocabulary elsewhere.
-
-    Args:
-        logits: shape (R, V); changed in place.
-        thresholds: fp64, shape (R,).
-    """
-    defer_ids = torch.tensor(note["defer_ids"], device=logits.device)
-    rows = logits[:, defer_ids]  # (R, K)
-    u = rows.float() + torch.tensor(note["biases"], device=logits.device)
-    deferring = torch.sigmoid(torch.logsumexp(u, dim=-1)).double() > thresholds
-    chosen = u.argmax(-1, keepdim=True)
-    logits[:, note["vocab_size"] :] = -math.inf
-    logits.masked_fill_(deferring.unsqueeze(-1), -math.inf)
-    kept = rows.gather(-1, chosen).masked_fill_(~deferring.unsqueeze(-1), -math.inf)
-    return logits.scatter_(-1, defer_ids[chosen], kept)
 
 
 def _threshold_of(params: Any) -> float | None:

@@ -1,0 +1,30 @@
+"""From rows of an exported base's output layer to author decisions. Also read inside vLLM: torch is all it imports."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
+    """Leave only an assistant's row where the base defers, and no row beyond the vocabulary elsewhere.
+
+    Args:
+        logits: shape (R, V); changed in place.
+        thresholds: fp64, shape (R,).
+        note: the content of collm_vllm.json.
+    """
+    defer_ids = torch.tensor(note["defer_ids"], device=logits.device)
+    rows = logits[:, defer_ids]  # (R, K)
+    u = rows.float() + torch.tensor(note["biases"], device=logits.device)
+    deferring = torch.sigmoid(torch.logsumexp(u, dim=-1)).double() > thresholds
+    chosen = u.argmax(-1, keepdim=True)
+    logits[:, note["vocab_size"] :] = -math.inf
+    logits.masked_fill_(deferring.unsqueeze(-1), -math.inf)
+    kept = rows.gather(-1, chosen).masked_fill_(~deferring.unsqueeze(-1), -math.inf)
+    return logits.scatter_(-1, defer_ids[chosen], kept)

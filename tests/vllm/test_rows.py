@@ -1,0 +1,55 @@
+"""Inside vLLM: rows become author decisions by the law of the threshold, with nothing of ours but torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import collm.vllm
+from collm.core.objective import author_logprobs, defer_probs
+from collm.core.policies import StepView, ThresholdPolicy
+from collm.vllm.rows import decide
+from tests.test_layering import imports_of
+
+VOCAB, PADDING = 11, 3
+
+
+def note(k: int) -> dict[str, object]:
+    first = VOCAB + PADDING
+    return {"defer_ids": [*range(first, first + k)], "biases": [0.5 - i for i in range(k)], "vocab_size": VOCAB}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_row_is_forced_where_the_policy_defers_and_none_elsewhere(k: int) -> None:
+    logits = 2 * torch.randn(60, VOCAB + PADDING + k + 1, generator=torch.Generator().manual_seed(k))
+    thresholds = torch.tensor([-1.0, 0.0, 0.3, 0.6, 0.9, 1.0], dtype=torch.float64).repeat(10)
+    u = logits[:, VOCAB + PADDING : -1] + torch.tensor(note(k)["biases"])
+    decided = decide(logits.clone(), thresholds, note(k))
+    authors = set()
+    for row, threshold in enumerate(thresholds.tolist()):
+        by_author = author_logprobs(u[row]).exp().tolist()
+        view = StepView(0, 0, by_author, float(defer_probs(u[row])), 0.0, 0.0)
+        author = ThresholdPolicy(threshold).author(view)
+        left = decided[row].isfinite().nonzero().flatten().tolist()
+        assert left == ([VOCAB + PADDING + author - 1] if author else list(range(VOCAB)))
+        assert torch.equal(decided[row, left], logits[row, left])
+        authors.add(author)
+    assert authors == set(range(k + 1))
+
+
+def test_without_a_threshold_nothing_is_deferred() -> None:
+    logits = torch.full((1, VOCAB + PADDING + 2), 50.0)
+    decided = decide(logits, torch.tensor([torch.inf], dtype=torch.float64), note(1))
+    assert decided.isfinite().nonzero()[:, 1].tolist() == list(range(VOCAB))
+
+
+@pytest.mark.parametrize("name", ["__init__", "rows", "plugin"])
+def test_what_vllm_reads_needs_nothing_that_vllm_does_not_bring(name: str) -> None:
+    path = Path(collm.vllm.__file__).with_name(f"{name}.py")
+    foreign = {one for one in imports_of(path) if one.split(".")[0] not in sys.stdlib_module_names}
+    ours = {one for one in foreign if one.startswith("collm.")}
+    assert {one.split(".")[0] for one in foreign - ours} <= {"torch", "vllm"}
+    assert all((one.startswith("collm.vllm.") and one.split(".")[2].isupper()) or "vllm.rows" in one for one in ours)
