@@ -7,6 +7,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams
-from collm.core.policies import JointPolicy, Policy, SingleAuthorPolicy, ThresholdPolicy
+from collm.core.policies import (
+    BudgetPolicy,
+    JointPolicy,
+    Policy,
+    RandomPolicy,
+    ScheduledPolicy,
+    SingleAuthorPolicy,
+    ThresholdPolicy,
+)
 from collm.core.sampling import token_probs
 from collm.core.types import Completion
 from collm.decoding.request import Request
@@ -39,9 +48,16 @@ def test_greedy_equals_the_models_in_memory_for_mixed_thresholds_at_once(cluster
     world = cluster(k)
     policies: list[Policy] = [ThresholdPolicy(eta) for eta in (-1.0, -0.01, 0.0, 0.2, 0.5, 0.8, 1.0)]
     policies += [SingleAuthorPolicy(author) for author in range(k + 1)]
+    policies += [
+        BudgetPolicy(0.2, 0.3),
+        BudgetPolicy(0.0, 0.3, burst=2),
+        RandomPolicy(0.3),
+        ScheduledPolicy(0.1, 0.9, 8),
+    ]
     prompts = prompts_of(4, 3 * len(policies))
-    expected = world.members.local.generate(prompts, GREEDY, policy=policies * 3)
-    out = world.connect().generate(prompts, GREEDY, policy=policies * 3, max_batch=16)
+    seeded = [replace(GREEDY, seed=place) for place in range(len(prompts))]  # for the random rule
+    expected = world.members.local.generate(prompts, seeded, policy=policies * 3)
+    out = world.connect().generate(prompts, seeded, policy=policies * 3, max_batch=16)
     for ours, theirs, policy in zip(out, expected, policies * 3, strict=True):
         alone = isinstance(policy, SingleAuthorPolicy) and policy.writer != 0
         check_equal(ours, theirs, defer_probs=not alone)
@@ -335,7 +351,7 @@ def test_a_fleet_ends_when_closed_or_forgotten(cluster: Clusters, members: Calla
 
     before = threads()
     model = world.connect()
-    fleet = model.fleet
+    fleet = model.backend.fleet
     assert threads() == before + 1
     engine = model.engine(2)
     world.fakes[0].hold()
@@ -354,10 +370,10 @@ def test_a_fleet_ends_when_closed_or_forgotten(cluster: Clusters, members: Calla
         model.generate([[5]], GREEDY, threshold=0.5)
     m = members(1)
     forgotten = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=world.servers())
-    with forgotten.fleet:
+    with forgotten.backend.fleet:
         assert threads() == before + 1
     forgotten = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=world.servers())
-    assert forgotten.fleet.defer_ids
+    assert forgotten.backend.fleet.defer_ids
     assert threads() == before + 1
     del forgotten
     gc.collect()

@@ -41,7 +41,7 @@ def check(out: Path, base: Any, head: DeferralHead, note: Note) -> None:
     rows = expected.shape[-1]
     assert given.shape[-1] == rows + head.num_assistants + 1 == exported.config.vocab_size
     torch.testing.assert_close(given[..., :rows], expected, rtol=1e-5, atol=1e-5)
-    logits = given[..., note.defer_ids] + torch.tensor(note.biases)
+    logits = given[..., note.defer_ids] / note.scale + torch.tensor(note.biases)
     torch.testing.assert_close(logits, head(hidden), rtol=1e-5, atol=1e-5)
     assert (given[..., note.zero_id] == 0).all()
 

@@ -115,7 +115,7 @@ def test_an_assistant_that_does_not_tokenize_is_accepted(cluster: Clusters) -> N
     with FakeVllm(world.members.served[1], tokenizes=False, max_model_len=None) as fake:
         world.fakes[1] = fake
         model = world.connect()
-        assert model.fleet.authors[1].max_length is None
+        assert model.backend.fleet.authors[1].max_length is None
         (out,) = model.generate([[5, 6]], SamplingParams(max_new_tokens=8), threshold=0.3)
         assert set(out.authors) == {0, 1}
 
@@ -197,7 +197,7 @@ def test_servers_are_waited_for_and_named_meanwhile(
     finally:
         starter.join()
         logging.getLogger("collm.vllm").removeHandler(handler)
-    assert model.fleet.authors[1].model == "tiny"
+    assert model.backend.fleet.authors[1].model == "tiny"
     assert "waiting for base at" in caplog.text
     assert "status 503" in caplog.text
 
@@ -221,7 +221,7 @@ def test_a_start_that_fails_later_is_an_error_of_ours(cluster: Clusters, fault: 
 
 def test_a_head_of_many_assistants_finds_their_rows(cluster: Clusters) -> None:
     world = cluster(2)
-    fleet = world.connect().fleet
+    fleet = world.connect().backend.fleet
     assert fleet.biases == pytest.approx(world.members.head.bias.tolist())
     m = world.members
     swapped = DeferralHead(32, 2)

@@ -19,14 +19,15 @@ VOCAB, PADDING = 11, 3
 
 def note(k: int) -> dict[str, object]:
     first = VOCAB + PADDING
-    return {"defer_ids": [*range(first, first + k)], "biases": [0.5 - i for i in range(k)], "vocab_size": VOCAB}
+    biases = [0.5 - i for i in range(k)]
+    return {"defer_ids": [*range(first, first + k)], "scale": 0.25, "biases": biases, "vocab_size": VOCAB}
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_row_is_forced_where_the_policy_defers_and_none_elsewhere(k: int) -> None:
     logits = 2 * torch.randn(60, VOCAB + PADDING + k + 1, generator=torch.Generator().manual_seed(k))
     thresholds = torch.tensor([-1.0, 0.0, 0.3, 0.6, 0.9, 1.0], dtype=torch.float64).repeat(10)
-    u = logits[:, VOCAB + PADDING : -1] + torch.tensor(note(k)["biases"])
+    u = logits[:, VOCAB + PADDING : -1] / 0.25 + torch.tensor(note(k)["biases"])
     decided = decide(logits.clone(), thresholds, note(k))
     authors = set()
     for row, threshold in enumerate(thresholds.tolist()):

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.objective import defer_probs
-from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
+from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
 from collm.decoding.draws import Draw
 from collm.decoding.engine import Emitted
@@ -25,7 +25,7 @@ from collm.decoding.request import Request, check_prompt
 from collm.decoding.sequence import Decision, Sequence
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.runner import Assistant
-from collm.vllm import THRESHOLD
+from collm.vllm import ROW_SCALE, THRESHOLD
 from collm.vllm.answers import Written
 from collm.vllm.breaker import Breaker
 from collm.vllm.endpoint import Unreachable
@@ -62,7 +62,8 @@ class VllmEngine:
     """Decodes requests on servers; used as `decoding.engine.Engine` is.
 
     Of a request at most two calls are made for each deferral, and one more: the base is asked to go on until it
-    defers, then the assistant for one token. The servers batch what runs at once.
+    defers, then the assistant for one token. A rule whose threshold moves costs a call more for each move. The servers
+    batch what runs at once.
 
     Args:
         fleet: the servers.
@@ -162,10 +163,10 @@ class VllmEngine:
             self._news.put(Emitted(sequence.number, failure=failure))
 
     async def _base_writes(self, run: _Run) -> tuple[int, float] | None:
-        """Let the base write on, to the end or until it defers: the assistant and the defer prob then."""
-        policy = run.sequence.request.policy
-        threshold = policy.threshold if isinstance(policy, ThresholdPolicy) else 1.0
-        async with aclosing(self._stream(run, BASE, self._base_body(run, threshold))) as stream:
+        """Let the base write on, to the end, or until its threshold changes, or until it defers: the assistant and the
+        defer prob then."""
+        threshold, most = _threshold_ahead(run.sequence)
+        async with aclosing(self._stream(run, BASE, self._base_body(run, threshold, most))) as stream:
             async for written in stream:
                 defer_prob, logprob = self._of_row(written)
                 if written.token_id in self.fleet.defer_ids:
@@ -214,7 +215,7 @@ class VllmEngine:
             raise failure
         base = self.fleet.authors[BASE]
         base.usage.tokens_read += run.read(BASE)
-        written = await base.one(self.fleet.client, self._base_body(run, 1.0))
+        written = await base.one(self.fleet.client, self._base_body(run, 1.0, 1))
         drawn = Draw(written.token_id, self._of_row(written)[1])
         self._settle(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
 
@@ -226,9 +227,9 @@ class VllmEngine:
                 for written in piece:
                     yield written
 
-    def _base_body(self, run: _Run, threshold: float) -> dict[str, Any]:
+    def _base_body(self, run: _Run, threshold: float, most: int) -> dict[str, Any]:
         about = {"logprob_token_ids": [*self.fleet.defer_ids, self.fleet.zero_id]}
-        return {**self._body(run, BASE), **about, "vllm_xargs": {THRESHOLD: threshold}}
+        return {**self._body(run, BASE), **about, "max_tokens": most, "vllm_xargs": {THRESHOLD: threshold}}
 
     def _body(self, run: _Run, author: int) -> dict[str, Any]:
         """What is asked of an author; nothing is left to the generation config of its model."""
@@ -254,7 +255,7 @@ class VllmEngine:
         """Defer prob, and the token's log-probability among tokens alone.
 
         The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + 1, the last for the row of zeros:
-        r_k = lp_k - lp_0, and log P(x) = lp_x - log(1 - exp lp_0 - sum_k exp lp_k).
+        r_k = lp_k - lp_0, u_k = r_k / scale + b_k, and log P(x) = lp_x - log(1 - exp lp_0 - sum_k exp lp_k).
         """
         try:
             rows = [written.about[token] for token in self.fleet.defer_ids]
@@ -264,7 +265,7 @@ class VllmEngine:
                 f"the base's server says nothing of token {error}, which tells how likely it defers; it must support "
                 "logprob_token_ids, as vLLM does"
             ) from error
-        u = torch.tensor([row - zero + bias for row, bias in zip(rows, self.fleet.biases, strict=True)])
+        u = torch.tensor([(row - zero) / ROW_SCALE + bias for row, bias in zip(rows, self.fleet.biases, strict=True)])
         others = math.exp(zero) + sum(map(math.exp, rows))
         return float(defer_probs(u)), written.logprob - math.log1p(-min(others, 1 - 1e-12))
 
@@ -279,12 +280,29 @@ class VllmEngine:
             self._news.put(Emitted(sequence.number, step, completion))
 
 
+def _threshold_ahead(sequence: Sequence) -> tuple[float, int]:
+    """The threshold of the next position, and how many positions it holds for if nothing is deferred."""
+    policy, start, most = sequence.request.policy, len(sequence.steps), sequence.draft_limit + 1
+    if isinstance(policy, SingleAuthorPolicy):
+        return 1.0, most
+    if isinstance(policy, ThresholdPolicy):
+        return policy.threshold, most
+    rule = cast(ThresholdRule, policy)
+
+    def at(position: int) -> float:
+        return rule.threshold_at(position, sequence.deferred, sequence.uniform(position, 0))
+
+    threshold = at(start)
+    return threshold, next((n for n in range(1, most) if at(start + n) != threshold), most)
+
+
 def _check_servable(request: Request, num_authors: int) -> None:
     """Refuse what would need more of a server than it offers."""
     policy: Policy = request.policy
-    if not isinstance(policy, ThresholdPolicy | SingleAuthorPolicy):
+    if not isinstance(policy, ThresholdRule | SingleAuthorPolicy):
         raise ConfigError(
-            f"{policy} cannot be followed across servers; use a threshold or a budget, or one author alone"
+            f"{policy} cannot be followed across servers, which say no more than a threshold asks; use threshold, "
+            "schedule, budget, random or single"
         )
     if isinstance(policy, SingleAuthorPolicy) and not 0 <= policy.writer < num_authors:
         raise ConfigError(f"{policy} asks for author {policy.writer}, expected 0 to {num_authors - 1}")

@@ -18,6 +18,7 @@ from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
+from collm.vllm import ROW_SCALE
 from collm.vllm.note import Note, defer_names
 
 
@@ -58,6 +59,7 @@ def export_base(
     first = language.padded_vocab_size
     note = Note(
         defer_ids=list(range(first, first + head.num_assistants)),
+        scale=ROW_SCALE,
         biases=head.bias.detach().float().tolist(),
         zero_id=first + head.num_assistants,
         vocab_size=TokenizerIdentity.of(tokenizer).vocab_size,
@@ -65,7 +67,7 @@ def export_base(
         default_threshold=default_threshold,
     )
     named = _named(tokenizer, defer_names(head), note)
-    _add_rows(model, head.weight.detach() / language.scale, note.zero_id + 1)
+    _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note.zero_id + 1)
     with atomic_directory(out.resolve()) as directory:
         model.save_pretrained(directory)
         named.save_pretrained(directory)

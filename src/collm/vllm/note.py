@@ -34,7 +34,8 @@ class Note:
 
     Attributes:
         defer_ids: rows of the output layer that hold the head, of assistants 1..K.
-        biases: b_1..b_K, which no row can hold: u_k is row k's logit plus b_k.
+        scale: at which they hold it.
+        biases: b_1..b_K, which no row can hold: u_k is row k's logit over the scale, plus b_k.
         zero_id: a row of zeros, whose logit is 0, from which log-probabilities become logits again.
         vocab_size: the ids that all models share.
         tokenizer_hash: of the collaboration's tokenizer.
@@ -42,6 +43,7 @@ class Note:
     """
 
     defer_ids: list[int]
+    scale: float
     biases: list[float]
     zero_id: int
     vocab_size: int

@@ -33,8 +33,8 @@ _PREFIX = "defer_"
 class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
     """Forces the row of an assistant where the base defers to it, and rules the rows out everywhere else.
 
-    The law is that of `ThresholdPolicy` (arXiv 2403.03870): with u_k = row k's logit + b_k, the base defers where
-    sigmoid(logsumexp_k u_k) exceeds the request's `vllm_xargs: {"defer_threshold": x}`, to argmax_k u_k. Without
+    The law is that of `ThresholdPolicy` (arXiv 2403.03870): with u_k = row k's logit / scale + b_k, the base defers
+    where sigmoid(logsumexp_k u_k) exceeds the request's `vllm_xargs: {"defer_threshold": x}`, to argmax_k u_k. Without
     that value it never does. Both interfaces of vLLM are served: model runner V1 counts rows of the batch, V2 slots of
     requests. V2 runs on GPUs only and is untested.
 

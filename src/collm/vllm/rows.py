@@ -21,7 +21,7 @@ def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
     """
     defer_ids = torch.tensor(note["defer_ids"], device=logits.device)
     rows = logits[:, defer_ids]  # (R, K)
-    u = rows.float() + torch.tensor(note["biases"], device=logits.device)
+    u = rows.float() / note["scale"] + torch.tensor(note["biases"], device=logits.device)
     deferring = torch.sigmoid(torch.logsumexp(u, dim=-1)).double() > thresholds
     chosen = u.argmax(-1, keepdim=True)
     logits[:, note["vocab_size"] :] = -math.inf
