@@ -35,7 +35,7 @@ class Members:
 
 
 def make_members(tokenizer: PreTrainedTokenizerFast, directory: Path, k: int, **of_base: Any) -> Members:
-    head = random_head(32, k, scale=0.6)
+    head = random_head(32, k, scale=1.0)
     head.bias.data += 0.25
     models = [make_model(tiny_config(**of_base), 0)]
     models += [make_model(tiny_config(hidden_size=48), seed) for seed in range(1, k + 1)]

@@ -254,9 +254,7 @@ class VllmEngine:
         """Defer prob, and the token's log-probability among tokens alone.
 
         The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + 1, the last for the row of zeros:
-        r_k = lp_k - lp_0, and log P(x) = lp_x - log(1 - exp lp_0 - sum_k exp lp_k). That difference loses digits where
-        rows hold nearly all of Z', as where the base alone writes what it would surely defer. What pads the vocabulary
-        stays in Z.
+        r_k = lp_k - lp_0, and log P(x) = lp_x - log(1 - exp lp_0 - sum_k exp lp_k).
         """
         try:
             rows = [written.about[token] for token in self.fleet.defer_ids]
