@@ -98,7 +98,7 @@ def test_an_end_token_of_either_author_ends_the_text(cluster: Clusters, monkeypa
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 7, 500])
 def test_limits_of_request_and_context_are_the_same(cluster: Clusters, max_new_tokens: int) -> None:
     world = cluster()
-    prompts = [*prompts_of(7, 2), [5] * 126, [6] * 127]
+    prompts = [*prompts_of(7, 1), [5] * 126, [6] * 127]
     params = SamplingParams(max_new_tokens=max_new_tokens)
     remote = world.connect()
     for threshold in (-1.0, 0.5, 1.0):
