@@ -372,6 +372,10 @@ def test_the_page_of_measurements(tmp_path: Path) -> None:
     assert len(sentences) == len(page.AT_ONCE)
 
 
+def test_the_table_of_the_document_is_what_the_command_prints() -> None:
+    assert "\n".join(page.assumed()) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
