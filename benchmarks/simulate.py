@@ -3,7 +3,8 @@
 python -m benchmarks.simulate              the deferral rate from which on the assistant alone is faster, times assumed
 python -m benchmarks.simulate FILE.json    the same of measured servers, and predicted against measured times
 
-FILE.json holds "servers", for "base" and "assistant" what `collm.vllm.cost.calibrated` takes, and "cases", a list of
+FILE.json holds "servers", for "base" and "assistant" what `collm.vllm.cost.calibrated` takes, "cores" where one machine
+runs both, and "cases", a list of
 
     {"name", "completions", "tokens", "deferrals", "runs", "concurrency", "wall_s", "requests"}
 
@@ -15,6 +16,7 @@ in which tokens, deferrals, runs of deferrals and requests are sums over the com
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from itertools import pairwise
@@ -23,8 +25,9 @@ from typing import Any
 
 from benchmarks.table import table
 from collm.errors import ConfigError
-from collm.vllm.cost import Job, Server, alone, calibrated, collaboration, placed, token_by_token
-from collm.vllm.simulation import Outcome, Workload, simulate, verdict
+from collm.vllm.cost import Job, Server, alone, calibrated, collaboration, token_by_token
+from collm.vllm.simulation import simulate
+from collm.vllm.workload import Verdict, Workload, scattered, verdict
 
 AT_ONCE = (1, 4, 16, 64)
 PREDICTIONS = {
@@ -64,16 +67,16 @@ def jobs(case: dict[str, Any], servers: list[Server]) -> list[Job]:
     ends = [case["tokens"] * i // case["completions"] for i in range(case["completions"] + 1)]
     if method == "assistant alone":
         return [alone(1, end - start, prompt) for start, end in pairwise(ends)]
-    authors = placed(case["tokens"], case["deferrals"], case["runs"], random.Random(0))
+    authors = scattered(case["tokens"], case["deferrals"], case["runs"], random.Random(0))
     texts = [authors[start:end] for start, end in pairwise(ends)]
     if method == "collaboration":
         return [collaboration(text, prompt, servers) for text in texts]
     return [token_by_token(text, prompt, servers, case["vocab_size"]) for text in texts]
 
 
-def row(case: dict[str, Any], servers: list[Server]) -> dict[str, Any]:
+def row(case: dict[str, Any], servers: list[Server], cores: float) -> dict[str, Any]:
     """Predicted against measured."""
-    outcome: Outcome = simulate(jobs(case, servers), servers, case["concurrency"])
+    outcome = simulate(jobs(case, servers), servers, case["concurrency"], cores)
     return {
         "name": case["name"],
         "measured_s": float(case["wall_s"]),
@@ -86,19 +89,20 @@ def row(case: dict[str, Any], servers: list[Server]) -> dict[str, Any]:
     }
 
 
-def verdicts(base: Server, assistant: Server, tokens: int, prompt_tokens: int) -> list[Any]:
+def verdicts(base: Server, assistant: Server, tokens: int, prompt: int, cores: float = math.inf) -> list[Verdict]:
     """For 1, 4, 16 and 64 completions at once."""
-    return [verdict(Workload(max(16, 4 * n), tokens, prompt_tokens, n, rate=0), base, assistant) for n in AT_ONCE]
+    loads = [Workload(max(16, 2 * n), tokens, prompt, n, rate=0, cores=cores) for n in AT_ONCE]
+    return [verdict(load, base, assistant) for load in loads]
 
 
 def measured(path: Path) -> list[str]:
     """The page of a file."""
     content = json.loads(path.read_text(encoding="utf-8"))
     servers = [calibrated(content["servers"][name]) for name in ("base", "assistant")]
-    cases = content["cases"]
+    cases, cores = content["cases"], content.get("cores", math.inf)
     one = cases[0]
-    told = verdicts(*servers, one["tokens"] // one["completions"], one.get("prompt_tokens", 1))
-    return [*table([row(case, servers) for case in cases], PREDICTIONS), "", *map(str, told)]
+    told = verdicts(*servers, one["tokens"] // one["completions"], one.get("prompt_tokens", 1), cores)
+    return [*table([row(case, servers, cores) for case in cases], PREDICTIONS), "", *map(str, told)]
 
 
 def assumed() -> list[str]:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from benchmarks import simulate as page
 from collm.errors import ConfigError
-from collm.vllm.cost import Call, Job, Server, alone, calibrated, collaboration, placed, seconds, token_by_token
-from collm.vllm.simulation import Verdict, Workload, simulate, verdict
+from collm.vllm.cost import Call, Job, Server, alone, calibrated, collaboration, seconds, token_by_token
+from collm.vllm.simulation import simulate
+from collm.vllm.workload import Verdict, Workload, scattered, verdict
 
 ROOT = Path(__file__).parents[2]
 SOME_S = st.floats(0.001, 10)
@@ -187,6 +188,44 @@ def test_no_server_does_more_than_it_can(
         assert taken >= sum(map(server.handling, calls)) * (1 - 1e-9)
 
 
+@settings(deadline=None)
+@given(st.lists(AUTHORS, min_size=1, max_size=6), PROMPT, PAIRS, st.integers(1, 7), st.integers(1, 3))
+def test_a_machine_does_no_more_than_its_cores_can(
+    texts: list[list[int]], prompt: int, servers: list[Server], concurrency: int, cores: int
+) -> None:
+    """Shared cores take from one another, never from a completion that has them for itself."""
+    jobs = jobs_of(texts, prompt, servers)
+    shared = simulate(jobs, servers, concurrency, cores)
+    turns = sum(seconds(job, servers) for job in jobs)
+    steps = [sum(call.steps for job in jobs for call in job.calls if call.author == author) for author in (0, 1)]
+    least = 0.0
+    for job in jobs:
+        least += sum(servers[call.author].handling(call) + servers[call.author].reading(call) for call in job.calls)
+    for server, count in zip(servers, steps, strict=True):
+        together = min(server.max_batch, concurrency)
+        least += count * server.step(together) / together
+    assert least / cores * (1 - 1e-9) <= shared.seconds <= turns * (1 + 1e-9)
+    if concurrency == 1:
+        assert shared.seconds == pytest.approx(turns)
+
+
+def test_two_models_on_one_core_take_turns() -> None:
+    servers = [Server(0, step_s=1), Server(0, step_s=1)]
+    jobs = [alone(0, 10, 1), alone(1, 10, 1)]
+    assert simulate(jobs, servers, 2).seconds == pytest.approx(10)
+    assert simulate(jobs, servers, 2, cores=1).seconds == pytest.approx(20)
+    assert simulate(jobs, servers, 2, cores=2).seconds == pytest.approx(10)
+
+
+def test_cores_for_all_are_as_good_as_no_sharing() -> None:
+    servers = [replace(BASE, handling_s=0.123), replace(ASSISTANT, handling_s=0.0456)]
+    texts = Workload(12, 30, 10, 5, rate=0.3).texts()
+    jobs = jobs_of(texts, 10, servers)
+    alike = [simulate(jobs, servers, 5, cores) for cores in (4, 400, float("inf"))]  # two processes for each server
+    assert [one.seconds for one in alike] == pytest.approx([alike[0].seconds] * 3)
+    assert simulate(jobs, servers, 5, 2).seconds > alike[0].seconds
+
+
 def test_a_step_serves_as_many_as_are_there() -> None:
     servers = [Server(0, step_s=1, step_per_sequence_s=0.5, max_batch=4), ASSISTANT]
     jobs = [alone(0, 10, 1)] * 8
@@ -226,7 +265,7 @@ def test_nothing_to_do_is_refused() -> None:
 @given(st.integers(0, 60), st.integers(0, 60), st.data())
 def test_runs_are_placed_as_asked(deferrals: int, kept: int, data: st.DataObject) -> None:
     runs = data.draw(st.integers(min(deferrals, 1), min(deferrals, kept + 1)))
-    authors = placed(deferrals + kept, deferrals, runs, random.Random(0))
+    authors = scattered(deferrals + kept, deferrals, runs, random.Random(0))
     assert len(authors) == deferrals + kept
     assert sum(authors) == deferrals
     assert sum(b > a for a, b in zip([0, *authors], authors, strict=False)) == runs
@@ -235,7 +274,7 @@ def test_runs_are_placed_as_asked(deferrals: int, kept: int, data: st.DataObject
 @pytest.mark.parametrize(("tokens", "deferrals", "runs"), [(5, 6, 1), (5, 3, 0), (5, 0, 1), (5, 3, 4), (5, 4, 3)])
 def test_what_cannot_be_placed_is_refused(tokens: int, deferrals: int, runs: int) -> None:
     with pytest.raises(ConfigError, match=f"{tokens} tokens cannot hold {deferrals} deferrals in {runs} runs"):
-        placed(tokens, deferrals, runs, random.Random(0))
+        scattered(tokens, deferrals, runs, random.Random(0))
 
 
 @pytest.mark.parametrize("run", [None, 1, 4])

@@ -27,7 +27,6 @@ From (1), leaving out prompts, the assistant alone, N s_1, is faster from about 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -170,26 +169,6 @@ def seconds(job: Job, servers: Sequence[Server]) -> float:
         for call in job.calls
         for server in [servers[call.author]]
     )
-
-
-def placed(tokens: int, deferrals: int, runs: int, rng: random.Random) -> list[int]:
-    """Authors of so many tokens, of which `deferrals` are an assistant's, in so many runs at random places.
-
-    Raises:
-        ConfigError: there is no such text.
-    """
-    kept = tokens - deferrals
-    if not 0 <= deferrals <= tokens or not bool(deferrals) <= runs <= min(deferrals, kept + 1):
-        raise ConfigError(
-            f"{tokens} tokens cannot hold {deferrals} deferrals in {runs} runs; expected at most as many deferrals as "
-            "tokens, a token in each run and one of the base between two runs"
-        )
-    between = sorted(rng.sample(range(kept + 1), runs))  # how many of the base's tokens stand before each run
-    ends = [0, *sorted(rng.sample(range(1, deferrals), runs - 1)), deferrals] if runs else [0]
-    authors: list[int] = []
-    for index, before in enumerate(between):
-        authors += [BASE] * (before - (between[index - 1] if index else 0)) + [1] * (ends[index + 1] - ends[index])
-    return authors + [BASE] * (tokens - len(authors))
 
 
 def calibrated(measured: Mapping[str, Any]) -> Server:

@@ -1,19 +1,19 @@
 """Many completions at once: a discrete-event simulation of servers that batch what runs at the same time.
 
-What it leaves out: a prompt is read in one step, however long it is; the cache forgets nothing; completions meet only
-at their servers, so processes on one machine do not slow each other down.
+What it leaves out: a prompt is read in one step, however long it is; the cache forgets nothing; the client costs
+nothing but what is in a server's `round_trip_s`.
 """
 
 from __future__ import annotations
 
-import random
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from collm.errors import ConfigError
-from collm.vllm.cost import Call, Job, Server, alone, collaboration, placed
+from collm.vllm.cost import Call, Job, Server
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,63 @@ class Outcome:
 
 
 class _Clock:
-    def __init__(self) -> None:
+    """Does things when their time has come.
+
+    Args:
+        cores: of the machine that all servers run on; more work than that at once goes on at equal shares of its speed.
+    """
+
+    def __init__(self, cores: float) -> None:
         self.now = 0.0
+        self._cores = cores
         self._events: list[tuple[float, bool, int, Callable[[], None]]] = []
         self._count = 0
+        self._work: list[_Work] = []
 
     def at(self, seconds: float, action: Callable[[], None], *, last: bool = False) -> None:
         """Do something then; `last` after all else of that moment."""
         self._count += 1
         heappush(self._events, (seconds, last, self._count, action))
 
+    def work(self, seconds: float, action: Callable[[], None]) -> None:
+        """Do something when a core has worked for so long, from now on."""
+        if self._cores == math.inf:
+            self.at(self.now + seconds, action)
+        else:
+            self._work.append(_Work(seconds, action))
+
     def run(self) -> None:
-        while self._events:
-            self.now, _, _, action = heappop(self._events)
-            action()
+        while self._events or self._work:
+            if self._work and not (self._events and self._events[0][:2] <= (self._next_end(), False)):
+                self._end_work()
+            else:
+                then, _, _, action = heappop(self._events)
+                self._go_to(then)
+                action()
+
+    @property
+    def _speed(self) -> float:
+        return min(1.0, self._cores / len(self._work))
+
+    def _next_end(self) -> float:
+        return self.now + min(one.left_s for one in self._work) / self._speed
+
+    def _end_work(self) -> None:
+        ended = min(self._work, key=lambda one: one.left_s)
+        self._go_to(self._next_end())
+        self._work.remove(ended)
+        ended.action()
+
+    def _go_to(self, then: float) -> None:
+        for one in self._work:
+            one.left_s -= (then - self.now) * self._speed
+        self.now = then
+
+
+@dataclass(eq=False)
+class _Work:
+    left_s: float
+    action: Callable[[], None]
 
 
 @dataclass
@@ -72,19 +115,28 @@ class _Station:
         self.server, self.clock = server, clock
         self.requests = self.steps = 0
         self.busy_s = 0.0
-        self._front_free = 0.0
+        self._arrived: deque[_Sequence] = deque()  # the first of them is being handled
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._stepping = False
 
     def ask(self, call: Call, done: Callable[[], None]) -> None:
         self.requests += 1
-        arrives = self.clock.now + self.server.round_trip_s
-        self._front_free = max(arrives, self._front_free) + self.server.handling(call)
-        self.clock.at(self._front_free, lambda: self._enter(_Sequence(call, call.steps, done)))
+        sequence = _Sequence(call, call.steps, done)
+        self.clock.at(self.clock.now + self.server.round_trip_s, lambda: self._arrive(sequence))
 
-    def _enter(self, sequence: _Sequence) -> None:
-        self._waiting.append(sequence)
+    def _arrive(self, sequence: _Sequence) -> None:
+        self._arrived.append(sequence)
+        if len(self._arrived) == 1:
+            self._handle()
+
+    def _handle(self) -> None:
+        self.clock.work(self.server.handling(self._arrived[0].call), self._enter)
+
+    def _enter(self) -> None:
+        self._waiting.append(self._arrived.popleft())
+        if self._arrived:
+            self._handle()
         if not self._stepping:
             self._stepping = True
             self.clock.at(self.clock.now, self._step, last=True)
@@ -94,15 +146,16 @@ class _Station:
         self._running += new
         self._stepping = bool(self._running)
         if self._stepping:
+            began = self.clock.now
             taken = self.server.step(len(self._running)) + sum(self.server.reading(one.call) for one in new)
-            self.busy_s += taken
-            self.clock.at(self.clock.now + taken, self._stepped)
+            self.clock.work(taken, lambda: self._stepped(began))
 
     @property
     def _room(self) -> int:
         return self.server.max_batch - len(self._running)
 
-    def _stepped(self) -> None:
+    def _stepped(self, began: float) -> None:
+        self.busy_s += self.clock.now - began
         self.steps += len(self._running)
         for sequence in self._running:
             sequence.left -= 1
@@ -113,18 +166,22 @@ class _Station:
         self.clock.at(self.clock.now, self._step, last=True)
 
 
-def simulate(jobs: Sequence[Job], servers: Sequence[Server], concurrency: int) -> Outcome:
+def simulate(jobs: Sequence[Job], servers: Sequence[Server], concurrency: int, cores: float = math.inf) -> Outcome:
     """Run jobs, so many at once; the next begins when one ends.
+
+    Args:
+        cores: of the machine that all servers share, where one process takes one core; infinite: they share none.
 
     Raises:
         ConfigError: nothing to do, or nothing at once.
     """
     steps = [call.steps for job in jobs for call in job.calls]
-    if concurrency < 1 or min(steps, default=0) < 1:
+    if concurrency < 1 or cores < 1 or min(steps, default=0) < 1:
         raise ConfigError(
-            f"{len(jobs)} completions came, {concurrency} at once; expected at least one at once, with at least a token"
+            f"{len(jobs)} completions came, {concurrency} at once, on {cores} cores; expected at least one at once, "
+            "with at least a token, and a core"
         )
-    clock = _Clock()
+    clock = _Clock(cores)
     stations = [_Station(server, clock) for server in servers]
     waiting, times = deque(jobs), list[float]()
 
@@ -153,93 +210,3 @@ def simulate(jobs: Sequence[Job], servers: Sequence[Server], concurrency: int) -
         steps=tuple(station.steps for station in stations),
         busy=tuple(station.busy_s / clock.now for station in stations),
     )
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked of a collaboration with one assistant.
-
-    Attributes:
-        completions, concurrency: how many texts, and how many of them at once.
-        tokens, prompt_tokens: of each, all of one length.
-        rate: deferral rate.
-        run: mean length of a run of deferrals; None: each token is deferred on its own.
-    """
-
-    completions: int
-    tokens: int
-    prompt_tokens: int
-    concurrency: int
-    rate: float
-    run: float | None = None
-    seed: int = 0
-
-    def texts(self) -> list[list[int]]:
-        """Authors of each text.
-
-        Raises:
-            ConfigError: the rate is none, or leaves no room for runs of this length.
-        """
-        if not 0 <= self.rate <= 1 or (self.run is not None and self.run < 1):
-            raise ConfigError(f"rate is {self.rate} and run {self.run}, expected a share and a length of at least 1")
-        rng, total = random.Random(self.seed), self.completions * self.tokens
-        deferrals = round(self.rate * total)
-        if self.run is None:
-            deferred = set(rng.sample(range(total), deferrals))
-            authors = [int(position in deferred) for position in range(total)]
-        else:
-            authors = placed(total, deferrals, max(round(deferrals / self.run), bool(deferrals)), rng)
-        return [authors[at : at + self.tokens] for at in range(0, total, self.tokens)]
-
-    def together(self, base: Server, assistant: Server) -> Outcome:
-        """Of the collaboration."""
-        servers = [base, assistant]
-        jobs = [collaboration(authors, self.prompt_tokens, servers) for authors in self.texts()]
-        return simulate(jobs, servers, self.concurrency)
-
-    def by(self, author: int, base: Server, assistant: Server) -> Outcome:
-        """Of one model that writes everything."""
-        jobs = [alone(author, self.tokens, self.prompt_tokens)] * self.completions
-        return simulate(jobs, [base, assistant], self.concurrency)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """From which deferral rate on, if any, the assistant alone is faster than the collaboration.
-
-    Attributes:
-        rate: to a hundredth; 0: always, None: never.
-        concurrency: completions at once.
-    """
-
-    rate: float | None
-    concurrency: int
-
-    def __str__(self) -> str:
-        at_once = "One completion at a time" if self.concurrency == 1 else f"{self.concurrency} completions at once"
-        if self.rate is None:
-            return f"{at_once}: the collaboration is faster than the assistant alone at every deferral rate."
-        if self.rate == 0:
-            return f"{at_once}: the assistant alone is faster than the collaboration at every deferral rate."
-        return (
-            f"{at_once}: the assistant alone is faster from a deferral rate of {self.rate:.2f} on, the collaboration "
-            "below it."
-        )
-
-
-def verdict(workload: Workload, base: Server, assistant: Server) -> Verdict:
-    """Where the assistant alone begins to win, its rate by halving; the workload's own rate does not matter."""
-    goal = workload.by(1, base, assistant).seconds
-
-    def loses(hundredths: int) -> bool:
-        return replace(workload, rate=hundredths / 100).together(base, assistant).seconds > goal
-
-    wins, lost = 0, 100
-    if loses(wins):
-        return Verdict(0.0, workload.concurrency)
-    if not loses(lost):
-        return Verdict(None, workload.concurrency)
-    while lost - wins > 1:
-        middle = (wins + lost) // 2
-        wins, lost = (wins, middle) if loses(middle) else (middle, lost)
-    return Verdict(lost / 100, workload.concurrency)
