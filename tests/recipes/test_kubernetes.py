@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,12 @@ def test_the_page_names_options_that_exist() -> None:
             assert given <= command_options(words[1:3]) | ENGINE_OPTIONS, words
         checked.add(words[0])
     assert {"vllm", "collm", "kubectl"} <= checked
+
+
+def test_the_page_has_a_file_of_servers_that_is_read() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    assert {field.name for field in fields(Servers)} == set(yaml.safe_load(block))
+    assert Servers(**yaml.safe_load(block)).on_failure == "base"
 
 
 def test_the_page_links_to_what_is_there() -> None:

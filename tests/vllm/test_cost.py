@@ -254,7 +254,7 @@ def test_without_deferrals_the_base_is_alone(
 
 
 def test_nothing_to_do_is_refused() -> None:
-    for jobs, concurrency in (([], 1), ([alone(0, 0, 1)], 1), ([alone(0, 1, 1)], 0)):
+    for jobs, concurrency in (([], 1), ([alone(0, 0, 1)], 1), ([alone(0, 1, 0)], 1), ([alone(0, 1, 1)], 0)):
         with pytest.raises(ConfigError, match="expected at least one at once"):
             simulate(jobs, [BASE, ASSISTANT], concurrency)
 

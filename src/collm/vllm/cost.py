@@ -13,11 +13,11 @@ where 0 is the base's server and 1 the assistant's, and of each server
     c  `prefill_s_per_token`.
     U  tokens that its requests read beyond the one that each step reads anyway.
 
-A prefix cache keeps whole blocks of B tokens, so a request reads the last, partly filled block again, and always its
-last token. With the text up to token m known to a server, a request at length n > m reads n - B floor(m / B) tokens.
-The base resumes one token later (n = m + 1): 1 to B of them, (B + 1) / 2 on average. The assistant reads, over all its
-requests, the text once, and as much of a block again at each. Larger blocks (16 on most GPUs, 32 to 128 on a CPU) make
-each deferral dearer, by (B - 1) / 2 (c_0 + c_1).
+A prefix cache keeps whole blocks of B tokens, so a request reads the last, partly filled block again. With the text up
+to token m known to a server, a request at length n > m reads n - B floor(m / B) tokens. The base resumes one token
+later (n = m + 1): 1 to B of them, (B + 1) / 2 on average. The assistant reads, over all its requests, the text once,
+and as much of a block again at each. Larger blocks (16 on most GPUs, 32 to 128 on a CPU) make each deferral dearer, by
+(B - 1) / 2 (c_0 + c_1).
 
 From (1), leaving out prompts, the assistant alone, N s_1, is faster from about this deferral rate on:
 
@@ -121,7 +121,7 @@ class _Caches:
     def read(self, author: int, length: int, after: int) -> int:
         """Tokens that a prompt of `length` makes a server read, which knows the first `after` when it has answered."""
         block = self._servers[author].block_tokens
-        kept = min(self._known[author], length - 1) // block * block  # the last token is always read
+        kept = self._known[author] // block * block  # a prompt is longer than what is known
         self._known[author] = after
         return length - kept
 
@@ -201,8 +201,8 @@ def calibrated(measured: Mapping[str, Any]) -> Server:
     step = fixed + per_sequence
     if once < step * (1 - 1e-9):
         raise ConfigError(
-            f"a request for one token takes {once} s and a step in it {step:g} s; expected the whole to take longer: "
-            "round_trip_s is measured from sending a request to having read its answer"
+            f"a request for one token takes {once} s and a step in it {step:g} s; expected the whole to take longer, "
+            "from sending the request to having read its answer: measure again while nothing else runs"
         )
     outside = max(once - step, 0.0)
     handling = min(per_request, outside)

@@ -175,11 +175,11 @@ def simulate(jobs: Sequence[Job], servers: Sequence[Server], concurrency: int, c
     Raises:
         ConfigError: nothing to do, or nothing at once.
     """
-    steps = [call.steps for job in jobs for call in job.calls]
-    if concurrency < 1 or cores < 1 or min(steps, default=0) < 1:
+    sizes = [size for job in jobs for call in job.calls for size in (call.unread, call.steps)]
+    if concurrency < 1 or cores < 1 or min(sizes, default=0) < 1:
         raise ConfigError(
             f"{len(jobs)} completions came, {concurrency} at once, on {cores} cores; expected at least one at once, "
-            "with at least a token, and a core"
+            "with a token to read and one to write, and a core"
         )
     clock = _Clock(cores)
     stations = [_Station(server, clock) for server in servers]
