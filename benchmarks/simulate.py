@@ -1,0 +1,121 @@
+"""Collaborations across servers as the cost model of `collm.vllm.cost` sees them, as tables.
+
+python -m benchmarks.simulate              the deferral rate from which on the assistant alone is faster, times assumed
+python -m benchmarks.simulate FILE.json    the same of measured servers, and predicted against measured times
+
+FILE.json holds "servers", for "base" and "assistant" what `collm.vllm.cost.calibrated` takes, "cores" where one machine
+runs both, and "cases", a list of
+
+    {"name", "completions", "tokens", "deferrals", "runs", "concurrency", "wall_s", "requests"}
+
+in which tokens, deferrals, runs of deferrals and requests are sums over the completions. A case may say "prompt_tokens"
+(of each completion; 1 by default, so that reading prompts costs nothing) and "method": "collaboration" (the default),
+"assistant alone", or "token by token", which needs "vocab_size".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import table
+from collm.errors import ConfigError
+from collm.vllm.cost import Job, Server, alone, calibrated, collaboration, token_by_token
+from collm.vllm.simulation import simulate
+from collm.vllm.workload import Verdict, Workload, scattered, verdict
+
+AT_ONCE = (1, 4, 16, 64)
+PREDICTIONS = {
+    "name": "case",
+    "measured_s": "measured, s",
+    "predicted_s": "predicted, s",
+    "ratio": "predicted / measured",
+    "requests": "requests",
+    "predicted_requests": "predicted",
+    "base_busy": "base's model at work",
+    "assistant_busy": "assistant's",
+}
+ASSUMED = {"assistant": "assistant's step", "request": "a request"} | {str(n): f"{n} at once" for n in AT_ONCE}
+EVERY = {"name", "completions", "tokens", "concurrency", "wall_s", "requests"}
+OPTIONAL = {"method", "prompt_tokens"}
+METHODS: dict[str, set[str]] = {
+    "collaboration": {"deferrals", "runs"},
+    "assistant alone": set(),
+    "token by token": {"deferrals", "runs", "vocab_size"},
+}
+
+
+def jobs(case: dict[str, Any], servers: list[Server]) -> list[Job]:
+    """The completions of a case, deferrals at random places.
+
+    Raises:
+        ConfigError: something is missing or unknown.
+    """
+    method, prompt = case.get("method", "collaboration"), case.get("prompt_tokens", 1)
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    needed = EVERY | METHODS[method]
+    missing, unknown = sorted(needed - set(case)), sorted(set(case) - needed - OPTIONAL)
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}"
+        raise ConfigError(f"a case of {method!r} {what}; expected {', '.join(sorted(needed))}")
+    ends = [case["tokens"] * i // case["completions"] for i in range(case["completions"] + 1)]
+    if method == "assistant alone":
+        return [alone(1, end - start, prompt) for start, end in pairwise(ends)]
+    authors = scattered(case["tokens"], case["deferrals"], case["runs"], random.Random(0))
+    texts = [authors[start:end] for start, end in pairwise(ends)]
+    if method == "collaboration":
+        return [collaboration(text, prompt, servers) for text in texts]
+    return [token_by_token(text, prompt, servers, case["vocab_size"]) for text in texts]
+
+
+def row(case: dict[str, Any], servers: list[Server], cores: float) -> dict[str, Any]:
+    """Predicted against measured."""
+    outcome = simulate(jobs(case, servers), servers, case["concurrency"], cores)
+    return {
+        "name": case["name"],
+        "measured_s": float(case["wall_s"]),
+        "predicted_s": outcome.seconds,
+        "ratio": outcome.seconds / case["wall_s"],
+        "requests": case["requests"],
+        "predicted_requests": sum(outcome.requests),
+        "base_busy": outcome.busy[0],
+        "assistant_busy": outcome.busy[1],
+    }
+
+
+def verdicts(base: Server, assistant: Server, tokens: int, prompt: int, cores: float = math.inf) -> list[Verdict]:
+    """For 1, 4, 16 and 64 completions at once."""
+    loads = [Workload(max(16, 2 * n), tokens, prompt, n, rate=0, cores=cores) for n in AT_ONCE]
+    return [verdict(load, base, assistant) for load in loads]
+
+
+def measured(path: Path) -> list[str]:
+    """The page of a file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    servers = [calibrated(content["servers"][name]) for name in ("base", "assistant")]
+    cases, cores = content["cases"], content.get("cores", math.inf)
+    one = cases[0]
+    told = verdicts(*servers, one["tokens"] // one["completions"], one.get("prompt_tokens", 1), cores)
+    return [*table([row(case, servers, cores) for case in cases], PREDICTIONS), "", *map(str, told)]
+
+
+def assumed() -> list[str]:
+    """Without measurements: times in steps of the base; each further token in a step, written or read, adds 1 %."""
+    rows = []
+    for step in (2, 5, 10):
+        for request in (0.5, 2.0):
+            base, assistant = (Server(request, size, size / 100, size / 100) for size in (1.0, float(step)))
+            told = verdicts(base, assistant, 64, 64)
+            cells = {str(one.concurrency): "never" if one.rate is None else one.rate for one in told}
+            rows.append({"assistant": step, "request": request, **cells})
+    return table(rows, ASSUMED)
+
+
+if __name__ == "__main__":
+    print("\n".join(measured(Path(sys.argv[1])) if sys.argv[1:] else assumed()))
