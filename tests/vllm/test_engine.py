@@ -43,21 +43,32 @@ def check_equal(ours: Completion, expected: Completion, *, defer_probs: bool = T
         assert ours.defer_probs == pytest.approx(expected.defer_probs, abs=1e-4)
 
 
+def check_drawn(token_ids: torch.Tensor, law: torch.Tensor) -> None:
+    """In total variation n draws stray from their law by sum_x sqrt(p_x (1 - p_x) / (2 pi n)) on average, and by
+    sqrt(log(1000) / 2n) more in less than one case of a thousand (McDiarmid).
+
+    Args:
+        token_ids: shape (n,).
+        law: shape (V,).
+    """
+    draws = len(token_ids)
+    seen = torch.bincount(token_ids, minlength=len(law)) / draws
+    usual = float((law * (1 - law) / (2 * math.pi * draws)).sqrt().sum())
+    assert float((seen - law).abs().sum()) / 2 < usual + math.sqrt(math.log(1000) / 2 / draws)
+    assert not seen[law == 0].any()
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_greedy_equals_the_models_in_memory_for_mixed_thresholds_at_once(cluster: Clusters, k: int) -> None:
     world = cluster(k)
     policies: list[Policy] = [ThresholdPolicy(eta) for eta in (-1.0, -0.01, 0.0, 0.2, 0.5, 0.8, 1.0)]
     policies += [SingleAuthorPolicy(author) for author in range(k + 1)]
-    policies += [
-        BudgetPolicy(0.2, 0.3),
-        BudgetPolicy(0.0, 0.3, burst=2),
-        RandomPolicy(0.3),
-        ScheduledPolicy(0.1, 0.9, 8),
-    ]
+    policies += [BudgetPolicy(0.2, 0.3), BudgetPolicy(0.0, 0.3, burst=2), RandomPolicy(0.3)]
+    policies += [ScheduledPolicy(0.1, 0.9, 8)]
     prompts = prompts_of(4, 3 * len(policies))
-    seeded = [replace(GREEDY, seed=place) for place in range(len(prompts))]  # for the random rule
-    expected = world.members.local.generate(prompts, seeded, policy=policies * 3)
-    out = world.connect().generate(prompts, seeded, policy=policies * 3, max_batch=16)
+    params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies * 3)]
+    expected = world.members.local.generate(prompts, params, policy=policies * 3)
+    out = world.connect().generate(prompts, params, policy=policies * 3, max_batch=16)
     for ours, theirs, policy in zip(out, expected, policies * 3, strict=True):
         alone = isinstance(policy, SingleAuthorPolicy) and policy.writer != 0
         check_equal(ours, theirs, defer_probs=not alone)
@@ -118,8 +129,7 @@ def test_a_padded_base_writes_the_same(tokenizer: PreTrainedTokenizerFast, tmp_p
     for ours, theirs in zip(
         world.serve().connect().generate(prompts_of(8, 4), GREEDY, threshold=0.5), expected, strict=True
     ):
-        assert (ours.token_ids, ours.authors) == (theirs.token_ids, theirs.authors)
-        assert ours.defer_probs == pytest.approx(theirs.defer_probs, abs=1e-4)
+        check_equal(ours, theirs)
 
 
 def test_a_stream_says_what_generate_says(cluster: Clusters) -> None:
@@ -181,8 +191,6 @@ def test_connections_are_kept_for_further_requests(cluster: Clusters) -> None:
 def test_tokens_are_drawn_by_the_law_of_their_author(
     cluster: Clusters, temperature: float, top_p: float, top_k: int
 ) -> None:
-    """In total variation n draws stray from their law by sum_x sqrt(p_x (1 - p_x) / (2 pi n)) on average, and by
-    sqrt(log(1000) / 2n) more in less than one case of a thousand (McDiarmid)."""
     world = cluster()
     draws = 300
     params = SamplingParams(max_new_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, seed=1)
@@ -193,10 +201,7 @@ def test_tokens_are_drawn_by_the_law_of_their_author(
         assert all(one.authors == [author] for one in out)
         logits = world.members.served[author].logits(prompt)[-1][: model.identity.vocab_size]
         law = token_probs(logits, temperature, top_p, top_k).double()
-        seen = torch.bincount(torch.tensor([one.token_ids[0] for one in out]), minlength=len(law)) / draws
-        usual = float((law * (1 - law) / (2 * math.pi * draws)).sqrt().sum())
-        assert float((seen - law).abs().sum()) / 2 < usual + math.sqrt(math.log(1000) / 2 / draws)
-        assert not seen[law == 0].any()
+        check_drawn(torch.tensor([one.token_ids[0] for one in out]), law)
 
 
 def test_a_seed_gives_the_same_text_whatever_runs_beside_it(cluster: Clusters) -> None:

@@ -40,7 +40,9 @@ def check(out: Path, base: Any, head: DeferralHead, note: Note) -> None:
     expected, hidden = base(IDS).logits, LanguageModel(base, name="base").hidden_states(IDS)
     rows = expected.shape[-1]
     assert given.shape[-1] == rows + head.num_assistants + 1 == exported.config.vocab_size
-    torch.testing.assert_close(given[..., :rows], expected, rtol=1e-5, atol=1e-5)
+    tokens = note.vocab_size
+    torch.testing.assert_close(given[..., :tokens], expected[..., :tokens], rtol=1e-5, atol=1e-5)
+    assert (given[..., tokens:rows] == 0).all()
     logits = given[..., note.defer_ids] / note.scale + torch.tensor(note.biases)
     torch.testing.assert_close(logits, head(hidden), rtol=1e-5, atol=1e-5)
     assert (given[..., note.zero_id] == 0).all()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,7 @@ from collm.vllm.note import Note
 from collm.vllm.servers import Servers
 from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import prompts_of, random_head
-from tests.vllm.test_engine import check_equal
+from tests.vllm.test_engine import check_drawn, check_equal
 
 pytestmark = pytest.mark.vllm
 
@@ -93,7 +93,7 @@ def test_greedy_equals_the_models_in_memory_for_mixed_rules_at_once(world: World
     policies += [SingleAuthorPolicy(0), BudgetPolicy(0.2, 0.3), RandomPolicy(0.3)]
     policies = policies * 4
     prompts = prompts_of(11, len(policies))  # ragged
-    params = [SamplingParams(max_new_tokens=40, seed=place) for place in range(len(policies))]  # for the random rule
+    params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies)]
     expected = world.local(k).generate(prompts, params, policy=policies)
     for ours, theirs in zip(world.served(k).generate(prompts, params, policy=policies), expected, strict=True):
         check_equal(ours, theirs)
@@ -137,13 +137,13 @@ def test_two_requests_a_deferral_and_one_more(world: World) -> None:
 
 
 def test_prefixes_are_not_read_again(world: World) -> None:
-    client = world.assistants[0].root
-    before = _counter(client, "vllm:prefix_cache_hits_total")
-    out = world.served(1).generate([prompts_of(9, 1)[0] * 40], GREEDY, threshold=0.5)
-    deferrals = sum(out[0].authors)
-    hits = _counter(client, "vllm:prefix_cache_hits_total") - before
-    read = len(out[0].prompt_token_ids)
-    assert hits >= (deferrals - 1) * (read // 32 * 32 - 32)
+    """All but the last block, of 32 tokens, comes from the cache at each deferral after the first."""
+    prompt = [*range(3, 93)] * 4
+    before = _counter(world.assistants[0].root, "vllm:prefix_cache_hits_total")
+    (out,) = world.served(1).generate([prompt], GREEDY, threshold=0.5)
+    hits = _counter(world.assistants[0].root, "vllm:prefix_cache_hits_total") - before
+    assert sum(out.authors) > 5
+    assert hits >= (sum(out.authors) - 1) * (len(prompt) - 32)
 
 
 def _counter(root: str, name: str) -> float:
@@ -160,13 +160,9 @@ def test_sampling_follows_the_stated_law(world: World) -> None:
         with torch.no_grad():
             logits = member.module(torch.tensor([ids])).logits[0, -1]  # type: ignore[union-attr]
         params = [SamplingParams(max_new_tokens=1, temperature=1.3, top_p=0.9, seed=seed) for seed in range(400)]
-        law = token_probs(logits, params[0])
+        law = token_probs(logits, 1.3, 0.9, 0)
         out = served.generate([prompt] * 400, params, threshold=threshold, max_batch=64)
-        drawn = torch.bincount(torch.tensor([one.token_ids[0] for one in out]), minlength=len(law)) / 400
-        distance = 0.5 * (drawn - law).abs().sum().item()
-        spread = 0.5 * (2 / torch.pi * law * (1 - law) / 400).sqrt().sum().item()  # its mean, of as many draws
-        assert distance < 1.5 * spread
-        assert not drawn[law == 0].any()
+        check_drawn(torch.tensor([one.token_ids[0] for one in out]), law)
         assert [one.token_ids for one in out[:20]] == [
             one.token_ids for one in served.generate([prompt] * 20, params[:20], threshold=threshold)
         ]
@@ -175,7 +171,7 @@ def test_sampling_follows_the_stated_law(world: World) -> None:
 def test_rows_are_never_text_and_wrong_values_are_refused(world: World) -> None:
     note = Note.read(world.exports[2])
     url = f"{world.bases[2].url}/completions"
-    body = {"prompt": [5, 6], "max_tokens": 200, "temperature": 5.0, "ignore_eos": True, "return_token_ids": True}
+    body = {"prompt": [5, 6], "max_tokens": 200, "temperature": 2.0, "ignore_eos": True, "return_token_ids": True}
     written = httpx.post(url, json=body, timeout=60).json()["choices"][0]["token_ids"]
     assert len(written) == 200
     assert max(written) < note.vocab_size
@@ -187,12 +183,13 @@ def test_rows_are_never_text_and_wrong_values_are_refused(world: World) -> None:
 
 
 def test_candidates_are_those_of_the_models(world: World) -> None:
+    """But for the share of the row of zeros."""
     served, local = world.served(2), world.local(2)
     ids = local.generate("w5 w6", GREEDY, threshold=0.5)[0].token_ids[:6]
     for ours, theirs in zip(served.candidates("w5 w6", ids), local.candidates("w5 w6", ids), strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             assert [text for text, _ in mine] == [text for text, _ in other]
-            assert [prob for _, prob in mine] == pytest.approx([prob for _, prob in other], abs=1e-3)
+            assert [prob for _, prob in mine] == pytest.approx([prob for _, prob in other], rel=0.02)
 
 
 def test_servers_of_something_else_are_refused(world: World) -> None:
@@ -204,7 +201,7 @@ def test_servers_of_something_else_are_refused(world: World) -> None:
     for urls in wrong.values():
         model = CoLLM.from_pretrained(world.artefacts[2], servers=Servers(urls))
         with pytest.raises(MismatchError, match="no export of this collaboration's base and head"):
-            model.generate("w1")
+            model.generate("w1", threshold=0.5)
 
 
 def test_an_openai_client_sees_the_servers_through_collm_serve(world: World, tmp_path: Path) -> None:
@@ -282,8 +279,8 @@ def test_an_assistant_that_dies_is_stood_in_for_and_a_base_that_dies_fails(world
     """Last, as it ends the servers of two."""
     lenient, strict = (world.served(2, on_failure=choice, retries=1, timeout_s=5.0) for choice in ("base", "fail"))
     prompts = prompts_of(4, 4)
-    before = lenient.generate(prompts, GREEDY, threshold=0.4)
-    assert not any(one.stood_in for one in before)
+    for model in (lenient, strict):  # all is well at the start
+        assert not any(one.stood_in for one in model.generate(prompts, GREEDY, threshold=0.4))
     world.assistants[1].stop()
     with pytest.raises(ModelFailure, match=r"assistant 2 at .*check that the server runs"):
         strict.generate(prompts, GREEDY, threshold=0.4)

@@ -254,8 +254,8 @@ class VllmEngine:
     def _of_row(self, written: Written) -> tuple[float, float]:
         """Defer prob, and the token's log-probability among tokens alone.
 
-        The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + 1, the last for the row of zeros:
-        r_k = lp_k - lp_0, u_k = r_k / scale + b_k, and log P(x) = lp_x - log(1 - exp lp_0 - sum_k exp lp_k).
+        The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + n, the last for n rows of zeros:
+        r_k = lp_k - lp_0, u_k = r_k / scale + b_k, and log P(x) = lp_x - log(1 - n exp lp_0 - sum_k exp lp_k).
         """
         try:
             rows = [written.about[token] for token in self.fleet.defer_ids]
@@ -266,7 +266,8 @@ class VllmEngine:
                 "logprob_token_ids, as vLLM does"
             ) from error
         u = torch.tensor([(row - zero) / ROW_SCALE + bias for row, bias in zip(rows, self.fleet.biases, strict=True)])
-        others = math.exp(zero) + sum(map(math.exp, rows))
+        zeros = 1 + self.fleet.defer_ids[0] - self.fleet.vocab_size
+        others = zeros * math.exp(zero) + sum(map(math.exp, rows))
         return float(defer_probs(u)), written.logprob - math.log1p(-min(others, 1 - 1e-12))
 
     def _settle(self, run: _Run, decision: Decision) -> None:

@@ -32,9 +32,9 @@ def export_base(
 ) -> Note:
     """Write the base with the head as further rows of its output layer, tokenizer and note.
 
-    A LoRA adapter is merged, tied embeddings are untied, and what pads the vocabulary stays where it is: behind all
-    existing rows come one for each assistant and a row of zeros. Rows take the model's dtype, so in bfloat16 a defer
-    logit is rounded to about three digits; the head's own arithmetic is fp32.
+    A LoRA adapter is merged, tied embeddings are untied, and rows that pad the vocabulary become zeros: behind all
+    existing rows come one for each assistant and another one of zeros. Rows take the model's dtype, so in bfloat16 a
+    defer logit is rounded to about three digits; the head's own arithmetic is fp32.
 
     Args:
         base: as of `CoLLM`; it stays as it is.
@@ -67,7 +67,7 @@ def export_base(
         default_threshold=default_threshold,
     )
     named = _named(tokenizer, defer_names(head), note)
-    _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note.zero_id + 1)
+    _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note)
     with atomic_directory(out.resolve()) as directory:
         model.save_pretrained(directory)
         named.save_pretrained(directory)
@@ -89,15 +89,18 @@ def _plain(base: nn.Module | ModelSpec) -> Any:
 
 
 @torch.no_grad()
-def _add_rows(model: Any, rows: Tensor, vocab_size: int) -> None:
-    """Give the output layer these rows behind its own, then zeros up to `vocab_size`, and untie it."""
+def _add_rows(model: Any, rows: Tensor, note: Note) -> None:
+    """Give the output layer these rows behind its own, then one of zeros, and untie it; rows of no token become zeros."""
+    vocab_size = note.zero_id + 1
     old = model.get_output_embeddings()
     weight, bias = _lengthened(old.weight, vocab_size), getattr(old, "bias", None)
-    weight[len(old.weight) : len(old.weight) + len(rows)] = rows.to(weight)
+    weight[note.vocab_size :] = 0
+    weight[note.defer_ids] = rows.to(weight)
     output = nn.Linear(weight.shape[1], vocab_size, bias=bias is not None, device="meta")
     output.weight = nn.Parameter(weight)
     if bias is not None:
         output.bias = nn.Parameter(_lengthened(bias, vocab_size))
+        output.bias[note.vocab_size :] = 0
     read = len(model.get_input_embeddings().weight)
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     model.get_input_embeddings().weight[read:] = 0  # nobody reads them
