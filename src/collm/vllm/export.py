@@ -90,7 +90,7 @@ def _plain(base: nn.Module | ModelSpec) -> Any:
 
 @torch.no_grad()
 def _add_rows(model: Any, rows: Tensor, note: Note) -> None:
-    """Give the output layer these rows behind its own, then one of zeros, and untie it; rows of no token become zeros."""
+    """Give the output layer these rows behind its own, then one of zeros, and untie it; zeros for rows of no token."""
     vocab_size = note.zero_id + 1
     old = model.get_output_embeddings()
     weight, bias = _lengthened(old.weight, vocab_size), getattr(old, "bias", None)

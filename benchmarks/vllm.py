@@ -1,0 +1,292 @@
+"""Decoding across vLLM servers, against other ways to run the same pair.
+
+    python -m benchmarks.vllm --vllm-python .venv-vllm/bin/python --out benchmarks/results/cpu-vllm.json
+
+Starts a server for each of two models of real shapes with random weights, and measures in one run, on these servers:
+`collm` across them; one request for each token with the log-probabilities of the whole vocabulary, as the method's
+authors run it; the assistant alone and the base alone, one request each; and the same pair in this process. The
+threshold is set for about three deferred tokens of ten. `python -m benchmarks.simulate` reads the JSON: its "servers"
+say what a step, a request and reading a token take, its "cases" what the methods took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+from benchmarks.pairs import SHAPES, make_model, make_tokenizer, prompts_of
+from benchmarks.record import run_parts
+from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
+from collm.core.objective import defer_probs
+from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
+from collm.vllm import ROW_SCALE
+from collm.vllm.launch import ServerProcess, check_python, launched
+from collm.vllm.note import Note
+from collm.vllm.placement import BLOCK_TOKENS, Machine, Served, placed
+from collm.vllm.servers import Servers
+
+PER_TOKEN = "token by token"
+
+
+class Bench:
+    """One pair of models behind servers, and the same in memory."""
+
+    def __init__(self, arguments: argparse.Namespace, stack: ExitStack) -> None:
+        self.arguments = arguments
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        vocab_size = arguments.vocabulary
+        tokenizer = make_tokenizer(vocab_size)
+        for name in ("base", "assistant"):
+            make_model(getattr(arguments, name), vocab_size, torch.float32, "cpu").save_pretrained(root / name)
+            tokenizer.save_pretrained(root / name)
+        head = DeferralHead(SHAPES[arguments.base][0])
+        torch.nn.init.normal_(head.weight, std=0.2)
+        specs = [ModelSpec(str(root / name)) for name in ("base", "assistant")]
+        self.local = CoLLM(specs[0], [specs[1]], head, tokenizer)
+        self.local.export_vllm(root / "export")
+        self.note = Note.read(root / "export")
+        flags = ["--max-logprobs", "-1", "--generation-config", "vllm"]
+        models = [Served("base", ModelSpec(str(root / "export")), flags), Served("assistant", specs[1], flags)]
+        plans = placed(models, Machine.this(), max_batch=max(arguments.batch), max_length=1024)
+        self.servers: list[ServerProcess] = stack.enter_context(
+            launched(plans, check_python(arguments.vllm_python), root / "logs", wait_s=600)
+        )
+        self.remote = CoLLM(specs[0], [specs[1]], head, tokenizer, servers=Servers([one.url for one in self.servers]))
+        self.threshold = self._threshold()
+        self.cases: list[dict[str, Any]] = []
+        self._salt = 1
+
+    def _threshold(self) -> float:
+        """That leaves three of ten tokens of the base's own text to the assistant."""
+        prompts, params = self._prompts(4, salt=1), SamplingParams(self.arguments.new)
+        out = self.remote.generate(prompts, params, threshold=1.0)
+        probs = sorted(prob for one in out for prob in one.defer_probs)
+        return probs[int(0.7 * len(probs))]
+
+    def _prompts(self, count: int, salt: int = 0) -> list[list[int]]:
+        """Prompts that no server has read."""
+        prompts = prompts_of(count, self.arguments.prompt - 1, self.arguments.vocabulary)
+        return [[10 + (salt * 977 + place) % 1000, *prompt] for place, prompt in enumerate(prompts)]
+
+    # What a server takes alone
+
+    def measure_servers(self) -> dict[str, Any]:
+        """By name, as `collm.vllm.cost.calibrated` reads them."""
+        measured = {}
+        for server in self.servers:
+            measured[server.plan.name] = _logged(asyncio.run(self._figures(server)))
+        return measured
+
+    async def _figures(self, server: ServerProcess) -> dict[str, Any]:
+        async with httpx.AsyncClient(timeout=None) as client:
+
+            async def took(prompt: list[int], **more: Any) -> float:
+                start = time.perf_counter()
+                await _post(client, server, {"prompt": prompt, "max_tokens": 1, "temperature": 0, **more})
+                return time.perf_counter() - start
+
+            await took([11])
+            once = statistics.median([await took([20 + n]) for n in range(20)])
+            length = 512
+            reads = [await took([40 + n, *range(100, 100 + length)]) for n in range(5)]
+            start = time.perf_counter()
+            await asyncio.gather(*(took([200 + n]) for n in range(64)))
+            per_second = 64 / (time.perf_counter() - start)
+            whole = statistics.median([await took([300 + n], logprobs=self.note.vocab_size) for n in range(3)])
+            steps = {str(n): await self._step(client, server, n) for n in (1, 4, max(self.arguments.batch))}
+        return {
+            "round_trip_s": once,
+            "prefill_s_per_token": max((statistics.median(reads) - once) / length, 1e-9),
+            "step_s_at_batch": steps,
+            "requests_per_s": per_second,
+            "logprob_s": (whole - once) / self.note.vocab_size,
+            "max_batch": max(self.arguments.batch),
+            "block_tokens": BLOCK_TOKENS,
+        }
+
+    async def _step(self, client: httpx.AsyncClient, server: ServerProcess, count: int) -> float:
+        """Seconds between two tokens of so many streams at once."""
+        body = {"max_tokens": 48, "temperature": 0, "ignore_eos": True, "stream": True}
+
+        async def stream(number: int) -> list[float]:
+            times = []
+            asked = {**body, "model": server.plan.name, "prompt": [500 + number]}
+            async with client.stream("POST", f"{server.url}/completions", json=asked) as reply:
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        times.append(time.perf_counter())
+            return times
+
+        streams = await asyncio.gather(*(stream(number) for number in range(count)))
+        return statistics.median(later - before for times in streams for before, later in pairwise(times[8:]))
+
+    # Ways to decode
+
+    def compare(self) -> list[dict[str, Any]]:
+        """Each method at each batch, in turn; speeds are ratios of tokens per second."""
+        rows = []
+        for batch in self.arguments.batch:
+            found = [self._best(case) for case in self._methods(batch)]
+            self.cases += [case for case in found if case["name"].partition(",")[0] != "in memory"]
+            speed = {case["name"].partition(",")[0]: case["tokens"] / case["wall_s"] for case in found}
+            ours = next(case for case in found if case["name"].startswith("collm"))
+            rows.append(
+                _logged(
+                    {
+                        "batch": batch,
+                        "deferral_rate": ours["deferrals"] / ours["tokens"],
+                        "requests_per_token": ours["requests"] / ours["tokens"],
+                        "tokens_per_second": speed["collm"],
+                        "speed_vs_per_token": speed["collm"] / speed[PER_TOKEN],
+                        "speed_vs_assistant": speed["collm"] / speed["assistant alone"],
+                        "speed_vs_base": speed["collm"] / speed["base alone"],
+                        "speed_vs_memory": speed["collm"] / speed["in memory"],
+                    }
+                )
+            )
+        return rows
+
+    def _methods(self, batch: int) -> list[Callable[[int], dict[str, Any]]]:
+        threshold = ThresholdPolicy(self.threshold)
+        short = self.arguments.new_per_token
+        return [
+            lambda salt: self._generated("collm", self.remote, batch, salt, threshold),
+            lambda salt: self._generated("in memory", self.local, batch, salt, threshold),
+            lambda salt: self._generated("assistant alone", self.remote, batch, salt, SingleAuthorPolicy(1)),
+            lambda salt: self._generated("base alone", self.remote, batch, salt, SingleAuthorPolicy(0)),
+            lambda salt: asyncio.run(self._per_token(batch, salt, short)),
+        ]
+
+    def _best(self, method: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """The fastest of several runs, each on prompts of its own."""
+        found = []
+        for _ in range(self.arguments.repeats + 1):
+            self._salt += 1
+            found.append(method(self._salt))
+        return min(found[1:], key=lambda case: case["wall_s"] / case["tokens"])  # the first also pays for memory
+
+    def _generated(self, name: str, model: CoLLM, batch: int, salt: int, policy: Policy) -> dict[str, Any]:
+        prompts, params = self._prompts(batch, salt), SamplingParams(self.arguments.new)
+        start = time.perf_counter()
+        out = model.generate(prompts, params, policy=policy, max_batch=batch)
+        wall_s = time.perf_counter() - start
+        authors = [one.authors for one in out]
+        case = {
+            "name": f"{name}, {batch} at once",
+            "completions": batch,
+            "tokens": sum(map(len, authors)),
+            "prompt_tokens": self.arguments.prompt,
+            "deferrals": sum(map(sum, authors)),
+            "runs": sum(_runs(one) for one in authors),
+            "concurrency": batch,
+            "wall_s": wall_s,
+            "requests": sum(used.calls for used in out.usage.values()),
+        }
+        if name == "assistant alone":
+            case = {key: value for key, value in case.items() if key not in ("deferrals", "runs")}
+            case["method"] = "assistant alone"
+        return case
+
+    async def _per_token(self, batch: int, salt: int, new: int) -> dict[str, Any]:
+        async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
+            start = time.perf_counter()
+            written = await asyncio.gather(
+                *(self._token_by_token(client, prompt, new) for prompt in self._prompts(batch, salt))
+            )
+            wall_s = time.perf_counter() - start
+        authors = [one for _, one in written]
+        deferrals = sum(map(sum, authors))
+        return {
+            "name": f"{PER_TOKEN}, {batch} at once",
+            "method": PER_TOKEN,
+            "vocab_size": self.note.vocab_size,
+            "completions": batch,
+            "tokens": batch * new,
+            "prompt_tokens": self.arguments.prompt,
+            "deferrals": deferrals,
+            "runs": sum(map(_runs, authors)),
+            "concurrency": batch,
+            "wall_s": wall_s,
+            "requests": batch * new + deferrals,
+        }
+
+    async def _token_by_token(
+        self, client: httpx.AsyncClient, prompt: list[int], new: int
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and authors: the base is asked for every token, the assistant where it defers."""
+        text, authors = list(prompt), []
+        base, assistant = self.servers
+        defer_id, zero_id, bias = self.note.defer_ids[0], self.note.zero_id, self.note.biases[0]
+        for _ in range(new):
+            body = {"prompt": text, "max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True}
+            said = await _logprobs(client, base, {**body, "logprobs": zero_id + 1})
+            u = torch.tensor([(said.pop(defer_id) - said.pop(zero_id)) / ROW_SCALE + bias])
+            authors.append(int(float(defer_probs(u)) > self.threshold))
+            if authors[-1]:
+                said = await _logprobs(client, assistant, {**body, "logprobs": self.note.vocab_size})
+            text.append(max(said, key=lambda token: said[token]))
+        return text[len(prompt) :], authors
+
+
+async def _logprobs(client: httpx.AsyncClient, server: ServerProcess, body: dict[str, Any]) -> dict[int, float]:
+    answer = await _post(client, server, body)
+    (top,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+    return {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+
+
+async def _post(client: httpx.AsyncClient, server: ServerProcess, body: dict[str, Any]) -> Any:
+    reply = await client.post(f"{server.url}/completions", json={"model": server.plan.name, **body})
+    reply.raise_for_status()
+    return reply.json()
+
+
+def _runs(authors: list[int]) -> int:
+    """Runs of deferred tokens."""
+    return sum(author and not before for before, author in pairwise([0, *authors]))
+
+
+def _logged(row: dict[str, Any]) -> dict[str, Any]:
+    """Progress goes to stderr, so that stdout is JSON."""
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm-python", required=True, help="interpreter with vLLM and the plug-in")
+    parser.add_argument("--base", choices=SHAPES, default="25m")
+    parser.add_argument("--assistant", choices=SHAPES, default="150m")
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for the pair in this process")
+    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="new tokens")
+    parser.add_argument("--new-per-token", type=int, default=16, help="of the slow method")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    names = ("servers", "comparison", "cases")
+    parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    with ExitStack() as stack:
+        bench = Bench(arguments, stack)
+        parts = {"servers": bench.measure_servers, "comparison": bench.compare, "cases": lambda: bench.cases}
+        run_parts("benchmarks.vllm", arguments, parts)
+
+
+if __name__ == "__main__":
+    main()
