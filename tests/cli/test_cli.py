@@ -320,7 +320,8 @@ def test_an_unknown_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
 def test_every_command_and_flag_in_the_readme_exists() -> None:
     readme = re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text())
     commands = re.findall(r"(?:^|`)collm ([\w-]+)([^`\n]*)", readme, flags=re.MULTILINE)
-    assert {name for name, _ in commands} == {command.name for command in app.registered_commands}
+    groups = {group.name for group in app.registered_groups}
+    assert {name for name, _ in commands} == {command.name for command in app.registered_commands} | groups
     for name, rest in commands:
         help_text = help_of(name)
         for flag in re.findall(r"--\w[\w-]*", rest):

