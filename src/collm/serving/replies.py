@@ -29,15 +29,13 @@ class ErrorReply(Reply):
 
 
 class Authorship(Reply):
-    """Who wrote a completion or the tokens of a chunk; but for `stood_in` one entry for each token."""
+    """Who wrote a completion or the tokens of a chunk; one entry for each token."""
 
     texts: list[str] = Field(description="The text that became certain with the token; often several, at times none.")
     token_ids: list[int]
     authors: list[int] = Field(description="Indices of author_names.")
     defer_probs: list[float]
-    stood_in: list[int] = Field(
-        description="Places of tokens that the base wrote because an assistant's server could not be asked."
-    )
+    stood_in: list[bool] = Field(description="The base wrote it because an assistant's server could not be asked.")
 
 
 class Authors(Reply):

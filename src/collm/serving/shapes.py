@@ -42,7 +42,7 @@ class Part:
             "token_ids": [step.token_id for step in self.steps],
             "authors": [step.author for step in self.steps],
             "defer_probs": [step.defer_prob for step in self.steps],
-            "stood_in": [place for place, step in enumerate(self.steps) if step.stood_in],
+            "stood_in": [step.stood_in for step in self.steps],
         }
 
 
