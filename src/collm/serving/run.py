@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from collm.collaboration import CoLLM
-from collm.errors import ConfigError
+from collm.errors import ConfigError, ToolFailure
 from collm.serving.app import create_app
 from collm.serving.settings import Settings
 
@@ -84,26 +84,40 @@ def run(
             f"host is {host}, which others can reach, and there is no API key; give --api-key or COLLM_API_KEY, "
             "or --no-auth to let everybody in"
         )
-    log_as_json()
+    log_as_json(log_prompts=settings.log_prompts)
     server = Server(models, settings, host=host, port=port)
     server.run()
     if server.service.failure is not None:
         raise server.service.failure
 
 
-def log_as_json() -> None:
-    """Log to stderr, an object a line."""
+def log_as_json(*, log_prompts: bool = False) -> None:
+    """Log to stderr, an object a line.
+
+    Args:
+        log_prompts: also what failing tools say, which quotes the text they were asked about.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines())
+    handler.setFormatter(_JsonLines(log_prompts))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 class _JsonLines(logging.Formatter):
+    def __init__(self, log_prompts: bool) -> None:
+        super().__init__()
+        self._log_prompts = log_prompts
+
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname}
         if record.name == "collm.serving.requests":
             return json.dumps({**line, **json.loads(record.getMessage())})
-        line |= {"logger": record.name, "message": record.getMessage()}
+        line |= {"logger": record.name, "message": self._message(record)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+    def _message(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if self._log_prompts or not any(isinstance(one, ToolFailure) for one in record.args or ()):
+            return message
+        return f"{message.partition(' ')[0]} failed; what it said quotes the text, and --log-prompts shows it"
