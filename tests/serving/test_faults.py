@@ -371,7 +371,7 @@ def test_an_address_that_cannot_be_listened_on_is_said(pair: CoLLM) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = Server({"pair": pair}, Settings(), host="127.0.0.1", port=port)
-        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*in use; give another --host or --port"):
+        with pytest.raises(ConfigError, match=rf":{port}: .*in use; give another --host or --port"):
             server.run()
 
 

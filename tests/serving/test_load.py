@@ -22,8 +22,8 @@ STREAMS = 200
 def alive() -> Counter[str]:
     """How many objects there are of each of collm's classes."""
     gc.collect()
-    kinds = Counter(type(one) for one in gc.get_objects())
-    return Counter({kind.__qualname__: count for kind, count in kinds.items() if str(kind.__module__).startswith("collm.")})
+    kinds = [type(one) for one in gc.get_objects()]
+    return Counter(kind.__qualname__ for kind in kinds if str(kind.__module__).startswith("collm."))
 
 
 async def stream(
