@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,21 @@ POLICY = "random:rate=0.3"
 
 
 @contextmanager
-def serving(model: CoLLM, max_batch: int) -> Iterator[Server]:
-    """A server in a thread, ready."""
+def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[Server, Callable[[Callable[[], bool]], None]]]:
+    """A server in a thread, ready, and how to wait for something that it is to do."""
     server = Server({"pair": model}, Settings(max_batch=max_batch, time_limit_s=600), host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run)
+
+    def until(holds: Callable[[], bool]) -> None:
+        while not holds():
+            thread.join(0.01)
+            if not thread.is_alive():
+                raise SystemExit("the server ended by itself; what it logged says why")
+
     thread.start()
-    while not (server.started and server.service.collaborations.targets["pair"].served.worker.ready):
-        time.sleep(0.01)
     try:
-        yield server
+        until(lambda: server.started and server.service.collaborations.targets["pair"].served.worker.ready)
+        yield server, until
     finally:
         server.should_exit = True
         thread.join()
@@ -87,7 +93,7 @@ class Bench:
                 start = time.perf_counter()
                 self.pair.generate(prompts, params, policy=POLICY, max_batch=batch)
                 alone.append(time.perf_counter() - start)
-                with serving(self.pair, batch) as server:
+                with serving(self.pair, batch) as (server, _):
                     came = streams(server, requests)
                 assert all(one["tokens"] == self.arguments.new for one in came["streams"])
                 served.append(came["seconds"])
@@ -101,12 +107,11 @@ class Bench:
         """Rounds of streams of mixed lengths, three in ten left early."""
         rows = []
         rng = random.Random(0)
-        with serving(self.pair, self.arguments.batch[-1]) as server:
+        with serving(self.pair, self.arguments.batch[-1]) as (server, until):
             worker = server.service.collaborations.targets["pair"].served.worker
             for number in range(self.arguments.rounds):
                 came = streams(server, [self._request(rng) for _ in range(self.arguments.streams)])
-                while worker.outstanding or worker.running:
-                    time.sleep(0.01)
+                until(lambda: not (worker.outstanding or worker.running))
                 seen = came["streams"]
                 row = {
                     "round": number + 1,

@@ -45,7 +45,8 @@ def typed(talk: Conversation, *lines: str, monkeypatch: pytest.MonkeyPatch) -> s
     left = iter(lines)
     console = Console(file=io.StringIO(), width=1000, highlight=False)
 
-    def read(*_: object) -> str:
+    def read(prompt: str) -> str:
+        assert prompt == "you: "  # readline has to know it, or editing and history would write over it
         line = next(left, None)
         if line is None:
             raise EOFError
@@ -53,7 +54,7 @@ def typed(talk: Conversation, *lines: str, monkeypatch: pytest.MonkeyPatch) -> s
             raise KeyboardInterrupt
         return line
 
-    monkeypatch.setattr(console, "input", read)
+    monkeypatch.setattr("builtins.input", read)
     _converse(talk, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -129,14 +130,19 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(model: CoLLM) -> No
     assert [runner.open_slots for runner in model.runners] == [0, 0]
 
 
-def test_a_turn_reads_only_what_is_new(saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize(("threshold", "author"), [(1, 0), (-1, 1)])
+def test_a_turn_reads_only_what_is_new(
+    saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, threshold: float, author: int
+) -> None:
     base, assistant = (ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant")))
     model = CoLLM(base, [assistant], DeferralHead(32, 1), tokenizer, template=PromptTemplate(chat=TEMPLATE))
     talk = talk_of(model)
+    talk.threshold = threshold
     list(talk.ask(" ".join(f"w{i}" for i in range(2, 42))))
-    before = model.runners[0].usage.tokens_read
+    before = model.runners[author].usage.tokens_read
     steps = list(talk.ask("w7"))
-    read = model.runners[0].usage.tokens_read - before
+    read = model.runners[author].usage.tokens_read - before
+    assert {step.author for step in steps} == {author}
     assert read <= len(steps) + 24 + 8  # drafts aside: the new answer, what follows the first, the question
 
 

@@ -35,9 +35,9 @@ CALIBRATION = Calibration(
 class Running:
     """A server that answers, and what a test needs to reach it from outside and inside."""
 
-    def __init__(self, models: Mapping[str, CoLLM], settings: Settings) -> None:
+    def __init__(self, models: Mapping[str, CoLLM], settings: Settings, port: int = 0) -> None:
         self.models = models
-        self.server = Server(models, settings, host="127.0.0.1", port=0)
+        self.server = Server(models, settings, host="127.0.0.1", port=port)
         self.service = self.server.service
         self.thread = threading.Thread(target=self.server.run)
         self.client = httpx.Client(timeout=30)

@@ -148,3 +148,6 @@ def test_recipes_start_the_command_with_options_it_has() -> None:
     used = set(re.findall(r"--(?:host|port|drain|api-key)\b", text))
     assert used == {"--host", "--port", "--drain"}
     assert all(option in known for option in used)
+    copied = " ".join(re.findall(r"^COPY (.+) \S+$", text, flags=re.MULTILINE)).split()
+    assert copied
+    assert all((recipes.parents[1] / name).exists() for name in copied)

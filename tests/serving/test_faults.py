@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM
 from collm.core.named import POLICIES
 from collm.core.policies import Policy, StepView
-from collm.errors import LoadError
+from collm.errors import ConfigError, LoadError
 from collm.models.loading import ModelSpec
 from collm.serving.run import Server, run
 from collm.serving.settings import Settings
@@ -163,6 +163,16 @@ def test_a_request_takes_no_longer_than_it_may(serve: Any, tokenizer: PreTrained
         assert end == ""
         steps.allow(1)
         server.until(server.idle)
+
+
+def test_a_stream_that_is_not_read_is_held_no_longer_than_it_may(
+    serve: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, time_limit_s=0.5) as server:
+        server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with asking(server, **LONG, n=16, logprobs=20, stream=True):
+            server.until(lambda: 'status="504"' in server.client.get("/metrics").text)
+            assert server.idle()
 
 
 def test_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may(
@@ -355,6 +365,26 @@ def test_models_that_cannot_be_loaded_end_the_server(tokenizer: PreTrainedTokeni
 def test_an_open_address_needs_a_key(pair: CoLLM) -> None:
     with pytest.raises(Exception, match=r"0\.0\.0\.0, which others can reach, and there is no API key"):
         run({"pair": pair}, Settings(), host="0.0.0.0")
+
+
+def test_an_address_that_cannot_be_listened_on_is_said(pair: CoLLM) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = Server({"pair": pair}, Settings(), host="127.0.0.1", port=port)
+        with pytest.raises(ConfigError, match=rf":{port}: .*in use; give another --host or --port"):
+            server.run()
+
+
+def test_a_server_starts_again_where_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    models = {"pair": make_pair(tokenizer, calibration=CALIBRATION)}
+    first = Running(models, Settings()).start()
+    expected = written(first.post("/v1/completions", **LONG))
+    port = int(first.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)):  # the server is the one who closes it
+        first.stop()
+        again = Running(models, Settings(), port).start()
+        assert written(again.post("/v1/completions", **LONG)) == expected
+        again.stop()
 
 
 def test_an_idle_worker_sleeps(alone: Running) -> None:

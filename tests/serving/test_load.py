@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -15,6 +17,13 @@ from tests.decoding.test_engine import prompts_of
 from tests.serving.conftest import CALIBRATION, make_pair
 
 STREAMS = 200
+
+
+def alive() -> Counter[str]:
+    """How many objects there are of each of collm's classes."""
+    gc.collect()
+    kinds = [type(one) for one in gc.get_objects()]
+    return Counter(kind.__qualname__ for kind in kinds if str(kind.__module__).startswith("collm."))
 
 
 async def stream(
@@ -55,8 +64,12 @@ def test_two_hundred_streams_with_cancellations(serve: Any, tokenizer: PreTraine
             return await asyncio.gather(*map(stream, [client] * STREAMS, bodies, leaving))
 
     with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, max_batch=16) as server:
+        assert server.post("/v1/completions", model="pair", prompt=[5], max_tokens=2).status_code == 200
+        server.until(server.idle)
+        before = alive()
         found = asyncio.run(all_of_them(server.url))
         server.until(server.idle)
+        server.until(lambda: alive() <= before, seconds=0.5)  # responses end after their requests
     left = 0
     for (status, token_ids, ended), completion, leave_after in zip(found, expected, leaving, strict=True):
         assert status == 200

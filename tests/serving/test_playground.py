@@ -192,12 +192,43 @@ def test_a_shared_address_brings_everything_back(browser: Browser, server: Runni
         expect(page.get_by_label("Most tokens")).to_have_value("30")
         expect(page.get_by_label("Beside each model alone")).to_be_checked()
         page.get_by_label("Temperature").fill("0.7")
+        page.locator("summary").click()
+        page.get_by_label("Price of a million tokens by assistant").fill("30")
         page.get_by_role("button", name="Run").click()
         done(page)
         address = page.url
         assert "temperature=0.7" in address
     with opened(browser, address) as page:
         expect(page.get_by_label("Temperature")).to_have_value("0.7")
+        expect(page.locator("#price-1")).to_have_value("30")
+        expect(page.locator("#price-0")).to_have_value("")
+
+
+def test_a_shared_chat_goes_on_as_it_would_have(browser: Browser, server: Running, pair: CoLLM) -> None:
+    state = STATE.replace("mode=prompt", "mode=chat").replace("max=30", "max=8")
+    with opened(browser, f"{server.url}/#{state}") as page:
+        for question in ("w61 w62", "w63"):
+            ask(page, question, most=8)
+        first = page.evaluate("state.turns[0].text")
+        second = [one["tokenId"] for one in tokens(page)]
+        page.evaluate("keepState()")
+        asked_again = page.url
+        page.locator("#prompt").fill("w64")
+        page.evaluate("keepState()")
+        gone_on = page.url
+    with opened(browser, asked_again) as page:
+        expect(page.get_by_label("Earlier turns").locator(".turn")).to_have_count(1)
+        expect(page.get_by_label("Earlier turns")).to_contain_text(first.strip())
+        expect(page.locator("#prompt")).to_have_value("w63")
+        page.get_by_role("button", name="Run").click()
+        done(page)
+        assert [one["tokenId"] for one in tokens(page)] == second
+        page.goto(gone_on)  # in the same tab
+        expect(page.get_by_label("Earlier turns").locator(".turn")).to_have_count(2)
+        expect(page.locator("#prompt")).to_have_value("w64")
+        expect(page.locator(TOKENS)).to_have_count(0)
+        page.goto(f"{server.url}/#{state}&turns=[[")
+        expect(page.get_by_role("alert")).to_have_text("The address holds a chat that cannot be read; copy it again.")
 
 
 def test_answers_are_copied_in_three_forms(browser: Browser, server: Running, pair: CoLLM) -> None:

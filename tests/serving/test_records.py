@@ -10,7 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
+from collm import CoLLM
 from collm.serving.run import log_as_json
+from collm.tools.spec import ToolSpec
+from tests.conftest import make_model, tiny_config
+from tests.decoding.test_engine import random_head
 from tests.serving.conftest import CALIBRATION, Running, make_pair
 
 ASKED = {"model": "pair", "prompt": "w61 w62", "max_tokens": 12}
@@ -91,6 +95,22 @@ def test_the_log_has_a_line_for_each_request_and_prompts_only_if_asked(
         assert [line["prompt"] for line in lines] == ["w61 w62", chat, "w61 w62"]
     else:
         assert "w61" not in caplog.text
+
+
+@pytest.mark.usefixtures("own_logging")
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_what_a_failing_tool_says_of_the_text_is_logged_only_if_asked(
+    serve: Any, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str], log_prompts: bool
+) -> None:
+    log_as_json(log_prompts=log_prompts)
+    tool = ToolSpec("tests.tools.functions:failing")
+    model = CoLLM(make_model(tiny_config(), 0), [tool], random_head(32, 1), tokenizer)
+    with serve({"pair": model}, log_prompts=log_prompts) as server:
+        server.post("/v1/completions", **{**ASKED, "max_tokens": 1}, collm={"threshold": -1})
+    log = capsys.readouterr().err
+    (said,) = [one for one in map(json.loads, log.splitlines()) if one["level"] == "WARNING"]
+    assert said["message"].startswith("tool:tests.tools.functions:failing ")
+    assert ("w61" in log) == ("ValueError: always" in log) == log_prompts
 
 
 @pytest.mark.usefixtures("own_logging")

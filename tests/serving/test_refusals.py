@@ -189,6 +189,8 @@ def test_models_routes_and_methods_that_do_not_exist(server: Running) -> None:
     refused(server.post("/v1/collm/candidates", model="x", prompt="w5", token_ids=[]), 404, "model")
     refused(server.client.get("/v1/nothing"), 404, None, said="GET /v1/nothing")
     refused(server.client.get("/v1/completions"), 405, None)
+    for page in ("/docs", "/redoc"):  # they would run scripts of other servers beside the playground's key
+        refused(server.client.get(page), 404, None)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'{"model": NaN}', b"\xff", b"[" * 100_000])

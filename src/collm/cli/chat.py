@@ -150,7 +150,7 @@ def _converse(talk: Conversation, console: Console) -> None:
         import readline  # noqa: F401 - gives input() its editing and its history
     while True:
         try:
-            line = console.input("[bold]you:[/bold] ").strip()
+            line = input("you: ").strip()
         except EOFError:
             console.print()
             return

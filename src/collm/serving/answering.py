@@ -16,6 +16,8 @@ from collm.serving.shapes import DONE, Json, Part, Shape, sse, usage_of
 from collm.serving.submission import News, Submission
 
 _LOG = logging.getLogger(__name__)
+_READING_S = 1.0
+"""How long the end of an answer may take to be read."""
 
 
 class Answer:
@@ -37,6 +39,7 @@ class Answer:
     ) -> None:
         self.shape = shape
         self.record = record
+        self.time_limit_s = time_limit_s
         self._submission = submission
         self._authors: list[int] = []
         self._time = asyncio.get_running_loop().call_later(time_limit_s, self._too_late, time_limit_s)
@@ -123,7 +126,11 @@ def _parts(news: Sequence[News], begun: set[int]) -> list[Part]:
 
 
 class EventStream(Response):
-    """Server-sent events of an answer."""
+    """Server-sent events of an answer.
+
+    The connection of a client that does not read them is closed once the answer is out of time; the error event that
+    says so to all others goes first.
+    """
 
     media_type = "text/event-stream"
 
@@ -136,9 +143,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+            await asyncio.wait_for(self._send(send), self._answer.time_limit_s + _READING_S)
+        except asyncio.TimeoutError:
+            self._answer.record.status = 504
         finally:
             self._answer.close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})

@@ -186,7 +186,14 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
         yield
         await service.stop()
 
-    app = FastAPI(title="collm", version=__version__, lifespan=lifespan, generate_unique_id_function=lambda r: r.name)
+    app = FastAPI(
+        title="collm",
+        version=__version__,
+        lifespan=lifespan,
+        generate_unique_id_function=lambda r: r.name,
+        docs_url=None,  # those pages run scripts of other servers
+        redoc_url=None,
+    )
     app.include_router(router)
     app.state.service = service
     app.state.metrics = Metrics(service.collaborations.served)

@@ -14,7 +14,7 @@ import uvicorn
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so named in all its versions
 
 from collm.collaboration import CoLLM
-from collm.errors import ConfigError
+from collm.errors import ConfigError, ToolFailure
 from collm.serving.app import create_app
 from collm.serving.settings import Settings
 
@@ -51,7 +51,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit as end:  # uvicorn's way to say that it cannot listen
+            why = getattr(end.__context__, "strerror", None) or "uvicorn did not start"
+            where = f"{self.config.host}:{self.config.port}"
+            raise ConfigError(f"cannot listen on {where}: {why}; give another --host or --port") from end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is None and self.started:
@@ -85,27 +90,41 @@ def run(
             f"host is {host}, which others can reach, and there is no API key; give --api-key or COLLM_API_KEY, "
             "or --no-auth to let everybody in"
         )
-    log_as_json()
+    log_as_json(log_prompts=settings.log_prompts)
     server = Server(models, settings, host=host, port=port)
     server.run()
     if server.service.failure is not None:
         raise server.service.failure
 
 
-def log_as_json() -> None:
-    """Log to stderr, an object a line."""
+def log_as_json(*, log_prompts: bool = False) -> None:
+    """Log to stderr, an object a line.
+
+    Args:
+        log_prompts: also what failing tools say, which quotes the text they were asked about.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines())
+    handler.setFormatter(_JsonLines(log_prompts))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger(httpx.__name__).setLevel(logging.WARNING)  # it says every request to a model's server
 
 
 class _JsonLines(logging.Formatter):
+    def __init__(self, log_prompts: bool) -> None:
+        super().__init__()
+        self._log_prompts = log_prompts
+
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname}
         if record.name == "collm.serving.requests":
             return json.dumps({**line, **json.loads(record.getMessage())})
-        line |= {"logger": record.name, "message": record.getMessage()}
+        line |= {"logger": record.name, "message": self._message(record)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+    def _message(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if self._log_prompts or not any(isinstance(one, ToolFailure) for one in record.args or ()):
+            return message
+        return f"{message.partition(' ')[0]} failed; what it said quotes the text, and --log-prompts shows it"
