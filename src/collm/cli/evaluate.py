@@ -44,7 +44,7 @@ def evaluate(
     from collm.core.types import SamplingParams
     from collm.errors import ConfigError
     from collm.evaluation import compare as comparing
-    from collm.evaluation.systems import systems_named, thresholds_named
+    from collm.evaluation.systems import names_in, systems_named, thresholds_named
     from collm.evaluation.tasks.named import task_named
     from collm.evaluation.verdict import verdict
     from collm.training.scoring import progress_bar
@@ -53,11 +53,11 @@ def evaluate(
     items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
     model = CoLLM.from_pretrained(collaboration, device=device, trust_tools=trust_tools)
     operating = model.threshold(threshold, budget)
-    names = [name for name in compare.split(",") if name]
+    names = names_in(compare)
     if curve:
         if model.calibration is None:
             raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
-        names += thresholds_named(model, model.calibration, names)
+        names += thresholds_named(model, model.calibration, names, operating)
     with progress_bar("answering") as progress:
         found = comparing.compare(
             systems_named(model, names, ThresholdPolicy(operating)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,13 @@ class Prices:
             model = name.replace("-", " ")
             read[model], written[model] = prices[0], prices[1] if len(prices) == 2 else 0.0
         return cls(read, written)
+
+    def check(self, rows: Iterable[ResultRow]) -> None:
+        """Raise a ConfigError for the price of a model that none of the systems uses."""
+        used = sorted({name for row in rows for name in row["models"]}, key=lambda name: (name != "base", name))
+        if unused := [name for name in self.read if name not in used]:
+            expected = ", ".join(name.replace(" ", "-") for name in used)
+            raise ConfigError(f"a price came of {', '.join(unused)}, which no system uses; expected {expected}")
 
     def of(self, row: ResultRow) -> float:
         """Price of 1,000 items of a system.
@@ -175,6 +182,8 @@ def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | Non
     """Score against what an item costs."""
     measure = results["measure"]
     by_name: dict[str, ResultRow] = {row["name"]: row for row in results["rows"]}
+    if prices is not None:
+        prices.check(by_name.values())
     shown = {row.name for row in rows} | set(_thresholds(results))
     costs = {name: by_name[name]["flops"] / 1e9 if prices is None else prices.of(by_name[name]) for name in shown}
 
