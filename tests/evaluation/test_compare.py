@@ -48,12 +48,7 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 
 @pytest.fixture
 def task(model: CoLLM) -> Task:
-    return task_named("rows", metric="exact_match")
-
-
-@pytest.fixture(autouse=True)
-def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collm.evaluation.tasks.rows.RowsTask.max_new_tokens", 6)
+    return task_named("rows", metric="exact_match", max_new_tokens=6)
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ def compare(
     chat: bool = False,
     max_batch: int = 16,
     seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
     progress: Callable[[str], OnProgress] | None = None,
 ) -> Comparison:
     """Have every system answer every item.
@@ -117,6 +118,7 @@ def compare(
         chat: ask as the user of a chat, for a collaboration trained on chats.
         params: how tokens are drawn; max_new_tokens and stop are the task's. Greedy by default.
         seed: item i draws with seed + i where anything is drawn, whatever has been answered before.
+        settings: kept with the results, to say what they came from.
         progress: called with a system's name for a callback that is told items done and to do.
 
     Raises:
@@ -139,7 +141,8 @@ def compare(
         outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
         if outputs is not None:
             _write(out / "outputs" / f"{answer_path(out, system.name).stem}.json", outputs)
-    settings = {
+    used = {
+        **(settings or {}),
         "temperature": asking.params.temperature,
         "seed": seed,
         "chat": chat,
@@ -148,7 +151,7 @@ def compare(
     }
     measure = task.main_measure(items)
     tokens = _tokens(systems[0].load(), asking.solutions())
-    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, settings, tokens)
+    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, used, tokens)
     _write(out / "candidates.json", _candidates(systems[0].load(), asking, comparison))
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
     _write(out / "results.json", comparison.to_dict())
