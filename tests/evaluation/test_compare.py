@@ -26,7 +26,7 @@ from collm.evaluation.page import render_page
 from collm.evaluation.reliability import reliability
 from collm.evaluation.run_charts import Prices, oracle_line
 from collm.evaluation.run_report import report_of
-from collm.evaluation.systems import names_in, systems_named, thresholds_named
+from collm.evaluation.systems import names_in, short_names, systems_named, thresholds_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
@@ -150,7 +150,7 @@ def test_answers_to_something_else_are_refused(model: CoLLM, task: Task, items: 
     with pytest.raises(ConfigError, match="holds answers with measure='exact_match', now it is 'contains'"):
         run(model, task_named("rows", metric="contains"), items, tmp_path, "base")
     systems = systems_named(model, [], ThresholdPolicy(THRESHOLD))
-    with pytest.raises(ConfigError, match="holds answers with temperature=0.0, now it is 0.5"):
+    with pytest.raises(ConfigError, match=r"holds answers with temperature=0\.0, now it is 0\.5"):
         compare(systems, task, items, tmp_path, threshold=THRESHOLD, params=SamplingParams(temperature=0.5))
     with torch.no_grad():
         model.head.bias.add_(1)
@@ -276,7 +276,7 @@ def test_prices_are_of_tokens_read_and_written() -> None:
     row["models"]["assistant 1"] = used
     with pytest.raises(ConfigError, match="assistant 1, which has no price; add --price assistant-1="):
         prices.of(row)
-    with pytest.raises(ConfigError, match="a price came of sft, .* expected base, assistant-1, assistant-2"):
+    with pytest.raises(ConfigError, match=r"a price came of sft, .* expected base, assistant-1, assistant-2"):
         Prices.parse(["base=1", "assistant-1=1", "assistant-2=1", "sft=1"]).check([row])
 
 
@@ -333,6 +333,9 @@ def test_a_judge_outside_gets_the_outputs_of_every_system(
     assert found.measure is None
     report = report_of(tmp_path / "out")
     assert report.charts == []  # nothing is scored, and there are no solutions to read
+    page = render_page(report)
+    assert "What each model did for an item" in page
+    assert "ccuracy" not in page
     assert report.examples[0].correct is None
 
 
@@ -362,6 +365,32 @@ def test_the_verdict_says_plainly_which_is_the_better_choice(other: Any, words: 
     assert words in verdict("t", "m", [result("collaboration", 0.5, None), result(*other)])
 
 
+def test_the_verdict_compares_with_every_other_rule() -> None:
+    others = {"sft=models/a": (-0.3, -0.1), "random": (-0.2, -0.1), "mixture": (-0.1, 0.1), "product": (0.1, 0.2)}
+    results = [result("collaboration", 0.5, None), *(result(name, 0.5, ends) for name, ends in others.items())]
+    said = verdict("t", "m", [*results, result("threshold=0.1", 0.9, (0.3, 0.5))])
+    assert said.endswith(
+        "It is better than sft=a and random; it cannot be told from mixture; it is worse than product."
+    )
+
+
+def test_names_are_short_where_that_tells_them_apart() -> None:
+    named = short_names(["base", "sft=/models/a/", "sft=org/b", "proxy=x/b", "proxy=y/b", "threshold=0.4"])
+    assert list(named.values()) == ["base", "sft=a", "sft=b", "proxy=x/b", "proxy=y/b", "threshold=0.4"]
+
+
+def test_a_score_between_right_and_wrong_is_neither(model: CoLLM, items: list[TaskItem], tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text("def half(text, reference):\n    return 0.5\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        run(model, task_named("rows", metric="score:half", max_new_tokens=6), items, tmp_path / "out", "base")
+    report = report_of(tmp_path / "out")
+    assert (report.examples[0].correct, report.examples[0].score) == (None, 0.5)
+    page = render_page(report)
+    assert "score 0.5" in page
+    assert "✗ wrong" not in page
+
+
 def answer(id_: str, texts: list[str], authors: list[int], score: float = 1.0) -> Answer:
     return Answer(id_, [1] * len(texts), texts, authors, [0.5] * len(texts), "eos", {"m": score}, 1.0)
 
@@ -389,6 +418,8 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     assert report.summary == verdict(found.task, found.measure, found.results)
     assert [row.name for row in report.rows] == ["collaboration", "base", "assistant"]
     curve, cost, trusted = report.charts
+    assert (curve.y_label, curve.heading) == ("Exact_match", "Exact_match against deferral rate")
+    assert (cost.y_label, cost.heading, report.measure) == ("Exact_match", "Exact_match against cost", "Exact_match")
     assert sum(int(point.name.split()[0]) for point in trusted.curve) <= 5 * 7 + 5 * 2
     on_curve = ["threshold 0.1", "threshold 0.5", "threshold 0.9", "threshold 1"]  # with two assistants no other end
     assert sorted(point.name for point in curve.curve) == on_curve
@@ -405,6 +436,9 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     used = found.results[1].models["base"]["tokens_read"]
     assert next(mark.x for mark in priced.charts[1].marks if mark.name == "base") == pytest.approx(used / 1000)
     page = render_page(report)
+    measures, costs, *_ = report.tables
+    assert measures.rows == []  # exact_match alone, which stands above
+    assert [name for name, *_ in costs.rows][:2] == ["collaboration: base", "collaboration: assistant 1"]
     for text in (
         "What kind of token assistants write",
         "How many tokens in a row",

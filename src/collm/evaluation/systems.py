@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -66,6 +67,18 @@ def names_in(text: str) -> list[str]:
     return names
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name with the last part of its path alone, where that still tells it from the others."""
+    short = {name: _shortened(name) for name in names}
+    times = Counter(short.values())
+    return {name: one if times[one] == 1 else name for name, one in short.items()}
+
+
+def _shortened(name: str) -> str:
+    kind, equals, path = name.partition("=")
+    return f"{kind}={path.rstrip('/').rpartition('/')[2]}" if equals and kind in ("sft", "proxy") else name
+
+
 def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy) -> list[System]:
     """The collaboration at its operating point, then what `names` say, each once.
 
@@ -84,6 +97,11 @@ def thresholds_named(model: CoLLM, calibration: Calibration, names: Sequence[str
     highest = 1.0 if "base" in names else 2.0
     inner = [point.threshold for point in calibration.points if lowest <= point.threshold < highest]
     return [f"threshold={threshold!r}" for threshold in inner if threshold != operating]
+
+
+def is_threshold(name: str) -> bool:
+    """Whether a system is the collaboration at another threshold."""
+    return name.startswith("threshold=")
 
 
 def _system(model: CoLLM, name: str) -> System:
