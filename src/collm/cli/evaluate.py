@@ -49,7 +49,7 @@ def evaluate(
 
     from rich.console import Console
 
-    from collm.cli.tables import comparison_table
+    from collm.cli.tables import comparison_tables
     from collm.collaboration import CoLLM
     from collm.core.policies import ThresholdPolicy
     from collm.core.types import SamplingParams
@@ -98,6 +98,6 @@ def evaluate(
             progress=lambda name: progress,
         )
     console = Console(highlight=False)
-    console.print(comparison_table(found))
+    console.print(*comparison_tables(found), sep="\n")
     console.print(verdict(found.task, found.measure, found.results), markup=False)
     console.print(f"collm report {out}", markup=False)
