@@ -332,6 +332,7 @@ def test_a_judge_outside_gets_the_outputs_of_every_system(
         assert {one["generator"] for one in outputs} == {name}
     assert found.measure is None
     report = report_of(tmp_path / "out")
+    assert "outputs/ holds the answers of every system" in report.summary
     assert report.charts == []  # nothing is scored, and there are no solutions to read
     page = render_page(report)
     assert "What each model did for an item" in page
@@ -356,7 +357,7 @@ WORDS = [
     (("assistant", 0.7, (0.1, 0.3), 0.5), f"(+10.0 to +30.0); the collaboration takes {COSTS}: {CHOOSE_IT}"),
     (("assistant", 0.7, (0.1, 0.3), 4.0), "takes 0.25 times its FLOPs, 1.00 times its tokens per second."),
     (("assistant", 0.5, (-0.1, 0.1), 0.5), f"(difference +0.0 points (-10.0 to +10.0)) and takes {COSTS}: {CHOOSE_IT}"),
-    (("assistant", 0.3, (-0.3, -0.1), 0.5), "It is better than the assistant alone (difference +20.0 points"),
+    (("assistant", 0.3, (-0.3, -0.1), 0.5), "The collaboration is better than the assistant alone (difference +20.0 points"),
 ]  # fmt: skip
 
 
@@ -370,7 +371,7 @@ def test_the_verdict_compares_with_every_other_rule() -> None:
     results = [result("collaboration", 0.5, None), *(result(name, 0.5, ends) for name, ends in others.items())]
     said = verdict("t", "m", [*results, result("threshold=0.1", 0.9, (0.3, 0.5))])
     assert said.endswith(
-        "It is better than sft=a and random; it cannot be told from mixture; it is worse than product."
+        "The collaboration is better than sft=a and random; it cannot be told from mixture; it is worse than product."
     )
 
 

@@ -152,8 +152,8 @@ def deferral_chart(
     return Chart(
         name="curve",
         heading=f"{measure} against deferral rate",
-        note="The line is the collaboration at different thresholds, the band its 95% interval. Diamonds are the "
-        "systems of the table.",
+        note=("The line is the collaboration at different thresholds, the band its 95% interval. " if curve else "")
+        + "Diamonds are the systems of the table.",
         x_label="Deferral rate",
         y_label=measure,
         curve=curve,

@@ -23,7 +23,7 @@ def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> 
     by_name = {result.name: result for result in results}
     own = by_name[COLLABORATION]
     if measure is None:
-        return f"Task {task} gives no score by itself."
+        return f"Task {task} gives no score by itself; outputs/ holds the answers of every system for its judge."
     parts = [_own_words(own, measure)]
     if "base" in by_name:
         parts.append(_against_base(by_name["base"]))
@@ -63,7 +63,7 @@ def _against_assistant(own: SystemResult, other: SystemResult) -> str:
         worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
         return f"{worse}." if cost < 1 else f"{worse}: of the two the {other.name} alone is the better choice."
     known = "is better than" if other.difference.high < 0 else "cannot be told from"
-    compared = f"It {known} the {other.name} alone (difference {_points(other.difference, -1)}) and takes {costs}"
+    compared = f"The collaboration {known} the {other.name} alone (difference {_points(other.difference, -1)}) and takes {costs}"
     if other.difference.high >= 0 and cost >= 1:
         return f"{compared}: of the two the {other.name} alone is the better choice."
     return f"{compared}."
@@ -77,8 +77,8 @@ def _against_others(others: Mapping[str, SystemResult]) -> list[str]:
         "cannot be told from": [name for name, one in found.items() if one.low <= 0 <= one.high],
         "is worse than": [name for name, one in found.items() if one.low > 0],
     }
-    parts = [f"it {how} {_listed(names)}" for how, names in groups.items() if names]
-    return [f"I{'; '.join(parts)[1:]}."] if parts else []
+    parts = [f"{how} {_listed(names)}" for how, names in groups.items() if names]
+    return [f"The collaboration {'; it '.join(parts)}."] if parts else []
 
 
 def _listed(names: Sequence[str]) -> str:
