@@ -357,7 +357,7 @@ WORDS = [
     (("assistant", 0.7, (0.1, 0.3), 0.5), f"(+10.0 to +30.0); the collaboration takes {COSTS}: {CHOOSE_IT}"),
     (("assistant", 0.7, (0.1, 0.3), 4.0), "takes 0.25 times its FLOPs, 1.00 times its tokens per second."),
     (("assistant", 0.5, (-0.1, 0.1), 0.5), f"(difference +0.0 points (-10.0 to +10.0)) and takes {COSTS}: {CHOOSE_IT}"),
-    (("assistant", 0.3, (-0.3, -0.1), 0.5), "The collaboration is better than the assistant alone (difference +20.0 points"),
+    (("assistant", 0.3, (-0.3, -0.1), 0.5), "The collaboration is better than the assistant alone (diff"),
 ]  # fmt: skip
 
 

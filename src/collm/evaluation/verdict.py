@@ -63,7 +63,8 @@ def _against_assistant(own: SystemResult, other: SystemResult) -> str:
         worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
         return f"{worse}." if cost < 1 else f"{worse}: of the two the {other.name} alone is the better choice."
     known = "is better than" if other.difference.high < 0 else "cannot be told from"
-    compared = f"The collaboration {known} the {other.name} alone (difference {_points(other.difference, -1)}) and takes {costs}"
+    difference = f"(difference {_points(other.difference, -1)})"
+    compared = f"The collaboration {known} the {other.name} alone {difference} and takes {costs}"
     if other.difference.high >= 0 and cost >= 1:
         return f"{compared}: of the two the {other.name} alone is the better choice."
     return f"{compared}."
