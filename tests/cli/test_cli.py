@@ -207,7 +207,6 @@ def test_options_that_do_not_go_together_are_wrong_usage(arguments: list[str], c
 
 def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("collm.evaluation.tasks.rows.RowsTask.max_new_tokens", 5)
     specs = [ModelSpec(str(pair[name])) for name in ("base", "assistant")]
     tokenizer = load_tokenizer(specs[0])
     CoLLM(specs[0], specs[1:], DeferralHead(32, 1), tokenizer).save_pretrained("mine")
@@ -222,6 +221,8 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
         str(pair["validation"]),
         "--out",
         "run",
+        "--max-new-tokens",
+        "5",
     ]
     done = CliRunner().invoke(app, [*asked, "--threshold", "0.4", "--compare", "base,assistant,random"])
     assert done.exit_code == 0, done.output
@@ -229,12 +230,15 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
     shown = json.loads((tmp_path / "run/results.json").read_text())
     assert [row["name"] for row in shown["rows"]] == ["collaboration", "base", "assistant", "random"]
     assert shown["threshold"] == 0.4
+    assert shown["settings"]["data"] == str(pair["validation"])
+    assert shown["settings"]["command"].startswith("collm ")
     reported = CliRunner().invoke(app, ["report", "run"])
     assert reported.exit_code == 0, reported.output
     assert "What each model did for an item" in (tmp_path / "run/report.html").read_text()
     for arguments, complaint in (
         ([*asked, "--threshold", "0.4", "--curve"], "is not calibrated, so there is no curve"),
         ([*asked], "there is no default threshold"),
+        ([*asked[:3], "gsm8k", *asked[4:]], "task 'gsm8k' has no option 'metric', expected format"),
         (["report", "elsewhere"], "holds no finished evaluation"),
     ):
         failed = CliRunner().invoke(app, arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from collm import CoLLM, DeferralHead, SamplingParams
+from collm import CoLLM, DeferralHead, SamplingParams, ToolSpec
 from collm.core.calibration import Calibration, CalibrationPoint
 from collm.core.policies import ThresholdPolicy
-from collm.errors import ArtefactError, ConfigError, DataError, ModelFailure
-from collm.evaluation.answers import Answer, AnswerFile, answer_path
+from collm.errors import ArtefactError, ConfigError, DataError, LoadError, ModelFailure, ToolFailure
+from collm.evaluation.answers import Answer, AnswerFile, answer_path, read_answers
 from collm.evaluation.compare import Comparison, SystemResult, compare
 from collm.evaluation.gold import gold_views
 from collm.evaluation.insights import deferred_classes, deferred_tokens, led_astray, run_lengths, token_class
@@ -25,10 +26,11 @@ from collm.evaluation.page import render_page
 from collm.evaluation.reliability import reliability
 from collm.evaluation.run_charts import Prices, oracle_line
 from collm.evaluation.run_report import report_of
-from collm.evaluation.systems import systems_named, thresholds_named
+from collm.evaluation.systems import names_in, short_names, systems_named, thresholds_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
+from collm.tools.calls import BuiltInTool
 from collm.training.data import Row
 from collm.training.examples import Example
 from collm.training.measures import TokenViews
@@ -46,12 +48,7 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 
 @pytest.fixture
 def task(model: CoLLM) -> Task:
-    return task_named("rows", metric="exact_match")
-
-
-@pytest.fixture(autouse=True)
-def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collm.evaluation.tasks.rows.RowsTask.max_new_tokens", 6)
+    return task_named("rows", metric="exact_match", max_new_tokens=6)
 
 
 @pytest.fixture
@@ -148,11 +145,16 @@ def test_an_interrupted_evaluation_goes_on_item_by_item(
 
 def test_answers_to_something_else_are_refused(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     run(model, task, items, tmp_path, "base")
-    with pytest.raises(ConfigError, match="holds answers with items="):
+    with pytest.raises(ConfigError, match=r"holds answers of other items; .* give the same options to go on"):
         run(model, task, items[:5], tmp_path, "base")
+    with pytest.raises(ConfigError, match="holds answers with measure='exact_match', now it is 'contains'"):
+        run(model, task_named("rows", metric="contains"), items, tmp_path, "base")
+    systems = systems_named(model, [], ThresholdPolicy(THRESHOLD))
+    with pytest.raises(ConfigError, match=r"holds answers with temperature=0\.0, now it is 0\.5"):
+        compare(systems, task, items, tmp_path, threshold=THRESHOLD, params=SamplingParams(temperature=0.5))
     with torch.no_grad():
         model.head.bias.add_(1)
-    with pytest.raises(ConfigError, match="holds answers with models="):
+    with pytest.raises(ConfigError, match="holds answers of other models"):
         run(model, task, items, tmp_path, "base")
     answer_path(tmp_path, "base").write_text('{"identity": {}}\n{"answer": {}}\n')
     with pytest.raises((ArtefactError, ConfigError)):
@@ -167,6 +169,25 @@ def test_a_failing_model_stops_the_run_and_scores_nothing(
     with pytest.raises(ModelFailure, match="NaN"):
         run(model, task, items, tmp_path, "base,assistant-2")
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_failing_tool_stops_the_run_and_is_asked_again(
+    model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = True
+
+    def answer(text: str) -> str | ToolFailure:
+        return ToolFailure("out of order") if broken and text.startswith("w5") else " w3"
+
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(answer))
+    tool = CoLLM(model.base, [ToolSpec("date", eps=0.05)], DeferralHead(32), model.tokenizer)
+    systems = systems_named(tool, [], ThresholdPolicy(0.4))  # a new head gives even odds: the tool is always asked
+    ask = partial(compare, systems, task, items, tmp_path, threshold=0.4, max_batch=1)
+    with pytest.raises(ToolFailure, match=r"assistant failed 6 times while line 5 was answered"):
+        ask()
+    assert list(read_answers(tmp_path, "collaboration")) == ["0", "1", "2", "3", "4"]
+    broken = False
+    assert ask().results[0].deferral_rate == 1.0
 
 
 def test_items_must_be_there_and_differ(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
@@ -197,6 +218,7 @@ def test_other_models_by_path(
     path = saved_model("other", 7, hidden_size=64)
     found = run(model, task, items, tmp_path / "out", f"sft={path},proxy={saved_model('untuned', 8)}")
     assert [result.name.partition("=")[0] for result in found.results] == ["collaboration", "sft", "proxy"]
+    assert [list(result.models) for result in found.results[1:]] == [["sft"], ["base", "assistant 1", "untuned"]]
     alone = CoLLM.generate(
         next(s for s in systems_named(model, [f"sft={path}"], ThresholdPolicy(0.5)) if s.name.startswith("sft")).load(),
         [str(item.prompt) for item in items], SamplingParams(max_new_tokens=6), threshold=1.0,
@@ -204,13 +226,34 @@ def test_other_models_by_path(
     assert [one.text for one in found.answers[f"sft={path}"]] == [one.text for one in alone]
 
 
-def test_a_curve_leaves_out_what_models_alone_show(model: CoLLM) -> None:
-    points = [CalibrationPoint(t, 0.5, 0.5, 0.4, 0.6, 0.4, 0.6) for t in (-1.0, 0.0, 0.3, 1.0)]
+def test_other_models_are_looked_for_before_anything_is_answered(model: CoLLM, tmp_path: Path) -> None:
+    for name in (f"sft={tmp_path / 'nowhere'}", f"proxy={tmp_path / 'nowhere'}"):
+        with pytest.raises(LoadError, match="nowhere"):
+            systems_named(model, ["base", name], ThresholdPolicy(0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("base,,sft=a/b=c,threshold=0.4", ["base", "sft=a/b=c", "threshold=0.4"]),
+        ("contrastive:alpha=0.1,beta=0.5,sft=a", ["contrastive:alpha=0.1,beta=0.5", "sft=a"]),
+        ("random:rate=0.2,threshold=0.4,base", ["random:rate=0.2", "threshold=0.4", "base"]),
+        ("base,beta=0.5", ["base", "beta=0.5"]),
+    ],
+)
+def test_commas_part_systems_but_not_the_options_of_one(text: str, names: list[str]) -> None:
+    assert names_in(text) == names
+
+
+def test_a_curve_leaves_out_what_other_systems_show(model: CoLLM) -> None:
+    thresholds = (-1.0, 0.0, 0.3, 0.99998605251, 0.99998605252, 1.0)
+    points = [CalibrationPoint(t, 0.5, 0.5, 0.4, 0.6, 0.4, 0.6) for t in thresholds]
     calibration = Calibration(points, "exact_match", 1, {})
     one = CoLLM(model.base, model.assistants[:1], DeferralHead(32, 1), model.tokenizer)
-    named = [thresholds_named(pair, calibration, ["base", "assistant"]) for pair in (one, model)]
-    assert named == [["threshold=0", "threshold=0.3"], ["threshold=-1", "threshold=0", "threshold=0.3"]]
-    assert len(thresholds_named(one, calibration, [])) == 4
+    named = [thresholds_named(pair, calibration, ["base", "assistant"], 0.3) for pair in (one, model)]
+    inner = ["threshold=0.0", "threshold=0.99998605251", "threshold=0.99998605252"]
+    assert named == [inner, ["threshold=-1.0", *inner]]
+    assert len(thresholds_named(one, calibration, [], 0.4)) == 6
 
 
 def test_the_line_of_an_oracle_by_hand() -> None:
@@ -233,6 +276,8 @@ def test_prices_are_of_tokens_read_and_written() -> None:
     row["models"]["assistant 1"] = used
     with pytest.raises(ConfigError, match="assistant 1, which has no price; add --price assistant-1="):
         prices.of(row)
+    with pytest.raises(ConfigError, match=r"a price came of sft, .* expected base, assistant-1, assistant-2"):
+        Prices.parse(["base=1", "assistant-1=1", "assistant-2=1", "sft=1"]).check([row])
 
 
 @pytest.mark.parametrize("text", ["base", "base=", "=1", "base=1:2:3", "base=-1", "base=cheap", "base=nan"])
@@ -287,7 +332,11 @@ def test_a_judge_outside_gets_the_outputs_of_every_system(
         assert {one["generator"] for one in outputs} == {name}
     assert found.measure is None
     report = report_of(tmp_path / "out")
+    assert "outputs/ holds the answers of every system" in report.summary
     assert report.charts == []  # nothing is scored, and there are no solutions to read
+    page = render_page(report)
+    assert "What each model did for an item" in page
+    assert "ccuracy" not in page
     assert report.examples[0].correct is None
 
 
@@ -308,13 +357,39 @@ WORDS = [
     (("assistant", 0.7, (0.1, 0.3), 0.5), f"(+10.0 to +30.0); the collaboration takes {COSTS}: {CHOOSE_IT}"),
     (("assistant", 0.7, (0.1, 0.3), 4.0), "takes 0.25 times its FLOPs, 1.00 times its tokens per second."),
     (("assistant", 0.5, (-0.1, 0.1), 0.5), f"(difference +0.0 points (-10.0 to +10.0)) and takes {COSTS}: {CHOOSE_IT}"),
-    (("assistant", 0.3, (-0.3, -0.1), 0.5), "It is better than the assistant alone (difference +20.0 points"),
+    (("assistant", 0.3, (-0.3, -0.1), 0.5), "The collaboration is better than the assistant alone (diff"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("other", "words"), WORDS)
 def test_the_verdict_says_plainly_which_is_the_better_choice(other: Any, words: str) -> None:
     assert words in verdict("t", "m", [result("collaboration", 0.5, None), result(*other)])
+
+
+def test_the_verdict_compares_with_every_other_rule() -> None:
+    others = {"sft=models/a": (-0.3, -0.1), "random": (-0.2, -0.1), "mixture": (-0.1, 0.1), "product": (0.1, 0.2)}
+    results = [result("collaboration", 0.5, None), *(result(name, 0.5, ends) for name, ends in others.items())]
+    said = verdict("t", "m", [*results, result("threshold=0.1", 0.9, (0.3, 0.5))])
+    assert said.endswith(
+        "The collaboration is better than sft=a and random; it cannot be told from mixture; it is worse than product."
+    )
+
+
+def test_names_are_short_where_that_tells_them_apart() -> None:
+    named = short_names(["base", "sft=/models/a/", "sft=org/b", "proxy=x/b", "proxy=y/b", "threshold=0.4"])
+    assert list(named.values()) == ["base", "sft=a", "sft=b", "proxy=x/b", "proxy=y/b", "threshold=0.4"]
+
+
+def test_a_score_between_right_and_wrong_is_neither(model: CoLLM, items: list[TaskItem], tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text("def half(text, reference):\n    return 0.5\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        run(model, task_named("rows", metric="score:half", max_new_tokens=6), items, tmp_path / "out", "base")
+    report = report_of(tmp_path / "out")
+    assert (report.examples[0].correct, report.examples[0].score) == (None, 0.5)
+    page = render_page(report)
+    assert "score 0.5" in page
+    assert "✗ wrong" not in page
 
 
 def answer(id_: str, texts: list[str], authors: list[int], score: float = 1.0) -> Answer:
@@ -344,6 +419,8 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     assert report.summary == verdict(found.task, found.measure, found.results)
     assert [row.name for row in report.rows] == ["collaboration", "base", "assistant"]
     curve, cost, trusted = report.charts
+    assert (curve.y_label, curve.heading) == ("Exact_match", "Exact_match against deferral rate")
+    assert (cost.y_label, cost.heading, report.measure) == ("Exact_match", "Exact_match against cost", "Exact_match")
     assert sum(int(point.name.split()[0]) for point in trusted.curve) <= 5 * 7 + 5 * 2
     on_curve = ["threshold 0.1", "threshold 0.5", "threshold 0.9", "threshold 1"]  # with two assistants no other end
     assert sorted(point.name for point in curve.curve) == on_curve
@@ -360,6 +437,9 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     used = found.results[1].models["base"]["tokens_read"]
     assert next(mark.x for mark in priced.charts[1].marks if mark.name == "base") == pytest.approx(used / 1000)
     page = render_page(report)
+    measures, costs, *_ = report.tables
+    assert measures.rows == []  # exact_match alone, which stands above
+    assert [name for name, *_ in costs.rows][:2] == ["collaboration: base", "collaboration: assistant 1"]
     for text in (
         "What kind of token assistants write",
         "How many tokens in a row",

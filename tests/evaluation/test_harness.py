@@ -502,8 +502,7 @@ def test_the_command_gives_the_numbers_of_the_library(
     found = json.loads(results.read_text())
     assert found["config"]["policy"] == f"ThresholdPolicy(threshold={THRESHOLD})"
 
-    task = task_named("rows", metric="exact_match")
-    monkeypatch.setattr(type(task), "max_new_tokens", 4)
+    task = task_named("rows", metric="exact_match", max_new_tokens=4)
     compared = compare(
         systems_named(model, [], ThresholdPolicy(THRESHOLD)),
         task,

@@ -13,7 +13,8 @@ from collm.evaluation.report import Example, Point, Report, Row, Table, Token, d
 from tests.browser import PHONE, WIDE, chromium, opened, sideways, violations
 
 ROWS = [Row("base", 0.1, 0.05, 0.2, 0.0, 500), Row("collaboration", 0.9, 0.8, 0.95, 0.1, 300, "a note " * 12)]
-CANDIDATES = [[(" Nairobi", 0.4), (" Mombasa", 0.3)], [(" Nairobi", 0.99), ("<end>", 0.01)]]
+CITIES = [(" Nairobi", 0.4), (" Mombasa", 0.3), (" Ouagadougou", 0.1), (" Antananarivo", 0.1), (" Mogadishu", 0.1)]
+CANDIDATES = [CITIES, [(" Nairobi", 0.99), ("<end>", 0.01)]]
 TOKENS = [Token(f" word{i}", i % 2, 0.9 * (i % 2), CANDIDATES) for i in range(60)]
 
 
@@ -33,7 +34,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         rows=ROWS,
         charts=[deferral_chart(curve, ROWS, 0.1, {"whole answers at random": [(0.0, 0.1), (1.0, 0.7)]})],
         examples=[Example("Capital of Kenya?", "Nairobi", TOKENS, True)],
-        tables=[Table("tokens", "Tokens", ("", "times"), [(" a", "3")])],
+        tables=[Table("tokens", "Tokens", "Of 3.", ("", "times"), [(" a", "3")])],
         authors=["base", "assistant"],
         details={"command": "collm eval " + "x" * 200},
     )

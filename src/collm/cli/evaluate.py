@@ -13,8 +13,11 @@ from collm.cli.servers import EngineOption, ServersOption, servers_named
 def evaluate(
     collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
     task: Annotated[str, typer.Option(help="gsm8k, math, bioasq, alpaca_eval, multiple_choice, or rows.")],
-    data: Annotated[str, typer.Option(help="The task's data: a file, a directory or a Hub name.")],
     out: Annotated[Path, typer.Option(help="Directory for answers and results; an interrupted evaluation resumes.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A file, a directory or a Hub name. Default: of gsm8k and math, where they are published."),
+    ] = None,
     compare: Annotated[
         str, typer.Option(help="Commas between: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4, POLICY.")
     ] = "base,assistant",
@@ -25,6 +28,11 @@ def evaluate(
     metric: Annotated[
         str | None, typer.Option(help="For rows: exact_match, contains, last_number, token_f1 or module:function.")
     ] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="For gsm8k: gsm8k or gsm8k-plain.")] = None,
+    prompt_field: Annotated[str | None, typer.Option(help="For rows: name of the prompt's field.")] = None,
+    completion_field: Annotated[str | None, typer.Option(help="For rows: name of the completion's field.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="For rows: most tokens of an answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="For rows: text that ends an answer; may be repeated.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask as the user of a chat.")] = False,
     threshold: Annotated[float | None, typer.Option(help="Of the collaboration. Default: the calibrated one.")] = None,
     budget: Annotated[float | None, typer.Option(help="Deferral rate allowed, in place of a threshold.")] = None,
@@ -40,30 +48,41 @@ def evaluate(
     ] = False,
 ) -> None:
     """Answer a task with the collaboration and with what it is compared to; scores, intervals and costs of each."""
+    import shlex
+    import sys
+
     from rich.console import Console
 
-    from collm.cli.tables import comparison_table
+    from collm.cli.tables import comparison_tables
     from collm.collaboration import CoLLM
     from collm.core.policies import ThresholdPolicy
     from collm.core.types import SamplingParams
     from collm.errors import ConfigError
     from collm.evaluation import compare as comparing
-    from collm.evaluation.systems import systems_named, thresholds_named
+    from collm.evaluation.systems import names_in, systems_named, thresholds_named
     from collm.evaluation.tasks.named import task_named
     from collm.evaluation.verdict import verdict
     from collm.training.scoring import progress_bar
 
-    chosen = task_named(task, **({} if metric is None else {"metric": metric}))
+    options = {
+        "metric": metric,
+        "format": format_,
+        "prompt_field": prompt_field,
+        "completion_field": completion_field,
+        "max_new_tokens": max_new_tokens,
+        "stop": tuple(stop) if stop else None,
+    }
+    chosen = task_named(task, **{name: value for name, value in options.items() if value is not None})
     items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
     model = CoLLM.from_pretrained(
         collaboration, engine=engine, servers=servers_named(servers), device=device, trust_tools=trust_tools
     )
     operating = model.threshold(threshold, budget)
-    names = [name for name in compare.split(",") if name]
+    names = names_in(compare)
     if curve:
         if model.calibration is None:
             raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
-        names += thresholds_named(model, model.calibration, names)
+        names += thresholds_named(model, model.calibration, names, operating)
     with progress_bar("answering") as progress:
         found = comparing.compare(
             systems_named(model, names, ThresholdPolicy(operating)),
@@ -75,9 +94,16 @@ def evaluate(
             chat=chat,
             max_batch=max_batch,
             seed=seed,
+            settings={
+                "command": shlex.join(["collm", *sys.argv[1:]]),
+                "collaboration": collaboration,
+                "data": data or chosen.source,
+                "limit": limit,
+                "shots": shots,
+            },
             progress=lambda name: progress,
         )
     console = Console(highlight=False)
-    console.print(comparison_table(found))
+    console.print(*comparison_tables(found), sep="\n")
     console.print(verdict(found.task, found.measure, found.results), markup=False)
     console.print(f"collm report {out}", markup=False)

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from collm.evaluation.systems import is_threshold, short_names
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from collm.core.calibration import Calibration
-    from collm.evaluation.compare import Comparison
+    from collm.evaluation.compare import Comparison, SystemResult
     from collm.evaluation.intervals import Interval
     from collm.evaluation.report import Row
     from collm.evaluation.teacher_forced import TeacherForcedCurve
@@ -27,7 +29,7 @@ def calibration_table(calibration: Calibration) -> Table:
     for point in calibration.points:
         uses = calibration.uses(point)
         table.add_row(
-            f"{point.threshold:.4g}",
+            f"{point.threshold:.6g}",
             f"{point.deferral_rate:.1%}",
             f"{100 * point.rate_low:.1f} - {point.rate_high:.1%}",
             f"{point.metric:.3f}",
@@ -51,7 +53,7 @@ def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) ->
         best[point] = ", ".join(filter(None, [best.get(point), f"within {budget:.4g}"]))
     points = {*curve.at_rates([tenth / 10 for tenth in range(11)]), *best}
     for point in sorted(points, key=lambda point: (point.deferral_rate, -point.threshold)):
-        cells = (f"{point.threshold:.4g}", f"{point.deferral_rate:.1%}", f"{point.accuracy:.2%}", f"{point.nll:.4f}")
+        cells = (f"{point.threshold:.6g}", f"{point.deferral_rate:.1%}", f"{point.accuracy:.2%}", f"{point.nll:.4f}")
         table.add_row(*cells, best.get(point, ""), style="bold" if point in best else "")
     return table
 
@@ -74,34 +76,65 @@ def inspection_table(inspection: Inspection) -> Table:
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Systems beside each other: the main measure, the difference to the collaboration, and what an answer costs.
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Systems beside each other: scores, what each model did for an item, and the task's other measures if it has some.
 
     Thresholds, of which a curve has many, are left to the report.
     """
+    shown = [result for result in comparison.results if not is_threshold(result.name)]
+    names = short_names([result.name for result in shown])
+    named = [(names[result.name], result) for result in shown]
+    tables = [_scores_table(comparison, named), _costs_table(named)]
+    return tables if set(shown[0].measures) <= {comparison.measure} else [*tables, _measures_table(named)]
+
+
+def _scores_table(comparison: Comparison, named: Sequence[tuple[str, SystemResult]]) -> Table:
+    """The main measure and the difference to the collaboration."""
     measure = comparison.measure or "answers"
     table = Table(title=f"{comparison.task}, {len(comparison.items)} items", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("system", measure, "difference", "deferral", "FLOP", "tok/s"):
-        named = heading == "system"
+    for heading in ("system", measure, "difference", "deferral"):
+        first = heading == "system"
         table.add_column(
             heading,
-            justify="left" if named else "right",
+            justify="left" if first else "right",
             overflow="fold",
-            no_wrap=not named,
-            min_width=13 if named else None,
+            no_wrap=not first,
+            min_width=13 if first else None,
         )
-    for result in comparison.results:
-        if result.name.startswith("threshold="):
-            continue
+    for name, result in named:
         score = result.measures.get(measure)
         table.add_row(
-            result.name,
+            name,
             "" if score is None else f"{100 * score.mean:.1f} ({_ends(score)})",
             "" if result.difference is None else f"{100 * result.difference.mean:+.1f} ({_ends(result.difference)})",
             f"{result.deferral_rate:.1%}",
-            _scaled(result.flops),
-            f"{result.tokens_per_s:.0f}",
         )
+    return table
+
+
+def _costs_table(named: Sequence[tuple[str, SystemResult]]) -> Table:
+    """How long an item took, and what each model did for it."""
+    title, caption = "costs of an item", "read, written: tokens; passes: of a batch, shared by its items"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("system", "FLOP", "latency", "tok/s", "model", "read", "written", "passes"):
+        left = heading in ("system", "model")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "system")
+    for name, result in named:
+        beside = (name, _scaled(result.flops), f"{result.seconds:.3g}s", f"{result.tokens_per_s:.0f}")
+        for model, used in result.models.items():
+            did = (f"{used[key]:,.1f}" for key in ("tokens_read", "tokens_written", "forward_passes"))
+            table.add_row(*beside, model, *did)
+            beside = ("", "", "", "")
+    return table
+
+
+def _measures_table(named: Sequence[tuple[str, SystemResult]]) -> Table:
+    """All measures, without their intervals."""
+    table = Table(title="all measures, in %", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("", *(name for name, _ in named)):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for measure in named[0][1].measures:
+        table.add_row(measure, *(f"{100 * result.measures[measure].mean:.1f}" for _, result in named))
     return table
 
 

@@ -153,7 +153,8 @@ class AnswerFile:
     def _check(self, before: Mapping[str, Any]) -> None:
         for name, value in (self.identity or {}).items():
             if before.get(name) != value:
+                hashed = name in ("items", "models")
+                held = f"of other {name}" if hashed else f"with {name}={before.get(name)!r}, now it is {value!r}"
                 raise ConfigError(
-                    f"{self.path} holds answers with {name}={before.get(name)!r}, now it is {value!r}; "
-                    "choose another --out, or give the same options to go on"
+                    f"{self.path} holds answers {held}; choose another --out, or give the same options to go on"
                 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from collm.collaboration import CoLLM
 from collm.core.policies import Policy
 from collm.core.types import Completion, SamplingParams
+from collm.errors import ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
 from collm.evaluation.systems import System
 from collm.evaluation.tasks.task import Task, TaskItem
@@ -40,7 +41,14 @@ class Asking:
     seed: int
 
     def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[Answers, CoLLM]:
-        """All answers of one system, and its model; answers that a file holds already are not made again."""
+        """All answers of one system, and its model; answers that a file holds already are not made again.
+
+        Raises:
+            ConfigError: a file holds answers to something else.
+            ModelFailure: a model raised or returned NaN.
+            ToolFailure: a tool raised, hung or returned no text, or a server could not be asked. What was being
+                answered then is not kept.
+        """
         model, policy = system.load(), system.at_rate(rate)
         stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
         params = replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop)
@@ -48,9 +56,10 @@ class Asking:
             "system": f"{system.name}: {policy}",
             "models": _digest(model),
             "task": self.task.name,
+            "measure": self.task.measure,
             "items": _fingerprint(self.items),
             "chat": self.chat,
-            "params": asdict(params),
+            **asdict(params),
             "seed": self.seed,
         }
         draws = policy.draws or params.temperature > 0
@@ -87,16 +96,27 @@ class Asking:
         file: AnswerFile,
     ) -> None:
         prompts = [self._prompt(item, model) for item in batch]
-        started = time.perf_counter()
+        started, failures = time.perf_counter(), _failures(model)
 
         def keep(index: int, completion: Completion) -> None:
             item, seconds = batch[index], time.perf_counter() - started
+            for name, before in failures.items():
+                if times := _failures(model)[name] - before:
+                    raise ToolFailure(
+                        f"{name} failed {times} times while {item.where} was answered (the log says why), so this is "
+                        "not scored; mend it and run the same again"
+                    )
             answer = Answer.of(item.id, completion, self.task.score(item, completion.text), seconds)
             file.add(replace(answer, authors=[author or system.writes_as for author in answer.authors]))
 
         params = [drawing[item.id] for item in batch]
         done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
         file.close_batch([item.id for item in batch], done.usage, started)
+
+
+def _failures(model: CoLLM) -> dict[str, int]:
+    """By model, how often it could not be asked, and another wrote in its stead."""
+    return {runner.name: runner.usage.failed for runner in model.runners}
 
 
 def _as_chat(row: Row) -> Row:

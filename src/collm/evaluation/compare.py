@@ -12,7 +12,7 @@ from typing import Any
 from collm.artefact import library_versions
 from collm.atomic import atomic_file
 from collm.collaboration import CoLLM
-from collm.core.types import BASE, ModelUsage, SamplingParams, deferral_rate
+from collm.core.types import ModelUsage, SamplingParams, deferral_rate
 from collm.errors import DataError
 from collm.evaluation.answers import Answer, Answers, answer_path
 from collm.evaluation.asking import Asking, OnProgress
@@ -101,6 +101,7 @@ def compare(
     chat: bool = False,
     max_batch: int = 16,
     seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
     progress: Callable[[str], OnProgress] | None = None,
 ) -> Comparison:
     """Have every system answer every item.
@@ -116,12 +117,14 @@ def compare(
         chat: ask as the user of a chat, for a collaboration trained on chats.
         params: how tokens are drawn; max_new_tokens and stop are the task's. Greedy by default.
         seed: item i draws with seed + i where anything is drawn, whatever has been answered before.
+        settings: kept with the results, to say what they came from.
         progress: called with a system's name for a callback that is told items done and to do.
 
     Raises:
         DataError: no items, or two of one id.
         ConfigError: `out` holds answers to something else.
-        ModelFailure: a model failed at an item: the run stops, nothing is scored as wrong; what is answered is kept.
+        ModelFailure, ToolFailure: a model failed at an item: the run stops, nothing is scored as wrong; what is
+            answered is kept.
     """
     _check(items)
     asking = Asking(task, items, params or SamplingParams(), chat, max_batch, seed)
@@ -133,11 +136,12 @@ def compare(
         report = progress(system.name) if progress else None
         found, model = asking.answers(system, out, rate=_rate(answers), report=report)
         answers[system.name] = [found.items[item.id] for item in items]
-        results.append(_result(system, model, task, items, answers, found, authors))
+        results.append(_result(system, model, task, items, answers, found))
         outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
         if outputs is not None:
             _write(out / "outputs" / f"{answer_path(out, system.name).stem}.json", outputs)
-    settings = {
+    used = {
+        **(settings or {}),
         "temperature": asking.params.temperature,
         "seed": seed,
         "chat": chat,
@@ -146,7 +150,7 @@ def compare(
     }
     measure = task.main_measure(items)
     tokens = _tokens(systems[0].load(), asking.solutions())
-    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, settings, tokens)
+    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, used, tokens)
     _write(out / "candidates.json", _candidates(systems[0].load(), asking, comparison))
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
     _write(out / "results.json", comparison.to_dict())
@@ -204,12 +208,10 @@ def _result(
     items: Sequence[TaskItem],
     answers: Mapping[str, Sequence[Answer]],
     found: Answers,
-    authors: Sequence[str],
 ) -> SystemResult:
     mine = answers[system.name]
     measured = sum(len(batch.ids) for batch in found.batches)
-    usage = _usage(system, found, authors)
-    tokens = {name: _per_item(used, measured) for name, used in usage.items()}
+    tokens = {name: _per_item(used, measured) for name, used in _usage(found).items()}
     by_batch = {id_ for batch in found.batches for id_ in batch.ids}
     written = sum(len(answer.authors) for answer in mine if answer.id in by_batch)
     return SystemResult(
@@ -220,24 +222,21 @@ def _result(
         if system.name == COLLABORATION
         else _difference(task.main_measure(items), mine, answers[COLLABORATION]),
         deferral_rate=deferral_rate([author for answer in mine for author in answer.authors]),
-        models=tokens,
-        flops=sum(_flops(system, model, name) * used["tokens_read"] for name, used in tokens.items()),
+        models={system.called.get(name, name): used for name, used in tokens.items()},
+        flops=sum(_flops(model, name) * used["tokens_read"] for name, used in tokens.items()),
         tokens_per_s=written / max(sum(batch.seconds for batch in found.batches), 1e-9),
         seconds=sum(answer.seconds for answer in mine) / len(mine),
     )
 
 
-def _usage(system: System, found: Answers, authors: Sequence[str]) -> dict[str, ModelUsage]:
-    """By model, over all batches; a model alone is called by its own name, and its idle assistant left out."""
+def _usage(found: Answers) -> dict[str, ModelUsage]:
+    """By model, over all batches; without models that did nothing, such as the assistant of a model alone."""
     total: dict[str, ModelUsage] = {}
     for batch in found.batches:
         for name, used in batch.usage.items():
             before = total.get(name, ModelUsage())
             total[name] = ModelUsage(*(getattr(before, key) + value for key, value in asdict(used).items()))
-    busy = {name: used for name, used in total.items() if any(asdict(used).values())}
-    if system.writes_as != BASE and "base" in busy:
-        return {authors[system.writes_as]: busy["base"]}
-    return busy
+    return {name: used for name, used in total.items() if any(asdict(used).values())}
 
 
 def _per_item(used: ModelUsage, items: int) -> dict[str, float]:
@@ -245,9 +244,9 @@ def _per_item(used: ModelUsage, items: int) -> dict[str, float]:
     return {name: getattr(used, name) / max(items, 1) for name in kept}
 
 
-def _flops(system: System, model: CoLLM, name: str) -> float:
+def _flops(model: CoLLM, name: str) -> float:
     """Per token read: two for each weight but those of the input embedding."""
-    author = BASE if system.writes_as != BASE else [runner.name for runner in model.runners].index(name)
+    author = [runner.name for runner in model.runners].index(name)
     return 2.0 * model.backend.weights_per_token(author)
 
 

@@ -18,7 +18,6 @@ from collm.evaluation.report import Chart, Example, Report, Row, Table, Token
 
 _COLOURS = 6
 _UNDERLINES = 5
-_ACCURACY = 'Accuracy <span class="interval">95% interval</span>'
 _VERDICTS = {
     True: '<span class="verdict right">✓ right</span>',
     False: '<span class="verdict wrong">✗ wrong</span>',
@@ -50,7 +49,7 @@ def render_page(report: Report) -> str:
     """
     template = files("collm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     sections = (
-        _table(report.rows),
+        _table(report.rows, report.measure),
         *map(_chart, report.charts),
         _examples(report),
         _astray(report),
@@ -64,17 +63,18 @@ def render_page(report: Report) -> str:
     )
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row], measure: str | None) -> str:
     if not rows:
         return ""
-    columns = ("System", _ACCURACY, "Deferral rate", "Tokens/s")
-    body = "".join(_table_row(row) for row in rows)
-    bars = '<span class="wide">The bar is the accuracy, the whisker its 95% interval.</span>'
+    scored = [] if measure is None else [_with_interval(measure)]
+    columns = ("System", *scored, "Deferral rate", "Tokens/s")
+    body = "".join(_table_row(row, scored=bool(scored)) for row in rows)
+    bars = '<span class="wide">The bar is the score, the whisker its 95% interval.</span>' if scored else ""
     caption = f"Every system on the same questions. {bars}"
     return _section("results", "Results", _scrolling("Results, table", _html_table(caption, columns, body)))
 
 
-def _table_row(row: Row) -> str:
+def _table_row(row: Row, *, scored: bool) -> str:
     note = f'<span class="note">{_text(row.note)}</span>' if row.note else ""
     bar = (
         '<span class="bar" aria-hidden="true">'
@@ -82,11 +82,8 @@ def _table_row(row: Row) -> str:
         f'<span class="whisker" style="left:{100 * row.low:.2f}%;width:{100 * (row.high - row.low):.2f}%"></span>'
         "</span>"
     )
-    cells = (
-        bar + _measured(row.accuracy, row.low, row.high),
-        _percent(row.deferral_rate),
-        _rate(row.tokens_per_s),
-    )
+    score = [bar + _measured(row.accuracy, row.low, row.high)] if scored else []
+    cells = (*score, _percent(row.deferral_rate), _rate(row.tokens_per_s))
     return f'<tr><th scope="row">{_text(row.name)}{note}</th>{_cells(cells)}</tr>\n'
 
 
@@ -100,8 +97,8 @@ def _chart(chart: Chart) -> str:
         + "</tr>\n"
         for point in points
     )
-    measured = f'{_text(chart.y_label)} <span class="interval">95% interval</span>'
-    numbers = _html_table("In order of the line, then the diamonds.", ("", _text(chart.x_label), measured), body)
+    columns = ("", _text(chart.x_label), _with_interval(chart.y_label))
+    numbers = _html_table("In order of the line, then the diamonds.", columns, body)
     return _section(
         chart.name,
         _text(chart.heading),
@@ -141,7 +138,7 @@ def _texts(table: Table) -> str:
         f'<tr><th scope="row"><span class="verbatim">{_visible(name)}</span></th>{_cells(map(_text, cells))}</tr>\n'
         for name, *cells in table.rows
     )
-    content = _html_table(_text(table.heading), map(_text, table.columns), body)
+    content = _html_table(_text(table.note), map(_text, table.columns), body)
     return _section(table.name, _text(table.heading), _scrolling(f"{_text(table.heading)}, table", content))
 
 
@@ -163,13 +160,19 @@ def _example(number: int, example: Example, authors: list[str]) -> str:
     tokens = "".join(_token(token, authors) for token in example.tokens)
     return (
         f'<article aria-labelledby="example-{number}"><header><h3 id="example-{number}">Example {number}</h3>'
-        f"{_VERDICTS[example.correct]}"
+        f"{_verdict(example)}"
         f'<span class="note">{len(example.tokens)} tokens, {_percent(rate)} by assistants</span></header>'
         f'<dl><dt>Prompt</dt><dd class="text" dir="auto">{_text(example.prompt)}</dd>'
         f'<dt>Answer</dt><dd><ol class="tokens text" dir="auto" role="list" aria-label="Answer, token by token">'
         f"{tokens}</ol></dd>"
         f'<dt>Reference</dt><dd class="text" dir="auto">{_text(example.reference)}</dd></dl></article>\n'
     )
+
+
+def _verdict(example: Example) -> str:
+    if example.score is not None:
+        return f'<span class="verdict">score {example.score:.2g}</span>'
+    return _VERDICTS[example.correct]
 
 
 def _token(token: Token, authors: list[str]) -> str:
@@ -229,6 +232,10 @@ def _cells(cells: Iterable[str]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
+
+
+def _with_interval(measure: str) -> str:
+    return f'{_text(measure)} <span class="interval">95% interval</span>'
 
 
 def _measured(share: float, low: float, high: float) -> str:

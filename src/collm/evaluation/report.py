@@ -57,12 +57,18 @@ class Token:
 
 @dataclass(frozen=True)
 class Example:
-    """One answer; `correct` is None where nobody judged it."""
+    """One answer.
+
+    Attributes:
+        correct: None where nobody judged it, or where it is neither right nor wrong.
+        score: in [0, 1], of the latter.
+    """
 
     prompt: str
     reference: str
     tokens: list[Token]
     correct: bool | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,13 @@ class Table:
     Attributes:
         name: of its place in the page.
         heading: above it.
+        note: its caption.
         columns: their headings; the first names the rows.
     """
 
     name: str
     heading: str
+    note: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
@@ -138,15 +146,16 @@ def deferral_chart(
     rows: Sequence[Row],
     rate: float,
     lines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    measure: str = "Accuracy",
 ) -> Chart:
-    """Accuracy against deferral rate: thresholds as the curve, systems as marks, and the rate in use."""
+    """A measure against deferral rate: thresholds as the curve, systems as marks, and the rate in use."""
     return Chart(
         name="curve",
-        heading="Accuracy against deferral rate",
-        note="The line is the collaboration at different thresholds, the band its 95% interval. Diamonds are the "
-        "systems of the table.",
+        heading=f"{measure} against deferral rate",
+        note=("The line is the collaboration at different thresholds, the band its 95% interval. " if curve else "")
+        + "Diamonds are the systems of the table.",
         x_label="Deferral rate",
-        y_label="Accuracy",
+        y_label=measure,
         curve=curve,
         marks=[Point(row.name, row.deferral_rate, row.accuracy, row.low, row.high) for row in rows],
         lines=lines or {},
@@ -160,6 +169,7 @@ class Report:
 
     Attributes:
         summary: what was found, in sentences; an empty line starts a new paragraph.
+        measure: what the rows' accuracy is; None where nothing is scored.
         astray: answers that an assistant's token made worse than the base's own.
         charts: shown after the rows.
         tables: shown after the examples; one without rows is left out.
@@ -170,6 +180,7 @@ class Report:
     title: str
     summary: str
     rows: list[Row] = field(default_factory=list)
+    measure: str | None = "Accuracy"
     charts: list[Chart] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     astray: list[Example] = field(default_factory=list)

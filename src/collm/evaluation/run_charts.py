@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from collm.errors import ConfigError
 from collm.evaluation.answers import Answer
 from collm.evaluation.report import Chart, Point, Row, deferral_chart
-from collm.evaluation.systems import COLLABORATION
+from collm.evaluation.systems import COLLABORATION, is_threshold
 
 ResultRow = Mapping[str, Any]
 """A `SystemResult` as results.json has it."""
@@ -51,6 +51,13 @@ class Prices:
             read[model], written[model] = prices[0], prices[1] if len(prices) == 2 else 0.0
         return cls(read, written)
 
+    def check(self, rows: Iterable[ResultRow]) -> None:
+        """Raise a ConfigError for the price of a model that none of the systems uses."""
+        used = sorted({name for row in rows for name in row["models"]}, key=lambda name: (name != "base", name))
+        if unused := [name for name in self.read if name not in used]:
+            expected = ", ".join(name.replace(" ", "-") for name in used)
+            raise ConfigError(f"a price came of {', '.join(unused)}, which no system uses; expected {expected}")
+
     def of(self, row: ResultRow) -> float:
         """Price of 1,000 items of a system.
 
@@ -90,16 +97,16 @@ def run_charts(
         rate = by_name[COLLABORATION]["deferral_rate"]
         thresholds = _thresholds(results)
         curve = [
-            _point(by_name[name], measure, by_name[name]["deferral_rate"], f"threshold {threshold:.4g}")
+            _point(by_name[name], measure, by_name[name]["deferral_rate"], f"threshold {threshold:.6g}")
             for name, threshold in (thresholds and thresholds | _ends(results)).items()
         ]
-        charts = [deferral_chart(curve, rows, rate, lines), _costs(results, rows, prices)]
+        charts = [deferral_chart(curve, rows, rate, lines, titled(measure)), _costs(results, rows, prices)]
     return [*charts, *_reliability(results)]
 
 
-def is_threshold(name: str) -> bool:
-    """Whether a system is the collaboration at another threshold."""
-    return name.startswith("threshold=")
+def titled(measure: str) -> str:
+    """A measure where a heading or a label begins with it."""
+    return measure[:1].upper() + measure[1:]
 
 
 def _thresholds(results: Mapping[str, Any]) -> dict[str, float]:
@@ -175,6 +182,8 @@ def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | Non
     """Score against what an item costs."""
     measure = results["measure"]
     by_name: dict[str, ResultRow] = {row["name"]: row for row in results["rows"]}
+    if prices is not None:
+        prices.check(by_name.values())
     shown = {row.name for row in rows} | set(_thresholds(results))
     costs = {name: by_name[name]["flops"] / 1e9 if prices is None else prices.of(by_name[name]) for name in shown}
 
@@ -183,11 +192,11 @@ def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | Non
 
     return Chart(
         name="cost",
-        heading="Accuracy against cost",
+        heading=f"{titled(measure)} against cost",
         note="Further left is cheaper. "
         + ("FLOPs are estimated from the tokens that the models read." if prices is None else "Tokens at your prices."),
         x_label="GFLOP for an item" if prices is None else "Price of 1,000 items",
-        y_label="Accuracy",
+        y_label=titled(measure),
         curve=[point(name) for name in _thresholds(results)],
         marks=[point(row.name) for row in rows],
         lines=_random_lines(by_name, measure, costs),

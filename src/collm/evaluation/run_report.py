@@ -12,8 +12,8 @@ from collm.errors import ArtefactError
 from collm.evaluation.answers import Answer, read_answers
 from collm.evaluation.insights import Deferred, deferred_classes, deferred_tokens, run_lengths, shown
 from collm.evaluation.report import Example, Report, Row, Table, Token
-from collm.evaluation.run_charts import Prices, is_threshold, run_charts
-from collm.evaluation.systems import COLLABORATION
+from collm.evaluation.run_charts import Prices, run_charts, titled
+from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
 
 
 def report_of(directory: Path, prices: Prices | None = None) -> Report:
@@ -30,8 +30,10 @@ def report_of(directory: Path, prices: Prices | None = None) -> Report:
         results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         items = {item["id"]: item for item in json.loads((directory / "items.json").read_text(encoding="utf-8"))}
         candidates = json.loads((directory / "candidates.json").read_text(encoding="utf-8"))
+        short = short_names([row["name"] for row in results["rows"]])
+        results["rows"] = [{**row, "name": short[row["name"]]} for row in results["rows"]]
         rows = {row["name"]: row for row in results["rows"]}
-        answers = {name: read_answers(directory, name) for name in rows}
+        answers = {short[name]: read_answers(directory, name) for name in short}
     except (OSError, ValueError, KeyError) as error:
         raise ArtefactError(f"{directory} holds no finished evaluation ({error}); run 'collm eval' first") from error
     own = [answers[COLLABORATION][item] for item in items]
@@ -45,18 +47,19 @@ def report_of(directory: Path, prices: Prices | None = None) -> Report:
         title=f"{results['task']}: does collaborating pay?",
         summary=results["verdict"],
         rows=table,
+        measure=results["measure"] and titled(results["measure"]),
         charts=run_charts(results, table, answers, prices),
         examples=[example(answer) for answer in first],
         astray=[example(answer) for answer in astray],
         authors=results["authors"],
-        tables=_tables(own, rows),
+        tables=[_measures(rows, results["measure"]), *_tables(own, rows)],
         details={"items": str(results["num_items"]), "threshold": f"{results['threshold']:.6g}", **_settings(results)},
     )
 
 
 def _row(row: Mapping[str, Any], measure: str | None) -> Row:
     score = row["measures"].get(measure, {"mean": 0.0, "low": 0.0, "high": 0.0})
-    note = f"{row['flops'] / 1e9:.3g} GFLOP and {row['seconds']:.2f} s an item"
+    note = f"latency {row['seconds']:.3g} s, {row['flops'] / 1e9:.3g} GFLOP an item"
     if (difference := row["difference"]) is not None:
         low, high = 100 * difference["low"], 100 * difference["high"]
         note = f"{100 * difference['mean']:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"
@@ -68,13 +71,15 @@ def _example(
     answer: Answer, item: Mapping[str, Any], candidates: Sequence[Sequence[Candidates]], measure: str | None
 ) -> Example:
     score = answer.scores.get(measure or "")
+    judged = score in (0.0, 1.0)
     known = candidates or [()] * len(answer.authors)
     tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, known, strict=True)
     return Example(
         prompt=_text(item["prompt"]),
         reference=_text(item["reference"]),
         tokens=[Token(*token) for token in tokens],
-        correct=None if score is None else score == 1.0,
+        correct=score == 1.0 if judged else None,
+        score=None if judged else score,
     )
 
 
@@ -84,8 +89,23 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _measures(rows: Mapping[str, Mapping[str, Any]], main: str | None) -> Table:
+    """All measures of the task, where it has others than the main one."""
+    shown = {name: row["measures"] for name, row in rows.items() if not is_threshold(name)}
+    names = list(shown[COLLABORATION])
+    body = [(name, *(_interval(measures[name]) for measures in shown.values())) for name in names if names != [main]]
+    return Table("measures", "All measures", "Mean and 95% interval.", ("", *shown), body)
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    mean, low, high = (100 * found[end] for end in ("mean", "low", "high"))
+    return f"{mean:.1f}% ({low:.1f} to {high:.1f})"
+
+
 def _tables(own: Sequence[Answer], rows: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    deferring = ("", "by assistants", "in all", "share")
+    deferring, did = ("", "by assistants", "in all", "share"), ("", "tokens read", "tokens written", "passes")
+    classes, tokens = deferred_classes(own), deferred_tokens(own)
+    counted = f"Of all {sum(one.total for one in classes):,} tokens of the collaboration's answers."
     models = [
         (f"{name}: {model}", *(f"{used[key]:,.1f}" for key in ("tokens_read", "tokens_written", "forward_passes")))
         for name, row in rows.items()
@@ -94,10 +114,10 @@ def _tables(own: Sequence[Answer], rows: Mapping[str, Mapping[str, Any]]) -> lis
     ]
     runs: list[tuple[str, ...]] = [(str(length), f"{count:,}") for length, count in run_lengths(own).items()]
     return [
-        Table("costs", "What each model did for an item", ("", "tokens read", "tokens written", "passes"), models),
-        Table("classes", "What kind of token assistants write", deferring, _shares(deferred_classes(own))),
-        Table("tokens", "The tokens that assistants write most often", deferring, _shares(deferred_tokens(own))),
-        Table("runs", "How many tokens in a row", ("tokens in a row", "times"), runs),
+        Table("costs", "What each model did for an item", "Means; one pass serves a whole batch.", did, models),
+        Table("classes", "What kind of token assistants write", "By its look.", deferring, _shares(classes)),
+        Table("tokens", "The tokens that assistants write most often", counted, deferring, _shares(tokens)),
+        Table("runs", "How many tokens in a row", "That assistants wrote.", ("tokens in a row", "times"), runs),
     ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -18,9 +19,11 @@ from collm.errors import ConfigError
 from collm.models.guards import TokenizerIdentity, check_tokenizers
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.members import author_name
 from collm.tools.spec import ToolSpec
 
 COLLABORATION = "collaboration"
+_WITH_VALUE = ("sft", "proxy", "threshold")
 KNOWN = (
     "base, assistant (assistant-2, ..), threshold=0.4, random (at the collaboration's own rate), sft=PATH (a model "
     "alone), proxy=PATH (the assistant steered by the base, and by the base before tuning, which lies in PATH), or "
@@ -37,16 +40,43 @@ class System:
         load: the models that decode, brought into memory if they are not those of the collaboration.
         policy: who writes; None for a random rule whose rate is not known yet.
         writes_as: the author of the collaboration that a model alone is, where it is not the base.
+        called: what its models are called, where that differs from what `load` gives.
     """
 
     name: str
     load: Callable[[], CoLLM]
     policy: Policy | None
     writes_as: int = BASE
+    called: Mapping[str, str] = field(default_factory=dict)
 
     def at_rate(self, rate: float) -> Policy:
         """Who writes, where a random rule without a rate takes this one."""
         return RandomPolicy(rate) if self.policy is None else self.policy
+
+
+def names_in(text: str) -> list[str]:
+    """The names between commas, of which a policy's options may have some as well."""
+    names: list[str] = []
+    for part in filter(None, text.split(",")):
+        kind, equals, _ = part.partition("=")
+        rule, colon, _ = names[-1].partition(":") if names else ("", "", "")
+        if equals and kind not in _WITH_VALUE and colon and rule in POLICIES:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return names
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name with the last part of its path alone, where that still tells it from the others."""
+    short = {name: _shortened(name) for name in names}
+    times = Counter(short.values())
+    return {name: one if times[one] == 1 else name for name, one in short.items()}
+
+
+def _shortened(name: str) -> str:
+    kind, equals, path = name.partition("=")
+    return f"{kind}={path.rstrip('/').rpartition('/')[2]}" if equals and kind in ("sft", "proxy") else name
 
 
 def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy) -> list[System]:
@@ -54,25 +84,37 @@ def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy
 
     Raises:
         ConfigError: an unknown name, or one that does not fit the collaboration.
+        LoadError, MismatchError: there is no model in a path, or its tokenizer differs.
     """
     wanted = dict.fromkeys(name for name in names if name != COLLABORATION)
     return [System(COLLABORATION, lambda: model, operating), *(_system(model, name) for name in wanted)]
 
 
-def thresholds_named(model: CoLLM, calibration: Calibration, names: Sequence[str]) -> list[str]:
-    """Names of the calibration's thresholds, but for those at which one model of `names` writes everything."""
+def thresholds_named(model: CoLLM, calibration: Calibration, names: Sequence[str], operating: float) -> list[str]:
+    """Names of the calibration's thresholds, but for the operating one and those at which one model of `names` writes
+    everything."""
     lowest = 0.0 if "assistant" in names and len(model.assistants) == 1 else -1.0
     highest = 1.0 if "base" in names else 2.0
     inner = [point.threshold for point in calibration.points if lowest <= point.threshold < highest]
-    return [f"threshold={threshold:.6g}" for threshold in inner]
+    return [f"threshold={threshold!r}" for threshold in inner if threshold != operating]
+
+
+def is_threshold(name: str) -> bool:
+    """Whether a system is the collaboration at another threshold."""
+    return name.startswith("threshold=")
 
 
 def _system(model: CoLLM, name: str) -> System:
     kind, equals, value = name.partition("=")
     if kind == "sft" and value:
-        return System(name, lambda: _read_alone(model, value), SingleAuthorPolicy(BASE))
+        _check_tokenizer(model, value)
+        load = lambda: _alone(model, load_model(ModelSpec(value)))  # noqa: E731
+        return System(name, load, SingleAuthorPolicy(BASE), called={"base": "sft"})
     if kind == "proxy" and value:
-        return System(name, lambda: _with_untuned(model, value), ProxyTuningPolicy(model=1, tuned=0, untuned=2))
+        _check_tokenizer(model, value)
+        called = {"assistant 1": author_name(1, len(model.assistants)), "assistant 2": "untuned"}
+        rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
+        return System(name, lambda: _with_untuned(model, value), rule, called=called)
     if kind.partition("-")[0] == "assistant" and not equals:
         return _assistant(model, name)
     return System(name, lambda: model, _policy(name, kind, value))
@@ -97,7 +139,8 @@ def _assistant(model: CoLLM, name: str) -> System:
     author = int(number)
     if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
         return System(name, lambda: model, SingleAuthorPolicy(author))  # for a tool that abstains the base writes
-    return System(name, lambda: _alone(model, _module(model, author)), SingleAuthorPolicy(BASE), writes_as=author)
+    called = {"base": author_name(author, len(model.assistants))}
+    return System(name, lambda: _alone(model, _module(model, author)), SingleAuthorPolicy(BASE), author, called)
 
 
 def _module(model: CoLLM, author: int) -> nn.Module:
@@ -115,10 +158,10 @@ def _alone(model: CoLLM, module: nn.Module) -> CoLLM:
     return CoLLM(module, [module], head, model.tokenizer, template=model.template)
 
 
-def _read_alone(model: CoLLM, path: str) -> CoLLM:
-    spec = ModelSpec(path)
-    check_tokenizers(model.identity, TokenizerIdentity.of(load_tokenizer(spec)), path, accept=model.accept_differences)
-    return _alone(model, load_model(spec))
+def _check_tokenizer(model: CoLLM, path: str) -> None:
+    """Now rather than when everybody before has answered."""
+    tokenizer = TokenizerIdentity.of(load_tokenizer(ModelSpec(path)))
+    check_tokenizers(model.identity, tokenizer, path, accept=model.accept_differences)
 
 
 def _with_untuned(model: CoLLM, path: str) -> CoLLM:

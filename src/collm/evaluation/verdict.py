@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from collm.evaluation.systems import COLLABORATION
+from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
 
 if TYPE_CHECKING:
     from collm.evaluation.compare import SystemResult
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> str:
-    """Sentences on the collaboration, against the base and each assistant as far as they were compared.
+    """Sentences on the collaboration, against the base, each assistant and the other systems that were compared.
 
     Args:
         task: its name.
@@ -23,13 +23,15 @@ def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> 
     by_name = {result.name: result for result in results}
     own = by_name[COLLABORATION]
     if measure is None:
-        return f"Task {task} gives no score by itself."
+        return f"Task {task} gives no score by itself; outputs/ holds the answers of every system for its judge."
     parts = [_own_words(own, measure)]
     if "base" in by_name:
         parts.append(_against_base(by_name["base"]))
     assistants = [result for result in results if result.name.startswith("assistant")]
     parts += [_against_assistant(own, result) for result in assistants]
-    return " ".join(parts)
+    short, seen = short_names(list(by_name)), {COLLABORATION, "base", *(result.name for result in assistants)}
+    others = {short[name]: result for name, result in by_name.items() if name not in seen and not is_threshold(name)}
+    return " ".join([*parts, *_against_others(others)])
 
 
 def _own_words(own: SystemResult, measure: str) -> str:
@@ -61,10 +63,29 @@ def _against_assistant(own: SystemResult, other: SystemResult) -> str:
         worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
         return f"{worse}." if cost < 1 else f"{worse}: of the two the {other.name} alone is the better choice."
     known = "is better than" if other.difference.high < 0 else "cannot be told from"
-    compared = f"It {known} the {other.name} alone (difference {_points(other.difference, -1)}) and takes {costs}"
+    difference = f"(difference {_points(other.difference, -1)})"
+    compared = f"The collaboration {known} the {other.name} alone {difference} and takes {costs}"
     if other.difference.high >= 0 and cost >= 1:
         return f"{compared}: of the two the {other.name} alone is the better choice."
     return f"{compared}."
+
+
+def _against_others(others: Mapping[str, SystemResult]) -> list[str]:
+    """One sentence, or none."""
+    found = {name: result.difference for name, result in others.items() if result.difference is not None}
+    groups = {
+        "is better than": [name for name, one in found.items() if one.high < 0],
+        "cannot be told from": [name for name, one in found.items() if one.low <= 0 <= one.high],
+        "is worse than": [name for name, one in found.items() if one.low > 0],
+    }
+    parts = [f"{how} {_listed(names)}" for how, names in groups.items() if names]
+    return [f"The collaboration {'; it '.join(parts)}."] if parts else []
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def _points(difference: Interval, sign: int) -> str:

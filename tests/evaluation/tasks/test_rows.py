@@ -8,6 +8,7 @@ import pytest
 
 from collm.errors import ConfigError, DataError
 from collm.evaluation.tasks.rows import RowsTask
+from collm.models.template import PromptTemplate
 from tests.evaluation.tasks.files import jsonl
 
 CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "Paris."}]
@@ -30,6 +31,12 @@ def test_fields_can_be_named(tmp_path: Path) -> None:
     task = RowsTask(prompt_field="q", completion_field="a")
     (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"q": "Capital?", "a": "Paris"}))
     assert (item.prompt, item.reference, item.where) == ("Capital?", "Paris", f"{tmp_path}/rows.jsonl:1")
+
+
+def test_where_an_answer_ends_can_be_chosen(tmp_path: Path) -> None:
+    task = RowsTask(max_new_tokens=7, stop=("\n",))
+    (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"prompt": "Capital?", "completion": "Paris"}))
+    assert (task.max_new_tokens, task.stop_for(item, PromptTemplate())) == (7, ("\n",))
 
 
 def test_a_bad_row_is_named(tmp_path: Path) -> None:

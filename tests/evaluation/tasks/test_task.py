@@ -40,6 +40,16 @@ def test_the_test_split_is_asked_whole_unless_told_otherwise(splits: Path) -> No
     assert len({item.id for item in task.load(splits)}) == 20
 
 
+def test_data_come_from_the_publishers_or_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, object]] = []
+    item = TaskItem("1", "How many?", "5", "here")
+    monkeypatch.setattr(Gsm8k, "read", lambda self, source, split: asked.append((source, split)) or [item])
+    assert Gsm8k().load() == [item]
+    assert asked == [("openai/gsm8k", "test")]
+    with pytest.raises(ConfigError, match="nothing says where the data of task 'rows' is"):
+        RowsTask().load()
+
+
 def test_a_table_without_splits_is_read(tmp_path: Path) -> None:
     datasets.Dataset.from_list(TEST).save_to_disk(tmp_path / "table")
     assert len(RowsTask().load(tmp_path / "table")) == 20

@@ -23,6 +23,7 @@ class HendrycksMath(Task):
 
     name = "math"
     measure = "accuracy"
+    source = "EleutherAI/hendrycks_math"
     max_new_tokens = 1024
     stop = NEXT_QUESTION
     format = "math"

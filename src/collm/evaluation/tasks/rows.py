@@ -19,6 +19,7 @@ class RowsTask(Task):
     Attributes:
         metric: a name from `metrics.METRICS`, or your own as "package.module:function".
         prompt_field, completion_field: what the two fields are called.
+        max_new_tokens, stop: where an answer ends, as in `collm train` and `collm calibrate`.
 
     Raises:
         ConfigError: no such metric.
@@ -27,9 +28,10 @@ class RowsTask(Task):
     metric: str = "exact_match"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
 
     name = "rows"
-    max_new_tokens = 256
     format = "rows"
 
     def __post_init__(self) -> None:

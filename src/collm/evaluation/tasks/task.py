@@ -54,6 +54,7 @@ class Task(ABC):
         name: what `task_named` calls it.
         max_new_tokens: most tokens an answer may take.
         stop: strings that end an answer.
+        source: where its publishers keep the data on the Hub; None if it must be named.
         split: read by default, unless the source is a file or a table without splits.
         format: of the training data from which shots are taken; None if there is none to take.
     """
@@ -61,6 +62,7 @@ class Task(ABC):
     name: str
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    source: str | None = None
     split: str = "test"
     format: str | None
 
@@ -92,7 +94,7 @@ class Task(ABC):
 
     def load(
         self,
-        source: str | Path,
+        source: str | Path | None = None,
         *,
         split: str | None = None,
         limit: int | None = None,
@@ -103,7 +105,8 @@ class Task(ABC):
         """The items to ask.
 
         Args:
-            source: a file, a directory or a Hub name, as `collm.training.data.load_rows` takes them.
+            source: a file, a directory or a Hub name, as `collm.training.data.load_rows` takes them; by default the
+                task's.
             split: by default the task's; a file has none.
             limit: ask so many, drawn at random and kept in order.
             shots: show so many answered questions before each item, the same for all.
@@ -113,8 +116,11 @@ class Task(ABC):
         Raises:
             DataError: nothing usable at a source, a malformed row (its file and line, and what is wrong), or too few
                 rows for the shots.
-            ConfigError: limit or shots out of range, or shots where there is nothing to take them from.
+            ConfigError: limit or shots out of range, shots where there is nothing to take them from, or no source.
         """
+        source = source or self.source
+        if source is None:
+            raise ConfigError(f"nothing says where the data of task {self.name!r} is; name a file or a Hub data set")
         if limit is not None and limit < 1:
             raise ConfigError(f"limit is {limit}, expected at least 1 item, or none to take all")
         items = self.read(source, split or _default_split(source, self.split))

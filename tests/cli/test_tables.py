@@ -1,0 +1,44 @@
+"""What `collm eval` prints: every system once, its scores, costs and all measures, within 80 columns."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from collm.cli.tables import comparison_tables
+from collm.evaluation.compare import Comparison, SystemResult
+from collm.evaluation.intervals import Interval
+
+USED = {"tokens_read": 1234.5, "tokens_written": 67.8, "forward_passes": 9.1, "calls": 0.0}
+NAMES = ["collaboration", "base", "assistant", "sft=/a/long/way/to/the/models/fine-tuned", "random", "threshold=0.4"]
+
+
+def result(name: str, *measures: str) -> SystemResult:
+    difference = None if name == "collaboration" else Interval(-0.991, -1.0, -0.974)
+    models = {"base": USED, "assistant": USED} if name in ("collaboration", "random") else {"base": USED}
+    scores = dict.fromkeys(measures, Interval(0.991, 0.953, 0.998))
+    return SystemResult(name, 117, scores, difference, 0.07, models, 1.75e7, 2397.0, 0.1234)
+
+
+def printed(*measures: str) -> str:
+    results = [result(name, *measures) for name in NAMES]
+    main = measures[0] if measures else None
+    found = Comparison("gsm8k", main, [], results, {}, ["base", "assistant"], 0.5, {})
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(*comparison_tables(found), sep="\n")
+    return capture.get()
+
+
+def test_every_system_with_its_scores_and_costs() -> None:
+    lines = [line.split() for line in printed("accuracy", "unparsed").splitlines()]
+    difference = ["-99.1", "(-100.0..-97.4)"]
+    assert ["base", "99.1", "(95.3..99.8)", *difference, "7.0%"] in lines
+    assert ["sft=fine-tuned", "17.5M", "0.123s", "2397", "base", "1,234.5", "67.8", "9.1"] in lines
+    assert ["assistant", "1,234.5", "67.8", "9.1"] in lines  # the collaboration's
+    assert ["unparsed", *["99.1"] * 5] in lines
+    assert not any("threshold" in word for line in lines for word in line)
+
+
+def test_one_measure_needs_no_table_of_measures() -> None:
+    assert "all measures" not in printed("accuracy")
+    assert "all measures" not in printed()
