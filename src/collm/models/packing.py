@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+LONGEST = 256
+"""Rows that a packed layer multiplies at once."""
 
 
 class PackedLinear(nn.Module):
@@ -14,6 +18,9 @@ class PackedLinear(nn.Module):
     The default kernels walk a plain weight in an order that suits neither one token nor a handful; from the blocked
     order a few tokens cost little more than one. The plain weight is not kept, so the layer can be neither trained
     nor saved.
+
+    oneDNN keeps a program for each number of rows it ever saw, about a megabyte each, so rows come in few numbers:
+    more than `LONGEST` in parts, the rest filled up with zeros to the next of `fitting_rows`.
     """
 
     weight: Tensor
@@ -25,8 +32,23 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        return outputs
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        parts = [self._part(part) for part in rows.split(LONGEST)]
+        outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
+
+    def _part(self, rows: Tensor) -> Tensor:
+        count = len(rows)
+        filled = F.pad(rows, (0, 0, 0, fitting_rows(count) - count))
+        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(filled, self.weight, self.bias, "none", [], "")
+        return outputs[:count]
+
+
+def fitting_rows(count: int) -> int:
+    """The least number of rows, not below this one, that layers are run with: up to 16 any, up to 64 multiples of 8, then
+    of 32."""
+    step = 1 if count <= 16 else 8 if count <= 64 else 32
+    return -(-count // step) * step
 
 
 def packing_pays(module: nn.Module) -> bool:
