@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
 
 
 def fitting_rows(count: int) -> int:
-    """The least number of rows, not below this one, that layers are run with: up to 16 any, up to 64 multiples of 8, then
+    """The least number of rows, not below `count`, that layers run with: up to 16 any, up to 64 multiples of 8, then
     of 32."""
     step = 1 if count <= 16 else 8 if count <= 64 else 32
     return -(-count // step) * step
