@@ -34,7 +34,7 @@ $(VLLM_INSTALLED): pyproject.toml
 	touch $@
 
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## The engine on real vLLM servers, which it starts and stops (2.5 GB to install).
-	COLLM_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm tests/vllm
+	COLLM_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm --timeout 900 tests/vllm
 
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
 	$(BIN)/python -m benchmarks.decode --dtype float32 --out benchmarks/results/cpu-float32.json

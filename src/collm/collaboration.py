@@ -101,7 +101,7 @@ class CoLLM:
         if isinstance(base, ToolSpec):
             raise ConfigError(f"the base is {base}, expected a language model: the head reads its hidden states")
         self.base = base
-        self.assistants = [as_member(assistant) for assistant in assistants]
+        self.assistants = tuple(as_member(assistant) for assistant in assistants)
         self.head = head
         self.tokenizer = tokenizer
         self.identity = TokenizerIdentity.of(tokenizer)

@@ -224,6 +224,7 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
         "--max-new-tokens",
         "5",
     ]
+    monkeypatch.setattr("sys.argv", ["/bin/collm", "eval", "mine"])
     done = CliRunner().invoke(app, [*asked, "--threshold", "0.4", "--compare", "base,assistant,random"])
     assert done.exit_code == 0, done.output
     assert "The collaboration reaches token_f1" in " ".join(done.stdout.split())
@@ -231,7 +232,7 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
     assert [row["name"] for row in shown["rows"]] == ["collaboration", "base", "assistant", "random"]
     assert shown["threshold"] == 0.4
     assert shown["settings"]["data"] == str(pair["validation"])
-    assert shown["settings"]["command"].startswith("collm ")
+    assert shown["settings"]["command"] == "collm eval mine"
     reported = CliRunner().invoke(app, ["report", "run"])
     assert reported.exit_code == 0, reported.output
     assert "What each model did for an item" in (tmp_path / "run/report.html").read_text()

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -355,9 +356,12 @@ def test_while_models_are_loaded_the_server_lives_and_is_not_ready(
         server.stop()
 
 
-def test_models_that_cannot_be_loaded_end_the_server(tokenizer: PreTrainedTokenizerFast, pair: CoLLM) -> None:
-    pair.assistants[0] = ModelSpec("/nowhere/at/all")
-    server = Server({"pair": pair}, Settings(), host="127.0.0.1", port=0)
+def test_models_that_cannot_be_loaded_end_the_server(
+    tokenizer: PreTrainedTokenizerFast, pair: CoLLM, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)  # and no weights
+    without = CoLLM(pair.base, [ModelSpec(str(tmp_path))], pair.head, tokenizer)
+    server = Server({"pair": without}, Settings(), host="127.0.0.1", port=0)
     server.run()
     assert isinstance(server.service.failure, LoadError)
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from collm.evaluation.systems import is_threshold, short_names
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -81,6 +79,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
     Thresholds, of which a curve has many, are left to the report.
     """
+    from collm.evaluation.systems import is_threshold, short_names
+
     shown = [result for result in comparison.results if not is_threshold(result.name)]
     names = short_names([result.name for result in shown])
     named = [(names[result.name], result) for result in shown]

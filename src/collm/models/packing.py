@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        parts = [self._part(part) for part in rows.split(LONGEST)]
+        parts = [self._part(part) for part in torch.split(rows, LONGEST)]
         outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
