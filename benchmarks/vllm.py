@@ -58,7 +58,7 @@ class Bench:
         self.local = CoLLM(specs[0], [specs[1]], head, tokenizer)
         self.local.export_vllm(root / "export")
         self.note = Note.read(root / "export")
-        flags = ["--max-logprobs", "-1", "--generation-config", "vllm"]
+        flags = ["--max-logprobs", "-1"]
         models = [Served("base", ModelSpec(str(root / "export")), flags), Served("assistant", specs[1], flags)]
         plans = placed(models, Machine.this(), max_batch=max(arguments.batch), max_length=1024)
         self.servers: list[ServerProcess] = stack.enter_context(

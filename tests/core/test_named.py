@@ -94,23 +94,20 @@ def test_a_fraction_is_no_author_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "missing"),
+    ("text", "message"),
     [
-        ("threshold", ["threshold"]),
-        ("threshold:", ["threshold"]),
-        ("schedule:start=0.5", ["end", "steps"]),
-        ("budget:burst=2", ["budget"]),
-        ("single", ["writer"]),
-        ("random", ["rate"]),
+        ("threshold", "policy 'threshold' lacks threshold; write threshold:threshold=.."),
+        ("threshold:", "policy 'threshold' lacks threshold; write threshold:threshold=.."),
+        ("schedule:start=0.5", "policy 'schedule' lacks end and steps; write schedule:start=..,end=..,steps=.."),
+        ("budget:burst=2", "policy 'budget' lacks budget; write budget:burst=..,budget=.."),
+        ("single", "policy 'single' lacks writer; write single:writer=.."),
+        ("random", "policy 'random' lacks rate; write random:rate=.."),
     ],
 )
-def test_a_missing_option_is_named_and_how_to_write_it_shown(text: str, missing: list[str]) -> None:
-    with pytest.raises(ConfigError, match="lacks an option") as refusal:
+def test_a_missing_option_is_named_and_how_to_write_it_shown(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
         policy_named(text)
-    name = text.partition(":")[0]
-    assert f"policy {name!r}" in str(refusal.value)
-    assert f"write {name}:option=value" in str(refusal.value)
-    assert all(f"'{option}'" in str(refusal.value) for option in missing)
+    assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize(
@@ -120,6 +117,7 @@ def test_a_missing_option_is_named_and_how_to_write_it_shown(text: str, missing:
         ("threshold:threshold=nan", "threshold is nan"),
         ("schedule:start=0,end=1,steps=0", "steps is 0"),
         ("contrastive:expert=2,amateur=2", "both author 2"),
+        ("contrastive:beta=1e38", r"beta is 1e\+38, expected a number from 0 to 1000"),
     ],
 )
 def test_a_value_out_of_range_is_refused_as_by_the_policy_itself(text: str, message: str) -> None:

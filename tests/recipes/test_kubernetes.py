@@ -27,7 +27,6 @@ VLLM_FLAGS = {  # of 'vllm serve --help=all', 0.32
     *("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--block-size", "--enforce-eager", "--dtype", "--model"),
     *("--nnodes", "--node-rank", "--master-addr", "--headless", "--logprobs-mode", "--speculative-config"),
 }
-ENGINE_OPTIONS = {"--engine", "--servers"}
 
 
 def named(kind: str, name: str) -> Any:
@@ -133,7 +132,7 @@ def test_collm_finds_its_servers() -> None:
     expected = [f"http://{name}:{port_of(name)}/v1" for name in ("collm-base", "collm-assistant")]
     assert list(servers.urls) == expected
     deployment = named("Deployment", "collm-serve")
-    assert set(flags(deployment)) <= command_options(["serve"]) | ENGINE_OPTIONS
+    assert set(flags(deployment)) <= command_options(["serve"])
     mounts = {mount["name"]: mount["mountPath"] for mount in container(deployment)["volumeMounts"]}
     assert flags(deployment)["--servers"] == f"{mounts['servers']}/servers.yaml"
     assert int(flags(deployment)["--drain"]) < pod(deployment)["spec"]["terminationGracePeriodSeconds"]
@@ -195,7 +194,7 @@ def test_the_page_names_options_that_exist() -> None:
         if words[:2] == ["vllm", "serve"] or "vllm.entrypoints.openai.api_server" in words:
             assert given <= VLLM_FLAGS, words
         elif words[0] == "collm":
-            assert given <= command_options(words[1:3]) | ENGINE_OPTIONS, words
+            assert given <= command_options(words[1:3]), words
         checked.add(words[0])
     assert {"vllm", "collm", "kubectl"} <= checked
 

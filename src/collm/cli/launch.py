@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from collm.cli import serve
+from collm.errors import ConfigError
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
     from collm.vllm.launch import ServerPlan
 
+NOT_HERE = {
+    "--device": "device",
+    "--dtype": "dtype",
+    "--engine": "engine",
+    "--servers": "servers",
+    "--compile": "compiled",
+    "--trust-tools": "trust_tools",
+}
+"""Options of `collm serve` that say where and how models run; here they run on the servers that are started."""
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -51,7 +61,7 @@ def launch(
     from collm.vllm.servers import Servers
 
     log_as_json()
-    serving = _serve_command(collaboration, context.args)  # wrong options show before anything starts
+    serving = _serve_command(collaboration, context.args)
     python = check_python(vllm_python or sys.executable)
     directory = work or Path(f"{Path(collaboration).resolve().name}-vllm")
     flags = [shlex.split(base_flags), shlex.split(assistant_flags)]
@@ -64,17 +74,23 @@ def launch(
 
 
 def _serve_command(collaboration: str, arguments: list[str]) -> Any:
-    """The parsed call of `collm serve`."""
+    """The parsed call of `collm serve`, checked before anything starts."""
     app = typer.Typer(add_completion=False)
     app.command("serve")(serve.serve)
-    return typer.main.get_command(app).make_context("collm serve", [collaboration, *arguments])
+    context = typer.main.get_command(app).make_context("collm serve", [collaboration, *arguments])
+    for option, name in NOT_HERE.items():
+        if context.params[name]:
+            raise ConfigError(f"{option} has no effect here; --base-flags and --assistant-flags say how models run")
+    if len(context.params["collaborations"]) > 1:
+        raise ConfigError(f"collm launch serves one collaboration, got {' '.join(context.params['collaborations'])}")
+    serve.settings_of(context.params)
+    return context
 
 
 def _plans(
     collaboration: str, directory: Path, flags: list[list[str]], max_batch: int, max_length: int | None
 ) -> Sequence[ServerPlan]:
     from collm.collaboration import CoLLM
-    from collm.errors import ConfigError
     from collm.models.loading import ModelSpec
     from collm.models.members import author_name
     from collm.vllm.placement import Machine, Served, placed

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from collm.cli.servers import EngineOption, ServersOption, servers_named
 from collm.errors import ConfigError, MissingExtra
 
+if TYPE_CHECKING:
+    from collm.serving.settings import Settings
+
 
 def serve(
+    context: typer.Context,
     collaborations: Annotated[
         list[str],
         typer.Argument(
@@ -31,12 +37,16 @@ def serve(
         int | None, typer.Option(help="Longest prompt. Default: what the models read.")
     ] = None,
     max_choices: Annotated[int, typer.Option(help="Most completions of one request: its prompts times n.")] = 16,
-    max_body: Annotated[int, typer.Option(help="Longest request body, bytes.")] = 4 << 20,
-    time_limit: Annotated[float, typer.Option(help="Longest time for a request, seconds, waiting included.")] = 300.0,
-    drain: Annotated[float, typer.Option(help="Seconds that requests may go on once the server is to stop.")] = 30.0,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option(help="Web origin whose pages may call the server; may be repeated.")
-    ] = None,
+    max_body_bytes: Annotated[int, typer.Option("--max-body", help="Longest request body, bytes.")] = 4 << 20,
+    time_limit_s: Annotated[
+        float, typer.Option("--time-limit", help="Longest time for a request, seconds, waiting included.")
+    ] = 300.0,
+    drain_s: Annotated[
+        float, typer.Option("--drain", help="Seconds that requests may go on once the server is to stop.")
+    ] = 30.0,
+    allow_origins: Annotated[
+        list[str], typer.Option("--allow-origin", help="Web origin whose pages may call the server; may be repeated.")
+    ] = [],  # noqa: B006
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
@@ -52,21 +62,8 @@ def serve(
     """Serve collaborations to OpenAI clients, until Ctrl-C or SIGTERM; then running requests are finished first."""
     check_extra()
     from collm.serving.run import run
-    from collm.serving.settings import Settings
 
-    settings = Settings(
-        max_batch=max_batch,
-        max_waiting=max_waiting,
-        max_body_bytes=max_body,
-        max_prompt_tokens=max_prompt_tokens,
-        max_tokens=max_tokens,
-        max_choices=max_choices,
-        time_limit_s=time_limit,
-        drain_s=drain,
-        api_key=api_key,
-        log_prompts=log_prompts,
-        allow_origins=allow_origin or (),
-    )
+    settings = settings_of(context.params)
     if servers is not None and len(collaborations) > 1:
         raise ConfigError(
             f"--servers came with {len(collaborations)} collaborations, expected one; for several, name the servers in "
@@ -75,6 +72,20 @@ def serve(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_tools": trust_tools, "compiled": compiled}
     options |= {"engine": engine, "servers": servers_named(servers)}
     run(_models(collaborations, options), settings, host=host, port=port, no_auth=no_auth)
+
+
+def settings_of(options: Mapping[str, Any]) -> Settings:
+    """Those of the command's options that are settings.
+
+    Raises:
+        ConfigError: one is out of range, or the address needs an API key.
+    """
+    from collm.serving.run import check_address
+    from collm.serving.settings import Settings
+
+    settings = Settings(**{field.name: options[field.name] for field in fields(Settings)})
+    check_address(options["host"], settings, no_auth=options["no_auth"])
+    return settings
 
 
 def check_extra() -> None:

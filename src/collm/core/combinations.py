@@ -101,7 +101,7 @@ class ContrastivePolicy(CombiningPolicy):
 
     Args:
         alpha: plausibility, 0 (all tokens) to 1 (the expert's argmax only).
-        beta: strength of the contrast, >= 0.
+        beta: strength of the contrast, 0 to 1000.
         expert, amateur: author numbers.
 
     Raises:
@@ -115,8 +115,8 @@ class ContrastivePolicy(CombiningPolicy):
 
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise ConfigError(f"beta is {self.beta}, expected a number >= 0")
+        if not 0 <= self.beta <= 1000:  # from about 1e37 on, differences of log-probabilities are infinite
+            raise ConfigError(f"beta is {self.beta}, expected a number from 0 to 1000")
         if self.expert == self.amateur:
             raise ConfigError(f"expert and amateur are both author {self.expert}; name two different authors")
 

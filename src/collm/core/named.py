@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from collm.core.combinations import ContrastivePolicy, MixturePolicy, ProductPolicy, ProxyTuningPolicy
@@ -60,8 +60,9 @@ def policy_named(text: str) -> Policy:
         except ValueError as error:
             kind_of = "whole number" if types[option] is int else "number"
             raise ConfigError(f"{option} of policy {name!r} is {value!r}, expected a {kind_of}") from error
-    try:
-        policy: Policy = kind(**options)
-        return policy
-    except TypeError as error:
-        raise ConfigError(f"policy {name!r} lacks an option: {error}; write {name}:option=value") from error
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in options]
+    if missing:
+        written = ",".join(f"{option}=.." for option in (*options, *missing))
+        raise ConfigError(f"policy {name!r} lacks {' and '.join(missing)}; write {name}:{written}")
+    policy: Policy = kind(**options)
+    return policy

@@ -85,16 +85,21 @@ def run(
         ConfigError: such an address without an API key.
         CollmError: the models cannot be loaded, or do not fit.
     """
-    if host not in LOOPBACK and settings.api_key is None and not no_auth:
-        raise ConfigError(
-            f"host is {host}, which others can reach, and there is no API key; give --api-key or COLLM_API_KEY, "
-            "or --no-auth to let everybody in"
-        )
+    check_address(host, settings, no_auth=no_auth)
     log_as_json(log_prompts=settings.log_prompts)
     server = Server(models, settings, host=host, port=port)
     server.run()
     if server.service.failure is not None:
         raise server.service.failure
+
+
+def check_address(host: str, settings: Settings, *, no_auth: bool) -> None:
+    """Raise a ConfigError where everybody could come in and nobody said so."""
+    if host not in LOOPBACK and settings.api_key is None and not no_auth:
+        raise ConfigError(
+            f"host is {host}, which others can reach, and there is no API key; give --api-key or COLLM_API_KEY, "
+            "or --no-auth to let everybody in"
+        )
 
 
 def log_as_json(*, log_prompts: bool = False) -> None:

@@ -198,6 +198,7 @@ def placed(
                 f"{length}, the longest sequence; give --max-model-len, more memory, or servers on several machines"
             )
         flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
+        flags += ["--generation-config", "vllm"]  # a model's own would change sampling and cap the length
         if model.spec.revision is not None:
             flags += ["--revision", model.spec.revision]
         flags += [*device.flags(size, tokens), *model.flags]

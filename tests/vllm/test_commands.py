@@ -1,0 +1,155 @@
+"""Commands across servers do what they do with models in memory, and say what does not go there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from collm import CoLLM, ModelSpec
+from collm.cli.main import app
+from collm.errors import ArtefactError, ConfigError
+from collm.vllm.note import check_exported
+from collm.vllm.servers import Servers
+from tests.decoding.test_engine import random_head
+from tests.vllm.conftest import Cluster, Members
+
+NOBODY = "http://127.0.0.1:9/v1"
+
+
+@dataclass
+class Saved:
+    """A collaboration on disk, and the addresses of its fake servers."""
+
+    path: str
+    servers: str
+
+
+@pytest.fixture
+def saved(members: Callable[[int], Members], cluster: Callable[..., Cluster], tmp_path: Path) -> Saved:
+    m, names = members(1), ("base", "assistant")
+    for name, module in zip(names, m.models, strict=True):
+        module.save_pretrained(tmp_path / name)
+        m.tokenizer.save_pretrained(tmp_path / name)
+    base, assistant = (ModelSpec(str(tmp_path / name)) for name in names)
+    CoLLM(base, [assistant], m.head, m.tokenizer).save_pretrained(tmp_path / "pair")
+    return Saved(str(tmp_path / "pair"), ",".join(fake.url for fake in cluster(1).fakes))
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def rows(path: Path) -> Path:
+    asked = [f"w{3 * n} w{3 * n + 1}" for n in range(1, 7)]
+    path.write_text("".join(json.dumps({"prompt": one, "completion": "w7 w8"}) + "\n" for one in asked))
+    return path
+
+
+def test_generate_writes_the_same(saved: Saved) -> None:
+    asked = ["generate", saved.path, "w5 w6", "--threshold", 0.5, "--max-new-tokens", 12]
+    assert run(*asked, "--servers", saved.servers) == run(*asked)
+
+
+def test_calibrate_finds_the_same(saved: Saved, tmp_path: Path) -> None:
+    asked = ["calibrate", saved.path, "--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1"]
+    asked += ["--rate", 0.3, "--max-new-tokens", 8]
+    found = []
+    for more in ((), ("--servers", saved.servers)):
+        run(*asked, *more)
+        found.append(CoLLM.from_pretrained(saved.path).calibration)
+    local, served = found
+    assert local is not None
+    assert served is not None
+    assert [point.deferral_rate for point in served.points] == [point.deferral_rate for point in local.points]
+    assert [point.metric for point in served.points] == [point.metric for point in local.points]
+    assert served.best().threshold == pytest.approx(local.best().threshold, abs=1e-5)
+
+
+def test_eval_scores_the_same(saved: Saved, tmp_path: Path) -> None:
+    asked = ["eval", saved.path, "--task", "rows", "--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1"]
+    asked += ["--threshold", 0.5, "--max-new-tokens", 8, "--compare", "base,assistant,random,budget:budget=0.2"]
+    found: list[dict[str, Any]] = []
+    for name, more in {"local": (), "served": ("--servers", saved.servers)}.items():
+        run(*asked, "--out", tmp_path / name, *more)
+        found.append(json.loads((tmp_path / name / "results.json").read_text()))
+    for local, served in zip(*(one["rows"] for one in found), strict=True):
+        for key in ("name", "measures", "difference", "deferral_rate"):
+            assert served[key] == local[key]
+        assert served["flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["generate", "PAIR", "hi", "--servers", f"{NOBODY},{NOBODY}", "--device", "cpu"], "device"),
+        (["generate", "PAIR", "hi", "--servers", f"{NOBODY},{NOBODY}", "--dtype", "float32"], "dtype"),
+        (["generate", "PAIR", "hi", "--servers", f"{NOBODY},{NOBODY}", "--engine", "local"], "engine"),
+        (["generate", "PAIR", "hi", "--engine", "vllm"], "servers"),
+        (["generate", "PAIR", "hi", "--servers", NOBODY], "1 servers came for a base and 1 assistants"),
+        (["serve", "PAIR", "other=PAIR", "--servers", NOBODY], "--servers came with 2 collaborations"),
+        (["launch", "PAIR", "--servers", NOBODY], "--servers has no effect here"),
+        (["launch", "PAIR", "--compile"], "--compile has no effect here"),
+        (["launch", "PAIR", "other=PAIR"], "serves one collaboration, got PAIR other=PAIR"),
+        (["launch", "PAIR", "--host", "0.0.0.0"], "there is no API key"),
+        (["launch", "PAIR", "--max-batch", "0"], "max_batch is 0"),
+    ],
+)
+def test_what_has_no_effect_is_refused(saved: Saved, arguments: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(app, [one.replace("PAIR", saved.path) for one in arguments])
+    assert isinstance(done.exception, ConfigError), done.output
+    assert complaint in str(done.exception).replace(saved.path, "PAIR")
+
+
+def test_launch_refuses_an_option_that_neither_command_has(saved: Saved) -> None:
+    done = CliRunner().invoke(app, ["launch", saved.path, "--max-bathc", "3"])
+    assert done.exit_code == 2
+    assert "--max-bathc" in done.stderr
+
+
+def test_servers_are_written_as_they_are_read(tmp_path: Path) -> None:
+    servers = Servers([NOBODY], on_failure="base", timeout_s=3.5, retries=0, wait_s=9.0, api_key_env="KEY")
+    servers.write(tmp_path / "servers.yaml")
+    assert Servers.named(str(tmp_path / "servers.yaml")) == servers
+    assert Servers.named(f"{NOBODY}, http://localhost:8002/v1/").urls == (NOBODY, "http://localhost:8002/v1")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("[http://localhost:8001/v1]", "expected 'urls'"),
+        ("urls: [http://localhost:8001/v1]\ntimeout: 3", "and of api_key_env, on_failure"),
+        ("urls: http://localhost:8001/v1", "expected a list of addresses"),
+        ("urls: [http://localhost:8001/v1]\ntimeout_s: soon", "expected a list of urls, seconds and numbers"),
+        ("urls: [http://user:secret@localhost/v1]", "is no URL"),
+        ("urls: [unclosed", "expected addresses like"),
+    ],
+)
+def test_a_file_of_servers_that_is_none_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
+    path = tmp_path / "servers.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as refusal:
+        Servers.named(str(path))
+    assert complaint in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+
+
+def test_a_missing_file_of_servers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"FileNotFoundError; expected addresses like"):
+        Servers.named(str(tmp_path / "nothing.yaml"))
+
+
+def test_an_export_of_another_head_is_refused(members: Callable[[int], Members], tmp_path: Path) -> None:
+    m = members(1)
+    check_exported(m.exported, m.head)
+    with pytest.raises(ArtefactError, match="was exported with another head; remove it"):
+        check_exported(m.exported, random_head(32, 1, scale=2.0))
+    with pytest.raises(ArtefactError, match=r"there is no .*; expected what 'collm export vllm' writes"):
+        check_exported(tmp_path, m.head)
