@@ -23,23 +23,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import table
+from benchmarks.table import PREDICTIONS, table
 from collm.errors import ConfigError
 from collm.vllm.cost import Job, Server, alone, calibrated, collaboration, token_by_token
 from collm.vllm.simulation import simulate
 from collm.vllm.workload import Verdict, Workload, scattered, verdict
 
 AT_ONCE = (1, 4, 16, 64)
-PREDICTIONS = {
-    "name": "case",
-    "measured_s": "measured, s",
-    "predicted_s": "predicted, s",
-    "ratio": "predicted / measured",
-    "requests": "requests",
-    "predicted_requests": "predicted",
-    "base_busy": "base's model at work",
-    "assistant_busy": "assistant's",
-}
 ASSUMED = {"assistant": "assistant's step", "request": "a request"} | {str(n): f"{n} at once" for n in AT_ONCE}
 EVERY = {"name", "completions", "tokens", "concurrency", "wall_s", "requests"}
 OPTIONAL = {"method", "prompt_tokens"}
@@ -74,8 +64,18 @@ def jobs(case: dict[str, Any], servers: list[Server]) -> list[Job]:
     return [token_by_token(text, prompt, servers, case["vocab_size"]) for text in texts]
 
 
-def row(case: dict[str, Any], servers: list[Server], cores: float) -> dict[str, Any]:
-    """Predicted against measured."""
+def predictions(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Predicted against measured, of each case of a file."""
+    servers, cores = servers_of(content), content.get("cores", math.inf)
+    return [_row(case, servers, cores) for case in content["cases"]]
+
+
+def servers_of(content: dict[str, Any]) -> list[Server]:
+    """Of base and assistant."""
+    return [calibrated(content["servers"][name]) for name in ("base", "assistant")]
+
+
+def _row(case: dict[str, Any], servers: list[Server], cores: float) -> dict[str, Any]:
     outcome = simulate(jobs(case, servers), servers, case["concurrency"], cores)
     return {
         "name": case["name"],
@@ -98,11 +98,10 @@ def verdicts(base: Server, assistant: Server, tokens: int, prompt: int, cores: f
 def measured(path: Path) -> list[str]:
     """The page of a file."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    servers = [calibrated(content["servers"][name]) for name in ("base", "assistant")]
-    cases, cores = content["cases"], content.get("cores", math.inf)
-    one = cases[0]
-    told = verdicts(*servers, one["tokens"] // one["completions"], one.get("prompt_tokens", 1), cores)
-    return [*table([row(case, servers, cores) for case in cases], PREDICTIONS), "", *map(str, told)]
+    one = content["cases"][0]
+    tokens, prompt = one["tokens"] // one["completions"], one.get("prompt_tokens", 1)
+    told = verdicts(*servers_of(content), tokens, prompt, content.get("cores", math.inf))
+    return [*table(predictions(content), PREDICTIONS), "", *map(str, told)]
 
 
 def assumed() -> list[str]:

@@ -3,6 +3,7 @@
 python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
 python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
 python -m benchmarks.table docs/serving.md benchmarks/results/cpu-serve.json
+python -m benchmarks.table docs/scaling.md benchmarks/results/cpu-vllm.json
 """
 
 from __future__ import annotations
@@ -67,7 +68,28 @@ LOAD = {
     "open_slots": "slots open after",
     "resident_mb": "memory, MB",
 }
+SERVERS = {
+    "batch": "at once",
+    "deferral_rate": "deferral rate",
+    "requests_per_token": "requests per token",
+    "speed_vs_per_token": "vs a request per token",
+    "speed_vs_assistant": "vs assistant alone",
+    "speed_vs_base": "vs base alone",
+    "speed_vs_memory": "vs in memory",
+}
+PREDICTIONS = {
+    "name": "case",
+    "measured_s": "measured, s",
+    "predicted_s": "predicted, s",
+    "ratio": "predicted / measured",
+    "requests": "requests",
+    "predicted_requests": "predicted",
+    "base_busy": "base's model at work",
+    "assistant_busy": "assistant's",
+}
 PARTS = [
+    ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
+    ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
     ("throughput", "Over HTTP against the same engine without it, the same requests:", THROUGHPUT),
     ("load", "Rounds of many streams of mixed lengths, of which some are left early:", LOAD),
     ("memory", "Memory of the loss, forward and backward, above what was held before it:", MEMORY),

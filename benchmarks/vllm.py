@@ -5,8 +5,9 @@
 Starts a server for each of two models of real shapes with random weights, and measures in one run, on these servers:
 `collm` across them; one request for each token with the log-probabilities of the whole vocabulary, as the method's
 authors run it; the assistant alone and the base alone, one request each; and the same pair in this process. The
-threshold is set for about three deferred tokens of ten. `python -m benchmarks.simulate` reads the JSON: its "servers"
-say what a step, a request and reading a token take, its "cases" what the methods took.
+threshold is set for about three deferred tokens of ten. "servers" say what a step, a request and reading a token take
+on each, "cases" what the methods took, "predictions" what the simulator makes of the former; `python -m
+benchmarks.simulate` reads the JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from benchmarks.pairs import SHAPES, make_model, make_tokenizer, prompts_of
 from benchmarks.record import run_parts
+from benchmarks.simulate import predictions
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.objective import defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
@@ -65,7 +67,9 @@ class Bench:
             launched(plans, check_python(arguments.vllm_python), root / "logs", wait_s=600)
         )
         self.remote = CoLLM(specs[0], [specs[1]], head, tokenizer, servers=Servers([one.url for one in self.servers]))
+        self.cores = len(Machine.this().cores)
         self.threshold = self._threshold()
+        self.measured: dict[str, Any] = {}
         self.cases: list[dict[str, Any]] = []
         self._salt = 1
 
@@ -85,10 +89,13 @@ class Bench:
 
     def measure_servers(self) -> dict[str, Any]:
         """By name, as `collm.vllm.cost.calibrated` reads them."""
-        measured = {}
         for server in self.servers:
-            measured[server.plan.name] = _logged(asyncio.run(self._figures(server)))
-        return measured
+            self.measured[server.plan.name] = _logged(asyncio.run(self._figures(server)))
+        return self.measured
+
+    def predict(self) -> list[dict[str, Any]]:
+        """What the simulator says of the cases."""
+        return predictions({"servers": self.measured, "cases": self.cases, "cores": self.cores})
 
     async def _figures(self, server: ServerProcess) -> dict[str, Any]:
         async with httpx.AsyncClient(timeout=None) as client:
@@ -276,7 +283,7 @@ def main() -> None:
     parser.add_argument("--new-per-token", type=int, default=16, help="of the slow method")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
-    names = ("servers", "comparison", "cases")
+    names = ("cores", "servers", "comparison", "cases", "predictions")
     parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
@@ -284,7 +291,13 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with ExitStack() as stack:
         bench = Bench(arguments, stack)
-        parts = {"servers": bench.measure_servers, "comparison": bench.compare, "cases": lambda: bench.cases}
+        parts = {
+            "cores": lambda: bench.cores,
+            "servers": bench.measure_servers,
+            "comparison": bench.compare,
+            "cases": lambda: bench.cases,
+            "predictions": bench.predict,
+        }
         run_parts("benchmarks.vllm", arguments, parts)
 
 

@@ -19,6 +19,12 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 """Where exactness is tested: wherever the machine can."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws, and what is first made for it, does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _process() -> None:
     torch.set_num_threads(1)

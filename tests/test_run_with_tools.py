@@ -76,7 +76,7 @@ def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path
     trusting = CoLLM.from_pretrained(collaboration, trust_tools=True)
     out = trusting.generate("w11 w12 w5", SamplingParams(max_new_tokens=1), threshold=-1)
     assert out[0].text == " w43"
-    assert CoLLM.from_pretrained(collaboration, assistants=[ToolSpec("date")]).assistants == [ToolSpec("date")]
+    assert CoLLM.from_pretrained(collaboration, assistants=[ToolSpec("date")]).assistants == (ToolSpec("date"),)
     command = [sys.executable, "-c", "from collm.cli.main import main; main()", "generate", str(collaboration)]
     command += ["w11 w12 w5", "--threshold", "-1", "--max-new-tokens", "1"]
     refused = subprocess.run(command, capture_output=True, text=True)
@@ -115,7 +115,7 @@ def test_a_function_is_an_assistant_as_it_stands(
     model = CoLLM(ModelSpec(str(saved_model("base", 0))), [functions.add_words], DeferralHead(32, 1), tokenizer)
     model.save_pretrained(tmp_path / "saved")
     loaded = CoLLM.from_pretrained(tmp_path / "saved", trust_tools=True)
-    assert loaded.assistants == [ToolSpec("tests.tools.functions:add_words")]
+    assert loaded.assistants == (ToolSpec("tests.tools.functions:add_words"),)
     with pytest.raises(ConfigError, match="an assistant is a int, expected a model, a spec or a function"):
         CoLLM(ModelSpec(str(tmp_path)), [3], DeferralHead(32, 1), tokenizer)  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="the base is tool:date, expected a language model"):

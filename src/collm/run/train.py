@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +30,8 @@ from collm.training.checkpoints import last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
 from collm.training.trainer import CoLLMTrainer
+
+_LETTING_GO_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,15 @@ def processes_of(args: CoLLMConfig) -> PartialState:
 
 
 def leave() -> None:
-    """Leave the group of processes together, if there is one: one that is torn down by exiting may abort."""
+    """Leave the group of processes together, if there is one: one that is torn down by exiting may abort.
+
+    Gloo's threads need the interpreter to let go of their last tensors. The group's end waits for these threads without
+    giving the interpreter away, so they are given time before it: else that is a deadlock.
+    """
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()
+        time.sleep(_LETTING_GO_S)
         state.destroy_process_group()
 
 
