@@ -67,7 +67,7 @@ class Bench:
             launched(plans, check_python(arguments.vllm_python), root / "logs", wait_s=600)
         )
         self.remote = CoLLM(specs[0], [specs[1]], head, tokenizer, servers=Servers([one.url for one in self.servers]))
-        self.cores = len(Machine.this().cores)
+        self.cores = Machine.this().cores
         self.threshold = self._threshold()
         self.measured: dict[str, Any] = {}
         self.cases: list[dict[str, Any]] = []

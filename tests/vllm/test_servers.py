@@ -33,7 +33,12 @@ from tests.vllm.test_engine import check_drawn, check_equal
 pytestmark = pytest.mark.vllm
 
 PYTHON = os.environ.get("COLLM_VLLM_PYTHON", "")
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else a process spins for each model, and there are few cores
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
 """vLLM's attention on a CPU wants heads of 32 or wider."""
 FLAGS = [

@@ -1,4 +1,4 @@
-"""Which server gets what of one machine: its GPUs or cores, and memory for keys and values."""
+"""Which server gets what of one machine: its GPUs or threads, and memory for keys and values."""
 
 from __future__ import annotations
 
@@ -72,25 +72,25 @@ class Machine:
     Attributes:
         gpu_bytes: memory of each GPU; none on a CPU.
         memory_bytes: main memory that is free.
-        cores: that this process may use.
+        cores: how many this process may use.
     """
 
     gpu_bytes: Sequence[int]
     memory_bytes: int
-    cores: Sequence[int]
+    cores: int
 
     @classmethod
     def this(cls) -> Machine:
         """The one at hand."""
         gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-        return cls(gpus, psutil.virtual_memory().available, sorted(os.sched_getaffinity(0)))
+        return cls(gpus, psutil.virtual_memory().available, len(os.sched_getaffinity(0)))
 
     def devices(self, count: int) -> list[Device]:
-        """What each of so many servers runs on: GPUs if there are some, else cores."""
+        """What each of so many servers runs on: GPUs if there are some, else threads."""
         if self.gpu_bytes:
             groups = gpus_for(len(self.gpu_bytes), count)
-            return [Device(group, (), sum(self.gpu_bytes[gpu] for gpu in group)) for group in groups]
-        return [Device((), cores, self.memory_bytes) for cores in cores_for(self.cores, count)]
+            return [Device(group, 0, sum(self.gpu_bytes[gpu] for gpu in group)) for group in groups]
+        return [Device((), max(1, self.cores // count), self.memory_bytes)] * count
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,24 @@ class Device:
 
     Attributes:
         gpus: their numbers; servers with the same ones share them, and all without share the main memory.
-        cores: their numbers, of a server without GPUs.
+        threads: of a server without GPUs.
         memory_bytes: of its GPUs together, or the main memory that is free.
     """
 
     gpus: Sequence[int]
-    cores: Sequence[int]
+    threads: int
     memory_bytes: int
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that keep a server to it; more threads than cores stall each other."""
+        """Variables that keep a server to it; more threads than cores stall each other.
+
+        vLLM on a CPU would put the model into a process of its own, and both processes of a server then spin while they
+        wait for each other's messages, which leaves few cores little time for anything else.
+        """
         if self.gpus:
             return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
-        cores = ",".join(map(str, self.cores))
-        return {"OMP_NUM_THREADS": str(len(self.cores)), "VLLM_CPU_OMP_THREADS_BIND": cores}
+        return {"OMP_NUM_THREADS": str(self.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     def flags(self, size: Footprint, tokens: int) -> list[str]:
         """Flags of vLLM, with memory for the keys and values of so many tokens."""
@@ -141,12 +144,6 @@ def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
     each = (num_gpus - 1) // (num_servers - 1)
     size = 1 << (each.bit_length() - 1)
     return [[0], *(list(range(1 + k * size, 1 + (k + 1) * size)) for k in range(num_servers - 1))]
-
-
-def cores_for(cores: Sequence[int], num_servers: int) -> list[list[int]]:
-    """Cores of each server: equal shares, none in two of them unless there are more servers than cores."""
-    shares = [[core for n, core in enumerate(cores) if n * num_servers // len(cores) == k] for k in range(num_servers)]
-    return [share or [cores[k % len(cores)]] for k, share in enumerate(shares)]
 
 
 def kv_tokens(models: Sequence[Footprint], memory_bytes: float, wanted: int) -> int:
