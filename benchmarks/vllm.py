@@ -4,8 +4,9 @@
 
 Starts a server for each of two models of real shapes with random weights, and measures in one run, on these servers:
 `collm` across them; one request for each token with the log-probabilities of the whole vocabulary, as the method's
-authors run it; the assistant alone and the base alone, one request each; and the same pair in this process. The
-threshold is set for about three deferred tokens of ten. "servers" say what a step, a request and reading a token take
+authors run it; the assistant alone and the base alone, one request each; and the same pair in this process. Tokens are
+drawn at temperature 1, as random models repeat themselves otherwise, and the threshold is set for about three deferred
+tokens of ten. "servers" say what a step, a request and reading a token take
 on each, "cases" what the methods took, "predictions" what the simulator makes of the former; `python -m
 benchmarks.simulate` reads the JSON.
 """
@@ -68,22 +69,25 @@ class Bench:
         )
         self.remote = CoLLM(specs[0], [specs[1]], head, tokenizer, servers=Servers([one.url for one in self.servers]))
         self.cores = Machine.this().cores
+        self._asked = 0
         self.threshold = self._threshold()
         self.measured: dict[str, Any] = {}
         self.cases: list[dict[str, Any]] = []
-        self._salt = 1
 
     def _threshold(self) -> float:
         """That leaves three of ten tokens of the base's own text to the assistant."""
-        prompts, params = self._prompts(4, salt=1), SamplingParams(self.arguments.new)
-        out = self.remote.generate(prompts, params, threshold=1.0)
+        out = self.remote.generate(self._prompts(8), self._params(), threshold=1.0)
         probs = sorted(prob for one in out for prob in one.defer_probs)
         return probs[int(0.7 * len(probs))]
 
-    def _prompts(self, count: int, salt: int = 0) -> list[list[int]]:
+    def _params(self) -> SamplingParams:
+        return SamplingParams(self.arguments.new, temperature=1.0)
+
+    def _prompts(self, count: int) -> list[list[int]]:
         """Prompts that no server has read."""
+        start, self._asked = self._asked, self._asked + count
         prompts = prompts_of(count, self.arguments.prompt - 1, self.arguments.vocabulary)
-        return [[10 + (salt * 977 + place) % 1000, *prompt] for place, prompt in enumerate(prompts)]
+        return [[10 + start + place, *prompt] for place, prompt in enumerate(prompts)]
 
     # What a server takes alone
 
@@ -146,7 +150,7 @@ class Bench:
         """Each method at each batch, in turn; speeds are ratios of tokens per second."""
         rows = []
         for batch in self.arguments.batch:
-            found = [self._best(case) for case in self._methods(batch)]
+            found = [self._measured(method, batch) for method in self._methods(batch)]
             self.cases += [case for case in found if case["name"].partition(",")[0] != "in memory"]
             speed = {case["name"].partition(",")[0]: case["tokens"] / case["wall_s"] for case in found}
             ours = next(case for case in found if case["name"].startswith("collm"))
@@ -167,33 +171,29 @@ class Bench:
         return rows
 
     def _methods(self, batch: int) -> list[Callable[[int], dict[str, Any]]]:
+        """Each decodes so many completions, `batch` at once."""
         threshold = ThresholdPolicy(self.threshold)
-        short = self.arguments.new_per_token
         return [
-            lambda salt: self._generated("collm", self.remote, batch, salt, threshold),
-            lambda salt: self._generated("in memory", self.local, batch, salt, threshold),
-            lambda salt: self._generated("assistant alone", self.remote, batch, salt, SingleAuthorPolicy(1)),
-            lambda salt: self._generated("base alone", self.remote, batch, salt, SingleAuthorPolicy(0)),
-            lambda salt: asyncio.run(self._per_token(batch, salt, short)),
+            lambda count: self._generated("collm", self.remote, batch, count, threshold),
+            lambda count: self._generated("in memory", self.local, batch, count, threshold),
+            lambda count: self._generated("assistant alone", self.remote, batch, count, SingleAuthorPolicy(1)),
+            lambda count: self._generated("base alone", self.remote, batch, count, SingleAuthorPolicy(0)),
+            lambda count: asyncio.run(self._per_token(batch, count, self.arguments.new_per_token)),
         ]
 
-    def _best(self, method: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        """The fastest of several runs, each on prompts of its own."""
-        found = []
-        for _ in range(self.arguments.repeats + 1):
-            self._salt += 1
-            found.append(method(self._salt))
-        return min(found[1:], key=lambda case: case["wall_s"] / case["tokens"])  # the first also pays for memory
+    def _measured(self, method: Callable[[int], dict[str, Any]], batch: int) -> dict[str, Any]:
+        method(batch)  # the first also pays for memory
+        return method(batch * self.arguments.rounds)
 
-    def _generated(self, name: str, model: CoLLM, batch: int, salt: int, policy: Policy) -> dict[str, Any]:
-        prompts, params = self._prompts(batch, salt), SamplingParams(self.arguments.new)
+    def _generated(self, name: str, model: CoLLM, batch: int, count: int, policy: Policy) -> dict[str, Any]:
+        prompts = self._prompts(count)
         start = time.perf_counter()
-        out = model.generate(prompts, params, policy=policy, max_batch=batch)
+        out = model.generate(prompts, self._params(), policy=policy, max_batch=batch)
         wall_s = time.perf_counter() - start
         authors = [one.authors for one in out]
         case = {
             "name": f"{name}, {batch} at once",
-            "completions": batch,
+            "completions": count,
             "tokens": sum(map(len, authors)),
             "prompt_tokens": self.arguments.prompt,
             "deferrals": sum(map(sum, authors)),
@@ -207,45 +207,48 @@ class Bench:
             case["method"] = "assistant alone"
         return case
 
-    async def _per_token(self, batch: int, salt: int, new: int) -> dict[str, Any]:
+    async def _per_token(self, batch: int, count: int, new: int) -> dict[str, Any]:
+        room = asyncio.Semaphore(batch)
         async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
+
+            async def one(prompt: list[int]) -> list[int]:
+                async with room:
+                    return await self._token_by_token(client, prompt, new)
+
+            prompts = self._prompts(count)
             start = time.perf_counter()
-            written = await asyncio.gather(
-                *(self._token_by_token(client, prompt, new) for prompt in self._prompts(batch, salt))
-            )
+            authors = await asyncio.gather(*map(one, prompts))
             wall_s = time.perf_counter() - start
-        authors = [one for _, one in written]
         deferrals = sum(map(sum, authors))
         return {
             "name": f"{PER_TOKEN}, {batch} at once",
             "method": PER_TOKEN,
             "vocab_size": self.note.vocab_size,
-            "completions": batch,
-            "tokens": batch * new,
+            "completions": count,
+            "tokens": count * new,
             "prompt_tokens": self.arguments.prompt,
             "deferrals": deferrals,
             "runs": sum(map(_runs, authors)),
             "concurrency": batch,
             "wall_s": wall_s,
-            "requests": batch * new + deferrals,
+            "requests": count * new + deferrals,
         }
 
-    async def _token_by_token(
-        self, client: httpx.AsyncClient, prompt: list[int], new: int
-    ) -> tuple[list[int], list[int]]:
-        """Token ids and authors: the base is asked for every token, the assistant where it defers."""
+    async def _token_by_token(self, client: httpx.AsyncClient, prompt: list[int], new: int) -> list[int]:
+        """Authors: the base is asked for every token, the assistant where it defers."""
         text, authors = list(prompt), []
         base, assistant = self.servers
         defer_id, zero_id, bias = self.note.defer_ids[0], self.note.zero_id, self.note.biases[0]
         for _ in range(new):
-            body = {"prompt": text, "max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True}
+            body = {"prompt": text, "max_tokens": 1, "temperature": 1, "return_tokens_as_token_ids": True}
             said = await _logprobs(client, base, {**body, "logprobs": zero_id + 1})
             u = torch.tensor([(said.pop(defer_id) - said.pop(zero_id)) / ROW_SCALE + bias])
             authors.append(int(float(defer_probs(u)) > self.threshold))
             if authors[-1]:
                 said = await _logprobs(client, assistant, {**body, "logprobs": self.note.vocab_size})
-            text.append(max(said, key=lambda token: said[token]))
-        return text[len(prompt) :], authors
+            tokens, logprobs = zip(*said.items(), strict=True)
+            text.append(tokens[int(torch.multinomial(torch.tensor(logprobs).exp(), 1))])
+        return authors
 
 
 async def _logprobs(client: httpx.AsyncClient, server: ServerProcess, body: dict[str, Any]) -> dict[int, float]:
@@ -282,7 +285,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--new-per-token", type=int, default=16, help="of the slow method")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--rounds", type=int, default=4, help="completions for each that is decoded at once")
     names = ("cores", "servers", "comparison", "cases", "predictions")
     parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
