@@ -32,16 +32,20 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        parts = [self._part(part) for part in torch.split(rows, LONGEST)]
+        count = inputs.numel() // inputs.shape[-1]
+        if 0 < count <= LONGEST and count == fitting_rows(count):
+            return self._multiply(inputs)
+        parts = [self._part(part) for part in torch.split(inputs.reshape(-1, inputs.shape[-1]), LONGEST)]
         outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
     def _part(self, rows: Tensor) -> Tensor:
         count = len(rows)
-        filled = F.pad(rows, (0, 0, 0, fitting_rows(count) - count))
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(filled, self.weight, self.bias, "none", [], "")
-        return outputs[:count]
+        return self._multiply(F.pad(rows, (0, 0, 0, fitting_rows(count) - count)))[:count]
+
+    def _multiply(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return outputs
 
 
 def fitting_rows(count: int) -> int:
