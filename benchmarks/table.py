@@ -73,6 +73,7 @@ SERVERS = {
     "deferral_rate": "deferral rate",
     "requests_per_token": "requests per token",
     "speed_vs_per_token": "vs a request per token",
+    "deferral_rate_per_token": "its deferral rate",
     "speed_vs_assistant": "vs assistant alone",
     "speed_vs_base": "vs base alone",
     "speed_vs_memory": "vs in memory",

@@ -153,13 +153,14 @@ class Bench:
             found = [self._measured(method, batch) for method in self._methods(batch)]
             self.cases += [case for case in found if case["name"].partition(",")[0] != "in memory"]
             speed = {case["name"].partition(",")[0]: case["tokens"] / case["wall_s"] for case in found}
-            ours = next(case for case in found if case["name"].startswith("collm"))
+            ours, slow = found[0], found[-1]
             rows.append(
                 _logged(
                     {
                         "batch": batch,
                         "deferral_rate": ours["deferrals"] / ours["tokens"],
                         "requests_per_token": ours["requests"] / ours["tokens"],
+                        "deferral_rate_per_token": slow["deferrals"] / slow["tokens"],
                         "tokens_per_second": speed["collm"],
                         "speed_vs_per_token": speed["collm"] / speed[PER_TOKEN],
                         "speed_vs_assistant": speed["collm"] / speed["assistant alone"],
@@ -171,7 +172,7 @@ class Bench:
         return rows
 
     def _methods(self, batch: int) -> list[Callable[[int], dict[str, Any]]]:
-        """Each decodes so many completions, `batch` at once."""
+        """Each decodes so many completions, `batch` at once; ours first, the authors' last."""
         threshold = ThresholdPolicy(self.threshold)
         return [
             lambda count: self._generated("collm", self.remote, batch, count, threshold),
@@ -183,7 +184,7 @@ class Bench:
 
     def _measured(self, method: Callable[[int], dict[str, Any]], batch: int) -> dict[str, Any]:
         method(batch)  # the first also pays for memory
-        return method(batch * self.arguments.rounds)
+        return method(self.arguments.completions)
 
     def _generated(self, name: str, model: CoLLM, batch: int, count: int, policy: Policy) -> dict[str, Any]:
         prompts = self._prompts(count)
@@ -285,7 +286,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--new-per-token", type=int, default=16, help="of the slow method")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=4, help="completions for each that is decoded at once")
+    parser.add_argument("--completions", type=int, default=16, help="of each method, at each batch")
     names = ("cores", "servers", "comparison", "cases", "predictions")
     parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
