@@ -12,7 +12,7 @@ import pytest
 import collm
 
 SOURCE = Path(collm.__file__).parent
-BOTTOM = {"errors", "version", "atomic"}
+BOTTOM = {"errors", "version", "atomic", "redaction"}
 MAY_IMPORT = {
     "core": {"core"},
     "tools": {"tools"},

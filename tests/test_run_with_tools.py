@@ -71,9 +71,9 @@ def test_a_model_and_a_tool_get_the_tokens_they_own(saved_model: SavedModel, tmp
 def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path: Path) -> None:
     run(tmp_path, saved_model("base", 0), [ADDER])
     collaboration = tmp_path / "run/collaboration"
-    with pytest.raises(ArtefactError, match=r"names code .* tool:tests.tools.functions:add_words.*--trust-tools"):
+    with pytest.raises(ArtefactError, match=r"names code .* tool:tests.tools.functions:add_words.*--trust-code"):
         CoLLM.from_pretrained(collaboration)
-    trusting = CoLLM.from_pretrained(collaboration, trust_tools=True)
+    trusting = CoLLM.from_pretrained(collaboration, trust_code=True)
     out = trusting.generate("w11 w12 w5", SamplingParams(max_new_tokens=1), threshold=-1)
     assert out[0].text == " w43"
     assert CoLLM.from_pretrained(collaboration, assistants=[ToolSpec("date")]).assistants == (ToolSpec("date"),)
@@ -81,8 +81,8 @@ def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path
     command += ["w11 w12 w5", "--threshold", "-1", "--max-new-tokens", "1"]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1
-    assert "--trust-tools" in refused.stderr
-    done = subprocess.run([*command, "--trust-tools"], capture_output=True, text=True, check=True)
+    assert "--trust-code" in refused.stderr
+    done = subprocess.run([*command, "--trust-code"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "w43"
 
 
@@ -114,7 +114,7 @@ def test_a_function_is_an_assistant_as_it_stands(
 ) -> None:
     model = CoLLM(ModelSpec(str(saved_model("base", 0))), [functions.add_words], DeferralHead(32, 1), tokenizer)
     model.save_pretrained(tmp_path / "saved")
-    loaded = CoLLM.from_pretrained(tmp_path / "saved", trust_tools=True)
+    loaded = CoLLM.from_pretrained(tmp_path / "saved", trust_code=True)
     assert loaded.assistants == (ToolSpec("tests.tools.functions:add_words"),)
     with pytest.raises(ConfigError, match="an assistant is a int, expected a model, a spec or a function"):
         CoLLM(ModelSpec(str(tmp_path)), [3], DeferralHead(32, 1), tokenizer)  # type: ignore[list-item]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -17,17 +18,19 @@ from safetensors.torch import load_file, save_file
 from collm.atomic import atomic_file
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
-from collm.errors import ArtefactError
+from collm.errors import ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec
 from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
-from collm.tools.spec import ToolSpec
+from collm.tools.spec import ToolSpec, not_trusted
 from collm.version import __version__
 
 FORMAT = 1
 CONFIG, HEAD, CALIBRATION, CARD = "collm.json", "head.safetensors", "calibration.json", "README.md"
 TABLES = "tables"
+MAX_JSON_BYTES = 16 << 20
+"""Longest JSON file of an artefact that is read; a chat template in it has a few thousand bytes."""
 
 SavedBase = Literal["base", "adapter"]
 """Folder of the tuned base weights or of the adapter; a base that stayed frozen has neither."""
@@ -42,7 +45,6 @@ class Manifest:
         saved_base: which folder of the artefact holds the tuned base, None for a frozen one.
         tokenizer_hash, chat_template_hash: of the tokenizer all models share.
         default_threshold: chosen by calibration, None before it.
-        servers: where base and assistants are served, the fields of `vllm.servers.Servers`; None for models in memory.
         training: how the head was trained and what was measured, for the model card.
     """
 
@@ -56,7 +58,6 @@ class Manifest:
     accept_differences: list[str]
     default_threshold: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
-    servers: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     format: int = FORMAT
 
@@ -71,6 +72,10 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Read collm.json; a ValueError, KeyError or TypeError where it is something else."""
         content = json.loads(text)
+        unknown = content.keys() - {one.name for one in fields(cls)}
+        if unknown:
+            raise ValueError(f"it has the unknown field {min(unknown)!r}")
+        _check_kinds(content)
         content["base"] = _spec(content["base"])
         if not isinstance(content["base"], ModelSpec):
             raise ValueError("the base is no language model")
@@ -87,6 +92,44 @@ def _spec(content: dict[str, Any]) -> AssistantSpec:
     if engine not in _ENGINES:
         raise ValueError(f"engine {engine!r} is not known to this version")
     return _ENGINES[engine](**content)
+
+
+_KINDS: dict[str, type | UnionType] = {
+    "base": dict,
+    "assistants": list,
+    "saved_base": str | None,
+    "tokenizer_hash": str,
+    "chat_template_hash": str | None,
+    "template": dict,
+    "accept_differences": list,
+    "default_threshold": float | int | None,
+    "training": dict,
+    "versions": dict,
+}
+
+
+def _check_kinds(content: dict[str, Any]) -> None:
+    """Raise a ValueError for a field that holds something else than a manifest has there."""
+    for name, kind in _KINDS.items():
+        if name in content and not isinstance(content[name], kind):
+            raise ValueError(f"{name} is {content[name]!r:.80}")
+    if content["saved_base"] not in (None, *get_args(SavedBase)):
+        raise ValueError(f"saved_base is {content['saved_base']!r:.80}")
+    texts = [*content["accept_differences"], *content["template"].values()]
+    specs = [value for spec in (content["base"], *content["assistants"]) for value in dict(spec).values()]
+    if not all(isinstance(text, str | None) for text in texts) or any(isinstance(one, dict | list) for one in specs):
+        raise ValueError("a model, a template or an accepted difference holds something else than text")
+    _check_head_shape(content["head"])
+
+
+def _check_head_shape(shape: Any) -> None:
+    known = {"hidden_size", "num_assistants"}
+    if (
+        not isinstance(shape, dict)
+        or shape.keys() != known
+        or not all(type(n) is int and n > 0 for n in shape.values())
+    ):
+        raise ValueError(f"head is {shape!r:.80}, expected hidden_size and num_assistants")
 
 
 def library_versions() -> dict[str, str]:
@@ -106,12 +149,28 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise ArtefactError(f"{directory} is no collaboration: no {CONFIG} in it; expected what save_pretrained writes")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
         if json.loads(text).get("format") != FORMAT:
             raise ArtefactError(f"{path} has format {json.loads(text).get('format')!r}, this version reads {FORMAT}")
         return Manifest.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or retrain") from error
+
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError)
+"""What reading a file that holds something else raises; a RecursionError for JSON that is nested too deeply."""
+
+
+def _read_text(path: Path) -> str:
+    """The text of a JSON file of an artefact.
+
+    Raises:
+        ValueError: it is longer than such a file can be, or no UTF-8.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"it has {size} bytes, expected at most {MAX_JSON_BYTES}")
+    return path.read_text(encoding="utf-8")
 
 
 def local_directory(path: str | Path, revision: str | None) -> Path:
@@ -134,6 +193,21 @@ def local_directory(path: str | Path, revision: str | None) -> Path:
         ) from error
 
 
+def check_contained(directory: Path) -> None:
+    """Refuse an artefact with a link that leads out of it: what is read through one may be a secret of this machine.
+
+    Files of a Hub snapshot are links to the blobs beside it.
+
+    Raises:
+        ArtefactError: naming the first.
+    """
+    root = directory.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    for path in directory.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise ArtefactError(f"{path} is a link that leads out of the collaboration; replace it by the file itself")
+
+
 def check_trusted(manifest: Manifest, directory: Path) -> None:
     """Refuse a collaboration whose tools are no tools of ours.
 
@@ -142,10 +216,7 @@ def check_trusted(manifest: Manifest, directory: Path) -> None:
     """
     for spec in manifest.assistants:
         if isinstance(spec, ToolSpec) and spec.foreign:
-            raise ArtefactError(
-                f"{directory} names code that collm does not bring, {spec}, and would run it; if you trust it, pass "
-                "--trust-tools (trust_tools=True)"
-            )
+            raise ArtefactError(not_trusted(directory, str(spec)))
 
 
 def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[AssistantSpec]:
@@ -165,10 +236,18 @@ def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[As
 
 
 def placed(spec: AssistantSpec, directory: Path, **options: str) -> AssistantSpec:
-    """A spec of the artefact in `directory`: a tool with the path of its table, a model with these options."""
+    """A spec of the artefact in `directory`: a tool with the path of its table, a model with these options.
+
+    Raises:
+        ArtefactError: a table that lies outside of the artefact.
+    """
     if isinstance(spec, ModelSpec):
         return replace(spec, **options)
-    return spec if spec.table is None else spec.with_table(directory / spec.table)
+    if spec.table is None:
+        return spec
+    if spec.table.is_absolute() or ".." in spec.table.parts:
+        raise ArtefactError(f"{directory} names the table {spec.table}, expected one inside of it ({TABLES}/..)")
+    return spec.with_table(directory / spec.table)
 
 
 def check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
@@ -212,11 +291,11 @@ def read_head(directory: Path, expected: dict[str, int]) -> DeferralHead:
         raise ArtefactError(f"{directory} has no {HEAD}; the collaboration is incomplete, train it again") from error
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path} is corrupt ({error}); restore it or train it again") from error
-    head = DeferralHead(**expected)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    wanted = {"weight": (expected["num_assistants"], expected["hidden_size"]), "bias": (expected["num_assistants"],)}
     if shapes != wanted:
         raise ArtefactError(f"{path} holds {shapes}, expected {wanted} for these models; it belongs to another pair")
+    head = DeferralHead(**expected)
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ArtefactError(f"{path} holds values that are not finite; the training that wrote it diverged")
     head.load_state_dict(tensors)
@@ -233,8 +312,8 @@ def read_calibration(directory: Path) -> Calibration | None:
     if not path.exists():
         return None
     try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+        return Calibration.from_dict(json.loads(_read_text(path)))
+    except _DAMAGED as error:
         raise ArtefactError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it and calibrate again"
         ) from error

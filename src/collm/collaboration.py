@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -24,7 +24,7 @@ from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, 
 from collm.decoding.candidates import Candidates
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request
-from collm.engines import Backend, EngineName, InMemory, OnServers, servers_for
+from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.guards import TokenizerIdentity, check_accepted, check_tokenizers
 from collm.models.language_model import LanguageModel
@@ -134,7 +134,7 @@ class CoLLM:
         device: str | None = None,
         dtype: str | None = None,
         compiled: bool = False,
-        trust_tools: bool = False,
+        trust_code: bool = False,
         engine: EngineName | None = None,
         servers: Servers | None = None,
     ) -> CoLLM:
@@ -146,9 +146,9 @@ class CoLLM:
             base, assistants: models to use in place of those the artefact names, after a move for example.
             device, dtype: of all models, in place of what the artefact says.
             compiled: as of the class.
-            trust_tools: run the code of assistants that are functions of somebody's.
-            engine: "local" or "vllm"; by default "vllm" where servers are given or the artefact names some.
-            servers: in place of those that the artefact names.
+            trust_code: run the functions that the artefact names as assistants.
+            engine: "local" or "vllm"; by default "vllm" where servers are given.
+            servers: where base and assistants are served. No file of an artefact decides that.
 
         Raises:
             ArtefactError: it is missing, half-written or corrupt, a tokenizer is not the one it was made with, or it
@@ -158,11 +158,11 @@ class CoLLM:
         """
         directory = artefact.local_directory(path, revision)
         manifest = artefact.read_manifest(directory)
-        if not trust_tools and assistants is None:
+        artefact.check_contained(directory)
+        if not trust_code and assistants is None:
             artefact.check_trusted(manifest, directory)
         head = artefact.read_head(directory, manifest.head)
-        saved = None if manifest.servers is None else Servers.of(manifest.servers, str(directory))
-        servers = servers_for(engine, servers, saved)
+        check_engine(engine, servers)
         placed = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         if servers is not None and placed:
             raise ConfigError(f"{', '.join(placed)} has no effect on servers; leave it out, or use engine 'local'")
@@ -275,7 +275,6 @@ class CoLLM:
             accept_differences=list(self.accept_differences),
             default_threshold=self.calibration.best().threshold if self.calibration else None,
             training=self.training,
-            servers=None if self.servers is None else asdict(self.servers),
         )
 
     # Decoding

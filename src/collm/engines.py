@@ -189,21 +189,14 @@ class OnServers:
         return LanguageModel(module, name="").weights_per_token
 
 
-def servers_for(engine: EngineName | None, given: Servers | None, saved: Servers | None) -> Servers | None:
-    """The servers that decode: the given ones, else those that an artefact names; None where models in memory do.
-
-    Raises:
-        ConfigError: an unknown engine, servers for the local one, or none for the other.
-    """
+def check_engine(engine: EngineName | None, servers: Servers | None) -> None:
+    """Raise a ConfigError for an unknown engine, servers for the local one, or none for the other."""
     if engine not in (None, *get_args(EngineName)):
         raise ConfigError(f"engine is {engine!r}, expected one of {', '.join(get_args(EngineName))}")
-    if engine == "local":
-        if given is not None:
-            raise ConfigError("servers have no effect with engine 'local'; leave one of them out")
-        return None
-    if engine == "vllm" and not (given or saved):
+    if engine == "local" and servers is not None:
+        raise ConfigError("servers have no effect with engine 'local'; leave one of them out")
+    if engine == "vllm" and servers is None:
         raise ConfigError("engine 'vllm' needs to know its servers; give the address of each, the base's first")
-    return given or saved
 
 
 def _eos_ids_of(member: ModelSpec | nn.Module) -> frozenset[int]:

@@ -94,7 +94,7 @@ def test_eval_scores_the_same(saved: Saved, tmp_path: Path) -> None:
         (["generate", "PAIR", "hi", "--servers", f"{NOBODY},{NOBODY}", "--engine", "local"], "engine"),
         (["generate", "PAIR", "hi", "--engine", "vllm"], "servers"),
         (["generate", "PAIR", "hi", "--servers", NOBODY], "1 servers came for a base and 1 assistants"),
-        (["serve", "PAIR", "other=PAIR", "--servers", NOBODY], "--servers came with 2 collaborations"),
+        (["serve", "PAIR", "other=PAIR", "--servers", NOBODY], "--servers came 1 times for 2 collaborations"),
         (["launch", "PAIR", "--servers", NOBODY], "--servers has no effect here"),
         (["launch", "PAIR", "--compile"], "--compile has no effect here"),
         (["launch", "PAIR", "other=PAIR"], "serves one collaboration, got PAIR other=PAIR"),

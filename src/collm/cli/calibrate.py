@@ -55,8 +55,8 @@ def calibrate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
-    trust_tools: Annotated[
-        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
     ] = False,
 ) -> None:
     """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and near the best, which is kept.
@@ -86,17 +86,17 @@ def calibrate(
             "device",
             "engine",
             "servers",
-            "trust_tools",
+            "trust_code",
             *chosen,
             why="without --data the run of DIR says the rest",
         )
     model = CoLLM.from_pretrained(
-        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_tools=trust_tools
+        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_code=trust_code
     )
     out = Console(highlight=False)
     past = None
     if data is None:
-        past = run.PastRun.read(Path(collaboration).resolve().parent)
+        past = run.PastRun.read(Path(collaboration).resolve().parent, trust_code=trust_code)
         source: run.DataConfig = past.config
         validation = past.validation()
     else:

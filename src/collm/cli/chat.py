@@ -45,8 +45,8 @@ def chat(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
-    trust_tools: Annotated[
-        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
     ] = False,
 ) -> None:
     """Talk to a collaboration; /help lists what else can be typed.
@@ -68,7 +68,7 @@ def chat(
         servers=servers_named(servers),
         device=device,
         dtype=dtype,
-        trust_tools=trust_tools,
+        trust_code=trust_code,
     )
     talk = Conversation(model, params, model.threshold(threshold, budget), system)
     talk.check()

@@ -43,8 +43,8 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
-    trust_tools: Annotated[
-        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
     ] = False,
 ) -> None:
     """Answer a task with the collaboration and with what it is compared to; scores, intervals and costs of each."""
@@ -62,6 +62,7 @@ def evaluate(
     from collm.evaluation.systems import names_in, systems_named, thresholds_named
     from collm.evaluation.tasks.named import task_named
     from collm.evaluation.verdict import verdict
+    from collm.redaction import redacted_command
     from collm.training.scoring import progress_bar
 
     options = {
@@ -75,7 +76,7 @@ def evaluate(
     chosen = task_named(task, **{name: value for name, value in options.items() if value is not None})
     items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
     model = CoLLM.from_pretrained(
-        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_tools=trust_tools
+        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_code=trust_code
     )
     operating = model.threshold(threshold, budget)
     names = names_in(compare)
@@ -95,7 +96,7 @@ def evaluate(
             max_batch=max_batch,
             seed=seed,
             settings={
-                "command": shlex.join(["collm", *sys.argv[1:]]),
+                "command": shlex.join(["collm", *redacted_command(sys.argv[1:])]),
                 "collaboration": collaboration,
                 "data": data or chosen.source,
                 "limit": limit,

@@ -18,5 +18,5 @@ def vllm(
     """Write the base, its adapter merged, with the deferral head as further rows of its output layer."""
     from collm.collaboration import CoLLM
 
-    CoLLM.from_pretrained(collaboration, device="cpu", trust_tools=True).export_vllm(out)
+    CoLLM.from_pretrained(collaboration, device="cpu", trust_code=True).export_vllm(out)
     typer.echo(f"{out}: serve it with vLLM beside the assistants; docs/scaling.md says how")

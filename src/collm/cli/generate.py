@@ -41,8 +41,8 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
-    trust_tools: Annotated[
-        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
     lookahead: Annotated[
@@ -61,7 +61,7 @@ def generate(
 
     transformers.utils.logging.disable_progress_bar()
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "compiled": compiled, "trust_tools": trust_tools}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "compiled": compiled, "trust_code": trust_code}
     model = CoLLM.from_pretrained(collaboration, engine=engine, servers=servers_named(servers), **loading)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]

@@ -24,7 +24,7 @@ NOT_HERE = {
     "--engine": "engine",
     "--servers": "servers",
     "--compile": "compiled",
-    "--trust-tools": "trust_tools",
+    "--trust-code": "trust_code",
 }
 """Options of `collm serve` that say where and how models run; here they run on the servers that are started."""
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -69,7 +69,7 @@ def launch(
     with _terminated_as_interrupted(), launched(plans, python, directory / "logs", wait_s=wait) as running:
         servers = Servers([server.url for server in running], on_failure=on_failure)
         servers.write(directory / "servers.yaml")
-        serving.params["servers"] = str(directory / "servers.yaml")
+        serving.params["servers"] = [str(directory / "servers.yaml")]
         serving.command.invoke(serving)
 
 

@@ -17,7 +17,7 @@ def lm_eval(
 ) -> None:
     """Run lm-evaluation-harness: what follows DIR, as --tasks gsm8k, goes to `lm-eval run`, DIR being its model.
 
-    --model_args takes threshold, budget, policy, dtype, trust_tools, max_length and add_bos_token. DIR --help lists all
+    --model_args takes threshold, budget, policy, dtype, trust_code, max_length and add_bos_token. DIR --help lists all
     options of the harness.
     """
     from collm.evaluation.harness import HarnessLM  # says what to install where the harness is missing

@@ -59,6 +59,9 @@ def score(
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
     tool_eps: Annotated[float | None, typer.Option(help="What a tool leaves to all other tokens.")] = None,
     tool_seconds: Annotated[float | None, typer.Option(help="Time limit of a call of your function.")] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="With --config: run functions that it names.")
+    ] = False,
 ) -> None:
     """Score a data set with one model: gold log-probability and whether its argmax is gold, per target token.
 
@@ -79,12 +82,22 @@ def score(
     served = None if server is None else run.Server(server, concurrency or 16, api_key_env)
     if config is not None:
         allow_only(
-            context, "config", "author", "server", "concurrency", "api_key_env", why="--config says what to score"
+            context,
+            "config",
+            "author",
+            "server",
+            "concurrency",
+            "api_key_env",
+            "trust_code",
+            why="--config says what to score",
         )
         if author is None:
             raise typer.BadParameter("--config needs --author: base, assistant-1, ..")
-        _report(run.score_author(*parse(["--config", str(config)]), author, server=served), None)
+        given = ["--config", str(config), *(["--trust-code"] if trust_code else [])]
+        _report(run.score_author(*parse(given), author, server=served), None)
         return
+    if trust_code:
+        raise ConfigError("--trust-code has no effect without --config: naming a function is consent; leave it out")
     if data is None or model is None or out is None:
         raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
     loaded = {"dtype": dtype, "device": device, "quantization": quantization, "max_batch_tokens": max_batch_tokens}

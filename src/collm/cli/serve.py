@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collm.cli.servers import EngineOption, ServersOption, servers_named
+from collm.cli.servers import EngineOption, servers_named
 from collm.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from collm.serving.settings import Settings
+    from collm.vllm.servers import Servers
 
 
 def serve(
@@ -51,9 +52,14 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
     engine: EngineOption = None,
-    servers: ServersOption = None,
-    trust_tools: Annotated[
-        bool, typer.Option("--trust-tools", help="Run assistants that are functions collm does not bring.")
+    servers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL,.. | FILE", help="As of 'collm generate'; one for each DIR, in their order, repeated."
+        ),
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
     ] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile, CUDA graphs on a GPU; a slow start, then faster.")
@@ -64,14 +70,15 @@ def serve(
     from collm.serving.run import run
 
     settings = settings_of(context.params)
-    if servers is not None and len(collaborations) > 1:
+    if servers and len(servers) != len(collaborations):
         raise ConfigError(
-            f"--servers came with {len(collaborations)} collaborations, expected one; for several, name the servers in "
-            "each one's collm.json"
+            f"--servers came {len(servers)} times for {len(collaborations)} collaborations; give one for each, in the "
+            "same order"
         )
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_tools": trust_tools, "compiled": compiled}
-    options |= {"engine": engine, "servers": servers_named(servers)}
-    run(_models(collaborations, options), settings, host=host, port=port, no_auth=no_auth)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "compiled": compiled}
+    options |= {"engine": engine}
+    where = [servers_named(one) for one in servers] if servers else [None] * len(collaborations)
+    run(_models(collaborations, where, options), settings, host=host, port=port, no_auth=no_auth)
 
 
 def settings_of(options: Mapping[str, Any]) -> Settings:
@@ -96,7 +103,7 @@ def check_extra() -> None:
         raise MissingExtra(str(error.name).partition(".")[0], "serve") from error
 
 
-def _models(collaborations: list[str], options: dict[str, Any]) -> dict[str, Any]:
+def _models(collaborations: list[str], servers: Sequence[Servers | None], options: dict[str, Any]) -> dict[str, Any]:
     """By name."""
     import transformers
 
@@ -104,11 +111,11 @@ def _models(collaborations: list[str], options: dict[str, Any]) -> dict[str, Any
 
     transformers.utils.logging.disable_progress_bar()  # the log is JSON
     models: dict[str, Any] = {}
-    for given in collaborations:
+    for given, served in zip(collaborations, servers, strict=True):
         name, equals, path = given.partition("=")
         if not equals:
             name, path = Path(given).resolve().name, given
         if name in models:
             raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
-        models[name] = CoLLM.from_pretrained(path, **options)
+        models[name] = CoLLM.from_pretrained(path, servers=served, **options)
     return models

@@ -19,7 +19,7 @@ ServersOption = Annotated[
         "--servers",
         metavar="URL,.. | FILE",
         help="Addresses of vLLM servers, as http://localhost:8001/v1, the base's first; or a YAML file with urls, "
-        "on_failure (fail or base), timeout_s, retries, wait_s, api_key_env. Default: those the artefact names.",
+        "on_failure (fail or base), timeout_s, retries, wait_s, api_key_env.",
     ),
 ]
 

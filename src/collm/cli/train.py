@@ -40,14 +40,21 @@ def parse(arguments: list[str]) -> tuple[RunConfig, CoLLMConfig]:
     """The YAML file's fields with the flags' over them.
 
     Raises:
-        ConfigError: an unknown or missing key, or a value that does not fit.
+        ConfigError: an unknown or missing key, a value that does not fit, or a function that the file names without
+            consent to run it.
     """
     from collm.errors import ConfigError
     from collm.run import RunConfig
+    from collm.run.options import functions_named
+    from collm.tools.spec import not_trusted
     from collm.training.config import CoLLMConfig
 
     options = vars(_parser().parse_args(arguments))
-    merged = {**_read_yaml(options.pop("config", None)), **options}
+    path, trusted = options.pop("config", None), options.pop("trust_code")
+    merged = {**_read_yaml(path), **options}
+    by_file = [name for name in functions_named(merged) if name not in functions_named(options)]
+    if by_file and not trusted:
+        raise ConfigError(not_trusted(path, by_file[0]))
     missing = [name for name in ("base", "assistant", "data", "output_dir") if name not in merged]
     if missing:
         raise ConfigError(f"nothing says {', '.join(missing)}; give each as a flag or in the YAML file of --config")
@@ -82,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a collaboration. Fields of --config and flags are the same; a flag wins.",
     )
     parser.add_argument("--config", metavar="run.yaml", help="YAML file with any of the fields below")
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        default=False,
+        help="run functions that the file names, of tools and metrics; naming one as a flag is consent by itself",
+    )
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
         group = parser.add_argument_group(title)
         descriptions = _descriptions(config)

@@ -13,7 +13,7 @@ _LOADING: dict[str, tuple[type, ...]] = {
     "pretrained": (str, int),
     "device": (str,),
     "dtype": (str,),
-    "trust_tools": (bool,),
+    "trust_code": (bool,),
 }
 _OPTIONS: dict[str, tuple[type, ...]] = {
     "threshold": (float, int),

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +25,8 @@ from collm.errors import ConfigError, LoadError, MissingExtra
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Those of transformers itself; it would download and run a kernel by any name with a slash in it."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,13 @@ class ModelSpec:
         revision: Hub branch, tag or commit.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "cuda:1", "auto" (spread by Accelerate), or None: the GPU if there is one.
-        attention: attention implementation outside the KV slots (training, scoring); None lets transformers choose.
+        attention: attention implementation outside the KV slots (training, scoring), one of transformers' own; None
+            lets it choose.
         quantization: of its linear layers but the output layer, by bitsandbytes: "nf4" (4 bits, twice quantized, as in
             QLoRA, arXiv 2305.14314) or "int8". They compute in `dtype`, bfloat16 if that is "auto".
 
     Raises:
-        ConfigError: an unknown dtype or quantization.
+        ConfigError: an unknown dtype, attention or quantization.
     """
 
     path: str
@@ -56,6 +60,10 @@ class ModelSpec:
         if self.quantization not in (None, *QUANTIZATIONS):
             raise ConfigError(
                 f"quantization of {self.path} is {self.quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
+            )
+        if self.attention not in (None, *ATTENTIONS):
+            raise ConfigError(
+                f"attention of {self.path} is {self.attention!r}, expected one of {', '.join(ATTENTIONS)}"
             )
         if Path(self.path).is_dir():  # an artefact must not depend on the directory it was made from
             object.__setattr__(self, "path", str(Path(self.path).resolve()))
@@ -104,18 +112,43 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         MissingExtra: it is to be quantized, and bitsandbytes is not installed.
     """
     device = spec.device or default_device()
-    options: dict[str, Any] = {"revision": spec.revision, "dtype": spec.dtype, "device_map": device}
+    options: dict[str, Any] = {**_source(spec), "dtype": spec.dtype, "device_map": device}
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention
     if spec.quantization is not None:
         dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
         options |= {"dtype": dtype, "quantization_config": _quantization(spec.quantization, dtype)}
+    config = load_config(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
-    except (OSError, ValueError, ImportError) as error:
+        model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, **options)
+    except Exception as error:  # files of strangers: whatever the libraries raise on them
         raise LoadError(_could_not_load("model", spec, error)) from error
     _keep_layout(model)
     return cast(PreTrainedModel, model.eval())
+
+
+def _source(spec: ModelSpec) -> dict[str, Any]:
+    """What every loading says of a model's files: which revision, and that no code beside them is run."""
+    return {"revision": spec.revision, "trust_remote_code": False}
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """The config beside a model's weights.
+
+    Raises:
+        LoadError: there is none, or it names a kernel: transformers would download that and run it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(spec.path, **_source(spec))
+    except Exception as error:  # files of strangers: whatever the libraries raise on them
+        raise LoadError(_could_not_load("config", spec, error)) from error
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for named in {getattr(part, "_attn_implementation", None) for part in parts} - {None, *ATTENTIONS}:
+        raise LoadError(
+            f"the config of {spec.path!r} asks for the attention {named!r}, code that is not part of transformers; "
+            "remove attn_implementation from its config.json"
+        )
+    return config
 
 
 def empty_model(spec: ModelSpec) -> PreTrainedModel:
@@ -124,11 +157,11 @@ def empty_model(spec: ModelSpec) -> PreTrainedModel:
     Raises:
         LoadError: there is no config of a causal LM.
     """
+    config = load_config(spec)
     try:
-        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision)
         with torch.device("meta"):
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
-    except (OSError, ValueError, ImportError) as error:
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except Exception as error:  # files of strangers: whatever the libraries raise on them
         raise LoadError(_could_not_load("config", spec, error)) from error
 
 
@@ -168,8 +201,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         LoadError: there is none that transformers can load.
     """
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, revision=spec.revision))
-    except (OSError, ValueError, ImportError) as error:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, **_source(spec)))
+    except Exception as error:  # files of strangers: whatever the libraries raise on them
         raise LoadError(_could_not_load("tokenizer", spec, error)) from error
 
 

@@ -17,8 +17,9 @@ from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem,
 from collm.evaluation.gold import deferred, gold_examples, gold_views
 from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
 from collm.run.data import split_rows
-from collm.run.options import RunConfig
+from collm.run.options import RunConfig, functions_named
 from collm.run.scores import score, scores_directory
+from collm.tools.spec import not_trusted
 from collm.training.data import Row
 from collm.training.examples import encode_rows
 from collm.training.scoring import progress_bar
@@ -121,18 +122,36 @@ class PastRun:
     max_length: int
 
     @classmethod
-    def read(cls, directory: Path) -> PastRun:
+    def read(cls, directory: Path, *, trust_code: bool = False) -> PastRun:
         """The run that made a collaboration in this directory.
 
+        Args:
+            trust_code: import and call the functions that run.yaml names.
+
         Raises:
-            ConfigError: there is no run.yaml.
+            ConfigError: there is no run.yaml, it is damaged, or it names a function that was not trusted or a place
+                for scores outside of the directory.
         """
         path = directory / "run.yaml"
         if not path.exists():
             raise ConfigError(f"there is no {path} to say which rows; pass --data")
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config = RunConfig(**{one.name: options[one.name] for one in fields(RunConfig)})
-        return cls(directory, config, options["seed"], options["max_length"])
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = {one.name: options[one.name] for one in fields(RunConfig)}
+            seed, max_length = int(options["seed"]), int(options["max_length"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{path} is damaged ({type(error).__name__}: {reason:.200}); restore it, or pass --data"
+            ) from error
+        named = functions_named(values)
+        if named and not trust_code:
+            raise ConfigError(not_trusted(path, named[0]))
+        try:
+            config = RunConfig(**values)
+        except TypeError as error:
+            raise ConfigError(f"{path} is damaged ({error}); restore it, or pass --data") from error
+        return cls(directory, config, seed, max_length)
 
     def validation(self) -> Validation:
         """Its validation rows, to be calibrated on as it did."""

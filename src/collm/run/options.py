@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from collm.models.guards import check_accepted
 from collm.models.loading import ModelSpec
 from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
-from collm.tools.spec import PREFIX, ToolSpec
+from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
 from collm.training.data import Rows, load_rows
 
 
@@ -174,6 +175,14 @@ class RunConfig(DataConfig):
         return parse_model(
             name, dtype=self.dtype, device=self.device, attention=self.attention, quantization=quantization
         )
+
+
+def functions_named(options: Mapping[str, Any]) -> list[str]:
+    """The functions that these options of a run name: its metric, and assistants that are functions of somebody's."""
+    metric, assistants = str(options.get("metric", "")), options.get("assistant") or []
+    tools = [str(one) for one in ([assistants] if isinstance(assistants, str) else assistants)]
+    foreign = [name for name in tools if name.startswith(PREFIX) and name.split(":")[1] not in BUILT_IN]
+    return [metric] * (":" in metric) + foreign
 
 
 def parse_tool(name: str, eps: float | None = None, seconds: float | None = None) -> ToolSpec:

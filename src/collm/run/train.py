@@ -22,6 +22,7 @@ from collm.errors import ConfigError
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_model
+from collm.redaction import redacted_command, redacted_options
 from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare
 from collm.run.options import RunConfig
@@ -91,7 +92,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         _save(config, prepared, directory, model, metrics, quiet=quiet)
     processes.wait_for_everyone()
     if not processes.is_main_process:
-        model = CoLLM.from_pretrained(directory / "collaboration", trust_tools=True)
+        model = CoLLM.from_pretrained(directory / "collaboration", trust_code=True)
     if model.calibration is not None:
         metrics["calibration"] = model.calibration.to_dict()
     return RunResult(directory / "collaboration", model, metrics)
@@ -151,7 +152,7 @@ def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
     """Keep the options, the command line and the versions."""
     _write(directory / "run.yaml", to_yaml(config, args))
     about = {
-        "command": sys.argv,
+        "command": redacted_command(sys.argv),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": args.seed,
         "versions": {**library_versions(), "python": sys.version.split()[0]},
@@ -160,8 +161,8 @@ def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
 
 
 def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
-    """All options of a run, as its YAML file."""
-    options = {**asdict(config), **{f.name: getattr(args, f.name) for f in fields(args) if f.init}}
+    """All options of a run but secrets, as its YAML file."""
+    options = redacted_options({**asdict(config), **{f.name: getattr(args, f.name) for f in fields(args) if f.init}})
     return yaml.safe_dump(json.loads(json.dumps(options, default=str)), sort_keys=False, allow_unicode=True)
 
 

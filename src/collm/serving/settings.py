@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from collm.errors import ConfigError
 
@@ -37,7 +37,7 @@ class Settings:
     max_choices: int = 16
     time_limit_s: float = 300.0
     drain_s: float = 30.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     log_prompts: bool = False
     allow_origins: Sequence[str] = ()
 

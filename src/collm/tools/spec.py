@@ -131,6 +131,14 @@ def _source(module: str) -> Path:
 HOW_TO_FIND = "check the name, or add the folder that holds it to PYTHONPATH"
 
 
+def not_trusted(where: object, name: str) -> str:
+    """What is said where a file names a function that nobody consented to run."""
+    return (
+        f"{where} names code that collm does not bring, {name}, and would run it; if you trust it, pass --trust-code "
+        "(trust_code=True)"
+    )
+
+
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{name} of a tool is {value!r}, expected {expected}")

@@ -1,0 +1,39 @@
+"""Secrets stay out of files: keys and tokens among the options that a run keeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "<redacted>"
+
+_SECRET = re.compile(r"(^|[-_])(token|key|password|secret)$", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, without the values of those that are secrets (`hub_token`, `api_key`)."""
+    return {name: None if _SECRET.search(name) else _without_user(value) for name, value in options.items()}
+
+
+def redacted_command(arguments: Sequence[str]) -> list[str]:
+    """A command line, without the values of `--hub_token VALUE`, `--api-key=VALUE`, and users in URLs."""
+    kept: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if kept and _names_secret(kept[-1]):
+            kept.append(REDACTED)
+        elif equals and _names_secret(name):
+            kept.append(f"{name}={REDACTED}")
+        else:
+            kept.append(_without_user(argument))
+    return kept
+
+
+def _names_secret(argument: str) -> bool:
+    return argument.startswith("--") and _SECRET.search(argument) is not None
+
+
+def _without_user(value: Any) -> Any:
+    return _USER_IN_URL.sub(f"{REDACTED}@", value) if isinstance(value, str) else value

@@ -1,0 +1,308 @@
+"""What a collaboration or a run of somebody else can do: neither send, run nor read anything outside of it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, ToolSpec
+from collm.artefact import MAX_JSON_BYTES
+from collm.cli.train import parse
+from collm.errors import ArtefactError, CollmError, ConfigError, LoadError
+from collm.models.loading import load_model, load_tokenizer
+from collm.redaction import redacted_command
+from collm.run import PastRun, RunConfig
+from collm.run.train import claim_directory
+from tests.cli.test_cli import collm
+
+SavedModel = Callable[..., Path]
+
+
+@pytest.fixture
+def saved(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A collaboration whose assistant is a table, so that it has a file of each kind."""
+    table = tmp_path / "facts.csv"
+    table.write_text("pattern,a,b\nw1 {a} {b},w2,w3\n")
+    base = ModelSpec(str(saved_model("base", 0)))
+    model = CoLLM(base, [ToolSpec.parse(f"tool:lookup:{table}")], DeferralHead(32, 1), tokenizer)
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def change(directory: Path, **fields: Any) -> None:
+    path = directory / "collm.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """An address, and the requests that came to it."""
+    came: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def handle_one_request(self) -> None:
+            came.append(self.rfile.readline().decode())
+            self.close_connection = True
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", came
+    server.shutdown()
+    server.server_close()
+
+
+# Where prompts go
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "calibrate", "eval", "lm-eval", "serve", "export"])
+def test_no_command_calls_an_address_of_an_artefact(
+    command: str, saved: Path, listener: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, came = listener
+    monkeypatch.setenv("MY_SECRET", "hf_secret")
+    change(saved, servers={"urls": [address, address], "api_key_env": "MY_SECRET"})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "w1", "completion": "w2"}\n')
+    more = {
+        "generate": [saved, "w1 w2", "--threshold", "0.5"],
+        "chat": [saved, "--threshold", "0.5"],
+        "calibrate": [saved, "--data", rows],
+        "eval": [saved, "--task", "rows", "--data", rows, "--out", tmp_path / "out"],
+        "lm-eval": [saved, "--tasks", "arc_easy"],
+        "serve": [saved, "--port", "0"],
+        "export": ["vllm", saved, tmp_path / "export"],
+    }[command]
+    refused = collm(command, *more, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "unknown field 'servers'" in refused.stderr
+    assert came == []
+
+
+# What is run
+
+
+def past_run(directory: Path, **changes: Any) -> Path:
+    config = RunConfig(data="d.jsonl", base="b", assistant=["a"])
+    args = CoLLMConfig(output_dir=str(directory), use_cpu=True, hub_token="hf_secret")
+    claim_directory(directory, config, args)
+    path = directory / "run.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "this:d"},
+        {"metric": "os:symlink"},
+        {"assistant": ["a", "tool:this:d"]},
+        {"assistant": "tool:os:system"},
+    ],
+)
+def test_a_run_directory_names_no_function_that_is_called(changes: dict[str, Any], tmp_path: Path) -> None:
+    run = past_run(tmp_path / "run", **changes)
+    with pytest.raises(ConfigError, match=r"run.yaml names code .*--trust-code"):
+        PastRun.read(run)
+    (tmp_path / "stranger.yaml").write_text((run / "run.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"stranger.yaml names code .*--trust-code"):
+        parse(["--config", str(tmp_path / "stranger.yaml")])
+
+
+def test_a_function_is_trusted_by_a_flag_or_by_naming_it(tmp_path: Path) -> None:
+    metric = "tests.tools.functions:add_words"
+    run = past_run(tmp_path / "run", metric=metric)
+    assert PastRun.read(run, trust_code=True).config.metric == metric
+    path = str(tmp_path / "mine.yaml")
+    Path(path).write_text(f"{{base: b, assistant: a, data: d, output_dir: o, use_cpu: true, metric: '{metric}'}}")
+    assert parse(["--config", path, "--trust-code"])[0].metric == metric
+    assert parse(["--config", path, "--metric", metric])[0].metric == metric
+    assert parse(["--config", path, "--metric", "contains"])[0].metric == "contains"
+
+
+def test_calibrate_calls_no_metric_of_a_run_directory(saved: Path, tmp_path: Path) -> None:
+    run = past_run(tmp_path / "run", metric="os:symlink")
+    saved.rename(run / "collaboration")
+    refused = collm("calibrate", run / "collaboration", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "names code that collm does not bring, os:symlink" in refused.stderr
+
+
+@pytest.mark.parametrize("content", ["", "- a", "seed: 1", "a: [", "seed: x", "[" * 50_000, "!!python/object:os.x {}"])
+def test_a_damaged_run_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"run.yaml is damaged"):
+        PastRun.read(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_a_model_names_no_kernel_that_is_downloaded(field: str, saved_model: SavedModel) -> None:
+    directory = saved_model("model", 0)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, field: "stranger/kernel"}))
+    with pytest.raises(LoadError, match="asks for the attention 'stranger/kernel', code that is not part of"):
+        load_model(ModelSpec(str(directory)))
+
+
+def test_an_artefact_names_no_kernel_either(saved: Path) -> None:
+    base = json.loads((saved / "collm.json").read_text())["base"]
+    change(saved, base={**base, "attention": "stranger/kernel"})
+    with pytest.raises(ArtefactError, match=r"attention of .* is 'stranger/kernel', expected one of eager"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_code_beside_a_model_is_not_run(kind: str, saved_model: SavedModel, tmp_path: Path) -> None:
+    directory = saved_model("model", 0)
+    (directory / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\n")
+    name, autos = {
+        "model": ("config.json", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}),
+        "tokenizer": ("tokenizer_config.json", {"AutoTokenizer": ["code.C", "code.C"]}),
+    }[kind]
+    content = json.loads((directory / name).read_text())
+    content |= {"auto_map": autos, "model_type": "unheard-of"} if kind == "model" else {"auto_map": autos}
+    (directory / name).write_text(json.dumps(content))
+    load = load_model if kind == "model" else load_tokenizer
+    try:
+        load(ModelSpec(str(directory)))
+    except LoadError as error:
+        assert "custom code" in str(error)  # noqa: PT017 - a tokenizer loads without its code
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_hold_nothing_but_tensors(saved_model: SavedModel, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    directory = saved_model("model", 0)
+    (directory / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil()}, directory / "pytorch_model.bin")
+    with pytest.raises(LoadError):
+        load_model(ModelSpec(str(directory)))
+    assert not (tmp_path / "ran").exists()
+
+
+# What is read
+
+
+@pytest.mark.parametrize("table", ["../facts.csv", "tables/../../facts.csv", "/etc/passwd"])
+def test_a_table_outside_of_the_artefact_is_not_read(table: str, saved: Path) -> None:
+    change(saved, assistants=[{"name": "lookup", "argument": table, "engine": "python"}])
+    with pytest.raises(ArtefactError, match=r"names the table .*, expected one inside of it"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["tables/assistant-1.csv", "head.safetensors", "base"])
+def test_a_link_out_of_the_artefact_is_not_followed(name: str, saved: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("secret")
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).symlink_to(outside)
+    with pytest.raises(ArtefactError, match="is a link that leads out of the collaboration"):
+        CoLLM.from_pretrained(saved)
+
+
+def test_a_hub_snapshot_is_made_of_links(saved: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    saved.rename(snapshot)
+    (snapshot / "head.safetensors").rename(blobs / "h")
+    (snapshot / "head.safetensors").symlink_to(blobs / "h")
+    assert CoLLM.from_pretrained(snapshot).head.num_assistants == 1
+
+
+# Absurd files
+
+
+@pytest.mark.parametrize("name", ["collm.json", "calibration.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", "1", "null", '"\\ud800"', "\x00", "{" * 9, ""])
+def test_absurd_json_is_one_sentence(name: str, content: str, saved: Path) -> None:
+    (saved / name).write_text(content)
+    with pytest.raises(ArtefactError, match=name):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["collm.json", "calibration.json"])
+def test_a_file_too_long_to_be_one_is_not_read(name: str, saved: Path) -> None:
+    with (saved / name).open("wb") as stream:
+        stream.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(ArtefactError, match=f"{name} .*has {MAX_JSON_BYTES + 1} bytes"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [{"hidden_size": 1 << 50, "num_assistants": 1}, {"hidden_size": -1, "num_assistants": 1}, {"hidden_size": 32}, []],
+)
+def test_a_head_of_an_absurd_shape_takes_no_memory(head: Any, saved: Path) -> None:
+    change(saved, head=head)
+    with pytest.raises(ArtefactError, match=r"expected .*weight|expected hidden_size"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, (1 << 60).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{}"]
+)
+def test_a_damaged_head_is_one_sentence(content: bytes, saved: Path) -> None:
+    (saved / "head.safetensors").write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"head\.safetensors"):
+        CoLLM.from_pretrained(saved)
+
+
+def test_a_head_with_more_in_it_is_refused(saved: Path) -> None:
+    save_file(
+        {"weight": torch.zeros(1, 32), "bias": torch.zeros(1), "more": torch.zeros(1)}, saved / "head.safetensors"
+    )
+    with pytest.raises(ArtefactError, match="belongs to another pair"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "field", ["base", "assistants", "template", "accept_differences", "training", "tokenizer_hash"]
+)
+@pytest.mark.parametrize("value", [None, 1, "x", [1], {"a": 1}, [{"engine": "python"}]])
+def test_any_field_of_another_kind_is_an_error_of_ours(field: str, value: Any, saved: Path) -> None:
+    before = json.loads((saved / "collm.json").read_text())[field]
+    change(saved, **{field: value})
+    if isinstance(value, dict) and isinstance(before, dict) and field == "training":
+        CoLLM.from_pretrained(saved)  # free form
+        return
+    with pytest.raises(CollmError):
+        CoLLM.from_pretrained(saved)
+
+
+# Secrets
+
+
+def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["collm", "train", "--hub_token", "hf_secret", "--data", "https://me:hf_secret@h/d"]
+    )
+    past_run(tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
+        assert "hf_secret" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--api-key", "s", "--out", "o"], ["--api-key", "<redacted>", "--out", "o"]),
+        (["--hub_token=s"], ["--hub_token=<redacted>"]),
+        (["--server", "http://u:s@host/v1"], ["--server", "http://<redacted>@host/v1"]),
+        (["--api-key-env", "NAME", "--max_new_tokens", "3"], ["--api-key-env", "NAME", "--max_new_tokens", "3"]),
+    ],
+)
+def test_a_command_line_is_kept_without_its_secrets(given: list[str], kept: list[str]) -> None:
+    assert redacted_command(given) == kept
