@@ -1,4 +1,4 @@
-"""Secrets stay out of files: keys and tokens among the options that a run keeps."""
+"""Secrets stay out of files, control characters out of terminals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ REDACTED = "<redacted>"
 
 _SECRET = re.compile(r"(^|[-_])(token|key|password|secret)$", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
+
+# C0 and C1 controls but tab and newline, and what reorders or hides text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with each control character as its code point, `<1b>` for ESC: a terminal obeys nothing in it."""
+    return _CONTROL.sub(lambda found: f"<{ord(found[0]):02x}>", text.replace("\r\n", "\n"))
 
 
 def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:

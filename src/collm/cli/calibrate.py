@@ -65,10 +65,9 @@ def calibrate(
     """
     from dataclasses import replace
 
-    from rich.console import Console
-
     from collm import run
     from collm.cli.tables import calibration_table, teacher_forced_table
+    from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
     from collm.core.types import SamplingParams
     from collm.evaluation.calibration import DEFERRAL_RATES
@@ -93,7 +92,7 @@ def calibrate(
     model = CoLLM.from_pretrained(
         collaboration, engine=engine, servers=servers_named(servers), device=device, trust_code=trust_code
     )
-    out = Console(highlight=False)
+    out = Console()
     past = None
     if data is None:
         past = run.PastRun.read(Path(collaboration).resolve().parent, trust_code=trust_code)

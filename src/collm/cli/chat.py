@@ -14,8 +14,7 @@ import typer
 from collm.cli.servers import EngineOption, ServersOption, servers_named
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
     from collm.core.types import SamplingParams, TokenStep
 
@@ -54,9 +53,9 @@ def chat(
     What was read for earlier turns stays in the KV cache of every model, so a turn costs only what is new.
     """
     import transformers
-    from rich.console import Console
 
     from collm.cli.authors import legend
+    from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
     from collm.core.types import SamplingParams
 
@@ -72,7 +71,7 @@ def chat(
     )
     talk = Conversation(model, params, model.threshold(threshold, budget), system)
     talk.check()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     console.print(legend(author_names(model)), "[dim]/help for more[/dim]")
     _converse(talk, console)
 

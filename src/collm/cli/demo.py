@@ -15,19 +15,17 @@ def demo(
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
 ) -> None:
     """Train a pair of tiny models on real facts and compare the collaboration with every baseline."""
-    import logging
-
     import transformers
-    from rich.console import Console
 
     from collm.cli.authors import coloured, legend
     from collm.cli.tables import results_table
+    from collm.cli.terminal import Console, log_to_terminal
     from collm.demo.run import run_demo
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     transformers.utils.logging.disable_progress_bar()  # tiny models load in an instant
     report = run_demo(out, num_assistants=assistants, seeds=range(seed, seed + seeds))
-    console = Console(highlight=False)
+    console = Console()
     console.print(results_table(report.rows))
     for example in report.examples[:6]:
         console.print(f"\n[dim]{example.prompt}[/dim]")

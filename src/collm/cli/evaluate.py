@@ -51,9 +51,8 @@ def evaluate(
     import shlex
     import sys
 
-    from rich.console import Console
-
     from collm.cli.tables import comparison_tables
+    from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
     from collm.core.policies import ThresholdPolicy
     from collm.core.types import SamplingParams
@@ -104,7 +103,7 @@ def evaluate(
             },
             progress=lambda name: progress,
         )
-    console = Console(highlight=False)
+    console = Console()
     console.print(*comparison_tables(found), sep="\n")
     console.print(verdict(found.task, found.measure, found.results), markup=False)
     console.print(f"collm report {out}", markup=False)

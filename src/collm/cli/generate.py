@@ -83,13 +83,12 @@ def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, cho
 
 def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, choice: dict[str, Any]) -> None:
     """Token by token, as they come."""
-    from rich.console import Console
-
     from collm.cli.authors import coloured, legend
+    from collm.cli.terminal import Console
     from collm.core.types import deferral_rate
     from collm.models.members import author_name
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     for index, prompt in enumerate(prompts):
         if len(prompts) > 1:
             console.print(f"[dim]prompt {index + 1}[/dim]")

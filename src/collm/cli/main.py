@@ -24,6 +24,7 @@ from collm.cli import (
     train,
 )
 from collm.errors import CollmError, ConfigError
+from collm.redaction import visible
 from collm.version import __version__
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
@@ -91,4 +92,4 @@ def _stop(message: str, status: int, debug: bool) -> None:
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"collm: {' '.join(message.split())}\n")
+    sys.stderr.write(f"collm: {visible(' '.join(message.split()))}\n")

@@ -130,13 +130,12 @@ def _report(scores: Scores, out: Path | None) -> None:
 
 
 def _inspect(directory: Path) -> None:
-    from rich.console import Console
-
     from collm.cli.tables import inspection_table
+    from collm.cli.terminal import Console
     from collm.training.inspection import inspect_scores
 
     inspection = inspect_scores(directory)
-    console = Console(highlight=False)
+    console = Console()
     console.print(inspection_table(inspection))
     console.print(str(inspection.labels), markup=False)
 

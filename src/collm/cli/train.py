@@ -16,16 +16,13 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def train(context: typer.Context) -> None:
     """Train a collaboration: score what is missing, warm start, train, calibrate (--help lists every field)."""
-    import logging
-
-    from rich.console import Console
-
     from collm import run
     from collm.cli.tables import calibration_table
+    from collm.cli.terminal import Console, log_to_terminal
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
     config, args = parse(context.args)
-    console = Console(highlight=False)
+    console = Console()
     console.print(run.to_yaml(config, args), markup=False)
     result = run.train_collaboration(config, args)
     run.leave()

@@ -22,7 +22,7 @@ from collm.errors import ConfigError
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_model
-from collm.redaction import redacted_command, redacted_options
+from collm.redaction import redacted_command, redacted_options, visible
 from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare
 from collm.run.options import RunConfig
@@ -80,7 +80,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         claim_directory(directory, config, args)
         _write(directory / "example.txt", prepared.rendered())
         if not quiet:
-            sys.stderr.write(prepared.rendered())
+            sys.stderr.write(visible(prepared.rendered()))
     root = scores_directory(config, directory)
     data = score_all(config, prepared.examples, root, prepared.tokenizer, processes, quiet=quiet)
     evaluation = None
