@@ -80,7 +80,8 @@ class Manifest:
         if not isinstance(content["base"], ModelSpec):
             raise ValueError("the base is no language model")
         content["assistants"] = [_spec(spec) for spec in content["assistants"]]
-        content["template"] = PromptTemplate(**content["template"])
+        template = content["template"]
+        content["template"] = PromptTemplate(**{**template, "turn_ends": tuple(template.get("turn_ends", ()))})
         return cls(**content)
 
 
@@ -115,7 +116,10 @@ def _check_kinds(content: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {content[name]!r:.80}")
     if content["saved_base"] not in (None, *get_args(SavedBase)):
         raise ValueError(f"saved_base is {content['saved_base']!r:.80}")
-    texts = [*content["accept_differences"], *content["template"].values()]
+    ends = content["template"].get("turn_ends", [])
+    if not isinstance(ends, list) or not all(type(one) is int and one >= 0 for one in ends):
+        raise ValueError(f"turn_ends is {ends!r:.80}, expected token ids")
+    texts = [*content["accept_differences"], *(content["template"].get(name) for name in ("text", "chat"))]
     specs = [value for spec in (content["base"], *content["assistants"]) for value in dict(spec).values()]
     if not all(isinstance(text, str | None) for text in texts) or any(isinstance(one, dict | list) for one in specs):
         raise ValueError("a model, a template or an accepted difference holds something else than text")

@@ -112,10 +112,13 @@ class CoLLM:
         self.servers = servers
         self._source: Path | None = None
         members, accepted = [self.base, *self.assistants], self.accept_differences
-        self._in_memory = InMemory(members, head, tokenizer, accept_differences=accepted, compiled=compiled)
+        stop_ids = self.template.turn_ends
+        self._in_memory = InMemory(
+            members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted, compiled=compiled
+        )
         self.backend: Backend = self._in_memory
         if servers is not None:
-            self.backend = OnServers(servers, members, head, tokenizer, accept_differences=accepted)
+            self.backend = OnServers(servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted)
         for number, member in enumerate(self.assistants, start=1):
             if isinstance(member, ModelSpec):
                 other = TokenizerIdentity.of(load_tokenizer(member))

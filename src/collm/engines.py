@@ -51,6 +51,7 @@ class InMemory:
         members: the base, then the assistants.
         head: of the base.
         tokenizer: of all.
+        stop_ids: tokens that end a text besides EOS.
         accept_differences: as of `CoLLM`.
         compiled: run one-token passes through `torch.compile`.
     """
@@ -61,12 +62,14 @@ class InMemory:
         head: DeferralHead,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        stop_ids: Collection[int] = (),
         accept_differences: Collection[str] = (),
         compiled: bool = False,
     ) -> None:
         self._given = members
         self._head = head
         self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
         self._accept_differences = accept_differences
         self._compiled = compiled
 
@@ -99,7 +102,7 @@ class InMemory:
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
         named = [(model.name, model.eos_token_ids) for model in self.members if isinstance(model, LanguageModel)]
-        return _eos_ids(named, self._tokenizer, self._accept_differences)
+        return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> Engine:
         base, *assistants = self.runners
@@ -130,7 +133,7 @@ class OnServers:
 
     Args:
         servers: where they are.
-        members, head, tokenizer, accept_differences: as of `InMemory`.
+        members, head, tokenizer, stop_ids, accept_differences: as of `InMemory`.
 
     Raises:
         ConfigError: not one server for each author, or an assistant is a program.
@@ -143,6 +146,7 @@ class OnServers:
         head: DeferralHead,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        stop_ids: Collection[int] = (),
         accept_differences: Collection[str] = (),
     ) -> None:
         servers.check_count(len(members) - 1)
@@ -153,6 +157,7 @@ class OnServers:
         self._given = cast("Sequence[ModelSpec | nn.Module]", members)
         self._head = head
         self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
         self._accept_differences = accept_differences
 
     @cached_property
@@ -172,7 +177,7 @@ class OnServers:
     def _eos_ids(self) -> frozenset[int]:
         count = len(self._given) - 1
         named = [(author_name(author, count), _eos_ids_of(member)) for author, member in enumerate(self._given)]
-        return _eos_ids(named, self._tokenizer, self._accept_differences)
+        return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> VllmEngine:
         for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():

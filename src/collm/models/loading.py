@@ -194,6 +194,12 @@ def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
+def stop_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> frozenset[int]:
+    """What decoding with this base stops at: its EOS set and the tokenizer's EOS."""
+    eos = cast("int | None", tokenizer.eos_token_id)
+    return saved_eos_ids(spec) | (frozenset() if eos is None else {eos})
+
+
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model.
 

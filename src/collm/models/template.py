@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,8 @@ class PromptTemplate:
     Attributes:
         text: wraps string prompts; contains `{prompt}` once.
         chat: Jinja chat template for lists of messages; None where the collaboration takes no chats.
+        turn_ends: ids of tokens that end an assistant's turn, in training and in decoding; the first one is what
+            training appends where nothing ends a turn. Empty for the tokenizer's EOS alone.
 
     Raises:
         ConfigError: `text` does not contain `{prompt}` exactly once.
@@ -43,10 +45,58 @@ class PromptTemplate:
 
     text: str = "{prompt}"
     chat: str | None = None
+    turn_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.text.count("{prompt}") != 1:
             raise ConfigError(f"prompt template is {self.text!r}, expected text that contains {{prompt}} exactly once")
+
+    def with_turn_ends(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> PromptTemplate:
+        """This template with the tokens that end an assistant's turn, found by rendering one.
+
+        That is a token of `stop_ids` behind the content, else a special token that the template writes there, else the
+        special tokens that open the next message, else EOS.
+
+        Args:
+            stop_ids: what decoding stops at in any case: EOS of the tokenizer, and those of the base.
+
+        Raises:
+            DataError: there is none, and the tokenizer has no EOS either.
+        """
+        ends = self._closing_tokens(tokenizer, stop_ids) or _eos_ids(tokenizer)
+        if not ends:
+            raise DataError(
+                "no token ends an assistant's turn, so decoding would not stop: the chat template writes no special "
+                "token behind the content or before the next message, and the tokenizer has no EOS; set eos_token"
+            )
+        return replace(self, turn_ends=tuple(dict.fromkeys([*ends, *sorted(stop_ids)])))
+
+    def _closing_tokens(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> list[int]:
+        content = "answer"
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+        try:
+            closed = self._turn(tokenizer, turn, 1)[1]
+        except (DataError, RequestError):
+            return []  # the template takes no such chat; rows tell
+        closing = tokenize(tokenizer, closed[closed.rfind(content) + len(content) :], special=False)
+        special = _special_ids(tokenizer)
+        for wanted in (stop_ids, special):
+            found = [token for token in closing if token in wanted]
+            if found:
+                return found[:1]
+        openers = [self._opener(tokenizer, turn, closed, role) for role in ("user", "tool", "system")]
+        return [token for token in dict.fromkeys(openers) if token in special]
+
+    def _opener(
+        self, tokenizer: PreTrainedTokenizerBase, turn: list[dict[str, str]], closed: str, role: str
+    ) -> int | None:
+        """The first token behind a finished turn where a message of this role follows."""
+        try:
+            whole = self.render_chat(tokenizer, [*turn, {"role": role, "content": "next"}], open_turn=False)
+        except RequestError:
+            return None
+        following = tokenize(tokenizer, whole[len(closed) :], special=False) if whole.startswith(closed) else []
+        return following[0] if following else None
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         """Token ids to decode from; ids pass unchanged, strings and chats are rendered.
@@ -87,7 +137,7 @@ class PromptTemplate:
         return Encoded([*encoded.token_ids, eos], [*encoded.is_target, True])
 
     def encode_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Encoded]:
-        """A chat; every assistant turn is a target, up to the token that ends it.
+        """A chat; every assistant turn is a target, up to and with the token that ends it (`turn_ends`).
 
         The tokens before a turn are those of `encode_prompt` on the messages before it. Where a template or a
         tokenizer treats earlier turns differently once the chat goes on, one sequence cannot show all turns as
@@ -97,7 +147,8 @@ class PromptTemplate:
             One sequence with all turns if it can, else one sequence per assistant turn.
 
         Raises:
-            DataError: no assistant turn, or a template that does not let a finished turn follow an opened one.
+            DataError: no assistant turn, no token to end one, or a template that does not let a finished turn follow an
+                opened one.
             RequestError: there is no chat template, or it refuses the messages.
         """
         turns = [
@@ -107,9 +158,12 @@ class PromptTemplate:
         ]
         if not turns:
             raise DataError("the chat has no assistant turn; expected at least one message with role 'assistant'")
+        ends = self.turn_ends or self.with_turn_ends(tokenizer, _eos_ids(tokenizer)).turn_ends
         joined = _joined(tokenizer, turns)
-        sequences = [_apart(tokenizer, *turn) for turn in turns] if joined is None else [joined]
-        return [Encoded(one.token_ids, _up_to_eos(one, tokenizer)) for one in sequences]
+        ended = None if joined is None else _ended(joined, ends)
+        if ended is not None:
+            return [ended]
+        return [cast(Encoded, _ended(_apart(tokenizer, *turn), ends)) for turn in turns]
 
     def _turn(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int) -> tuple[str, str]:
         """The text that invites assistant message `index`, and that text with the message."""
@@ -203,10 +257,27 @@ def _joined(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]
     return Encoded(whole, is_target)
 
 
-def _up_to_eos(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
-    """Drop what a template writes after a turn's EOS from the targets: decoding has stopped there."""
-    kept, ended = [], False
-    for token, target in zip(encoded.token_ids, encoded.is_target, strict=True):
-        kept.append(target and not ended)
-        ended = target and (ended or token == tokenizer.eos_token_id)
-    return kept
+def _ended(encoded: Encoded, ends: Sequence[int]) -> Encoded | None:
+    """Targets up to the token that ends each turn: decoding stops there.
+
+    Where the turn's own tokens hold none, that is the next token; at the end of the sequence the first of `ends` is
+    appended. None where another token follows such a turn.
+    """
+    learned: list[bool] = []
+    is_open = False
+    for place, (token, target) in enumerate(zip(encoded.token_ids, encoded.is_target, strict=True)):
+        is_open = is_open or (target and not (place and encoded.is_target[place - 1]))
+        if is_open and not target and token not in ends:
+            return None
+        learned.append(is_open)
+        is_open = is_open and token not in ends
+    return Encoded([*encoded.token_ids, *ends[:is_open]], [*learned, *[True] * is_open])
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = cast("dict[int, Any]", tokenizer.added_tokens_decoder)
+    return {*cast("list[int]", tokenizer.all_special_ids), *(one for one, token in added.items() if token.special)}

@@ -57,7 +57,7 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
             check_tokenizers(identity, other, f"assistant {number} ({spec.path})", accept=config.accept_differences)
         else:
             open_tool(spec).close()
-    template = config.prompt_template(tokenizer)
+    template = config.prompt_template(tokenizer, config.base_model, rows)
     examples = encode_rows(rows, template, tokenizer, max_length=args.max_length)
     evaluation = None
     if args.eval_strategy != "no":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +13,11 @@ from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, check_rates, check_refine
 from collm.evaluation.metrics import metric_named
 from collm.models.guards import check_accepted
-from collm.models.loading import ModelSpec
+from collm.models.loading import ModelSpec, stop_ids
 from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
-from collm.training.data import Rows, load_rows
+from collm.training.data import Row, Rows, load_rows
 
 
 @dataclass
@@ -43,11 +43,14 @@ class DataConfig:
     bad_rows: str = "stop"
     chat_template: str | None = None
 
-    def prompt_template(self, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
-        """How prompts and chats are rendered.
+    def prompt_template(
+        self, tokenizer: PreTrainedTokenizerBase, base: ModelSpec, rows: Sequence[Row]
+    ) -> PromptTemplate:
+        """How prompts and chats are rendered; where the rows are chats, also what ends a turn.
 
         Raises:
             ConfigError: the chat template cannot be read.
+            DataError: no token ends a turn.
         """
         chat = tokenizer.chat_template
         if self.chat_template is not None:
@@ -57,7 +60,10 @@ class DataConfig:
                 raise ConfigError(
                     f"chat_template {self.chat_template} cannot be read ({error}); name a file"
                 ) from error
-        return PromptTemplate(self.template, chat=cast("str | None", chat))
+        template = PromptTemplate(self.template, chat=cast("str | None", chat))
+        if chat is None or all(row.messages is None for row in rows):
+            return template
+        return template.with_turn_ends(tokenizer, stop_ids(tokenizer, base))
 
     def rows(self, source: str, split: str | None) -> Rows:
         """Rows of any source that has this format."""

@@ -133,7 +133,7 @@ def score_data(
         other = TokenizerIdentity.of(load_tokenizer(spec))
         check_tokenizers(TokenizerIdentity.of(tokenizer), other, spec.path, accept=ACCEPTABLE)
     rows = config.rows(config.data, config.data_split)
-    examples = encode_rows(rows, config.prompt_template(tokenizer), tokenizer, max_length=max_length)
+    examples = encode_rows(rows, config.prompt_template(tokenizer, base, rows), tokenizer, max_length=max_length)
     return score(examples, spec, out, tokenizer, max_batch_tokens=max_batch_tokens, server=server)
 
 

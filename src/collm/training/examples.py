@@ -52,12 +52,16 @@ class Examples(Sequence[Example]):
     Attributes:
         num_truncated: how many were cut at max_length.
         num_dropped: how many were left out because the cut left no target token.
+        num_without_end: how many others were cut inside a target, so that they do not show where it ends.
     """
 
-    def __init__(self, items: Iterable[Example], *, num_truncated: int = 0, num_dropped: int = 0) -> None:
+    def __init__(
+        self, items: Iterable[Example], *, num_truncated: int = 0, num_dropped: int = 0, num_without_end: int = 0
+    ) -> None:
         self._items = list(items)
         self.num_truncated = num_truncated
         self.num_dropped = num_dropped
+        self.num_without_end = num_without_end
 
     def __len__(self) -> int:
         return len(self._items)
@@ -95,6 +99,9 @@ def encode_rows(
         [Example(one.token_ids[:max_length], one.is_target[:max_length]) for one in kept],
         num_truncated=sum(len(one.token_ids) > max_length for one in encoded),
         num_dropped=len(encoded) - len(kept),
+        num_without_end=sum(
+            all(one.is_target[max_length - 1 : max_length + 1]) for one in kept if len(one.token_ids) > max_length
+        ),
     )
     _report(examples, encoded, max_length)
     return examples
@@ -119,11 +126,13 @@ def _report(examples: Examples, encoded: Sequence[Encoded], max_length: int) -> 
         )
     if examples.num_truncated:
         logger.warning(
-            "%d of %d examples exceed max_length %d and were cut; %d of them had no target token left and were dropped",
+            "%d of %d examples exceed max_length %d and were cut: %d had no target token left and were dropped, "
+            "%d lost the token that ends their last target, so they do not teach when to stop",
             examples.num_truncated,
             len(encoded),
             max_length,
             examples.num_dropped,
+            examples.num_without_end,
         )
 
 
