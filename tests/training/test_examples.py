@@ -50,7 +50,7 @@ def test_truncation_cuts_from_the_right_and_drops_what_has_no_target(
     assert examples[1].token_ids == encode_rows(rows[1:2], TEMPLATE, tokenizer, max_length=9)[0].token_ids[:5]
     assert (examples.num_truncated, examples.num_dropped) == (2, 1)
     assert "2 of 3 examples exceed max_length 5" in caplog.text
-    assert "1 of them had no target token left" in caplog.text
+    assert "1 had no target token left" in caplog.text
 
 
 def test_no_target_left_at_all_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
