@@ -16,6 +16,7 @@ from collm.errors import ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
 from collm.evaluation.systems import System
 from collm.evaluation.tasks.task import Task, TaskItem
+from collm.models.chats import Chat
 from collm.models.members import spec_of
 from collm.models.template import Prompt
 from collm.training.data import Row
@@ -121,8 +122,9 @@ def _failures(model: CoLLM) -> dict[str, int]:
 
 def _as_chat(row: Row) -> Row:
     assert isinstance(row.prompt, str)
-    asked = [{"role": "user", "content": row.prompt}]
-    return Row(asked, row.completion, [*asked, {"role": "assistant", "content": row.completion}], row.where)
+    asked = Chat([{"role": "user", "content": row.prompt}])
+    chat = Chat([*asked, {"role": "assistant", "content": row.completion}])
+    return Row(asked, row.completion, chat, row.where)
 
 
 def _fingerprint(items: Sequence[TaskItem]) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
+from collm.models.chats import Chat, Message, check_unicode, tool_name, tools_of
 
-Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
@@ -136,25 +135,31 @@ class PromptTemplate:
             return encoded
         return Encoded([*encoded.token_ids, eos], [*encoded.is_target, True])
 
-    def encode_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Encoded]:
+    def encode_chat(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, unlearned: Collection[int] = ()
+    ) -> list[Encoded]:
         """A chat; every assistant turn is a target, up to and with the token that ends it (`turn_ends`).
 
         The tokens before a turn are those of `encode_prompt` on the messages before it. Where a template or a
         tokenizer treats earlier turns differently once the chat goes on, one sequence cannot show all turns as
         decoding would see them.
 
+        Args:
+            messages: a `Chat` if it has tools.
+            unlearned: indices of messages that are no targets, whoever says them.
+
         Returns:
             One sequence with all turns if it can, else one sequence per assistant turn.
 
         Raises:
             DataError: no assistant turn, no token to end one, or a template that does not let a finished turn follow an
-                opened one.
+                opened one, or does not show the tools or calls.
             RequestError: there is no chat template, or it refuses the messages.
         """
         turns = [
             self._turn(tokenizer, messages, index)
             for index, message in enumerate(messages)
-            if message["role"] == "assistant"
+            if message["role"] == "assistant" and index not in unlearned
         ]
         if not turns:
             raise DataError("the chat has no assistant turn; expected at least one message with role 'assistant'")
@@ -167,17 +172,27 @@ class PromptTemplate:
 
     def _turn(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int) -> tuple[str, str]:
         """The text that invites assistant message `index`, and that text with the message."""
-        opened = self.render_chat(tokenizer, messages[:index], open_turn=True)
-        closed = self.render_chat(tokenizer, messages[: index + 1], open_turn=False)
+        before, turn = Chat(messages[:index], tools_of(messages)), messages[index]
+        opened = self.render_chat(tokenizer, before, open_turn=True)
+        closed = self.render_chat(tokenizer, Chat([*before, turn], before.tools), open_turn=False)
         if not closed.startswith(opened):
             raise DataError(
                 f"the chat template opens the turn of message {index + 1} with {opened[-40:]!r}, but renders the "
                 f"finished turn as {closed[-80:]!r}; training needs a template where it goes on from the opened one"
             )
+        for shown, functions in ((opened, before.tools), (closed, turn.get("tool_calls"))):
+            missing = [name for name in map(tool_name, functions or ()) if name and name not in shown]
+            if missing:
+                raise DataError(
+                    f"the chat template does not show the function {missing[0]!r}; use a template (chat_template) that "
+                    "takes tools and calls"
+                )
         return opened, closed
 
     def render_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool) -> str:
-        """The text of a chat; `open_turn` adds what invites the assistant's answer.
+        """The text of a chat, with its tools; `open_turn` adds what invites the assistant's answer.
+
+        The role "developer" is shown as "system" by templates that do not know it.
 
         Raises:
             RequestError: there is no chat template, or it refuses the messages.
@@ -186,16 +201,21 @@ class PromptTemplate:
             raise RequestError("chat messages came, but this collaboration has no chat template; pass a string")
         try:
             rendered = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [self._known_role(message) for message in messages],
+                tools=tools_of(messages),
                 chat_template=self.chat,
                 tokenize=False,
                 add_generation_prompt=open_turn,
             )
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(
-                f"the chat template refuses the messages {json.dumps(messages)[:120]}: {error}"
+                f"the chat template refuses the messages {json.dumps(messages, default=str)[:120]}: {error}"
             ) from error
         return cast(str, rendered)
+
+    def _known_role(self, message: Message) -> dict[str, Any]:
+        renamed = message.get("role") == "developer" and "developer" not in str(self.chat)
+        return {**message, "role": "system"} if renamed else dict(message)
 
 
 def _is_list_of(prompt: object, kind: type) -> bool:
@@ -207,8 +227,20 @@ def _is_list_of(prompt: object, kind: type) -> bool:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Token ids of a text; `special` adds what the tokenizer puts around a text (BOS), once.
+
+    Raises:
+        RequestError: text that has no UTF-8.
+    """
+    try:
+        check_unicode(text)
+    except RequestError as error:
+        raise RequestError(f"the text cannot be read{error}") from error
     # verbose=False: lengths are checked against the models, not against the tokenizer's advice
     token_ids = cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    if special and bos is not None and token_ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
+        token_ids = token_ids[1:]  # a rendered chat brings its own
     if not special or len(token_ids) < 2 or token_ids[-1] != tokenizer.eos_token_id:
         return token_ids
     own = text.endswith(str(tokenizer.eos_token)) and token_ids[-2] != token_ids[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collm.errors import ConfigError, DataError
+from collm.errors import ConfigError, DataError, RequestError
+from collm.models.chats import Chat, Message, read_message, read_tools
 from collm.training.formats import Format, format_named, text_field
 
 logger = logging.getLogger(__name__)
 
-Message = dict[str, str]
 Record = tuple[str, Any]
 """Where a row stands, and what was read there: fields, or the DataError that says why nothing was."""
+
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+"""Kinds of files of rows."""
 
 BAD_ROWS = ("stop", "skip")
 """What may be done with a bad row."""
@@ -34,12 +39,14 @@ class Row:
         completion: what should follow; for a chat its last assistant turn.
         messages: the chat up to its last assistant turn; None for a plain prompt.
         where: file and line, for messages about this row.
+        unlearned: indices of messages that are not learned though an assistant says them.
     """
 
-    prompt: str | list[Message]
+    prompt: str | Chat
     completion: str
-    messages: list[Message] | None
+    messages: Chat | None
     where: str
+    unlearned: frozenset[int] = frozenset()
 
 
 class Rows(list[Row]):
@@ -66,12 +73,15 @@ def load_rows(
     """Read prompt/completion rows or chats.
 
     A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
-    form is read where a row has both.
+    form is read where a row has both. Prompt and completion may be lists of messages (TRL), of which the completion's
+    are learned. Messages are OpenAI's: with calls of tools, text in parts and `weight` (`models.chats`); `tools` stand
+    beside them. ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` are known by their columns.
 
     Args:
-        source: a JSON file (a list of rows), a JSONL file, a directory written by `datasets.save_to_disk`, or the name
-            of a Hub data set, with ":configuration" behind it where it has several ("openai/gsm8k:main"). In an
-            official format also a directory as its publishers lay it out, or a copy of one on the Hub.
+        source: a JSON file (a list of rows), a JSONL, CSV, Parquet or Arrow file, a directory written by
+            `datasets.save_to_disk` or full of such files, or the name of a Hub data set, with ":configuration" behind
+            it where it has several ("openai/gsm8k:main"). In an official format also a directory as its publishers
+            lay it out, or a copy of one on the Hub.
         split: which split of a data set or directory, "train" by default; a file has none.
         format: "rows" as above, or an official format: `collm.training.formats` says what each becomes.
         prompt_field, completion_field: what the two fields of "rows" are called.
@@ -150,14 +160,20 @@ def _records(source: str | Path, split: str | None, chosen: Format) -> Iterator[
             raise DataError(f"{path} holds no {chosen.name} data; expected {patterns}, or a copy of a Hub data set")
     if path.is_dir() or not _looks_like_path(str(source)):
         return _read_dataset(str(source), split, chosen)
-    raise DataError(f"there is no {path}; expected a JSON or JSONL file, a data set directory or a Hub name")
+    raise DataError(
+        f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a data set directory or a Hub name"
+    )
 
 
 def _read_file(path: Path, chosen: Format) -> Iterator[Record]:
+    if path.suffix in (".parquet", ".arrow"):
+        return _read_columns(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text ({error}); expected a JSON or JSONL file") from error
+    if path.suffix == ".csv":
+        return _read_csv(text, path)
     if text.lstrip().startswith("["):
         return _read_list(text, path, text.index("["))
     if path.suffix == ".json" and chosen.key is not None:
@@ -165,6 +181,44 @@ def _read_file(path: Path, chosen: Format) -> Iterator[Record]:
     if path.suffix == ".json" and chosen.row_files:
         return iter([(f"{path}:1", _parse(text, path))])
     return _read_lines(text, path)
+
+
+def _read_columns(path: Path) -> Iterator[Record]:
+    """Rows of a Parquet or Arrow file."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    def numbered(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Record]:
+        number = 0
+        for batch in batches:
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", record
+
+    try:
+        if path.suffix == ".parquet":
+            return numbered(parquet.ParquetFile(path).iter_batches())
+        try:
+            stream = ipc.open_stream(path.read_bytes())
+        except pyarrow.ArrowInvalid:
+            return numbered(ipc.open_file(path.read_bytes()).read_all().to_batches())
+        return numbered(stream.read_all().to_batches())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is no {path.suffix[1:]} file: {' '.join(str(error).split()):.200}") from error
+
+
+def _read_csv(text: str, path: Path) -> Iterator[Record]:
+    """Rows under a header; the line is the one where a row ends."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in record or None in record.values():
+                yield where, DataError(f"{where}: not as many values as the header has names")
+            else:
+                yield where, record
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: bad CSV: {error}") from error
 
 
 def _read_lines(text: str, path: Path) -> Iterator[Record]:
@@ -199,6 +253,8 @@ def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         return DataError(f"{path}:{line}: bad JSON: {error.msg} at column {error.colno}{advice}")
+    except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
+        return DataError(f"{path}:{first_line}: bad JSON: {error}{advice}")
 
 
 def _read_list(text: str, path: Path, start: int, *, nested: bool = False) -> Iterator[Record]:
@@ -214,6 +270,8 @@ def _read_list(text: str, path: Path, start: int, *, nested: bool = False) -> It
             record, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: bad JSON: {error.msg} at column {error.colno}") from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}:{line}: bad JSON: {error}") from error
         yield f"{path}:{line}", record
         end = _skip_space(text, end)
         separator = text[end : end + 1]
@@ -229,7 +287,7 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in (".json", ".jsonl")
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in FILES
 
 
 def _is_saved(path: Path) -> bool:
@@ -287,31 +345,48 @@ def _fields(where: str, record: Any) -> Mapping[str, Any]:
 def _row(where: str, record: Any, chosen: Format, prompt_field: str, completion_field: str) -> Row:
     fields = chosen.render(where, _fields(where, record))
     if "messages" in fields and not (prompt_field in fields and completion_field in fields):
-        return _chat_row(where, fields["messages"])
+        return _chat_row(where, fields["messages"], fields.get("tools"))
+    asked, answer = fields.get(prompt_field), fields.get(completion_field)
+    if isinstance(asked, list) and isinstance(answer, list | Mapping):
+        return _chat_row(where, _conversational(asked, answer), fields.get("tools"))
     prompt, completion = (
         text_field(where, fields, name, "name the fields to read") for name in (prompt_field, completion_field)
     )
     return Row(prompt, completion, None, where)
 
 
-def _chat_row(where: str, messages: Any) -> Row:
+def _conversational(prompt: Any, completion: Any) -> list[Any]:
+    """TRL's form: what is learned is the completion."""
+    learned = [completion] if isinstance(completion, Mapping) else completion
+    return [*({**message, "train": False} if isinstance(message, Mapping) else message for message in prompt), *learned]
+
+
+def _chat_row(where: str, messages: Any, tools: Any) -> Row:
     if not isinstance(messages, list):
         raise DataError(f"{where}: 'messages' is a {type(messages).__name__}, expected a list of messages")
-    chat = [_message(f"{where}: message {number}", message) for number, message in enumerate(messages, start=1)]
-    turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+    read = [_message(f"{where}: message {number}", message) for number, message in enumerate(messages, start=1)]
+    turns = [index for index, (message, learned) in enumerate(read) if message["role"] == "assistant" and learned]
     if not turns:
-        roles = ", ".join(message["role"] for message in chat) or "no message at all"
+        roles = ", ".join(message["role"] for message, _ in read) or "no message at all"
         raise DataError(f"{where}: no assistant turn to learn, the roles are: {roles}")
+    try:
+        functions = read_tools(tools)
+    except RequestError as error:
+        raise DataError(f"{where}: {error}") from error
     last = turns[-1]
-    return Row(chat[:last], chat[last]["content"], chat[: last + 1], where)
+    chat = Chat([message for message, _ in read[: last + 1]], functions)
+    unlearned = frozenset(index for index, message in enumerate(chat) if message["role"] == "assistant") - set(turns)
+    return Row(Chat(chat[:last], functions), _written(chat[last]), chat, where, unlearned)
 
 
-def _message(where: str, message: Any) -> Message:
-    if not isinstance(message, Mapping):
-        raise DataError(f"{where} is a {type(message).__name__}, expected {{'role': ..., 'content': ...}}")
-    for field in ("role", "content"):
-        if not isinstance(message.get(field), str):
-            raise DataError(f"{where}: {field!r} is {message.get(field)!r:.40}, expected a string")
-    if message["role"] == "assistant" and not message["content"].strip():
-        raise DataError(f"{where}: the assistant's content is empty, expected some text")
-    return {key: value for key, value in message.items() if value is not None}  # Arrow fills absent fields with None
+def _message(where: str, message: Any) -> tuple[Message, bool]:
+    try:
+        return read_message(message)
+    except RequestError as error:
+        raise DataError(f"{where}{error}") from error
+
+
+def _written(message: Message) -> str:
+    """What an answer is compared with: its text, and calls as JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([*([message["content"]] if message["content"] else []), *calls])

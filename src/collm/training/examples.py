@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -94,6 +95,7 @@ def encode_rows(
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and one to learn")
     encoded = [sequence for row in rows for sequence in _encode_row(row, template, tokenizer)]
+    _report_special_tokens(rows, tokenizer)
     kept = [one for one in encoded if any(one.is_target[1:max_length])]
     examples = Examples(
         [Example(one.token_ids[:max_length], one.is_target[:max_length]) for one in kept],
@@ -110,11 +112,26 @@ def encode_rows(
 def _encode_row(row: Row, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     try:
         if row.messages is not None:
-            return template.encode_chat(tokenizer, row.messages)
+            return template.encode_chat(tokenizer, row.messages, unlearned=row.unlearned)
         assert isinstance(row.prompt, str)
         return [template.encode_completion(tokenizer, row.prompt, row.completion)]
     except (DataError, RequestError) as error:
         raise DataError(f"{row.where}: {error}") from error
+
+
+def _report_special_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say how many rows write out a special token: it is tokenised as that token, as in decoding."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = Counter(text for row in rows for text in special if text in row.completion)
+    if found:
+        count = sum(any(text in row.completion for text in special) for row in rows)
+        logger.warning(
+            "%d of %d rows have the text of a special token in their completion, most often %r; it is learned as that "
+            "token, and a token that ends texts ends the completion there",
+            count,
+            len(rows),
+            found.most_common(1)[0][0],
+        )
 
 
 def _report(examples: Examples, encoded: Sequence[Encoded], max_length: int) -> None:

@@ -3,7 +3,8 @@
 This is the one place that says so. A prompt is the question alone; words around it are the prompt template's, which
 training and decoding share.
 
-`rows`: collm's own, see `data.load_rows`.
+`rows`: collm's own, see `data.load_rows`; and what their columns tell: ShareGPT's `conversations`, and Alpaca's
+    `instruction`, `input`, `output`.
 
 `tulu`: Tulu v2 mixture (allenai/tulu-v2-sft-mixture; fields `dataset`, `id`, `messages`). Split: train.
     The chat as it is, rendered by the chat template; every assistant turn is learned.
@@ -31,13 +32,15 @@ training and decoding share.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from collm.errors import ConfigError, DataError
+from collm.errors import ConfigError, DataError, RequestError
+from collm.models.chats import check_unicode
 
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 """What GSM8K writes where a calculator did the sum, as in 48/2 = <<48/2=24>>24."""
@@ -117,13 +120,73 @@ def text_field(
     value = record[name]
     if not isinstance(value, str):
         raise DataError(f"{where}: {name!r} is a {type(value).__name__}, expected a string")
+    try:
+        check_unicode(value)
+    except RequestError as error:
+        raise DataError(f"{where}: {name!r}{error}") from error
     if not value.strip():
         raise DataError(f"{where}: {name!r} is empty, expected some text")
     return value
 
 
 def _rows(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of ours, or of a form that its columns tell: ShareGPT's or Alpaca's."""
+    if record.get("messages") is not None or ("prompt" in record and "completion" in record):
+        return record
+    if record.get("conversations") is not None:
+        return {**record, "messages": _sharegpt(where, record)}
+    if "instruction" in record and "output" in record:
+        return {**record, **_alpaca(where, record)}
     return record
+
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def _sharegpt(where: str, record: Mapping[str, Any]) -> list[Any]:
+    """The conversation as OpenAI's messages; the roles of some are in those words already."""
+    turns = record["conversations"]
+    if not isinstance(turns, list):
+        raise DataError(f"{where}: 'conversations' is a {type(turns).__name__}, expected a list of turns")
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    return system + [_sharegpt_turn(where, number, turn) for number, turn in enumerate(turns, start=1)]
+
+
+def _sharegpt_turn(where: str, number: int, turn: Any) -> Any:
+    if not isinstance(turn, Mapping) or turn.get("from") is None:
+        return turn
+    who = turn["from"]
+    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    message |= {"role": _SHAREGPT_ROLES.get(who, who) if isinstance(who, str) else who, "content": turn.get("value")}
+    if who != "function_call":
+        return message
+    try:
+        call = json.loads(str(turn.get("value")))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: message {number}: the call {turn.get('value')!r:.60} is no JSON ({error})"
+        ) from error
+    return {**message, "content": None, "tool_calls": call if isinstance(call, list) else [call]}
+
+
+def _alpaca(where: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Prompt: instruction and, where there is one, the input on lines of its own; the words around them are the
+    template's."""
+    if record.get("history"):
+        raise DataError(f"{where}: the row has a 'history', expected a single turn; write it as 'messages'")
+    given = record.get("input")
+    asked = [text_field(where, record, "instruction")] + ([text_field(where, record, "input")] if given else [])
+    system = [text_field(where, record, "system")] if record.get("system") else []
+    return {"prompt": "\n\n".join(system + asked), "completion": text_field(where, record, "output")}
 
 
 def _tulu(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:

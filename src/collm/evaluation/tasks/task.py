@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval
+from collm.models.chats import Chat, Message
 from collm.models.template import Prompt, PromptTemplate
-from collm.training.data import Message, Row, load_rows
+from collm.training.data import Row, load_rows
 
 Shot = tuple[str, str]
 """A question and its answer, shown before the question that is asked."""
@@ -36,7 +37,7 @@ class TaskItem:
     """
 
     id: str
-    prompt: str | list[Message]
+    prompt: str | Chat
     reference: Any
     where: str
     solution: Row | None = None
@@ -209,5 +210,5 @@ def _draw(values: Sequence[_T], count: int, seed: int | None) -> list[_T]:
 
 
 def _turns(question: str, answer: str | None = None) -> list[Message]:
-    turns = [{"role": "user", "content": question}]
+    turns: list[Message] = [{"role": "user", "content": question}]
     return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]

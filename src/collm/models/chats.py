@@ -1,0 +1,149 @@
+"""Chats as people write them: OpenAI's messages, with calls of tools, text in parts, and turns that are not learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from collm.errors import RequestError
+
+Message = Mapping[str, Any]
+
+
+class Chat(list[Message]):
+    """Messages, and the tools that the chat template shows with them.
+
+    Attributes:
+        tools: function definitions in OpenAI's form; None without any.
+    """
+
+    def __init__(self, messages: Iterable[Message] = (), tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+        super().__init__(messages)
+        self.tools = tools
+
+
+def tools_of(messages: object) -> Sequence[Mapping[str, Any]] | None:
+    """The tools of a `Chat`; None of any other list of messages."""
+    return messages.tools if isinstance(messages, Chat) else None
+
+
+def read_message(message: Any) -> tuple[dict[str, Any], bool]:
+    """A message as chat templates take it, and whether it is to be learned where an assistant says it.
+
+    Text parts are joined, arguments of calls become objects, the older `function_call` becomes a call of a tool, a
+    missing content beside calls becomes empty text. `weight` (OpenAI's) and `train` say whether it is learned.
+
+    Raises:
+        RequestError: it has no role, no text, parts that are no text, or malformed calls. The text continues
+            "message 3".
+    """
+    if not isinstance(message, Mapping):
+        raise RequestError(f" is a {type(message).__name__}, expected {{'role': ..., 'content': ...}}")
+    fields = {key: value for key, value in message.items() if value is not None}  # Arrow fills absent fields with None
+    learned = _is_learned(fields.pop("weight", None), fields.pop("train", None))
+    if not isinstance(fields.get("role"), str):
+        raise RequestError(f": 'role' is {fields.get('role')!r:.40}, expected a string")
+    if "function_call" in fields:
+        fields["tool_calls"] = [{"type": "function", "function": fields.pop("function_call")}]
+    if fields["role"] == "function":
+        fields["role"] = "tool"
+    if fields.get("tool_calls"):
+        fields["tool_calls"] = _calls(fields["tool_calls"])
+    else:
+        fields.pop("tool_calls", None)
+    fields["content"] = _text(fields.get("content"), optional="tool_calls" in fields)
+    if fields["role"] == "assistant" and learned and not (fields["content"].strip() or "tool_calls" in fields):
+        raise RequestError(": the assistant's content is empty, expected some text")
+    return fields, learned
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Function definitions, as a list or as JSON text of one; None where there are none.
+
+    Raises:
+        RequestError: they are something else.
+    """
+    if isinstance(tools, str):
+        tools = _json("tools", tools)
+    if not tools:
+        return None
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) and tool_name(tool) for tool in tools):
+        raise RequestError(f"'tools' is {tools!r:.80}, expected a list of functions with names")
+    return [_without_none(tool) for tool in tools]
+
+
+def tool_name(tool: Mapping[str, Any]) -> str | None:
+    """The name of a function definition or of a call, in OpenAI's form or bare."""
+    function = tool.get("function")
+    name = (function if isinstance(function, Mapping) else tool).get("name")
+    return name if isinstance(name, str) and name else None
+
+
+def _is_learned(weight: Any, train: Any) -> bool:
+    for name, value in (("weight", weight), ("train", train)):
+        if value not in (None, 0, 1):  # false and true among them
+            raise RequestError(f": {name!r} is {value!r:.40}, expected 0 or 1")
+    return 0 not in (weight, train)
+
+
+def _text(content: Any, *, optional: bool) -> str:
+    if isinstance(content, str):
+        text = content
+    elif content is None and optional:
+        text = ""
+    elif isinstance(content, Sequence):
+        text = "".join(_part(part) for part in content)
+    else:
+        raise RequestError(f": 'content' is {content!r:.40}, expected a string")
+    check_unicode(text)
+    return text
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type") in (None, "text"):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise RequestError(f": 'content' has a part of type {kind!r:.40}, expected text: language models read nothing else")
+
+
+def check_unicode(text: str) -> None:
+    """Raise a RequestError for text that has no UTF-8, as a lone half of a surrogate pair: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f": character {error.start} is {text[error.start]!r}, half of a character") from error
+
+
+def _calls(calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise RequestError(f": 'tool_calls' is a {type(calls).__name__}, expected a list of calls")
+    return [_call(call) for call in calls]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, Mapping) or tool_name(call) is None:
+        raise RequestError(f": a call is {call!r:.80}, expected {{'function': {{'name': ..., 'arguments': ...}}}}")
+    read = _without_none(call)
+    function = read.get("function", read)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json(": 'arguments' of a call", arguments) if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
+        raise RequestError(f": 'arguments' of a call is a {type(arguments).__name__}, expected an object")
+    kept = {"id": read["id"]} if "id" in read else {}
+    return {**kept, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is {text!r:.60}, expected JSON ({error})") from error
+
+
+def _without_none(value: Any) -> Any:
+    """Arrow fills the fields that a row lacks but others have."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,268 @@
+"""Rows as people have them: forms told by columns, calls of tools, turns that are not learned, kinds of files."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from collm.errors import DataError, RequestError
+from collm.models.chats import Chat
+from collm.models.template import PromptTemplate
+from collm.training.data import Row, load_rows
+from collm.training.examples import encode_rows
+from tests.models.test_template import BYTE_LEVEL, CHATML, turns_of
+from tests.training.test_data import CHAT, ROWS, jsonl
+
+USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}
+CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+READ_CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    }
+]
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def read(path: Path, *rows: Any) -> list[Row]:
+    return load_rows(jsonl(path / "rows.jsonl", list(rows)))
+
+
+def learned(row: Row, chat: str = CHATML) -> list[str]:
+    assert row.messages is not None
+    encoded = PromptTemplate(chat=chat).encode_chat(BYTE_LEVEL, row.messages, unlearned=row.unlearned)
+    return [str(BYTE_LEVEL.decode(turn)).removesuffix("<|end|>") for one in encoded for _, turn in turns_of(one)]
+
+
+@pytest.mark.parametrize("completion", [[ANSWER], ANSWER])
+def test_a_conversational_prompt_is_not_learned_and_its_completion_is(tmp_path: Path, completion: Any) -> None:
+    earlier = [USER, {"role": "assistant", "content": "earlier"}, USER]
+    (row,) = read(tmp_path, {"prompt": earlier, "completion": completion})
+    assert (row.prompt, row.completion, row.unlearned) == (earlier, "x", {1})
+    assert row.messages == [*earlier, ANSWER]
+    assert learned(row) == ["x"]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0}])
+def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, mark: dict[str, Any]) -> None:
+    first = {"role": "assistant", "content": "never", **mark}
+    (row,) = read(tmp_path, {"messages": [USER, first, USER, {**ANSWER, "weight": 1}]})
+    assert learned(row) == ["x"]
+    assert row.messages is not None
+    assert "weight" not in row.messages[1]
+    assert "train" not in row.messages[1]
+    with pytest.raises(DataError, match="no assistant turn to learn"):
+        read(tmp_path, {"messages": [USER, first]})
+
+
+def test_calls_of_tools_are_learned(tmp_path: Path) -> None:
+    chat = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        ANSWER,
+    ]
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        (row,) = read(tmp_path, {"messages": chat, "tools": tools})
+        assert row.messages == [USER, {"role": "assistant", "content": "", "tool_calls": [READ_CALL]}, chat[2], ANSWER]
+        assert row.messages.tools == row.prompt.tools == TOOLS
+        assert learned(row, WITH_TOOLS) == ['add{"a": 1, "b": 2}', "x"]
+        prompt = PromptTemplate(chat=WITH_TOOLS).encode_prompt(BYTE_LEVEL, row.prompt)
+        assert str(BYTE_LEVEL.decode(prompt)).startswith(json.dumps(TOOLS)[:20])
+        with pytest.raises(DataError, match="does not show the function 'add'"):
+            learned(row)
+
+
+def test_an_older_function_call_is_a_call_of_a_tool(tmp_path: Path) -> None:
+    called = {"role": "assistant", "function_call": {"name": "add", "arguments": "{}"}}
+    (row,) = read(tmp_path, {"messages": [USER, called, {"role": "function", "name": "add", "content": "3"}, ANSWER]})
+    assert row.messages is not None
+    assert row.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    assert row.messages[2]["role"] == "tool"
+
+
+def test_a_last_turn_that_calls_is_compared_by_its_calls(tmp_path: Path) -> None:
+    (row,) = read(tmp_path, {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]})
+    assert json.loads(row.completion) == READ_CALL["function"]
+
+
+def test_text_parts_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image_url": None}]
+    (row,) = read(tmp_path, {"messages": [{"role": "user", "content": parts}, ANSWER]})
+    assert row.prompt == [{"role": "user", "content": "ab"}]
+
+
+def test_sharegpt_is_known_by_its_columns(tmp_path: Path) -> None:
+    turns = [("system", "s"), ("human", "u"), ("gpt", "x"), ("human", "v"), ("gpt", "y")]
+    (row,) = read(tmp_path, {"id": "1", "conversations": [{"from": who, "value": text} for who, text in turns]})
+    assert [(m["role"], m["content"]) for m in row.messages or ()] == [
+        ("system", "s"), ("user", "u"), ("assistant", "x"), ("user", "v"), ("assistant", "y"),
+    ]  # fmt: skip
+    assert learned(row) == ["x", "y"]
+    (named,) = read(tmp_path, {"conversations": [USER, ANSWER], "system": "s"})
+    assert named.prompt == [{"role": "system", "content": "s"}, USER]
+
+
+def test_sharegpt_with_calls(tmp_path: Path) -> None:
+    call = json.dumps({"name": "add", "arguments": {"a": 1}})
+    turns = [("human", "u"), ("function_call", call), ("observation", "3"), ("gpt", "x")]
+    conversation = [{"from": who, "value": text} for who, text in turns]
+    (row,) = read(tmp_path, {"conversations": conversation, "tools": json.dumps(TOOLS)})
+    assert learned(row, WITH_TOOLS) == ['add{"a": 1}', "x"]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: message 2: the call 'add' is no JSON"):
+        read(tmp_path, {"conversations": [conversation[0], {"from": "function_call", "value": "add"}]})
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "do", "input": "it", "output": "done"}, "do\n\nit"),
+        ({"instruction": "do", "input": "", "output": "done"}, "do"),
+        ({"instruction": "do", "output": "done", "history": [], "text": "ignored"}, "do"),
+        ({"instruction": "do", "output": "done", "system": "be"}, "be\n\ndo"),
+    ],
+)
+def test_alpaca_is_known_by_its_columns(tmp_path: Path, row: dict[str, Any], prompt: str) -> None:
+    (found,) = read(tmp_path, row)
+    assert (found.prompt, found.completion, found.messages) == (prompt, "done", None)
+    (named,) = load_rows(tmp_path / "rows.jsonl", prompt_field="instruction", completion_field="output")
+    assert named.prompt == "do"
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt": "\ud800 b", "completion": "x"}, "'prompt': character 0 is '\\ud800', half of a character"),
+        ({"messages": [{"role": "user", "content": "a\udfff"}, ANSWER]}, "message 1: character 1 is"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
+         "message 1: 'content' has a part of type 'image_url', expected text"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 2: 'content' is 3, expected a string"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "message 2: 'weight' is 0.5, expected 0 or 1"),
+        ({"messages": [USER, {**ANSWER, "weight": [0]}]}, "message 2: 'weight' is [0], expected 0 or 1"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": "x"}]}, "message 2: 'tool_calls' is a str"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [3]}]}, "message 2: a call is 3"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+         "'arguments' of a call is '{', expected JSON"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
+         "'arguments' of a call is a list, expected an object"),
+        ({"messages": [USER, ANSWER], "tools": [1]}, "'tools' is [1], expected a list of functions with names"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "tools is '{', expected JSON"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "message 1: 'role' is ['user'], expected a string"),
+        ({"conversations": "hi"}, "'conversations' is a str, expected a list"),
+        ({"conversations": [{"from": 3, "value": "x"}]}, "message 1: 'role' is 3"),
+        ({"instruction": "a", "output": 3}, "'output' is a int"),
+        ({"instruction": "a", "output": "b", "history": [["q", "a"]]}, "has a 'history', expected a single turn"),
+        ({"prompt": [], "completion": []}, "no assistant turn to learn"),
+        ({"prompt": [USER], "completion": "x"}, "'prompt' is a list, expected a string"),
+        ({"prompt": ["x"], "completion": [ANSWER]}, "message 1 is a str"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_names_its_place_and_its_fault(tmp_path: Path, row: Any, complaint: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000, '{"prompt": "a", "completion": ' + "[" * 100_000])
+def test_absurd_json_is_a_bad_row(tmp_path: Path, line: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:2"):
+        load_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "chat", [CHATML, CHATML.replace("{{ m['role'] }}", "{% if m.role == 'developer' %}d{% endif %}x")]
+)
+def test_a_template_that_does_not_know_developers_sees_a_system_message(chat: str) -> None:
+    prompt = PromptTemplate(chat=chat).encode_prompt(BYTE_LEVEL, [{"role": "developer", "content": "on"}])
+    assert str(BYTE_LEVEL.decode(prompt)).startswith("<|start|>system" if chat == CHATML else "<|start|>dx")
+
+
+def test_files_of_columns_hold_the_same_rows(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.parquet").rename(tmp_path / "folder" / "train.parquet")
+    for source in (tmp_path / "folder" / "train.parquet", tmp_path / "folder", arrow, tmp_path / "rows.csv"):
+        assert [(row.prompt, row.completion) for row in load_rows(source)] == [tuple(row.values()) for row in ROWS]
+    assert [row.where for row in load_rows(tmp_path / "rows.csv")] == [f"{tmp_path}/rows.csv:{n}" for n in (2, 3)]
+
+
+def test_arrow_fills_what_a_row_lacks_and_that_is_not_read(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [USER, {**ANSWER, "tool_calls": [CALL], "weight": 1}], "tools": TOOLS},
+        {"messages": [USER, ANSWER], "tools": None},
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    first, second = load_rows(tmp_path / "rows.parquet")
+    assert first.messages == [USER, {**ANSWER, "tool_calls": [READ_CALL]}]
+    assert second.messages == [USER, ANSWER]
+    assert second.messages.tools is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("rows.parquet", b"no", "is no parquet file"),
+        ("rows.arrow", b"no", "is no arrow file"),
+        ("rows.csv", b'prompt,completion\na,"b\n', "bad CSV"),
+        ("rows.csv", b"prompt,completion\na\n", ":2: not as many values as the header has names"),
+        ("rows.csv", b"prompt,completion\na,b,c\n", ":2: not as many values as the header has names"),
+        ("rows.csv", b"", "has no rows"),
+    ],
+)
+def test_damaged_files_are_one_sentence(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        load_rows(tmp_path / name)
+
+
+def test_special_tokens_written_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [Row("the", " cat<|end|> sat", None, "1"), Row("the", " cat", None, "2")]
+    first, _ = encode_rows(rows, PromptTemplate(), BYTE_LEVEL, max_length=99)
+    assert BYTE_LEVEL.eos_token_id in first.token_ids
+    assert "1 of 2 rows have the text of a special token in their completion, most often '<|end|>'" in caplog.text
+
+
+def test_a_rendered_chat_keeps_one_bos() -> None:
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(BYTE_LEVEL)
+    tokenizer.bos_token = "<|start|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.bos_token_id)]
+    )
+    template = PromptTemplate()
+    assert template.encode_prompt(tokenizer, "<|start|>the cat") == template.encode_prompt(tokenizer, "the cat")
+
+
+def test_text_that_has_no_utf8_is_refused() -> None:
+    for prompt in ("\ud800 b", [{"role": "user", "content": "\ud800"}]):
+        with pytest.raises(RequestError, match="half of a character"):
+            PromptTemplate(chat=CHATML).encode_prompt(BYTE_LEVEL, prompt)
+
+
+def test_a_chat_is_a_list_of_messages() -> None:
+    chat = Chat(CHAT, TOOLS)
+    assert chat == CHAT
+    assert json.loads(json.dumps(chat)) == CHAT
