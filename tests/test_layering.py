@@ -12,7 +12,7 @@ import pytest
 import collm
 
 SOURCE = Path(collm.__file__).parent
-BOTTOM = {"errors", "version", "atomic", "redaction"}
+BOTTOM = {"errors", "version", "atomic", "redaction", "noise"}
 MAY_IMPORT = {
     "core": {"core"},
     "tools": {"tools"},

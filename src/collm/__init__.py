@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from collm.noise import hush_libraries
 from collm.version import __version__
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ __all__ = [
     "ToolSpec",
     "__version__",
 ]
+
+
+hush_libraries()  # before anything imports them
 
 
 def __getattr__(name: str) -> object:

@@ -20,7 +20,7 @@ from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
-from collm.models.loading import ModelSpec
+from collm.models.loading import ModelSpec, looks_like_path
 from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
 from collm.tools.spec import ToolSpec, not_trusted
@@ -183,7 +183,7 @@ def local_directory(path: str | Path, revision: str | None) -> Path:
     Raises:
         ArtefactError: neither a directory nor a repository.
     """
-    if Path(path).exists() or isinstance(path, Path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if isinstance(path, Path) or Path(path).exists() or "/" not in path or looks_like_path(path):
         return Path(path).expanduser()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

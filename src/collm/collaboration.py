@@ -30,6 +30,7 @@ from collm.models.guards import TokenizerIdentity, check_accepted, check_tokeniz
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
 from collm.models.members import AssistantSpec, Member, as_member, author_name, spec_of
+from collm.models.progress import quiet_if_small
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
@@ -245,7 +246,8 @@ class CoLLM:
     def _save_base(self, directory: Path) -> SavedBase | None:
         folder: SavedBase = "adapter" if hasattr(self.base, "peft_config") else "base"
         if isinstance(self.base, nn.Module):
-            cast(Any, self.base).save_pretrained(directory / folder)
+            with quiet_if_small(self.base):
+                cast(Any, self.base).save_pretrained(directory / folder)
         else:
             here = [one for one in get_args(SavedBase) if self._source is not None and (self._source / one).exists()]
             if not here:

@@ -63,6 +63,8 @@ def generate(
     params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "compiled": compiled, "trust_code": trust_code}
     model = CoLLM.from_pretrained(collaboration, engine=engine, servers=servers_named(servers), **loading)
+    if not chat and model.training.get("rows") == "chats":
+        typer.echo("this collaboration was trained on chats; --chat sends the prompt as a user's message", err=True)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
     choice = {"threshold": threshold, "budget": budget, "policy": policy, "lookahead": lookahead}
@@ -92,11 +94,15 @@ def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams,
     for index, prompt in enumerate(prompts):
         if len(prompts) > 1:
             console.print(f"[dim]prompt {index + 1}[/dim]")
-        authors = []
+        authors, is_empty = [], True
         for step in model.stream(prompt, params, **choice):
             console.print(coloured([step]), end="")
             authors.append(step.author)
+            is_empty = is_empty and not step.text
         console.print()
+        if is_empty and authors:
+            who = author_name(authors[-1], len(model.assistants))
+            typer.echo(f"the answer is empty: the {who} ended the text at once", err=True)
         if console.is_terminal:
             names = [author_name(author, len(model.assistants)) for author in range(len(model.assistants) + 1)]
             console.print(legend(names), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")

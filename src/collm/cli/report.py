@@ -21,10 +21,12 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML file that works offline: systems, curve, who wrote which token, what is deferred."""
+    from collm.cli.terminal import log_to_terminal
     from collm.evaluation.page import write_report
     from collm.evaluation.run_charts import Prices
     from collm.evaluation.run_report import report_of
 
+    log_to_terminal()
     path = out or run / "report.html"
     write_report(path, report_of(run, Prices.parse(price) if price else None))
     typer.echo(str(path))

@@ -16,7 +16,6 @@ from collm.demo.tiny_models import ModelPaths, fine_tune, make_models
 from collm.demo.world import DemoWorld
 from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES
-from collm.evaluation.chart import require_matplotlib
 from collm.evaluation.page import write_report
 from collm.evaluation.report import Report
 from collm.run import RunConfig, RunResult, train_collaboration
@@ -37,7 +36,6 @@ def run_demo(out: Path, *, num_assistants: int = 1, seeds: Sequence[int] = (0,),
     """
     if not seeds:
         raise ConfigError("no seed came; expected at least one")
-    require_matplotlib()
     clear(out)
     started = time.monotonic()
     results = [_run_seed(out / f"seed-{seed}", num_assistants, seed, quiet) for seed in seeds]

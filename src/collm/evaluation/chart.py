@@ -8,10 +8,9 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-
-from collm.errors import MissingExtra
 
 if TYPE_CHECKING:
     from collm.evaluation.report import Chart, Point
@@ -37,21 +36,16 @@ Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
 
 
-def require_matplotlib() -> None:
-    """Raise MissingExtra where nothing could be drawn: to be asked before long work rather than after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "eval") from error
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def draw_chart(chart: Chart) -> str:
     """One <svg> element: the curve, its interval as a band, every mark labelled, dashed lines and the place in use.
 
-    Raises:
-        MissingExtra: matplotlib is not installed.
+    Needs matplotlib, which `can_draw` asks for.
     """
-    require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -13,8 +14,10 @@ from string import Template
 from collm.atomic import atomic_file
 from collm.core.types import BASE, deferral_rate
 from collm.decoding.candidates import Candidates
-from collm.evaluation.chart import draw_chart
+from collm.evaluation.chart import can_draw, draw_chart
 from collm.evaluation.report import Chart, Example, Report, Row, Table, Token
+
+logger = logging.getLogger(__name__)
 
 _COLOURS = 6
 _UNDERLINES = 5
@@ -30,10 +33,9 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     """Write the page to `path`, whole or not at all; missing folders are made.
 
     The page asks nothing of the network and has the browser hold it to that (a content security policy). The same
-    report gives the same bytes.
+    report gives the same bytes. Without matplotlib its charts are tables of their numbers, which is logged once.
 
     Raises:
-        MissingExtra: the report has a chart and matplotlib is not installed.
         WriteError: the file cannot be written; what was there stays.
     """
     page = render_page(report)
@@ -42,11 +44,9 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
 
 
 def render_page(report: Report) -> str:
-    """The whole page; every text from the report is escaped.
-
-    Raises:
-        MissingExtra: the report has a chart and matplotlib is not installed.
-    """
+    """The whole page; every text from the report is escaped."""
+    if report.charts and not can_draw():
+        logger.warning("matplotlib is not installed, so the charts are tables of numbers: pip install 'collm[eval]'")
     template = files("collm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     sections = (
         _table(report.rows, report.measure),
@@ -99,11 +99,12 @@ def _chart(chart: Chart) -> str:
     )
     columns = ("", _text(chart.x_label), _with_interval(chart.y_label))
     numbers = _html_table("In order of the line, then the diamonds.", columns, body)
+    figure = f"<figure>{draw_chart(chart)}</figure>" if can_draw() else ""
     return _section(
         chart.name,
         _text(chart.heading),
-        f"<p>{_text(chart.note)}</p><figure>{draw_chart(chart)}</figure>"
-        f"<details><summary>The numbers of this chart</summary>"
+        f"<p>{_text(chart.note)}</p>{figure}"
+        f"<details{'' if figure else ' open'}><summary>The numbers of this chart</summary>"
         f"{_scrolling(f'{_text(chart.heading)}, numbers', numbers)}</details>",
     )
 

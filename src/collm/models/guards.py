@@ -150,4 +150,4 @@ def _first_difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
 
 
 def _how_to_accept(what: str) -> str:
-    return f"if that is intended, accept it by name (accept_differences: {what})"
+    return f"if that is intended, accept it: --accept_differences {what} (accept_differences: [{what}] in YAML)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from collm.errors import ConfigError, LoadError, MissingExtra
+from collm.models.progress import quiet_if_small
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
@@ -120,7 +122,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         options |= {"dtype": dtype, "quantization_config": _quantization(spec.quantization, dtype)}
     config = load_config(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, **options)
+        with quiet_if_small(spec.path):
+            model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, **options)
     except Exception as error:  # files of strangers: whatever the libraries raise on them
         raise LoadError(_could_not_load("model", spec, error)) from error
     _keep_layout(model)
@@ -138,6 +141,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     Raises:
         LoadError: there is none, or it names a kernel: transformers would download that and run it.
     """
+    _check_there(spec.path)
     try:
         config = AutoConfig.from_pretrained(spec.path, **_source(spec))
     except Exception as error:  # files of strangers: whatever the libraries raise on them
@@ -206,10 +210,33 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     Raises:
         LoadError: there is none that transformers can load.
     """
+    _check_there(spec.path)
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, **_source(spec)))
     except Exception as error:  # files of strangers: whatever the libraries raise on them
         raise LoadError(_could_not_load("tokenizer", spec, error)) from error
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only mean a place on this machine: no Hub id begins so, or has two separators.
+
+    Of a name with one separator, its folder's being there tells.
+    """
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
+
+
+def _check_there(path: str) -> None:
+    """Raise a LoadError at once for a path to nothing: transformers would look for it on the Hub, at length."""
+    if looks_like_path(path) and not Path(path).expanduser().exists():
+        near = difflib.get_close_matches(Path(path).name, _names_in(Path(path).expanduser().parent), n=1)
+        hint = f"; did you mean {str(Path(path).with_name(near[0]))!r}?" if near else ""
+        raise LoadError(f"there is no model at {path!r}: no such directory{hint}")
+
+
+def _names_in(directory: Path) -> list[str]:
+    return [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
 
 
 def _could_not_load(what: str, spec: ModelSpec, error: Exception) -> str:
@@ -231,4 +258,10 @@ def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtra("peft", "train") from error
-    return cast(nn.Module, PeftModel.from_pretrained(load_model(spec), adapter).eval())
+    base = load_model(spec)
+    try:
+        with quiet_if_small(base):
+            return cast(nn.Module, PeftModel.from_pretrained(base, adapter).eval())
+    except Exception as error:  # files of strangers: whatever peft raises on them
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LoadError(f"could not load the adapter {adapter}: {reason:.300}; restore it or train again") from error

@@ -29,6 +29,7 @@ class Prepared:
         validation: rows to calibrate on.
         evaluation: these rows as examples, where there are evaluations during training.
         num_bad: training rows that were skipped.
+        kind: "prompts", "chats", or "prompts and chats": what the rows are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ class Prepared:
     validation: list[Row]
     evaluation: Examples | None
     num_bad: int
+    kind: str
 
     def rendered(self) -> str:
         """The first example as its tokens spell it, special tokens included, and what of it is learned."""
@@ -62,7 +64,12 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     evaluation = None
     if args.eval_strategy != "no":
         evaluation = encode_rows(validation, template, tokenizer, max_length=args.max_length)
-    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad)
+    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad, _kind(rows))
+
+
+def _kind(rows: Rows) -> str:
+    are_chats = {row.messages is not None for row in rows}
+    return " and ".join(name for name, is_chat in (("prompts", False), ("chats", True)) if is_chat in are_chats)
 
 
 def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:

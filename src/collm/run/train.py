@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from collm.atomic import atomic_file
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
-from collm.errors import ConfigError
+from collm.errors import ConfigError, MissingExtra
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_model
@@ -71,6 +72,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
     if config.base_quantization is not None and args.method == "full":
         raise ConfigError("base_quantization does not fit method 'full': quantized weights take no updates; use lora")
+    check_extras(config, args)
     directory = Path(args.output_dir)
     processes = processes_of(args)
     check_directory(directory, config, args)
@@ -96,6 +98,14 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     if model.calibration is not None:
         metrics["calibration"] = model.calibration.to_dict()
     return RunResult(directory / "collaboration", model, metrics)
+
+
+def check_extras(config: RunConfig, args: CoLLMConfig) -> None:
+    """Raise a MissingExtra before any work for what would be missing after hours of it."""
+    if args.method == "lora" and find_spec("peft") is None:
+        raise MissingExtra("peft", "train")
+    if (config.base_quantization or config.assistant_quantization) and find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "quantize")
 
 
 def processes_of(args: CoLLMConfig) -> PartialState:
@@ -189,6 +199,7 @@ def fit(
     metrics: dict[str, Any] = {
         "method": args.method,
         "data": config.data,
+        "rows": prepared.kind,
         "examples": len(prepared.examples),
         "bad_rows_skipped": prepared.num_bad,
         "train_loss_nats": outcome.training_loss,

@@ -17,6 +17,7 @@ from collm.core.head import DeferralHead
 from collm.errors import ArtefactError
 from collm.models.loading import ModelSpec, load_with_adapter
 from collm.models.members import spec_of
+from collm.models.progress import quiet_if_small
 from collm.training.module import JointModule
 
 HEAD = "head.safetensors"
@@ -41,7 +42,8 @@ def save_tuned(directory: Path, joint: JointModule, method: str, state: Mapping[
         of_base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
         # peft would look up the Hub to see whether the vocabulary grew; it never does here
         options = {"save_embedding_layers": False} if method == "lora" else {}
-        cast(Any, joint.base).save_pretrained(directory / folder, state_dict=of_base, **options)
+        with quiet_if_small(joint.base):
+            cast(Any, joint.base).save_pretrained(directory / folder, state_dict=of_base, **options)
 
 
 def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
@@ -58,13 +60,18 @@ def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
 
             set_peft_model_state_dict(base, load_peft_weights(str(directory / "adapter"), device="cpu"))
         elif method == "full":
-            saved = type(base).from_pretrained(directory / "base", dtype=base.dtype)
-            _load(base, saved.state_dict())
+            _load(base, _plain(base, directory).state_dict())
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ArtefactError(
             f"the weights in {directory} cannot be read for method {method!r}: {error}; "
             "they are damaged, or of another model or method"
         ) from error
+
+
+def _plain(base: Any, directory: Path) -> nn.Module:
+    """The tuned base in a directory, as a model of the same class and dtype."""
+    with quiet_if_small(base):
+        return cast(nn.Module, type(base).from_pretrained(directory / "base", dtype=base.dtype))
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -85,7 +92,7 @@ def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Mod
     head = DeferralHead(joint.head.hidden_size, joint.head.num_assistants)
     head.load_state_dict(load_file(directory / HEAD))
     if method == "full":
-        return cast(nn.Module, type(base).from_pretrained(directory / "base", dtype=base.dtype).eval()), head
+        return _plain(base, directory).eval(), head
     if method == "lora":
         return load_with_adapter(cast(ModelSpec, spec_of(base)), directory / "adapter"), head
     return base, head

@@ -11,6 +11,7 @@ from collm.core.head import DeferralHead
 from collm.core.objective import marginal_logprobs
 from collm.errors import ConfigError, MismatchError, MissingExtra
 from collm.models.language_model import LanguageModel
+from collm.models.progress import quiet_if_small
 from collm.training.config import CoLLMConfig
 from collm.training.fused import marginal_nll_sum
 from collm.training.targets import read_targets
@@ -157,7 +158,8 @@ def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
     try:
         with torch.random.fork_rng():  # the adapter's random start depends on the seed and on nothing before
             torch.manual_seed(config.seed)
-            wrapped = get_peft_model(base, settings)
+            with quiet_if_small(base):
+                wrapped = get_peft_model(base, settings)
     except ValueError as error:
         raise ConfigError(f"LoRA does not fit the base: {error}") from error
     if isinstance(wrapped.get_base_model().get_output_embeddings(), BaseTunerLayer):
