@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from collm.atomic import atomic_file
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
-from collm.errors import ArtefactError, ConfigError
+from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec, looks_like_path
 from collm.models.members import AssistantSpec
@@ -157,12 +157,8 @@ def read_manifest(directory: Path) -> Manifest:
         if json.loads(text).get("format") != FORMAT:
             raise ArtefactError(f"{path} has format {json.loads(text).get('format')!r}, this version reads {FORMAT}")
         return Manifest.from_json(text)
-    except _DAMAGED as error:
+    except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or retrain") from error
-
-
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError)
-"""What reading a file that holds something else raises; a RecursionError for JSON that is nested too deeply."""
 
 
 def _read_text(path: Path) -> str:
@@ -317,7 +313,7 @@ def read_calibration(directory: Path) -> Calibration | None:
         return None
     try:
         return Calibration.from_dict(json.loads(_read_text(path)))
-    except _DAMAGED as error:
+    except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it and calibrate again"
         ) from error

@@ -19,6 +19,9 @@ Each message says what came, what was expected and what to do about it.
 
 from __future__ import annotations
 
+DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+"""What reading a file that holds something else raises; a RecursionError where it is nested too deeply."""
+
 
 class CollmError(Exception):
     """Root of all errors raised on purpose."""

@@ -204,6 +204,6 @@ def test_fine_tuning_refuses_no_rows_no_epochs_and_no_model(world: DemoWorld, tm
         fine_tune(base, [], tmp_path / "tuned", seed=0, epochs=1)
     with pytest.raises(ConfigError, match="epochs is 0"):
         fine_tune(base, world.train, tmp_path / "tuned", seed=0, epochs=0)
-    with pytest.raises(LoadError, match="could not load"):
+    with pytest.raises(LoadError, match="there is no model at"):
         fine_tune(tmp_path / "nothing", world.train, tmp_path / "tuned", seed=0, epochs=1)
     assert not (tmp_path / "tuned").exists()

@@ -7,6 +7,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,8 +289,13 @@ def test_a_stream_that_is_left_leaves_nothing_running(cluster: Clusters) -> None
 @pytest.mark.parametrize("max_batch", [1, 3])
 def test_no_more_requests_run_than_allowed(cluster: Clusters, max_batch: int) -> None:
     world = cluster()
-    out = world.connect().generate(prompts_of(18, 9), GREEDY, threshold=0.5, max_batch=max_batch)
-    assert len(out) == 9
+    model, base = world.connect(), world.fakes[0]
+    base.hold()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(model.generate, prompts_of(18, 9), GREEDY, threshold=0.5, max_batch=max_batch)
+        base.wait_until(lambda: base.running == max_batch)
+        base.let_go()
+        assert len(done.result()) == 9
     assert max(fake.most_running for fake in world.fakes) == max_batch
 
 

@@ -149,7 +149,7 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as stream:
             content = yaml.safe_load(stream)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"could not read {path}: {error}; expected a YAML file of fields") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}, expected fields with values")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.core.types import Completion, FinishReason, ModelUsage
-from collm.errors import ArtefactError, ConfigError
+from collm.errors import DAMAGED, ArtefactError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class AnswerFile:
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 self._take(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
+            except DAMAGED as error:
                 raise ArtefactError(f"{self.path}, line {number} is damaged ({error}); delete the file") from error
         return len(lines) > 1
 

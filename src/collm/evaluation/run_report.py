@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.decoding.candidates import Candidates
-from collm.errors import ArtefactError
+from collm.errors import DAMAGED, ArtefactError
 from collm.evaluation.answers import Answer, read_answers
 from collm.evaluation.insights import Deferred, deferred_classes, deferred_tokens, run_lengths, shown
 from collm.evaluation.report import Example, Report, Row, Table, Token
@@ -32,10 +32,23 @@ def report_of(directory: Path, prices: Prices | None = None) -> Report:
         candidates = json.loads((directory / "candidates.json").read_text(encoding="utf-8"))
         short = short_names([row["name"] for row in results["rows"]])
         results["rows"] = [{**row, "name": short[row["name"]]} for row in results["rows"]]
-        rows = {row["name"]: row for row in results["rows"]}
         answers = {short[name]: read_answers(directory, name) for name in short}
-    except (OSError, ValueError, KeyError) as error:
+        return _report(results, items, candidates, answers, prices)
+    except DAMAGED as error:
         raise ArtefactError(f"{directory} holds no finished evaluation ({error}); run 'collm eval' first") from error
+
+
+def _report(
+    results: dict[str, Any],
+    items: Mapping[str, Any],
+    candidates: Mapping[str, Any],
+    answers: Mapping[str, Mapping[str, Answer]],
+    prices: Prices | None,
+) -> Report:
+    rows = {row["name"]: row for row in results["rows"]}
+    for name, found in answers.items():
+        if found.keys() != items.keys() or len(items) != results["num_items"]:
+            raise ValueError(f"{len(found)} answers of {name} to {len(items)} of {results['num_items']} items")
     own = [answers[COLLABORATION][item] for item in items]
     first, astray = shown(own, answers.get("base", {}), results["measure"])
     table = [_row(row, results["measure"]) for row in rows.values() if not is_threshold(row["name"])]

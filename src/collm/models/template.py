@@ -11,6 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.models.chats import Chat, Message, check_unicode, tool_name, tools_of
+from collm.models.time_limit import time_limit
+
+LONGEST_RENDERING_S = 10.0
+"""Time limit of a chat template, which is a program that came with a model."""
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -200,13 +204,14 @@ class PromptTemplate:
         if self.chat is None:
             raise RequestError("chat messages came, but this collaboration has no chat template; pass a string")
         try:
-            rendered = tokenizer.apply_chat_template(
-                [self._known_role(message) for message in messages],
-                tools=tools_of(messages),
-                chat_template=self.chat,
-                tokenize=False,
-                add_generation_prompt=open_turn,
-            )
+            with time_limit(LONGEST_RENDERING_S):
+                rendered = tokenizer.apply_chat_template(
+                    [self._known_role(message) for message in messages],
+                    tools=tools_of(messages),
+                    chat_template=self.chat,
+                    tokenize=False,
+                    add_generation_prompt=open_turn,
+                )
         except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(
                 f"the chat template refuses the messages {json.dumps(messages, default=str)[:120]}: {error}"

@@ -12,7 +12,7 @@ import yaml
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.types import SamplingParams
-from collm.errors import ConfigError
+from collm.errors import DAMAGED, ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem, calibrate, check_on
 from collm.evaluation.gold import deferred, gold_examples, gold_views
 from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
@@ -139,7 +139,7 @@ class PastRun:
             options = yaml.safe_load(path.read_text(encoding="utf-8"))
             values = {one.name: options[one.name] for one in fields(RunConfig)}
             seed, max_length = int(options["seed"]), int(options["max_length"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        except (*DAMAGED, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"{path} is damaged ({type(error).__name__}: {reason:.200}); restore it, or pass --data"

@@ -19,7 +19,7 @@ from collm.atomic import atomic_file
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
-from collm.errors import ConfigError, MissingExtra
+from collm.errors import DAMAGED, ConfigError, MissingExtra
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_model
@@ -146,7 +146,11 @@ def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
     """Refuse a directory that holds another run, or something else."""
     path = directory / "run.yaml"
     if path.exists():
-        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(config, args))
+        now = yaml.safe_load(to_yaml(config, args))
+        try:
+            before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (*DAMAGED, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} is damaged; restore it, or choose another output_dir") from error
         different = [name for name in now if before.get(name) != now[name]]
         if different:
             name = different[0]

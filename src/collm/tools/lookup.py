@@ -118,7 +118,9 @@ def _csv_facts(path: Path, text: str) -> Iterator[_Fact]:
             if header is None:
                 header = [cell.strip() for cell in cells]
                 if _PATTERN not in header or len(set(header)) < len(header):
-                    raise DataError(f"{where}: the header is {cells}, expected {_PATTERN!r} and fields, each once")
+                    raise DataError(
+                        f"{where}: the header is {cells!s:.80}, expected {_PATTERN!r} and fields, each once"
+                    )
             elif len(cells) > len(header):
                 raise DataError(f"{where}: there are {len(cells)} cells, expected {len(header)} as in the header")
             else:

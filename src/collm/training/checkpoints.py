@@ -109,5 +109,5 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether all of a checkpoint was written: Trainer writes its state last."""
     try:
         return bool(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False

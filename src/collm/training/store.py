@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from collm.atomic import atomic_file
-from collm.errors import ArtefactError, ConfigError
+from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.members import AssistantSpec
 from collm.training.examples import Example, fingerprint
 from collm.training.scores import HiddenStates, Scores
@@ -247,5 +247,5 @@ def read_header(directory: Path) -> Header | None:
         if content["format"] != FORMAT:
             raise ArtefactError(f"{path} has format {content['format']!r}, this version reads {FORMAT}; score again")
         return Header(**content)
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise ArtefactError(f"{path} is damaged ({error}); delete {directory} and score again") from error

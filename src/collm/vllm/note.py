@@ -7,10 +7,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from collm.core.head import DeferralHead
-from collm.errors import ArtefactError
+from collm.errors import DAMAGED, ArtefactError, LoadError
+from collm.models.loading import ModelSpec, load_tokenizer
 from collm.version import __version__
 from collm.vllm import NOTE, NOTE_FORMAT
 
@@ -71,7 +70,7 @@ class Note:
             return cls(**content)
         except OSError as error:
             raise ArtefactError(f"there is no {path}; expected what 'collm export vllm' writes") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); export again") from error
 
 
@@ -79,8 +78,8 @@ def check_exported(directory: Path, head: DeferralHead) -> None:
     """Raise an ArtefactError unless a directory holds a base that was exported with this head."""
     note = Note.read(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(ModelSpec(str(directory)))
+    except LoadError as error:
         raise ArtefactError(f"{directory} has no tokenizer; remove it to have it written anew") from error
     if tokenizer.convert_tokens_to_ids(defer_names(head)) != [*note.defer_ids, note.zero_id]:
         raise ArtefactError(f"{directory} was exported with another head; remove it to have it written anew")

@@ -69,7 +69,7 @@ class Servers:
         path = Path(text)
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"servers are {text!r}: {type(error).__name__}; expected addresses like http://localhost:8001/v1 with "
                 "commas between, or a YAML file with a list 'urls'"
