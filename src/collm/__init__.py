@@ -11,7 +11,8 @@ from collm.version import __version__
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
     from collm.core.head import DeferralHead
-    from collm.core.types import Completion, SamplingParams, TokenStep
+    from collm.core.params import SamplingParams, StructuredOutputs
+    from collm.core.types import Completion, TokenStep
     from collm.models.loading import ModelSpec
     from collm.tools.spec import ToolSpec
     from collm.training.config import CoLLMConfig
@@ -24,7 +25,8 @@ _HOME = {
     "Completion": "collm.core.types",
     "DeferralHead": "collm.core.head",
     "ModelSpec": "collm.models.loading",
-    "SamplingParams": "collm.core.types",
+    "SamplingParams": "collm.core.params",
+    "StructuredOutputs": "collm.core.params",
     "TokenStep": "collm.core.types",
     "ToolSpec": "collm.tools.spec",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "DeferralHead",
     "ModelSpec",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenStep",
     "ToolSpec",
     "__version__",

@@ -19,8 +19,9 @@ from collm.atomic import atomic_directory
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.named import policy_named
+from collm.core.params import SamplingParams
 from collm.core.policies import Policy, ThresholdPolicy
-from collm.core.types import Completion, ModelUsage, SamplingParams, TokenStep, deferral_rate
+from collm.core.types import Completion, ModelUsage, TokenStep, deferral_rate
 from collm.decoding.candidates import Candidates
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request

@@ -13,6 +13,7 @@ from collm.core.head import DeferralHead
 from collm.decoding.candidates import Candidates, top_candidates
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.errors import ConfigError, MismatchError
+from collm.models.grammars import Grammars
 from collm.models.guards import TokenizerIdentity, check_eos
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, empty_model, saved_eos_ids
@@ -104,6 +105,10 @@ class InMemory:
         named = [(model.name, model.eos_token_ids) for model in self.members if isinstance(model, LanguageModel)]
         return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self._tokenizer, TokenizerIdentity.of(self._tokenizer).vocab_size, self._eos_ids)
+
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> Engine:
         base, *assistants = self.runners
         for member, runner in zip(self._given, self.runners, strict=True):
@@ -115,6 +120,7 @@ class InMemory:
             self._head,
             self._tokenizer,
             eos_ids=self._eos_ids,
+            grammars=self.grammars,
             max_batch=max_batch,
             lookahead=LOOKAHEAD if lookahead is None else lookahead,
             max_wait=MAX_WAIT if max_wait is None else max_wait,

@@ -248,7 +248,18 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
 
 def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> None:
     fails(1, "^collm: there is no collaboration at nowhere", "generate", "nowhere", "hi", cwd=tmp_path)
-    fails(2, "top_p=0.5 .* no effect at temperature 0", "generate", "nowhere", "hi", "--top-p", 0.5, cwd=tmp_path)
+    fails(
+        2,
+        "top_p=0.5 .* no effect at temperature 0",
+        "generate",
+        "nowhere",
+        "hi",
+        "--top-p",
+        0.5,
+        "--temperature",
+        0,
+        cwd=tmp_path,
+    )
     debugged = collm("generate", "nowhere", "hi", "--debug", cwd=tmp_path)
     assert debugged.returncode == 1
     assert "Traceback" in debugged.stderr

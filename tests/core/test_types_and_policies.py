@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm.core.calibration import Calibration, CalibrationPoint
+from collm.core.params import SamplingParams
 from collm.core.policies import (
     BudgetPolicy,
     ConfidencePolicy,
@@ -23,7 +24,6 @@ from collm.core.policies import (
     StepView,
     ThresholdPolicy,
 )
-from collm.core.types import SamplingParams
 from collm.errors import ConfigError
 
 
@@ -196,8 +196,8 @@ def test_confidence_keeps_the_base_on_a_tie() -> None:
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": 1, "top_p": 0}, "top_p is 0"),
         ({"temperature": 1, "top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.9}, "no effect at temperature 0"),
-        ({"top_k": 5}, "no effect at temperature 0"),
+        ({"temperature": 0, "top_p": 0.9}, "no effect at temperature 0"),
+        ({"temperature": 0, "top_k": 5}, "no effect at temperature 0"),
         ({"stop": [""]}, "non-empty"),
     ],
 )

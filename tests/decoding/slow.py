@@ -5,11 +5,14 @@ A tool is asked about the whole text again; where it abstains, the base's distri
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from llguidance import LLMatcher, hf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm import DeferralHead, SamplingParams
 from collm.core.combinations import CombiningPolicy
@@ -27,8 +30,13 @@ def slow_decode(
     policy: Policy,
     params: SamplingParams,
     eos: int = 1,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Token ids and authors of a completion."""
+    """Token ids and authors of a completion.
+
+    Args:
+        tokenizer: needed for bad words and structured outputs.
+    """
     ids, authors, asked, device = list(prompt), list[int](), 0, models[0].device
     rng = random.Random(params.seed)
     while len(authors) < params.max_new_tokens:
@@ -37,14 +45,22 @@ def slow_decode(
             base = models[0](text, use_cache=False, output_hidden_states=True)
             u = head(base.hidden_states[-1][:, -1])  # (1, K)
             said = [base.logits[:, -1].float(), *(_logits(model, text) for model in models[1:])]
+            raw, said = (
+                said,
+                [None if each is None else _processed(each, params, prompt, ids, eos, tokenizer) for each in said],
+            )
+            for author, (before, after) in enumerate(zip(raw, said, strict=True)):
+                if isinstance(models[author], ToolModel) and before is not None and after.argmax() != before.argmax():
+                    said[author] = None
             silent = {author for author, each in enumerate(said) if each is None}
             logits = {author: said[0] if each is None else each for author, each in enumerate(said)}
             by_author = author_logprobs(u)
             for_author, for_token = rng.random(), rng.random()
             consulted = [0, *policy.consults(len(models) - 1)]
             if isinstance(policy, CombiningPolicy):
-                logprobs = {author: logits[author].log_softmax(-1) for author in consulted}
-                token = _token(policy.combine(logprobs, by_author)[0], params, for_token)
+                logprobs = {author: logits[author].log_softmax(-1).clamp(min=-1e4) for author in consulted}
+                joint = policy.combine(logprobs, by_author)[0].masked_fill(said[0][0] == -torch.inf, -torch.inf)
+                token = _token(joint, params, for_token)
                 of_token = {author: each[:, token] for author, each in logprobs.items()}
                 author = int(policy.credit(of_token, by_author))
             else:
@@ -64,8 +80,12 @@ def slow_decode(
         ids.append(token)
         asked += author != 0
         authors.append(0 if author in silent else author)
-        if token == eos:
+        if (token == eos and not params.ignore_eos) or token in params.stop_token_ids:
             break
+        if params.structured_outputs is not None:
+            matcher = _matcher(params, ids[len(prompt) :], said[0].shape[-1], eos, tokenizer)
+            if matcher.is_stopped():
+                break
     return ids[len(prompt) :], authors
 
 
@@ -78,8 +98,65 @@ def _logits(model: PreTrainedModel | ToolModel, text: torch.Tensor) -> torch.Ten
     return None if token_id is None else model.logits([token_id]).to(text.device)
 
 
+def _processed(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    eos: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> torch.Tensor:
+    """Logits (1, V) after what vLLM's documentation says of each parameter, one token at a time."""
+    row, generated = logits[0].tolist(), ids[len(prompt) :]
+    for token, bias in params.logit_bias.items():
+        row[token] += bias
+    for token in {*prompt, *generated}:
+        row[token] = (
+            row[token] / params.repetition_penalty if row[token] > 0 else row[token] * params.repetition_penalty
+        )
+    for token in set(generated):
+        row[token] -= params.presence_penalty + params.frequency_penalty * generated.count(token)
+    banned = {eos, *params.stop_token_ids} if len(generated) < params.min_tokens else set()
+    for word in params.bad_words:
+        for text in (word, " " + word):
+            *before, last = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not before or list(generated[-len(before) :]) == before:
+                banned.add(last)
+    if params.allowed_token_ids is not None:
+        banned |= set(range(len(row))) - set(params.allowed_token_ids)
+    if params.structured_outputs is not None:
+        matcher = _matcher(params, generated, len(row), eos, tokenizer)
+        bits = np.zeros(-(-len(row) // 32), dtype=np.int32)
+        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        banned |= {token for token in range(len(row)) if not (int(bits[token // 32]) >> (token % 32)) & 1}
+    for token in banned:
+        row[token] = -math.inf
+    return torch.tensor([row], device=logits.device)
+
+
+def _matcher(
+    params: SamplingParams,
+    generated: Sequence[int],
+    vocab_size: int,
+    eos: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> LLMatcher:
+    """A fresh matcher that has read the text."""
+    wanted = params.structured_outputs
+    if wanted.regex is not None:
+        source = LLMatcher.grammar_from_regex(wanted.regex)
+    elif wanted.json is not None:
+        source = LLMatcher.grammar_from_json_schema(wanted.json)
+    else:
+        source = LLMatcher.grammar_from_lark(wanted.grammar)
+    over = hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+    matcher = LLMatcher(over, source, log_level=0)
+    assert matcher.consume_tokens(list(generated)), matcher.get_error()
+    return matcher
+
+
 def _token(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
     if params.temperature == 0:
         return int(logits.argmax())
-    probs = token_probs(logits, params.temperature, params.top_p, params.top_k)
+    probs = token_probs(logits, params.temperature, params.top_p, params.top_k, params.min_p)
     return int(sample(probs, torch.tensor(uniform, dtype=torch.float64, device=probs.device)))

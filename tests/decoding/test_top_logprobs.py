@@ -56,7 +56,7 @@ def test_the_likeliest_tokens_are_those_of_the_law_that_was_drawn_from(
     company: CoLLM, policy: Policy, temperature: float
 ) -> None:
     top_p, seed = (0.9, 3) if temperature else (1.0, None)
-    params = SamplingParams(8, temperature, top_p, seed=seed, top_logprobs=MOST)
+    params = SamplingParams(8, temperature, top_p, seed=seed, logprobs=MOST)
     for prompt, completion in zip(
         prompts_of(3, 3), company.generate(prompts_of(3, 3), params, policy=policy), strict=True
     ):
@@ -73,11 +73,11 @@ def test_the_likeliest_tokens_are_those_of_the_law_that_was_drawn_from(
 def test_they_change_no_token_and_stay_away_unasked(company: CoLLM) -> None:
     params = SamplingParams(12, 1.0, seed=1)
     plain = company.generate(prompts_of(4, 3), params, threshold=0.5)
-    asked = company.generate(prompts_of(4, 3), SamplingParams(12, 1.0, seed=1, top_logprobs=2), threshold=0.5)
+    asked = company.generate(prompts_of(4, 3), SamplingParams(12, 1.0, seed=1, logprobs=2), threshold=0.5)
     assert [one.token_ids for one in plain] == [one.token_ids for one in asked]
     assert all(one.top_logprobs == [] for one in plain)
     (prompt, *_) = prompts_of(4, 3)
-    steps = company.stream(prompt, SamplingParams(12, 1.0, seed=1, top_logprobs=2), threshold=0.5)
+    steps = company.stream(prompt, SamplingParams(12, 1.0, seed=1, logprobs=2), threshold=0.5)
     likeliest = [[token_id for token_id, _ in top] for top in asked[0].top_logprobs]
     assert [[token_id for token_id, _ in step.top_logprobs] for step in steps] == likeliest
     assert all(step.top_logprobs == () for step in company.stream(prompt, params, threshold=0.5))
@@ -85,5 +85,5 @@ def test_they_change_no_token_and_stay_away_unasked(company: CoLLM) -> None:
 
 @pytest.mark.parametrize("most", [-1, 21])
 def test_the_number_is_from_0_to_20(most: int) -> None:
-    with pytest.raises(ConfigError, match=f"top_logprobs is {most}, expected 0 to 20"):
-        SamplingParams(top_logprobs=most)
+    with pytest.raises(ConfigError, match=f"logprobs is {most}, expected 0 to 20"):
+        SamplingParams(logprobs=most)

@@ -183,7 +183,7 @@ def test_echo_puts_the_prompt_before_the_text(client: openai.OpenAI) -> None:
 
 
 def test_log_probabilities_of_completions(client: openai.OpenAI, pair: CoLLM) -> None:
-    (expected,) = pair.generate([PROMPT], SamplingParams(8, 1.0, seed=2, top_logprobs=3))
+    (expected,) = pair.generate([PROMPT], SamplingParams(8, 1.0, seed=2, logprobs=3))
     asked: dict[str, Any] = {"model": "pair", "prompt": PROMPT, "max_tokens": 8, "temperature": 1, "seed": 2}
     choice = client.completions.create(**asked, logprobs=3).choices[0]
     found = choice.logprobs
@@ -211,7 +211,7 @@ def test_log_probabilities_of_completions(client: openai.OpenAI, pair: CoLLM) ->
 
 
 def test_log_probabilities_of_chats(client: openai.OpenAI, pair: CoLLM) -> None:
-    (expected,) = pair.generate([CHAT], SamplingParams(8, top_logprobs=2))
+    (expected,) = pair.generate([CHAT], SamplingParams(8, logprobs=2))
     asked: dict[str, Any] = {"model": "pair", "messages": CHAT, "max_tokens": 8, "logprobs": True}
     choice = client.chat.completions.create(**asked, top_logprobs=2).choices[0]
     assert choice.logprobs is not None

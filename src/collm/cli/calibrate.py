@@ -69,7 +69,7 @@ def calibrate(
     from collm.cli.tables import calibration_table, teacher_forced_table
     from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
-    from collm.core.types import SamplingParams
+    from collm.core.params import SamplingParams
     from collm.evaluation.calibration import DEFERRAL_RATES
 
     if check is not None and check_data is not None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from collm.cli import sampling
 from collm.cli.servers import EngineOption, ServersOption, servers_named
 
 if TYPE_CHECKING:
     from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
-    from collm.core.types import SamplingParams, TokenStep
+    from collm.core.params import SamplingParams
+    from collm.core.types import TokenStep
 
 HELP = """\
 /threshold X   the base keeps a token while its defer prob is at most X
@@ -38,8 +40,13 @@ def chat(
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Deferral rate to stay within, in place of a threshold.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this share.")] = 1.0,
+    temperature: sampling.TemperatureOption = None,
+    top_p: sampling.TopPOption = 1.0,
+    top_k: sampling.TopKOption = 0,
+    min_p: sampling.MinPOption = 0.0,
+    presence_penalty: sampling.PresenceOption = 0.0,
+    frequency_penalty: sampling.FrequencyOption = 0.0,
+    repetition_penalty: sampling.RepetitionOption = 1.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
     engine: EngineOption = None,
@@ -57,10 +64,19 @@ def chat(
     from collm.cli.authors import legend
     from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
-    from collm.core.types import SamplingParams
+    from collm.core.params import SamplingParams
 
     transformers.utils.logging.disable_progress_bar()
-    params = SamplingParams(max_new_tokens, temperature, top_p)
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,  # type: ignore[arg-type]  # None for its default
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+    )
     model = CoLLM.from_pretrained(
         collaboration,
         engine=engine,

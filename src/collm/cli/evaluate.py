@@ -54,8 +54,8 @@ def evaluate(
     from collm.cli.tables import comparison_tables
     from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
+    from collm.core.params import SamplingParams
     from collm.core.policies import ThresholdPolicy
-    from collm.core.types import SamplingParams
     from collm.errors import ConfigError
     from collm.evaluation import compare as comparing
     from collm.evaluation.systems import names_in, systems_named, thresholds_named

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from collm.cli import sampling
 from collm.cli.servers import EngineOption, ServersOption, servers_named
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
-    from collm.core.types import SamplingParams
+    from collm.core.params import SamplingParams
     from collm.models.template import Prompt
 
 
@@ -33,11 +34,26 @@ def generate(
     ] = "threshold",
     chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a user's chat message.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens with this share.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
+    temperature: sampling.TemperatureOption = None,
+    top_p: sampling.TopPOption = 1.0,
+    top_k: sampling.TopKOption = 0,
+    min_p: sampling.MinPOption = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the completion; may be repeated.")] = None,
+    include_stop_str_in_output: sampling.IncludeStopOption = False,
+    stop_token_ids: sampling.StopTokenIdsOption = None,
+    ignore_eos: sampling.IgnoreEosOption = False,
+    min_tokens: sampling.MinTokensOption = 0,
+    presence_penalty: sampling.PresenceOption = 0.0,
+    frequency_penalty: sampling.FrequencyOption = 0.0,
+    repetition_penalty: sampling.RepetitionOption = 1.0,
+    logit_bias: sampling.LogitBiasOption = None,
+    bad_words: sampling.BadWordsOption = None,
+    json_schema: sampling.JsonSchemaOption = None,
+    json_object: sampling.JsonObjectOption = False,
+    regex: sampling.RegexOption = None,
+    choice: sampling.ChoiceOption = None,
+    grammar: sampling.GrammarOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
@@ -57,33 +73,51 @@ def generate(
     import transformers
 
     from collm.collaboration import CoLLM
-    from collm.core.types import SamplingParams
+    from collm.core.params import SamplingParams
 
     transformers.utils.logging.disable_progress_bar()
-    params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,  # type: ignore[arg-type]  # None for its default
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or (),
+        include_stop_str_in_output=include_stop_str_in_output,
+        stop_token_ids=stop_token_ids or (),
+        ignore_eos=ignore_eos,
+        min_tokens=min_tokens,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logit_bias=sampling.logit_bias(logit_bias),
+        bad_words=bad_words or (),
+        structured_outputs=sampling.structured_outputs(json_schema, json_object, regex, choice, grammar),
+    )
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "compiled": compiled, "trust_code": trust_code}
     model = CoLLM.from_pretrained(collaboration, engine=engine, servers=servers_named(servers), **loading)
     if not chat and model.training.get("rows") == "chats":
         typer.echo("this collaboration was trained on chats; --chat sends the prompt as a user's message", err=True)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    choice = {"threshold": threshold, "budget": budget, "policy": policy, "lookahead": lookahead}
+    deciding = {"threshold": threshold, "budget": budget, "policy": policy, "lookahead": lookahead}
     show = _print_json if json_ else _print_coloured
-    show(model, inputs, params, choice)
+    show(model, inputs, params, deciding)
 
 
-def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, choice: dict[str, Any]) -> None:
+def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, deciding: dict[str, Any]) -> None:
     import json
     from dataclasses import asdict
 
-    out = model.generate(prompts, params, **choice)
+    out = model.generate(prompts, params, **deciding)
     for completion in out:
         usage = {name: asdict(used) for name, used in out.usage.items()}
         summary = {"text": completion.text, "deferral_rate": completion.deferral_rate}
         typer.echo(json.dumps({**summary, **asdict(completion), "usage_of_call": usage}))
 
 
-def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, choice: dict[str, Any]) -> None:
+def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, deciding: dict[str, Any]) -> None:
     """Token by token, as they come."""
     from collm.cli.authors import coloured, legend
     from collm.cli.terminal import Console
@@ -95,7 +129,7 @@ def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams,
         if len(prompts) > 1:
             console.print(f"[dim]prompt {index + 1}[/dim]")
         authors, is_empty = [], True
-        for step in model.stream(prompt, params, **choice):
+        for step in model.stream(prompt, params, **deciding):
             console.print(coloured([step]), end="")
             authors.append(step.author)
             is_empty = is_empty and not step.text

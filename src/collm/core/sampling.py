@@ -1,17 +1,29 @@
-"""Drawing a token from logits: temperature, top-k, top-p, by inverting the cumulative distribution."""
+"""Drawing a token from logits: penalties, temperature, min-p, top-k, top-p, inverting the cumulative distribution."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
-def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+def penalised(logits: Tensor, counts: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
+    """Logits of tokens that stand in a text, made less likely; all arguments have the same shape, (N,).
+
+    With c the times a token was generated (0: it stands in the prompt alone), and x > 0 divided or x < 0 multiplied by
+    `repetition`: x - presence * [c > 0] - frequency * c. As in vLLM; the repetition penalty is arXiv 1909.05858's.
+    """
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return scaled - presence * (counts > 0) - frequency * counts
+
+
+def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
     """The distribution that `sample` draws from.
 
-    softmax(logits / temperature), then only the top_k most probable tokens (ties at the border are kept), then
-    the smallest set of the most probable of those whose share reaches top_p, renormalised. At temperature 0 all
-    mass is on the argmax.
+    softmax(logits / temperature), then only tokens at least min_p times as probable as the most probable one, then the
+    top_k most probable tokens (ties at the border are kept), then the smallest set of the most probable of those whose
+    share reaches top_p, renormalised. At temperature 0 all mass is on the argmax.
 
     Args:
         logits: shape (..., V).
@@ -24,6 +36,8 @@ def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: i
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     highest = logits.amax(-1, keepdim=True)  # subtracted, a temperature next to 0 cannot overflow
     scaled = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
+    if min_p > 0:
+        scaled = scaled.masked_fill(scaled < math.log(min_p), -torch.inf)
     if 0 < top_k < logits.shape[-1]:
         border = scaled.topk(top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < border, -torch.inf)

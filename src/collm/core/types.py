@@ -1,8 +1,7 @@
-"""The words of the project as types: sampling parameters, one step, one completion."""
+"""The words of the project as types: one step, one completion, what an author did."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -12,62 +11,10 @@ from collm.errors import ConfigError
 BASE = 0
 """Author number of the base; assistants are 1..K."""
 
-MAX_TOP_LOGPROBS = 20
-
 TopLogprobs = tuple[tuple[int, float], ...]
 """Token ids with their log-probabilities in nats, the most probable first."""
 
 FinishReason = Literal["eos", "stop", "length"]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are drawn once their author is known.
-
-    Attributes:
-        max_new_tokens: most tokens to generate, at least 1.
-        temperature: divides the logits; 0 is greedy (the author's argmax).
-        top_p: keep the smallest set of tokens whose probability reaches this share, in (0, 1].
-        top_k: keep the k most probable tokens; 0 keeps all.
-        seed: makes the draws of this request reproducible, whatever else is in the batch.
-        stop: strings that end the text; the text is cut before them.
-        top_logprobs: report so many of the author's most probable tokens at every position, 0 to 20.
-
-    Raises:
-        ConfigError: a value out of range, or one that has no effect at temperature 0.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    top_logprobs: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature",
-            self.temperature,
-            "a number >= 0 (0 is greedy)",
-        )
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
-        _require(0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", self.top_logprobs, "0 to 20")
-        _require(all(self.stop), "stop", self.stop, "non-empty strings")
-        if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
-            raise ConfigError(
-                f"top_p={self.top_p} and top_k={self.top_k} have no effect at temperature 0; "
-                "set a temperature above 0 or leave them out"
-            )
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} is {value!r}, expected {expected}")
 
 
 def check_threshold(threshold: float) -> float:

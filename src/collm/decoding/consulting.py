@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from collm.core.combinations import CombiningPolicy
 from collm.core.types import BASE
-from collm.decoding.draws import Draw, greedy_draws
+from collm.decoding.draws import Draw, Logits, greedy_draws
 from collm.decoding.sequence import Sequence
 
 _EXCLUDED = -1e4
@@ -25,22 +26,22 @@ class Consultation:
     Attributes:
         defer_prob, author_probs: from the head.
         author_logprobs: log P(Z), shape (K + 1,).
-        logits: author -> next-token logits, shape (V,).
+        logits: author -> its next-token logits.
         silent: assistants that abstain; the base's logits stand in for theirs.
     """
 
     defer_prob: float
     author_probs: list[float]
     author_logprobs: Tensor
-    logits: dict[int, Tensor]
+    logits: dict[int, Logits]
     silent: set[int] = field(default_factory=set)
 
-    def hear(self, author: int, logits: Tensor | None) -> None:
-        """Note an assistant's logits (V,); None where it abstains."""
+    def hear(self, author: int, logits: Logits | None) -> None:
+        """Note an assistant's logits; None where it abstains."""
         if logits is None:
             self.silent.add(author)
             logits = self.logits[BASE]
-        self.logits[author] = logits.to(self.author_logprobs.device)
+        self.logits[author] = Logits(*(each.to(self.author_logprobs.device) for each in logits))
 
 
 def chosen(sequences: ListOf[Sequence], of_each: ListOf[Consultation]) -> list[tuple[int, Draw]]:
@@ -48,10 +49,11 @@ def chosen(sequences: ListOf[Sequence], of_each: ListOf[Consultation]) -> list[t
     written = []
     for sequence, said in zip(sequences, of_each, strict=True):
         authors = sorted(said.logits)
-        greedy, _ = greedy_draws(torch.stack([said.logits[author] for author in authors]))
-        draws = dict(zip(authors, greedy, strict=True))
-        top = {author: (draw.token_id, math.exp(draw.logprob)) for author, draw in draws.items()}
+        raw, processed = (torch.stack(rows) for rows in zip(*(said.logits[author] for author in authors), strict=True))
+        likeliest, _ = greedy_draws(processed)
+        top = {author: (one.token_id, math.exp(one.logprob)) for author, one in zip(authors, likeliest, strict=True)}
         author = sequence.author_of_next(said.defer_prob, said.author_probs, top)
+        draws = dict(zip(authors, greedy_draws(processed, raw=raw)[0], strict=True))
         written.append((author, sequence.draw(len(sequence.steps), said.logits[author], draws[author])))
     return written
 
@@ -61,16 +63,32 @@ def combined(
 ) -> list[tuple[int, Draw]]:
     """Author credited and token where the policy makes one distribution of several."""
     by_author = torch.stack([said.author_logprobs for said in of_each])  # (n, K + 1)
-    logprobs = {
-        author: torch.log_softmax(torch.stack([said.logits[author] for said in of_each]), dim=-1).clamp(min=_EXCLUDED)
-        for author in of_each[0].logits
-    }
-    logits = policy.combine(logprobs, by_author)
-    greedy, _ = greedy_draws(logits)
+    logprobs = _logprobs([{author: logits.processed for author, logits in said.logits.items()} for said in of_each])
+    logits = raw = policy.combine(logprobs, by_author)
+    if any(sequence.processors is not None for sequence in sequences):
+        allowed = torch.stack([_allowed(said) for said in of_each])
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        raw = policy.combine(
+            _logprobs([{author: logits.raw for author, logits in said.logits.items()} for said in of_each]), by_author
+        )
+    greedy, _ = greedy_draws(logits, raw=raw)
     draws = [
-        sequence.draw(len(sequence.steps), row, draw)
-        for sequence, row, draw in zip(sequences, logits, greedy, strict=True)
+        sequence.draw(len(sequence.steps), Logits(*rows), draw)
+        for sequence, draw, *rows in zip(sequences, greedy, raw, logits, strict=True)
     ]
     token_ids = torch.tensor([[draw.token_id] for draw in draws], device=logits.device)
     of_tokens = {author: each.gather(-1, token_ids).squeeze(-1) for author, each in logprobs.items()}
     return list(zip(policy.credit(of_tokens, by_author).tolist(), draws, strict=True))
+
+
+def _logprobs(of_each: ListOf[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """Author -> log-probabilities, shape (n, V), finite; of logits (V,) by author, for each of n sequences."""
+    return {
+        author: torch.log_softmax(torch.stack([logits[author] for logits in of_each]), dim=-1).clamp(min=_EXCLUDED)
+        for author in of_each[0]
+    }
+
+
+def _allowed(said: Consultation) -> Tensor:
+    """The tokens that no constraint forbids, bool, shape (V,): a sum of log-probabilities need not respect it."""
+    return said.logits[BASE].processed > -torch.inf

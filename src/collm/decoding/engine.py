@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListOf
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.combinations import CombiningPolicy
@@ -19,12 +18,14 @@ from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.types import BASE, Completion, TokenStep
 from collm.decoding.consulting import Consultation, chosen, combined
-from collm.decoding.draws import Draw, greedy_draws
+from collm.decoding.draws import Draw, Logits
+from collm.decoding.logits_processors import Edits
 from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, wait_steps
 from collm.decoding.reader import Heard, Reader, Stretch
-from collm.decoding.request import Request, check_prompt
+from collm.decoding.request import Request, check_params, check_prompt
 from collm.decoding.sequence import Decision, Sequence
-from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure
+from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
+from collm.models.grammars import Grammars
 from collm.models.runner import Assistant, ModelRunner
 
 LOOKAHEAD = 16
@@ -79,6 +80,7 @@ class Engine:
         head: the deferral head, K outputs.
         tokenizer: of all models.
         eos_ids: tokens that end a sequence.
+        grammars: compiles what texts must be.
         max_batch: most sequences decoded at once; further ones wait.
         lookahead: most tentative tokens of a sequence; 0 reads nothing ahead.
         max_wait: most steps a sequence waits for others that need the same assistant; 0 never waits.
@@ -95,6 +97,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         eos_ids: frozenset[int],
+        grammars: Grammars,
         max_batch: int = 16,
         lookahead: int = LOOKAHEAD,
         max_wait: int = MAX_WAIT,
@@ -106,6 +109,7 @@ class Engine:
         self.head = head
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
+        self.grammars = grammars
         self.max_batch = max_batch
         self.lookahead = lookahead
         self.max_wait = max_wait
@@ -128,17 +132,21 @@ class Engine:
         """Queue a request; its number tells its steps from others'.
 
         Raises:
-            RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context.
+            RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context; or the
+                parameters name unknown tokens or a grammar that cannot be followed.
             ConfigError: the policy asks for an author that does not exist.
         """
         check_prompt(self.authors, self._vocab_size, request.prompt_ids)
+        check_params(request.params, self._vocab_size)
         consulted = request.policy.consults(len(self.authors) - 1)
         unknown = [author for author in consulted if not 1 <= author < len(self.authors)]
         if unknown:
             raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
+        structured = request.params.structured_outputs
+        grammar = self.grammars.compile(structured) if structured is not None else None
         number, self._count = self._count, self._count + 1
         odds = self._odds.copy()
-        self._waiting.append(Sequence(number, request, self.authors, self.tokenizer, self.eos_ids, odds))
+        self._waiting.append(Sequence(number, request, self.authors, self.tokenizer, self.eos_ids, odds, grammar))
         return number
 
     def cancel(self, number: int) -> None:
@@ -184,7 +192,7 @@ class Engine:
         assert heard.hidden is not None
         u = self.head(heard.hidden)  # (R, K)
         by_author = author_logprobs(u)  # (R, K + 1)
-        greedy, numbers = greedy_draws(heard.logits, defer_probs(u).unsqueeze(-1), by_author.exp())
+        greedy, numbers = heard.greedy(defer_probs(u).unsqueeze(-1), by_author.exp())
         reader.clock()
         consultations = {}
         for sequence, rows in heard.rows.items():
@@ -192,18 +200,18 @@ class Engine:
                 self._fail_with_nan(sequence, BASE)
             elif sequence.consulted:
                 defer_prob, *probs = numbers[rows[0]]
-                logits = {BASE: heard.logits[rows[0]]}
+                logits = {BASE: heard.at(rows[0])}
                 consultations[sequence] = Consultation(defer_prob, probs, by_author[rows[0]], logits)
             else:
                 with self._alone(sequence):
                     for row in rows:
-                        self._decide(sequence, numbers[row], heard.logits[row], greedy[row])
+                        self._decide(sequence, numbers[row], heard.at(row), greedy[row])
                     self._settle(sequence)
                     self._go_on(sequence)
         return consultations
 
-    def _decide(self, sequence: Sequence, numbers: list[float], logits: Tensor, greedy: Draw) -> None:
-        """Decide the position after the last decision, where the base's logits (V,) are known."""
+    def _decide(self, sequence: Sequence, numbers: list[float], logits: Logits, greedy: Draw) -> None:
+        """Decide the position after the last decision, where the base's logits are known."""
         defer_prob, *probs = numbers
         author = sequence.author_of_next(defer_prob, probs)
         guess = None
@@ -216,6 +224,8 @@ class Engine:
         if not self.lookahead or sequence.consulted or sequence.draft or sequence.decisions:
             return
         draft = sequence.lookup.draft(min(self.lookahead, sequence.draft_limit))
+        if draft and sequence.processors is not None:
+            draft = draft[: sequence.processors.permitted(sequence.generated, draft)]
         times = self._readers[BASE].times, self._readers[1].times
         length = lookup_length(sequence.odds, *times, len(self._active), len(draft)) if draft else 0
         for token_id in draft[:length]:
@@ -254,24 +264,24 @@ class Engine:
         heard = self._read(reader, wanted)
         if heard is None:
             return
-        greedy, _ = greedy_draws(heard.logits)
+        greedy, _ = heard.greedy()
         reader.clock()
         for sequence, rows in heard.rows.items():
             if any(greedy[row].broken for row in rows):
                 self._fail_with_nan(sequence, author)
             elif sequence in consultations:
                 silent = rows[0] in heard.silent
-                consultations[sequence].hear(author, None if silent else heard.logits[rows[0]])
+                consultations[sequence].hear(author, None if silent else heard.at(rows[0]))
             else:
                 with self._alone(sequence):
                     for i in asked[sequence]:
                         row = rows[i - asked[sequence][0]]
-                        self._answer(sequence, i, None if row in heard.silent else heard.logits[row], greedy[row])
+                        self._answer(sequence, i, None if row in heard.silent else heard.at(row), greedy[row])
                     self._settle(sequence)
         self._write_ahead(author, [s for s in due if s.number in self._active])
 
-    def _answer(self, sequence: Sequence, i: int, logits: Tensor | None, greedy: Draw) -> None:
-        """Note what an assistant with these logits (V,) writes at the sequence's decision i; None where it abstains."""
+    def _answer(self, sequence: Sequence, i: int, logits: Logits | None, greedy: Draw) -> None:
+        """Note what an assistant with these logits writes at the sequence's decision i; None where it abstains."""
         decision = sequence.decisions[i]
         if logits is None:
             decision.abstained = True
@@ -297,12 +307,12 @@ class Engine:
             heard = self._read(self._readers[author], wanted)
             if heard is None:
                 return
-            greedy, _ = greedy_draws(heard.logits)
+            greedy, _ = heard.greedy()
             self._readers[author].clock()
             lengths = {s: length for s, length in lengths.items() if s in heard.rows}
             for sequence, (row,) in heard.rows.items():
                 position = len(sequence.steps) + len(sequence.draft)
-                drawn = sequence.draw(position, heard.logits[row], greedy[row])
+                drawn = sequence.draw(position, heard.at(row), greedy[row])
                 if drawn.broken:
                     self._fail_with_nan(sequence, author)
                 if row not in heard.silent:
@@ -340,7 +350,35 @@ class Engine:
         heard = reader.read(wanted) if wanted else None
         while reader.failures:
             self._fail(*reader.failures.popitem())
-        return heard
+        return heard and self._processed(heard, wanted, reader.runner)
+
+    def _processed(self, heard: Heard, wanted: Mapping[Sequence, Stretch], author: Assistant) -> Heard:
+        """The answers after what each sequence's request does to their logits.
+
+        An assistant that may abstain does so where that changes what it says. A sequence that nothing may go on fails.
+        """
+        edits, processed = Edits(heard.logits.shape[-1]), list[int]()
+        for sequence, rows in list(heard.rows.items()):
+            if sequence.processors is None:
+                continue
+            text, end = sequence.text, wanted[sequence].end
+            with self._alone(sequence):
+                for row, length in zip(rows, range(end - len(rows) + 1, end + 1), strict=True):
+                    sequence.processors.note(edits, row, text[len(sequence.request.prompt_ids) : length])
+                processed += rows
+        if not processed:
+            return heard
+        logits = edits.apply(heard.raw)
+        best, argmax = logits[processed].max(-1)
+        if author.may_abstain:
+            changed = (argmax != heard.raw[processed].argmax(-1)).tolist()
+            silent = heard.silent.union(row for row, other in zip(processed, changed, strict=True) if other)
+            return replace(heard, logits=logits, silent=silent)
+        dead = {row for row, value in zip(processed, best.tolist(), strict=True) if value == -math.inf}
+        for sequence in [one for one, rows in heard.rows.items() if not dead.isdisjoint(rows)]:
+            self._fail(sequence, RequestError("the request's constraints let no token follow; loosen one of them"))
+        alive = {one: rows for one, rows in heard.rows.items() if one.number in self._active}
+        return replace(heard, rows=alive, logits=logits)
 
     def _settle(self, sequence: Sequence) -> None:
         """Send out what has become certain."""

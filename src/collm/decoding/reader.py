@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from collm.decoding.draws import Draw, Logits, greedy_draws
 from collm.decoding.pacing import PassTimes
 from collm.decoding.sequence import Sequence
 from collm.errors import CollmError, ModelFailure
@@ -33,15 +34,25 @@ class Heard:
 
     Attributes:
         rows: sequence -> its rows; sequences that failed are missing.
-        logits: shape (R, V), fp32.
+        raw: logits as the author gave them, shape (R, V), fp32.
+        logits: those after what the requests do to them, shape (R, V), fp32.
         hidden: shape (R, H); None from an assistant that has none.
         silent: rows at which the author abstains.
     """
 
     rows: dict[Sequence, range]
+    raw: Tensor
     logits: Tensor
     hidden: Tensor | None
     silent: frozenset[int]
+
+    def at(self, row: int) -> Logits:
+        """One row of the logits."""
+        return Logits(self.raw[row], self.logits[row])
+
+    def greedy(self, *others: Tensor) -> tuple[list[Draw], list[list[float]]]:
+        """The argmax of each row, and further numbers for it (`greedy_draws`)."""
+        return greedy_draws(self.logits, *others, raw=self.raw)
 
 
 class Reader:
@@ -86,7 +97,8 @@ class Reader:
         logits, hidden = (_joined([getattr(reading, name) for _, reading in heard]) for name in ("logits", "hidden"))
         assert logits is not None
         silent = [abstains for _, reading in heard for abstains in reading.silent]
-        return Heard(rows, logits.float(), hidden, frozenset(row for row, abstains in enumerate(silent) if abstains))
+        raw = logits.float()
+        return Heard(rows, raw, raw, hidden, frozenset(row for row, abstains in enumerate(silent) if abstains))
 
     def clock(self) -> None:
         """Note how long the last `read` took; to be called when its numbers have arrived on the host."""

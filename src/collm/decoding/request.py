@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from collm.core.params import SamplingParams
 from collm.core.policies import Policy
-from collm.core.types import SamplingParams
 from collm.errors import ConfigError, RequestError
 from collm.models.runner import Limited
 
@@ -29,6 +29,16 @@ class Request:
                 f"seed={self.params.seed} has no effect: at temperature 0 nothing is drawn; "
                 "set a temperature above 0 or leave the seed out"
             )
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """Raise a RequestError for token ids in the parameters that are none."""
+    outside = sorted(token for token in params.token_ids if not 0 <= token < vocab_size)
+    if outside:
+        raise RequestError(
+            f"token id {outside[0]} of logit_bias, allowed_token_ids or stop_token_ids is outside the vocabulary of "
+            f"{vocab_size} tokens"
+        )
 
 
 def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequence[int]) -> None:

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.policies import StepView
 from collm.core.types import BASE, Completion, FinishReason, TokenStep
-from collm.decoding.draws import Draw, sampled_draw, top_logprobs
+from collm.decoding.draws import Draw, Logits, sampled_draw, top_logprobs
+from collm.decoding.logits_processors import LogitsProcessors
 from collm.decoding.lookup import PromptLookup
 from collm.decoding.pacing import Odds
 from collm.decoding.request import Request
 from collm.decoding.text import TextStream
 from collm.errors import ConfigError
+from collm.models.grammars import Grammar
 from collm.models.runner import Assistant
 
 
@@ -60,6 +61,7 @@ class Sequence:
         last_author: whom the policy named for the last of those.
         waited: steps since the sequence began to wait for an assistant.
         consulted: assistants that the policy asks before it decides; then nothing is ever tentative.
+        processors: what the request does to logits; None where it leaves them as they are.
         odds: how guesses about this sequence fare.
         finish_reason: set with the last token.
     """
@@ -72,6 +74,7 @@ class Sequence:
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: frozenset[int],
         odds: Odds,
+        grammar: Grammar | None = None,
     ) -> None:
         self.number = number
         self.request = request
@@ -89,16 +92,29 @@ class Sequence:
         self.consulted = request.policy.consults(len(authors) - 1)
         self.finish_reason: FinishReason | None = None
         self._authors = authors
-        self._eos_ids = eos_ids
+        params = request.params
+        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self._stop_ids = frozenset(params.stop_token_ids)
+        self.processors: LogitsProcessors | None = None
+        if params.changes_logits:
+            ends = eos_ids | self._stop_ids  # EOS that is to be ignored could not come before min_tokens either
+            self.processors = LogitsProcessors(params, request.prompt_ids, tokenizer, ends, grammar)
         self._max_length = min((a.max_length for a in authors if a.max_length is not None), default=None)
-        self._stream = TextStream(tokenizer, request.prompt_ids, request.params.stop)
-        self._rng = random.Random(request.params.seed)
+        self._stream = TextStream(
+            tokenizer, request.prompt_ids, params.stop, keep_stop=params.include_stop_str_in_output
+        )
+        self._rng = random.Random(params.seed)
         self._uniforms: list[tuple[float, float]] = []
 
     @property
     def text(self) -> list[int]:
         """The certain and the tentative tokens."""
         return self.token_ids + self.draft
+
+    @property
+    def generated(self) -> list[int]:
+        """The certain tokens behind the prompt."""
+        return self.token_ids[len(self.request.prompt_ids) :]
 
     @property
     def length(self) -> int:
@@ -116,9 +132,14 @@ class Sequence:
         limit = self.request.params.max_new_tokens - len(self.steps) - 1
         return limit if self._max_length is None else min(limit, self._max_length - len(self.token_ids) - 1)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end the text."""
+        return self._eos_ids | self._stop_ids
+
     def ends(self, token_id: int) -> bool:
         """Whether this token ends the text."""
-        return token_id in self._eos_ids
+        return token_id in self._eos_ids or token_id in self._stop_ids
 
     def uniform(self, position: int, of: int) -> float:
         """The draw from [0, 1) that belongs to a completion position: for its author (0) or its token (1)."""
@@ -126,11 +147,11 @@ class Sequence:
             self._uniforms.append((self._rng.random(), self._rng.random()))
         return self._uniforms[position][of]
 
-    def draw(self, position: int, logits: Tensor, greedy: Draw) -> Draw:
-        """What an author with these logits (V,) writes at a completion position, `greedy` being their argmax."""
+    def draw(self, position: int, logits: Logits, greedy: Draw) -> Draw:
+        """What an author with these logits writes at a completion position, `greedy` being their argmax."""
         params = self.request.params
         draw = greedy if params.temperature == 0 else sampled_draw(logits, params, self.uniform(position, 1))
-        return replace(draw, top=top_logprobs(logits, params.top_logprobs)) if params.top_logprobs else draw
+        return replace(draw, top=top_logprobs(logits.raw, params.logprobs)) if params.logprobs else draw
 
     def author_of_next(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
@@ -189,9 +210,9 @@ class Sequence:
         self.last_author = decision.author
         self.token_ids.append(drawn.token_id)
         self.deferred += decision.author != BASE
-        text = "" if self.ends(drawn.token_id) else self._stream.push(drawn.token_id)
+        text = self._push(drawn.token_id)
         self.finish_reason = self._finished(drawn.token_id)
-        if self.finish_reason in ("eos", "length"):
+        if self.finish_reason is not None:
             text += self._stream.finish()
         writer = BASE if decision.abstained else decision.author
         numbers = (decision.defer_prob, drawn.logprob, drawn.top)
@@ -199,10 +220,19 @@ class Sequence:
         self.steps.append(step)
         return step
 
+    def _push(self, token_id: int) -> str:
+        """The text that became certain with the last token."""
+        params = self.request.params
+        if self.ends(token_id) and not (params.include_stop_str_in_output and token_id in self._stop_ids):
+            return ""
+        return self._stream.push(token_id, may_stop=len(self.steps) >= params.min_tokens)
+
     def _finished(self, token_id: int) -> FinishReason | None:
-        if self.ends(token_id):
+        if token_id in self._eos_ids:
             return "eos"
-        if self._stream.stopped:
+        if token_id in self._stop_ids or self._stream.stopped:
+            return "stop"
+        if self.processors is not None and self.processors.is_complete(self.generated):
             return "stop"
         full = self._max_length is not None and len(self.token_ids) >= self._max_length
         if full or len(self.steps) + 1 >= self.request.params.max_new_tokens:

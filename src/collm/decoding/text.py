@@ -18,17 +18,32 @@ class TextStream:
         tokenizer: any transformers tokenizer.
         prompt_ids: what the completion follows.
         stop: strings that end the text.
+        keep_stop: whether the string that ended it stays in it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        keep_stop: bool = False,
+    ) -> None:
         self._tokens = TokenText(tokenizer, prompt_ids[-_CONTEXT_TOKENS:])
         self._stop = tuple(stop)
+        self._keep_stop = keep_stop
         self._held = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this token; sets `stopped` once a stop string is complete."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """The text that became certain with this token; sets `stopped` once a stop string is complete.
+
+        Args:
+            may_stop: whether a stop string may begin in or before this token.
+        """
         new = self._tokens.push(token_id)
+        if not may_stop:
+            return new
         return self._release(new) if new else ""
 
     def finish(self) -> str:
@@ -38,10 +53,11 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            at, stop = min(found, key=lambda one: one[0])
+            return text[: at + len(stop) * self._keep_stop]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -10,8 +10,9 @@ from pathlib import Path
 from collm.collaboration import CoLLM
 from collm.core.calibration import CalibrationPoint
 from collm.core.head import DeferralHead
+from collm.core.params import SamplingParams
 from collm.core.policies import OraclePolicy, Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
-from collm.core.types import Completion, SamplingParams, deferral_rate
+from collm.core.types import Completion, deferral_rate
 from collm.demo.world import DemoWorld
 from collm.evaluation.calibration import point_of
 from collm.evaluation.metrics import exact_match

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from collm.collaboration import CoLLM
+from collm.core.params import SamplingParams
 from collm.core.policies import Policy
-from collm.core.types import Completion, SamplingParams
+from collm.core.types import Completion
 from collm.errors import ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
 from collm.evaluation.systems import System

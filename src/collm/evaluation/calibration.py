@@ -11,7 +11,8 @@ from torch import Tensor
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration, CalibrationPoint, HeldOutCheck, best_within
-from collm.core.types import BASE, Completion, SamplingParams, check_threshold
+from collm.core.params import SamplingParams
+from collm.core.types import BASE, Completion, check_threshold
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval, independent_difference, ratio_interval
 from collm.evaluation.metrics import metric_named

@@ -12,7 +12,8 @@ from typing import Any
 from collm.artefact import library_versions
 from collm.atomic import atomic_file
 from collm.collaboration import CoLLM
-from collm.core.types import ModelUsage, SamplingParams, deferral_rate
+from collm.core.params import SamplingParams
+from collm.core.types import ModelUsage, deferral_rate
 from collm.errors import DataError
 from collm.evaluation.answers import Answer, Answers, answer_path
 from collm.evaluation.asking import Asking, OnProgress

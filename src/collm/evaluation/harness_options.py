@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from collm.collaboration import CoLLM
-from collm.core.types import SamplingParams
+from collm.core.params import SamplingParams
 from collm.errors import ConfigError
 
 _LOADING: dict[str, tuple[type, ...]] = {

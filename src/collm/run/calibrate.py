@@ -11,7 +11,7 @@ import yaml
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
-from collm.core.types import SamplingParams
+from collm.core.params import SamplingParams
 from collm.errors import DAMAGED, ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem, calibrate, check_on
 from collm.evaluation.gold import deferred, gold_examples, gold_views

@@ -77,7 +77,7 @@ async def _answer(
     tokenizer = target.served.model.tokenizer
     spellers = None
     if reading.logprobs:
-        spellers = [Speller(tokenizer, one.prompt_ids, reading.params.top_logprobs) for one in requests]
+        spellers = [Speller(tokenizer, one.prompt_ids, reading.params.logprobs) for one in requests]
     submission = target.served.worker.submit(requests)
     record: Record = http.scope["collm.record"]
     names = target.served.author_names

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from collm.core.params import SamplingParams
 from collm.core.policies import Policy
-from collm.core.types import SamplingParams
 from collm.decoding.request import Request
 from collm.models.template import Prompt
 from collm.serving.collaborations import Target
@@ -120,7 +120,7 @@ def _params(
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
         stop=body.stop or (),
-        top_logprobs=top_logprobs,
+        logprobs=top_logprobs,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from collm.core.types import MAX_TOP_LOGPROBS
+from collm.core.params import MAX_LOGPROBS
 
 MAX_CANDIDATES = 10
 MAX_CANDIDATE_TOKENS = 4096
@@ -84,7 +84,7 @@ class CompletionRequest(Asked):
     """POST /v1/completions."""
 
     prompt: NonEmpty | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = Field(None, description="The text begins with the prompt. Not together with logprobs.")
     best_of: Count | None = Field(None, description="Only the value of n.")
     suffix: Literal[""] | None = None
@@ -123,9 +123,7 @@ class ChatRequest(Asked):
     messages: Messages
     max_completion_tokens: Count | None = Field(None, description="Another name of max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
-        None, description="Only with logprobs."
-    )
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Only with logprobs.")
     tools: NoList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None

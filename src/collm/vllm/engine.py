@@ -16,12 +16,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.objective import defer_probs
+from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
 from collm.decoding.draws import Draw
 from collm.decoding.engine import Emitted
 from collm.decoding.pacing import Odds
-from collm.decoding.request import Request, check_prompt
+from collm.decoding.request import Request, check_params, check_prompt
 from collm.decoding.sequence import Decision, Sequence
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.runner import Assistant
@@ -36,6 +37,20 @@ _PATIENCE_S = 0.02
 _CLOSED = "the connections to the servers were closed while it was decoded; load the collaboration again"
 _LEAST_TEMPERATURE = 0.01
 """vLLM raises a lower one to this."""
+_LOCAL_ONLY = (
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+    "structured_outputs",
+    "logprobs",
+    "prompt_logprobs",
+)
+"""Parameters that change or need logits: servers count in one call's text what stands in many."""
 
 
 @dataclass(eq=False)
@@ -101,6 +116,7 @@ class VllmEngine:
             ConfigError: a policy or a parameter that servers cannot follow.
         """
         check_prompt(self.fleet.authors, self.fleet.vocab_size, request.prompt_ids)
+        check_params(request.params, self.fleet.vocab_size)
         _check_servable(request, len(self.fleet.authors))
         number, self._count = self._count, self._count + 1
         authors = cast("list[Assistant]", self.fleet.authors)  # a sequence without drafts asks for their limits only
@@ -243,7 +259,7 @@ class VllmEngine:
             "frequency_penalty": 0.0,
             "logprobs": 0,
             "ignore_eos": True,  # of the model; these end the text
-            "stop_token_ids": [*(self.fleet.defer_ids if author == BASE else ()), *sorted(self.eos_ids)],
+            "stop_token_ids": [*(self.fleet.defer_ids if author == BASE else ()), *sorted(sequence.end_ids)],
         }
         if params.temperature > 0:
             body |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": 0.0}
@@ -307,8 +323,13 @@ def _check_servable(request: Request, num_authors: int) -> None:
         )
     if isinstance(policy, SingleAuthorPolicy) and not 0 <= policy.writer < num_authors:
         raise ConfigError(f"{policy} asks for author {policy.writer}, expected 0 to {num_authors - 1}")
-    if request.params.top_logprobs:
-        raise ConfigError(f"top_logprobs={request.params.top_logprobs} is not available across servers; leave it out")
+    unavailable = [name for name in _LOCAL_ONLY if getattr(request.params, name) != getattr(SamplingParams(), name)]
+    if unavailable:
+        name = unavailable[0]
+        raise ConfigError(
+            f"{name}={getattr(request.params, name)} is not available across servers; leave it out, or decode with "
+            "engine 'local'"
+        )
     if 0 < request.params.temperature < _LEAST_TEMPERATURE:
         raise ConfigError(
             f"temperature is {request.params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at "

@@ -1,0 +1,193 @@
+"""Penalties, biases and constraints: what a request does to every author's logits before tokens are drawn from them.
+
+A row of logits is changed by the request and the tokens before it, certain or tentative, and by nothing else; so what
+is drafted is processed as it would be if it were certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from collm.core.params import SamplingParams
+from collm.core.sampling import penalised
+from collm.models.grammars import Grammar, bit_row, common_length, forbidden
+from collm.models.template import tokenize
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class LogitsProcessors:
+    """Those of one request, and what they remember of its text.
+
+    Args:
+        params: of the request.
+        prompt_ids: of the request.
+        tokenizer: of all models.
+        end_ids: tokens that end the text.
+        grammar: what the text must be, at its beginning.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Collection[int],
+        grammar: Grammar | None,
+    ) -> None:
+        self.params = params
+        self._end_ids = sorted(end_ids)
+        self._bad_words = _bad_words(params.bad_words, tokenizer)
+        self._counts = _Counts(prompt_ids) if params.penalises else None
+        self._grammar = grammar
+
+    def note(self, edits: Edits, row: int, generated: Sequence[int]) -> None:
+        """Note what happens to the logits in `row`, which follow the tokens generated so far.
+
+        Raises:
+            RequestError: the grammar has become too complex to follow.
+        """
+        edits.bias(row, self.params.logit_bias)
+        if self._counts is not None:
+            edits.penalise(row, self._counts.of(generated), self.params)
+        edits.ban(row, self._banned(generated))
+        if self.params.allowed_token_ids is not None:
+            edits.allow(row, self.params.allowed_token_ids)
+        if self._grammar is not None:
+            self._grammar.go_to(generated)
+            edits.constrain(row, self._grammar)
+
+    def permitted(self, generated: Sequence[int], draft: Sequence[int]) -> int:
+        """How many tokens of a draft the grammar lets follow."""
+        if self._grammar is None:
+            return len(draft)
+        self._grammar.go_to(generated)
+        return self._grammar.allows(draft)
+
+    def is_complete(self, generated: Sequence[int]) -> bool:
+        """Whether the grammar lets nothing but an end follow."""
+        if self._grammar is None:
+            return False
+        self._grammar.go_to(generated)
+        return self._grammar.complete
+
+    def _banned(self, generated: Sequence[int]) -> Iterator[int]:
+        if len(generated) < self.params.min_tokens:
+            yield from self._end_ids
+        for *before, last in self._bad_words:
+            if list(generated[len(generated) - len(before) :]) == before:
+                yield last
+
+
+def _bad_words(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each text at the beginning of a line and, where that is as long, behind a space."""
+    found = []
+    for text in texts:
+        first, behind = (tokenize(tokenizer, space + text.lstrip(), special=False) for space in ("", " "))
+        found += [first] if first else []
+        if len(behind) == len(first) and behind[:1] != first[:1]:
+            found.append(behind)
+    return found
+
+
+class _Counts:
+    """The distinct tokens of a text, and how often each was generated; the prompt's are there with 0."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        distinct = list(dict.fromkeys(prompt_ids))
+        self._places = {token_id: place for place, token_id in enumerate(distinct)}
+        self._token_ids = np.array(distinct, dtype=np.int64)
+        self._times = np.zeros(len(distinct), dtype=np.float32)
+        self._counted: list[int] = []
+        self._in_prompt = len(distinct)
+
+    def of(self, generated: Sequence[int]) -> tuple[Array, Array]:
+        """Token ids and counts after these tokens."""
+        same = common_length(self._counted, generated)
+        while len(self._counted) > same:
+            self._take_back()
+        for token_id in generated[same:]:
+            self._add(token_id)
+        distinct = len(self._places)
+        return self._token_ids[:distinct], self._times[:distinct].copy()
+
+    def _add(self, token_id: int) -> None:
+        place = self._places.setdefault(token_id, len(self._places))
+        if place == len(self._token_ids):  # by doubling
+            self._token_ids = np.concatenate([self._token_ids, np.zeros(place + 1, dtype=np.int64)])
+            self._times = np.concatenate([self._times, np.zeros(place + 1, dtype=np.float32)])
+        self._token_ids[place] = token_id
+        self._times[place] += 1
+        self._counted.append(token_id)
+
+    def _take_back(self) -> None:
+        token_id = self._counted.pop()
+        place = self._places[token_id]
+        self._times[place] -= 1
+        if place >= self._in_prompt and self._times[place] == 0:
+            del self._places[token_id]  # the last place: tokens are taken back in the order in which they came
+
+
+class Edits:
+    """What happens to rows of logits (R, V), gathered row by row and done at once, in vLLM's order."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._biased: list[tuple[int, int, float]] = []
+        self._penalties: list[Array] = []  # (6, tokens): row, token, count, and the three penalties
+        self._banned: list[tuple[int, int]] = []
+        self._allowed: list[tuple[int, Sequence[int]]] = []
+        self._grammar_rows: list[int] = []
+        self._bits: list[Array] = []
+
+    def bias(self, row: int, by_token: Mapping[int, float]) -> None:
+        self._biased += [(row, token_id, bias) for token_id, bias in by_token.items()]
+
+    def penalise(self, row: int, counts: tuple[Array, Array], params: SamplingParams) -> None:
+        token_ids, times = counts
+        each = np.empty((6, len(token_ids)))
+        each[0], each[1], each[2] = row, token_ids, times
+        each[3:] = [[params.repetition_penalty], [params.presence_penalty], [params.frequency_penalty]]
+        self._penalties.append(each)
+
+    def ban(self, row: int, token_ids: Iterator[int]) -> None:
+        self._banned += [(row, token_id) for token_id in token_ids]
+
+    def allow(self, row: int, token_ids: Sequence[int]) -> None:
+        self._allowed.append((row, token_ids))
+
+    def constrain(self, row: int, grammar: Grammar) -> None:
+        bits = bit_row(self._vocab_size)
+        grammar.fill(bits)
+        self._grammar_rows.append(row)
+        self._bits.append(bits)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The logits after all that was noted; the given ones stay as they are."""
+        logits = logits.clone()
+        if self._biased:
+            rows, token_ids, biases = zip(*self._biased, strict=True)
+            at = torch.tensor([rows, token_ids], device=logits.device)
+            logits.index_put_(tuple(at), logits.new_tensor(biases), accumulate=True)
+        if self._penalties:
+            of_tokens = torch.from_numpy(np.concatenate(self._penalties, axis=1)).to(logits.device)
+            at = of_tokens[:2].long()
+            counts, *penalties = of_tokens[2:].to(logits.dtype)
+            logits[tuple(at)] = penalised(logits[tuple(at)], counts, *penalties)
+        if self._banned:
+            logits[tuple(torch.tensor(self._banned, device=logits.device).T)] = -torch.inf
+        for row, allowed in self._allowed:
+            kept = logits[row, list(allowed)]
+            logits[row] = -torch.inf
+            logits[row, list(allowed)] = kept
+        if self._bits:
+            mask = forbidden(np.stack(self._bits), self._vocab_size).to(logits.device)
+            at = torch.tensor(self._grammar_rows, device=logits.device)
+            logits[at] = logits[at].masked_fill(mask, -torch.inf)
+        return logits
