@@ -20,11 +20,11 @@ from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.params import SamplingParams
-from collm.core.policies import Policy, ThresholdPolicy
-from collm.core.types import Completion, ModelUsage, TokenStep, deferral_rate
+from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
+from collm.core.types import Completion, ModelUsage, PromptLogprob, TokenStep, deferral_rate
 from collm.decoding.candidates import Candidates
 from collm.decoding.engine import DecodingLoop
-from collm.decoding.request import Request
+from collm.decoding.request import Request, check_prompt
 from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.guards import TokenizerIdentity, check_accepted, check_tokenizers
@@ -341,6 +341,10 @@ class CoLLM:
                             on_completion(emitted.number, emitted.completion)
         finally:
             engine.close()
+        for completion, drawn, chosen in zip(map(done.__getitem__, sorted(done)), drawing, policies, strict=True):
+            if drawn.prompt_logprobs is not None:
+                read = completion.prompt_token_ids
+                completion.prompt_logprobs = self.prompt_logprobs(read, drawn.prompt_logprobs, policy=chosen)
         usage = {author.name: author.usage - before[author.name] for author in self.runners}
         return Completions([done[number] for number in sorted(done)], usage)
 
@@ -357,9 +361,31 @@ class CoLLM:
         """Continue one prompt, token by token; the texts joined are the completion's text. As `generate` otherwise."""
         (chosen,) = self._policies(policy, threshold, budget, 1)
         self._check_lookahead(lookahead, [chosen])
+        if params is not None and params.prompt_logprobs is not None:
+            raise ConfigError("prompt_logprobs has no effect on a stream; use generate, or the method prompt_logprobs")
         engine = self.engine(1, lookahead)
         engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
         return _steps(engine)
+
+    def prompt_logprobs(
+        self, prompt: Prompt, most: int = 0, *, policy: Policy | None = None
+    ) -> list[PromptLogprob | None]:
+        """Log-probabilities of a prompt's tokens, None for the first: log sum_z P(z) P_z, the trained joint model's.
+
+        Args:
+            prompt: as of `generate`.
+            most: how many of the most probable tokens to list at each position.
+            policy: with `SingleAuthorPolicy` those of this author alone; another changes nothing.
+
+        Raises:
+            RequestError: a prompt that cannot be read.
+            ConfigError: the collaboration decodes across servers.
+            ModelFailure, ToolFailure: an author broke down.
+        """
+        prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
+        author = policy.writer if isinstance(policy, SingleAuthorPolicy) else None
+        check_prompt(self.runners, self.identity.vocab_size, prompt_ids, room=0)
+        return self.backend.prompt_logprobs(prompt_ids, most, author)
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
         """What each author would have written at each token of an answer to a prompt (`decoding.candidates`)."""

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
+from collm.core.types import PromptLogprob
 from collm.decoding.candidates import Candidates, top_candidates
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
+from collm.decoding.prompt_logprobs import prompt_logprobs
 from collm.errors import ConfigError, MismatchError
 from collm.models.grammars import Grammars
 from collm.models.guards import TokenizerIdentity, check_eos
@@ -40,6 +42,9 @@ class Backend(Protocol):
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
         """What each author would have written at each token, as `decoding.candidates.top_candidates`."""
+
+    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
+        """Log-probabilities of a text's tokens, as `decoding.prompt_logprobs.prompt_logprobs`."""
 
     def weights_per_token(self, author: int) -> int:
         """Weights of an author that reading a token multiplies with; 0 of a program."""
@@ -129,6 +134,9 @@ class InMemory:
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
         return top_candidates(self.runners, self._tokenizer, prompt_ids, token_ids, most)
 
+    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
+        return prompt_logprobs(self.runners, self._head, prompt_ids, most, author)
+
     def weights_per_token(self, author: int) -> int:
         member = self.members[author]
         return member.weights_per_token if isinstance(member, LanguageModel) else 0
@@ -193,6 +201,9 @@ class OnServers:
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
         return self.fleet.candidates(self._tokenizer, prompt_ids, token_ids, most)
+
+    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
+        raise ConfigError("log-probabilities of a prompt are not available across servers; use engine 'local'")
 
     def weights_per_token(self, author: int) -> int:
         member = self._given[author]

@@ -54,12 +54,30 @@ class TokenStep:
     stood_in: bool = False
 
 
+@dataclass(frozen=True)
+class PromptLogprob:
+    """A token of the prompt.
+
+    Attributes:
+        token_id: the token.
+        logprob: its log-probability in nats, given the tokens before it.
+        rank: how many tokens are at least as probable, itself among them.
+        top: the most probable tokens there, with theirs.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: TopLogprobs
+
+
 @dataclass
 class Completion:
     """Everything generated for one prompt; the lists have one entry per token, as in `TokenStep`.
 
     Attributes:
         stood_in: places of the tokens that the base wrote in the stead of an assistant that could not be asked.
+        prompt_logprobs: of the prompt's tokens, None for the first; empty where they were not asked for.
     """
 
     token_ids: list[int]
@@ -71,6 +89,7 @@ class Completion:
     prompt_token_ids: list[int] = field(repr=False)
     top_logprobs: list[TopLogprobs] = field(default_factory=list, repr=False)
     stood_in: list[int] = field(default_factory=list, repr=False)
+    prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, repr=False)
 
     @property
     def text(self) -> str:

@@ -41,8 +41,8 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         )
 
 
-def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequence[int]) -> None:
-    """Whether all authors can read a prompt and write after it.
+def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequence[int], room: int = 1) -> None:
+    """Whether all authors can read a prompt and write so many tokens after it.
 
     Raises:
         RequestError: it is empty, holds unknown token ids or leaves no room in an author's context.
@@ -53,7 +53,7 @@ def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequen
     if outside:
         raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens")
     for author in authors:
-        if author.max_length is not None and len(prompt_ids) >= author.max_length:
+        if author.max_length is not None and len(prompt_ids) + room > author.max_length:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, but {author.name} reads at most {author.max_length} "
                 "including what it writes; shorten the prompt"
