@@ -48,7 +48,8 @@ def prompt_logprobs(
         ranks = (logprobs >= of_gold).sum(-1).tolist()
         values, token_ids = (each.tolist() for each in logprobs.topk(min(most, logprobs.shape[-1])))
         rows = zip(gold.squeeze(-1).tolist(), of_gold.squeeze(-1).tolist(), ranks, token_ids, values, strict=True)
-        found += [PromptLogprob(*one, tuple(zip(ids, tops, strict=True))) for *one, ids, tops in rows]
+        for token_id, logprob, rank, ids, tops in rows:
+            found.append(PromptLogprob(token_id, logprob, rank, tuple(zip(ids, tops, strict=True))))
     return found
 
 
@@ -62,7 +63,7 @@ def _laws(
     try:
         for start in range(1, len(prompt_ids), _CHUNK_TOKENS):
             unseen = prompt_ids[start - 1 : min(start - 1 + _CHUNK_TOKENS, len(prompt_ids) - 1)]
-            laws = []
+            laws: list[Tensor] = []
             for runner in reading:
                 read = runner.extend({slots[runner]: unseen}, keep={slots[runner]: len(unseen)})
                 law = torch.log_softmax(read.logits.float(), dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from collm.errors import RequestError
@@ -11,16 +12,71 @@ from collm.errors import RequestError
 Message = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How a chat template is run for an answer.
+
+    Attributes:
+        add_generation_prompt: end with what invites the assistant's answer.
+        continue_final_message: leave the last message open, for the answer to go on with it.
+        template_kwargs: further variables of the template.
+
+    Raises:
+        RequestError: both came, or a variable that is not free.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message are both true, but an answer begins a message or "
+                "goes on with one; set one of them to false"
+            )
+        taken = sorted(_TAKEN & set(self.template_kwargs))
+        if taken:
+            raise RequestError(f"chat_template_kwargs has {taken[0]!r}, which the request says elsewhere; leave it out")
+
+
+_TAKEN = {
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+"""What the chat template is given already, or what would change what comes back."""
+
+
 class Chat(list[Message]):
-    """Messages, and the tools that the chat template shows with them.
+    """Messages, and what is shown with them.
 
     Attributes:
         tools: function definitions in OpenAI's form; None without any.
+        rendering: how the template is run where an answer follows.
     """
 
-    def __init__(self, messages: Iterable[Message] = (), tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        messages: Iterable[Message] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        rendering: Rendering = Rendering(),
+    ) -> None:
         super().__init__(messages)
         self.tools = tools
+        self.rendering = rendering
 
 
 def tools_of(messages: object) -> Sequence[Mapping[str, Any]] | None:
@@ -28,11 +84,32 @@ def tools_of(messages: object) -> Sequence[Mapping[str, Any]] | None:
     return messages.tools if isinstance(messages, Chat) else None
 
 
-def read_message(message: Any) -> tuple[dict[str, Any], bool]:
-    """A message as chat templates take it, and whether it is to be learned where an assistant says it.
+def rendering_of(messages: object) -> Rendering:
+    """How a list of messages is rendered where an answer follows."""
+    return messages.rendering if isinstance(messages, Chat) else Rendering()
 
-    Text parts are joined, arguments of calls become objects, the older `function_call` becomes a call of a tool, a
-    missing content beside calls becomes empty text. `weight` (OpenAI's) and `train` say whether it is learned.
+
+def read_message(message: Any) -> tuple[dict[str, Any], bool]:
+    """A message of a row (`as_message`), and whether it is to be learned where an assistant says it.
+
+    `weight` (OpenAI's) and `train` say whether it is learned.
+
+    Raises:
+        RequestError: as of `as_message`, or an assistant's message to be learned is empty.
+    """
+    given = dict(message) if isinstance(message, Mapping) else message
+    learned = isinstance(given, dict) and _is_learned(given.pop("weight", None), given.pop("train", None))
+    fields = as_message(given)
+    if fields["role"] == "assistant" and learned and not (fields["content"].strip() or "tool_calls" in fields):
+        raise RequestError(": the assistant's content is empty, expected some text")
+    return fields, learned
+
+
+def as_message(message: Any) -> dict[str, Any]:
+    """A message as chat templates take it.
+
+    Text parts are joined, arguments of calls become objects, the older `function_call` becomes a call of a tool, an
+    assistant's missing content becomes empty text.
 
     Raises:
         RequestError: it has no role, no text, parts that are no text, or malformed calls. The text continues
@@ -41,7 +118,6 @@ def read_message(message: Any) -> tuple[dict[str, Any], bool]:
     if not isinstance(message, Mapping):
         raise RequestError(f" is a {type(message).__name__}, expected {{'role': ..., 'content': ...}}")
     fields = {key: value for key, value in message.items() if value is not None}  # Arrow fills absent fields with None
-    learned = _is_learned(fields.pop("weight", None), fields.pop("train", None))
     if not isinstance(fields.get("role"), str):
         raise RequestError(f": 'role' is {fields.get('role')!r:.40}, expected a string")
     if "function_call" in fields:
@@ -52,10 +128,10 @@ def read_message(message: Any) -> tuple[dict[str, Any], bool]:
         fields["tool_calls"] = _calls(fields["tool_calls"])
     else:
         fields.pop("tool_calls", None)
-    fields["content"] = _text(fields.get("content"), optional="tool_calls" in fields)
-    if fields["role"] == "assistant" and learned and not (fields["content"].strip() or "tool_calls" in fields):
-        raise RequestError(": the assistant's content is empty, expected some text")
-    return fields, learned
+    refusal = fields.pop("refusal", None)
+    content = fields.get("content", refusal)
+    fields["content"] = _text(content, optional=fields["role"] == "assistant")
+    return fields
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -101,8 +177,11 @@ def _text(content: Any, *, optional: bool) -> str:
 
 
 def _part(part: Any) -> str:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type") in (None, "text"):
-        return str(part["text"])
+    if isinstance(part, Mapping):
+        kind = part.get("type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if isinstance(text, str) and kind in (None, "text", "input_text", "output_text", "refusal"):
+            return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise RequestError(f": 'content' has a part of type {kind!r:.40}, expected text: language models read nothing else")
 

@@ -105,7 +105,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = sorted(eos_ids)
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self._over: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
@@ -119,17 +119,21 @@ class Grammars:
         """
         source = _source(structured)
         with self._lock:
-            if source not in self._compiled:
-                self._compiled[source] = self._matcher(source)
-                if len(self._compiled) > _KEPT:
-                    self._compiled.popitem(last=False)
+            matcher = self._compiled.get(source)
+        if matcher is None:
+            matcher = self._matcher(source)  # may take long, and others need not wait for it
+        with self._lock:
+            self._compiled[source] = matcher
             self._compiled.move_to_end(source)
-            return Grammar(self._compiled[source].deep_copy())
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+            return Grammar(matcher.deep_copy())
 
     def _matcher(self, source: str) -> LLMatcher:
         llguidance = _llguidance()
-        if self._over is None:
-            self._over = self._tokens()
+        with self._making:
+            if self._over is None:
+                self._over = self._tokens()
         matcher = llguidance.LLMatcher(self._over, source, log_level=0)
         if matcher.is_error():
             raise RequestError(f"structured_outputs cannot be followed: {_shortened(matcher.get_error())}")

@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
-from collm.models.chats import Chat, Message, check_unicode, tool_name, tools_of
+from collm.models.chats import Chat, Message, check_unicode, rendering_of, tool_name, tools_of
 from collm.models.time_limit import time_limit
 
 LONGEST_RENDERING_S = 10.0
@@ -112,7 +112,8 @@ class PromptTemplate:
         elif _is_list_of(prompt, int):
             token_ids = list(cast(Sequence[int], prompt))
         elif _is_list_of(prompt, Mapping):
-            rendered = self.render_chat(tokenizer, cast(Sequence[Message], prompt), open_turn=True)
+            open_turn = rendering_of(prompt).add_generation_prompt
+            rendered = self.render_chat(tokenizer, cast(Sequence[Message], prompt), open_turn=open_turn)
             token_ids = tokenize(tokenizer, rendered, special=False)
         else:
             raise RequestError(f"a prompt is a string, a list of messages or a list of token ids, came {prompt!r:.80}")
@@ -203,6 +204,7 @@ class PromptTemplate:
         """
         if self.chat is None:
             raise RequestError("chat messages came, but this collaboration has no chat template; pass a string")
+        rendering = rendering_of(messages)
         try:
             with time_limit(LONGEST_RENDERING_S):
                 rendered = tokenizer.apply_chat_template(
@@ -211,6 +213,8 @@ class PromptTemplate:
                     chat_template=self.chat,
                     tokenize=False,
                     add_generation_prompt=open_turn,
+                    continue_final_message=rendering.continue_final_message and not open_turn,
+                    **rendering.template_kwargs,
                 )
         except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(
