@@ -367,6 +367,16 @@ class CoLLM:
         engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
         return _steps(engine)
 
+    def check_params(self, params: SamplingParams) -> None:
+        """Whether requests with these parameters can be decoded; grammars are compiled, and kept for them.
+
+        Raises:
+            RequestError: a token that does not exist, or a grammar that cannot be followed.
+            ConfigError: a parameter that is not available across servers, or a tokenizer that knows no grammars.
+            MissingExtra: a package for grammars is not installed.
+        """
+        self.backend.check_params(params)
+
     def prompt_logprobs(
         self, prompt: Prompt, most: int = 0, *, policy: Policy | None = None
     ) -> list[PromptLogprob | None]:

@@ -10,10 +10,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
+from collm.core.params import SamplingParams
 from collm.core.types import PromptLogprob
 from collm.decoding.candidates import Candidates, top_candidates
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.decoding.prompt_logprobs import prompt_logprobs
+from collm.decoding.request import check_params
 from collm.errors import ConfigError, MismatchError
 from collm.models.grammars import Grammars
 from collm.models.guards import TokenizerIdentity, check_eos
@@ -23,7 +25,7 @@ from collm.models.members import Member, author_name, load_members
 from collm.models.runner import ModelRunner
 from collm.models.tools import ToolModel, ToolRunner
 from collm.vllm.endpoint import Endpoint
-from collm.vllm.engine import VllmEngine
+from collm.vllm.engine import VllmEngine, check_local_params
 from collm.vllm.fleet import Fleet
 from collm.vllm.servers import Servers
 
@@ -45,6 +47,9 @@ class Backend(Protocol):
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
         """Log-probabilities of a text's tokens, as `decoding.prompt_logprobs.prompt_logprobs`."""
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Whether requests with these parameters can be decoded, as `CoLLM.check_params`."""
 
     def weights_per_token(self, author: int) -> int:
         """Weights of an author that reading a token multiplies with; 0 of a program."""
@@ -137,6 +142,11 @@ class InMemory:
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
         return prompt_logprobs(self.runners, self._head, prompt_ids, most, author)
 
+    def check_params(self, params: SamplingParams) -> None:
+        check_params(params, TokenizerIdentity.of(self._tokenizer).vocab_size)
+        if params.structured_outputs is not None:
+            self.grammars.compile(params.structured_outputs)
+
     def weights_per_token(self, author: int) -> int:
         member = self.members[author]
         return member.weights_per_token if isinstance(member, LanguageModel) else 0
@@ -204,6 +214,10 @@ class OnServers:
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
         raise ConfigError("log-probabilities of a prompt are not available across servers; use engine 'local'")
+
+    def check_params(self, params: SamplingParams) -> None:
+        check_params(params, self.fleet.vocab_size)
+        check_local_params(params)
 
     def weights_per_token(self, author: int) -> int:
         member = self._given[author]

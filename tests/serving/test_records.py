@@ -35,7 +35,7 @@ def test_metrics_count_requests_tokens_and_times(serve: Any, tokenizer: PreTrain
         replies = [server.post("/v1/completions", **ASKED, n=n).json() for n in (1, 2)]
         assert "[DONE]" in server.post("/v1/completions", **ASKED, stream=True).text
         alone = server.post("/v1/completions", **{**ASKED, "model": "pair/base"}).json()
-        server.post("/v1/completions", **ASKED, seed=1)
+        server.post("/v1/completions", **ASKED, best_of=3)
         server.post("/v1/completions", **{**ASKED, "model": "no such\nmodel"})
         server.client.get("/nowhere")
         found = samples(server)
@@ -79,7 +79,7 @@ def test_the_log_has_a_line_for_each_request_and_prompts_only_if_asked(
     with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, log_prompts=log_prompts) as server:
         reply = server.post("/v1/completions", **ASKED)
         server.post("/v1/chat/completions", model="pair", messages=chat, max_tokens=3, stream=True)
-        server.post("/v1/completions", **ASKED, seed=1)
+        server.post("/v1/completions", **ASKED, best_of=3)
         server.client.get("/health")
         server.client.get("/ready")
     lines = [json.loads(one.message) for one in caplog.records if one.name == "collm.serving.requests"]

@@ -26,8 +26,14 @@ CHECKS: list[Callable[..., Any]] = [
 OPERATIONS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
     ("POST", "/v1/collm/candidates"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/version"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
     ("GET", "/v1/collm/info"),
     ("GET", "/health"),
     ("GET", "/ready"),
@@ -72,7 +78,8 @@ def test_answers_are_as_the_schema_says(server: Running, method: str, path: str,
 def _aim(document: dict[str, Any]) -> None:
     """Models that exist, and few tokens, so that what is generated reaches the models."""
     schemas = document["components"]["schemas"]
-    for name in ("CompletionRequest", "ChatRequest", "CandidatesRequest"):
-        schemas[name]["properties"]["model"] = {"type": "string", "enum": ["pair", "pair/base", "three"]}
-        if "max_tokens" in schemas[name]["properties"]:
-            schemas[name]["properties"]["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": 5}
+    for name in ("Completion", "Chat", "Responses", "Candidates", "Tokenize", "Detokenize"):
+        properties = schemas[f"{name}Request"]["properties"]
+        properties["model"] = {"type": "string", "enum": ["pair", "pair/base", "three"]}
+        for limit in {"max_tokens", "max_completion_tokens", "max_output_tokens"} & set(properties):
+            properties[limit] = {"type": "integer", "minimum": 1, "maximum": 5}

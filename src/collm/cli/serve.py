@@ -48,6 +48,13 @@ def serve(
     allow_origins: Annotated[
         list[str], typer.Option("--allow-origin", help="Web origin whose pages may call the server; may be repeated.")
     ] = [],  # noqa: B006
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="For requests that name none. Default: as calibrated; without a calibration they must."),
+    ] = None,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Take unknown fields of requests as if they had not come.")
+    ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,

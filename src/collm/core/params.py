@@ -155,11 +155,6 @@ class SamplingParams:
         _require(all(self.bad_words), "bad_words", self.bad_words, "non-empty texts")
 
     @property
-    def token_ids(self) -> set[int]:
-        """All tokens that are named."""
-        return {*self.logit_bias, *(self.allowed_token_ids or ()), *self.stop_token_ids}
-
-    @property
     def penalises(self) -> bool:
         """Whether tokens of the text count."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)

@@ -33,12 +33,10 @@ class Request:
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raise a RequestError for token ids in the parameters that are none."""
-    outside = sorted(token for token in params.token_ids if not 0 <= token < vocab_size)
-    if outside:
-        raise RequestError(
-            f"token id {outside[0]} of logit_bias, allowed_token_ids or stop_token_ids is outside the vocabulary of "
-            f"{vocab_size} tokens"
-        )
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        outside = sorted(token for token in getattr(params, name) or () if not 0 <= token < vocab_size)
+        if outside:
+            raise RequestError(f"{name} has token id {outside[0]}, outside the vocabulary of {vocab_size} tokens")
 
 
 def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequence[int], room: int = 1) -> None:

@@ -143,12 +143,12 @@ class Grammars:
         from llguidance import hf
 
         if not self._eos_ids:
-            raise ConfigError("structured outputs need a token that ends a text, and the tokenizer has no EOS; set one")
+            raise ConfigError("structured_outputs need a token that ends a text, and the tokenizer has no EOS; set one")
         try:
             return hf.from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_ids)
         except Exception as error:  # whatever its reader of tokenizers raises
             raise ConfigError(
-                f"structured outputs need a tokenizer whose tokens are bytes of text, as byte-level BPE: {error}"
+                f"structured_outputs need a tokenizer whose tokens are bytes of text, as byte-level BPE: {error}"
             ) from error
 
 

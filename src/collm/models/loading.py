@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +22,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from collm.errors import ConfigError, LoadError, MissingExtra
+from collm.models.adapters import check_adapter
 from collm.models.progress import quiet_if_small
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -121,6 +124,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
         options |= {"dtype": dtype, "quantization_config": _quantization(spec.quantization, dtype)}
     config = load_config(spec)
+    _check_no_adapter(spec)
     try:
         with quiet_if_small(spec.path):
             model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, **options)
@@ -153,6 +157,21 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             "remove attn_implementation from its config.json"
         )
     return config
+
+
+def _check_no_adapter(spec: ModelSpec) -> None:
+    """Raise a LoadError where an adapter lies beside the weights: transformers would load it unasked, of any kind."""
+    if find_spec("peft") is None:
+        return
+    try:
+        found = find_adapter_config_file(spec.path, revision=spec.revision)
+    except Exception as error:  # of the Hub
+        raise LoadError(_could_not_load("model", spec, error)) from error
+    if found is not None:
+        raise LoadError(
+            f"{spec.path!r} holds an adapter beside a model (adapter_config.json); merge them (merge_and_unload of peft), "
+            "or remove the adapter"
+        )
 
 
 def empty_model(spec: ModelSpec) -> PreTrainedModel:
@@ -251,17 +270,23 @@ def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
     """Load a causal LM with the PEFT adapter that lies in a directory.
 
     Raises:
-        LoadError: the model cannot be loaded.
+        LoadError: the model or the adapter cannot be loaded, or the adapter is more than plain LoRA.
         MissingExtra: peft is not installed.
     """
     try:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtra("peft", "train") from error
+    adapter = adapter.resolve()  # a short relative path may be taken for a Hub id
+    check_adapter(adapter)
     base = load_model(spec)
     try:
-        with quiet_if_small(base):
-            return cast(nn.Module, PeftModel.from_pretrained(base, adapter).eval())
+        with quiet_if_small(base), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = cast(Any, PeftModel.from_pretrained(base, adapter)).eval()
     except Exception as error:  # files of strangers: whatever peft raises on them
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LoadError(f"could not load the adapter {adapter}: {reason:.300}; restore it or train again") from error
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = spec.path  # saving looks there
+    return cast(nn.Module, model)

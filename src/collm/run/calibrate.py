@@ -16,13 +16,15 @@ from collm.errors import DAMAGED, ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem, calibrate, check_on
 from collm.evaluation.gold import deferred, gold_examples, gold_views
 from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
+from collm.models.members import AssistantSpec
 from collm.run.data import split_rows
 from collm.run.options import RunConfig, functions_named
 from collm.run.scores import score, scores_directory
 from collm.tools.spec import not_trusted
 from collm.training.data import Row
-from collm.training.examples import encode_rows
-from collm.training.scoring import progress_bar
+from collm.training.examples import Examples, encode_rows
+from collm.training.scores import Scores
+from collm.training.scoring import find_scores, progress_bar
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ class PastRun:
             trust_code: import and call the functions that run.yaml names.
 
         Raises:
-            ConfigError: there is no run.yaml, it is damaged, or it names a function that was not trusted or a place
-                for scores outside of the directory.
+            ConfigError: there is no run.yaml, it is damaged, or it names a function that was not trusted.
         """
         path = directory / "run.yaml"
         if not path.exists():
@@ -159,14 +160,34 @@ class PastRun:
 
     def curve(self, model: CoLLM, *, quiet: bool = False) -> TeacherForcedCurve:
         """As `Validation.curve`, with the scores of the assistants that the run keeps: of models, the base alone is
-        loaded and read. Scores that are missing are computed and kept."""
+        loaded and read. Scores that are missing are computed and kept in the run's directory.
+
+        Raises:
+            ConfigError: a link leads from there to another place.
+        """
         rows, config = self.validation().rows, self.config
         examples = encode_rows(rows, model.template, model.tokenizer, max_length=self.max_length)
-        root = scores_directory(config, self.directory) / "validation"
         scores = [
-            score(examples, spec, root / author, model.tokenizer, max_batch_tokens=config.max_batch_tokens, quiet=quiet)
+            self._scores(author, spec, examples, model, quiet=quiet)
             for author, spec in config.authors.items()
             if author != "base"
         ]
         views = gold_views(model, examples, scores)
         return teacher_forced(views, deferred(model, views))
+
+    def _scores(self, author: str, spec: AssistantSpec, examples: Examples, model: CoLLM, *, quiet: bool) -> Scores:
+        """Scores from where the run keeps them; what is written, is written in its directory, whatever run.yaml says."""
+        part = Path("validation") / author
+        shared = scores_directory(self.config, self.directory) / part
+        found = find_scores(shared, examples, spec)
+        if found is not None:
+            return found
+        own = self.directory / "scores" / part
+        out = shared if self._contains(shared) else own
+        if not self._contains(out):
+            raise ConfigError(f"{out} lies outside of {self.directory}, by a link; put a directory there")
+        batch = self.config.max_batch_tokens
+        return score(examples, spec, out, model.tokenizer, max_batch_tokens=batch, quiet=quiet)
+
+    def _contains(self, path: Path) -> bool:
+        return path.resolve().is_relative_to(self.directory.resolve())

@@ -10,9 +10,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from collm.decoding.request import Request
 from collm.serving.records import Record
 from collm.serving.refusals import DISCONNECTED, Refusal, broken
-from collm.serving.shapes import DONE, Json, Part, Shape, sse, usage_of
+from collm.serving.shapes import Json, Part, Shape, usage_of
 from collm.serving.submission import News, Submission
 
 _LOG = logging.getLogger(__name__)
@@ -57,33 +58,33 @@ class Answer:
         finally:
             self.close()
 
-    async def stream(self, *, include_usage: bool) -> Response:
+    async def stream(self) -> Response:
         """The answer in chunks; an error before the first token is still an error of HTTP."""
         try:
             first = await self._news()
         except BaseException:
             self.close()
             raise
-        return EventStream(self, first, include_usage=include_usage)
+        return EventStream(self, first)
 
-    async def events(self, news: Sequence[News], *, include_usage: bool) -> AsyncIterator[bytes]:
+    async def events(self, news: Sequence[News]) -> AsyncIterator[bytes]:
         """All events, from the first news on; an error as an event that ends them."""
         begun: set[int] = set()
         try:
+            start = self.shape.begin()
             while news:
                 parts = _parts(news, begun)
-                yield b"".join(self.shape.event(part, usage=include_usage) for part in parts)
+                yield start + b"".join(self.shape.event(part) for part in parts)
+                start = b""
                 news = await self._news()
-            if include_usage:
-                yield self.shape.usage_event(self._usage())
-            yield DONE
+            yield start + self.shape.end(self._usage())
         except Refusal as refusal:
             self.record.status = refusal.status
-            yield sse(refusal.content)
+            yield self.shape.broken_off(refusal)
         except Exception:
             _LOG.exception("request %s failed", self.record.id)
             self.record.status = 500
-            yield sse(broken().content)
+            yield self.shape.broken_off(broken())
 
     def close(self) -> None:
         """The answer is out, or nobody wants it."""
@@ -100,8 +101,7 @@ class Answer:
         return news
 
     def _usage(self) -> Json:
-        read = {id(request.prompt_ids): len(request.prompt_ids) for request in self._submission.requests}
-        return usage_of(sum(read.values()), self._authors, self.shape.author_names)
+        return usage_of(prompt_tokens(self._submission.requests), self._authors, self.shape.author_names)
 
     def _too_late(self, seconds: float) -> None:
         message = f"the request was not finished within {seconds:g} s; ask for fewer tokens, or when less is going on"
@@ -111,6 +111,21 @@ class Answer:
         while (await http.receive())["type"] != "http.disconnect":
             pass
         self._submission.fail(Refusal(DISCONNECTED, "the client went away", code="client_disconnected"))
+
+
+def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -> Response:
+    """An answer to a request that generates nothing."""
+    usage = usage_of(read, [], shape.author_names)
+    if not stream:
+        return Response(shape.reply(parts, usage), media_type="application/json")
+    events = shape.begin() + b"".join(map(shape.event, parts)) + shape.end(usage)
+    return Response(events, media_type=EventStream.media_type)
+
+
+def prompt_tokens(requests: Sequence[Request]) -> int:
+    """Of all prompts; one that several completions follow counts once."""
+    read = {id(request.prompt_ids): len(request.prompt_ids) for request in requests}
+    return sum(read.values())
 
 
 def _parts(news: Sequence[News], begun: set[int]) -> list[Part]:
@@ -134,9 +149,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, first: Sequence[News], *, include_usage: bool) -> None:
+    def __init__(self, answer: Answer, first: Sequence[News]) -> None:
         self._answer = answer
-        self._events = answer.events(first, include_usage=include_usage)
+        self._events = answer.events(first)
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
@@ -12,25 +14,40 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from collm.collaboration import CoLLM
-from collm.errors import RequestError
+from collm.core.types import PromptLogprob
+from collm.decoding.request import Request as EngineRequest
+from collm.errors import CollmError, RequestError
 from collm.models.template import Prompt
 from collm.serving import replies
-from collm.serving.answering import Answer
+from collm.serving.answering import Answer, prompt_tokens, unwritten
 from collm.serving.collaborations import Target
 from collm.serving.front import Front
 from collm.serving.playground import playground
-from collm.serving.reading import Reading, as_chat, read_chat, read_completion
+from collm.serving.reading import Reading, as_chat, read_chat, read_completion, read_messages
 from collm.serving.records import Metrics, Record
-from collm.serving.refusals import Refusal, invalid
-from collm.serving.schemas import CandidatesRequest, ChatRequest, CompletionRequest
+from collm.serving.refusals import Refusal, invalid, of_failure
+from collm.serving.responses import ResponseShape, as_chat_request
+from collm.serving.schemas import (
+    Asked,
+    CandidatesRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponsesRequest,
+    Sampled,
+    TokenizeRequest,
+    unknown_fields,
+)
 from collm.serving.service import Service
 from collm.serving.settings import Settings
-from collm.serving.shapes import ChatShape, CompletionShape
-from collm.serving.spelling import Speller
-from collm.serving.validation import refusal_of
+from collm.serving.shapes import ChatShape, CompletionShape, Extras, Part, Shape
+from collm.serving.spelling import Speller, spelled_prompt
+from collm.serving.tool_choice import tool_choice
+from collm.serving.validation import refusal_of, unknown
 from collm.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -39,28 +56,39 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: data: {chunk}, [DONE]"}}}
 
+Scored = list[PromptLogprob | None]
+
 router = APIRouter(responses=_ERRORS)
 router.add_route("/", playground, include_in_schema=False)
 
 
-def _generation(model: type[replies.Reply]) -> dict[int | str, dict[str, Any]]:
+def _generation(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": model, "description": "The completions", "content": _STREAM}}
 
 
 @router.post("/v1/completions", responses=_generation(replies.CompletionReply))
 async def completions(body: CompletionRequest, http: Request) -> Response:
     """Continue prompts."""
-    service, target = _asked(http, body.model, body.prompt)
+    service, target = _asked(http, body, body.prompt)
     reading = read_completion(body, target, service.settings)
-    return await _answer(http, service, target, reading, body, echo=bool(body.echo))
+    return await _answer(http, service, target, reading, body, CompletionShape)
 
 
 @router.post("/v1/chat/completions", responses=_generation(replies.ChatReply))
 async def chat_completions(body: ChatRequest, http: Request) -> Response:
     """Answer a chat."""
-    service, target = _asked(http, body.model, [message.model_dump() for message in body.messages])
+    service, target = _asked(http, body, [message.model_dump(exclude_unset=True) for message in body.messages])
     reading = read_chat(body, target, service.settings)
-    return await _answer(http, service, target, reading, body)
+    return await _answer(http, service, target, reading, body, partial(ChatShape, calls=reading.calls))
+
+
+@router.post("/v1/responses", responses=_generation(replies.ResponseReply))
+async def responses(body: ResponsesRequest, http: Request) -> Response:
+    """Answer text or a conversation, as OpenAI's newer route does; nothing is kept."""
+    asked = as_chat_request(body)
+    service, target = _asked(http, body, body.model_dump(exclude_unset=True)["input"])
+    reading = replace(read_chat(asked, target, service.settings), param="input")
+    return await _answer(http, service, target, reading, asked, partial(ResponseShape, body=body, calls=reading.calls))
 
 
 async def _answer(
@@ -68,28 +96,108 @@ async def _answer(
     service: Service,
     target: Target,
     reading: Reading,
-    body: CompletionRequest | ChatRequest,
-    *,
-    echo: bool = False,
+    body: Asked,
+    make_shape: Callable[[str, Sequence[str], Extras], Shape],
 ) -> Response:
     longest = service.settings.max_prompt_tokens
-    requests = await asyncio.to_thread(reading.requests, lambda prompt: target.encode(prompt, reading.param, longest))
-    tokenizer = target.served.model.tokenizer
-    spellers = None
-    if reading.logprobs:
-        spellers = [Speller(tokenizer, one.prompt_ids, reading.params.logprobs) for one in requests]
+
+    def prepared() -> list[EngineRequest]:
+        target.check_params(reading.params)
+        return reading.requests(lambda prompt, param, last: target.encode(prompt, param, longest, last))
+
+    requests = await asyncio.to_thread(prepared)
+    scored = await _scored(target, requests, reading) if reading.scored is not None else None
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    extras = await asyncio.to_thread(_extras, target, requests, reading, scored, usage)
+    shape = make_shape(target.name, target.served.author_names, extras)
+    if not reading.generates:
+        parts = [Part(index, finish_reason="length") for index in range(len(requests))]
+        return unwritten(shape, parts, prompt_tokens(requests), stream=bool(body.stream))
     submission = target.served.worker.submit(requests)
     record: Record = http.scope["collm.record"]
-    names = target.served.author_names
-    shape: CompletionShape | ChatShape
-    if isinstance(body, ChatRequest):
-        shape = ChatShape(target.name, names, spellers)
-    else:
-        shape = CompletionShape(target.name, names, spellers, reading.echoed(tokenizer) if echo else None)
     answer = Answer(submission, shape, record, http, service.settings.time_limit_s)
-    if body.stream:
-        return await answer.stream(include_usage=bool(body.stream_options and body.stream_options.include_usage))
-    return await answer.whole()
+    return await (answer.stream() if body.stream else answer.whole())
+
+
+async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Reading) -> list[Scored]:
+    """Of each completion, the log-probabilities of its prompt; one prompt after the other, between steps."""
+    model, found = target.served.model, dict[int, Scored]()
+    for one in requests:
+        if id(one.prompt_ids) not in found:
+            job = partial(model.prompt_logprobs, one.prompt_ids, reading.scored or 0, policy=one.policy)
+            try:
+                found[id(one.prompt_ids)] = await target.served.worker.call(job)
+            except CollmError as error:
+                raise of_failure(error) from error
+    return [found[id(one.prompt_ids)] for one in requests]
+
+
+def _extras(
+    target: Target, requests: Sequence[EngineRequest], reading: Reading, scored: list[Scored] | None, usage: bool
+) -> Extras:
+    tokenizer, extras = target.served.model.tokenizer, Extras(include_usage=usage)
+    of_each: Sequence[Scored | None] = scored if scored is not None else [None] * len(requests)
+    if reading.logprobs:
+        extras.spellers = [
+            Speller(tokenizer, one.prompt_ids, reading.params.logprobs, of_prompt if reading.echo else None)
+            for one, of_prompt in zip(requests, of_each, strict=True)
+        ]
+    if reading.echo:
+        texts = [target.text_of(prompt) for prompt in reading.prompts]
+        extras.echoed = [text for text in texts for _ in range(reading.n)]
+    most = reading.params.prompt_logprobs
+    if scored is not None and most is not None:
+        extras.prompt_logprobs = [spelled_prompt(tokenizer, of_prompt, most) for of_prompt in scored]
+    return extras
+
+
+@router.post("/tokenize", response_model=replies.TokenizeReply)
+async def tokenize(body: TokenizeRequest, http: Request) -> Any:
+    """Token ids of a prompt or of messages."""
+    target = _target(http, body)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("expected either prompt or messages; give one of them", "prompt")
+    if body.messages is None:
+        special = body.add_special_tokens is not False
+        token_ids = await asyncio.to_thread(target.tokenize, body.prompt or "", special=special)
+    else:
+        tools = tool_choice(body.tools, "auto", None, target)
+        token_ids = await asyncio.to_thread(target.render, as_chat(body, tools), special=bool(body.add_special_tokens))
+    limits = [one.max_length for one in target.served.model.runners if one.max_length is not None]
+    names = target.served.model.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
+    return {
+        "count": len(token_ids),
+        "max_model_len": min(limits, default=None),
+        "tokens": token_ids,
+        "token_strs": names,
+    }
+
+
+@router.post("/detokenize", response_model=replies.DetokenizeReply)
+async def detokenize(body: DetokenizeRequest, http: Request) -> Any:
+    """The text of token ids, special tokens among them."""
+    target = _target(http, body)
+    return {"prompt": await asyncio.to_thread(target.detokenize, body.tokens)}
+
+
+@router.get("/tokenizer_info", response_model=replies.TokenizerInfo)
+async def tokenizer_info(http: Request, model: str | None = None) -> Any:
+    """What clients that tokenise must know; of the only collaboration, or of the one that `model` names."""
+    served = _service(http).collaborations.target(model).served
+    served.worker.check_open()
+    tokenizer = served.model.tokenizer
+    special = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")}
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        **{name: None if token is None else str(token) for name, token in special.items()},
+        "chat_template": served.model.template.chat,
+    }
+
+
+@router.get("/version", response_model=replies.Version)
+async def version() -> Any:
+    """Of collm."""
+    return {"version": __version__}
 
 
 @router.get("/v1/models", response_model=replies.ModelList)
@@ -103,6 +211,14 @@ async def models(http: Request) -> Any:
     return {"object": "list", "data": entries}
 
 
+@router.get("/v1/models/{name:path}", response_model=replies.ModelEntry)
+async def model(name: str, http: Request) -> Any:
+    """One of them."""
+    service = _service(http)
+    found = service.collaborations.target(name).name
+    return {"id": found, "object": "model", "created": service.started, "owned_by": "collm"}
+
+
 @router.get("/v1/collm/info", response_model=replies.Info)
 async def info(http: Request) -> Any:
     """Authors, thresholds and what calibration measured."""
@@ -112,10 +228,10 @@ async def info(http: Request) -> Any:
 @router.post("/v1/collm/candidates", response_model=replies.CandidatesReply)
 async def candidates(body: CandidatesRequest, http: Request) -> Any:
     """What each author would have written at each token of an answer."""
-    service, target = _asked(http, body.model, body.prompt)
+    service, target = _asked(http, body, body.prompt)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("expected either prompt or messages; give one of them", "prompt")
-    prompt = cast(Prompt, body.prompt if body.messages is None else as_chat(body.messages))
+    prompt = cast(Prompt, body.prompt if body.messages is None else read_messages(body.messages))
     param = "prompt" if body.messages is None else "messages"
     prompt_ids = await asyncio.to_thread(target.encode, prompt, param, service.settings.max_prompt_tokens)
     model = target.served.model
@@ -154,16 +270,26 @@ def _service(http: Request) -> Service:
     return service
 
 
-def _asked(http: Request, name: str, prompt: object) -> tuple[Service, Target]:
+def _asked(http: Request, body: Sampled | CandidatesRequest, prompt: object) -> tuple[Service, Target]:
     """The model that is asked, ready to work; the record learns of it."""
     service = _service(http)
     record: Record = http.scope["collm.record"]
-    target = service.collaborations.target(name)
-    record.model, record.author_names = target.name, target.served.author_names
+    target = _target(http, body)
     if service.settings.log_prompts:
         record.prompt = prompt
-    target.served.worker.check_open()
     return service, target
+
+
+def _target(http: Request, body: Sampled | CandidatesRequest | TokenizeRequest | DetokenizeRequest) -> Target:
+    service = _service(http)
+    record: Record = http.scope["collm.record"]
+    target = service.collaborations.target(body.model)
+    record.model, record.author_names = target.name, target.served.author_names
+    strangers = unknown_fields(body)
+    if strangers and not service.settings.ignore_unknown:
+        raise unknown(strangers)
+    target.served.worker.check_open()
+    return target
 
 
 async def _refused(http: Request, error: Exception) -> Response:

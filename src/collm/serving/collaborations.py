@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
+from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.core.types import BASE
 from collm.decoding.request import check_prompt
-from collm.errors import ConfigError, RequestError
-from collm.models.template import Prompt
+from collm.errors import CollmError, ConfigError, MissingExtra, RequestError
+from collm.models.chats import Chat
+from collm.models.template import Prompt, tokenize
 from collm.serving.refusals import Refusal, invalid
 from collm.serving.schemas import CollmOptions
 from collm.serving.settings import Settings
@@ -21,11 +23,16 @@ from collm.serving.worker import Worker
 
 @dataclass(frozen=True)
 class Served:
-    """A collaboration with its worker."""
+    """A collaboration with its worker.
+
+    Attributes:
+        threshold: for requests that say nothing of it; None for the calibrated one.
+    """
 
     name: str
     model: CoLLM
     worker: Worker
+    threshold: float | None = None
 
     @property
     def author_names(self) -> list[str]:
@@ -37,6 +44,13 @@ class Served:
         """Model names of its authors alone."""
         return [f"{self.name}/{author}" for author in self.author_names]
 
+    @property
+    def default_threshold(self) -> float | None:
+        """For requests that say nothing of it; None where they must."""
+        if self.threshold is not None:
+            return self.threshold
+        return self.model.calibration.best().threshold if self.model.calibration else None
+
     def info(self) -> dict[str, Any]:
         """What clients may know of it."""
         calibration = self.model.calibration
@@ -44,7 +58,7 @@ class Served:
             "id": self.name,
             "author_names": self.author_names,
             "alone": self.alone,
-            "default_threshold": calibration.best().threshold if calibration else None,
+            "default_threshold": self.default_threshold,
             "calibration": calibration and _measured(calibration),
             "chat": self.model.template.chat is not None,
         }
@@ -77,13 +91,27 @@ class Target:
                     param="collm",
                 )
             return SingleAuthorPolicy(self.author)
+        threshold = options.threshold
+        if threshold is None and options.budget is None and options.policy in (None, "threshold"):
+            threshold = self.served.default_threshold
+            if threshold is None:
+                raise invalid(
+                    f"there is no default threshold: {self.served.name} is not calibrated; send collm.threshold, start "
+                    "the server with --threshold, or run 'collm calibrate' first",
+                    "collm.threshold",
+                )
         try:
-            return self.served.model.policy(options.policy, options.threshold, options.budget)
+            return self.served.model.policy(options.policy, threshold, options.budget)
         except ConfigError as error:
             raise invalid(str(error), param=_at_fault(options)) from error
 
-    def encode(self, prompt: Prompt, param: str, longest: int | None) -> list[int]:
+    def encode(self, prompt: Prompt, param: str, longest: int | None, keep_last: int | None = None) -> list[int]:
         """Token ids of a prompt that the models can read.
+
+        Args:
+            param: where it stood in the body.
+            longest: most tokens that this server reads.
+            keep_last: so many tokens are kept, from its end; -1 for as many as fit; None for all.
 
         Raises:
             Refusal: it is empty, too long, or holds what is no token.
@@ -91,6 +119,12 @@ class Target:
         model = self.served.model
         try:
             token_ids = model.template.encode_prompt(model.tokenizer, prompt)
+            if keep_last is not None:
+                fitting = [one.max_length - 1 for one in model.runners if one.max_length is not None]
+                most = min([*fitting, *([] if longest is None else [longest]), len(token_ids)])
+                token_ids = (
+                    token_ids[-(most if keep_last < 0 else min(keep_last, len(token_ids))) :] if keep_last else []
+                )
             self.check(token_ids)
         except RequestError as error:
             raise invalid(str(error), param=param) from error
@@ -101,6 +135,60 @@ class Target:
                 code="context_length_exceeded",
             )
         return token_ids
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raise a Refusal for parameters that this model cannot follow; grammars are compiled on the way."""
+        try:
+            self.served.model.check_params(params)
+        except MissingExtra as error:
+            raise Refusal(501, str(error), param="response_format", code="not_installed") from error
+        except CollmError as error:
+            raise invalid(str(error), param=str(error).partition(" ")[0]) from error
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text as it stands.
+
+        Raises:
+            Refusal: it has no UTF-8.
+        """
+        try:
+            return tokenize(self.served.model.tokenizer, text, special=special)
+        except RequestError as error:
+            raise invalid(str(error), "prompt") from error
+
+    def render(self, chat: Chat, *, special: bool) -> list[int]:
+        """Token ids of a chat.
+
+        Raises:
+            Refusal: the chat template refuses it.
+        """
+        model = self.served.model
+        try:
+            text = model.template.render_chat(model.tokenizer, chat, open_turn=chat.rendering.add_generation_prompt)
+        except RequestError as error:
+            raise invalid(str(error), "messages") from error
+        return self.tokenize(text, special=special)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones among them.
+
+        Raises:
+            Refusal: one is no token.
+        """
+        vocab_size = self.served.model.identity.vocab_size
+        outside = [token for token in token_ids if token >= vocab_size]
+        if outside:
+            raise invalid(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", "tokens")
+        return str(self.served.model.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+
+    def text_of(self, prompt: Prompt) -> str:
+        """What a completion's prompt reads."""
+        if isinstance(prompt, str):
+            return prompt
+        ids = cast("list[int]", prompt)
+        return str(
+            self.served.model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     def check(self, token_ids: list[int]) -> None:
         """Raise a RequestError for what is no token of the model, or does not fit its context."""
@@ -127,19 +215,30 @@ class Collaborations:
         if wrong:
             raise ConfigError(f"a collaboration is named {wrong[0]!r}; expected a name without '/'")
         self.served = [
-            Served(name, model, Worker(name, model, max_batch=settings.max_batch, max_waiting=settings.max_waiting))
+            Served(
+                name,
+                model,
+                Worker(name, model, max_batch=settings.max_batch, max_waiting=settings.max_waiting),
+                settings.threshold,
+            )
             for name, model in models.items()
         ]
         self.targets = {one.name: Target(one.name, one) for one in self.served}
         for one in self.served:
             self.targets |= {name: Target(name, one, author) for author, name in enumerate(one.alone, start=BASE)}
 
-    def target(self, name: str) -> Target:
-        """What a client means by a model's name.
+    def target(self, name: str | None) -> Target:
+        """What a client means by a model's name; without one, the only collaboration.
 
         Raises:
-            Refusal: nothing is called so.
+            Refusal: nothing is called so, or there are several.
         """
+        if name is None:
+            if len(self.served) > 1:
+                raise invalid(
+                    f"model is missing; this server has {', '.join(self.targets)}", "model", "missing_parameter"
+                )
+            name = self.served[0].name
         if name not in self.targets:
             raise Refusal(
                 404,

@@ -1,20 +1,30 @@
-"""From request bodies to what the engine runs; what contradicts itself or would have no effect is refused."""
+"""From request bodies to what the engine runs: what contradicts itself is refused, what changes no text accepted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from collm.core.params import SamplingParams
+from collm.core.params import SamplingParams, StructuredOutputs
 from collm.core.policies import Policy
 from collm.decoding.request import Request
+from collm.errors import ConfigError, RequestError
+from collm.models.chats import Chat, Rendering, as_message
 from collm.models.template import Prompt
 from collm.serving.collaborations import Target
 from collm.serving.refusals import invalid
-from collm.serving.schemas import Asked, ChatRequest, CompletionRequest, Message
+from collm.serving.schemas import (
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    ResponseFormat,
+    StructuredForm,
+    TokenizeRequest,
+)
 from collm.serving.settings import Settings
+from collm.serving.tool_choice import ToolChoice, tool_choice
 
 DEFAULT_MAX_TOKENS = SamplingParams().max_new_tokens
 
@@ -30,18 +40,26 @@ class Reading:
         policy: who writes.
         n: completions of each prompt.
         logprobs: whether they are wanted.
+        echo: whether the answer begins with the prompt.
+        generates: False where nothing but the prompt is of interest.
+        keep_last: tokens of a prompt that are kept, from its end; -1 for as many as fit; None for all.
+        calls: which tools may be called.
     """
 
     prompts: list[Prompt]
     param: str
     params: SamplingParams
     policy: Policy
-    n: int
-    logprobs: bool
+    n: int = 1
+    logprobs: bool = False
+    echo: bool = False
+    generates: bool = True
+    keep_last: int | None = None
+    calls: ToolChoice | None = None
 
-    def requests(self, encode: Callable[[Prompt], list[int]]) -> list[Request]:
+    def requests(self, encode: Callable[[Prompt, str, int | None], list[int]]) -> list[Request]:
         """One for each completion: those of the first prompt, of the second, .."""
-        encoded = [encode(prompt) for prompt in self.prompts]
+        encoded = [encode(prompt, self.param, self.keep_last) for prompt in self.prompts]
         prompts = [token_ids for token_ids in encoded for _ in range(self.n)]
         seeds = [None if self.params.seed is None else self.params.seed + i for i in range(len(prompts))]
         return [
@@ -49,13 +67,11 @@ class Reading:
             for token_ids, seed in zip(prompts, seeds, strict=True)
         ]
 
-    def echoed(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """For each completion, its prompt as text."""
-        texts = [
-            prompt if isinstance(prompt, str) else str(tokenizer.decode(list(prompt), skip_special_tokens=True))
-            for prompt in self.prompts
-        ]
-        return [text for text in texts for _ in range(self.n)]
+    @property
+    def scored(self) -> int | None:
+        """How many probable tokens to list at each position of the prompt; None where it is not scored."""
+        echoed = self.params.logprobs if self.echo and self.logprobs else None
+        return max((one for one in (self.params.prompt_logprobs, echoed) if one is not None), default=None)
 
 
 def read_completion(body: CompletionRequest, target: Target, settings: Settings) -> Reading:
@@ -66,14 +82,19 @@ def read_completion(body: CompletionRequest, target: Target, settings: Settings)
     """
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
-        raise invalid(f"best_of is {body.best_of}, expected the value of n, {n}; leave it out", "best_of")
-    if body.echo and body.logprobs is not None:
-        raise invalid("log-probabilities of prompts are not to be had; leave echo or logprobs out", "logprobs")
+        raise invalid(f"best_of is {body.best_of}, expected {n}, as n: completions are not compared", "best_of")
+    if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise invalid("max_tokens is 0 without echo or prompt_logprobs, so nothing is asked; raise it", "max_tokens")
     several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
     prompts: list[Prompt] = body.prompt if several else [body.prompt]  # type: ignore[assignment, list-item]
     policy = target.policy(body.collm)
-    params = _params(body, body.max_tokens, body.logprobs or 0, policy, settings)
-    return _checked(Reading(prompts, "prompt", params, policy, n, body.logprobs is not None), settings)
+    form = _form(body.response_format, body.structured_outputs)
+    params = _params(body, policy, settings, body.max_tokens or None, body.logprobs or 0, form)
+    reading = Reading(prompts, "prompt", params, policy, n, body.logprobs is not None)
+    reading = replace(
+        reading, echo=bool(body.echo), generates=body.max_tokens != 0, keep_last=body.truncate_prompt_tokens
+    )
+    return _checked(reading, settings)
 
 
 def read_chat(body: ChatRequest, target: Target, settings: Settings) -> Reading:
@@ -82,46 +103,119 @@ def read_chat(body: ChatRequest, target: Target, settings: Settings) -> Reading:
     Raises:
         Refusal: naming the parameter.
     """
-    limits = {body.max_tokens, body.max_completion_tokens} - {None}
-    if len(limits) > 1:
-        raise invalid(
-            f"max_tokens is {body.max_tokens} and max_completion_tokens {body.max_completion_tokens}; give one of them",
-            "max_completion_tokens",
-        )
-    if body.top_logprobs is not None and not body.logprobs:
-        raise invalid(
-            f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs or leave it out", "top_logprobs"
-        )
+    if body.top_logprobs and not body.logprobs:
+        raise invalid(f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs", "top_logprobs")
+    calls = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls, target)
+    form = _form(body.response_format, body.structured_outputs)
+    if calls is not None and calls.constraint is not None:
+        form = calls.constraint
     policy = target.policy(body.collm)
-    params = _params(body, next(iter(limits), None), body.top_logprobs or 0, policy, settings)
-    chat = as_chat(body.messages)
-    return _checked(Reading([chat], "messages", params, policy, body.n or 1, bool(body.logprobs)), settings)
+    most = body.max_completion_tokens or body.max_tokens
+    params = _params(body, policy, settings, most, body.top_logprobs or 0, form)
+    chat = as_chat(body, calls)
+    reading = Reading([chat], "messages", params, policy, body.n or 1, bool(body.logprobs))
+    return _checked(replace(reading, keep_last=body.truncate_prompt_tokens, calls=calls), settings)
 
 
-def as_chat(messages: Sequence[Message]) -> Prompt:
-    return [{"role": message.role, "content": message.text} for message in messages]
+def as_chat(body: ChatRequest | TokenizeRequest, calls: ToolChoice | None) -> Chat:
+    """The messages of a body, with the tools that are shown and how the template is run.
+
+    Raises:
+        Refusal: naming the parameter.
+    """
+    try:
+        opens = body.add_generation_prompt is not False
+        if body.add_generation_prompt is None and body.continue_final_message:
+            opens = False
+        rendering = Rendering(opens, bool(body.continue_final_message), body.chat_template_kwargs or {})
+    except RequestError as error:
+        raise invalid(str(error), str(error).partition(" ")[0]) from error
+    return Chat(read_messages(body.messages or []), calls.shown if calls else None, rendering)
+
+
+def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them.
+
+    Raises:
+        Refusal: naming the message.
+    """
+    found = []
+    for place, message in enumerate(messages):
+        try:
+            found.append(as_message(message.model_dump(exclude_none=True)))
+        except RequestError as error:
+            raise invalid(f"messages[{place}]{error}", f"messages[{place}]") from error
+    return found
+
+
+def _form(asked: ResponseFormat | None, structured: StructuredForm | None) -> StructuredOutputs | None:
+    """What the answer must be."""
+    wanted = asked is not None and asked.type != "text"
+    if structured is not None:
+        if wanted:
+            raise invalid("response_format and structured_outputs both came; give one of them", "structured_outputs")
+        try:
+            return StructuredOutputs(
+                structured.json_, bool(structured.json_object), structured.regex, structured.choice, structured.grammar
+            )
+        except ConfigError as error:
+            raise invalid(f"structured_outputs: {error}", "structured_outputs") from error
+    if not wanted or asked is None:
+        return None
+    if asked.type == "json_object":
+        return StructuredOutputs(json_object=True)
+    if asked.json_schema is None or asked.json_schema.schema_ is None:
+        raise invalid("response_format is json_schema without a schema; add json_schema.schema", "response_format")
+    return StructuredOutputs(json=asked.json_schema.schema_)
 
 
 def _params(
-    body: Asked, max_tokens: int | None, top_logprobs: int, policy: Policy, settings: Settings
+    body: Asked,
+    policy: Policy,
+    settings: Settings,
+    max_tokens: int | None,
+    logprobs: int,
+    form: StructuredOutputs | None,
 ) -> SamplingParams:
-    temperature = body.temperature or 0.0
     if max_tokens is not None and max_tokens > settings.max_tokens:
         raise invalid(f"max_tokens is {max_tokens}, this server writes at most {settings.max_tokens}", "max_tokens")
-    if body.top_p not in (None, 1) and not temperature:
-        raise invalid(f"top_p={body.top_p} has no effect at temperature 0; set a temperature or leave it out", "top_p")
-    if body.seed is not None and not temperature and not policy.draws:
-        raise invalid(f"seed={body.seed} has no effect: at temperature 0 nothing is drawn; leave it out", "seed")
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options has no effect without stream; leave it out", "stream_options")
-    return SamplingParams(
-        max_new_tokens=max_tokens or min(DEFAULT_MAX_TOKENS, settings.max_tokens),
-        temperature=temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed,
-        stop=body.stop or (),
-        logprobs=top_logprobs,
-    )
+    most = max_tokens or max(min(DEFAULT_MAX_TOKENS, settings.max_tokens), body.min_tokens or 0)
+    options: dict[str, Any] = {
+        "max_new_tokens": min(most, settings.max_tokens),
+        "seed": body.seed,
+        "stop": body.stop or (),
+        "min_tokens": body.min_tokens or 0,
+        "stop_token_ids": body.stop_token_ids or (),
+        "ignore_eos": bool(body.ignore_eos),
+        "include_stop_str_in_output": bool(body.include_stop_str_in_output),
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "repetition_penalty": body.repetition_penalty or 1.0,
+        "logit_bias": {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
+        "allowed_token_ids": body.allowed_token_ids,
+        "bad_words": body.bad_words or (),
+        "structured_outputs": form,
+        "logprobs": logprobs,
+        "prompt_logprobs": body.prompt_logprobs,
+    }
+    try:
+        params = SamplingParams(**options, **_drawing(body))
+    except ConfigError as error:
+        raise invalid(str(error), str(error).partition(" ")[0]) from error
+    draws = params.temperature > 0 or policy.draws
+    return params if draws else replace(params, seed=None)  # which would draw nothing
+
+
+def _drawing(body: Asked) -> dict[str, Any]:
+    """Temperature and truncation. Several completions of a prompt ask for sampling, as truncation does."""
+    top_k = max(body.top_k or 0, 0)
+    top_p = 1.0 if body.top_p is None else body.top_p
+    if body.temperature == 0 or top_p == 0:
+        return {"temperature": 0.0}
+    temperature = body.temperature
+    if temperature is None and (body.n or 1) > 1:
+        temperature = 1.0
+    return {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": body.min_p or 0.0}
 
 
 def _checked(reading: Reading, settings: Settings) -> Reading:

@@ -65,9 +65,21 @@ class CompletionLogprobs(Reply):
     """One entry for each token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None] = Field(description="None for the first token of a prompt.")
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
+
+
+class PromptToken(Reply):
+    """A token that might stand at a place of the prompt."""
+
+    logprob: float
+    rank: int = Field(description="How many tokens are at least as probable.")
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]
+"""For each token of the prompt but the first, by token id: its own entry and those of the most probable."""
 
 
 class CompletionChoice(Reply):
@@ -77,6 +89,7 @@ class CompletionChoice(Reply):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_logprobs: PromptLogprobs | None = None
     collm: Authorship
 
 
@@ -113,12 +126,28 @@ class ChatLogprobs(Reply):
     refusal: None = None
 
 
+class CalledFunction(Reply):
+    """A function with its arguments, as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Reply):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatAnswer(Reply):
     """A message of the model."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="None where there are calls alone.")
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Reply):
@@ -127,7 +156,7 @@ class ChatChoice(Reply):
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     collm: Authorship
 
 
@@ -140,7 +169,111 @@ class ChatReply(Reply):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
     collm: Authors
+
+
+class OutputText(Reply):
+    """Text of a message."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[dict[str, str]]
+    logprobs: list[ChosenLogprob]
+
+
+class OutputMessage(Reply):
+    """A message of a response."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Literal["completed", "incomplete"]
+    content: list[OutputText]
+
+
+class OutputCall(Reply):
+    """A call of a function in a response; arguments are JSON text."""
+
+    id: str
+    type: Literal["function_call"]
+    status: Literal["completed", "incomplete"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class ResponseAuthorship(Authorship, Authors):
+    """Who wrote a response."""
+
+
+class InputDetails(Reply):
+    """Of the tokens read."""
+
+    cached_tokens: int
+
+
+class OutputDetails(Reply):
+    """Of the tokens written."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(Reply):
+    """Tokens read and written."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+    collm: UsageByAuthor
+
+
+class ResponseReply(BaseModel):
+    """POST /v1/responses; it also repeats what was asked."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    output: list[OutputMessage | OutputCall]
+    usage: ResponseUsage
+    collm: ResponseAuthorship
+
+
+class TokenizeReply(Reply):
+    """POST /tokenize."""
+
+    count: int
+    max_model_len: int | None = Field(description="Most tokens that every author reads; None for no limit.")
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeReply(Reply):
+    """POST /detokenize."""
+
+    prompt: str
+
+
+class TokenizerInfo(Reply):
+    """GET /tokenizer_info."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
+class Version(Reply):
+    """GET /version."""
+
+    version: str
 
 
 class ModelEntry(Reply):

@@ -1,4 +1,8 @@
-"""Request bodies. What is not listed is refused; what OpenAI has and collm lacks is listed with its no-op values."""
+"""Request bodies as clients of OpenAI's API, and of vLLM, send them.
+
+Three kinds of fields: those that are done, those that change no text and are accepted, and those that would have to
+change the text and cannot, which take no value but the one that does nothing (`WHY_NOT` says why).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,15 @@ _INT64 = 1 << 63
 
 
 class Body(BaseModel):
-    """A JSON object without unknown keys, whose values are of the very types listed."""
+    """A JSON object of ours: no unknown keys, and values of the very types listed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Open(BaseModel):
+    """A JSON object of others: unknown keys are kept, for `unknown_fields` to find."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 def _encodable(text: str) -> str:
@@ -31,18 +41,42 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=_INT64)]
 TokenIds = Annotated[list[Token], Field(min_length=1)]
-NonEmpty = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
 Texts = Annotated[list[NonEmpty], Field(min_length=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-Nothing = Annotated[dict[str, Any], Field(max_length=0)]
-NoList = Annotated[list[Any], Field(max_length=0)]
 Count = Annotated[int, Field(ge=1, lt=_INT64)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Object = dict[str, Any]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+
+WHY_NOT = {
+    "audio": "models write text alone",
+    "modalities": "models write text alone",
+    "best_of": "completions are not compared; ask for n of them",
+    "suffix": "models write what follows a text, not what stands before another",
+    "functions": "use tools, which replaced them",
+    "function_call": "use tool_choice, which replaced it",
+    "web_search_options": "there is no search here",
+    "use_beam_search": "tokens are drawn one after the other",
+    "length_penalty": "it belongs to beam search, which there is none of",
+    "documents": "put them into the messages",
+    "chat_template": "the collaboration's own template renders chats, as in training",
+    "skip_special_tokens": "special tokens have no text here; collm.token_ids has them",
+    "echo": "the answer holds the assistant's message alone",
+    "background": "answers are not kept; stream instead",
+    "previous_response_id": "answers are not kept; send the whole conversation in input",
+    "conversation": "conversations are not kept; send the whole of it in input",
+    "prompt": "there are no stored prompts; send instructions and input",
+    "truncation": "a prompt that does not fit is refused; shorten it",
+}
 
 
-class StreamOptions(Body):
+class StreamOptions(Open):
     """What a stream has beside its chunks."""
 
-    include_usage: bool = Field(False, description="A last chunk with the usage and no choices.")
+    include_usage: bool | None = Field(None, description="A last chunk with the usage and no choices.")
+    include_obfuscation: bool | None = Field(None, description="Not used.")
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class CollmOptions(Body):
@@ -57,61 +91,147 @@ class CollmOptions(Body):
     policy: Text | None = Field(None, description="Another rule: 'joint', 'mixture', 'contrastive:beta=0.5', ...")
 
 
-class Asked(Body):
-    """What completions and chats have in common."""
+class JsonSchema(Open):
+    """A named schema."""
+
+    name: Text | None = None
+    description: Text | None = None
+    schema_: Object | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Open):
+    """What the answer is."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredForm(Body):
+    """vLLM's way to say what the answer is; exactly one of them."""
+
+    json_: Object | Text | bool | None = Field(None, alias="json", description="A JSON schema.")
+    json_object: bool | None = None
+    regex: NonEmpty | None = None
+    choice: Texts | None = None
+    grammar: NonEmpty | None = Field(None, description="In llguidance's Lark syntax, or in GBNF.")
+
+
+class Sampled(Open):
+    """What every generating request has in common."""
 
     model: Text = Field(description="A collaboration, or one of its authors alone: NAME/base, NAME/assistant.")
     stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="Default: 0, greedy; 1 where n, top_p, top_k or min_p ask for sampling."
+    )
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 keeps the most probable token.")
+    top_k: Annotated[int, Field(ge=-1, lt=_INT64)] | None = Field(None, description="-1 and 0 keep all.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = Field(
+        None, description="Completion i draws with seed + i."
+    )
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: list[NonEmpty] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
+    stop_token_ids: list[Token] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = Field(
+        None, description="Keep so many tokens at the prompt's end; -1: as many as fit."
+    )
+    structured_outputs: StructuredForm | None = None
+    collm: CollmOptions | None = None
+    user: Text | None = Field(None, description="Not used, as all that follow.")
+    metadata: Object | None = None
+    store: bool | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
+    prompt_cache_options: Object | None = None
+    priority: int | None = None
+    request_id: Text | None = None
+    cache_salt: Text | None = None
+    spaces_between_special_tokens: bool | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+
+
+class Asked(Sampled):
+    """What completions and chats have in common."""
+
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="Completions of each prompt. Default: 1.")
-    max_tokens: Count | None = Field(None, description="Most tokens of a completion. Default: 256.")
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="Default: 0, greedy, which the threshold was calibrated for."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Below 1 only if temperature is not 0.")
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = Field(
-        None, description="Only where something is drawn; completion i draws with seed + i."
-    )
-    user: Text | None = Field(None, description="Not used.")
-    collm: CollmOptions | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: Nothing | None = None
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=64)] | None = None
+    prompt_logprobs: Logprobs | None = Field(None, description="Also list so many probable tokens of the prompt.")
+    response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(Asked):
     """POST /v1/completions."""
 
     prompt: NonEmpty | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool | None = Field(None, description="The text begins with the prompt. Not together with logprobs.")
+    max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = Field(
+        None, description="Most tokens of a completion; 0 with echo or prompt_logprobs. Default: 256."
+    )
+    logprobs: Logprobs | None = Field(None, description="With echo also of the prompt, under the collaboration.")
+    echo: bool | None = Field(None, description="The text begins with the prompt.")
     best_of: Count | None = Field(None, description="Only the value of n.")
     suffix: Literal[""] | None = None
+    add_special_tokens: Literal[True] | None = None
 
 
-class TextPart(Body):
+class ContentPart(Open):
     """A piece of a message."""
 
-    type: Literal["text"]
-    text: Text
+    type: Text
+    text: Text | None = None
 
 
-class Message(Body):
-    """One message; text parts are joined as they stand."""
+class Message(Open):
+    """One message; text parts are joined as they stand. Further keys go to the chat template."""
 
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: NonEmpty
+    content: Text | list[ContentPart] | None = None
+    name: Text | None = None
+    tool_calls: list[Object] | None = None
+    tool_call_id: Text | None = None
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+class FunctionDefinition(Open):
+    """A function that may be called."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: Text | None = None
+    parameters: Object | None = Field(None, description="A JSON schema of its arguments.")
+    strict: bool | None = None
 
 
-class ResponseFormat(Body):
-    """Text, the only format."""
+class Tool(Open):
+    """A tool; functions are the only kind."""
 
-    type: Literal["text"]
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Open):
+    """The function to call."""
+
+    name: Text
+
+
+class NamedTool(Open):
+    """One tool, to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
@@ -121,19 +241,115 @@ class ChatRequest(Asked):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: Count | None = Field(None, description="Another name of max_tokens.")
+    max_tokens: Count | None = Field(None, description="Most tokens of an answer. Default: 256.")
+    max_completion_tokens: Count | None = Field(None, description="Another name of max_tokens, which it goes before.")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Only with logprobs.")
-    tools: NoList | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    functions: NoList | None = None
+    top_logprobs: Logprobs | None = Field(None, description="With logprobs.")
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="Default: auto.")
+    parallel_tool_calls: bool | None = Field(None, description="Default: true, several calls may come.")
+    add_generation_prompt: bool | None = Field(None, description="End with what invites an answer. Default: true.")
+    continue_final_message: bool | None = Field(None, description="Go on with the last message.")
+    chat_template_kwargs: Object | None = Field(None, description="Variables of the chat template.")
+    reasoning_effort: Text | None = Field(None, description="Not used, as all that follow.")
+    verbosity: Text | None = None
+    prediction: Object | None = None
+    include_reasoning: bool | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none", "auto"] | None = None
-    response_format: ResponseFormat | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    store: Literal[False] | None = None
-    metadata: Nothing | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    audio: None = None
+    web_search_options: None = None
+    documents: Annotated[list[Any], Field(max_length=0)] | None = None
+    chat_template: None = None
+    echo: Literal[False] | None = None
+    add_special_tokens: Literal[False] | None = None
+
+
+class FlatTool(Open):
+    """A tool, as /v1/responses has it."""
+
+    type: Literal["function"]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: Text | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class FlatName(Open):
+    """One tool, to be called."""
+
+    type: Literal["function"]
+    name: Text
+
+
+class TextFormat(Open):
+    """What the answer is, as /v1/responses has it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Text | None = None
+    description: Text | None = None
+    schema_: Object | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Open):
+    """How text is written."""
+
+    format: TextFormat | None = None
+    verbosity: Text | None = None
+
+
+class InputItem(Open):
+    """A message, a call of a function, or what it returned."""
+
+    type: Text | None = None
+    role: Text | None = None
+    content: Text | list[ContentPart] | None = None
+
+
+class ResponsesRequest(Sampled):
+    """POST /v1/responses."""
+
+    input: NonEmpty | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: Text | None = Field(None, description="A system message before the input.")
+    max_output_tokens: Count | None = Field(None, description="Most tokens of the answer. Default: 256.")
+    tools: list[FlatTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatName | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    top_logprobs: Logprobs | None = Field(None, description="With include message.output_text.logprobs.")
+    include: list[Text] | None = Field(None, description="What there is: message.output_text.logprobs.")
+    stream_options: StreamOptions | None = None
+    reasoning: Object | None = Field(None, description="Not used, as max_tool_calls.")
+    max_tool_calls: int | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
+
+
+class TokenizeRequest(Open):
+    """POST /tokenize: a prompt, or messages."""
+
+    model: Text | None = Field(None, description="Default: the only collaboration.")
+    prompt: Text | None = None
+    messages: Messages | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Object | None = None
+    return_token_strs: bool | None = None
+    chat_template: None = None
+
+
+class DetokenizeRequest(Open):
+    """POST /detokenize."""
+
+    model: Text | None = Field(None, description="Default: the only collaboration.")
+    tokens: list[Token]
 
 
 class CandidatesRequest(Body):
@@ -144,3 +360,8 @@ class CandidatesRequest(Body):
     messages: Messages | None = None
     token_ids: Annotated[list[Token], Field(max_length=MAX_CANDIDATE_TOKENS)]
     most: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = Field(5, description="Candidates of each author.")
+
+
+def unknown_fields(body: BaseModel) -> list[str]:
+    """Keys of a body that nobody knows; those of its messages and tools aside, which go to the chat template."""
+    return sorted(body.model_extra or {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from collm.core.types import check_threshold
 from collm.errors import ConfigError
 
 
@@ -24,6 +25,8 @@ class Settings:
         api_key: what clients must send; None lets everybody in.
         log_prompts: write prompts into the log.
         allow_origins: web origins whose pages may call the server.
+        threshold: for requests that say nothing of it; None for the calibrated one of each collaboration.
+        ignore_unknown: take fields that nobody knows as if they had not come.
 
     Raises:
         ConfigError: a limit out of range, or an API key that no header can carry.
@@ -40,12 +43,16 @@ class Settings:
     api_key: str | None = field(default=None, repr=False)
     log_prompts: bool = False
     allow_origins: Sequence[str] = ()
+    threshold: float | None = None
+    ignore_unknown: bool = False
 
     def __post_init__(self) -> None:
         least = {"max_batch": 1, "max_body_bytes": 1, "max_tokens": 1, "max_choices": 1, "max_waiting": 0, "drain_s": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {bound}")
+        if self.threshold is not None:
+            check_threshold(self.threshold)
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ConfigError(f"max_prompt_tokens is {self.max_prompt_tokens}, expected at least 1")
         if not self.time_limit_s > 0:

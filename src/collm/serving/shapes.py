@@ -1,4 +1,4 @@
-"""Tokens as OpenAI's two kinds of answers, whole and in chunks."""
+"""Tokens as OpenAI's kinds of answers, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from collm.core.types import TokenStep, deferral_rate
+from collm.models.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
+from collm.serving.refusals import Refusal
 from collm.serving.spelling import Speller
+from collm.serving.tool_choice import ToolChoice
 
 Json = dict[str, Any]
 
@@ -46,38 +49,65 @@ class Part:
         }
 
 
+@dataclass
+class Extras:
+    """What an answer holds beside its text; one entry for each completion, or None where it was not asked for.
+
+    Attributes:
+        spellers: for log-probabilities.
+        echoed: the prompt that the text begins with.
+        prompt_logprobs: of the prompt, in vLLM's form.
+        include_usage: a stream's last chunk has the usage.
+    """
+
+    spellers: Sequence[Speller] | None = None
+    echoed: Sequence[str] | None = None
+    prompt_logprobs: Sequence[Any] | None = None
+    include_usage: bool = False
+
+
 class Shape:
     """Writes one request's answer.
 
     Args:
         model: as the client named it.
         author_names: the base's first.
-        spellers: of each completion, where log-probabilities are wanted.
+        extras: what it holds beside its text.
     """
 
     prefix: str
     whole: str
     chunk: str
 
-    def __init__(self, model: str, author_names: Sequence[str], spellers: Sequence[Speller] | None) -> None:
+    def __init__(self, model: str, author_names: Sequence[str], extras: Extras) -> None:
         self.author_names = author_names
-        self._spellers = spellers
+        self.extras = extras
         identity = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._head = {**identity, "collm": {"author_names": list(author_names)}}
 
     def reply(self, parts: Sequence[Part], usage: Json) -> bytes:
         """The whole answer."""
         choices = [self.choice(part) for part in parts]
-        return _encoded({**self._head, "object": self.whole, "choices": choices, "usage": usage})
+        return encoded({**self._head, "object": self.whole, "choices": choices, "usage": usage})
 
-    def event(self, part: Part, *, usage: bool) -> bytes:
-        """A chunk of a stream; `usage` tells clients that the last will say it."""
+    def begin(self) -> bytes:
+        """What a stream begins with."""
+        return b""
+
+    def event(self, part: Part) -> bytes:
+        """A chunk of a stream."""
         body = {**self._head, "object": self.chunk, "choices": [self.chunk_choice(part)]}
-        return sse({**body, "usage": None} if usage else body)
+        return sse({**body, "usage": None} if self.extras.include_usage else body)
 
-    def usage_event(self, usage: Json) -> bytes:
-        """The last chunk of a stream with usage."""
-        return sse({**self._head, "object": self.chunk, "choices": [], "usage": usage})
+    def end(self, usage: Json) -> bytes:
+        """What a stream ends with."""
+        if not self.extras.include_usage:
+            return DONE
+        return sse({**self._head, "object": self.chunk, "choices": [], "usage": usage}) + DONE
+
+    def broken_off(self, refusal: Refusal) -> bytes:
+        """What a stream ends with if it fails."""
+        return sse(refusal.content)
 
     def choice(self, part: Part) -> Json:
         raise NotImplementedError
@@ -86,36 +116,24 @@ class Shape:
         raise NotImplementedError
 
     def _speller(self, part: Part) -> Speller | None:
-        return self._spellers[part.index] if self._spellers else None
+        return self.extras.spellers[part.index] if self.extras.spellers else None
 
 
 class CompletionShape(Shape):
-    """/v1/completions.
-
-    Args:
-        echoed: of each completion, the prompt that its text begins with.
-    """
+    """/v1/completions."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def __init__(
-        self,
-        model: str,
-        author_names: Sequence[str],
-        spellers: Sequence[Speller] | None,
-        echoed: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(model, author_names, spellers)
-        self._echoed = echoed
-
     def choice(self, part: Part) -> Json:
-        speller = self._speller(part)
-        echo = self._echoed[part.index] if self._echoed and part.first else ""
+        speller, echoed, scored = self._speller(part), self.extras.echoed, self.extras.prompt_logprobs
+        prompt = echoed[part.index] if echoed and part.first else ""
+        of_prompt = {"prompt_logprobs": scored[part.index]} if scored and part.first else {}
         return {
             "index": part.index,
-            "text": echo + part.text,
+            "text": prompt + part.text,
             "logprobs": speller.completion_logprobs(part.steps) if speller else None,
             "finish_reason": part.finished,
+            **of_prompt,
             "collm": part.authorship,
         }
 
@@ -124,25 +142,120 @@ class CompletionShape(Shape):
 
 
 class ChatShape(Shape):
-    """/v1/chat/completions."""
+    """/v1/chat/completions.
+
+    Args:
+        calls: which tools may be called.
+    """
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self, model: str, author_names: Sequence[str], extras: Extras, calls: ToolChoice | None = None
+    ) -> None:
+        super().__init__(model, author_names, extras)
+        self._messages = Messages(calls)
+
+    def reply(self, parts: Sequence[Part], usage: Json) -> bytes:
+        choices = [self.choice(part) for part in parts]
+        of_prompt = {"prompt_logprobs": self.extras.prompt_logprobs[0]} if self.extras.prompt_logprobs else {}
+        return encoded({**self._head, "object": self.whole, "choices": choices, "usage": usage, **of_prompt})
+
     def choice(self, part: Part) -> Json:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
-        return {"index": part.index, "message": message, **self._rest(part)}
+        said = self._messages.of(part)
+        said.add(part)
+        message: Json = {"role": "assistant", "content": said.content or (None if said.calls else ""), "refusal": None}
+        if said.calls:
+            message["tool_calls"] = [_call(call) for call in said.calls]
+        return {"index": part.index, "message": message, **self._rest(part, said)}
 
     def chunk_choice(self, part: Part) -> Json:
-        role = {"role": "assistant"} if part.first else {}
-        return {"index": part.index, "delta": {**role, "content": part.text}, **self._rest(part)}
+        said = self._messages.of(part)
+        deltas = said.add(part)
+        delta: Json = {"role": "assistant"} if part.first else {}
+        content = "".join(one.text for one in deltas if isinstance(one, Content))
+        if content or not said.calls:
+            delta["content"] = content
+        calls = [_call_delta(one) for one in deltas if not isinstance(one, Content)]
+        if calls:
+            delta["tool_calls"] = calls
+        return {"index": part.index, "delta": delta, **self._rest(part, said)}
 
-    def _rest(self, part: Part) -> Json:
+    def _rest(self, part: Part, said: Message) -> Json:
         speller = self._speller(part)
+        finished = "tool_calls" if part.finished == "stop" and said.calls else part.finished
         return {
             "logprobs": {"content": speller.chat_logprobs(part.steps), "refusal": None} if speller else None,
-            "finish_reason": part.finished,
+            "finish_reason": finished,
             "collm": part.authorship,
         }
+
+
+@dataclass
+class Call:
+    """A call of a tool, as far as it has come; arguments are JSON text."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+class Message:
+    """One completion as a message: its text without calls, and its calls.
+
+    Args:
+        calls: which tools may be called.
+    """
+
+    def __init__(self, calls: ToolChoice | None) -> None:
+        self.content = ""
+        self.calls: list[Call] = []
+        self._choice = calls
+        self._reader: ToolCallReader | None = calls.reader() if calls else None
+
+    def add(self, part: Part) -> list[Delta]:
+        """Take tokens; what is new."""
+        deltas = self._read(part)
+        if self._choice is not None and not self._choice.parallel:
+            deltas = [one for one in deltas if isinstance(one, Content) or one.index == 0]
+        for one in deltas:
+            if isinstance(one, Content):
+                self.content += one.text
+            elif isinstance(one, CallStart):
+                self.calls.append(Call(one.id, one.name))
+            else:
+                self.calls[one.index].arguments += one.text
+        return deltas
+
+    def _read(self, part: Part) -> list[Delta]:
+        if self._reader is None or self._choice is None:
+            return [Content(part.text)] if part.text else []
+        deltas: list[Delta] = []
+        for step in part.steps:
+            deltas += self._reader.push(step.text or self._choice.markers.get(step.token_id, ""))
+        return deltas + self._reader.finish() if part.finish_reason else deltas
+
+
+class Messages:
+    """Those of all completions of a request, by their indices."""
+
+    def __init__(self, calls: ToolChoice | None) -> None:
+        self._calls = calls
+        self._begun: dict[int, Message] = {}
+
+    def of(self, part: Part) -> Message:
+        """The completion's that a part belongs to."""
+        return self._begun.setdefault(part.index, Message(self._calls))
+
+
+def _call(call: Call) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(delta: CallStart | CallArguments) -> Json:
+    if isinstance(delta, CallStart):
+        return {"index": delta.index, **_call(Call(delta.id, delta.name))}
+    return {"index": delta.index, "function": {"arguments": delta.text}}
 
 
 def usage_of(prompt_tokens: int, authors: Sequence[int], author_names: Sequence[str]) -> Json:
@@ -159,13 +272,15 @@ def usage_of(prompt_tokens: int, authors: Sequence[int], author_names: Sequence[
 DONE = b"data: [DONE]\n\n"
 
 
-def sse(body: Mapping[str, Any]) -> bytes:
+def sse(body: Mapping[str, Any], event: str | None = None) -> bytes:
     """A server-sent event."""
-    return b"data: " + _encoded(body) + b"\n\n"
+    name = f"event: {event}\n".encode() if event else b""
+    return name + b"data: " + encoded(body) + b"\n\n"
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
-def _encoded(body: Mapping[str, Any]) -> bytes:
+def encoded(body: Mapping[str, Any]) -> bytes:
+    """JSON."""
     return _ENCODER.encode(body).encode()

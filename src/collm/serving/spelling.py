@@ -7,10 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from collm.core.types import TokenStep
+from collm.core.types import PromptLogprob, TokenStep, TopLogprobs
 from collm.models.token_text import TokenText
 
 _CONTEXT_TOKENS = 8
+
+Spelled = tuple[int, float | None, TopLogprobs]
+"""A token, its log-probability in nats, and the most probable tokens in its place."""
 
 
 class Speller:
@@ -20,27 +23,44 @@ class Speller:
         tokenizer: of all models.
         prompt_ids: what the completion follows.
         most: likeliest tokens to list for each position.
+        scored: of the prompt, where the answer begins with it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], most: int) -> None:
-        self._read = TokenText(tokenizer, prompt_ids[-_CONTEXT_TOKENS:])
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[int],
+        most: int,
+        scored: Sequence[PromptLogprob | None] | None = None,
+    ) -> None:
+        self._read = TokenText(tokenizer, () if scored is not None else prompt_ids[-_CONTEXT_TOKENS:])
         self._start = len(self._read.text)
         self._most = most
+        self._prompt: list[Spelled] = []
+        if scored is not None:
+            self._prompt = [
+                (token_id, one.logprob if one else None, one.top if one else ())
+                for token_id, one in zip(prompt_ids, scored, strict=True)
+            ]
 
     def completion_logprobs(self, steps: Sequence[TokenStep]) -> dict[str, Any]:
-        """As /v1/completions has them; offsets are into the completion. The token itself is always listed."""
+        """As /v1/completions has them; offsets are into the text of the answer. The token itself is always listed."""
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for step in steps:
+        prompt, self._prompt = self._prompt, []
+        for token_id, logprob, top in [*prompt, *((step.token_id, step.logprob, step.top_logprobs) for step in steps)]:
             found["text_offset"].append(len(self._read.text) - self._start)
-            token = self._read.spelling(step.token_id)
-            likely: dict[str, float] = {}
-            for token_id, logprob in step.top_logprobs[: self._most]:
-                likely.setdefault(self._read.spelling(token_id), logprob)
+            token = self._read.spelling(token_id)
             found["tokens"].append(token)
-            found["token_logprobs"].append(step.logprob)
-            found["top_logprobs"].append({**likely, token: step.logprob})
-            self._read.push(step.token_id)
+            found["token_logprobs"].append(logprob)
+            found["top_logprobs"].append(None if logprob is None else self._likely(top) | {token: logprob})
+            self._read.push(token_id)
         return found if self._most else {**found, "top_logprobs": None}
+
+    def _likely(self, top: TopLogprobs) -> dict[str, float]:
+        likely: dict[str, float] = {}
+        for token_id, logprob in top[: self._most]:
+            likely.setdefault(self._read.spelling(token_id), logprob)
+        return likely
 
     def chat_logprobs(self, steps: Sequence[TokenStep]) -> list[dict[str, Any]]:
         """As `content` of a chat's logprobs has them."""
@@ -57,3 +77,25 @@ class Speller:
         self._read.cut(length)
         token = text or self._read.spelling(token_id)
         return {"token": token, "logprob": logprob, "bytes": list(text.encode()) if text else None}
+
+
+def spelled_prompt(
+    tokenizer: PreTrainedTokenizerBase, scored: Sequence[PromptLogprob | None], most: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """`prompt_logprobs` as vLLM has them: for each token its own entry and those of the most probable, by token id."""
+    read = TokenText(tokenizer)
+    found: list[dict[str, dict[str, Any]] | None] = []
+    for one in scored:
+        if one is None:
+            found.append(None)
+            continue
+        ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(one.top[:most], start=1)]
+        entries = dict.fromkeys([*ranked, (one.token_id, one.logprob, one.rank)])
+        found.append(
+            {
+                str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": read.spelling(token_id)}
+                for token_id, logprob, rank in entries
+            }
+        )
+        read.push(one.token_id)
+    return found

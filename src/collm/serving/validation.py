@@ -9,8 +9,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from collm.serving.refusals import Refusal, broken, invalid
+from collm.serving.schemas import WHY_NOT
 
-_NESTED = {"collm", "stream_options", "response_format"}
+_NESTED = {"collm", "stream_options", "response_format", "structured_outputs", "text"}
+_LISTS = {"messages", "tools", "input"}
 
 
 def refusal_of(error: Exception, asked: str) -> Refusal:
@@ -26,6 +28,12 @@ def refusal_of(error: Exception, asked: str) -> Refusal:
     return broken()
 
 
+def unknown(params: Sequence[str]) -> Refusal:
+    """A field that nobody knows."""
+    message = f"{params[0][:80]} is no parameter of this server; leave it out, or start it with --ignore-unknown"
+    return invalid(message, params[0], "unknown_parameter")
+
+
 def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     """The first parameter at fault; all that is said of it, as each form it may take is tried."""
     first = errors[0]
@@ -39,15 +47,17 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     if first["type"] == "missing":
         return invalid(f"{param} is missing", param, "missing_parameter")
     expected = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in errors if _param(one["loc"]) == param)
-    return invalid(f"{param} is {_shown(first['input'])}: {'; or '.join(expected)}", param)
+    reasons = "; or ".join(expected)
+    why = f" ({WHY_NOT[param]})" if param in WHY_NOT else ""
+    return invalid(f"{param} is {_shown(first['input'])}: {reasons}{why}", param)
 
 
 def _param(loc: Sequence[str | int]) -> str:
     """Name of a parameter: of objects with that of the part."""
     name = str(loc[1])
-    if name in _NESTED and len(loc) > 2:
+    if name in _NESTED and len(loc) > 2 and not str(loc[2]).startswith(("literal", "constrained")):
         return f"{name}.{loc[2]}"
-    return f"{name}[{loc[2]}]" if name == "messages" and len(loc) > 2 else name
+    return f"{name}[{loc[2]}]" if name in _LISTS and len(loc) > 2 and isinstance(loc[2], int) else name
 
 
 def _shown(came: object) -> str:

@@ -313,6 +313,16 @@ def _threshold_ahead(sequence: Sequence) -> tuple[float, int]:
     return threshold, next((n for n in range(1, most) if at(start + n) != threshold), most)
 
 
+def check_local_params(params: SamplingParams) -> None:
+    """Raise a ConfigError for parameters that change or need logits."""
+    name = next((name for name in _LOCAL_ONLY if getattr(params, name) != getattr(SamplingParams(), name)), None)
+    if name is not None:
+        raise ConfigError(
+            f"{name}={getattr(params, name)!r:.60} is not available across servers; leave it out, or decode with "
+            "engine 'local'"
+        )
+
+
 def _check_servable(request: Request, num_authors: int) -> None:
     """Refuse what would need more of a server than it offers."""
     policy: Policy = request.policy
@@ -323,13 +333,7 @@ def _check_servable(request: Request, num_authors: int) -> None:
         )
     if isinstance(policy, SingleAuthorPolicy) and not 0 <= policy.writer < num_authors:
         raise ConfigError(f"{policy} asks for author {policy.writer}, expected 0 to {num_authors - 1}")
-    unavailable = [name for name in _LOCAL_ONLY if getattr(request.params, name) != getattr(SamplingParams(), name)]
-    if unavailable:
-        name = unavailable[0]
-        raise ConfigError(
-            f"{name}={getattr(request.params, name)} is not available across servers; leave it out, or decode with "
-            "engine 'local'"
-        )
+    check_local_params(request.params)
     if 0 < request.params.temperature < _LEAST_TEMPERATURE:
         raise ConfigError(
             f"temperature is {request.params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at "

@@ -1,0 +1,120 @@
+"""Adapters of strangers: which ones are loaded.
+
+PEFT has adapters that name other adapters, models, files and modules to import, and LoRA has options that do. Loaded is
+plain LoRA, which is numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from collm.errors import DAMAGED, LoadError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_REPEATS = 4
+"""Most repetitions in a pattern of module names: the time to match one grows with its length to this power."""
+
+_FREE = {
+    "alpha_pattern",
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "use_dora",
+    "use_rslora",
+}
+"""Options of LoRA that say how its numbers are used."""
+
+_UNREAD = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
+"""Fields that have no say where a base and a directory are given."""
+
+_PATTERNS = ("alpha_pattern", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "target_modules")
+_INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,2})?")
+
+
+def check_adapter(directory: Path) -> None:
+    """Refuse an adapter that is not plain LoRA, or that asks for more memory than its weights take.
+
+    Raises:
+        LoadError: naming the field, or the file that is missing or damaged.
+    """
+    from peft import LoraConfig
+
+    path = directory / CONFIG
+    content = _read(path)
+    if content.get("peft_type") != "LORA":
+        raise LoadError(f"{path}: peft_type is {content.get('peft_type')!r:.80}, expected 'LORA': plain LoRA is loaded")
+    if content.get("task_type") not in (None, "CAUSAL_LM"):
+        raise LoadError(f"{path}: task_type is {content['task_type']!r:.80}, expected 'CAUSAL_LM'")
+    for option in fields(LoraConfig):
+        if option.name in _FREE | _UNREAD | {"peft_type", "task_type"} or option.name not in content:
+            continue
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if content[option.name] != default:
+            raise LoadError(
+                f"{path}: {option.name} is {content[option.name]!r:.80}, which plain LoRA leaves at {default!r}; "
+                "only plain LoRA is loaded"
+            )
+    init = content.get("init_lora_weights", True)
+    if not (isinstance(init, bool) or (isinstance(init, str) and _INITS.fullmatch(init))):
+        raise LoadError(f"{path}: init_lora_weights is {init!r:.80}; only plain LoRA is loaded")
+    for name in _PATTERNS:
+        _check_patterns(path, name, content.get(name))
+    _check_ranks(path, content)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}")
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except DAMAGED as error:
+        raise LoadError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}); restore it") from error
+
+
+def _check_patterns(path: Path, name: str, value: Any) -> None:
+    """Each is a name of modules, or a regular expression that is matched in no time."""
+    texts = [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | dict | None) else [value]
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise LoadError(f"{path}: {name} holds {text!r:.80}, expected names of modules")
+        if re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > MAX_REPEATS:
+            raise LoadError(
+                f"{path}: {name} holds {text!r:.80}, a pattern that may take for ever; write it with at most "
+                f"{MAX_REPEATS} repetitions and none of a group"
+            )
+
+
+def _check_ranks(path: Path, content: Mapping[str, Any]) -> None:
+    """PEFT makes matrices of the ranks that the config names before it reads the weights."""
+    weights = path.with_name(WEIGHTS)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            largest = max((size for name in file.keys() for size in file.get_slice(name).get_shape()), default=0)  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LoadError(f"{weights} is missing or damaged ({error!s:.200}); restore it or train again") from error
+    patterns = content.get("rank_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise LoadError(f"{path}: rank_pattern is {patterns!r:.80}, expected ranks by names of modules")
+    for rank in (content.get("r", 8), *patterns.values()):
+        if type(rank) is not int or not 0 < rank <= largest:
+            raise LoadError(f"{path}: a rank is {rank!r:.80}, but {WEIGHTS} has no such matrix")

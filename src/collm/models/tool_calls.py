@@ -1,0 +1,442 @@
+"""How models write calls of tools: the formats of common chat templates, read as text comes, and as grammars."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_SPACE = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a model writes calls.
+
+    Attributes:
+        kind: "tags" has an object between two markers, "bare" one without any, "list" a list of objects behind a
+            marker, "named" a name and an object of arguments behind it.
+        opening, closing: the markers; closing is empty where nothing closes a call.
+        arguments: the key of the arguments in an object.
+    """
+
+    kind: Literal["tags", "bare", "list", "named"]
+    opening: str
+    closing: str = ""
+    arguments: str = "arguments"
+
+    @property
+    def markers(self) -> set[str]:
+        """Texts that may be special tokens, which have no text of their own."""
+        return {self.opening, self.closing, _ARGUMENTS} - {""}
+
+
+_ARGUMENTS = "[ARGS]"
+HERMES = ToolFormat("tags", "<tool_call>", "</tool_call>")
+LLAMA = ToolFormat("bare", "<|python_tag|>", arguments="parameters")
+MISTRAL = ToolFormat("list", "[TOOL_CALLS]")
+MISTRAL_NAMED = ToolFormat("named", "[TOOL_CALLS]")
+
+
+def tool_format(chat_template: str) -> ToolFormat | None:
+    """The format that a chat template teaches; None where it shows no tools, or in none that is known here.
+
+    <tool_call> with JSON: Hermes, Qwen 2.5 and 3, SmolLM3. JSON with "parameters": Llama 3. [TOOL_CALLS]: Mistral.
+    """
+    if "tools" not in chat_template:
+        return None
+    if HERMES.opening in chat_template:
+        return None if "<function=" in chat_template else HERMES  # Qwen3-Coder writes XML
+    if MISTRAL.opening in chat_template:
+        return MISTRAL_NAMED if _ARGUMENTS in chat_template else MISTRAL
+    if LLAMA.opening in chat_template or ('"parameters"' in chat_template and "ipython" in chat_template):
+        return LLAMA
+    return None
+
+
+def grammar(
+    written: ToolFormat, tools: Sequence[Mapping[str, Any]], *, parallel: bool, special: Mapping[str, int]
+) -> str:
+    """A Lark grammar, for llguidance, of one call of one of the tools, or of several calls.
+
+    Args:
+        tools: function definitions, as OpenAI has them; arguments follow their `parameters`.
+        parallel: whether several calls may come.
+        special: text -> id of the tokenizer's special tokens, which grammars name by their ids.
+    """
+
+    def marker(text: str) -> str:
+        return f"<[{special[text]}]>" if text in special else json.dumps(text)
+
+    opening, closing = marker(written.opening), marker(written.closing)
+    rules = [_rule(f"tool_{n}", tool["function"], written) for n, tool in enumerate(tools)]
+    names = " | ".join(f"tool_{n}" for n in range(len(tools)))
+    if written.kind == "tags":
+        call, between = f'{opening} "\\n" tool "\\n" {closing}', '"\\n"'
+    elif written.kind == "list":
+        call, between = "tool", '", "'
+    elif written.kind == "bare":
+        call, between = "tool", '"; "'
+    else:
+        call, between = f"{opening} tool", '""'
+        rules = [
+            f"tool_{n}: {json.dumps(tool['function']['name'])} {marker(_ARGUMENTS)} arguments_{n}\n"
+            f"arguments_{n}: %json {json.dumps(_spaced(_parameters(tool['function'])))}"
+            for n, tool in enumerate(tools)
+        ]
+    calls = f"call ({between} call)*" if parallel else "call"
+    start = f'{opening} " " "[" {calls} "]"' if written.kind == "list" else calls
+    return "\n".join([f"start: {start}", f"call: {call}", f"tool: {names}", *rules])
+
+
+def _rule(name: str, function: Mapping[str, Any], written: ToolFormat) -> str:
+    parameters = dict(_parameters(function))
+    shared: dict[str, Any] = {
+        key: parameters.pop(key) for key in ("$defs", "definitions") if key in parameters
+    }  # named from the root
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, written.arguments: parameters},
+        "required": ["name", written.arguments],
+        "additionalProperties": False,
+        **shared,
+    }
+    return f"{name}: %json {json.dumps(_spaced(schema))}"
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    return function.get("parameters") or {"type": "object"}
+
+
+def _spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """With the spaces that chat templates write, and no others."""
+    spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return {**schema, "x-guidance": spaces}
+
+
+@dataclass(frozen=True)
+class Content:
+    """Text that is no call."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallStart:
+    """A call begins: its place among the calls, an id for its result, and the tool's name."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of a call's arguments, as JSON text."""
+
+    index: int
+    text: str
+
+
+Delta = Content | CallStart | CallArguments
+
+
+class ToolCallReader:
+    """Tells calls from text while an answer comes, in pieces of any length.
+
+    Text that may still become a marker is held. What begins like a call but has no name is given back as text; a call
+    that breaks off keeps the arguments that came.
+
+    Args:
+        written: the format.
+        new_id: makes the id of a call.
+    """
+
+    def __init__(self, written: ToolFormat, new_id: Callable[[], str] | None = None) -> None:
+        self._format = written
+        self._new_id = new_id or (_short_id if written.opening == MISTRAL.opening else _id)
+        self._buffer = ""
+        self._at: Callable[[], bool] = self._text
+        self._begun = False  # some content or call has come
+        self._raw = ""  # of a call that has no name yet
+        self._object: _CallObject | None = None
+        self._in_list = False
+        self._count = 0
+        self._found: list[Delta] = []
+
+    def push(self, text: str) -> list[Delta]:
+        """Take text; what it tells."""
+        self._buffer += text
+        while self._buffer and self._at():
+            pass
+        found, self._found = self._found, []
+        return found
+
+    def finish(self) -> list[Delta]:
+        """The text is over."""
+        if self._at == self._text or self._raw:
+            self._say(self._raw + self._buffer)
+        self._buffer = self._raw = ""
+        found, self._found = self._found, []
+        return found
+
+    # Each of these works on the buffer's beginning; False where more must come first
+
+    def _text(self) -> bool:
+        opening = self._format.opening
+        if self._format.kind == "bare" and not self._begun:
+            text = self._buffer.lstrip(_SPACE)
+            if text.startswith("{"):
+                self._raw, self._buffer = self._buffer[: len(self._buffer) - len(text)], text
+                self._at = self._call
+                return True
+            if not text or opening.startswith(text):
+                return False
+        place = self._buffer.find(opening)
+        if place < 0:
+            held = _held(self._buffer, opening)
+            self._say(self._buffer[: len(self._buffer) - held])
+            self._buffer = self._buffer[len(self._buffer) - held :]
+            return False
+        before = self._buffer[:place]
+        text = before.rstrip(_SPACE)
+        self._say(text)
+        self._raw, self._buffer = before[len(text) :] + opening, self._buffer[place + len(opening) :]
+        self._at = self._behind_marker
+        return True
+
+    def _behind_marker(self) -> bool:
+        space = len(self._buffer) - len(self._buffer.lstrip(_SPACE))
+        self._raw, self._buffer = self._raw + self._buffer[:space], self._buffer[space:]
+        if not self._buffer:
+            return False
+        if self._format.kind in ("list", "named"):
+            if self._buffer[0] == "[":
+                self._raw, self._buffer, self._in_list = self._raw + "[", self._buffer[1:], True
+                self._at = self._between
+                return True
+            if self._buffer[0] != "{":
+                self._at = self._name
+                return True
+        self._at = self._call
+        return True
+
+    def _name(self) -> bool:
+        """A bare name before the arguments."""
+        brace = self._buffer.find("{")
+        if brace < 0:
+            return False
+        name = self._buffer[:brace].removesuffix(_ARGUMENTS).strip(_SPACE)
+        if not name or any(sign in _SPACE for sign in name):
+            self._give_up()
+            return True
+        self._object = _CallObject(self._format.arguments, name)
+        self._raw, self._buffer = self._raw + self._buffer[:brace], self._buffer[brace:]
+        self._at = self._call
+        return True
+
+    def _call(self) -> bool:
+        if self._object is None:
+            self._object = _CallObject(self._format.arguments, may_be_bare=self._format.kind != "bare")
+        while self._buffer:
+            sign, self._buffer = self._buffer[0], self._buffer[1:]
+            if not self._object.named:
+                self._raw += sign
+            self._object.take(sign)
+            if self._object.broken and not self._object.started:
+                self._give_up()
+                return True
+            self._tell(self._object)
+            if self._object.done or self._object.broken:
+                self._object = None
+                self._at = self._between
+                return True
+        return False
+
+    def _tell(self, read: _CallObject) -> None:
+        if not read.started and read.named and (read.arguments or read.done):
+            read.started = True
+            self._begun, self._raw = True, ""
+            self._found.append(CallStart(self._count, self._new_id(), str(read.name)))
+            self._count += 1
+        if read.started:
+            text = read.new_arguments()
+            if text:
+                self._found.append(CallArguments(self._count - 1, text))
+
+    def _between(self) -> bool:
+        """Behind a call, or at the beginning of a list of them."""
+        separators = _SPACE + (",;" if self._in_list or self._format.kind == "bare" else "")
+        rest = self._buffer.lstrip(separators)
+        if self._raw:
+            self._raw += self._buffer[: len(self._buffer) - len(rest)]
+        closing = self._format.closing
+        if not rest or (closing and closing != rest and closing.startswith(rest)):
+            self._buffer = rest
+            return False
+        if rest[0] == "{" and (self._in_list or self._format.kind == "bare"):
+            self._buffer, self._at = rest, self._call
+        elif rest[0] == "]" and self._in_list:
+            self._buffer, self._at, self._in_list, self._raw = rest[1:], self._text, False, ""
+        elif closing and rest.startswith(closing):
+            self._buffer, self._at = rest[len(closing) :].lstrip(_SPACE) or "", self._behind_call
+        elif self._raw:
+            self._give_up()
+        else:
+            self._buffer, self._at, self._in_list = rest, self._text, False
+        return True
+
+    def _behind_call(self) -> bool:
+        """Space between a call and what follows is nobody's."""
+        self._buffer = self._buffer.lstrip(_SPACE)
+        if self._buffer:
+            self._at = self._text
+        return bool(self._buffer)
+
+    def _give_up(self) -> None:
+        """It was no call."""
+        self._say(self._raw)
+        self._raw, self._object, self._in_list, self._begun = "", None, False, True
+        self._at = self._text
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._begun = True
+            self._found.append(Content(text))
+
+
+def _held(text: str, marker: str) -> int:
+    """Length of the longest end of a text that may become space and a marker."""
+    partial = next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
+    before = text[: len(text) - partial]
+    return partial + len(before) - len(before.rstrip(_SPACE))
+
+
+def _id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _short_id() -> str:
+    return uuid.uuid4().hex[:9]  # templates of Mistral take no other length
+
+
+class _CallObject:
+    """A call's object as it comes: its name, and its arguments as JSON text.
+
+    Args:
+        key: of the arguments.
+        name: where it is known, the object is that of the arguments.
+        may_be_bare: whether a name without arguments is a call.
+
+    Attributes:
+        done: it is closed.
+        broken: it is no object of keys and values.
+        started: somebody was told of it.
+    """
+
+    def __init__(self, key: str, name: str | None = None, *, may_be_bare: bool = True) -> None:
+        self.name = name
+        self._may_be_bare = may_be_bare
+        self.done = self.broken = self.started = False
+        self.arguments = ""
+        self._keys = {key, "arguments", "parameters"}
+        self._told = 0
+        self._key: str | None = None
+        self._expects: Literal["object", "key", "colon", "value", "comma"] = "value" if name else "object"
+        self._whole = name is not None
+        self._value = ""
+        self._depth, self._in_string, self._escaped = 0, False, False
+
+    @property
+    def named(self) -> bool:
+        return self.name is not None
+
+    def take(self, sign: str) -> None:
+        """One more character."""
+        if self._expects == "value" or (self._expects == "key" and self._value):
+            self._take_value(sign)
+        elif sign in _SPACE:
+            pass
+        elif self._expects == "object" and sign == "{":
+            self._expects = "key"
+        elif self._expects == "key" and sign == '"':
+            self._take_value(sign)
+        elif self._expects == "colon" and sign == ":":
+            self._expects = "value"
+        elif self._expects == "comma" and sign == ",":
+            self._expects = "key"
+        elif sign == "}" and self._expects in ("comma", "key"):
+            self._close()
+        else:
+            self.broken = True
+
+    def _take_value(self, sign: str) -> None:
+        if not self._value and sign in _SPACE:
+            return
+        ends = not self._in_string and self._depth == 0 and self._value and sign in ",}" + _SPACE
+        if ends:  # a number or a name, which nothing closes
+            self._finish_value()
+            self.take(sign)
+            return
+        self._value += sign
+        self._follow(sign)
+        if self._is_arguments:
+            self.arguments += sign
+        if not self._in_string and self._depth == 0 and sign in '"}]':
+            self._finish_value()
+
+    @property
+    def _is_arguments(self) -> bool:
+        """Whether the value that is coming is an object of arguments: text of one is decoded in the end."""
+        return (self._whole or self._key in self._keys) and self._value[:1] == "{"
+
+    def _follow(self, sign: str) -> None:
+        if self._in_string:
+            if not self._escaped and sign == '"':
+                self._in_string = False
+            self._escaped = not self._escaped and sign == "\\"
+        elif sign == '"':
+            self._in_string = True
+        elif sign in "{[":
+            self._depth += 1
+        elif sign in "}]":
+            self._depth -= 1
+
+    def _finish_value(self) -> None:
+        text, self._value = self._value, ""
+        if self._whole:
+            self.done = True
+            return
+        if self._expects == "key":
+            self._key, self._expects = _string(text), "colon"
+            self.broken = self._key is None
+            return
+        if self._key == "name":
+            self.name = _string(text) or None
+            self.broken = self.name is None
+        elif self._key in self._keys and not text.startswith("{"):
+            inner = _string(text)
+            self.arguments = "{}" if text == "null" else inner if inner is not None else text
+        self._expects = "comma"
+
+    def _close(self) -> None:
+        self.done = self.named and (bool(self.arguments) or self._may_be_bare)
+        self.broken = not self.done
+        self.arguments = self.arguments or "{}"
+
+    def new_arguments(self) -> str:
+        """What came since the last call."""
+        text = self.arguments[self._told :]
+        self._told = len(self.arguments)
+        return text
+
+
+def _string(text: str) -> str | None:
+    """The text of a JSON string; None of anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
