@@ -9,7 +9,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.clients.conftest import CLOCK, QUESTION, WEATHER
+from tests.clients.conftest import BYTES, CALL, CLOCK, QUESTION, WEATHER
 from tests.serving.conftest import Running
 
 CALLER: dict[str, Any] = {

@@ -171,16 +171,26 @@ class ToolCallReader:
         self._buffer += text
         while self._buffer and self._at():
             pass
-        found, self._found = self._found, []
-        return found
+        return self._take()
 
     def finish(self) -> list[Delta]:
         """The text is over."""
         if self._at == self._text or self._raw:
             self._say(self._raw + self._buffer)
         self._buffer = self._raw = ""
+        return self._take()
+
+    def _take(self) -> list[Delta]:
+        """What was found; arguments that follow each other in one piece."""
         found, self._found = self._found, []
-        return found
+        whole: list[Delta] = []
+        for one in found:
+            last = whole[-1] if whole else None
+            if isinstance(one, CallArguments) and isinstance(last, CallArguments) and one.index == last.index:
+                whole[-1] = CallArguments(one.index, last.text + one.text)
+            else:
+                whole.append(one)
+        return whole
 
     # Each of these works on the buffer's beginning; False where more must come first
 
@@ -242,7 +252,7 @@ class ToolCallReader:
             self._object = _CallObject(self._format.arguments, may_be_bare=self._format.kind != "bare")
         while self._buffer:
             sign, self._buffer = self._buffer[0], self._buffer[1:]
-            if not self._object.named:
+            if not self._object.started:
                 self._raw += sign
             self._object.take(sign)
             if self._object.broken and not self._object.started:

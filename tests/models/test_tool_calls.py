@@ -1,0 +1,237 @@
+"""Calls of tools are told from text in any pieces, and grammars let nothing else through."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llguidance import LLMatcher, hf
+
+from collm.models.tool_calls import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    CallArguments,
+    CallStart,
+    Content,
+    Delta,
+    ToolCallReader,
+    ToolFormat,
+    grammar,
+    tool_format,
+)
+from tests.tokenizers import merging_tokenizer
+
+Read = tuple[str, list[tuple[str, str]]]
+BYTES = merging_tokenizer('{"name": "weather", "arguments": {"city": "Paris"}}')
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"$ref": "#/$defs/days"}},
+            "required": ["city"],
+            "additionalProperties": False,
+            "$defs": {"days": {"type": "integer"}},
+        },
+    },
+}
+CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
+NESTED = '{"name": "f", "arguments": {"a": "}{\\"<", "b": [1, {"c": "\\u00e9"}], "d": null}}'
+
+
+def joined(deltas: list[Delta]) -> Read:
+    text, calls = "", list[list[str]]()
+    for delta in deltas:
+        if isinstance(delta, Content):
+            text += delta.text
+        elif isinstance(delta, CallStart):
+            assert delta.index == len(calls)
+            calls.append([delta.name, ""])
+        else:
+            assert isinstance(delta, CallArguments)
+            assert delta.index == len(calls) - 1
+            calls[-1][1] += delta.text
+    return text, [(name, arguments) for name, arguments in calls]
+
+
+def read(written: ToolFormat, pieces: list[str]) -> Read:
+    reader = ToolCallReader(written)
+    return joined([delta for piece in pieces for delta in reader.push(piece)] + reader.finish())
+
+
+CASES: list[tuple[ToolFormat, str, Read]] = [
+    (HERMES, "just text", ("just text", [])),
+    (HERMES, "ends in space \n", ("ends in space \n", [])),
+    (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', ("", [("f", "{}")])),
+    (
+        HERMES,
+        'Let me see.\n\n<tool_call>{"name":"f","arguments":{"x":1}}</tool_call>\n',
+        ("Let me see.", [("f", '{"x":1}')]),
+    ),
+    (
+        HERMES,
+        f"<tool_call>\n{NESTED}\n</tool_call>",
+        ("", [("f", '{"a": "}{\\"<", "b": [1, {"c": "\\u00e9"}], "d": null}')]),
+    ),
+    (
+        HERMES,
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>\n{"name": "g"}\n</tool_call>',
+        ("", [("f", '{"x": 1}'), ("g", "{}")]),
+    ),
+    (HERMES, '<tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', ("", [("f", '{"x": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', ("", [("f", '{"x": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": null}</tool_call>', ("", [("f", "{}")])),
+    (HERMES, '<tool_call>{"name": "f"}</tool_call>', ("", [("f", "{}")])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"x": ', ("", [("f", '{"x": ')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}}', ("", [("f", '{"x": 1}')])),
+    (HERMES, "use <tool_call> to call", ("use <tool_call> to call", [])),
+    (HERMES, 'say <tool_call>{"nam', ('say <tool_call>{"nam', [])),
+    (HERMES, "a <tool_", ("a <tool_", [])),
+    (HERMES, 'a<tool_call>{"name": "f", "arguments": {}}</tool_call> and b', ("aand b", [("f", "{}")])),
+    (LLAMA, '{"name": "f", "parameters": {"x": "y"}}', ("", [("f", '{"x": "y"}')])),
+    (LLAMA, ' \n<|python_tag|>{"name": "f", "parameters": {}}', ("", [("f", "{}")])),
+    (
+        LLAMA,
+        '<|python_tag|>{"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {}}',
+        ("", [("f", '{"x": 1}'), ("g", "{}")]),
+    ),
+    (LLAMA, '{"answer": 42}', ('{"answer": 42}', [])),
+    (LLAMA, '{"name": "Ada", "age": 36}', ('{"name": "Ada", "age": 36}', [])),
+    (LLAMA, 'It is {"name": "f", "parameters": {}}', ('It is {"name": "f", "parameters": {}}', [])),
+    (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"x": [1]}}]', ("", [("f", '{"x": [1]}')])),
+    (
+        MISTRAL,
+        'ok[TOOL_CALLS][{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"y": 2}}]',
+        ("ok", [("f", "{}"), ("g", '{"y": 2}')]),
+    ),
+    (MISTRAL_NAMED, '[TOOL_CALLS]f[ARGS]{"x": 1}', ("", [("f", '{"x": 1}')])),
+    (MISTRAL_NAMED, '[TOOL_CALLS]f{"x": 1}[TOOL_CALLS]g[ARGS]{}', ("", [("f", '{"x": 1}'), ("g", "{}")])),
+    (MISTRAL, "[TOOL_CALLS] [nothing]", ("[TOOL_CALLS] [nothing]", [])),
+]
+
+
+@pytest.mark.parametrize(("written", "text", "expected"), CASES, ids=lambda value: ascii(value)[:40])
+def test_calls_are_read_in_any_pieces(written: ToolFormat, text: str, expected: Read) -> None:
+    assert read(written, [text]) == expected
+    assert read(written, list(text)) == expected
+    for cut in range(len(text)):
+        assert read(written, [text[:cut], text[cut:]]) == expected
+
+
+@given(
+    st.sampled_from([HERMES, LLAMA, MISTRAL, MISTRAL_NAMED]),
+    st.text(alphabet='<>{}[]":,; tolcanmergu_/|ARGS\\\n', max_size=60),
+    st.randoms(),
+)
+def test_nothing_that_comes_breaks_the_reader(written: ToolFormat, text: str, rng: Any) -> None:
+    cuts = sorted(rng.sample(range(len(text) + 1), min(3, len(text) + 1)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert read(written, pieces) == read(written, [text])
+    if written.opening not in text and not text.lstrip().startswith("{"):
+        assert read(written, pieces) == (text, [])
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    reader = ToolCallReader(HERMES, new_id=lambda: "call_1")
+    found = [
+        reader.push(piece) for piece in ('<tool_call>{"name": "f", "argum', 'ents": {"x": "a', 'b"}}</tool', "_call>")
+    ]
+    assert found == [
+        [],
+        [CallStart(0, "call_1", "f"), CallArguments(0, '{"x": "a')],
+        [CallArguments(0, 'b"}')],
+        [],
+    ]
+    ids = {ToolCallReader(written)._new_id() for written in (HERMES, HERMES, MISTRAL)}
+    assert sorted(map(len, ids)) == [9, 29, 29]
+
+
+def test_formats_are_recognised_from_templates() -> None:
+    assert tool_format("{{ messages }} <tool_call>") is None  # it shows no tools
+    assert tool_format('{% if tools %}<tools>.. return <tool_call>\n{"name": ..}\n</tool_call>') == HERMES
+    assert tool_format("{% if tools %}<tool_call>\n<function=f>\n<parameter=x>") is None
+    assert tool_format('{% if tools %}Environment: ipython {"name": .., "parameters": ..}') == LLAMA
+    assert tool_format("{% for tool in tools %}<|python_tag|>") == LLAMA
+    assert tool_format('[AVAILABLE_TOOLS] {{ tools }} [TOOL_CALLS] [{"name": ..}]') == MISTRAL
+    assert tool_format("{{ tools }}[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}") == MISTRAL_NAMED
+    assert tool_format("{{ tools }} in a form of its own") is None
+
+
+def accepts(source: str, token_ids: list[int]) -> bool:
+    over = hf.from_tokenizer(BYTES, n_vocab=len(BYTES), eos_token=BYTES.eos_token_id)
+    matcher = LLMatcher(over, LLMatcher.grammar_from_lark(source), log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+def of(written: ToolFormat, name: str, arguments: str) -> str:
+    call = f'{{"name": "{name}", "{written.arguments}": {arguments}}}'
+    return {
+        "tags": f"<tool_call>\n{call}\n</tool_call>",
+        "bare": call,
+        "list": f"[TOOL_CALLS] [{call}]",
+        "named": f"[TOOL_CALLS]{name}[ARGS]{arguments}",
+    }[written.kind]
+
+
+@pytest.mark.parametrize("written", [HERMES, LLAMA, MISTRAL, MISTRAL_NAMED], ids=lambda one: one.kind)
+@pytest.mark.parametrize("special", [False, True])
+def test_grammars_let_calls_through_and_nothing_else(written: ToolFormat, special: bool) -> None:
+    markers = (
+        {marker: place for place, marker in enumerate(sorted(written.markers))} if special else {}
+    )  # any ids will do
+    source = grammar(written, [WEATHER, CLOCK], parallel=False, special=markers)
+
+    def tokens(text: str) -> list[int]:
+        for marker in markers:
+            text = text.replace(marker, f"\0{marker}\0")
+        return [
+            token
+            for piece in text.split("\0")
+            if piece
+            for token in ([markers[piece]] if piece in markers else BYTES.encode(piece))
+        ]
+
+    for name, arguments, right in [
+        ("weather", '{"city": "Oslo"}', True),
+        ("weather", '{"city": "Oslo", "days": 3}', True),
+        ("weather", '{"city": "Oslo", "days": "3"}', False),
+        ("weather", '{"town": "Oslo"}', False),
+        ("clock", "{}", True),
+        ("calendar", "{}", False),
+    ]:
+        text = of(written, name, arguments)
+        if not special:
+            assert accepts(source, tokens(text)) == right, text
+        if right:
+            assert read(written, [text]) == ("", [(name, arguments)])
+    if special:
+        compiled = LLMatcher(
+            hf.from_tokenizer(BYTES, n_vocab=len(BYTES), eos_token=BYTES.eos_token_id),
+            LLMatcher.grammar_from_lark(source),
+            log_level=0,
+        )
+        assert not compiled.is_error(), compiled.get_error()
+
+
+@pytest.mark.parametrize("written", [HERMES, LLAMA, MISTRAL, MISTRAL_NAMED], ids=lambda one: one.kind)
+def test_several_calls_where_they_may_come(written: ToolFormat) -> None:
+    one = of(written, "clock", "{}")
+    inner = one.removeprefix("[TOOL_CALLS] [").removesuffix("]")
+    both = {
+        "tags": f"{one}\n{one}",
+        "bare": f"{one}; {one}",
+        "list": f"[TOOL_CALLS] [{inner}, {inner}]",
+        "named": one + one,
+    }
+    text = both[written.kind]
+    assert accepts(grammar(written, [CLOCK], parallel=True, special={}), BYTES.encode(text))
+    assert not accepts(grammar(written, [CLOCK], parallel=False, special={}), BYTES.encode(text))
+    assert read(written, [text]) == ("", [("clock", "{}")] * 2)
+    assert json.loads("{}") == {}
