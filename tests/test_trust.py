@@ -192,7 +192,116 @@ def test_pickled_weights_hold_nothing_but_tensors(saved_model: SavedModel, tmp_p
     assert not (tmp_path / "ran").exists()
 
 
-# What is read
+@pytest.fixture
+def adapted(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A collaboration whose base has an adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base: Any = get_peft_model(load_model(ModelSpec(str(saved_model("base", 0)))), lora)
+    CoLLM(base, [ToolSpec.parse("tool:date")], DeferralHead(32, 1), tokenizer).save_pretrained(tmp_path / "adapted")
+    return tmp_path / "adapted"
+
+
+def change_adapter(directory: Path, **fields: Any) -> None:
+    path = directory / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"peft_type": "XLORA", "adapters": {"a": "stranger/adapter"}, "hidden_size": 32}, "peft_type is 'XLORA'"),
+        ({"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "stranger/x"}, "peft_type is 'PROMPT_TUNING'"),
+        ({"peft_type": "SHADOW", "shadow_model": "stranger/model"}, "peft_type is 'SHADOW'"),
+        ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "peft.evil"}, "megatron_config is|megatron_core is"),
+        ({"init_lora_weights": "corda", "corda_config": {"cache_file": "/etc/passwd"}}, "corda_config is"),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, "eva_config is"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq_config is"),
+        ({"init_lora_weights": "pissa_niter_99999999"}, "init_lora_weights is 'pissa_niter_99999999'"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config is"),
+        ({"layer_replication": [[0, 2]] * 1000}, "layer_replication is"),
+        ({"target_modules": "(.+)+x"}, "a pattern that may take for ever"),
+        ({"target_modules": ".*.*.*.*.*x"}, "a pattern that may take for ever"),
+        ({"rank_pattern": {"(a|a)*b": 2}}, "a pattern that may take for ever"),
+        ({"exclude_modules": [3]}, "exclude_modules holds 3"),
+        ({"modules_to_save": [""]}, "modules_to_save holds ''"),
+        ({"r": 1 << 40}, "a rank is 1099511627776"),
+        ({"r": "2"}, "a rank is '2'"),
+        ({"rank_pattern": {"q_proj": 1 << 40}}, "a rank is 1099511627776"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "missing adapter keys"),
+    ],
+)  # fmt: skip
+def test_an_adapter_is_plain_lora(fields: dict[str, Any], complaint: str, adapted: Path) -> None:
+    change_adapter(adapted, **fields)
+    with pytest.raises(LoadError, match=complaint):
+        CoLLM.from_pretrained(adapted)
+
+
+def test_an_adapter_names_no_other_base_and_no_class(adapted: Path, tmp_path: Path) -> None:
+    expected = CoLLM.from_pretrained(adapted).generate("w1", threshold=1)[0].text
+    auto = {"base_model_class": "system", "parent_library": "os"}
+    change_adapter(adapted, base_model_name_or_path="stranger/model", revision="x", auto_mapping=auto, unheard_of="y/z")
+    with pytest.warns(UserWarning, match="unheard_of"):
+        model = CoLLM.from_pretrained(adapted)
+    assert model.generate("w1", threshold=1)[0].text == expected
+    model.save_pretrained(tmp_path / "again")
+    kept = json.loads((tmp_path / "again" / "adapter" / "adapter_config.json").read_text())
+    assert kept["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"[" * 100_000, b"\xff" * 9, b"{}" * (1 << 20)])
+def test_a_damaged_adapter_is_one_sentence(name: str, content: bytes | None, adapted: Path) -> None:
+    path = adapted / "adapter" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(LoadError, match=f"{name} is (missing or )?damaged"):
+        CoLLM.from_pretrained(adapted)
+
+
+def test_an_adapter_beside_a_model_is_not_loaded_unasked(saved_model: SavedModel) -> None:
+    directory = saved_model("model", 0)
+    (directory / "adapter_config.json").write_text('{"peft_type": "XLORA", "base_model_name_or_path": "stranger/x"}')
+    with pytest.raises(LoadError, match="holds an adapter beside a model"):
+        load_model(ModelSpec(str(directory)))
+
+
+# What is read and written
+
+
+@pytest.fixture
+def calibrated(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A run as training leaves it, without its scores, that names a place outside of it for them."""
+    base, assistant = (str(saved_model(name, seed)) for name, seed in (("base", 0), ("assistant", 1)))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "w1", "completion": "w2"}\n' * 20)
+    run = past_run(tmp_path / "run", base=base, assistant=[assistant], data=str(rows), scores=str(tmp_path / "outside"))
+    model = CoLLM(ModelSpec(base), [ModelSpec(assistant)], DeferralHead(32, 1), tokenizer)
+    model.save_pretrained(run / "collaboration")
+    return run
+
+
+def test_a_run_directory_decides_not_where_scores_are_written(calibrated: Path, tmp_path: Path) -> None:
+    model = CoLLM.from_pretrained(calibrated / "collaboration")
+    curve = PastRun.read(calibrated).curve(model, quiet=True)
+    assert not (tmp_path / "outside").exists()
+    written = calibrated / "scores" / "validation"
+    assert (written / "assistant-1" / "scores.json").exists()
+    (tmp_path / "outside").mkdir()
+    written.rename(tmp_path / "outside" / "validation")  # scores shared by runs are read
+    assert PastRun.read(calibrated).curve(model, quiet=True).accuracies.equal(curve.accuracies)
+    assert not written.exists()
+
+
+def test_scores_are_not_written_through_a_link(calibrated: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (calibrated / "scores").symlink_to(tmp_path / "target")
+    model = CoLLM.from_pretrained(calibrated / "collaboration")
+    with pytest.raises(ConfigError, match=r"run/scores/validation/assistant-1 lies outside of .* by a link"):
+        PastRun.read(calibrated).curve(model, quiet=True)
+    assert list((tmp_path / "target").iterdir()) == []
 
 
 @pytest.mark.parametrize("table", ["../facts.csv", "tables/../../facts.csv", "/etc/passwd"])

@@ -93,7 +93,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _check_patterns(path: Path, name: str, value: Any) -> None:
     """Each is a name of modules, or a regular expression that is matched in no time."""
-    texts = [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | dict | None) else [value]
+    texts = (
+        [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | dict | None) else [value]
+    )
     for text in texts:
         if not isinstance(text, str) or not text:
             raise LoadError(f"{path}: {name} holds {text!r:.80}, expected names of modules")

@@ -169,8 +169,8 @@ def _check_no_adapter(spec: ModelSpec) -> None:
         raise LoadError(_could_not_load("model", spec, error)) from error
     if found is not None:
         raise LoadError(
-            f"{spec.path!r} holds an adapter beside a model (adapter_config.json); merge them (merge_and_unload of peft), "
-            "or remove the adapter"
+            f"{spec.path!r} holds an adapter beside a model (adapter_config.json); merge them (merge_and_unload of "
+            "peft), or remove the adapter"
         )
 
 

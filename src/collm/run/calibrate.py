@@ -176,7 +176,7 @@ class PastRun:
         return teacher_forced(views, deferred(model, views))
 
     def _scores(self, author: str, spec: AssistantSpec, examples: Examples, model: CoLLM, *, quiet: bool) -> Scores:
-        """Scores from where the run keeps them; what is written, is written in its directory, whatever run.yaml says."""
+        """Scores from where the run keeps them; what is missing is written in its directory, whatever run.yaml says."""
         part = Path("validation") / author
         shared = scores_directory(self.config, self.directory) / part
         found = find_scores(shared, examples, spec)
