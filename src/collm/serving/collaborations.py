@@ -228,13 +228,13 @@ class Collaborations:
             self.targets |= {name: Target(name, one, author) for author, name in enumerate(one.alone, start=BASE)}
 
     def target(self, name: str | None) -> Target:
-        """What a client means by a model's name; without one, the only collaboration.
+        """What a client means by a model's name; without one, any collaboration if all have one tokenizer.
 
         Raises:
-            Refusal: nothing is called so, or there are several.
+            Refusal: nothing is called so, or tokenizers differ.
         """
         if name is None:
-            if len(self.served) > 1:
+            if len({one.model.identity.hash for one in self.served}) > 1:
                 raise invalid(
                     f"model is missing; this server has {', '.join(self.targets)}", "model", "missing_parameter"
                 )

@@ -333,7 +333,7 @@ class ResponsesRequest(Sampled):
 class TokenizeRequest(Open):
     """POST /tokenize: a prompt, or messages."""
 
-    model: Text | None = Field(None, description="Default: the only collaboration.")
+    model: Text | None = Field(None, description="Not needed where all collaborations have one tokenizer.")
     prompt: Text | None = None
     messages: Messages | None = None
     tools: list[Tool] | None = None
@@ -348,7 +348,7 @@ class TokenizeRequest(Open):
 class DetokenizeRequest(Open):
     """POST /detokenize."""
 
-    model: Text | None = Field(None, description="Default: the only collaboration.")
+    model: Text | None = Field(None, description="Not needed where all collaborations have one tokenizer.")
     tokens: list[Token]
 
 
