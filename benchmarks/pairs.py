@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead
@@ -63,6 +65,20 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
 
 
+def make_byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the standard library's own text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    library = sorted(Path(json.__file__).parent.parent.glob("*.py"))
+    backend.train_from_iterator((path.read_text(encoding="utf-8", errors="ignore") for path in library), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    return tokenizer
+
+
 def make_model(
     shape: str, vocab_size: int, dtype: torch.dtype, device: str, *, packed: bool = False
 ) -> PreTrainedModel:
@@ -112,8 +128,14 @@ def successors(vocab_size: int, agreement: float) -> tuple[list[int], list[int]]
     return first, second
 
 
-def collaborate(base: PreTrainedModel, assistant: PreTrainedModel, *, compiled: bool = False) -> CoLLM:
-    tokenizer = make_tokenizer(base.config.vocab_size)
+def collaborate(
+    base: PreTrainedModel,
+    assistant: PreTrainedModel,
+    *,
+    compiled: bool = False,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> CoLLM:
+    tokenizer = tokenizer or make_tokenizer(base.config.vocab_size)
     return CoLLM(base, [assistant], DeferralHead(base.config.hidden_size), tokenizer, compiled=compiled)
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.serve --batch 16 --rounds 5
 
 Models have real shapes and random weights; a token is deferred with probability 0.3. Clients run in a process of their
-own. `speed_vs_engine`: tokens per second over HTTP over those of `CoLLM.generate` with the same requests. Prints JSON.
+own. `speed_vs_engine`: tokens per second over HTTP over those of `CoLLM.generate` with the same requests.
+`time_vs_plain`: seconds of the engine with a penalty or a schema over those without, for as many tokens. Prints JSON.
 """
 
 from __future__ import annotations
@@ -23,13 +24,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.pairs import SHAPES, collaborate, make_model, prompts_of
+from benchmarks.pairs import SHAPES, collaborate, make_byte_tokenizer, make_model, prompts_of
 from benchmarks.record import run_parts
-from collm import CoLLM, SamplingParams
+from collm import CoLLM, SamplingParams, StructuredOutputs
 from collm.serving.run import Server
 from collm.serving.settings import Settings
 
+PARTS = ("throughput", "processors", "load")
 POLICY = "random:rate=0.3"
+_ENDLESS: dict[str, Any] = {
+    "type": "array",
+    "minItems": 10_000,
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array", "items": {}}},
+        "required": ["name", "age"],
+    },
+}
+"""A schema that no answer satisfies in as many tokens as are measured."""
 
 
 @contextmanager
@@ -103,6 +115,39 @@ class Bench:
             rows.append(_logged(row))
         return rows
 
+    def processors(self) -> list[dict[str, Any]]:
+        """What penalties and a JSON schema cost, in turn with plain requests on the same models."""
+        shapes = (self.arguments.base, self.arguments.assistant)
+        models = (make_model(one, self.vocab_size, torch.float32, "cpu", packed=True) for one in shapes)
+        pair = collaborate(*models, tokenizer=make_byte_tokenizer(self.vocab_size))
+        asked: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+            "JSON schema": {"structured_outputs": StructuredOutputs(json=_ENDLESS)},
+        }
+        rows = []
+        for batch in self.arguments.batch:
+            prompts = prompts_of(batch, self.arguments.prompt, self.vocab_size)
+            seconds: dict[str, list[float]] = {name: [] for name in asked}
+            for _ in range(self.arguments.repeats + 1):
+                for name, options in asked.items():
+                    seeds = range(batch)
+                    params = [
+                        SamplingParams(self.arguments.new, 1.0, seed=n, ignore_eos=True, **options) for n in seeds
+                    ]
+                    start = time.perf_counter()
+                    out = pair.generate(prompts, params, policy=POLICY, max_batch=batch)
+                    seconds[name].append(time.perf_counter() - start)
+                    assert all(len(one.token_ids) == self.arguments.new for one in out)
+            best = {name: min(came[1:]) for name, came in seconds.items()}
+            rows += [
+                _logged(
+                    {"batch": batch, "asked": name, "seconds": best[name], "time_vs_plain": best[name] / best["plain"]}
+                )
+                for name in asked
+            ]
+        return rows
+
     def load(self) -> list[dict[str, Any]]:
         """Rounds of streams of mixed lengths, three in ten left early."""
         rows = []
@@ -152,12 +197,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=("throughput", "load"), default=["throughput", "load"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench = Bench(arguments)
-    run_parts("benchmarks.serve", arguments, {"throughput": bench.throughput, "load": bench.load})
+    run_parts("benchmarks.serve", arguments, {name: getattr(bench, name) for name in PARTS})
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ STEP = {"target_share": "share of targets", "steps": "steps", "step_ratio": "tim
 PADDING = {"shortest": "shortest", "longest": "longest", "padding_free_ratio": "time / padded"}
 SCORING = {"model": "model", "longest": "longest", "examples": "examples", "scoring_ratio": "speed / one at a time"}
 THROUGHPUT = {"batch": "streams at once", "speed_vs_engine": "speed / engine", "tokens_per_second": "tokens per second"}
+PROCESSORS = {"batch": "batch", "asked": "requests with", "seconds": "seconds", "time_vs_plain": "time / plain"}
 LOAD = {
     "round": "round",
     "finished": "finished",
@@ -92,6 +93,7 @@ PARTS = [
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
     ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
     ("throughput", "Over HTTP against the same engine without it, the same requests:", THROUGHPUT),
+    ("processors", "What penalties and a JSON schema cost the engine, for as many tokens:", PROCESSORS),
     ("load", "Rounds of many streams of mixed lengths, of which some are left early:", LOAD),
     ("memory", "Memory of the loss, forward and backward, above what was held before it:", MEMORY),
     ("step", "An optimiser step against transformers' Trainer with the model's own loss:", STEP),
