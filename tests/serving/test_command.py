@@ -105,7 +105,7 @@ def test_the_errors_of_the_page_are_those_of_the_server(server: Any) -> None:
 
 def test_the_page_lists_every_route_and_metric(server: Any) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
-    assert set(paths) <= set(re.findall(r"/[\w/]+", PAGE))
+    assert set(paths) <= set(re.findall(r"/[\w/{}]+", PAGE))
     names = set(re.findall(r"^# TYPE (collm_\w+?)(?:_total)? (?:counter|histogram)|^# TYPE (collm_\w+) gauge",
                            server.client.get("/metrics").text, flags=re.MULTILINE))  # fmt: skip
     for name in {one or other for one, other in names} - {""}:
