@@ -10,20 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, hf
 
-from collm.models.tool_calls import (
-    HERMES,
-    LLAMA,
-    MISTRAL,
-    MISTRAL_NAMED,
-    CallArguments,
-    CallStart,
-    Content,
-    Delta,
-    ToolCallReader,
-    ToolFormat,
-    grammar,
-    tool_format,
-)
+from collm.models.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
+from collm.models.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat, grammar, tool_format
 from tests.tokenizers import merging_tokenizer
 
 Read = tuple[str, list[tuple[str, str]]]

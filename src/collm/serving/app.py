@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,21 +18,18 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from collm.collaboration import CoLLM
-from collm.core.types import PromptLogprob
-from collm.decoding.request import Request as EngineRequest
-from collm.errors import CollmError, RequestError
+from collm.errors import RequestError
 from collm.models.template import Prompt
 from collm.serving import replies
-from collm.serving.answering import Answer, prompt_tokens, unwritten
 from collm.serving.collaborations import Target
 from collm.serving.front import Front
+from collm.serving.generating import answer
 from collm.serving.playground import playground
-from collm.serving.reading import Reading, as_chat, read_chat, read_completion, read_messages
+from collm.serving.reading import as_chat, read_chat, read_completion, read_messages
 from collm.serving.records import Metrics, Record
-from collm.serving.refusals import Refusal, invalid, of_failure
+from collm.serving.refusals import Refusal, invalid
 from collm.serving.responses import ResponseShape, as_chat_request
 from collm.serving.schemas import (
-    Asked,
     CandidatesRequest,
     ChatRequest,
     CompletionRequest,
@@ -44,8 +41,7 @@ from collm.serving.schemas import (
 )
 from collm.serving.service import Service
 from collm.serving.settings import Settings
-from collm.serving.shapes import ChatShape, CompletionShape, Extras, Part, Shape
-from collm.serving.spelling import Speller, spelled_prompt
+from collm.serving.shapes import ChatShape, CompletionShape
 from collm.serving.tool_choice import tool_choice
 from collm.serving.validation import refusal_of, unknown
 from collm.version import __version__
@@ -55,8 +51,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": replies.ErrorReply, "description": "What is wrong with the server"},
 }
 _STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: data: {chunk}, [DONE]"}}}
-
-Scored = list[PromptLogprob | None]
 
 router = APIRouter(responses=_ERRORS)
 router.add_route("/", playground, include_in_schema=False)
@@ -71,7 +65,7 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
     """Continue prompts."""
     service, target = _asked(http, body, body.prompt)
     reading = read_completion(body, target, service.settings)
-    return await _answer(http, service, target, reading, body, CompletionShape)
+    return await answer(http, service, target, reading, body, CompletionShape)
 
 
 @router.post("/v1/chat/completions", responses=_generation(replies.ChatReply))
@@ -79,7 +73,7 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
     """Answer a chat."""
     service, target = _asked(http, body, [message.model_dump(exclude_unset=True) for message in body.messages])
     reading = read_chat(body, target, service.settings)
-    return await _answer(http, service, target, reading, body, partial(ChatShape, calls=reading.calls))
+    return await answer(http, service, target, reading, body, partial(ChatShape, calls=reading.calls))
 
 
 @router.post("/v1/responses", responses=_generation(replies.ResponseReply))
@@ -88,67 +82,7 @@ async def responses(body: ResponsesRequest, http: Request) -> Response:
     asked = as_chat_request(body)
     service, target = _asked(http, body, body.model_dump(exclude_unset=True)["input"])
     reading = replace(read_chat(asked, target, service.settings), param="input")
-    return await _answer(http, service, target, reading, asked, partial(ResponseShape, body=body, calls=reading.calls))
-
-
-async def _answer(
-    http: Request,
-    service: Service,
-    target: Target,
-    reading: Reading,
-    body: Asked,
-    make_shape: Callable[[str, Sequence[str], Extras], Shape],
-) -> Response:
-    longest = service.settings.max_prompt_tokens
-
-    def prepared() -> list[EngineRequest]:
-        target.check_params(reading.params)
-        return reading.requests(lambda prompt, param, last: target.encode(prompt, param, longest, last))
-
-    requests = await asyncio.to_thread(prepared)
-    scored = await _scored(target, requests, reading) if reading.scored is not None else None
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    extras = await asyncio.to_thread(_extras, target, requests, reading, scored, usage)
-    shape = make_shape(target.name, target.served.author_names, extras)
-    if not reading.generates:
-        parts = [Part(index, finish_reason="length") for index in range(len(requests))]
-        return unwritten(shape, parts, prompt_tokens(requests), stream=bool(body.stream))
-    submission = target.served.worker.submit(requests)
-    record: Record = http.scope["collm.record"]
-    answer = Answer(submission, shape, record, http, service.settings.time_limit_s)
-    return await (answer.stream() if body.stream else answer.whole())
-
-
-async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Reading) -> list[Scored]:
-    """Of each completion, the log-probabilities of its prompt; one prompt after the other, between steps."""
-    model, found = target.served.model, dict[int, Scored]()
-    for one in requests:
-        if id(one.prompt_ids) not in found:
-            job = partial(model.prompt_logprobs, one.prompt_ids, reading.scored or 0, policy=one.policy)
-            try:
-                found[id(one.prompt_ids)] = await target.served.worker.call(job)
-            except CollmError as error:
-                raise of_failure(error) from error
-    return [found[id(one.prompt_ids)] for one in requests]
-
-
-def _extras(
-    target: Target, requests: Sequence[EngineRequest], reading: Reading, scored: list[Scored] | None, usage: bool
-) -> Extras:
-    tokenizer, extras = target.served.model.tokenizer, Extras(include_usage=usage)
-    of_each: Sequence[Scored | None] = scored if scored is not None else [None] * len(requests)
-    if reading.logprobs:
-        extras.spellers = [
-            Speller(tokenizer, one.prompt_ids, reading.params.logprobs, of_prompt if reading.echo else None)
-            for one, of_prompt in zip(requests, of_each, strict=True)
-        ]
-    if reading.echo:
-        texts = [target.text_of(prompt) for prompt in reading.prompts]
-        extras.echoed = [text for text in texts for _ in range(reading.n)]
-    most = reading.params.prompt_logprobs
-    if scored is not None and most is not None:
-        extras.prompt_logprobs = [spelled_prompt(tokenizer, of_prompt, most) for of_prompt in scored]
-    return extras
+    return await answer(http, service, target, reading, asked, partial(ResponseShape, body=body, calls=reading.calls))
 
 
 @router.post("/tokenize", response_model=replies.TokenizeReply)

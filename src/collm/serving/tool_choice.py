@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from collm.core.params import StructuredOutputs
-from collm.models.tool_calls import ToolCallReader, ToolFormat, grammar, tool_format
+from collm.models.tool_calls import ToolCallReader
+from collm.models.tool_formats import ToolFormat, grammar, tool_format
 from collm.serving.collaborations import Target
 from collm.serving.refusals import invalid
 from collm.serving.schemas import NamedTool, Tool

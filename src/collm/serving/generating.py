@@ -1,0 +1,93 @@
+"""From a request that was read to its answer: prompts are encoded and scored, completions submitted and written out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from collm.core.types import PromptLogprob
+from collm.decoding.request import Request as EngineRequest
+from collm.errors import CollmError
+from collm.serving.answering import Answer, prompt_tokens, unwritten
+from collm.serving.collaborations import Target
+from collm.serving.reading import Reading
+from collm.serving.records import Record
+from collm.serving.refusals import of_failure
+from collm.serving.schemas import Asked
+from collm.serving.service import Service
+from collm.serving.shapes import Extras, Part, Shape
+from collm.serving.spelling import Speller, spelled_prompt
+
+Scored = list[PromptLogprob | None]
+
+
+async def answer(
+    http: Request,
+    service: Service,
+    target: Target,
+    reading: Reading,
+    body: Asked,
+    make_shape: Callable[[str, Sequence[str], Extras], Shape],
+) -> Response:
+    """Answer a request, whole or as a stream.
+
+    Args:
+        make_shape: makes what writes the answer: from the model's name, its authors' names and what it holds beside text.
+
+    Raises:
+        Refusal: a prompt or a parameter that cannot be read, no room, or a failure before the first token.
+    """
+    longest = service.settings.max_prompt_tokens
+
+    def prepared() -> list[EngineRequest]:
+        target.check_params(reading.params)
+        return reading.requests(lambda prompt, param, last: target.encode(prompt, param, longest, last))
+
+    requests = await asyncio.to_thread(prepared)
+    scored = await _scored(target, requests, reading) if reading.scored is not None else None
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    extras = await asyncio.to_thread(_extras, target, requests, reading, scored, usage)
+    shape = make_shape(target.name, target.served.author_names, extras)
+    if not reading.generates:
+        parts = [Part(index, finish_reason="length") for index in range(len(requests))]
+        return unwritten(shape, parts, prompt_tokens(requests), stream=bool(body.stream))
+    submission = target.served.worker.submit(requests)
+    record: Record = http.scope["collm.record"]
+    running = Answer(submission, shape, record, http, service.settings.time_limit_s)
+    return await (running.stream() if body.stream else running.whole())
+
+
+async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Reading) -> list[Scored]:
+    """Of each completion, the log-probabilities of its prompt; one prompt after the other, between steps."""
+    model, found = target.served.model, dict[int, Scored]()
+    for one in requests:
+        if id(one.prompt_ids) not in found:
+            job = partial(model.prompt_logprobs, one.prompt_ids, reading.scored or 0, policy=one.policy)
+            try:
+                found[id(one.prompt_ids)] = await target.served.worker.call(job)
+            except CollmError as error:
+                raise of_failure(error) from error
+    return [found[id(one.prompt_ids)] for one in requests]
+
+
+def _extras(
+    target: Target, requests: Sequence[EngineRequest], reading: Reading, scored: list[Scored] | None, usage: bool
+) -> Extras:
+    tokenizer, extras = target.served.model.tokenizer, Extras(include_usage=usage)
+    of_each: Sequence[Scored | None] = scored if scored is not None else [None] * len(requests)
+    if reading.logprobs:
+        extras.spellers = [
+            Speller(tokenizer, one.prompt_ids, reading.params.logprobs, of_prompt if reading.echo else None)
+            for one, of_prompt in zip(requests, of_each, strict=True)
+        ]
+    if reading.echo:
+        texts = [target.text_of(prompt) for prompt in reading.prompts]
+        extras.echoed = [text for text in texts for _ in range(reading.n)]
+    most = reading.params.prompt_logprobs
+    if scored is not None and most is not None:
+        extras.prompt_logprobs = [spelled_prompt(tokenizer, of_prompt, most) for of_prompt in scored]
+    return extras
