@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +84,17 @@ def speaking(serve: Callable[..., Any]) -> Iterator[Running]:  # noqa: F811
     models["caller"] = make_pair_with_caller()
     with serve(models) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def _libraries_clean_up() -> Iterator[None]:
+    """Connections and event loops that client libraries leave behind are gone before another test's turn."""
+    yield
+    if litellm := sys.modules.get("litellm"):
+        litellm.in_memory_llm_clients_cache.flush_cache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ async def answer(
     """Answer a request, whole or as a stream.
 
     Args:
-        make_shape: makes what writes the answer: from the model's name, its authors' names and what it holds beside text.
+        make_shape: makes what writes the answer, from the names of the model and its authors and from the extras.
 
     Raises:
         Refusal: a prompt or a parameter that cannot be read, no room, or a failure before the first token.
