@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, hf
+from transformers import PreTrainedTokenizerFast
 
 from collm.models.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
-from collm.models.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat, grammar, tool_format
+from collm.models.tool_formats import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    MISTRAL_WITH_IDS,
+    ToolFormat,
+    grammar,
+    tool_format,
+)
 from tests.tokenizers import merging_tokenizer
 
 Read = tuple[str, list[tuple[str, str]]]
@@ -30,6 +39,16 @@ WEATHER: dict[str, Any] = {
     },
 }
 CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
+TREE: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "tree",
+        "parameters": {  # names no type, and refers to itself and to its parts
+            "properties": {"left": {"$ref": "#"}, "label": {"type": "string"}, "other": {"$ref": "#/properties/label"}},
+            "additionalProperties": False,
+        },
+    },
+}
 NESTED = '{"name": "f", "arguments": {"a": "}{\\"<", "b": [1, {"c": "\\u00e9"}], "d": null}}'
 
 
@@ -100,6 +119,17 @@ CASES: list[tuple[ToolFormat, str, Read]] = [
     ),
     (MISTRAL_NAMED, '[TOOL_CALLS]f[ARGS]{"x": 1}', ("", [("f", '{"x": 1}')])),
     (MISTRAL_NAMED, '[TOOL_CALLS]f{"x": 1}[TOOL_CALLS]g[ARGS]{}', ("", [("f", '{"x": 1}'), ("g", "{}")])),
+    (MISTRAL_NAMED, "[TOOL_CALLS]f [ARGS] null", ("", [("f", "{}")])),
+    (MISTRAL_WITH_IDS, '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"x": 1}', ("", [("f", '{"x": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}\n</tool_call> b', ("b", [("f", '{"x": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}}}\n</tool_call>b', ("b", [("f", '{"x": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}, "arguments": {}}</tool_call>', ("", [("f", '{"x": 1}')])),
+    *(
+        (HERMES, text, (text, []))
+        for value in ("not json", "[1, 2]", "5", '"5"', '"{"')
+        for text in [f'<tool_call>{{"name": "f", "arguments": {value}}}</tool_call>']
+    ),
+    (LLAMA, '{"name": "Ada", "parameters": 5}', ('{"name": "Ada", "parameters": 5}', [])),
     (MISTRAL, "[TOOL_CALLS] [nothing]", ("[TOOL_CALLS] [nothing]", [])),
 ]
 
@@ -144,6 +174,8 @@ def test_formats_are_recognised_from_templates() -> None:
     assert tool_format("{{ messages }} <tool_call>") is None  # it shows no tools
     assert tool_format('{% if tools %}<tools>.. return <tool_call>\n{"name": ..}\n</tool_call>') == HERMES
     assert tool_format("{% if tools %}<tool_call>\n<function=f>\n<parameter=x>") is None
+    assert tool_format("{% if tools %}<tool_call>{name}<arg_key>") is None
+    assert tool_format("{{ tools }}[TOOL_CALLS]{{ name }}[CALL_ID]{{ id }}[ARGS]") == MISTRAL_WITH_IDS
     assert tool_format('{% if tools %}Environment: ipython {"name": .., "parameters": ..}') == LLAMA
     assert tool_format("{% for tool in tools %}<|python_tag|>") == LLAMA
     assert tool_format('[AVAILABLE_TOOLS] {{ tools }} [TOOL_CALLS] [{"name": ..}]') == MISTRAL
@@ -151,10 +183,18 @@ def test_formats_are_recognised_from_templates() -> None:
     assert tool_format("{{ tools }} in a form of its own") is None
 
 
-def accepts(source: str, token_ids: list[int]) -> bool:
-    over = hf.from_tokenizer(BYTES, n_vocab=len(BYTES), eos_token=BYTES.eos_token_id)
+MARKED = merging_tokenizer('{"name": "weather", "arguments": {"city": "Paris"}}')
+MARKED.add_special_tokens(
+    {"additional_special_tokens": sorted(MISTRAL_WITH_IDS.markers | HERMES.markers | LLAMA.markers)}
+)
+
+
+def accepts(source: str, text: str, tokenizer: PreTrainedTokenizerFast = BYTES) -> bool:
+    """Whether a text, token by token, is one of the grammar's."""
+    over = hf.from_tokenizer(tokenizer, n_vocab=len(tokenizer), eos_token=tokenizer.eos_token_id)
     matcher = LLMatcher(over, LLMatcher.grammar_from_lark(source), log_level=0)
     assert not matcher.is_error(), matcher.get_error()
+    token_ids = tokenizer.encode(text)
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
 
@@ -164,48 +204,34 @@ def of(written: ToolFormat, name: str, arguments: str) -> str:
         "tags": f"<tool_call>\n{call}\n</tool_call>",
         "bare": call,
         "list": f"[TOOL_CALLS] [{call}]",
-        "named": f"[TOOL_CALLS]{name}[ARGS]{arguments}",
+        "named": f"[TOOL_CALLS]{name}{'[CALL_ID]abcdefghi' * bool(written.call_id)}[ARGS]{arguments}",
     }[written.kind]
 
 
-@pytest.mark.parametrize("written", [HERMES, LLAMA, MISTRAL, MISTRAL_NAMED], ids=lambda one: one.kind)
-@pytest.mark.parametrize("special", [False, True])
-def test_grammars_let_calls_through_and_nothing_else(written: ToolFormat, special: bool) -> None:
-    markers = (
-        {marker: place for place, marker in enumerate(sorted(written.markers))} if special else {}
-    )  # any ids will do
-    source = grammar(written, [WEATHER, CLOCK], parallel=False, special=markers)
+ALL = [HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, MISTRAL_WITH_IDS]
 
-    def tokens(text: str) -> list[int]:
-        for marker in markers:
-            text = text.replace(marker, f"\0{marker}\0")
-        return [
-            token
-            for piece in text.split("\0")
-            if piece
-            for token in ([markers[piece]] if piece in markers else BYTES.encode(piece))
-        ]
 
+@pytest.mark.parametrize("written", ALL, ids=lambda one: one.kind)
+@pytest.mark.parametrize("tokenizer", [BYTES, MARKED], ids=["markers are text", "markers are tokens"])
+def test_grammars_let_calls_through_and_nothing_else(written: ToolFormat, tokenizer: PreTrainedTokenizerFast) -> None:
+    special = {str(token): n for n, token in tokenizer.added_tokens_decoder.items()}
+    source = grammar(written, [WEATHER, CLOCK, TREE], parallel=False, special=special)
     for name, arguments, right in [
         ("weather", '{"city": "Oslo"}', True),
         ("weather", '{"city": "Oslo", "days": 3}', True),
         ("weather", '{"city": "Oslo", "days": "3"}', False),
         ("weather", '{"town": "Oslo"}', False),
+        ("tree", '{"left": {"left": {}}, "label": "a", "other": "b"}', True),
+        ("tree", '{"left": 3}', False),
+        ("tree", '{"other": 3}', False),
         ("clock", "{}", True),
+        ("clock", "3", False),
         ("calendar", "{}", False),
     ]:
         text = of(written, name, arguments)
-        if not special:
-            assert accepts(source, tokens(text)) == right, text
+        assert accepts(source, text, tokenizer) == right, text
         if right:
             assert read(written, [text]) == ("", [(name, arguments)])
-    if special:
-        compiled = LLMatcher(
-            hf.from_tokenizer(BYTES, n_vocab=len(BYTES), eos_token=BYTES.eos_token_id),
-            LLMatcher.grammar_from_lark(source),
-            log_level=0,
-        )
-        assert not compiled.is_error(), compiled.get_error()
 
 
 @pytest.mark.parametrize("written", [HERMES, LLAMA, MISTRAL, MISTRAL_NAMED], ids=lambda one: one.kind)
@@ -219,7 +245,6 @@ def test_several_calls_where_they_may_come(written: ToolFormat) -> None:
         "named": one + one,
     }
     text = both[written.kind]
-    assert accepts(grammar(written, [CLOCK], parallel=True, special={}), BYTES.encode(text))
-    assert not accepts(grammar(written, [CLOCK], parallel=False, special={}), BYTES.encode(text))
+    assert accepts(grammar(written, [CLOCK], parallel=True, special={}), text)
+    assert not accepts(grammar(written, [CLOCK], parallel=False, special={}), text)
     assert read(written, [text]) == ("", [("clock", "{}")] * 2)
-    assert json.loads("{}") == {}

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from collm.models.tool_formats import ARGUMENTS, MISTRAL, ToolFormat
+from collm.models.tool_formats import ARGUMENTS, MISTRAL, MISTRAL_WITH_IDS, ToolFormat
 
 _SPACE = " \t\r\n"
+_CALL_ID = MISTRAL_WITH_IDS.call_id
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class ToolCallReader:
 
     def finish(self) -> list[Delta]:
         """The text is over."""
+        if self._object is not None and not self._object.started:
+            self._object.take(" ")  # nothing else closes a null
+            self._tell(self._object)
         if self._at == self._text or self._raw:
             self._say(self._raw + self._buffer)
         self._buffer = self._raw = ""
@@ -131,16 +135,18 @@ class ToolCallReader:
         return True
 
     def _name(self) -> bool:
-        """A bare name before the arguments."""
-        brace = self._buffer.find("{")
-        if brace < 0:
+        """A bare name, perhaps with an id, before the arguments."""
+        ends = [(self._buffer.find(mark), len(mark)) for mark in (ARGUMENTS, "{")]
+        found = [(place, place + length * (length > 1)) for place, length in ends if place >= 0]
+        if not found:
             return False
-        name = self._buffer[:brace].removesuffix(ARGUMENTS).strip(_SPACE)
+        place, start = min(found)
+        name, _, call_id = (part.strip(_SPACE) for part in self._buffer[:place].partition(_CALL_ID))
         if not name or any(sign in _SPACE for sign in name):
             self._give_up()
             return True
-        self._object = _CallObject(self._format.arguments, name)
-        self._raw, self._buffer = self._raw + self._buffer[:brace], self._buffer[brace:]
+        self._object = _CallObject(self._format.arguments, name, call_id=call_id)
+        self._raw, self._buffer = self._raw + self._buffer[:start], self._buffer[start:]
         self._at = self._call
         return True
 
@@ -156,17 +162,30 @@ class ToolCallReader:
                 self._give_up()
                 return True
             self._tell(self._object)
+            if self._object.broken and self._format.closing:
+                self._buffer, self._at = sign + self._buffer, self._to_closing
+            elif self._object.done or self._object.broken:
+                self._at = self._between
             if self._object.done or self._object.broken:
                 self._object = None
-                self._at = self._between
                 return True
         return False
+
+    def _to_closing(self) -> bool:
+        """Behind a call that broke off: what stands before its closing marker is nobody's."""
+        closing = self._format.closing
+        place = self._buffer.find(closing)
+        if place < 0:
+            self._buffer = self._buffer[-len(closing) :]
+            return False
+        self._buffer, self._at = self._buffer[place + len(closing) :], self._behind_call
+        return True
 
     def _tell(self, read: _CallObject) -> None:
         if not read.started and read.named and (read.arguments or read.done):
             read.started = True
             self._begun, self._raw = True, ""
-            self._found.append(CallStart(self._count, self._new_id(), str(read.name)))
+            self._found.append(CallStart(self._count, read.call_id or self._new_id(), str(read.name)))
             self._count += 1
         if read.started:
             text = read.new_arguments()
@@ -175,7 +194,7 @@ class ToolCallReader:
 
     def _between(self) -> bool:
         """Behind a call, or at the beginning of a list of them."""
-        separators = _SPACE + (",;" if self._in_list or self._format.kind == "bare" else "")
+        separators = _SPACE + {"tags": "}", "bare": ",;"}.get(self._format.kind, "," * self._in_list)
         rest = self._buffer.lstrip(separators)
         if self._raw:
             self._raw += self._buffer[: len(self._buffer) - len(rest)]
@@ -235,6 +254,7 @@ class _CallObject:
     Args:
         key: of the arguments.
         name: where it is known, the object is that of the arguments.
+        call_id: that the model wrote; empty if it wrote none.
         may_be_bare: whether a name without arguments is a call.
 
     Attributes:
@@ -243,8 +263,9 @@ class _CallObject:
         started: somebody was told of it.
     """
 
-    def __init__(self, key: str, name: str | None = None, *, may_be_bare: bool = True) -> None:
+    def __init__(self, key: str, name: str | None = None, *, call_id: str = "", may_be_bare: bool = True) -> None:
         self.name = name
+        self.call_id = call_id
         self._may_be_bare = may_be_bare
         self.done = self.broken = self.started = False
         self.arguments = ""
@@ -254,7 +275,8 @@ class _CallObject:
         self._expects: Literal["object", "key", "colon", "value", "comma"] = "value" if name else "object"
         self._whole = name is not None
         self._value = ""
-        self._depth, self._in_string, self._escaped = 0, False, False
+        self._open, self._in_string, self._escaped = "", False, False  # the brackets that are to be closed
+        self._complete = False  # the arguments have come
 
     @property
     def named(self) -> bool:
@@ -282,22 +304,23 @@ class _CallObject:
     def _take_value(self, sign: str) -> None:
         if not self._value and sign in _SPACE:
             return
-        ends = not self._in_string and self._depth == 0 and self._value and sign in ",}" + _SPACE
+        ends = not self._in_string and not self._open and self._value and sign in ",}" + _SPACE
         if ends:  # a number or a name, which nothing closes
             self._finish_value()
-            self.take(sign)
+            if not (self.broken or self.done):
+                self.take(sign)
             return
         self._value += sign
         self._follow(sign)
         if self._is_arguments:
             self.arguments += sign
-        if not self._in_string and self._depth == 0 and sign in '"}]':
+        if not self.broken and not self._in_string and not self._open and sign in '"}]':
             self._finish_value()
 
     @property
     def _is_arguments(self) -> bool:
         """Whether the value that is coming is an object of arguments: text of one is decoded in the end."""
-        return (self._whole or self._key in self._keys) and self._value[:1] == "{"
+        return (self._whole or self._key in self._keys) and self._value[:1] == "{" and not self._complete
 
     def _follow(self, sign: str) -> None:
         if self._in_string:
@@ -307,14 +330,16 @@ class _CallObject:
         elif sign == '"':
             self._in_string = True
         elif sign in "{[":
-            self._depth += 1
+            self._open += sign
         elif sign in "}]":
-            self._depth -= 1
+            self.broken = self._open[-1:] != ("{" if sign == "}" else "[")
+            self._open = self._open[:-1]
 
     def _finish_value(self) -> None:
         text, self._value = self._value, ""
         if self._whole:
-            self.done = True
+            self._finish_arguments(text)
+            self.done = not self.broken
             return
         if self._expects == "key":
             self._key, self._expects = _string(text), "colon"
@@ -323,10 +348,20 @@ class _CallObject:
         if self._key == "name":
             self.name = _string(text) or None
             self.broken = self.name is None
-        elif self._key in self._keys and not text.startswith("{"):
-            inner = _string(text)
-            self.arguments = "{}" if text == "null" else inner if inner is not None else text
+        elif self._key in self._keys and not self._complete:
+            self._finish_arguments(text)
         self._expects = "comma"
+
+    def _finish_arguments(self, text: str) -> None:
+        """They are an object, as it stands or as the text of a string, or null for an empty one."""
+        self._complete = True
+        if text.startswith("{"):
+            return
+        self.arguments = "{}" if text == "null" else (_string(text) or "")
+        try:
+            self.broken = not isinstance(json.loads(self.arguments), dict)
+        except ValueError:
+            self.broken = True
 
     def _close(self) -> None:
         self.done = self.named and (bool(self.arguments) or self._may_be_bare)

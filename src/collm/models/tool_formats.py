@@ -17,17 +17,19 @@ class ToolFormat:
             marker, "named" a name and an object of arguments behind it.
         opening, closing: the markers; closing is empty where nothing closes a call.
         arguments: the key of the arguments in an object.
+        call_id: the marker of an id between name and arguments; empty where there is none.
     """
 
     kind: Literal["tags", "bare", "list", "named"]
     opening: str
     closing: str = ""
     arguments: str = "arguments"
+    call_id: str = ""
 
     @property
     def markers(self) -> set[str]:
         """Texts that may be special tokens, which have no text of their own."""
-        return {self.opening, self.closing, ARGUMENTS} - {""}
+        return {self.opening, self.closing, self.call_id, ARGUMENTS} - {""}
 
 
 ARGUMENTS = "[ARGS]"
@@ -35,6 +37,7 @@ HERMES = ToolFormat("tags", "<tool_call>", "</tool_call>")
 LLAMA = ToolFormat("bare", "<|python_tag|>", arguments="parameters")
 MISTRAL = ToolFormat("list", "[TOOL_CALLS]")
 MISTRAL_NAMED = ToolFormat("named", "[TOOL_CALLS]")
+MISTRAL_WITH_IDS = ToolFormat("named", "[TOOL_CALLS]", call_id="[CALL_ID]")
 
 
 def tool_format(chat_template: str) -> ToolFormat | None:
@@ -45,8 +48,11 @@ def tool_format(chat_template: str) -> ToolFormat | None:
     if "tools" not in chat_template:
         return None
     if HERMES.opening in chat_template:
-        return None if "<function=" in chat_template else HERMES  # Qwen3-Coder writes XML
+        tagged = "<function=" in chat_template or "<arg_key>" in chat_template  # Qwen3-Coder and GLM write no JSON
+        return None if tagged else HERMES
     if MISTRAL.opening in chat_template:
+        if MISTRAL_WITH_IDS.call_id in chat_template:
+            return MISTRAL_WITH_IDS
         return MISTRAL_NAMED if ARGUMENTS in chat_template else MISTRAL
     if LLAMA.opening in chat_template or ('"parameters"' in chat_template and "ipython" in chat_template):
         return LLAMA
@@ -78,8 +84,9 @@ def grammar(
         call, between = "tool", '"; "'
     else:
         call, between = f"{opening} tool", '""'
+        with_id = f"{marker(written.call_id)} /[a-zA-Z0-9]{{9}}/ " if written.call_id else ""
         rules = [
-            f"tool_{n}: {json.dumps(tool['function']['name'])} {marker(ARGUMENTS)} arguments_{n}\n"
+            f"tool_{n}: {json.dumps(tool['function']['name'])} {with_id}{marker(ARGUMENTS)} arguments_{n}\n"
             f"arguments_{n}: %json {json.dumps(_spaced(_parameters(tool['function'])))}"
             for n, tool in enumerate(tools)
         ]
@@ -89,22 +96,32 @@ def grammar(
 
 
 def _rule(name: str, function: Mapping[str, Any], written: ToolFormat) -> str:
-    parameters = dict(_parameters(function))
-    shared: dict[str, Any] = {
-        key: parameters.pop(key) for key in ("$defs", "definitions") if key in parameters
-    }  # named from the root
-    schema: dict[str, Any] = {
+    schema = {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, written.arguments: parameters},
+        "properties": {"name": {"const": function["name"]}, written.arguments: {"$ref": _PARAMETERS}},
         "required": ["name", written.arguments],
         "additionalProperties": False,
-        **shared,
+        "$defs": {"parameters": _moved(_parameters(function))},
     }
     return f"{name}: %json {json.dumps(_spaced(schema))}"
 
 
-def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    return function.get("parameters") or {"type": "object"}
+_PARAMETERS = "#/$defs/parameters"
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", **(function.get("parameters") or {})}
+
+
+def _moved(schema: Any) -> Any:
+    """A schema whose references start where it stands in a larger one."""
+    if isinstance(schema, Mapping):
+        moved = {key: _moved(value) for key, value in schema.items()}
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            moved["$ref"] = _PARAMETERS + reference[1:]
+        return moved
+    return [_moved(one) for one in schema] if isinstance(schema, list) else schema
 
 
 def _spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
