@@ -184,9 +184,8 @@ def test_formats_are_recognised_from_templates() -> None:
 
 
 MARKED = merging_tokenizer('{"name": "weather", "arguments": {"city": "Paris"}}')
-MARKED.add_special_tokens(
-    {"additional_special_tokens": sorted(MISTRAL_WITH_IDS.markers | HERMES.markers | LLAMA.markers)}
-)
+_MARKERS = sorted(MISTRAL_WITH_IDS.markers | HERMES.markers | LLAMA.markers)
+MARKED.add_special_tokens({"additional_special_tokens": _MARKERS})
 
 
 def accepts(source: str, text: str, tokenizer: PreTrainedTokenizerFast = BYTES) -> bool:
