@@ -170,7 +170,7 @@ def _read_text(path: Path) -> str:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MAX_JSON_BYTES}")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def local_directory(path: str | Path, revision: str | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_arrow_fills_what_a_row_lacks_and_that_is_not_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("rows.parquet", b"no", "is no parquet file"),
+        ("rows.parquet", b"no", "is no parquet file, or damaged behind row 0"),
         ("rows.arrow", b"no", "is no arrow file"),
         ("rows.csv", b'prompt,completion\na,"b\n', "bad CSV"),
         ("rows.csv", b"prompt,completion\na\n", ":2: not as many values as the header has names"),
@@ -266,3 +267,13 @@ def test_a_chat_is_a_list_of_messages() -> None:
     chat = Chat(CHAT, TOOLS)
     assert chat == CHAT
     assert json.loads(json.dumps(chat)) == CHAT
+
+
+def test_the_forms_of_the_documentation_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    table = page.partition("## Rows")[2].partition("- **What is learned**")[0]
+    rows = [json.loads(found) for found in re.findall(r"`(\{.*?\})`[;,|\s]", table)]
+    read_rows = read(tmp_path, *rows)
+    assert len(read_rows) == 5
+    assert {row.completion for row in read_rows} == {"4", "hello"}
+    assert read_rows[4].prompt == "add\n\n2 and 2"

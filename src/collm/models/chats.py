@@ -146,7 +146,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) and tool_name(tool) for tool in tools):
         raise RequestError(f"'tools' is {tools!r:.80}, expected a list of functions with names")
-    return [_without_none(tool) for tool in tools]
+    return [_plain("'tools'", tool) for tool in tools]
 
 
 def tool_name(tool: Mapping[str, Any]) -> str | None:
@@ -203,7 +203,7 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
 def _call(call: Any) -> dict[str, Any]:
     if not isinstance(call, Mapping) or tool_name(call) is None:
         raise RequestError(f": a call is {call!r:.80}, expected {{'function': {{'name': ..., 'arguments': ...}}}}")
-    read = _without_none(call)
+    read = _plain(": a call", call)
     function = read.get("function", read)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
@@ -219,6 +219,13 @@ def _json(name: str, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name} is {text!r:.60}, expected JSON ({error})") from error
+
+
+def _plain(name: str, value: Mapping[str, Any]) -> Any:
+    try:
+        return _without_none(value)
+    except RecursionError as error:
+        raise RequestError(f"{name} is nested too deeply") from error
 
 
 def _without_none(value: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
+from collm.models.token_ids import token_ids_of
 
 ACCEPTABLE = ("special_tokens", "eos", "chat_template")
 """Differences a user may accept by name; a different vocabulary is never acceptable."""
@@ -42,7 +43,7 @@ class TokenizerIdentity:
             tokens={token_id: token for token, token_id in tokenizer.get_vocab().items()},
             special_tokens=special,
             chat_template=template if isinstance(template, str) or template is None else json.dumps(template),
-            probe_ids=tuple(tokenizer(PROBE, add_special_tokens=False)["input_ids"]),
+            probe_ids=tuple(token_ids_of(tokenizer, PROBE, special=False)),
         )
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from collm.errors import UnsupportedModel
+from collm.errors import LoadError, UnsupportedModel
 from collm.models.packing import PackedLinear
 
 
@@ -88,10 +88,7 @@ class LanguageModel:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """The EOS set of the generation config; empty if it names none."""
-        eos = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
-        if eos is None:
-            return frozenset()
-        return frozenset([eos] if isinstance(eos, int) else eos)
+        return eos_set(getattr(getattr(self.module, "generation_config", None), "eos_token_id", None), self.name)
 
     def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """The last hidden states, after the final norm: what enters the output layer.
@@ -126,6 +123,19 @@ class LanguageModel:
     def output_bias(self) -> Tensor | None:
         """Of the output layer, shape (padded V,), None if it has none."""
         return cast("Tensor | None", getattr(self._output_layer, "bias", None))
+
+
+def eos_set(eos: Any, name: str) -> frozenset[int]:
+    """The EOS ids that a generation config names: none, one or a list of them.
+
+    Raises:
+        LoadError: they are no token ids.
+    """
+    ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    for one in ids:
+        if type(one) is not int or one < 0:
+            raise LoadError(f"the generation config of {name!r} has eos_token_id {eos!r:.80}, expected token ids")
+    return frozenset(ids)
 
 
 def _decoder(inner: Any, name: str) -> Any:

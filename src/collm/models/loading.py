@@ -26,12 +26,17 @@ from transformers.utils import find_adapter_config_file
 
 from collm.errors import ConfigError, LoadError, MissingExtra
 from collm.models.adapters import check_adapter
-from collm.models.progress import quiet_if_small
+from collm.models.language_model import eos_set
+from collm.models.progress import load_report, quiet_if_small
+from collm.models.token_ids import MAX_GROWTH, normalizer_growth
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Those of transformers itself; it would download and run a kernel by any name with a slash in it."""
+
+MAX_LAYERS = 1000
+"""Layers are made before the weights are read: a config that names more of them is damaged."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Load a causal LM in evaluation mode.
 
     Raises:
-        LoadError: nothing at the path, or what is there is no causal LM that transformers can load.
+        LoadError: nothing at the path, or what is there is no causal LM that transformers can load whole.
         MissingExtra: it is to be quantized, and bitsandbytes is not installed.
     """
     device = spec.device or default_device()
@@ -126,10 +131,17 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     config = load_config(spec)
     _check_no_adapter(spec)
     try:
-        with quiet_if_small(spec.path):
-            model = AutoModelForCausalLM.from_pretrained(spec.path, config=config, **options)
+        with quiet_if_small(spec.path), load_report() as report:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                spec.path, config=config, output_loading_info=True, **options
+            )
     except Exception as error:  # files of strangers: whatever the libraries raise on them
-        raise LoadError(_could_not_load("model", spec, error)) from error
+        raise LoadError(_could_not_load("model", spec, report.reason or error)) from error
+    if missing := sorted(found["missing_keys"]):
+        raise LoadError(
+            f"the weights of {spec.path!r} lack {len(missing)} tensors that its config.json asks for, as "
+            f"{missing[0]!r}; restore the files that belong together"
+        )
     _keep_layout(model)
     return cast(PreTrainedModel, model.eval())
 
@@ -150,6 +162,9 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(spec.path, **_source(spec))
     except Exception as error:  # files of strangers: whatever the libraries raise on them
         raise LoadError(_could_not_load("config", spec, error)) from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise LoadError(f"the config of {spec.path!r} has num_hidden_layers {layers}, expected at most {MAX_LAYERS}")
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for named in {getattr(part, "_attn_implementation", None) for part in parts} - {None, *ATTENTIONS}:
         raise LoadError(
@@ -209,12 +224,18 @@ def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
 
 
 def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
-    """The EOS set that the generation config beside a model's weights names, without loading them."""
+    """The EOS set that the generation config beside a model's weights names, without loading them.
+
+    Raises:
+        LoadError: it names no token ids, or cannot be read.
+    """
     try:
-        eos = GenerationConfig.from_pretrained(spec.path, revision=spec.revision).eos_token_id
+        config = GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
     except (OSError, ValueError):
         return frozenset()
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+    except Exception as error:  # files of strangers: whatever the libraries raise on them
+        raise LoadError(_could_not_load("generation config", spec, error)) from error
+    return eos_set(config.eos_token_id, spec.path)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> frozenset[int]:
@@ -231,9 +252,13 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     _check_there(spec.path)
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, **_source(spec)))
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, **_source(spec)))
+        growth = normalizer_growth(tokenizer)
     except Exception as error:  # files of strangers: whatever the libraries raise on them
         raise LoadError(_could_not_load("tokenizer", spec, error)) from error
+    if growth > MAX_GROWTH:
+        raise LoadError(f"the tokenizer of {spec.path!r} may make a text {growth} times longer before it reads it")
+    return tokenizer
 
 
 def looks_like_path(name: str) -> bool:
@@ -258,10 +283,11 @@ def _names_in(directory: Path) -> list[str]:
     return [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
 
 
-def _could_not_load(what: str, spec: ModelSpec, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _could_not_load(what: str, spec: ModelSpec, error: Exception | str) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
     return (
-        f"could not load the {what} of {spec.path!r}: {first_line}; "
+        f"could not load the {what} of {spec.path!r}: {' '.join(reason.split()):.500}; "
         "expected a directory written by save_pretrained or a Hub repository id"
     )
 

@@ -1,7 +1,9 @@
-"""Progress bars of transformers are for models that take time."""
+"""What transformers shows while it loads: progress bars for models that take time, and no tables of weights."""
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 SMALL_BYTES = 1 << 30
 """Models below this are read and written in an instant: no progress bar."""
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
@@ -30,6 +34,43 @@ def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+class LoadReport(logging.Filter):
+    """Keeps transformers' table of weights that do not fit a config from the terminal, and what it says.
+
+    Attributes:
+        reason: its first line about a tensor that does not fit; None if there is none.
+    """
+
+    reason: str | None = None
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = _COLOURS.sub("", record.getMessage())
+        wrong = [line for line in text.splitlines() if "| MISMATCH" in line or "| CONVERSION" in line]
+        if wrong:
+            name, _, why = (part.strip() for part in wrong[0].split("|")[:3])
+            self.reason = f"{name} does not fit its config.json ({why.partition(' - ')[2] or why})"
+        return not wrong and "| MISSING" not in text and record.levelno >= self._level
+
+
+@contextmanager
+def load_report() -> Iterator[LoadReport]:
+    """Read what transformers reports of weights that are loaded; what is wrong with them is an error of ours."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before, report = logger.level, LoadReport(logger.getEffectiveLevel())
+    logger.addFilter(report)
+    if not logger.isEnabledFor(logging.WARNING):  # there would be no report to read
+        logger.setLevel(logging.WARNING)
+    try:
+        yield report
+    finally:
+        logger.setLevel(before)
+        logger.removeFilter(report)
 
 
 def _num_bytes(model: str | nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from collm.core.types import ModelUsage
-from collm.errors import RequestError, UnsupportedModel
+from collm.errors import ModelFailure, RequestError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.models.slot_attention import register_attention, slot_attention_of
 from collm.models.slots import PackedPass, Row, SlotCache, StaticPass, packing_order
@@ -325,6 +325,8 @@ def _check_against_plain_forward(runner: ModelRunner) -> None:
         raise
     except (TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise UnsupportedModel(_unsupported(model, f"it fails with {type(error).__name__}: {error}")) from error
+    if not expected.isfinite().all():
+        raise ModelFailure(f"{model.name} gives logits that are not finite; check its weights, config and dtype")
     scale = (expected - expected.mean(-1, keepdim=True)).norm()
     relative = float((came.float() - expected).norm() / scale) if scale else 0.0
     if not relative <= _RELATIVE_ERROR.get(came.dtype, 0.1):

@@ -10,8 +10,9 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
-from collm.models.chats import Chat, Message, check_unicode, rendering_of, tool_name, tools_of
+from collm.models.chats import Chat, Message, rendering_of, tool_name, tools_of
 from collm.models.time_limit import time_limit
+from collm.models.token_ids import token_ids_of
 
 LONGEST_RENDERING_S = 10.0
 """Time limit of a chat template, which is a program that came with a model."""
@@ -239,14 +240,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = T
     """Token ids of a text; `special` adds what the tokenizer puts around a text (BOS), once.
 
     Raises:
-        RequestError: text that has no UTF-8.
+        RequestError: text that has no UTF-8 or is too long, or the tokenizer fails on it.
     """
-    try:
-        check_unicode(text)
-    except RequestError as error:
-        raise RequestError(f"the text cannot be read{error}") from error
-    # verbose=False: lengths are checked against the models, not against the tokenizer's advice
-    token_ids = cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    token_ids = token_ids_of(tokenizer, text, special=special)
     bos = tokenizer.bos_token_id
     if special and bos is not None and token_ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
         token_ids = token_ids[1:]  # a rendered chat brings its own

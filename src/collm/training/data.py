@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.models.chats import Chat, Message, read_message, read_tools
@@ -25,6 +25,9 @@ FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 BAD_ROWS = ("stop", "skip")
 """What may be done with a bad row."""
+
+MAX_MESSAGES = 1000
+"""Longest chat of a row: each of its turns is rendered with all that stands before it."""
 
 MAX_REPORTED = 10
 """Bad rows that are reported one by one where they are skipped."""
@@ -147,7 +150,11 @@ def _collect(records: Iterator[Record], to_row: Callable[[str, Any], Row], sourc
 
 def _records(source: str | Path, split: str | None, chosen: Format) -> Iterator[Record]:
     path = Path(source)
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise DataError(f"there is no {str(path)[:80]!r}..: {error.strerror}") from error
+    if is_file:
         if split is not None:
             raise ConfigError(f"split {split!r} has no effect on the file {path}; leave it out")
         return _read_file(path, chosen)
@@ -188,28 +195,31 @@ def _read_columns(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import ipc, parquet
 
-    def numbered(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Record]:
-        number = 0
-        for batch in batches:
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", record
-
-    try:
+    def batches() -> Iterable[pyarrow.RecordBatch]:
         if path.suffix == ".parquet":
-            return numbered(parquet.ParquetFile(path).iter_batches())
+            return cast(Iterable[pyarrow.RecordBatch], parquet.ParquetFile(path).iter_batches())
         try:
             stream = ipc.open_stream(path.read_bytes())
         except pyarrow.ArrowInvalid:
-            return numbered(ipc.open_file(path.read_bytes()).read_all().to_batches())
-        return numbered(stream.read_all().to_batches())
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is no {path.suffix[1:]} file: {' '.join(str(error).split()):.200}") from error
+            stream = ipc.open_file(path.read_bytes())
+        return cast(Iterable[pyarrow.RecordBatch], stream.read_all().to_batches())
+
+    number = 0
+    try:
+        for batch in batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", record
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{path} is no {path.suffix[1:]} file, or damaged behind row {number}: {' '.join(str(error).split()):.200}"
+        ) from error
 
 
 def _read_csv(text: str, path: Path) -> Iterator[Record]:
     """Rows under a header; the line is the one where a row ends."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    before = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
         for record in reader:
             where = f"{path}:{reader.line_num}"
@@ -219,6 +229,8 @@ def _read_csv(text: str, path: Path) -> Iterator[Record]:
                 yield where, record
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: bad CSV: {error}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_lines(text: str, path: Path) -> Iterator[Record]:
@@ -364,6 +376,8 @@ def _conversational(prompt: Any, completion: Any) -> list[Any]:
 def _chat_row(where: str, messages: Any, tools: Any) -> Row:
     if not isinstance(messages, list):
         raise DataError(f"{where}: 'messages' is a {type(messages).__name__}, expected a list of messages")
+    if len(messages) > MAX_MESSAGES:
+        raise DataError(f"{where}: a chat of {len(messages)} messages, expected at most {MAX_MESSAGES}; split it")
     read = [_message(f"{where}: message {number}", message) for number, message in enumerate(messages, start=1)]
     turns = [index for index, (message, learned) in enumerate(read) if message["role"] == "assistant" and learned]
     if not turns:

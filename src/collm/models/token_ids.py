@@ -1,0 +1,54 @@
+"""Token ids of a text, from a tokenizer that may be a stranger's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.errors import RequestError
+from collm.models.chats import check_unicode
+
+MAX_CHARACTERS = 10_000_000
+"""Longest text that is tokenised: more takes gigabytes, and no model reads so many tokens."""
+
+MAX_GROWTH = 10_000
+"""How many times longer a tokenizer's normalisation may make a text."""
+
+
+def token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """Token ids as the tokenizer gives them; `special` adds what it puts around a text.
+
+    Raises:
+        RequestError: text that has no UTF-8 or is too long, or the tokenizer fails on it.
+    """
+    try:
+        check_unicode(text)
+    except RequestError as error:
+        raise RequestError(f"the text cannot be read{error}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(f"the text has {len(text)} characters, expected at most {MAX_CHARACTERS}; shorten it")
+    try:
+        # verbose=False: lengths are checked against the models, not against the tokenizer's advice
+        return cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, as at a pattern that takes for ever; no Exception
+            raise
+        raise RequestError(f"the tokenizer fails on the text {text!r:.60}: {error!s:.200}") from error
+
+
+def normalizer_growth(tokenizer: PreTrainedTokenizerBase) -> int:
+    """At most so many times longer becomes a text by the replacements of the tokenizer's normalisation."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    growth = 1
+    for step in _steps(json.loads(normalizer.__getstate__()) if normalizer is not None else {}):
+        growth *= 1 + len(str(step.get("content", "")))
+    return growth
+
+
+def _steps(normalizer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for inner in normalizer.get("normalizers") or []:
+        yield from _steps(inner)
+    yield normalizer
