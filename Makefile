@@ -51,7 +51,8 @@ test-clients: $(INSTALLED) $(CLIENTS_INSTALLED)  ## Clients that need an environ
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
 	$(BIN)/python -m benchmarks.decode --dtype float32 --out benchmarks/results/cpu-float32.json
 	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --out benchmarks/results/cpu-bfloat16.json
-	$(BIN)/python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
+	$(BIN)/python -m benchmarks.packing --out benchmarks/results/cpu-packing.json
+	$(BIN)/python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json benchmarks/results/cpu-packing.json
 
 bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as the tables of docs/training.md (about 15 minutes).
 	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json

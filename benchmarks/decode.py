@@ -25,7 +25,7 @@ from benchmarks.record import run_parts
 from collm import CoLLM, SamplingParams
 from collm.collaboration import Completions
 from collm.core.policies import Policy, SingleAuthorPolicy
-from collm.models.packing import pack_linears, packing_pays
+from collm.models.packing import can_pack, pack_linears
 
 RUNS = (1, 8)
 BASE_ALONE = SingleAuthorPolicy(0)
@@ -45,7 +45,7 @@ class Bench:
         self.vocab_size = min(SHAPES[arguments.base][5], SHAPES[arguments.assistant][5])
         self.theirs = [self.model(shape) for shape in (arguments.base, arguments.assistant)]
         self.ours = self.theirs
-        if packing_pays(self.theirs[0]):
+        if can_pack(self.theirs[0]):
             self.ours = [self.model(shape, packed=True) for shape in (arguments.base, arguments.assistant)]
         self.pair = collaborate(*self.ours)
         self.alone = collaborate(self.ours[1], self.ours[1])
@@ -148,7 +148,7 @@ class Bench:
             models = [self.model(shape) for shape in (self.arguments.base, self.arguments.assistant)]
             for seed, (model, follows) in enumerate(zip(models, successors(self.vocab_size, agreement), strict=True)):
                 make_predictable(model, follows, seed)
-                if packing_pays(model):
+                if can_pack(model):
                     pack_linears(model)
             pair = collaborate(*models)
             pair.generate(prompts, SamplingParams(max_new_tokens=8), policy=pattern(0.5, 1, 8, 0))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from collm import CoLLM, DeferralHead
 from collm.core.policies import Policy, StepView
-from collm.models.packing import pack_linears, packing_pays
+from collm.models.packing import can_pack, pack_linears
 
 SHAPES = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "25m": (384, 1024, 8, 6, 2, 16_384),
@@ -99,7 +99,7 @@ def make_model(
     torch.manual_seed(hidden)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if packed and packing_pays(model):
+    if packed and can_pack(model):
         pack_linears(model)
     return model
 

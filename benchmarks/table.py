@@ -89,6 +89,14 @@ PREDICTIONS = {
     "base_busy": "base's model at work",
     "assistant_busy": "assistant's",
 }
+PACKING = {
+    "model": "model",
+    "dtype": "dtype",
+    "batch": "batch",
+    "packed": "all packed",
+    "chosen": "as timed at load",
+    "choosing_s": "timing, s",
+}
 PARTS = [
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
     ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
@@ -101,6 +109,7 @@ PARTS = [
     ("scoring", "Scoring against one example at a time:", SCORING),
     ("lookahead", "Lookahead, one sequence, by how often the models agree:", LOOKAHEAD),
     ("context", "As the context grows, the base writing:", CONTEXT),
+    ("packing", "A pass of one token per sequence, speed over plain layers:", PACKING),
     ("compiled", "The compiled one-token step, rate 0.3:", COMPILED),
 ]
 
@@ -119,9 +128,10 @@ def section(path: Path) -> list[str]:
     result = json.loads(path.read_text())
     given, versions = result["arguments"], result["versions"]
     made_on = f"{given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}"
+    models = f"{given['base'].upper()} + {given['assistant'].upper()}" if "base" in given else "Layers"
+    dtype = given.get("dtype", "float32" if "base" in given else "float32 and bfloat16")
     lines = [
-        f"### {given['base'].upper()} + {given['assistant'].upper()}, {given.get('dtype', 'float32')}, "
-        f"{given.get('device', 'cpu')}",
+        f"### {models}, {dtype}, {given.get('device', 'cpu')}",
         "",
         f"`{result['command']}` ({made_on}):",
         "",

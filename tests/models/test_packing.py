@@ -5,9 +5,10 @@ from __future__ import annotations
 import psutil
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from collm.models.packing import LONGEST, PackedLinear, fitting_rows
+from collm.models import packing
+from collm.models.packing import LONGEST, PackedLinear, fitting_rows, pack_linears, packing_pays
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -17,6 +18,38 @@ def test_a_packed_layer_multiplies_as_the_plain_one(shape: tuple[int, int], bias
     inputs = torch.randn(*shape, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("faster", [(), (48,), (80,), (48, 80)])
+def test_layers_are_packed_where_that_is_faster(faster: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shape: in features tell these layers apart."""
+
+    def rounds(inputs: Tensor, plain: list[nn.Linear], packed: list[PackedLinear]) -> list[list[float]]:
+        packed_s = 0.5 if inputs.shape[1] in faster else 1.5
+        return [[1.0, packed_s], [9.0, 9.0]]  # the second round was disturbed
+
+    monkeypatch.setattr(packing, "_rounds", rounds)
+    monkeypatch.setattr(packing, "_LEAST_BYTES", 0)
+    model = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Sequential(nn.Linear(80, 48), nn.Linear(48, 80)))
+    inputs = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(inputs)
+        pack_linears(model)
+        torch.testing.assert_close(model(inputs), expected, rtol=1e-5, atol=1e-5)
+    kinds = {48: {type(model[0]), type(model[2][1])}, 80: {type(model[2][0])}}
+    for width, found in kinds.items():
+        assert found == {PackedLinear if width in faster else nn.Linear}
+
+
+def test_both_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(64, 64) for _ in range(2)]
+    assert not packing_pays(layers)  # too small to matter
+    monkeypatch.setattr(packing, "_LEAST_BYTES", 0)
+    assert packing_pays(layers) in (True, False)
+    with torch.inference_mode():
+        found = list(packing._rounds(torch.ones(1, 64), layers, [PackedLinear(layer) for layer in layers]))
+    assert len(found) >= packing._LEAST_ROUNDS
+    assert all(len(one) == 2 and min(one) > 0 for one in found)
 
 
 def test_rows_come_in_few_numbers() -> None:

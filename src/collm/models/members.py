@@ -12,7 +12,7 @@ from collm.errors import ConfigError
 from collm.models.guards import check_vocab_sizes
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
-from collm.models.packing import pack_linears, packing_pays
+from collm.models.packing import can_pack, pack_linears
 from collm.models.tools import ToolModel
 from collm.tools.spec import ToolFunction, ToolSpec
 
@@ -78,7 +78,7 @@ def load_members(
             loaded.append(ToolModel(member, tokenizer, name=name, vocab_size=vocab_size))
             continue
         module: nn.Module = load_model(member) if isinstance(member, ModelSpec) else member
-        if packed and isinstance(member, ModelSpec) and packing_pays(module):
+        if packed and isinstance(member, ModelSpec) and can_pack(module):
             pack_linears(module)
         loaded.append(LanguageModel(module.eval(), name=name, vocab_size=vocab_size))
     check_vocab_sizes([model for model in loaded if isinstance(model, LanguageModel)], vocab_size)

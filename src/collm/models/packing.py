@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -55,8 +57,8 @@ def fitting_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-def packing_pays(module: nn.Module) -> bool:
-    """Whether `pack_linears` makes the module faster: all of it on a CPU, in a dtype that its oneDNN multiplies."""
+def can_pack(module: nn.Module) -> bool:
+    """Whether `pack_linears` can do something for the module: all of it on a CPU, in a dtype that oneDNN multiplies."""
     if not cast(Any, torch.backends.mkldnn).is_available():
         return False
     dtypes = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
@@ -64,10 +66,61 @@ def packing_pays(module: nn.Module) -> bool:
     return len(kinds) == 1 and kinds <= {("cpu", dtype) for dtype in dtypes}
 
 
+@torch.inference_mode()
 def pack_linears(module: nn.Module) -> None:
-    """Replace every `nn.Linear` below `module`, in place. Subclasses stay: they may do more than multiply."""
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, PackedLinear(child))
-        else:
-            pack_linears(child)
+    """Replace each `nn.Linear` below `module`, in place, where the packed form is faster here.
+
+    Which is faster depends on the processor, the number of threads and the layer's shape. Layers of one shape are timed
+    in both forms, for a fraction of a second. Subclasses of `nn.Linear` stay: they may do more than multiply.
+    """
+    by_shape: dict[torch.Size, list[tuple[nn.Module, str]]] = {}
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                by_shape.setdefault(child.weight.shape, []).append((parent, name))
+    for places in by_shape.values():
+        if packing_pays([cast(nn.Linear, getattr(parent, name)) for parent, name in places]):
+            for parent, name in places:
+                setattr(parent, name, PackedLinear(cast(nn.Linear, getattr(parent, name))))
+
+
+def packing_pays(layers: Sequence[nn.Linear]) -> bool:
+    """Whether layers of one shape are faster packed, a sequence alone and a batch of sixteen counting alike.
+
+    Enough layers are timed in turn that their weights do not stay in the processor's cache, as they would not while a
+    model runs.
+    """
+    weight = layers[0].weight
+    if len(layers) * weight.nbytes < _LEAST_BYTES:
+        return False
+    plain = layers[: -(-_COLD_BYTES // weight.nbytes)]
+    packed = [PackedLinear(layer) for layer in plain]
+    ratio = 0.0
+    for rows in _TIMED_ROWS:
+        inputs = weight.new_ones(rows, weight.shape[1])
+        best = [min(times) for times in zip(*_rounds(inputs, plain, packed), strict=True)]
+        ratio += best[1] / best[0] / len(_TIMED_ROWS)
+    return ratio < 1
+
+
+_TIMED_ROWS = (1, 16)
+_LEAST_BYTES = 1 << 20
+"""Less is multiplied in no time in either form, and a plain layer is called faster."""
+_COLD_BYTES = 64 << 20
+_TIMED_S = 0.05
+_LEAST_ROUNDS = 5
+
+
+def _rounds(inputs: Tensor, *forms: Sequence[nn.Module]) -> Iterator[list[float]]:
+    """Seconds that each form's layers take, one round after the other; the first, which makes programs, is left out."""
+    end, count = time.perf_counter() + _TIMED_S, -1
+    while count < _LEAST_ROUNDS or time.perf_counter() < end:
+        seconds = []
+        for layers in forms:
+            start = time.perf_counter()
+            for layer in layers:
+                layer(inputs)
+            seconds.append(time.perf_counter() - start)
+        count += 1
+        if count:
+            yield seconds
