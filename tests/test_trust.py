@@ -240,6 +240,19 @@ def test_an_adapter_is_plain_lora(fields: dict[str, Any], complaint: str, adapte
         CoLLM.from_pretrained(adapted)
 
 
+def test_an_adapter_that_could_not_be_loaded_is_not_saved(
+    saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    from peft import IA3Config, get_peft_model
+
+    base = load_model(ModelSpec(str(saved_model("tuned"))))
+    tuned = get_peft_model(base, IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"))
+    model = CoLLM(tuned, [ModelSpec(str(saved_model("other", 1)))], DeferralHead(32, 1), tokenizer)
+    with pytest.raises(LoadError, match="peft_type is 'IA3', expected 'LORA'"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_names_no_other_base_and_no_class(adapted: Path, tmp_path: Path) -> None:
     expected = CoLLM.from_pretrained(adapted).generate("w1", threshold=1)[0].text
     auto = {"base_model_class": "system", "parent_library": "os"}

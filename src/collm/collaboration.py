@@ -27,6 +27,7 @@ from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request, check_prompt
 from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ArtefactError, ConfigError, MismatchError
+from collm.models.adapters import check_adapter
 from collm.models.guards import TokenizerIdentity, check_accepted, check_tokenizers
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
@@ -201,6 +202,7 @@ class CoLLM:
 
         Raises:
             ArtefactError: `path` holds something else than a collaboration, or an assistant has no path to reference.
+            LoadError: the base's adapter is not LoRA, so it could not be loaded again.
             WriteError: the disk refused; what was at `path` is untouched.
         """
         path = Path(path)
@@ -257,6 +259,8 @@ class CoLLM:
             shutil.copytree(cast(Path, self._source) / folder, directory / folder)
         if folder == "base":
             self.tokenizer.save_pretrained(directory / folder)
+        else:
+            check_adapter(directory / folder)  # what could not be loaded is not saved
         return folder
 
     def _manifest(self, saved: SavedBase | None) -> Manifest:
