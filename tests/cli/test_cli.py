@@ -75,7 +75,8 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     trained = collm("train", "--config", "run.yaml", "--output_dir", "run", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert "output_dir: run" in trained.stdout
+    assert "training into run;" in trained.stdout
+    assert "output_dir: run" in (tmp_path / "run" / "run.yaml").read_text()
     assert "target tokens to an assistant" in trained.stderr
     assert {path.name: path.read_bytes() for path in scores.iterdir()} == shards  # found, not computed again
     artefact = tmp_path / "run" / "collaboration"

@@ -23,7 +23,7 @@ def train(context: typer.Context) -> None:
     log_to_terminal()
     config, args = parse(context.args)
     console = Console()
-    console.print(run.to_yaml(config, args), markup=False)
+    console.print(f"training into {args.output_dir}; its run.yaml holds every option", markup=False)
     result = run.train_collaboration(config, args)
     run.leave()
     if config.calibrate:

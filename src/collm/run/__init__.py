@@ -4,7 +4,7 @@ from collm.run.calibrate import PastRun, Validation
 from collm.run.data import hold_out
 from collm.run.options import DataConfig, RunConfig, parse_model, parse_tool
 from collm.run.scores import Server, score, score_author, score_data
-from collm.run.train import RunResult, leave, to_yaml, train_collaboration
+from collm.run.train import RunResult, leave, train_collaboration
 
 __all__ = [
     "DataConfig",
@@ -20,6 +20,5 @@ __all__ = [
     "score",
     "score_author",
     "score_data",
-    "to_yaml",
     "train_collaboration",
 ]
