@@ -163,7 +163,7 @@ def _form(asked: ResponseFormat | None, structured: StructuredForm | None) -> St
     if not wanted or asked is None:
         return None
     if asked.type == "json_object":
-        return StructuredOutputs(json_object=True)
+        return StructuredOutputs(json_object=True) if asked.schema_ is None else StructuredOutputs(json=asked.schema_)
     if asked.json_schema is None or asked.json_schema.schema_ is None:
         raise invalid("response_format is json_schema without a schema; add json_schema.schema", "response_format")
     return StructuredOutputs(json=asked.json_schema.schema_)

@@ -105,6 +105,7 @@ class ResponseFormat(Open):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Object | None = Field(None, alias="schema", description="llama.cpp's way to give json_object a schema.")
 
 
 class StructuredForm(Body):
