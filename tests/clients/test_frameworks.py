@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import litellm
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
@@ -78,7 +77,10 @@ def test_langchain_gets_structured_answers(speaking: Running, method: Any) -> No
 
 
 @pytest.mark.filterwarnings("ignore")  # litellm's own
-def test_litellm_in_this_process(speaking: Running) -> None:
+def test_litellm_in_this_process(speaking: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for prices
+    import litellm
+
     where: dict[str, Any] = {"model": "openai/pair", "api_base": f"{speaking.url}/v1", "api_key": "none"}
     plain = litellm.completion(**where, messages=QUESTION, max_tokens=9, temperature=0)
     assert plain.choices[0].message.content == said(speaking, max_tokens=9)

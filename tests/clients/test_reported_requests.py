@@ -79,7 +79,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         CHAT,
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "tree"}}}},
-        "structured_outputs",
+        "response_format",
     ),
     (
         CHAT,

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import penalised
-from collm.models.grammars import Grammar, bit_row, common_length, forbidden
+from collm.models.grammars import Grammar, bit_row, forbidden
+from collm.models.runner import common_prefix
 from collm.models.template import tokenize
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -109,7 +110,7 @@ class _Counts:
 
     def of(self, generated: Sequence[int]) -> tuple[Array, Array]:
         """Token ids and counts after these tokens."""
-        same = common_length(self._counted, generated)
+        same = common_prefix(self._counted, generated)
         while len(self._counted) > same:
             self._take_back()
         for token_id in generated[same:]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import StructuredOutputs
 from collm.errors import ConfigError, MissingExtra, RequestError
+from collm.models.runner import common_prefix
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -22,14 +23,6 @@ if TYPE_CHECKING:
 _KEPT = 64
 """Compiled grammars that are kept for further requests."""
 _WORD_BITS = 32
-
-
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginnings."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    return next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 class Grammar:
@@ -58,7 +51,7 @@ class Grammar:
         Raises:
             RequestError: the grammar has become too complex to follow.
         """
-        same = common_length(self.token_ids, token_ids)
+        same = common_prefix(self.token_ids, token_ids)
         if same < len(self.token_ids):
             self._matcher.rollback(len(self.token_ids) - same)
             del self.token_ids[same:]
@@ -148,7 +141,8 @@ class Grammars:
             return hf.from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_ids)
         except Exception as error:  # whatever its reader of tokenizers raises
             raise ConfigError(
-                f"structured_outputs need a tokenizer whose tokens are bytes of text, as byte-level BPE: {error}"
+                "structured_outputs need a tokenizer whose tokens are bytes of text, as byte-level BPE: "
+                f"{str(error).partition(':')[0]:.100}"
             ) from error
 
 

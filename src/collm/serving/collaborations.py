@@ -136,14 +136,20 @@ class Target:
             )
         return token_ids
 
-    def check_params(self, params: SamplingParams) -> None:
-        """Raise a Refusal for parameters that this model cannot follow; grammars are compiled on the way."""
+    def check_params(self, params: SamplingParams, form: str) -> None:
+        """Raise a Refusal for parameters that this model cannot follow; grammars are compiled on the way.
+
+        Args:
+            form: the parameter that says what the text must be.
+        """
         try:
             self.served.model.check_params(params)
         except MissingExtra as error:
-            raise Refusal(501, str(error), param="response_format", code="not_installed") from error
+            raise Refusal(501, str(error), param=form, code="not_installed") from error
         except CollmError as error:
-            raise invalid(str(error), param=str(error).partition(" ")[0]) from error
+            param, _, rest = str(error).partition(" ")
+            param = form if param.startswith("structured_outputs") else param
+            raise invalid(f"{param} {rest}", param=param) from error
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text as it stands.

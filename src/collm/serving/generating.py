@@ -44,7 +44,7 @@ async def answer(
     longest = service.settings.max_prompt_tokens
 
     def prepared() -> list[EngineRequest]:
-        target.check_params(reading.params)
+        target.check_params(reading.params, _form_of(body, reading))
         return reading.requests(lambda prompt, param, last: target.encode(prompt, param, longest, last))
 
     requests = await asyncio.to_thread(prepared)
@@ -59,6 +59,13 @@ async def answer(
     record: Record = http.scope["collm.record"]
     running = Answer(submission, shape, record, http, service.settings.time_limit_s)
     return await (running.stream() if body.stream else running.whole())
+
+
+def _form_of(body: Asked, reading: Reading) -> str:
+    """The parameter that says what the text must be."""
+    if reading.calls is not None and reading.calls.constraint is not None:
+        return "tools"
+    return "response_format" if body.structured_outputs is None else "structured_outputs"
 
 
 async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Reading) -> list[Scored]:
