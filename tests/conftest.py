@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.architectures import COMMON, VOCAB_SIZE
+from tests.tokenizers import merging_tokenizer
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 """Where exactness is tested: wherever the machine can."""
@@ -77,3 +78,32 @@ def saved_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[
         return directory
 
     return save
+
+
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte and a few merges, with <eos> and a chat template."""
+    tokenizer = merging_tokenizer("the cat sat on the mat", vocab_size=264)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_model(byte_tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A tiny Llama over that tokenizer's ids."""
+    sizes = {"intermediate_size": 64, "vocab_size": len(byte_tokenizer)}  # blocks of a GGUF file have 32 weights
+    ids = {"eos_token_id": byte_tokenizer.eos_token_id, "pad_token_id": None}
+    return make_model(tiny_config(**sizes, **ids), seed=0)
+
+
+@pytest.fixture(scope="session")
+def gguf_path(
+    tmp_path_factory: pytest.TempPathFactory, byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """Both as a GGUF file, its matrices in 8 bits."""
+    from tests.gguf_files import write_gguf
+
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf", byte_model, byte_tokenizer)

@@ -15,7 +15,8 @@ from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec
 from collm.artefact import local_directory
 from collm.errors import ArtefactError, LoadError, MismatchError, MissingExtra
 from collm.models.guards import check_eos
-from collm.models.loading import load_model, load_tokenizer, looks_like_path
+from collm.models.loading import load_model, load_tokenizer
+from collm.models.names import looks_like_path
 from collm.models.template import PromptTemplate
 from collm.run import RunConfig, train_collaboration
 from tests.cli.test_cli import collm

@@ -20,8 +20,9 @@ from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
-from collm.models.loading import ModelSpec, looks_like_path
+from collm.models.loading import ModelSpec
 from collm.models.members import AssistantSpec
+from collm.models.names import looks_like_path
 from collm.models.template import PromptTemplate
 from collm.tools.spec import ToolSpec, not_trusted
 from collm.version import __version__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,8 +29,11 @@ from transformers.utils import find_adapter_config_file
 
 from collm.errors import ConfigError, LoadError, MissingExtra
 from collm.models.adapters import check_adapter
+from collm.models.gguf import check_gguf
 from collm.models.language_model import eos_set
+from collm.models.names import absolute, check_there, gguf_file, names_gguf
 from collm.models.progress import load_report, quiet_if_small
+from collm.models.quantized import check_known, quantized_with
 from collm.models.token_ids import MAX_GROWTH, normalizer_growth
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,9 +50,9 @@ class ModelSpec:
     """Where a model comes from and how to load it.
 
     Attributes:
-        path: a directory or a Hub repository id.
+        path: a directory, a GGUF file, a Hub repository id, or repo:file.gguf for a GGUF file on the Hub.
         revision: Hub branch, tag or commit.
-        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        dtype: "auto" (as saved; float32 of a GGUF file), "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "cuda:1", "auto" (spread by Accelerate), or None: the GPU if there is one.
         attention: attention implementation outside the KV slots (training, scoring), one of transformers' own; None
             lets it choose.
@@ -54,7 +60,7 @@ class ModelSpec:
             QLoRA, arXiv 2305.14314) or "int8". They compute in `dtype`, bfloat16 if that is "auto".
 
     Raises:
-        ConfigError: an unknown dtype, attention or quantization.
+        ConfigError: an unknown dtype, attention or quantization, or a quantization of a GGUF file.
     """
 
     path: str
@@ -75,8 +81,12 @@ class ModelSpec:
             raise ConfigError(
                 f"attention of {self.path} is {self.attention!r}, expected one of {', '.join(ATTENTIONS)}"
             )
-        if Path(self.path).is_dir():  # an artefact must not depend on the directory it was made from
-            object.__setattr__(self, "path", str(Path(self.path).resolve()))
+        if self.quantization is not None and names_gguf(self.path):
+            raise ConfigError(
+                f"{self.path} is a GGUF file, which is not quantized again; leave {self.quantization} out, or name the "
+                "original checkpoint"
+            )
+        object.__setattr__(self, "path", absolute(self.path))  # an artefact must not depend on where it was made
 
     def identity(self) -> dict[str, Any]:
         """What its scores depend on."""
@@ -95,7 +105,8 @@ class ModelSpec:
 
 def _weights_digest(path: str) -> str | None:
     """SHA-256 over a sample of a local model's weight files, by which retraining is noticed; None elsewhere."""
-    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind) if file.is_file())
+    found = [Path(path)] if names_gguf(path) else [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
+    files = sorted(file for file in found if file.is_file())
     if not files:
         return None
     digest = hashlib.sha256()
@@ -115,53 +126,82 @@ def default_device() -> str:
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
-    """Load a causal LM in evaluation mode.
+    """Load a causal LM in evaluation mode; one from a GGUF file with all its weights dequantized.
 
     Raises:
         LoadError: nothing at the path, or what is there is no causal LM that transformers can load whole.
-        MissingExtra: it is to be quantized, and bitsandbytes is not installed.
+        MissingExtra: a package that it takes, bitsandbytes or gguf, is not installed.
     """
-    device = spec.device or default_device()
-    options: dict[str, Any] = {**_source(spec), "dtype": spec.dtype, "device_map": device}
-    if spec.attention is not None:
-        options["attn_implementation"] = spec.attention
-    if spec.quantization is not None:
-        dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
-        options |= {"dtype": dtype, "quantization_config": _quantization(spec.quantization, dtype)}
     config = load_config(spec)
+    options = _loading_options(spec, config)
     _check_no_adapter(spec)
-    try:
-        with quiet_if_small(spec.path), load_report() as report:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                spec.path, config=config, output_loading_info=True, **options
-            )
-    except Exception as error:  # files of strangers: whatever the libraries raise on them
-        raise LoadError(_could_not_load("model", spec, report.reason or error)) from error
+    with _source(spec) as source:
+        try:
+            with quiet_if_small(spec.path), load_report() as report:
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    config=config, output_loading_info=True, **source, **options
+                )
+        except Exception as error:  # files of strangers: whatever the libraries raise on them
+            raise LoadError(_could_not_load("model", spec, report.reason or error, quantized_with(config))) from error
     if missing := sorted(found["missing_keys"]):
         raise LoadError(
             f"the weights of {spec.path!r} lack {len(missing)} tensors that its config.json asks for, as "
             f"{missing[0]!r}; restore the files that belong together"
         )
+    if names_gguf(spec.path):
+        model.name_or_path = model.config.name_or_path = spec.path
+        model.config._commit_hash = spec.revision
     _keep_layout(model)
     return cast(PreTrainedModel, model.eval())
 
 
-def _source(spec: ModelSpec) -> dict[str, Any]:
-    """What every loading says of a model's files: which revision, and that no code beside them is run."""
-    return {"revision": spec.revision, "trust_remote_code": False}
+def _loading_options(spec: ModelSpec, config: PretrainedConfig) -> dict[str, Any]:
+    """How the weights are to be loaded: where to, in which form, with which attention."""
+    options: dict[str, Any] = {"dtype": spec.dtype, "device_map": spec.device or default_device()}
+    if spec.attention is not None:
+        options["attn_implementation"] = spec.attention
+    if names_gguf(spec.path):
+        options["quantization_config"] = GgufConfig(dequantize=True)  # else kernels from the Hub would compute
+    if spec.quantization is not None:
+        if (method := quantized_with(config)) is not None:
+            raise LoadError(
+                f"{spec.path!r} is quantized with {method} already; leave {spec.quantization} out, or name the "
+                "original checkpoint"
+            )
+        dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
+        options |= {"dtype": dtype, "quantization_config": _quantization(spec.quantization, dtype)}
+    return options
+
+
+@contextmanager
+def _source(spec: ModelSpec) -> Iterator[dict[str, Any]]:
+    """How transformers is told of a model's files: where they are, and that no code beside them is run."""
+    source = {"pretrained_model_name_or_path": spec.path, "revision": spec.revision, "trust_remote_code": False}
+    if not names_gguf(spec.path):
+        check_there(spec.path)
+        yield source
+        return
+    file = gguf_file(spec.path, spec.revision)
+    with TemporaryDirectory() as nothing:  # what lies beside the file is not read
+        yield {**source, "pretrained_model_name_or_path": nothing, "gguf_file": str(file)}
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
     """The config beside a model's weights.
 
     Raises:
-        LoadError: there is none, or it names a kernel: transformers would download that and run it.
+        LoadError: there is none, it says of its weights what transformers cannot read, or it names a kernel:
+            transformers would download that and run it.
+        MissingExtra: it is in a GGUF file, and gguf is not installed.
     """
-    _check_there(spec.path)
-    try:
-        config = AutoConfig.from_pretrained(spec.path, **_source(spec))
-    except Exception as error:  # files of strangers: whatever the libraries raise on them
-        raise LoadError(_could_not_load("config", spec, error)) from error
+    with _source(spec) as source:
+        try:
+            config = AutoConfig.from_pretrained(**source)
+        except Exception as error:  # files of strangers: whatever the libraries raise on them
+            raise LoadError(_could_not_load("config", spec, error)) from error
+        if file := source.get("gguf_file"):
+            check_gguf(spec.path, file, config)
+    check_known(spec.path, config)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise LoadError(f"the config of {spec.path!r} has num_hidden_layers {layers}, expected at most {MAX_LAYERS}")
@@ -176,7 +216,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 
 def _check_no_adapter(spec: ModelSpec) -> None:
     """Raise a LoadError where an adapter lies beside the weights: transformers would load it unasked, of any kind."""
-    if find_spec("peft") is None:
+    if find_spec("peft") is None or names_gguf(spec.path):
         return
     try:
         found = find_adapter_config_file(spec.path, revision=spec.revision)
@@ -229,6 +269,8 @@ def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
     Raises:
         LoadError: it names no token ids, or cannot be read.
     """
+    if names_gguf(spec.path):  # it holds the tokenizer's EOS alone
+        return frozenset()
     try:
         config = GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
     except (OSError, ValueError):
@@ -245,51 +287,35 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> frozenset[i
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model.
+    """Load the tokenizer that lies beside a model; that of a GGUF file is in it.
 
     Raises:
         LoadError: there is none that transformers can load.
+        MissingExtra: it is in a GGUF file, and gguf is not installed.
     """
-    _check_there(spec.path)
-    try:
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(spec.path, **_source(spec)))
-        growth = normalizer_growth(tokenizer)
-    except Exception as error:  # files of strangers: whatever the libraries raise on them
-        raise LoadError(_could_not_load("tokenizer", spec, error)) from error
+    with _source(spec) as source:
+        try:
+            tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(**source))
+            growth = normalizer_growth(tokenizer)
+        except Exception as error:  # files of strangers: whatever the libraries raise on them
+            raise LoadError(_could_not_load("tokenizer", spec, error)) from error
+    tokenizer.name_or_path = spec.path
     if growth > MAX_GROWTH:
         raise LoadError(f"the tokenizer of {spec.path!r} may make a text {growth} times longer before it reads it")
     return tokenizer
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether a name can only mean a place on this machine: no Hub id begins so, or has two separators.
-
-    Of a name with one separator, its folder's being there tells.
-    """
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name:
-        return True
-    return "/" in name and Path(name).parent.is_dir()
-
-
-def _check_there(path: str) -> None:
-    """Raise a LoadError at once for a path to nothing: transformers would look for it on the Hub, at length."""
-    if looks_like_path(path) and not Path(path).expanduser().exists():
-        near = difflib.get_close_matches(Path(path).name, _names_in(Path(path).expanduser().parent), n=1)
-        hint = f"; did you mean {str(Path(path).with_name(near[0]))!r}?" if near else ""
-        raise LoadError(f"there is no model at {path!r}: no such directory{hint}")
-
-
-def _names_in(directory: Path) -> list[str]:
-    return [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-
-
-def _could_not_load(what: str, spec: ModelSpec, error: Exception | str) -> str:
+def _could_not_load(what: str, spec: ModelSpec, error: Exception | str, method: str | None = None) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
-    return (
-        f"could not load the {what} of {spec.path!r}: {' '.join(reason.split()):.500}; "
-        "expected a directory written by save_pretrained or a Hub repository id"
-    )
+    expected = "expected a directory written by save_pretrained, a GGUF file or a Hub repository id"
+    if names_gguf(spec.path):
+        expected = (
+            "expected a GGUF file that is whole, of a kind that transformers reads; or name the original checkpoint"
+        )
+    if method is not None:
+        what, expected = f"{what} quantized with {method}", "do what this asks for, or name the original checkpoint"
+    return f"could not load the {what} of {spec.path!r}: {' '.join(reason.split()).rstrip('.'):.500}; {expected}"
 
 
 def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:

@@ -52,7 +52,7 @@ def spec_of(member: Member) -> AssistantSpec | None:
         return None
     revision = getattr(inner.config, "_commit_hash", None)
     quantized = getattr(inner.config, "quantization_config", None)
-    if isinstance(quantized, BitsAndBytesConfig):
+    if isinstance(quantized, BitsAndBytesConfig) and not cast(Any, inner).hf_quantizer.pre_quantized:
         kind = "int8" if quantized.load_in_8bit else "nf4"
         return ModelSpec(path, revision, str(inner.dtype).removeprefix("torch."), quantization=kind)
     return ModelSpec(path, revision)

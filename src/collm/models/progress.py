@@ -76,6 +76,8 @@ def load_report() -> Iterator[LoadReport]:
 def _num_bytes(model: str | nn.Module) -> int:
     if isinstance(model, nn.Module):
         return sum(parameter.nbytes for parameter in model.parameters())
+    if Path(model).is_file():
+        return Path(model).stat().st_size
     if not Path(model).is_dir():
         return SMALL_BYTES  # on the Hub: a download may take its time
     return sum(file.stat().st_size for file in Path(model).iterdir() if file.is_file())

@@ -22,7 +22,8 @@ from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ConfigError, MissingExtra
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
-from collm.models.loading import load_model
+from collm.models.loading import load_config, load_model
+from collm.models.quantized import quantized_with
 from collm.redaction import redacted_command, redacted_options, visible
 from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare
@@ -72,6 +73,8 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
     if config.base_quantization is not None and args.method == "full":
         raise ConfigError("base_quantization does not fit method 'full': quantized weights take no updates; use lora")
+    if args.method == "full" and (method := quantized_with(load_config(config.base_model))) is not None:
+        raise ConfigError(f"the base is quantized with {method}, and such weights take no updates; use method lora")
     check_extras(config, args)
     directory = Path(args.output_dir)
     processes = processes_of(args)

@@ -12,6 +12,7 @@ import torch
 
 from collm.errors import ConfigError
 from collm.models.loading import ModelSpec, empty_model
+from collm.models.names import names_gguf
 from collm.vllm.launch import ServerPlan
 
 USABLE = 0.9
@@ -43,13 +44,18 @@ class Footprint:
         """From a model's config; its weights are not read.
 
         Raises:
-            ConfigError: it is to be quantized.
+            ConfigError: it is to be quantized, or is a GGUF file.
             LoadError: there is no config of a causal LM.
         """
         if spec.quantization is not None:
             raise ConfigError(
                 f"{spec.path} is to be quantized ({spec.quantization}), which is not launched; start a server of a "
                 "quantized checkpoint yourself and name it with --servers"
+            )
+        if names_gguf(spec.path):
+            raise ConfigError(
+                f"{spec.path} is a GGUF file, which is not launched; start a server of it yourself and name it with "
+                "--servers, or name the original checkpoint"
             )
         model = empty_model(spec)
         config: Any = model.config
