@@ -86,7 +86,7 @@ CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte and a few merges, with <eos> and a chat template."""
-    tokenizer = merging_tokenizer("the cat sat on the mat", vocab_size=264)
+    tokenizer = merging_tokenizer("the cat sat on the mat", vocab_size=264, across_words=False)
     tokenizer.chat_template = CHAT
     return tokenizer
 

@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 
-def merging_tokenizer(*texts: str, vocab_size: int = 340) -> PreTrainedTokenizerFast:
+def merging_tokenizer(*texts: str, vocab_size: int = 340, across_words: bool = True) -> PreTrainedTokenizerFast:
     """Every byte and the commonest pieces of the texts, across words, digits and signs alike; <eos> is the last id."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)

@@ -249,8 +249,10 @@ class CoLLM:
     def _save_base(self, directory: Path) -> SavedBase | None:
         folder: SavedBase = "adapter" if hasattr(self.base, "peft_config") else "base"
         if isinstance(self.base, nn.Module):
+            # peft would look for the config of a base that is no directory, to see whether its vocabulary grew
+            options = {"save_embedding_layers": False} if folder == "adapter" else {}
             with quiet_if_small(self.base):
-                cast(Any, self.base).save_pretrained(directory / folder)
+                cast(Any, self.base).save_pretrained(directory / folder, **options)
         else:
             here = [one for one in get_args(SavedBase) if self._source is not None and (self._source / one).exists()]
             if not here:

@@ -1,10 +1,13 @@
-"""GGUF files of which transformers would read only a part, or for which it would fetch code."""
+"""GGUF files: what transformers would leave out, add, or fetch code for."""
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
+from typing import Any, cast
 
-from transformers import PretrainedConfig
+from tokenizers import Tokenizer
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.gguf import GGUF_ARCHS, read_gguf_metadata
 
 from collm.errors import LoadError
@@ -35,6 +38,15 @@ def check_gguf(name: str, file: str, config: PretrainedConfig) -> None:
             f"{name!r} scales its rotary positions, which transformers does not read from a GGUF file of the "
             f"architecture {architecture}; name the original checkpoint"
         )
+
+
+def drop_additions(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
+    """Take out tokens that a GGUF file does not have: transformers gives each byte-level one an <|endoftext|>."""
+    size = read_gguf_metadata(file)[0]["tokenizer.ggml.tokens"]
+    if len(tokenizer) > size:
+        content = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < size]
+        cast(Any, tokenizer)._tokenizer = Tokenizer.from_str(json.dumps(content))
 
 
 def _rope_types(config: PretrainedConfig) -> set[str]:

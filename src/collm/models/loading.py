@@ -24,12 +24,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import find_adapter_config_file
 
 from collm.errors import ConfigError, LoadError, MissingExtra
 from collm.models.adapters import check_adapter
-from collm.models.gguf import check_gguf
+from collm.models.gguf import check_gguf, drop_additions
 from collm.models.language_model import eos_set
 from collm.models.names import absolute, check_there, gguf_file, names_gguf
 from collm.models.progress import load_report, quiet_if_small
@@ -295,7 +296,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     with _source(spec) as source:
         try:
-            tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(**source))
+            tokenizer = _tokenizer(source)
             growth = normalizer_growth(tokenizer)
         except Exception as error:  # files of strangers: whatever the libraries raise on them
             raise LoadError(_could_not_load("tokenizer", spec, error)) from error
@@ -303,6 +304,14 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     if growth > MAX_GROWTH:
         raise LoadError(f"the tokenizer of {spec.path!r} may make a text {growth} times longer before it reads it")
     return tokenizer
+
+
+def _tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase:
+    if "gguf_file" not in source:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(**source))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)  # AutoTokenizer makes the same, in ten times the time
+    drop_additions(tokenizer, source["gguf_file"])
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def _could_not_load(what: str, spec: ModelSpec, error: Exception | str, method: str | None = None) -> str:

@@ -22,7 +22,8 @@ from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ConfigError, MissingExtra
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
-from collm.models.loading import load_config, load_model
+from collm.models.loading import ModelSpec, load_config, load_model
+from collm.models.names import names_gguf
 from collm.models.quantized import quantized_with
 from collm.redaction import redacted_command, redacted_options, visible
 from collm.run.calibrate import Validation
@@ -73,7 +74,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
     if config.base_quantization is not None and args.method == "full":
         raise ConfigError("base_quantization does not fit method 'full': quantized weights take no updates; use lora")
-    if args.method == "full" and (method := quantized_with(load_config(config.base_model))) is not None:
+    if args.method == "full" and (method := _quantized(config.base_model)) is not None:
         raise ConfigError(f"the base is quantized with {method}, and such weights take no updates; use method lora")
     check_extras(config, args)
     directory = Path(args.output_dir)
@@ -101,6 +102,11 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     if model.calibration is not None:
         metrics["calibration"] = model.calibration.to_dict()
     return RunResult(directory / "collaboration", model, metrics)
+
+
+def _quantized(spec: ModelSpec) -> str | None:
+    """What a base's weights stay quantized with; a GGUF file's are unpacked."""
+    return None if names_gguf(spec.path) else quantized_with(load_config(spec))
 
 
 def check_extras(config: RunConfig, args: CoLLMConfig) -> None:
