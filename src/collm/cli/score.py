@@ -19,7 +19,9 @@ def score(
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model: path or Hub id, with @revision; or tool:..")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model: directory, GGUF file or Hub id, with @revision; or tool:..")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for the scores; an interrupted run resumes there.")
     ] = None,

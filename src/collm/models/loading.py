@@ -1,4 +1,4 @@
-"""Loading models and tokenizers by path or Hub id."""
+"""Loading models and tokenizers by their names."""
 
 from __future__ import annotations
 
@@ -317,14 +317,13 @@ def _tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase:
 def _could_not_load(what: str, spec: ModelSpec, error: Exception | str, method: str | None = None) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
-    expected = "expected a directory written by save_pretrained, a GGUF file or a Hub repository id"
-    if names_gguf(spec.path):
-        expected = (
-            "expected a GGUF file that is whole, of a kind that transformers reads; or name the original checkpoint"
-        )
+    advice = "expected a directory written by save_pretrained, a GGUF file or a Hub repository id"
     if method is not None:
-        what, expected = f"{what} quantized with {method}", "do what this asks for, or name the original checkpoint"
-    return f"could not load the {what} of {spec.path!r}: {' '.join(reason.split()).rstrip('.'):.500}; {expected}"
+        what, advice = f"{what} quantized with {method}", "do what this asks for, or name the original checkpoint"
+    elif names_gguf(spec.path):
+        damaged = "" if "not supported" in reason else "the file is damaged or cut short: fetch it again, or "
+        advice = f"{damaged}name the original checkpoint"
+    return f"could not load the {what} of {spec.path!r}: {' '.join(reason.split()).rstrip('.'):.500}; {advice}"
 
 
 def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:

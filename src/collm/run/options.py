@@ -82,7 +82,8 @@ class RunConfig(DataConfig):
     """What to train on what. How to train is `CoLLMConfig`; a run's YAML file holds the fields of both.
 
     Attributes:
-        base: the model to train: a path or Hub id, "@revision" behind it if need be.
+        base: the model to train: a directory, a GGUF file or a Hub id, "@revision" behind it if need be; of a GGUF file
+            on the Hub repo:file.gguf.
         assistant: the assistants 1..K, likewise; or tools: tool:calculator, tool:date, tool:lookup:facts.csv, or a
             function of yours as tool:package.module:function.
         validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
@@ -134,7 +135,7 @@ class RunConfig(DataConfig):
 
     def __post_init__(self) -> None:
         if not self.assistant:
-            raise ConfigError("no assistant came; expected at least one path or Hub id")
+            raise ConfigError("no assistant came; expected at least one directory, GGUF file or Hub id")
         if self.validation_split is not None and self.validation is None:
             raise ConfigError("validation_split has no effect without validation; name the data set")
         for split in (self.data_split, self.validation_split):
@@ -205,7 +206,7 @@ def parse_model(
     attention: str | None = None,
     quantization: str | None = None,
 ) -> ModelSpec:
-    """A model by path or Hub id, with "@revision" behind it if need be."""
+    """A model by directory, GGUF file or Hub id, with "@revision" behind it if need be."""
     path, at, revision = name.rpartition("@")
     if not at or Path(name).exists():
         path, revision = name, ""
