@@ -215,9 +215,9 @@ def test_a_file_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.M
     [
         (lambda content: b"", "could not load"),
         (lambda content: b"PK\x03\x04" + content[4:], "does not start with the GGUF magic bytes"),
-        (lambda content: content[:50], "expected a GGUF file that is whole"),
-        (lambda content: content[:2000], "expected a GGUF file that is whole"),
-        (lambda content: content[:8] + b"\xff" * 16 + content[24:], "expected a GGUF file that is whole"),
+        (lambda content: content[:50], "damaged or cut short: fetch it again"),
+        (lambda content: content[:2000], "damaged or cut short: fetch it again"),
+        (lambda content: content[:8] + b"\xff" * 16 + content[24:], "damaged or cut short: fetch it again"),
     ],
 )
 def test_a_damaged_file_is_one_sentence(changed: Any, complaint: str, gguf_path: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_damaged_file_is_one_sentence(changed: Any, complaint: str, gguf_path:
 def test_a_file_that_is_cut_short_is_one_sentence(gguf_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "short.gguf"
     path.write_bytes(gguf_path.read_bytes()[:-200])
-    with pytest.raises(LoadError, match="cannot reshape array .*; expected a GGUF file that is whole"):
+    with pytest.raises(LoadError, match="the file is damaged or cut short: fetch it again"):
         load_model(ModelSpec(str(path)))
 
 
@@ -237,7 +237,7 @@ def test_an_architecture_that_transformers_does_not_read_is_named(
     byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = write_gguf(tmp_path / "other.gguf", byte_model, byte_tokenizer, architecture="rwkv7")
-    with pytest.raises(LoadError, match="architecture rwkv7 is not supported yet; .*name the original checkpoint"):
+    with pytest.raises(LoadError, match="architecture rwkv7 is not supported yet; name the original checkpoint"):
         load_model(ModelSpec(str(path)))
 
 

@@ -71,8 +71,8 @@ def gguf_file(name: str, revision: str | None) -> Path:
     except Exception as error:  # of the Hub or the network, whatever they raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LoadError(
-            f"could not get the GGUF file {file!r} of {repo!r}: {reason.rstrip('.')}; name a file that the repository has, or one "
-            "on this machine"
+            f"could not get the GGUF file {file!r} of {repo!r}: {reason.rstrip('.')}; name a file that the "
+            "repository has, or one on this machine"
         ) from error
 
 
