@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Bench:
                     "tokens_per_second": batch * new / taken,
                     "assistant_passes": out.usage["assistant"].forward_passes,
                     "base_passes": out.usage["base"].forward_passes,
-                    "cache_allocated_over_needed": _cache_share(self.pair, prompt + new, batch),
+                    "cache_allocated_over_needed": _cache_share(self.pair, [prompt + new - 1] * batch),
                 }
                 if batch == 1 or rate == 0.3:
                     ahead, _ = self._timed(self.pair, prompts, params, policies, lookahead=None)
@@ -170,30 +170,6 @@ class Bench:
                     rows.append(_logged(row))
         return rows
 
-    def compiled(self) -> list[dict[str, Any]]:
-        """One-token passes through `torch.compile`, against the same models as transformers loads them and packed."""
-        rows = []
-        new = self.arguments.new
-        pair = collaborate(
-            *(self.model(shape) for shape in (self.arguments.base, self.arguments.assistant)), compiled=True
-        )
-        for batch in self.arguments.batch:
-            prompts, params = prompts_of(batch, 32, self.vocab_size), SamplingParams(max_new_tokens=new)
-            policies = [pattern(0.3, 1, new, seed) for seed in range(batch)]
-            models = {"compiled": pair, "packed": self.pair, "plain": collaborate(*self.theirs)}
-            taken = {}
-            for name, model in models.items():
-                start = time.perf_counter()
-                self._timed(model, prompts, params, policies, lookahead=0)
-                first = time.perf_counter() - start
-                taken[name], _ = self._timed(model, prompts, params, policies, lookahead=0)
-                if name == "compiled":
-                    compiling = first - taken[name]
-            row = {"batch": batch, "speed_vs_plain": taken["plain"] / taken["compiled"]}
-            row |= {"speed_vs_packed": taken["packed"] / taken["compiled"], "seconds_to_compile": compiling}
-            rows.append(_logged(row))
-        return rows
-
     def context(self) -> list[dict[str, Any]]:
         """Time of a token as the context grows, the base writing: against a bare pass at that length."""
         rows = []
@@ -216,9 +192,10 @@ def _logged(row: dict[str, Any]) -> dict[str, Any]:
     return rounded
 
 
-def _cache_share(model: CoLLM, length: int, batch: int) -> float:
-    caches = [runner._cache for runner in model.runners]
-    return sum(cache.slots * cache.capacity for cache in caches) / (len(caches) * length * batch)
+def _cache_share(model: CoLLM, lengths: Sequence[int]) -> float:
+    """Key-value memory held after a run over what its texts need."""
+    runners = model.runners
+    return sum(one.cache_bytes for one in runners) / sum(one.bytes_per_position * sum(lengths) for one in runners)
 
 
 def _generate(model: PreTrainedModel, prompts: list[list[int]], new: int) -> None:
@@ -242,7 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("grid", "lookahead", "context", "compiled"),
+        choices=("grid", "lookahead", "context"),
         default=["grid", "lookahead", "context"],
     )
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
@@ -253,7 +230,6 @@ def main() -> None:
         "grid": bench.grid,
         "lookahead": bench.lookahead,
         "context": bench.context,
-        "compiled": bench.compiled,
     }
     run_parts("benchmarks.decode", arguments, parts)
 

@@ -132,11 +132,11 @@ def collaborate(
     base: PreTrainedModel,
     assistant: PreTrainedModel,
     *,
-    compiled: bool = False,
+    eager: bool = False,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> CoLLM:
     tokenizer = tokenizer or make_tokenizer(base.config.vocab_size)
-    return CoLLM(base, [assistant], DeferralHead(base.config.hidden_size), tokenizer, compiled=compiled)
+    return CoLLM(base, [assistant], DeferralHead(base.config.hidden_size), tokenizer, eager=eager)
 
 
 def prompts_of(batch: int, length: int, vocab_size: int) -> list[list[int]]:

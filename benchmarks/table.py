@@ -43,12 +43,6 @@ LOOKAHEAD = {
 }
 CONTEXT = {"context": "context", "ms_per_token": "ms per token", "over_bare_pass": "over a bare pass"}
 
-COMPILED = {
-    "batch": "batch",
-    "speed_vs_plain": "vs plain",
-    "speed_vs_packed": "vs packed",
-    "seconds_to_compile": "seconds to compile",
-}
 MEMORY = {
     "vocabulary": "vocabulary",
     "plain_mb": "all logits, MB",
@@ -110,7 +104,6 @@ PARTS = [
     ("lookahead", "Lookahead, one sequence, by how often the models agree:", LOOKAHEAD),
     ("context", "As the context grows, the base writing:", CONTEXT),
     ("packing", "A pass of one token per sequence, speed over plain layers:", PACKING),
-    ("compiled", "The compiled one-token step, rate 0.3:", COMPILED),
 ]
 
 

@@ -72,8 +72,9 @@ class CoLLM:
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
         training: what was measured while training, for the model card.
         servers: where base and assistants are served; then nothing is loaded here, and decoding goes across them.
-        compiled: run each model's one-token passes through `torch.compile`, as CUDA graphs on a GPU; costs about half
-            a minute a model at the start and whenever the cache grows.
+        eager: run models as they are, without CUDA graphs; has no effect without a GPU.
+        cache_memory: memory for keys and values on each device, all models together: "4GiB", a number of bytes, or a
+            share of what is free once the models are loaded, "50%"; by default 80% on a GPU, 50% on a CPU.
 
     Raises:
         MismatchError: the models, the tokenizer or the head do not fit.
@@ -90,12 +91,14 @@ class CoLLM:
         calibration: Calibration | None = None,
         accept_differences: Sequence[str] = (),
         training: dict[str, Any] | None = None,
-        compiled: bool = False,
+        eager: bool = False,
+        cache_memory: str | int | None = None,
         servers: Servers | None = None,
     ) -> None:
         check_accepted(accept_differences)
-        if servers is not None and compiled:
-            raise ConfigError("compiled has no effect across servers; leave it out")
+        if servers is not None and (eager or cache_memory is not None):
+            given = "eager" if eager else "cache_memory"
+            raise ConfigError(f"{given} has no effect across servers; leave it out")
         if len(assistants) != head.num_assistants:
             raise MismatchError(
                 f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
@@ -117,7 +120,13 @@ class CoLLM:
         members, accepted = [self.base, *self.assistants], self.accept_differences
         stop_ids = self.template.turn_ends
         self._in_memory = InMemory(
-            members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted, compiled=compiled
+            members,
+            head,
+            tokenizer,
+            stop_ids=stop_ids,
+            accept_differences=accepted,
+            eager=eager,
+            cache_memory=cache_memory,
         )
         self.backend: Backend = self._in_memory
         if servers is not None:
@@ -139,7 +148,8 @@ class CoLLM:
         assistants: Sequence[Member | ToolFunction] | None = None,
         device: str | None = None,
         dtype: str | None = None,
-        compiled: bool = False,
+        eager: bool = False,
+        cache_memory: str | int | None = None,
         trust_code: bool = False,
         engine: EngineName | None = None,
         servers: Servers | None = None,
@@ -151,7 +161,7 @@ class CoLLM:
             revision: Hub branch, tag or commit.
             base, assistants: models to use in place of those the artefact names, after a move for example.
             device, dtype: of all models, in place of what the artefact says.
-            compiled: as of the class.
+            eager, cache_memory: as of the class.
             trust_code: run the functions that the artefact names as assistants.
             engine: "local" or "vllm"; by default "vllm" where servers are given.
             servers: where base and assistants are served. No file of an artefact decides that.
@@ -189,7 +199,8 @@ class CoLLM:
             calibration=artefact.read_calibration(directory),
             accept_differences=manifest.accept_differences,
             training=manifest.training,
-            compiled=compiled,
+            eager=eager,
+            cache_memory=cache_memory,
             servers=servers,
         )
         model._source = directory if base is None else None

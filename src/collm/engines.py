@@ -17,6 +17,7 @@ from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.decoding.prompt_logprobs import prompt_logprobs
 from collm.decoding.request import check_params
 from collm.errors import ConfigError, MismatchError
+from collm.models.cache_memory import cache_bytes, share_cache_memory
 from collm.models.grammars import Grammars
 from collm.models.guards import TokenizerIdentity, check_eos
 from collm.models.language_model import LanguageModel
@@ -64,7 +65,8 @@ class InMemory:
         tokenizer: of all.
         stop_ids: tokens that end a text besides EOS.
         accept_differences: as of `CoLLM`.
-        compiled: run one-token passes through `torch.compile`.
+        eager: as of `CoLLM`.
+        cache_memory: as of `CoLLM`.
     """
 
     def __init__(
@@ -75,14 +77,17 @@ class InMemory:
         *,
         stop_ids: Collection[int] = (),
         accept_differences: Collection[str] = (),
-        compiled: bool = False,
+        eager: bool = False,
+        cache_memory: str | int | None = None,
     ) -> None:
         self._given = members
         self._head = head
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._accept_differences = accept_differences
-        self._compiled = compiled
+        self._eager = eager
+        self._cache_memory = cache_memory
+        cache_bytes(cache_memory)
 
     @cached_property
     def members(self) -> list[LanguageModel | ToolModel]:
@@ -93,7 +98,7 @@ class InMemory:
             MismatchError: they do not fit.
         """
         vocab_size = TokenizerIdentity.of(self._tokenizer).vocab_size
-        models = load_members(self._given, self._tokenizer, vocab_size=vocab_size, packed=not self._compiled)
+        models = load_members(self._given, self._tokenizer, vocab_size=vocab_size, packed=True)
         base = cast(LanguageModel, models[0])
         if base.hidden_size != self._head.hidden_size:
             raise MismatchError(
@@ -105,10 +110,13 @@ class InMemory:
 
     @cached_property
     def runners(self) -> list[ModelRunner | ToolRunner]:
-        return [
-            ModelRunner(member, compiled=self._compiled) if isinstance(member, LanguageModel) else ToolRunner(member)
+        static = False if self._eager else None
+        runners = [
+            ModelRunner(member, static=static) if isinstance(member, LanguageModel) else ToolRunner(member)
             for member in self.members
         ]
+        share_cache_memory([one for one in runners if isinstance(one, ModelRunner)], self._cache_memory)
+        return runners
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
@@ -124,6 +132,8 @@ class InMemory:
         for member, runner in zip(self._given, self.runners, strict=True):
             if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
                 runner.forget()
+            if isinstance(runner, ModelRunner):
+                runner.prepare(max_batch)
         return Engine(
             cast(ModelRunner, base),
             assistants,

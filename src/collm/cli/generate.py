@@ -64,9 +64,11 @@ def generate(
     lookahead: Annotated[
         int | None, typer.Option(help="Most tokens drafted ahead; the text is the same. 0 for none. Default: 16.")
     ] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="torch.compile, CUDA graphs on a GPU; a slow start, then faster.")
-    ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Run models on a GPU without CUDA graphs.")] = False,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for keys and values on each device, such as 4GiB, or a share of what is free: 50%."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, for machines.")] = False,
 ) -> None:
     """Continue prompts, each token in its author's colour (plain when piped)."""
@@ -95,8 +97,11 @@ def generate(
         bad_words=bad_words or (),
         structured_outputs=sampling.structured_outputs(json_schema, json_object, regex, choice, grammar),
     )
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "compiled": compiled, "trust_code": trust_code}
-    model = CoLLM.from_pretrained(collaboration, engine=engine, servers=servers_named(servers), **loading)
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
+    loading |= {"engine": engine, "cache_memory": cache_memory}
+    model = CoLLM.from_pretrained(
+        collaboration, engine=engine, servers=servers_named(servers), cache_memory=cache_memory, **loading
+    )
     if not chat and model.training.get("rows") == "chats":
         typer.echo("this collaboration was trained on chats; --chat sends the prompt as a user's message", err=True)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]

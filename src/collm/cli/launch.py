@@ -23,7 +23,8 @@ NOT_HERE = {
     "--dtype": "dtype",
     "--engine": "engine",
     "--servers": "servers",
-    "--compile": "compiled",
+    "--eager": "eager",
+    "--cache-memory": "cache_memory",
     "--trust-code": "trust_code",
 }
 """Options of `collm serve` that say where and how models run; here they run on the servers that are started."""

@@ -68,9 +68,11 @@ def serve(
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
     ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="torch.compile, CUDA graphs on a GPU; a slow start, then faster.")
-    ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Run models on a GPU without CUDA graphs.")] = False,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for keys and values on each device, such as 4GiB, or a share of what is free: 50%."),
+    ] = None,
 ) -> None:
     """Serve collaborations to OpenAI clients, until Ctrl-C or SIGTERM; then running requests are finished first."""
     check_extra()
@@ -82,8 +84,8 @@ def serve(
             f"--servers came {len(servers)} times for {len(collaborations)} collaborations; give one for each, in the "
             "same order"
         )
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "compiled": compiled}
-    options |= {"engine": engine}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
+    options |= {"engine": engine, "cache_memory": cache_memory}
     where = [servers_named(one) for one in servers] if servers else [None] * len(collaborations)
     run(_models(collaborations, where, options), settings, host=host, port=port, no_auth=no_auth)
 

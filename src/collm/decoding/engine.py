@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,16 +23,21 @@ from collm.decoding.draws import Draw, Logits
 from collm.decoding.logits_processors import Edits
 from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, wait_steps
 from collm.decoding.reader import Heard, Reader, Stretch
-from collm.decoding.request import Request, check_params, check_prompt
+from collm.decoding.request import Request, check_cache, check_params, check_prompt
 from collm.decoding.sequence import Decision, Sequence
 from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
 from collm.models.grammars import Grammars
+from collm.models.kv_cache import PAGE, in_pages
 from collm.models.runner import Assistant, ModelRunner
+
+_LOG = logging.getLogger(__name__)
 
 LOOKAHEAD = 16
 """Default for the most tentative tokens of a sequence."""
 MAX_WAIT = 16
 """Default for the most steps that a sequence waits for company."""
+_ROOM = 2 * PAGE
+"""Positions that a sequence is given beyond its text and draft before another may take them."""
 _PLAN_LASTS = 8
 """Steps after which the waiting is planned anew."""
 
@@ -110,9 +116,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.grammars = grammars
-        self.max_batch = max_batch
+        self.max_batch = min([max_batch, *(one.most_slots for one in self.authors if one.most_slots is not None)])
         self.lookahead = lookahead
         self.max_wait = max_wait
+        self._capacity = min((one.capacity for one in self.authors if one.capacity is not None), default=None)
         self._vocab_size = base.model.vocab_size
         self._readers = [Reader(author, runner) for author, runner in enumerate(self.authors)]
         self._waiting: deque[Sequence] = deque()
@@ -132,11 +139,12 @@ class Engine:
         """Queue a request; its number tells its steps from others'.
 
         Raises:
-            RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context; or the
-                parameters name unknown tokens or a grammar that cannot be followed.
+            RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context or cache;
+                or the parameters name unknown tokens or a grammar that cannot be followed.
             ConfigError: the policy asks for an author that does not exist.
         """
         check_prompt(self.authors, self._vocab_size, request.prompt_ids)
+        check_cache(self.authors, request.prompt_ids)
         check_params(request.params, self._vocab_size)
         consulted = request.policy.consults(len(self.authors) - 1)
         unknown = [author for author in consulted if not 1 <= author < len(self.authors)]
@@ -144,10 +152,11 @@ class Engine:
             raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         structured = request.params.structured_outputs
         grammar = self.grammars.compile(structured) if structured is not None else None
-        number, self._count = self._count, self._count + 1
         odds = self._odds.copy()
-        self._waiting.append(Sequence(number, request, self.authors, self.tokenizer, self.eos_ids, odds, grammar))
-        return number
+        sequence = Sequence(self._count, request, self.authors, self.tokenizer, self.eos_ids, odds, grammar)
+        self._count += 1
+        self._waiting.append(sequence)
+        return sequence.number
 
     def cancel(self, number: int) -> None:
         """Drop a request, running or waiting; its slots are free at once."""
@@ -168,15 +177,35 @@ class Engine:
         A sequence whose model or policy breaks down leaves with its failure; the others go on.
         """
         self._steps += 1
-        while self._waiting and len(self._active) < self.max_batch:
-            sequence = self._waiting.popleft()
-            self._active[sequence.number] = sequence
+        self._schedule()
         consultations = self._read_base()
         for author in range(1, len(self.authors)):
             self._ask(author, consultations)
         self._combine(consultations)
         news, self._news = self._news, []
         return news
+
+    # Who takes part
+
+    def _schedule(self) -> None:
+        """Take back the youngest sequences that the caches have no room for, and take in those that wait for room."""
+        while len(self._active) > 1 and not self._fit(self._active.values()):
+            sequence = self._active.popitem()[1]
+            sequence.pause()
+            self._waiting.appendleft(sequence)
+            _LOG.debug("sequence %d waits for room in the caches", sequence.number)
+        while self._waiting and len(self._active) < self.max_batch:
+            if self._active and not self._fit([*self._active.values(), self._waiting[0]]):
+                break
+            sequence = self._waiting.popleft()
+            self._active[sequence.number] = sequence
+
+    def _fit(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether these sequences have room in every cache for what a step may add to them."""
+        if self._capacity is None:
+            return True
+        ahead = self.lookahead + _ROOM
+        return sum(in_pages(min(s.length + ahead, s.most_tokens)) for s in sequences) <= self._capacity
 
     # The base reads, and every position it reads is decided
 

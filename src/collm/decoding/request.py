@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy
 from collm.errors import ConfigError, RequestError
-from collm.models.runner import Limited
+from collm.models.runner import Assistant, Limited
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,14 @@ def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequen
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, but {author.name} reads at most {author.max_length} "
                 "including what it writes; shorten the prompt"
+            )
+
+
+def check_cache(authors: Sequence[Assistant], prompt_ids: Sequence[int]) -> None:
+    """Raise a RequestError for a prompt that leaves no room in an author's cache, were it alone there."""
+    for author in authors:
+        if author.capacity is not None and len(prompt_ids) >= author.capacity:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids):,} tokens, but the key-value cache of {author.name} holds "
+                f"{author.capacity:,} including what is written; shorten the prompt or raise cache_memory"
             )

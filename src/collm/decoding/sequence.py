@@ -99,7 +99,8 @@ class Sequence:
         if params.changes_logits:
             ends = eos_ids | self._stop_ids  # EOS that is to be ignored could not come before min_tokens either
             self.processors = LogitsProcessors(params, request.prompt_ids, tokenizer, ends, grammar)
-        self._max_length = min((a.max_length for a in authors if a.max_length is not None), default=None)
+        limits = [limit for one in authors for limit in (one.max_length, one.capacity) if limit is not None]
+        self._max_length = min(limits, default=None)
         self._stream = TextStream(
             tokenizer, request.prompt_ids, params.stop, keep_stop=params.include_stop_str_in_output
         )
@@ -131,6 +132,12 @@ class Sequence:
         """Longest draft after which a token is still to come."""
         limit = self.request.params.max_new_tokens - len(self.steps) - 1
         return limit if self._max_length is None else min(limit, self._max_length - len(self.token_ids) - 1)
+
+    @property
+    def most_tokens(self) -> int:
+        """Longest that its text can become."""
+        most = len(self.request.prompt_ids) + self.request.params.max_new_tokens
+        return most if self._max_length is None else min(most, self._max_length)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -238,6 +245,14 @@ class Sequence:
         if full or len(self.steps) + 1 >= self.request.params.max_new_tokens:
             return "length"
         return None
+
+    def pause(self) -> None:
+        """Give all slots back, and forget what is not certain: it will be found again."""
+        self.leave()
+        self.draft.clear()
+        self.decisions.clear()
+        self.ahead.clear()
+        self.waited = 0
 
     def leave(self, spoiled: int | None = None) -> None:
         """Give all slots back, wiping that of the author that returned NaN."""

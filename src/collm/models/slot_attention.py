@@ -6,9 +6,10 @@ dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from collm.errors import UnsupportedModel
 from collm.models.slots import PackedPass, StaticPass
 
 ATTENTION_NAME = "collm_slots"
+STATIC_ATTENTION_NAME = "collm_static"
 
 
 def slot_mask(
@@ -44,18 +46,15 @@ def slot_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    slot_pass: PackedPass | StaticPass | None = None,
+    slot_pass: PackedPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row (1, H, T, D) over slots (S, H_kv, L, D), group by group: (1, T, H, D_v)."""
-    if slot_pass is None or position_bias is not None:
-        missing = "no slot layout" if slot_pass is None else "a position bias"
-        raise UnsupportedModel(f"{type(module).__name__} calls attention with {missing}; collm cannot run it exactly")
+    """Attention of a packed row (1, H, T, D) over what slots hold, group by group: (1, T, H, D_v)."""
+    slot_pass = _checked(module, slot_pass, position_bias)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for group in slot_pass.groups:
-        keys = key[group.slots, :, : group.kv_length]
-        values = value[group.slots, :, : group.kv_length]
+        keys, values = slot_pass.held(key, group), slot_pass.held(value, group)
         queries = query[0, :, group.tokens if group.padded is None else group.padded]  # (H, n * width, D)
         queries = queries.reshape(queries.shape[0], keys.shape[0], group.width, -1).transpose(0, 1)  # (n, H, width, D)
         mask = slot_pass.mask_of(group, attention_mask, query.dtype)
@@ -66,6 +65,114 @@ def slot_attention(
         attended = attended.transpose(1, 2).flatten(0, 1)  # (n * width, H, D_v)
         outputs.append(attended if group.kept is None else attended[group.kept])
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def static_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    slot_pass: StaticPass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a static pass (1, H, T, D) over pages (N, page, H_kv, D): (1, T, H, D_v)."""
+    from collm.models.paged_attention import paged_attention  # needs Triton, which comes with PyTorch for GPUs
+
+    slot_pass = _checked(module, slot_pass, position_bias)
+    assert attention_mask is not None
+    attended = paged_attention(
+        query[0].transpose(0, 1),
+        key,
+        value,
+        slot_pass.table,
+        slot_pass.slots,
+        slot_pass.queries,
+        attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return attended.unsqueeze(0), None
+
+
+Layout = TypeVar("Layout")
+
+
+def _checked(module: Any, layout: Layout | None, position_bias: Tensor | None) -> Layout:
+    if layout is None or position_bias is not None:
+        missing = "no slot layout" if layout is None else "a position bias"
+        raise UnsupportedModel(f"{type(module).__name__} calls attention with {missing}; collm cannot run it exactly")
+    return layout
+
+
+class MaskKinds:
+    """The masks that a model asks for in every pass, in its order, as numbers for the kernel.
+
+    They are found out in the first pass, by asking the model's mask functions, and then repeated.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[Tensor] = []
+        self._next = 0
+
+    def start(self) -> None:
+        """A pass begins."""
+        self._next = 0
+
+    def next(self, mask_function: Callable[..., Tensor], size: int | None, device: torch.device) -> Tensor:
+        """Window and chunk of the next mask, shape (2,), int32.
+
+        Raises:
+            UnsupportedModel: it is none that the kernel knows.
+        """
+        if self._next == len(self._known):
+            self._known.append(torch.tensor(mask_kind(mask_function, size, device), dtype=torch.int32, device=device))
+        self._next += 1
+        return self._known[self._next - 1]
+
+
+def mask_kind(mask_function: Callable[..., Tensor], size: int | None, device: torch.device) -> tuple[int, int]:
+    """What a mask function says, as the width of a sliding window and the length of chunks, 0 for none.
+
+    Args:
+        mask_function: takes indices of batch, head, queries and keys, as transformers' do.
+        size: the window or the chunk, if there is one.
+
+    Raises:
+        UnsupportedModel: it says something else at some of the positions where these differ.
+    """
+    step = size or 16
+    at = sorted({0, 1, 2, 1 << 20} | {multiple * step + off for multiple in (1, 2, 3, 10) for off in (-1, 0, 1)})
+    near = {query + off for query in at for off in (-1, 0, 1)} | {
+        query - step + off for query in at for off in (-1, 0, 1)
+    }
+    queries = torch.tensor(at, device=device)[:, None]
+    keys = torch.tensor(sorted(key for key in near if key >= 0), device=device)[None, :]
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+    said = mask_function(zero, zero, queries[None, None], keys[None, None])[0, 0]
+    causal = keys <= queries
+    if torch.equal(said, causal):
+        return 0, 0
+    if size and torch.equal(said, causal & (keys > queries - size)):
+        return size, 0
+    if size and torch.equal(said, causal & (keys // size == queries // size)):
+        return 0, size
+    raise UnsupportedModel("the model's attention mask is neither causal, nor a sliding window, nor chunked")
+
+
+_MASK_KINDS: ContextVar[MaskKinds] = ContextVar("mask kinds of the static pass that is being made")
+
+
+def static_mask(
+    mask_function: Callable[..., Tensor], device: torch.device, local_size: int | None = None, **kwargs: Any
+) -> Tensor:
+    """In place of a mask, what kind it is of, shape (2,)."""
+    return _MASK_KINDS.get().next(mask_function, local_size, device)
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -108,17 +215,29 @@ def _plain_attention(
 
 
 def register_attention() -> None:
-    """Make `ATTENTION_NAME` known to transformers; repeating it changes nothing."""
+    """Make both kinds of attention known to transformers; repeating it changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, slot_mask)
+    AttentionInterface.register(STATIC_ATTENTION_NAME, static_attention)
+    AttentionMaskInterface.register(STATIC_ATTENTION_NAME, static_mask)
 
 
 @contextmanager
-def slot_attention_of(config: Any) -> Iterator[None]:
-    """Run the model of `config` with slot attention inside the block, and leave the model as it was found."""
+def slot_attention_of(config: Any, kinds: MaskKinds | None = None) -> Iterator[None]:
+    """Run the model of `config` with slot attention inside the block, and leave the model as it was found.
+
+    Args:
+        kinds: of a static pass; None for a packed one.
+    """
     before = config._attn_implementation
-    config._attn_implementation = ATTENTION_NAME
+    config._attn_implementation = ATTENTION_NAME if kinds is None else STATIC_ATTENTION_NAME
+    token = None
+    if kinds is not None:
+        kinds.start()
+        token = _MASK_KINDS.set(kinds)
     try:
         yield
     finally:
         config._attn_implementation = before
+        if token is not None:
+            _MASK_KINDS.reset(token)

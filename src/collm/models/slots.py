@@ -1,11 +1,10 @@
-"""KV slots: a cache in which every sequence advances, waits and rolls back on its own.
+"""Layouts of forward passes over KV slots, in which every sequence advances, waits and rolls back on its own.
 
-The new tokens of all sequences of one forward pass travel as a single packed row (1, T) with explicit positions, so
-no linear layer sees padding. Only attention tells sequences apart: it runs over `groups` of the packed row, each
-group against the keys of its own slots. Slots keep every position (sliding windows are a matter of the mask), so a
-rollback is a smaller length and nothing else.
+The new tokens of all sequences of one forward pass travel as a single row (1, T) with explicit positions. A packed
+pass holds no padding, so no linear layer sees any; only attention tells sequences apart. A static pass has one of few
+shapes, padded, and keeps all that changes from pass to pass on the device, so that it can be captured as a CUDA graph.
 
-Shapes: T packed tokens, S slots, H heads, L cached positions, D head dimension. The attention itself is in
+Shapes: T tokens, S slots, H heads, L cached positions, D head dimension. The memory is in `kv_cache`, the attention in
 `slot_attention`.
 """
 
@@ -13,11 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,27 @@ class Group:
 class PackedPass:
     """Layout of one forward pass: which packed token belongs to which slot and position.
 
+    Keys and values lie as (S, H, L, D), or in pages, (N, page, H, D).
+
     Args:
         rows: in packed order; see `packing_order`.
         window: the model's smallest attention window, None without one.
+        places: where each token is written among all positions of all pages, (T,); None without pages.
+        table: the pages of each slot, (S, P); None without pages.
     """
 
-    def __init__(self, rows: Sequence[Row], *, device: torch.device, window: int | None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        device: torch.device,
+        window: int | None,
+        places: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> None:
         self.rows = rows
+        self.places = places
+        self.table = table
         self.kv_length = max(row.end for row in rows)
         self.windowed = window is not None and self.kv_length > window
         self.groups = _groups(rows, device)
@@ -81,6 +92,13 @@ class PackedPass:
     def most_new(self) -> int:
         """New tokens of the longest row."""
         return max(row.size for row in self.rows)
+
+    def held(self, memory: Tensor, group: Group) -> Tensor:
+        """The keys or the values that a group attends to: (n, H, L, D)."""
+        if self.table is None:
+            return memory[group.slots, :, : group.kv_length]
+        pages = self.table[group.slots, : -(-group.kv_length // memory.shape[1])].to(memory.device)
+        return memory[pages].flatten(1, 2)[:, : group.kv_length].transpose(1, 2)
 
     def mask_of(self, group: Group, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """What attention adds to the scores of a group: (n, 1, width, L), 0 where visible, else -inf; None for nothing.
@@ -101,32 +119,50 @@ class PackedPass:
 
 
 class StaticPass:
-    """A pass of one token in every slot, whose shapes change only with the cache's: what `torch.compile` wants.
+    """Layout of a pass of `width` tokens in each of `batch` rows, padded, at fixed addresses on the device.
 
-    Every layer attends to the whole cache under a mask. Slots without a new token take part and are ignored: what they
-    write lies after the tokens they hold.
-
-    Args:
-        lengths: tokens in each slot.
-        capacity: of the cache, more than any length.
+    Attributes:
+        token_ids, positions: what the model reads, (1, T) and (T,).
+        places: where each token is written among all positions of all pages, (T,); padding writes to page 0.
+        queries: positions as attention sees them, (T,): -1 for padding.
+        slots: of each row, (batch,).
+        last: of each row, its last token among all, (batch,).
+        table: the pages of each slot, (S, P).
     """
 
-    windowed = True
     needs_mask = True
-    most_new = 1
+    most_new = 0
+    kv_length = 0
 
-    def __init__(self, lengths: Sequence[int], *, capacity: int, device: torch.device) -> None:
-        self.rows: list[Row] = []
-        self.kv_length = capacity
-        self.groups = [Group(slice(0, len(lengths)), slice(0, len(lengths)), 1, capacity, ragged=True)]
-        self.positions = torch.tensor(lengths, device=device)  # (S,)
-        self.slot_of = torch.arange(len(lengths), device=device)  # (S,)
+    def __init__(self, width: int, batch: int, *, table: Tensor) -> None:
+        self.width = width
+        self.batch = batch
+        self.table = table
+        sizes = [width * batch] * 4 + [batch] * 2
+        self._inputs = torch.zeros(sum(sizes), dtype=torch.long, device=table.device)
+        parts = torch.split(self._inputs, sizes)
+        token_ids, self.positions, self.places, self.queries, self.slots, self.last = parts
+        self.token_ids = token_ids.unsqueeze(0)
 
-    def mask_of(self, group: Group, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """As of `PackedPass`: shape (S, 1, 1, L)."""
-        assert visible is not None
-        seen = visible[0, 0, :, None, None]
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+    def fill(self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> None:
+        """Set all that changes, in one copy to the device.
+
+        Args:
+            rows: as many as the batch, or fewer.
+            token_ids, places: of each row.
+        """
+        missing = self.batch - len(rows)
+        inputs = self._padded(token_ids, 0)
+        inputs += self._padded([range(row.start, row.end) for row in rows], 0)
+        inputs += self._padded(places, 0)
+        inputs += self._padded([range(row.start, row.end) for row in rows], -1)
+        inputs += [row.slot for row in rows] + [self.table.shape[0] - 1] * missing
+        inputs += [i * self.width + row.size - 1 for i, row in enumerate(rows)] + [0] * missing
+        self._inputs.copy_(torch.tensor(inputs, pin_memory=self._inputs.is_cuda), non_blocking=True)
+
+    def _padded(self, of_rows: Sequence[Sequence[int]], value: int) -> list[int]:
+        filled = [each for of_row in of_rows for each in (*of_row, *[value] * (self.width - len(of_row)))]
+        return filled + [value] * (self.width * (self.batch - len(of_rows)))
 
 
 _WIDEST = 16  # longer rows attend alone
@@ -181,116 +217,3 @@ def _padding(rows: Sequence[Row], at: int, width: int) -> tuple[list[int], list[
         kept += range(place, place + row.size)
         at += row.size
     return padded, kept
-
-
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer for all slots: (S, H, L, D) each."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, cache: SlotCache) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: a masked column has weight 0, and 0 * NaN would reach the output.
-        slots, capacity = self.cache.slots, self.cache.capacity
-        self.keys = key_states.new_zeros(slots, key_states.shape[1], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(slots, value_states.shape[1], capacity, value_states.shape[3])
-        self._fix_addresses()
-        self.is_initialized = True
-
-    def resize(self, slots: int, capacity: int) -> None:
-        if self.is_initialized:
-            self.keys = _enlarged(self.keys, slots, capacity)
-            self.values = _enlarged(self.values, slots, capacity)
-            self._fix_addresses()
-
-    def _fix_addresses(self) -> None:
-        if self.cache.compiled:  # CUDA graphs may then write to them in place
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
-
-    def clear(self, slot: int) -> None:
-        if self.is_initialized:
-            self.keys[slot] = 0
-            self.values[slot] = 0
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        self.keys[target, :, :length] = self.keys[source, :, :length]
-        self.values[target, :, :length] = self.values[source, :, :length]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store (1, H, T, D) at the pass's slots and positions; return everything up to the longest length."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        layout = self.cache.layout
-        if len(layout.rows) == 1:
-            row = layout.rows[0]
-            self.keys[row.slot, :, row.start : row.end] = key_states[0]
-            self.values[row.slot, :, row.start : row.end] = value_states[0]
-        else:
-            at = layout.slot_of.to(self.keys.device), slice(None), layout.positions.to(self.keys.device)
-            self.keys[at] = key_states[0].transpose(0, 1)
-            self.values[at] = value_states[0].transpose(0, 1)
-        return self.keys[:, :, : layout.kv_length], self.values[:, :, : layout.kv_length]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.layout.kv_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.cache.layout.kv_length - self.cache.layout.most_new
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-def _enlarged(old: Tensor, slots: int, capacity: int) -> Tensor:
-    new = old.new_zeros(slots, old.shape[1], capacity, old.shape[3])
-    new[: old.shape[0], :, : old.shape[2]] = old
-    return new
-
-
-class SlotCache(Cache):  # type: ignore[misc]
-    """The cache handed to the model; grows by doubling, never shrinks.
-
-    Args:
-        compiled: passes over it are compiled.
-    """
-
-    def __init__(self, num_layers: int, *, compiled: bool = False) -> None:
-        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
-        self.slots = 1
-        self.capacity = 128
-        self.compiled = compiled
-        self.layout: PackedPass | StaticPass
-
-    def reserve(self, slots: int, capacity: int) -> None:
-        """Make room for `slots` sequences of `capacity` tokens."""
-        if slots <= self.slots and capacity <= self.capacity:
-            return
-        self.slots = _doubled(self.slots, slots)
-        self.capacity = _doubled(self.capacity, capacity)
-        for layer in self.layers:
-            layer.resize(self.slots, self.capacity)
-
-    def clear(self, slot: int) -> None:
-        """Overwrite a slot with zeros, after a pass left NaN in it."""
-        for layer in self.layers:
-            layer.clear(slot)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Give `target` the first `length` tokens of `source`."""
-        for layer in self.layers:
-            layer.copy(source, target, length)
-
-    def get_query_offset(self, layer_idx: int = 0) -> Tensor | None:
-        """Absolute position of every packed token, (T,), which transformers hands to `slot_mask`; None for no mask."""
-        return self.layout.positions if self.layout.needs_mask else None
-
-
-def _doubled(size: int, needed: int) -> int:
-    while size < needed:
-        size *= 2
-    return size

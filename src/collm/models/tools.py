@@ -164,6 +164,8 @@ class ToolRunner:
 
     max_length = None
     may_abstain = True
+    capacity = None
+    most_slots = None
 
     def __init__(self, model: ToolModel) -> None:
         self.model = model

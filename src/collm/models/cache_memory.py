@@ -1,0 +1,86 @@
+"""How much memory keys and values may take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+
+from collm.errors import ConfigError
+
+SHARES = {"cpu": 0.5, "cuda": 0.8}
+"""Of the memory that is free once the models are loaded: what their caches may take by default."""
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Cached(Protocol):
+    """A model with a key-value cache of its own."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def bytes_per_position(self) -> int: ...
+
+    def set_capacity(self, positions: int) -> None: ...
+
+
+def cache_bytes(memory: str | int | None) -> int | float | None:
+    """The bytes, or the share of free memory, that a user asks for: 4GiB, 500MB, a number of bytes, or 50%.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if memory is None or (isinstance(memory, int) and memory > 0):
+        return memory
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)\s*", str(memory))
+    if found is not None:
+        number, unit = float(found[1]), found[2].upper()
+        if unit == "%" and 0 < number <= 100:
+            return number / 100
+        if unit in _UNITS and number * _UNITS[unit] >= 1:
+            return int(number * _UNITS[unit])
+    raise ConfigError(f"cache_memory is {memory!r}, expected a size such as 4GiB or a share of free memory such as 50%")
+
+
+def share_cache_memory(models: Sequence[Cached], memory: str | int | None) -> None:
+    """Give each model a cache. Those on one device share its memory, such that they hold equally many positions.
+
+    Args:
+        memory: on each device, as of `cache_bytes`; None for the default share.
+
+    Raises:
+        ConfigError: it is too little for anything.
+    """
+    wanted = cache_bytes(memory)
+    by_device: dict[torch.device, list[Cached]] = {}
+    for model in models:
+        by_device.setdefault(model.device, []).append(model)
+    for device, members in by_device.items():
+        limit = (
+            wanted if isinstance(wanted, int) else int(_free_bytes(device) * (wanted or SHARES.get(device.type, 0.5)))
+        )
+        positions = limit // sum(model.bytes_per_position for model in members)
+        for model in members:
+            model.set_capacity(positions)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    available = int(psutil.virtual_memory().available)
+    limit, used = (_number_in(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    return available if limit is None or used is None else max(min(available, limit - used), 0)
+
+
+def _number_in(path: Path) -> int | None:
+    """What a control group says of itself; None outside of one, or without a limit."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,187 @@
+"""Attention of a few new tokens per sequence over paged keys and values, as Triton kernels.
+
+All lengths are read on the device, so a captured CUDA graph serves a text of any length, and nothing is proportional
+to the cache's capacity. The keys of a sequence are cut into splits, which programs attend to side by side; a second
+kernel joins them (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+
+Shapes: B rows (sequences), W queries per row, T = B * W, H heads, H_kv key heads, D and D_v head dimensions, N pages of
+`page` positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_N = 32
+"""Keys that a program loads at once."""
+MOST_SPLITS = 32
+
+
+@triton.jit
+def _attend_split(
+    query, key, value, table, slots, positions, mask_kind,
+    partial, highest, total,
+    scale, softcap,
+    query_token, query_head, key_position, key_head, value_position, value_head, table_slot,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys, one tile of the queries that share a key head."""
+    row = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    member = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # queries of the row, those of one token side by side
+    token = row * WIDTH + member // GROUP
+    head = kv_head * GROUP + member % GROUP
+    real = member < WIDTH * GROUP
+    position = tl.load(positions + token, mask=real, other=-1)  # -1: padding, sees nothing
+    end = tl.max(position) + 1
+    first = tl.min(tl.where(position < 0, 2147483647, position))
+    window = tl.load(mask_kind)
+    chunk = tl.load(mask_kind + 1)
+    start = tl.where(window > 0, tl.maximum(first - window + 1, 0), 0)
+    start = tl.where(chunk > 0, first // tl.maximum(chunk, 1) * chunk, start)
+    begin = start // BLOCK_N
+    blocks = tl.cdiv(end, BLOCK_N) - begin
+    share = tl.cdiv(blocks, SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    dims_v = tl.arange(0, BLOCK_V)
+    queries = tl.load(
+        query + token[:, None] * query_token + head[:, None] * query_head + dims[None, :],
+        mask=real[:, None] & (dims[None, :] < DIM), other=0.0,
+    )  # fmt: skip
+    slot = tl.load(slots + row)
+    best = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    attended = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for block in range(begin + split * share, tl.minimum(begin + (split + 1) * share, begin + blocks)):
+        places = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        held = places < end
+        page = tl.load(table + slot * table_slot + places // PAGE, mask=held, other=0).to(tl.int64)
+        at = page * PAGE + places % PAGE
+        keys = tl.load(
+            key + at[None, :] * key_position + kv_head * key_head + dims[:, None],
+            mask=held[None, :] & (dims[:, None] < DIM), other=0.0,
+        )  # fmt: skip
+        scores = tl.dot(queries, keys, input_precision="ieee") * scale
+        if SOFTCAP:
+            scaled = scores / softcap
+            scores = softcap * (1 - 2 / (tl.exp(2 * scaled) + 1))  # tanh
+        seen = (places[None, :] <= position[:, None]) & held[None, :]
+        seen = seen & ((window <= 0) | (places[None, :] > position[:, None] - window))
+        seen = seen & ((chunk <= 0) | (places[None, :] >= position[:, None] // tl.maximum(chunk, 1) * chunk))
+        scores = tl.where(seen, scores, -float("inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        safe = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet
+        weights = tl.exp(scores - safe[:, None])
+        kept = tl.exp(best - safe)
+        values = tl.load(
+            value + at[:, None] * value_position + kv_head * value_head + dims_v[None, :],
+            mask=held[:, None] & (dims_v[None, :] < DIM_V), other=0.0,
+        )  # fmt: skip
+        weight = weight * kept + tl.sum(weights, 1)
+        attended = attended * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        best = higher
+    place = (token * HEADS + head) * SPLITS + split
+    tl.store(highest + place, best, mask=real)
+    tl.store(total + place, weight, mask=real)
+    tl.store(
+        partial + place[:, None] * DIM_V + dims_v[None, :], attended, mask=real[:, None] & (dims_v[None, :] < DIM_V)
+    )
+
+
+@triton.jit
+def _join_splits(
+    partial, highest, total, sinks, output,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    SINKS: tl.constexpr,
+):  # fmt: skip
+    """What a head of one token attended to, from its splits."""
+    place = tl.program_id(0)
+    splits = tl.arange(0, BLOCK_S)
+    dims = tl.arange(0, BLOCK_V)
+    present = splits < SPLITS
+    best = tl.load(highest + place * SPLITS + splits, mask=present, other=-float("inf"))
+    weight = tl.load(total + place * SPLITS + splits, mask=present, other=0.0)
+    top = tl.max(best)
+    if SINKS:
+        sink = tl.load(sinks + place % HEADS).to(tl.float32)
+        top = tl.maximum(top, sink)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    factor = tl.exp(best - top)
+    whole = tl.sum(weight * factor)
+    if SINKS:
+        whole += tl.exp(sink - top)
+    parts = tl.load(
+        partial + (place * SPLITS + splits[:, None]) * DIM_V + dims[None, :],
+        mask=present[:, None] & (dims[None, :] < DIM_V), other=0.0,
+    )  # fmt: skip
+    attended = tl.sum(parts * factor[:, None], 0) / tl.where(whole == 0, 1.0, whole)
+    tl.store(output + place * DIM_V + dims, attended.to(output.dtype.element_ty), mask=dims < DIM_V)
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    mask_kind: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend from W consecutive queries of each row to the keys that its slot holds.
+
+    Args:
+        query: shape (T, H, D), row after row; any strides but 1 in the last dimension.
+        key: shape (N, page, H_kv, D).
+        value: shape (N, page, H_kv, D_v).
+        table: the pages of each slot, in order, shape (S, P), int32.
+        slots: the slot of each row, shape (B,), int32.
+        positions: of each query, shape (T,), int32; -1 where it is padding, whose output is 0.
+        mask_kind: the width of the sliding window, and the length of attention chunks, 0 for none, shape (2,), int32.
+        scale: what scores are multiplied by.
+        softcap: scores x become softcap * tanh(x / softcap).
+        sinks: a logit per head that takes part in the softmax and has no value, shape (H,).
+
+    Returns:
+        Shape (T, H, D_v), in the dtype of the queries.
+    """
+    tokens, heads, dim = query.shape
+    rows, (_, page, kv_heads, dim_v) = len(slots), value.shape
+    width, group = tokens // rows, heads // kv_heads
+    block_m = min(64, max(16, triton.next_power_of_2(width * group)))
+    tiles = triton.cdiv(width * group, block_m)
+    splits = _splits(rows * tiles * kv_heads, query.device)
+    partial = query.new_empty(tokens, heads, splits, dim_v, dtype=torch.float32)
+    highest, total = (query.new_empty(tokens, heads, splits, dtype=torch.float32) for _ in range(2))
+    output = query.new_empty(tokens, heads, dim_v)
+    blocks: dict[str, Any] = {"HEADS": heads, "DIM_V": dim_v, "BLOCK_V": max(16, triton.next_power_of_2(dim_v))}
+    _attend_split[(rows * tiles, kv_heads, splits)](
+        query, key, value, table, slots, positions, mask_kind, partial, highest, total, scale, softcap or 0.0,
+        query.stride(0), query.stride(1), key.stride(1), key.stride(2), value.stride(1), value.stride(2),
+        table.stride(0), WIDTH=width, GROUP=group, TILES=tiles, SPLITS=splits, PAGE=page, DIM=dim,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m, BLOCK_N=BLOCK_N, SOFTCAP=softcap is not None,
+        **blocks,
+    )  # fmt: skip
+    _join_splits[(tokens * heads,)](
+        partial, highest, total, output if sinks is None else sinks, output, SPLITS=splits,
+        BLOCK_S=triton.next_power_of_2(splits), SINKS=sinks is not None, **blocks,
+    )  # fmt: skip
+    return output
+
+
+def _splits(programs: int, device: torch.device) -> int:
+    """Splits of the keys such that programs fill the device about twice."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return int(min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(2 * processors, programs))))

@@ -1,0 +1,153 @@
+"""Passes of a few fixed shapes: on a GPU each is one CUDA graph, captured from the model as it is.
+
+A pass of a large model over a few tokens takes a GPU less time than Python needs to launch its kernels one by one. A
+graph is launched at once. It holds addresses and shapes, so everything else that changes lies in a `StaticPass`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from collm.errors import UnsupportedModel
+from collm.models.kv_cache import PagedCache
+from collm.models.language_model import LanguageModel
+from collm.models.slot_attention import MaskKinds, slot_attention_of
+from collm.models.slots import Row, StaticPass
+
+_LOG = logging.getLogger(__name__)
+
+WIDTHS = (1, 2, 4, 8, 16)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+MOST_TOKENS = 256
+"""Larger passes keep a GPU busy by themselves."""
+
+
+def bucket_of(sizes: Sequence[int]) -> tuple[int, int] | None:
+    """The least width and batch that hold rows of so many new tokens; None if no static pass does."""
+    width = next((width for width in WIDTHS if width >= max(sizes)), 0)
+    batch = next((batch for batch in BATCHES if batch >= len(sizes)), 0)
+    return (width, batch) if 0 < width * batch <= MOST_TOKENS else None
+
+
+@dataclass
+class _Bucket:
+    """A pass of one shape; `graph` is None where it is run as it stands."""
+
+    layout: StaticPass
+    hidden: Tensor
+    logits: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class StaticPasses:
+    """The static passes of one model, made as they are first needed or by `prepare`.
+
+    Args:
+        model: on one device.
+        cache: which the passes read and write.
+    """
+
+    def __init__(self, model: LanguageModel, cache: PagedCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._kinds = MaskKinds()
+        self._captures = model.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+
+    def prepare(self, most_rows: int) -> None:
+        """Make all passes of up to so many rows, the largest first: the others fit into its memory.
+
+        Raises:
+            UnsupportedModel: the model cannot be run this way.
+        """
+        start = time.perf_counter()
+        rows = next((batch for batch in BATCHES if batch >= most_rows), BATCHES[-1])
+        wanted = [(w, b) for w in WIDTHS for b in BATCHES if b <= rows and w * b <= MOST_TOKENS]
+        for width, batch in sorted(wanted, key=lambda shape: -shape[0] * shape[1]):
+            self._bucket(width, batch)
+        _LOG.debug("%s: %d static passes in %.1f s", self._model.name, len(wanted), time.perf_counter() - start)
+
+    def run(self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None) -> Passed:
+        """One pass over rows that `bucket_of` has a shape for.
+
+        Args:
+            token_ids: of each row.
+            following: tokens to read in place of those, one a row, known on the device alone, shape (R,).
+        """
+        shape = bucket_of([row.size for row in rows])
+        assert shape is not None
+        bucket = self._bucket(*shape)
+        layout = bucket.layout
+        self._cache.layout = layout
+        layout.fill(rows, token_ids, [self._cache.places(row) for row in rows])
+        if following is not None:
+            layout.token_ids[0, : len(rows)] = following
+        if bucket.graph is None:
+            bucket.hidden, bucket.logits = self._forward(layout)
+        else:
+            bucket.graph.replay()
+        hidden = bucket.hidden.view(layout.batch, layout.width, -1)[: len(rows)].clone()
+        return Passed(hidden, bucket.logits[: len(rows)].clone())
+
+    def _bucket(self, width: int, batch: int) -> _Bucket:
+        if (width, batch) not in self._buckets:
+            layout = self._cache.layout = StaticPass(width, batch, table=self._cache.table)
+            layout.fill([], [], [])
+            bucket = _Bucket(layout, *self._forward(layout))
+            if self._captures:
+                self._capture(bucket)
+            self._buckets[width, batch] = bucket
+        return self._buckets[width, batch]
+
+    def _forward(self, layout: StaticPass) -> tuple[Tensor, Tensor]:
+        """Hidden states of all tokens (T, H), logits after the last of each row (batch, V)."""
+        with slot_attention_of(self._model.config, self._kinds):
+            hidden = self._model.hidden_states(
+                layout.token_ids,
+                position_ids=layout.positions.unsqueeze(0),
+                past_key_values=self._cache,
+                use_cache=True,
+                slot_pass=layout,
+            )[0]
+        return hidden, self._model.logits(hidden[layout.last])
+
+    def _capture(self, bucket: _Bucket) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                bucket.hidden, bucket.logits = self._forward(bucket.layout)
+        except RuntimeError as error:  # the model waits for the device, or makes shapes of what it computes
+            raise UnsupportedModel(f"{self._model.name} cannot be captured as a CUDA graph: {error}") from error
+        bucket.graph = graph
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass gave.
+
+    Attributes:
+        hidden: of each row its last hidden states, shape (R, width, H).
+        logits: after the last token of each row, shape (R, V).
+    """
+
+    hidden: Tensor
+    logits: Tensor
+
+
+def can_run_static(model: LanguageModel) -> bool:
+    """Whether the model lies on one device, and Triton can make kernels for it."""
+    devices = {parameter.device for parameter in model.module.parameters()}
+    if len(devices) > 1:
+        return False
+    try:
+        import triton
+    except ImportError:
+        return False
+    return model.device.type == "cuda" or bool(triton.knobs.runtime.interpret)
