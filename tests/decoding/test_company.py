@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdP
 from collm.decoding import engine as engine_module
 from collm.decoding.engine import Engine
 from collm.decoding.request import Request
-from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure
+from collm.decoding.sequence import Sequence
+from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
 from collm.models.loading import ModelSpec
+from collm.models.runner import ModelRunner
 from tests.conftest import VOCAB_SIZE
 from tests.decoding.test_engine import prompts_of, random_head
 
@@ -284,3 +287,118 @@ def test_limits_and_authors_that_do_not_exist_are_refused(pair: CoLLM, options: 
     chosen = {} if "policy" in options else {"threshold": 0.5}
     with pytest.raises(ConfigError, match=message):
         pair.generate([[5]], PARAMS, **chosen, **options)
+
+
+def small_cache(pair: CoLLM, positions: int) -> CoLLM:
+    for runner in pair.runners:
+        assert isinstance(runner, ModelRunner)
+        runner.set_capacity(positions)
+    return pair
+
+
+@pytest.mark.parametrize("lookahead", [0, None])
+def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
+    pair: CoLLM, lookahead: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, params = prompts_of(3, 8), SamplingParams(max_new_tokens=90, temperature=0.5, seed=3)
+    expected = [c.token_ids for c in pair.generate(prompts, params, max_batch=8, threshold=0.5)]
+    paused, pause = [], Sequence.pause
+    monkeypatch.setattr(Sequence, "pause", lambda sequence: (paused.append(sequence.number), pause(sequence)))
+    small_cache(pair, 240)
+    came = pair.generate(prompts, params, max_batch=8, threshold=0.5, lookahead=lookahead)
+    assert [c.token_ids for c in came] == expected
+    assert paused, "all fitted"
+    assert [author.open_slots for author in pair.runners] == [0, 0]
+    assert all(runner._cache.used <= 240 for runner in pair.runners)
+
+
+def test_a_prompt_that_never_fits_the_cache_is_refused_with_the_numbers(pair: CoLLM) -> None:
+    small_cache(pair, 48)
+    with pytest.raises(RequestError, match="the prompt has 50 tokens, but the key-value cache of base holds 48"):
+        pair.generate([[5] * 50], PARAMS, threshold=0.5)
+    (full,) = pair.generate([[5] * 40], SamplingParams(max_new_tokens=90), threshold=0.5)
+    assert (len(full.token_ids), full.finish_reason) == (8, "length")
+
+
+def test_closed_slots_give_their_memory_to_those_that_need_it(pair: CoLLM) -> None:
+    small_cache(pair, 64)
+    runner = pair.runners[0]
+    first, second = runner.open([]), runner.open([])
+    runner.extend({first: [5] * 30, second: [6] * 20})
+    runner.close(second)
+    runner.extend({first: [5] * 20})
+    assert (runner.length(first), runner.length(second)) == (50, 0)
+    with pytest.raises(RequestError, match="holds 64 tokens of all sequences together, 16 less than is needed"):
+        runner.extend({first: [5] * 20})
+    assert runner.length(first) == 50
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [("4 apples", "expected a size such as 4GiB"), ("0%", "expected a size"), (0, "expected a size")],
+)
+def test_cache_memory_that_is_none(pair: CoLLM, memory: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, cache_memory=memory)
+
+
+def test_cache_memory_is_shared_so_that_all_models_hold_equally_much(pair: CoLLM) -> None:
+    model = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, cache_memory="1MiB")
+    capacities = [runner.capacity for runner in model.runners]
+    per_position = [runner.bytes_per_position for runner in model.runners]
+    assert len(set(per_position)) == 2
+    assert capacities == [2**20 // sum(per_position) // 16 * 16] * 2
+    with pytest.raises(ConfigError, match="the memory for the cache of base holds 1 tokens"):
+        _ = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, cache_memory=sum(per_position)).runners
+
+
+def test_memory_is_taken_as_it_is_written_and_given_back(pair: CoLLM) -> None:
+    runner = pair.runners[0]
+    runner.extend({(first := runner.open([])): [5]})
+    keys = runner._cache.layers[0].keys
+    before = _resident(keys)
+    runner.extend({(slot := runner.open([])): [5] * 90})
+    taken = _resident(keys) - before
+    assert 90 * keys[0, :, 0].nbytes <= taken < 10 * 90 * runner.bytes_per_position < keys.nbytes
+    runner.close(slot)
+    runner.forget()
+    assert _resident(keys) == before
+    runner.close(first)
+
+
+def _resident(tensor: torch.Tensor) -> int:
+    """Bytes in memory of the mapping that a tensor lies in, as Linux counts them."""
+    for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        start, end = (int(part, 16) for part in block.split(" ")[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            found = re.search(r"Anonymous: +(\d+) kB", block)
+            assert found is not None
+            return int(found[1]) * 1024
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_host_waits_for_each_author_once_in_a_step(
+    pair: CoLLM, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many sequences there are, sampled or not, with log-probabilities or without."""
+    waits: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+
+        def waited(tensor: torch.Tensor, *args: Any, method: Any = method, name: str = name) -> Any:
+            waits.append(name)
+            return method(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, waited)
+    engine = pair.engine(max_batch=6)
+    for i, prompt in enumerate(prompts_of(4, 6)):
+        top_p = 0.9 if i % 2 and temperature else 1.0
+        params = SamplingParams(max_new_tokens=10, temperature=temperature, top_p=top_p, logprobs=i)
+        engine.add(Request(prompt, params, ThresholdPolicy(0.5)))
+    while engine.has_work:
+        waits.clear()
+        before = sum(runner.usage.forward_passes for runner in pair.runners)
+        engine.step()
+        passes = sum(runner.usage.forward_passes for runner in pair.runners) - before
+        assert len(waits) <= passes, waits

@@ -9,7 +9,16 @@ import torch
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import token_probs
-from collm.decoding.draws import Logits, greedy_draws, sampled_draw
+from collm.decoding.draws import GREEDY, Draw, Sampling, draw_tokens
+
+
+def greedy_draws(logits: torch.Tensor, *others: torch.Tensor) -> tuple[list[Draw], list[list[float]]]:
+    return draw_tokens(logits, [GREEDY] * len(logits), *others)
+
+
+def sampled_draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> Draw:
+    return draw_tokens(logits.unsqueeze(0), [Sampling(params, uniform)])[0][0]
+
 
 LOGITS = 2 * torch.randn(5, 13, generator=torch.Generator().manual_seed(3))
 
@@ -39,7 +48,7 @@ def test_a_row_without_a_distribution_is_broken_and_its_neighbours_are_not(bad: 
     assert [draw.broken for draw in draws] == [False, False, True, False, True]
     whole, _ = greedy_draws(LOGITS)
     assert [draws[row] for row in (0, 1, 3)] == [whole[row] for row in (0, 1, 3)]
-    assert sampled_draw(Logits(logits[2], logits[2]), SamplingParams(temperature=1.0), 0.5).broken
+    assert sampled_draw(logits[2], SamplingParams(temperature=1.0), 0.5).broken
 
 
 def test_tokens_that_are_ruled_out_break_nothing() -> None:
@@ -48,10 +57,7 @@ def test_tokens_that_are_ruled_out_break_nothing() -> None:
     draws, _ = greedy_draws(logits)
     assert draws[0].token_id == 1
     assert draws[0].logprob == pytest.approx(math.log(0.5))
-    drawn = {
-        sampled_draw(Logits(logits[0], logits[0]), SamplingParams(temperature=1.0), uniform).token_id
-        for uniform in (0, 0.4, 0.6)
-    }
+    drawn = {sampled_draw(logits[0], SamplingParams(temperature=1.0), uniform).token_id for uniform in (0, 0.4, 0.6)}
     assert drawn == {1, 2}
 
 
@@ -68,7 +74,7 @@ def test_tokens_that_are_ruled_out_break_nothing() -> None:
 def test_sampled_draws_share_the_unit_interval_by_probability(params: SamplingParams) -> None:
     """Each token owns one interval of uniforms, so a grid of 400 counts it to within one point at either end."""
     logits, points = LOGITS[0], 400
-    draws = [sampled_draw(Logits(logits, logits), params, (point + 0.5) / points) for point in range(points)]
+    draws = [sampled_draw(logits, params, (point + 0.5) / points) for point in range(points)]
     token_ids = [draw.token_id for draw in draws]
     expected = token_probs(logits, params.temperature, params.top_p, params.top_k).tolist()
     for token_id, prob in enumerate(expected):
@@ -80,5 +86,5 @@ def test_the_log_probability_of_a_sampled_token_is_that_before_temperature_and_t
     params = SamplingParams(temperature=0.5, top_k=4)
     logprobs = torch.log_softmax(LOGITS[1], -1).tolist()
     for uniform in (0.0, 0.3, 0.6, 0.99):
-        draw = sampled_draw(Logits(LOGITS[1], LOGITS[1]), params, uniform)
+        draw = sampled_draw(LOGITS[1], params, uniform)
         assert draw.logprob == pytest.approx(logprobs[draw.token_id], abs=1e-5)

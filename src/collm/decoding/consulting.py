@@ -12,7 +12,7 @@ from torch import Tensor
 
 from collm.core.combinations import CombiningPolicy
 from collm.core.types import BASE
-from collm.decoding.draws import Draw, Logits, greedy_draws
+from collm.decoding.draws import Draw, Logits, draw_tokens
 from collm.decoding.sequence import Sequence
 
 _EXCLUDED = -1e4
@@ -46,15 +46,23 @@ class Consultation:
 
 def chosen(sequences: ListOf[Sequence], of_each: ListOf[Consultation]) -> list[tuple[int, Draw]]:
     """Author and token where the policy picks one of the authors it asked."""
+    rows = [
+        (sequence, said, author) for sequence, said in zip(sequences, of_each, strict=True) for author in said.logits
+    ]
+    raw, processed = (
+        torch.stack([getattr(said.logits[author], of) for _, said, author in rows]) for of in Logits._fields
+    )
+    likeliest = processed.max(-1, keepdim=True)
+    logprobs = likeliest.values - processed.logsumexp(-1, keepdim=True)
+    samplings = [sequence.sampling(len(sequence.steps)) for sequence, _, _ in rows]
+    draws, numbers = draw_tokens(processed, samplings, likeliest.indices, logprobs, raw=raw)
+    told = list(zip(rows, draws, numbers, strict=True))
     written = []
     for sequence, said in zip(sequences, of_each, strict=True):
-        authors = sorted(said.logits)
-        raw, processed = (torch.stack(rows) for rows in zip(*(said.logits[author] for author in authors), strict=True))
-        likeliest, _ = greedy_draws(processed)
-        top = {author: (one.token_id, math.exp(one.logprob)) for author, one in zip(authors, likeliest, strict=True)}
-        author = sequence.author_of_next(said.defer_prob, said.author_probs, top)
-        draws = dict(zip(authors, greedy_draws(processed, raw=raw)[0], strict=True))
-        written.append((author, sequence.draw(len(sequence.steps), said.logits[author], draws[author])))
+        own = {author: (draw, top) for (one, _, author), draw, top in told if one is sequence}
+        tops = {author: (int(token_id), math.exp(logprob)) for author, (_, (token_id, logprob)) in sorted(own.items())}
+        author = sequence.author_of_next(said.defer_prob, said.author_probs, tops)
+        written.append((author, own[author][0]))
     return written
 
 
@@ -71,11 +79,7 @@ def combined(
         raw = policy.combine(
             _logprobs([{author: logits.raw for author, logits in said.logits.items()} for said in of_each]), by_author
         )
-    greedy, _ = greedy_draws(logits, raw=raw)
-    draws = [
-        sequence.draw(len(sequence.steps), Logits(*rows), draw)
-        for sequence, draw, *rows in zip(sequences, greedy, raw, logits, strict=True)
-    ]
+    draws, _ = draw_tokens(logits, [sequence.sampling(len(sequence.steps)) for sequence in sequences], raw=raw)
     token_ids = torch.tensor([[draw.token_id] for draw in draws], device=logits.device)
     of_tokens = {author: each.gather(-1, token_ids).squeeze(-1) for author, each in logprobs.items()}
     return list(zip(policy.credit(of_tokens, by_author).tolist(), draws, strict=True))

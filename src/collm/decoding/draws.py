@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,36 +44,69 @@ class Draw:
         return math.isnan(self.logprob)
 
 
-def greedy_draws(logits: Tensor, *others: Tensor, raw: Tensor | None = None) -> tuple[list[Draw], list[list[float]]]:
-    """The argmax of each row, and further numbers for it, fetched together.
+class Sampling(NamedTuple):
+    """How a token is drawn: the request's parameters, and a draw from [0, 1) that belongs to its position."""
+
+    params: SamplingParams
+    uniform: float = 0.0
+
+
+GREEDY = Sampling(SamplingParams(temperature=0.0))
+
+
+def draw_tokens(
+    logits: Tensor, samplings: Sequence[Sampling], *others: Tensor, raw: Tensor | None = None
+) -> tuple[list[Draw], list[list[float]]]:
+    """A token from each row of logits, and further numbers for it, all fetched together: one wait for the device.
+
+    Sampled tokens invert the cumulative distribution at the row's uniform draw.
 
     Args:
         logits: shape (R, V), fp32.
+        samplings: of each row.
         *others: shape (R, n) each.
         raw: what log-probabilities are taken of, shape (R, V); None for the logits themselves.
 
     Returns:
         R draws, and for each the numbers of `others` in one list.
     """
-    token_ids = logits.argmax(-1, keepdim=True)
     raw = logits if raw is None else raw
-    logprobs = raw.gather(-1, token_ids) - raw.logsumexp(-1, keepdim=True)
-    columns = [token_ids.double(), logprobs.double(), *(other.double() for other in others)]
-    rows = torch.cat(columns, dim=-1).tolist()
-    return [Draw(int(token_id), logprob) for token_id, logprob, *_ in rows], [row[2:] for row in rows]
+    token_ids = logits.argmax(-1)
+    for params, rows in _sampled(samplings).items():
+        whole = len(rows) == len(samplings)
+        at = slice(None) if whole else _sent(rows, logits.device)
+        probs = token_probs(logits[at], *params)
+        uniforms = _sent([samplings[row].uniform for row in rows], logits.device)
+        token_ids[at] = sample(probs, uniforms)
+    norms = raw.logsumexp(-1, keepdim=True)
+    logprobs = raw.gather(-1, token_ids.unsqueeze(-1)) - norms
+    columns = [token_ids.unsqueeze(-1), logprobs, *others]
+    most = min(max(sampling.params.logprobs or 0 for sampling in samplings), raw.shape[-1])
+    if most:
+        values, indices = raw.topk(most)
+        columns += [indices, values - norms]
+    numbers = torch.cat([column.double() for column in columns], dim=-1).tolist()
+    width = sum(other.shape[-1] for other in others)
+    draws = []
+    for row, (token_id, logprob, *rest) in enumerate(numbers):
+        wanted = samplings[row].params.logprobs or 0
+        pairs = zip(rest[width : width + wanted], rest[width + most :], strict=False)
+        draws.append(
+            Draw(int(token_id), logprob, tuple((int(one), value) for one, value in pairs if value > -math.inf))
+        )
+    return draws, [row[2 : 2 + width] for row in numbers]
 
 
-def sampled_draw(logits: Logits, params: SamplingParams, uniform: float) -> Draw:
-    """A token from processed logits, by inverting the cumulative distribution at `uniform`."""
-    probs = token_probs(logits.processed, params.temperature, params.top_p, params.top_k, params.min_p)
-    token_id = sample(probs, probs.new_tensor(uniform, dtype=torch.float64))
-    return Draw(int(token_id), float(logits.raw[token_id] - logits.raw.logsumexp(-1)))
+def _sampled(samplings: Sequence[Sampling]) -> dict[tuple[float, float, int, float], list[int]]:
+    """The rows whose token is not the argmax, by what `token_probs` wants to know."""
+    rows: dict[tuple[float, float, int, float], list[int]] = {}
+    for row, (params, _) in enumerate(samplings):
+        if params.temperature:
+            rows.setdefault((params.temperature, params.top_p, params.top_k, params.min_p), []).append(row)
+    return rows
 
 
-def top_logprobs(logits: Tensor, most: int) -> TopLogprobs:
-    """The most probable tokens of raw logits (V,); none that is ruled out (-inf)."""
-    values, token_ids = logits.topk(min(most, logits.shape[-1]))
-    logprobs = (values - logits.logsumexp(-1)).tolist()
-    return tuple(
-        (one, logprob) for one, logprob in zip(token_ids.tolist(), logprobs, strict=True) if logprob > -math.inf
-    )
+def _sent(values: list[int] | list[float], device: torch.device) -> Tensor:
+    """Numbers on the device, without a wait."""
+    dtype = torch.float64 if isinstance(values[0], float) else torch.long
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.combinations import CombiningPolicy
@@ -19,9 +21,9 @@ from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.types import BASE, Completion, TokenStep
 from collm.decoding.consulting import Consultation, chosen, combined
-from collm.decoding.draws import Draw, Logits
+from collm.decoding.draws import Draw, draw_tokens
 from collm.decoding.logits_processors import Edits
-from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, wait_steps
+from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, run_length, wait_steps
 from collm.decoding.reader import Heard, Reader, Stretch
 from collm.decoding.request import Request, check_cache, check_params, check_prompt
 from collm.decoding.sequence import Decision, Sequence
@@ -56,6 +58,23 @@ class Emitted:
     step: TokenStep | None = None
     completion: Completion | None = None
     failure: CollmError | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an author said, on the host.
+
+    Attributes:
+        rows: sequence -> its rows; sequences that failed are missing.
+        draws: for each row the token it writes.
+        numbers: for each row what else was asked for.
+        silent: rows at which the author abstains.
+    """
+
+    rows: dict[Sequence, range]
+    draws: list[Draw]
+    numbers: list[list[float]]
+    silent: frozenset[int]
 
 
 class DecodingLoop(Protocol):
@@ -112,6 +131,7 @@ class Engine:
             if value < least:
                 raise ConfigError(f"{name} is {value}, expected at least {least}")
         self.authors: list[Assistant] = [base, *assistants]
+        self._base = base
         self.head = head
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
@@ -130,6 +150,7 @@ class Engine:
         self._steps = 0
         self._waits: dict[int, int] = {}  # assistant -> steps to wait for company
         self._replan = 0
+        self._host_seconds = 0.0  # of a step, beside reading
 
     @property
     def has_work(self) -> bool:
@@ -176,6 +197,7 @@ class Engine:
 
         A sequence whose model or policy breaks down leaves with its failure; the others go on.
         """
+        start, reading = time.perf_counter(), sum(reader.seconds for reader in self._readers)
         self._steps += 1
         self._schedule()
         consultations = self._read_base()
@@ -183,6 +205,8 @@ class Engine:
             self._ask(author, consultations)
         self._combine(consultations)
         news, self._news = self._news, []
+        spent = time.perf_counter() - start - (sum(reader.seconds for reader in self._readers) - reading)
+        self._host_seconds += 0.1 * (spent - self._host_seconds)
         return news
 
     # Who takes part
@@ -215,38 +239,46 @@ class Engine:
         reading = [s for s in self._active.values() if not reader.has_read(s, s.length)]
         for sequence in reading:
             self._look_up(sequence)
-        heard = self._read(reader, {s: Stretch(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading})
+        run = self._run_length(reading)
+        heard = self._read(reader, {s: Stretch(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading}, run)
         if heard is None:
             return {}
         assert heard.hidden is not None
         u = self.head(heard.hidden)  # (R, K)
         by_author = author_logprobs(u)  # (R, K + 1)
-        greedy, numbers = heard.greedy(defer_probs(u).unsqueeze(-1), by_author.exp())
-        reader.clock()
+        followed = heard.raw.new_full((len(heard.raw),), -1) if heard.followed is None else heard.followed
+        said = self._fetch(heard, reader, followed.unsqueeze(-1), defer_probs(u).unsqueeze(-1), by_author.exp())
         consultations = {}
-        for sequence, rows in heard.rows.items():
-            if any(math.isnan(numbers[row][0]) or greedy[row].broken for row in rows):
+        for sequence, rows in said.rows.items():
+            if any(math.isnan(said.numbers[row][1]) or said.draws[row].broken for row in rows):
                 self._fail_with_nan(sequence, BASE)
             elif sequence.consulted:
-                defer_prob, *probs = numbers[rows[0]]
+                _, defer_prob, *probs = said.numbers[rows[0]]
                 logits = {BASE: heard.at(rows[0])}
                 consultations[sequence] = Consultation(defer_prob, probs, by_author[rows[0]], logits)
             else:
                 with self._alone(sequence):
-                    for row in rows:
-                        self._decide(sequence, numbers[row], heard.at(row), greedy[row])
+                    self._decide(sequence, [said.numbers[row] for row in rows], [said.draws[row] for row in rows])
                     self._settle(sequence)
                     self._go_on(sequence)
         return consultations
 
-    def _decide(self, sequence: Sequence, numbers: list[float], logits: Logits, greedy: Draw) -> None:
-        """Decide the position after the last decision, where the base's logits are known."""
-        defer_prob, *probs = numbers
-        author = sequence.author_of_next(defer_prob, probs)
-        guess = None
-        if author == BASE or self.lookahead or self.authors[author].may_abstain:
-            guess = sequence.draw(len(sequence.steps) + len(sequence.decisions), logits, greedy)
-        sequence.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
+    def _decide(self, sequence: Sequence, numbers: ListOf[list[float]], draws: ListOf[Draw]) -> None:
+        """Decide the positions after the last decision, where the base has been heard.
+
+        Args:
+            numbers: for each the token that was read on with, or -1; the defer prob; P(author).
+            draws: what the base writes there.
+        """
+        for (followed, defer_prob, *probs), guess in zip(numbers, draws, strict=True):
+            author = sequence.author_of_next(defer_prob, probs)
+            sequence.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
+            if followed >= 0:
+                if author != BASE or guess.token_id != followed or sequence.ends(guess.token_id):
+                    break
+                sequence.draft.append(guess.token_id)
+        runner, slot = self._base, sequence.slots[BASE]
+        runner.confirm(slot, sequence.text[runner.length(slot) :])
 
     def _look_up(self, sequence: Sequence) -> None:
         """Draft what prompt lookup says, if enough of it is likely to hold."""
@@ -293,30 +325,25 @@ class Engine:
         heard = self._read(reader, wanted)
         if heard is None:
             return
-        greedy, _ = heard.greedy()
-        reader.clock()
-        for sequence, rows in heard.rows.items():
-            if any(greedy[row].broken for row in rows):
+        said = self._fetch(heard, reader)
+        for sequence, rows in said.rows.items():
+            if any(said.draws[row].broken for row in rows):
                 self._fail_with_nan(sequence, author)
             elif sequence in consultations:
-                silent = rows[0] in heard.silent
-                consultations[sequence].hear(author, None if silent else heard.at(rows[0]))
+                consultations[sequence].hear(author, None if rows[0] in said.silent else heard.at(rows[0]))
             else:
                 with self._alone(sequence):
                     for i in asked[sequence]:
                         row = rows[i - asked[sequence][0]]
-                        self._answer(sequence, i, None if row in heard.silent else heard.at(row), greedy[row])
+                        self._answer(sequence, i, None if row in said.silent else said.draws[row])
                     self._settle(sequence)
         self._write_ahead(author, [s for s in due if s.number in self._active])
 
-    def _answer(self, sequence: Sequence, i: int, logits: Logits | None, greedy: Draw) -> None:
-        """Note what an assistant with these logits writes at the sequence's decision i; None where it abstains."""
+    def _answer(self, sequence: Sequence, i: int, draw: Draw | None) -> None:
+        """Note what an assistant writes at the sequence's decision i; None where it abstains."""
         decision = sequence.decisions[i]
-        if logits is None:
-            decision.abstained = True
-            decision.choice = decision.guess
-        else:
-            decision.choice = sequence.draw(len(sequence.steps) + i, logits, greedy)
+        decision.abstained = draw is None
+        decision.choice = draw or decision.guess
         sequence.waited = 0
         if decision.guess is not None and decision.choice is not None:
             sequence.odds.saw_answer(decision.guess.token_id == decision.choice.token_id)
@@ -336,17 +363,15 @@ class Engine:
             heard = self._read(self._readers[author], wanted)
             if heard is None:
                 return
-            greedy, _ = heard.greedy()
-            self._readers[author].clock()
-            lengths = {s: length for s, length in lengths.items() if s in heard.rows}
-            for sequence, (row,) in heard.rows.items():
-                position = len(sequence.steps) + len(sequence.draft)
-                drawn = sequence.draw(position, heard.at(row), greedy[row])
+            said = self._fetch(heard, self._readers[author])
+            lengths = {s: length for s, length in lengths.items() if s in said.rows}
+            for sequence, (row,) in said.rows.items():
+                position, drawn = len(sequence.steps) + len(sequence.draft), said.draws[row]
                 if drawn.broken:
                     self._fail_with_nan(sequence, author)
-                if row not in heard.silent:
+                if row not in said.silent:
                     sequence.ahead[position] = author, drawn
-                if drawn.broken or row in heard.silent or sequence.ends(drawn.token_id):
+                if drawn.broken or row in said.silent or sequence.ends(drawn.token_id):
                     del lengths[sequence]
                 else:
                     sequence.draft.append(drawn.token_id)
@@ -375,18 +400,14 @@ class Engine:
 
     # Sequences come and go
 
-    def _read(self, reader: Reader, wanted: Mapping[Sequence, Stretch]) -> Heard | None:
-        heard = reader.read(wanted) if wanted else None
+    def _read(self, reader: Reader, wanted: Mapping[Sequence, Stretch], run: int = 0) -> Heard | None:
+        """The answers after what each sequence's request does to their logits."""
+        heard = reader.read(wanted, run) if wanted else None
         while reader.failures:
             self._fail(*reader.failures.popitem())
-        return heard and self._processed(heard, wanted, reader.runner)
-
-    def _processed(self, heard: Heard, wanted: Mapping[Sequence, Stretch], author: Assistant) -> Heard:
-        """The answers after what each sequence's request does to their logits.
-
-        An assistant that may abstain does so where that changes what it says. A sequence that nothing may go on fails.
-        """
-        edits, processed = Edits(heard.logits.shape[-1]), list[int]()
+        if heard is None:
+            return None
+        edits, processed = Edits(heard.logits.shape[-1]), False
         for sequence, rows in list(heard.rows.items()):
             if sequence.processors is None:
                 continue
@@ -394,20 +415,38 @@ class Engine:
             with self._alone(sequence):
                 for row, length in zip(rows, range(end - len(rows) + 1, end + 1), strict=True):
                     sequence.processors.note(edits, row, text[len(sequence.request.prompt_ids) : length])
-                processed += rows
-        if not processed:
-            return heard
-        logits = edits.apply(heard.raw)
-        best, argmax = logits[processed].max(-1)
-        if author.may_abstain:
-            changed = (argmax != heard.raw[processed].argmax(-1)).tolist()
-            silent = heard.silent.union(row for row, other in zip(processed, changed, strict=True) if other)
-            return replace(heard, logits=logits, silent=silent)
-        dead = {row for row, value in zip(processed, best.tolist(), strict=True) if value == -math.inf}
-        for sequence in [one for one, rows in heard.rows.items() if not dead.isdisjoint(rows)]:
-            self._fail(sequence, RequestError("the request's constraints let no token follow; loosen one of them"))
-        alive = {one: rows for one, rows in heard.rows.items() if one.number in self._active}
-        return replace(heard, rows=alive, logits=logits)
+                processed = True
+        return replace(heard, logits=edits.apply(heard.raw)) if processed else heard
+
+    def _fetch(self, heard: Heard, reader: Reader, *others: Tensor) -> Said:
+        """What the host is to know of the answers, in one wait for the device.
+
+        An assistant that may abstain does so where a request's constraints change what it says. A sequence that no
+        token may follow fails.
+
+        Args:
+            *others: further numbers for each row, shape (R, n) each.
+        """
+        edited = heard.logits is not heard.raw
+        if edited:
+            best, argmax = heard.logits.max(-1)
+            others = torch.stack([best, argmax != heard.raw.argmax(-1)], dim=-1), *others
+        draws, numbers = draw_tokens(heard.logits, heard.samplings, *others, raw=heard.raw)
+        reader.clock()
+        rows = {sequence: rows for sequence, rows in heard.rows.items() if sequence.number in self._active}
+        if not edited:
+            return Said(rows, draws, numbers, heard.silent)
+        silent = heard.silent
+        if reader.runner.may_abstain:
+            silent |= {row for row, (_, changed, *_) in enumerate(numbers) if changed}
+        else:
+            for sequence in [one for one in rows if any(numbers[row][0] == -math.inf for row in rows[one])]:
+                if sequence.processors is not None:
+                    self._fail(
+                        sequence, RequestError("the request's constraints let no token follow; loosen one of them")
+                    )
+                    del rows[sequence]
+        return Said(rows, draws, [row[2:] for row in numbers], silent)
 
     def _settle(self, sequence: Sequence) -> None:
         """Send out what has become certain."""
@@ -466,6 +505,19 @@ class Engine:
             times = self._readers[BASE].times, self._readers[author].times
             self._waits[author] = wait_steps(start, run, *times, active, self.max_wait)
         return self._waits[author]
+
+    def _run_length(self, reading: ListOf[Sequence]) -> int:
+        """Tokens that the base reads on with before the host looks."""
+        if not reading or not self._base.runs_ahead:
+            return 0
+        for s in reading:
+            if s.request.params.temperature or s.processors is not None or s.consulted or s.draft or s.decisions:
+                return 0
+        longest = min(self.lookahead, *(s.draft_limit for s in reading))
+        active = len(reading)
+        start = sum(s.odds.start for s in reading) / active
+        reader = self._readers[BASE]
+        return run_length(start, reader.times.at(active), reader.run_times.at(active), self._host_seconds, longest)
 
     def _guess_depth(self, sequence: Sequence) -> int:
         base, assistant = (self._readers[author].times for author in (BASE, sequence.decisions[0].author))

@@ -139,6 +139,19 @@ def ahead_length(odds: Odds, base: PassTimes, assistant: PassTimes, longest: int
     return _cheapest(cost, range(longest + 1))
 
 
+def run_length(start: float, first: float, further: float, host: float, longest: int) -> int:
+    """Tokens that the base reads on with, each its own argmax, before the host looks at what it said.
+
+    A step takes the host's time once, the first pass and a further one for each token. Whatever follows a deferral is
+    lost: of B sequences B (1 - start)^i still write at pass i. Least seconds per token kept.
+    """
+
+    def cost(r: int) -> float:
+        return (host + first + r * further) / expected_run(1 - start, r)
+
+    return _cheapest(cost, range(max(longest, 0) + 1))
+
+
 def wait_steps(start: float, run: float, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
     """Further passes of the base, in which fewer and fewer sequences write, to make before an assistant is called.
 

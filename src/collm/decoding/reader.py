@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collm.decoding.draws import Draw, Logits, greedy_draws
+from collm.decoding.draws import Logits, Sampling
 from collm.decoding.pacing import PassTimes
 from collm.decoding.sequence import Sequence
 from collm.errors import CollmError, ModelFailure
-from collm.models.runner import MIN_SHARED, Assistant, Reading
+from collm.models.runner import MIN_SHARED, Assistant, ModelRunner, Reading
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Heard:
         logits: those after what the requests do to them, shape (R, V), fp32.
         hidden: shape (R, H); None from an assistant that has none.
         silent: rows at which the author abstains.
+        followed: for each row the token that was read after it in a run, else -1, shape (R,); None without a run.
+        samplings: for each row how its token is drawn.
     """
 
     rows: dict[Sequence, range]
@@ -45,14 +47,12 @@ class Heard:
     logits: Tensor
     hidden: Tensor | None
     silent: frozenset[int]
+    followed: Tensor | None
+    samplings: list[Sampling]
 
     def at(self, row: int) -> Logits:
         """One row of the logits."""
         return Logits(self.raw[row], self.logits[row])
-
-    def greedy(self, *others: Tensor) -> tuple[list[Draw], list[list[float]]]:
-        """The argmax of each row, and further numbers for it (`greedy_draws`)."""
-        return greedy_draws(self.logits, *others, raw=self.raw)
 
 
 class Reader:
@@ -60,50 +60,65 @@ class Reader:
 
     Attributes:
         times: how long its passes take.
+        run_times: how long each further pass of a run takes.
+        seconds: spent reading, all together.
         failures: sequences it could not read, and why; the caller takes them out.
     """
 
     def __init__(self, author: int, runner: Assistant) -> None:
         self.author = author
         self.runner = runner
-        self.times = PassTimes()
+        self.times, self.run_times = PassTimes(), PassTimes()
+        self.seconds = 0.0
         self.failures: dict[Sequence, CollmError] = {}
         self._started = 0.0
         self._tokens = 0
+        self._run = 0
 
     def has_read(self, sequence: Sequence, length: int) -> bool:
         """Whether the author has seen this much of the sequence's text."""
         slot = sequence.slots.get(self.author)
         return slot is not None and self.runner.length(slot) >= length
 
-    def read(self, wanted: Mapping[Sequence, Stretch]) -> Heard | None:
+    def read(self, wanted: Mapping[Sequence, Stretch], run: int = 0) -> Heard | None:
         """Read what is unseen of every stretch; None if nothing could be read.
 
         Where several sequences begin alike and none was read yet, one goes first and the others take over what it read.
+
+        Args:
+            run: tokens to read on after each stretch, as of `ModelRunner.extend`; answers follow those too.
         """
-        self._started, self._tokens = time.perf_counter(), 0
+        self._started, self._tokens, self._run = time.perf_counter(), 0, run
         followers = self._followers(wanted)
         parts = [self._read({s: stretch for s, stretch in wanted.items() if s not in followers})]
         if followers:
             parts.append(self._read({s: wanted[s] for s in followers}))
-        heard = [(rows, reading) for part in parts for rows, reading in part]
+        heard = [(sequences, reading) for part in parts for sequences, reading in part]
         if not heard:
             return None
-        rows, at = {}, 0
-        for sequences, _ in heard:
-            for sequence in sequences:
-                rows[sequence] = range(at, at + wanted[sequence].keep)
-                at += wanted[sequence].keep
-        logits, hidden = (_joined([getattr(reading, name) for _, reading in heard]) for name in ("logits", "hidden"))
+        rows, samplings = dict[Sequence, range](), list[Sampling]()
+        for sequence in (sequence for sequences, _ in heard for sequence in sequences):
+            stretch = wanted[sequence]
+            first = stretch.end - stretch.keep + 1 - len(sequence.request.prompt_ids)
+            rows[sequence] = range(len(samplings), len(samplings) + stretch.keep + run)
+            samplings += [sequence.sampling(first + i) for i in range(stretch.keep + run)]
+        names = ("logits", "hidden", "followed")
+        logits, hidden, followed = (_joined([getattr(reading, name) for _, reading in heard]) for name in names)
         assert logits is not None
         silent = [abstains for _, reading in heard for abstains in reading.silent]
         raw = logits.float()
-        return Heard(rows, raw, raw, hidden, frozenset(row for row, abstains in enumerate(silent) if abstains))
+        abstaining = frozenset(row for row, abstains in enumerate(silent) if abstains)
+        return Heard(rows, raw, raw, hidden, abstaining, followed, samplings)
 
     def clock(self) -> None:
         """Note how long the last `read` took; to be called when its numbers have arrived on the host."""
-        if self._tokens:
-            self.times.record(self._tokens, time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        self.seconds += seconds
+        if self._run:
+            first = self.times.at(self._tokens)
+            self.run_times.record(self._tokens, max(seconds - first, 0.0) / self._run)
+        elif self._tokens:
+            self.times.record(self._tokens, seconds)
 
     def _followers(self, wanted: Mapping[Sequence, Stretch]) -> set[Sequence]:
         leaders, followers = set(), set()
@@ -128,7 +143,7 @@ class Reader:
             slot = sequence.slots[self.author]
             unseen[slot], keep[slot] = text[self.runner.length(slot) :], stretch.keep
         try:
-            reading = self.runner.extend(unseen, keep)
+            reading = self._extend(unseen, keep)
         except Exception as error:
             if len(wanted) > 1:
                 _LOG.warning(
@@ -139,6 +154,12 @@ class Reader:
             return []
         self._tokens += sum(map(len, unseen.values()))
         return [(list(wanted), reading)]
+
+    def _extend(self, unseen: Mapping[int, ListOf[int]], keep: Mapping[int, int]) -> Reading:
+        if not self._run:
+            return self.runner.extend(unseen, keep)
+        assert isinstance(self.runner, ModelRunner)
+        return self.runner.extend(unseen, keep, run=self._run)
 
     def _failure(self, error: Exception) -> CollmError:
         if isinstance(error, CollmError):

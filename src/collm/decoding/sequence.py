@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.policies import StepView
 from collm.core.types import BASE, Completion, FinishReason, TokenStep
-from collm.decoding.draws import Draw, Logits, sampled_draw, top_logprobs
+from collm.decoding.draws import Draw, Sampling
 from collm.decoding.logits_processors import LogitsProcessors
 from collm.decoding.lookup import PromptLookup
 from collm.decoding.pacing import Odds
@@ -154,11 +154,10 @@ class Sequence:
             self._uniforms.append((self._rng.random(), self._rng.random()))
         return self._uniforms[position][of]
 
-    def draw(self, position: int, logits: Logits, greedy: Draw) -> Draw:
-        """What an author with these logits writes at a completion position, `greedy` being their argmax."""
+    def sampling(self, position: int) -> Sampling:
+        """How the token of a completion position is drawn."""
         params = self.request.params
-        draw = greedy if params.temperature == 0 else sampled_draw(logits, params, self.uniform(position, 1))
-        return replace(draw, top=top_logprobs(logits.raw, params.logprobs)) if params.logprobs else draw
+        return Sampling(params, self.uniform(position, 1)) if params.temperature else Sampling(params)
 
     def author_of_next(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None

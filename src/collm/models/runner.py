@@ -150,6 +150,11 @@ class ModelRunner:
         return self._cache.capacity
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether the host can be the slower part of a pass, so that runs may pay."""
+        return self._static is not None
+
+    @property
     def most_slots(self) -> int:
         """Sequences that can be open at once."""
         return self._cache.slots
