@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +112,7 @@ def test_static_passes_equal_the_plain_forward_on_every_architecture(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device == "cpu" and name != "gemma2":  # the interpreter takes its time
+        monkeypatch.setattr("collm.models.fused_kernels.FusedKernels.applied", contextlib.nullcontext)
         monkeypatch.setattr("collm.models.paged_attention.paged_attention", obvious_attention)
     model = make_model(EXACT[name](), seed=0, device=device)
     runner = static_runner(model, name)
@@ -160,6 +162,44 @@ def test_a_run_reads_on_with_what_it_finds_likeliest(
         runner.confirm(slot, tokens[:2])
         logits = runner.extend({slot: [11]}).logits[0]
         torch.testing.assert_close(logits, plain_logits(model, [*text, *tokens[:2], 11]), atol=2e-4, rtol=1e-3)
+
+
+NO_NORM = {"gpt2", "opt", "gpt-neox", "phi", "starcoder2", "cohere"}
+ROTATED = {
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral-window",
+    "mixtral",
+    "qwen3-moe",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "phi3",
+, "gpt-neox"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", EXACT)
+def test_norms_and_rotary_embeddings_as_single_kernels(name: str, device: str) -> None:
+    """They replace what they equal, and leave the model as it was."""
+    from collm.models.fused_kernels import FusedKernels
+
+    model = make_model(EXACT[name](), seed=0, device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # norms begin as ones
+    text = torch.arange(2, 9, device=device).unsqueeze(0)
+    with torch.no_grad():
+        before = model(text, use_cache=False).logits
+        fused = FusedKernels(LanguageModel(model, name=name))
+        with fused.applied():
+            during = model(text, use_cache=False).logits
+        after = model(text, use_cache=False).logits
+    assert bool(fused._norms) == (name not in NO_NORM)
+    assert (fused._rotary is not None) == (name in ROTATED)
+    torch.testing.assert_close(during, before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(after, before)
 
 
 def test_a_mask_that_the_kernel_does_not_know_is_said_once(

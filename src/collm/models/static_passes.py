@@ -57,7 +57,10 @@ class StaticPasses:
         self._model = model
         self._cache = cache
         self._buckets: dict[tuple[int, int], _Bucket] = {}
+        from collm.models.fused_kernels import FusedKernels  # needs Triton, which comes with PyTorch for GPUs
+
         self._kinds = MaskKinds()
+        self._fused = FusedKernels(model)
         self._captures = model.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
@@ -108,7 +111,7 @@ class StaticPasses:
 
     def _forward(self, layout: StaticPass) -> tuple[Tensor, Tensor]:
         """Hidden states of all tokens (T, H), logits after the last of each row (batch, V)."""
-        with slot_attention_of(self._model.config, self._kinds):
+        with slot_attention_of(self._model.config, self._kinds), self._fused.applied():
             hidden = self._model.hidden_states(
                 layout.token_ids,
                 position_ids=layout.positions.unsqueeze(0),
