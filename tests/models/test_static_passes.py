@@ -176,7 +176,8 @@ ROTATED = {
     "gemma3",
     "granite",
     "phi3",
-, "gpt-neox"}
+    "gpt-neox",
+}
 
 
 @pytest.mark.parametrize("device", DEVICES)
