@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.core.calibration import Calibration, CalibrationPoint
-from collm.errors import ArtefactError, CollmError, LoadError, MismatchError, RequestError, WriteError
+from collm.errors import ArtefactError, CollmError, ConfigError, LoadError, MismatchError, RequestError, WriteError
 from collm.models.loading import ModelSpec
 from collm.models.template import PromptTemplate
 
@@ -228,3 +228,12 @@ def test_pushing_uploads_the_artefact(saved: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_error_has_one_root() -> None:
     assert all(issubclass(e, CollmError) for e in (ArtefactError, LoadError, MismatchError, RequestError, WriteError))
+
+
+def test_each_model_has_a_device_or_all_the_same(saved: Path) -> None:
+    expected = token_ids(CoLLM.from_pretrained(saved))
+    assert token_ids(CoLLM.from_pretrained(saved, device="cpu,cpu")) == expected
+    placed = CoLLM.from_pretrained(saved, device="cpu,cuda:1")
+    assert [cast(ModelSpec, one).device for one in (placed.base, *placed.assistants)] == ["cpu", "cuda:1"]
+    with pytest.raises(ConfigError, match=r"names 3 devices .*expected one, or one for each of 2 models"):
+        CoLLM.from_pretrained(saved, device="cpu,cpu,cpu")

@@ -160,7 +160,8 @@ class CoLLM:
             path: the directory, or a Hub repository id.
             revision: Hub branch, tag or commit.
             base, assistants: models to use in place of those the artefact names, after a move for example.
-            device, dtype: of all models, in place of what the artefact says.
+            device, dtype: of all models, in place of what the artefact says; or a device for each model, the base's
+                first, with commas between: "cuda:0,cuda:1".
             eager, cache_memory: as of the class.
             trust_code: run the functions that the artefact names as assistants.
             engine: "local" or "vllm"; by default "vllm" where servers are given.
@@ -179,20 +180,24 @@ class CoLLM:
             artefact.check_trusted(manifest, directory)
         head = artefact.read_head(directory, manifest.head)
         check_engine(engine, servers)
-        placed = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
-        if servers is not None and placed:
-            raise ConfigError(f"{', '.join(placed)} has no effect on servers; leave it out, or use engine 'local'")
+        placed = _placements(device, dtype, 1 + len(manifest.assistants))
+        if servers is not None and placed[0]:
+            raise ConfigError(f"{', '.join(placed[0])} has no effect on servers; leave it out, or use engine 'local'")
         base_spec = manifest.base
         if manifest.saved_base == "base":
             base_spec = replace(base_spec, path=str(directory / "base"), revision=None)
         tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else base_spec)
         artefact.check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
-        base_spec = replace(base_spec, **placed)
+        base_spec = replace(base_spec, **placed[0])
         if base is None and manifest.saved_base == "adapter" and servers is None:
             base = load_with_adapter(base_spec, directory / "adapter")
         model = cls(
             base or base_spec,
-            assistants or [artefact.placed(spec, directory, **placed) for spec in manifest.assistants],
+            assistants
+            or [
+                artefact.placed(spec, directory, **options)
+                for spec, options in zip(manifest.assistants, placed[1:], strict=True)
+            ],
             head,
             tokenizer,
             template=manifest.template,
@@ -523,3 +528,20 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
         return [cast(Prompt, prompts)]
     return list(cast("Sequence[Prompt]", prompts))
+
+
+def _placements(device: str | None, dtype: str | None, models: int) -> list[dict[str, str]]:
+    """For each model what replaces what the artefact says of its place.
+
+    Raises:
+        ConfigError: devices for another number of models.
+    """
+    devices = [None] * models if device is None else device.split(",")
+    if len(devices) == 1:
+        devices *= models
+    if len(devices) != models:
+        raise ConfigError(
+            f"device names {len(devices)} devices ({device}), expected one, or one for each of {models} models"
+        )
+    given = [{"device": each, "dtype": dtype} for each in devices]
+    return [{key: value for key, value in options.items() if value is not None} for options in given]

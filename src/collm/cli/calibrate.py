@@ -52,7 +52,9 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(help="Use the first so many rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 256,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
+    ] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
     trust_code: Annotated[

@@ -47,7 +47,9 @@ def chat(
     presence_penalty: sampling.PresenceOption = 0.0,
     frequency_penalty: sampling.FrequencyOption = 0.0,
     repetition_penalty: sampling.RepetitionOption = 1.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,

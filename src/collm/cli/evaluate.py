@@ -40,7 +40,9 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of drawn items, shots and tokens.")] = 0,
     max_batch: Annotated[int, typer.Option(help="Most prompts decoded at once.")] = 16,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
+    ] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
     trust_code: Annotated[

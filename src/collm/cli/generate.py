@@ -54,7 +54,9 @@ def generate(
     regex: sampling.RegexOption = None,
     choice: sampling.ChoiceOption = None,
     grammar: sampling.GrammarOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
+    ] = None,
     engine: EngineOption = None,
     servers: ServersOption = None,
     trust_code: Annotated[

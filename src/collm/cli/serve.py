@@ -56,7 +56,9 @@ def serve(
         bool, typer.Option("--ignore-unknown", help="Take unknown fields of requests as if they had not come.")
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
     engine: EngineOption = None,
     servers: Annotated[
