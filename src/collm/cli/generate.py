@@ -101,9 +101,7 @@ def generate(
     )
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
     loading |= {"engine": engine, "cache_memory": cache_memory}
-    model = CoLLM.from_pretrained(
-        collaboration, engine=engine, servers=servers_named(servers), cache_memory=cache_memory, **loading
-    )
+    model = CoLLM.from_pretrained(collaboration, servers=servers_named(servers), **loading)
     if not chat and model.training.get("rows") == "chats":
         typer.echo("this collaboration was trained on chats; --chat sends the prompt as a user's message", err=True)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
