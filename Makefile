@@ -49,10 +49,12 @@ test-clients: $(INSTALLED) $(CLIENTS_INSTALLED)  ## Clients that need an environ
 	COLLM_CLIENTS_PYTHON=$(abspath $(CLIENTS_VENV))/bin/python $(BIN)/python -m pytest -m clients tests/clients
 
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
-	$(BIN)/python -m benchmarks.decode --dtype float32 --out benchmarks/results/cpu-float32.json
-	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --out benchmarks/results/cpu-bfloat16.json
+	$(BIN)/python -m benchmarks.decode --dtype float32 --parts grid lookahead --out benchmarks/results/cpu-float32.json
+	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --prompt 32 --batch 1 16 --parts grid --out benchmarks/results/cpu-bfloat16.json
+	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --prompt 512 --batch 1 --parts grid --out benchmarks/results/cpu-bfloat16-512.json
+	$(BIN)/python -m benchmarks.decode --dtype float32 --batch 4 16 --parts context cache --out benchmarks/results/cpu-float32-context.json
 	$(BIN)/python -m benchmarks.packing --out benchmarks/results/cpu-packing.json
-	$(BIN)/python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json benchmarks/results/cpu-packing.json
+	$(BIN)/python -m benchmarks.table docs/performance.md $(addprefix benchmarks/results/cpu-,float32.json float32-context.json bfloat16.json bfloat16-512.json packing.json)
 
 bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as the tables of docs/training.md (about 15 minutes).
 	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json

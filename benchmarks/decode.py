@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from benchmarks.record import run_parts
 from collm import CoLLM, SamplingParams
 from collm.collaboration import Completions
 from collm.core.policies import Policy, SingleAuthorPolicy
+from collm.decoding.request import Request
 from collm.models.packing import can_pack, pack_linears
 
 RUNS = (1, 8)
@@ -94,7 +95,6 @@ class Bench:
                     "tokens_per_second": batch * new / taken,
                     "assistant_passes": out.usage["assistant"].forward_passes,
                     "base_passes": out.usage["base"].forward_passes,
-                    "cache_allocated_over_needed": _cache_share(self.pair, [prompt + new - 1] * batch),
                 }
                 if batch == 1 or rate == 0.3:
                     ahead, _ = self._timed(self.pair, prompts, params, policies, lookahead=None)
@@ -184,18 +184,31 @@ class Bench:
             rows.append(_logged({"context": length, "ms_per_token": 1e3 * taken, "over_bare_pass": taken / bare}))
         return rows
 
+    def cache(self) -> list[dict[str, Any]]:
+        """Key-value memory held by sequences of mixed lengths, over what their tokens need."""
+        rows = []
+        for batch in self.arguments.batch:
+            prompts = [prompts_of(1, 16 + 37 * i, self.vocab_size)[0] for i in range(batch)]
+            engine = self.pair.engine(batch, 0)
+            for prompt, seed in zip(prompts, range(batch), strict=True):
+                policy = pattern(0.3, 1, 64, seed)
+                engine.add(Request(prompt, SamplingParams(max_new_tokens=64), policy))
+            for _ in range(48):
+                engine.step()
+            held = sum(runner.cache_bytes for runner in self.pair.runners)
+            needed = sum(one.bytes_per_position * sum(one.lengths) for one in self.pair.runners)
+            engine.close()
+            rows.append(
+                _logged({"batch": batch, "longest_prompt": len(prompts[-1]), "held_over_needed": held / needed})
+            )
+        return rows
+
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
     """Progress goes to stderr, so that stdout is JSON."""
     rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     print(rounded, file=sys.stderr, flush=True)
     return rounded
-
-
-def _cache_share(model: CoLLM, lengths: Sequence[int]) -> float:
-    """Key-value memory held after a run over what its texts need."""
-    runners = model.runners
-    return sum(one.cache_bytes for one in runners) / sum(one.bytes_per_position * sum(lengths) for one in runners)
 
 
 def _generate(model: PreTrainedModel, prompts: list[list[int]], new: int) -> None:
@@ -219,7 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("grid", "lookahead", "context"),
+        choices=("grid", "lookahead", "context", "cache"),
         default=["grid", "lookahead", "context"],
     )
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
@@ -230,6 +243,7 @@ def main() -> None:
         "grid": bench.grid,
         "lookahead": bench.lookahead,
         "context": bench.context,
+        "cache": bench.cache,
     }
     run_parts("benchmarks.decode", arguments, parts)
 

@@ -223,6 +223,11 @@ class ReservedLayer(KVLayer):
             self.keys[at] = key_states[0].transpose(0, 1)
             self.values[at] = value_states[0].transpose(0, 1)
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Keys and values, where there are some."""
+        return (self.keys, self.values) if self.is_initialized else ()
+
     def release(self, slot: int, held: int) -> None:
         for memory, tensor in zip(self._memory, (self.keys, self.values), strict=True):
             if memory is not None and sys.platform == "linux":
@@ -243,6 +248,15 @@ class ReservedCache(KVCache):
 
     def _layer(self) -> KVLayer:
         return ReservedLayer(self)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory that the slots hold, in whole pages of the operating system."""
+        rows = [
+            (memory.shape[1], memory.stride(2) * memory.element_size()) for one in self.layers for memory in one.held
+        ]
+        pages = (heads * -(-held * size // mmap.PAGESIZE) for heads, size in rows for held in self.held.values())
+        return sum(pages) * mmap.PAGESIZE
 
     def _grow(self, slot: int, before: int, after: int) -> None:
         pass

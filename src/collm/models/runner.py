@@ -160,6 +160,11 @@ class ModelRunner:
         return self._cache.slots
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens that each slot holds, open or closed."""
+        return [len(text) for text in self._texts]
+
+    @property
     def cache_bytes(self) -> int:
         """Memory that keys and values take."""
         return self._cache.allocated_bytes
