@@ -259,3 +259,19 @@ def test_a_window_smaller_than_the_text_is_seen(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(
         runner.extend({slot: text[13:]}).logits[0], plain_logits(model, text), atol=2e-4, rtol=1e-3
     )
+
+
+def test_an_engine_makes_the_passes_of_its_batch_ahead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("collm.models.paged_attention.paged_attention", obvious_attention)
+    monkeypatch.setattr("collm.models.fused_kernels.FusedKernels.applied", contextlib.nullcontext)
+    runner = static_runner(make_model(tiny_config(), seed=0))
+    assert runner._static is not None
+    with caplog.at_level(logging.INFO):
+        runner.prepare(3)
+        runner.prepare(2)
+    assert set(runner._static._buckets) == {(width, batch) for width in (1, 2, 4, 8, 16) for batch in (1, 2, 4)}
+    assert [record.getMessage()[:20] for record in caplog.records] == ["m: 15 CUDA graphs in"]
+    logits = runner._static._buckets[1, 1].logits
+    assert not logits.requires_grad

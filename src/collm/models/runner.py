@@ -188,6 +188,7 @@ class ModelRunner:
             self._cache = ReservedCache(self._num_layers, positions, self.max_length)
         self._static = StaticPasses(self.model, self._cache) if self._is_static else None
 
+    @torch.inference_mode()
     def prepare(self, most_rows: int) -> None:
         """Make what small passes of up to so many sequences need, ahead of the first of them."""
         if self._static is None:

@@ -65,17 +65,23 @@ class StaticPasses:
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def prepare(self, most_rows: int) -> None:
-        """Make all passes of up to so many rows, the largest first: the others fit into its memory.
+        """Make all passes of up to so many rows, the largest first: the others fit into its memory. Logs what it took.
 
         Raises:
             UnsupportedModel: the model cannot be run this way.
         """
-        start = time.perf_counter()
+        start, free = time.perf_counter(), self._free_bytes()
         rows = next((batch for batch in BATCHES if batch >= most_rows), BATCHES[-1])
         wanted = [(w, b) for w in WIDTHS for b in BATCHES if b <= rows and w * b <= MOST_TOKENS]
-        for width, batch in sorted(wanted, key=lambda shape: -shape[0] * shape[1]):
+        missing = sorted(set(wanted) - set(self._buckets), key=lambda shape: -shape[0] * shape[1])
+        for width, batch in missing:
             self._bucket(width, batch)
-        _LOG.debug("%s: %d static passes in %.1f s", self._model.name, len(wanted), time.perf_counter() - start)
+        if missing:
+            seconds, taken = time.perf_counter() - start, (free - self._free_bytes()) / 1e9
+            _LOG.info("%s: %d CUDA graphs in %.1f s, %.2f GB", self._model.name, len(missing), seconds, taken)
+
+    def _free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._model.device)[0] if self._captures else 0
 
     def run(self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None) -> Passed:
         """One pass over rows that `bucket_of` has a shape for.
