@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from collm.core.calibration import Calibration
+    from collm.demo.real import Row as RealRow
     from collm.evaluation.compare import Comparison, SystemResult
     from collm.evaluation.intervals import Interval
     from collm.evaluation.report import Row
@@ -172,3 +173,17 @@ def results_table(rows: Sequence[Row]) -> Table:
             style=style,
         )
     return table
+
+
+def real_demo_table(rows: Sequence[RealRow]) -> Table:
+    """Right results of the real model's demo, with 95 % intervals."""
+    table = Table(title="right results", box=box.SIMPLE_HEAD)
+    for heading in ("", "questions like those learned from", "other questions", "by the calculator"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(row.name, _share(row.seen), _share(row.unseen), f"{row.calls:.1%} of tokens")
+    return table
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.mean:.0%} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
