@@ -65,15 +65,16 @@ def test_from_the_package_to_a_model_that_talks(
         main()
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "as it comes" in shown
+    assert "SmolLM2 as it comes" in shown
     assert "What is the capital of Italy?" in shown
     assert f"collm chat {tmp_path / 'demo' / 'run' / 'collaboration'}" in shown
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert results["rows"][0]["name"] == "as it comes"
-    assert set(results["rows"][0]) == {"name", "seen", "unseen", "calls"}
+    assert results["rows"][0]["name"] == "SmolLM2 as it comes"
+    assert "on forms of questions it learned from" in results["rows"][3]["note"]
+    assert "SmolLM2-135M with a calculator" in (tmp_path / "demo" / "report.html").read_text()
     again = run_real_demo(tmp_path / "demo")
     assert len(index) == 1, "the model was fetched once"
-    assert again.model.head.num_assistants == 1
+    assert [row.name for row in again.rows] == [row["name"] for row in results["rows"]]
 
 
 def test_another_model_in_the_package_is_refused(

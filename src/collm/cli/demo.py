@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collm.evaluation.report import Report
+
+SHOWN = 8
+"""Answers in the terminal."""
 
 
 def demo(
@@ -21,56 +27,40 @@ def demo(
 
     With --real the base is SmolLM2-135M-Instruct: it learns when to let a calculator write, is measured, and talks.
     """
+    import sys
+
     import transformers
 
+    from collm.cli.chat import chat
     from collm.cli.terminal import log_to_terminal
+    from collm.demo.real import run_real_demo
+    from collm.demo.run import run_demo
     from collm.errors import ConfigError
 
     log_to_terminal()
     transformers.utils.logging.disable_progress_bar()  # tiny models load in an instant
     if not real:
-        _tiny(out, assistants, seeds, seed)
-    elif assistants != 1 or seeds != 1:
+        report = run_demo(out, num_assistants=assistants, seeds=range(seed, seed + seeds))
+        _show(report, "whole answers right with 95% interval, entities never seen in training", out)
+        return
+    if assistants != 1 or seeds != 1:
         raise ConfigError("--assistants and --seeds have no effect with --real; leave them out")
-    else:
-        _real(out, seed)
+    report = run_real_demo(out, seed=seed, say=lambda stage: typer.echo(f"{stage} .."))
+    _show(report, "right results with 95% interval, numbers never seen in training", out)
+    collaboration = str(out / "run" / "collaboration")
+    typer.echo(f"collm chat {collaboration}")
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        chat(collaboration, max_new_tokens=256)
 
 
-def _tiny(out: Path, assistants: int, seeds: int, seed: int) -> None:
+def _show(report: Report, title: str, out: Path) -> None:
     from collm.cli.authors import coloured, legend
     from collm.cli.tables import results_table
     from collm.cli.terminal import Console
-    from collm.demo.run import run_demo
 
-    report = run_demo(out, num_assistants=assistants, seeds=range(seed, seed + seeds))
     console = Console()
-    console.print(results_table(report.rows))
-    for example in report.examples[:6]:
+    console.print(results_table(report.rows, title))
+    for example in report.examples[:SHOWN]:
         console.print(f"\n[dim]{example.prompt}[/dim]")
         console.print(coloured(example.tokens))
     console.print("", legend(report.authors), "", report.summary, "", f"{out / 'report.html'}", sep="\n", markup=False)
-
-
-def _real(out: Path, seed: int) -> None:
-    """The real model's demo, and at a terminal a chat with it."""
-    import sys
-
-    from collm.cli.authors import coloured, legend
-    from collm.cli.chat import author_names, chat
-    from collm.cli.tables import real_demo_table
-    from collm.cli.terminal import Console
-    from collm.demo.real import run_real_demo
-    from collm.evaluation.report import Token
-
-    console = Console()
-    made = run_real_demo(out, seed=seed, say=lambda stage: console.print(f"[dim]{stage} ..[/dim]"))
-    console.print(real_demo_table(made.rows))
-    for question, answer in made.examples:
-        console.print(f"\n[dim]{question}[/dim]")
-        tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, strict=True)
-        console.print(coloured(Token(*token) for token in tokens))
-    collaboration = out / "run" / "collaboration"
-    console.print("", legend(author_names(made.model)), "")
-    console.print(f"collm chat {collaboration}", markup=False, soft_wrap=True)
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        chat(str(collaboration), max_new_tokens=256)

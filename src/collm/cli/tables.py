@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from collm.core.calibration import Calibration
-    from collm.demo.real import Row as RealRow
     from collm.evaluation.compare import Comparison, SystemResult
     from collm.evaluation.intervals import Interval
     from collm.evaluation.report import Row
@@ -152,10 +151,10 @@ def _ends(interval: Interval) -> str:
     return f"{100 * interval.low:.1f}..{100 * interval.high:.1f}"
 
 
-def results_table(rows: Sequence[Row]) -> Table:
+def results_table(rows: Sequence[Row], title: str) -> Table:
     """Systems beside each other."""
     table = Table(
-        title="whole answers right with 95% interval, entities never seen in training",
+        title=title,
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
     )
@@ -173,17 +172,3 @@ def results_table(rows: Sequence[Row]) -> Table:
             style=style,
         )
     return table
-
-
-def real_demo_table(rows: Sequence[RealRow]) -> Table:
-    """Right results of the real model's demo, with 95 % intervals."""
-    table = Table(title="SmolLM2: right results [95 % interval]", box=box.SIMPLE_HEAD)
-    for heading in ("", "like learned", "new forms", "calculator"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(row.name, _share(row.seen), _share(row.unseen), f"{row.calls:.1%}")
-    return table
-
-
-def _share(interval: Interval) -> str:
-    return f"{interval.mean:.0%} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"

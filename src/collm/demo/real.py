@@ -13,10 +13,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from collm.artefact import library_versions
 from collm.atomic import atomic_directory, atomic_file
@@ -25,8 +25,10 @@ from collm.core.params import SamplingParams
 from collm.core.types import Completion, deferral_rate
 from collm.demo.arithmetic import KINDS, UNSEEN, Sum, chats, sums
 from collm.errors import ConfigError, LoadError
-from collm.evaluation.intervals import Interval, bootstrap_interval
+from collm.evaluation.intervals import bootstrap_interval
 from collm.evaluation.metrics import last_number
+from collm.evaluation.page import write_report
+from collm.evaluation.report import Example, Report, Row, Token
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.config import CoLLMConfig
@@ -37,44 +39,15 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 TRAINED, VALIDATED, TESTED = 160, 12, 36
 PARAMS = SamplingParams(max_new_tokens=64)
-TALK = ("What is the capital of Italy?", "Tell me a short joke.")
+TALK = (("What is the capital of Italy?", "The capital of Italy is Rome."), ("Tell me a short joke.", ""))
+AS_IT_COMES, TUNED = "SmolLM2 as it comes", "tuned, never asking"
+ALWAYS, LEARNED = "tuned, asking at every token", "tuned, asking by its head"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One system on the two sets of questions.
+def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Report:
+    """Fetch the model, train, measure; write results.json and report.html into `out`.
 
-    Attributes:
-        name: of the system.
-        seen, unseen: share of right results, on forms of questions that were learned from, and on others.
-        calls: share of tokens that the calculator wrote.
-    """
-
-    name: str
-    seen: Interval
-    unseen: Interval
-    calls: float
-
-
-@dataclass(frozen=True)
-class RealDemo:
-    """What the demo leaves behind.
-
-    Attributes:
-        model: the collaboration.
-        rows: what was measured.
-        examples: questions and their answers.
-        seconds: by stage.
-    """
-
-    model: CoLLM
-    rows: list[Row]
-    examples: list[tuple[str, Completion]]
-    seconds: dict[str, float]
-
-
-def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> RealDemo:
-    """Fetch the model, train, measure; what an earlier run left in `out` is not made again.
+    The model and the collaboration of an earlier run in `out` are not made again.
 
     Args:
         say: hears what begins.
@@ -87,37 +60,37 @@ def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lamb
     _check(out)
     seconds: dict[str, float] = {}
 
-    def timed(stage: str, make: Callable[[], Any]) -> Any:
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
         say(stage)
         started = time.monotonic()
-        made = make()
+        yield
         seconds[stage] = round(time.monotonic() - started, 1)
-        return made
 
-    base = timed("fetching SmolLM2", lambda: smollm2(out / "model"))
-    trained = timed("learning when to ask the calculator", lambda: _train(out, base, seed))
-    model = CoLLM.from_pretrained(trained, device="cpu")
-    plain = CoLLM(
-        ModelSpec(str(base), dtype="float32", device="cpu"),
-        model.assistants,
-        model.head,
-        model.tokenizer,
-        template=model.template,
-    )
-    systems: list[tuple[str, CoLLM, float | None]] = [
-        ("as it comes", plain, 1.0),
-        ("tuned, never asking", model, 1.0),
-        ("tuned, always asking", model, -1.0),
-        ("tuned, asking by its head", model, None),
-    ]
+    with timed("fetching SmolLM2"):
+        base = smollm2(out / "model")
+    with timed("learning when to ask the calculator"):
+        model = CoLLM.from_pretrained(_train(out, base, seed), device="cpu")
     tests = sums(KINDS, TESTED, seed + 1), sums(UNSEEN, TESTED, seed + 1)
-    rows = timed("measuring", lambda: [_measured(name, one, threshold, tests) for name, one, threshold in systems])
-    questions = [one.question for one in (*tests[0][:4], *tests[1][:2])] + list(TALK)
-    examples = list(zip(questions, _answers(model, questions, None), strict=True))
+    with timed("measuring"):
+        plain = CoLLM(_spec(base), model.assistants, model.head, model.tokenizer, template=model.template)
+        rows = [_measured(AS_IT_COMES, plain, 1.0, tests), _measured(TUNED, model, 1.0, tests)]
+        rows += [_measured(ALWAYS, model, -1.0, tests), _measured(LEARNED, model, None, tests)]
+        examples = _examples(model, tests)
+    report = Report(
+        title="collm demo --real: SmolLM2-135M with a calculator",
+        summary=_summary(rows),
+        rows=rows,
+        measure="Right results",
+        examples=examples,
+        authors=["SmolLM2", "calculator"],
+        details={"command": f"collm demo --real --seed {seed}", "seconds": json.dumps(seconds), **library_versions()},
+    )
+    write_report(out / "report.html", report)
     with atomic_file(out / "results.json") as temporary:
         results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return RealDemo(model, rows, examples, seconds)
+    return report
 
 
 def smollm2(directory: Path) -> Path:
@@ -131,11 +104,15 @@ def smollm2(directory: Path) -> Path:
         return directory
     with tempfile.TemporaryDirectory() as temporary, atomic_directory(directory) as made:
         gguf = _downloaded(Path(temporary))
-        spec = ModelSpec(str(gguf), dtype="float32", device="cpu")
+        spec = _spec(gguf)
         tokenizer = load_tokenizer(spec)
         load_model(spec).save_pretrained(made)
         tokenizer.save_pretrained(made)
     return directory
+
+
+def _spec(path: Path) -> ModelSpec:
+    return ModelSpec(str(path), dtype="float32", device="cpu")
 
 
 def _downloaded(folder: Path) -> Path:
@@ -197,22 +174,57 @@ def _train(out: Path, base: Path, seed: int) -> Path:
 
 
 def _measured(name: str, model: CoLLM, threshold: float | None, tests: Sequence[Sequence[Sum]]) -> Row:
-    shares, authors = [], list[int]()
-    for test in tests:
-        answers = _answers(model, [one.question for one in test], threshold)
-        right = [last_number(answer.text, one.answer) for answer, one in zip(answers, test, strict=True)]
-        shares.append(bootstrap_interval(right))
-        authors += [author for answer in answers for author in answer.authors]
-    seen, unseen = shares
-    return Row(name, seen, unseen, deferral_rate(authors))
+    asked = [one for test in tests for one in test]
+    started = time.monotonic()
+    answers = _answers(model, [one.question for one in asked], threshold)
+    taken = time.monotonic() - started
+    right = [last_number(answer.text, one.answer) for answer, one in zip(answers, asked, strict=True)]
+    seen, unseen = (bootstrap_interval(right[at : at + TESTED]).mean for at in (0, TESTED))
+    authors = [author for answer in answers for author in answer.authors]
+    whole = bootstrap_interval(right)
+    return Row(
+        name,
+        whole.mean,
+        whole.low,
+        whole.high,
+        deferral_rate=deferral_rate(authors),
+        tokens_per_s=len(authors) / taken,
+        note=f"{seen:.0%} on forms of questions it learned from, {unseen:.0%} on others",
+    )
 
 
 def _answers(model: CoLLM, questions: Sequence[str], threshold: float | None) -> list[Completion]:
     return model.generate([[{"role": "user", "content": one}] for one in questions], PARAMS, threshold=threshold)
 
 
+def _examples(model: CoLLM, tests: Sequence[Sequence[Sum]]) -> list[Example]:
+    asked = [(one.question, one.answer) for one in (*tests[0][:4], *tests[1][:2])] + list(TALK)
+    answers = _answers(model, [question for question, _ in asked], None)
+    return [
+        Example(
+            question,
+            reference,
+            [Token(*each) for each in zip(c.token_texts, c.authors, c.defer_probs, strict=True) if each[0]],
+            bool(last_number(c.text, reference)) if any(map(str.isdigit, reference)) else None,
+        )
+        for (question, reference), c in zip(asked, answers, strict=True)
+    ]
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    by_name = {row.name: row for row in rows}
+    plain, tuned, learned = (by_name[name] for name in (AS_IT_COMES, TUNED, LEARNED))
+    return (
+        f"On {2 * TESTED} sums in words and signs, SmolLM2 as it comes is right at {plain.accuracy:.0%}, after tuning "
+        f"without asking at {tuned.accuracy:.0%}, and at {learned.accuracy:.0%} where it asks the calculator as it learned "
+        f"to. The calculator writes {learned.deferral_rate:.0%} of the tokens. A rule that asks at every token is right at "
+        f"{by_name[ALWAYS].accuracy:.0%}. The questions are made by a program, half of them in forms that were not trained "
+        "on: the numbers show that the place to ask was learned, not that the model reasons."
+    )
+
+
 def _check(out: Path) -> None:
-    known = {"model", "run", "train.jsonl", "validation.jsonl", "results.json"}
+    known = {"model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html"}
     foreign = sorted(one.name for one in out.iterdir() if one.name not in known) if out.exists() else []
     if foreign:
         raise ConfigError(f"{out} holds {foreign[0]}, which this demo did not write; choose another directory")
