@@ -212,14 +212,14 @@ def _examples(model: CoLLM, tests: Sequence[Sequence[Sum]]) -> list[Example]:
 
 
 def _summary(rows: Sequence[Row]) -> str:
-    by_name = {row.name: row for row in rows}
-    plain, tuned, learned = (by_name[name] for name in (AS_IT_COMES, TUNED, LEARNED))
+    right = {row.name: f"{row.accuracy:.0%}" for row in rows}
+    written = next(row.deferral_rate for row in rows if row.name == LEARNED)
     return (
-        f"On {2 * TESTED} sums in words and signs, SmolLM2 as it comes is right at {plain.accuracy:.0%}, after tuning "
-        f"without asking at {tuned.accuracy:.0%}, and at {learned.accuracy:.0%} where it asks the calculator as it learned "
-        f"to. The calculator writes {learned.deferral_rate:.0%} of the tokens. A rule that asks at every token is right at "
-        f"{by_name[ALWAYS].accuracy:.0%}. The questions are made by a program, half of them in forms that were not trained "
-        "on: the numbers show that the place to ask was learned, not that the model reasons."
+        f"On {2 * TESTED} sums in words and signs, SmolLM2 as it comes is right at {right[AS_IT_COMES]}, after tuning "
+        f"without asking at {right[TUNED]}, and at {right[LEARNED]} where it asks the calculator as it learned to. The "
+        f"calculator writes {written:.0%} of the tokens. A rule that asks at every token is right at {right[ALWAYS]}. "
+        "The questions are made by a program, half of them in forms that were not trained on: the numbers show that the "
+        "place to ask was learned, not that the model reasons."
     )
 
 
