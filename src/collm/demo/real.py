@@ -218,8 +218,8 @@ def _summary(rows: Sequence[Row]) -> str:
         f"On {2 * TESTED} sums in words and signs, SmolLM2 as it comes is right at {right[AS_IT_COMES]}, after tuning "
         f"without asking at {right[TUNED]}, and at {right[LEARNED]} where it asks the calculator as it learned to. The "
         f"calculator writes {written:.0%} of the tokens. A rule that asks at every token is right at {right[ALWAYS]}. "
-        "The questions are made by a program, half of them in forms that were not trained on: the numbers show that the "
-        "place to ask was learned, not that the model reasons."
+        "The questions are made by a program, half of them in forms that were not trained on: the numbers show that "
+        "the place to ask was learned, not that the model reasons."
     )
 
 
