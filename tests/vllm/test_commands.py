@@ -96,7 +96,7 @@ def test_eval_scores_the_same(saved: Saved, tmp_path: Path) -> None:
         (["generate", "PAIR", "hi", "--servers", NOBODY], "1 servers came for a base and 1 assistants"),
         (["serve", "PAIR", "other=PAIR", "--servers", NOBODY], "--servers came 1 times for 2 collaborations"),
         (["launch", "PAIR", "--servers", NOBODY], "--servers has no effect here"),
-        (["launch", "PAIR", "--compile"], "--compile has no effect here"),
+        (["launch", "PAIR", "--eager"], "--eager has no effect here"),
         (["launch", "PAIR", "other=PAIR"], "serves one collaboration, got PAIR other=PAIR"),
         (["launch", "PAIR", "--host", "0.0.0.0"], "there is no API key"),
         (["launch", "PAIR", "--max-batch", "0"], "max_batch is 0"),

@@ -65,6 +65,8 @@ class Endpoint:
     """
 
     may_abstain = False
+    capacity = None
+    most_slots = None
     open_slots = 0
 
     def __init__(
