@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import re
 import tracemalloc
@@ -22,6 +23,7 @@ from collm.decoding.engine import Engine
 from collm.decoding.request import Request
 from collm.decoding.sequence import Sequence
 from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
+from collm.models.kv_cache import MOST_SLOTS
 from collm.models.loading import ModelSpec
 from collm.models.runner import ModelRunner
 from tests.conftest import VOCAB_SIZE
@@ -364,6 +366,27 @@ def test_memory_is_taken_as_it_is_written_and_given_back(pair: CoLLM) -> None:
     runner.forget()
     assert _resident(keys) == before
     runner.close(first)
+
+
+def test_a_system_that_promises_little_memory_serves_fewer_sequences_at_once(
+    pair: CoLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve, most = mmap.mmap, 2**22
+
+    def limited(fileno: int, size: int, **options: Any) -> mmap.mmap:
+        if size > most:
+            raise OSError(12, "Cannot allocate memory")
+        return reserve(fileno, size, **options)
+
+    expected = [c.token_ids for c in pair.generate(prompts_of(3, 8), PARAMS, threshold=0.5)]
+    monkeypatch.setattr("collm.models.kv_cache.mmap.mmap", limited)
+    limits = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer)
+    came = limits.generate(prompts_of(3, 8), PARAMS, threshold=0.5, max_batch=8)
+    assert [c.token_ids for c in came] == expected
+    assert all(runner.most_slots < MOST_SLOTS for runner in limits.runners if isinstance(runner, ModelRunner))
+    most = 2**10
+    with pytest.raises(ConfigError, match="refuses the addresses of one sequence"):
+        _ = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer).runners
 
 
 def _resident(tensor: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from collm.errors import RequestError
+from collm.errors import ConfigError, RequestError
 from collm.models.slots import PackedPass, Row, StaticPass
 
 _LOG = logging.getLogger(__name__)
@@ -197,9 +197,12 @@ class ReservedLayer(KVLayer):
         while True:
             try:
                 memory, tensor = _untouched_zeros((self.cache.slots, *shape), dtype)
-            except OSError:
+            except OSError as error:
                 if self.cache.slots == 1:
-                    raise
+                    raise ConfigError(
+                        f"the system refuses the addresses of one sequence of {shape[1]:,} tokens in the key-value "
+                        f"cache ({error}); raise its limit (ulimit -v) or lower cache_memory"
+                    ) from error
                 self.cache.slots //= 2  # the system does not promise more than it has
             else:
                 self._memory.append(memory)
