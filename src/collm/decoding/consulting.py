@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from collm.core.combinations import CombiningPolicy
+from collm.core.transfers import to_device
 from collm.core.types import BASE
 from collm.decoding.draws import Draw, Logits, draw_tokens
 from collm.decoding.sequence import Sequence
@@ -80,7 +81,7 @@ def combined(
             _logprobs([{author: logits.raw for author, logits in said.logits.items()} for said in of_each]), by_author
         )
     draws, _ = draw_tokens(logits, [sequence.sampling(len(sequence.steps)) for sequence in sequences], raw=raw)
-    token_ids = torch.tensor([[draw.token_id] for draw in draws], device=logits.device)
+    token_ids = to_device([[draw.token_id] for draw in draws], logits.device)
     of_tokens = {author: each.gather(-1, token_ids).squeeze(-1) for author, each in logprobs.items()}
     return list(zip(policy.credit(of_tokens, by_author).tolist(), draws, strict=True))
 

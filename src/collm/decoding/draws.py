@@ -12,6 +12,7 @@ from torch import Tensor
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import sample, token_probs
+from collm.core.transfers import to_device
 from collm.core.types import TopLogprobs
 
 
@@ -74,9 +75,9 @@ def draw_tokens(
     token_ids = logits.argmax(-1)
     for params, rows in _sampled(samplings).items():
         whole = len(rows) == len(samplings)
-        at = slice(None) if whole else _sent(rows, logits.device)
+        at = slice(None) if whole else to_device(rows, logits.device)
         probs = token_probs(logits[at], *params)
-        uniforms = _sent([samplings[row].uniform for row in rows], logits.device)
+        uniforms = to_device([samplings[row].uniform for row in rows], logits.device, torch.float64)
         token_ids[at] = sample(probs, uniforms)
     norms = raw.logsumexp(-1, keepdim=True)
     logprobs = raw.gather(-1, token_ids.unsqueeze(-1)) - norms
@@ -104,9 +105,3 @@ def _sampled(samplings: Sequence[Sampling]) -> dict[tuple[float, float, int, flo
         if params.temperature:
             rows.setdefault((params.temperature, params.top_p, params.top_k, params.min_p), []).append(row)
     return rows
-
-
-def _sent(values: list[int] | list[float], device: torch.device) -> Tensor:
-    """Numbers on the device, without a wait."""
-    dtype = torch.float64 if isinstance(values[0], float) else torch.long
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

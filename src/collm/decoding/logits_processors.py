@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import penalised
+from collm.core.transfers import to_device
 from collm.models.grammars import Grammar, bit_row, forbidden
 from collm.models.runner import common_prefix
 from collm.models.template import tokenize
@@ -174,21 +175,21 @@ class Edits:
         logits = logits.clone()
         if self._biased:
             rows, token_ids, biases = zip(*self._biased, strict=True)
-            at = torch.tensor([rows, token_ids], device=logits.device)
-            logits.index_put_(tuple(at), logits.new_tensor(biases), accumulate=True)
+            at = to_device([rows, token_ids], logits.device)
+            logits.index_put_(tuple(at), to_device(biases, logits.device, logits.dtype), accumulate=True)
         if self._penalties:
             of_tokens = torch.from_numpy(np.concatenate(self._penalties, axis=1)).to(logits.device)
             at = of_tokens[:2].long()
             counts, *penalties = of_tokens[2:].to(logits.dtype)
             logits[tuple(at)] = penalised(logits[tuple(at)], counts, *penalties)
         if self._banned:
-            logits[tuple(torch.tensor(self._banned, device=logits.device).T)] = -torch.inf
+            logits[tuple(to_device(self._banned, logits.device).T)] = -torch.inf
         for row, allowed in self._allowed:
             kept = logits[row, list(allowed)]
             logits[row] = -torch.inf
             logits[row, list(allowed)] = kept
         if self._bits:
             mask = forbidden(np.stack(self._bits), self._vocab_size).to(logits.device)
-            at = torch.tensor(self._grammar_rows, device=logits.device)
+            at = to_device(self._grammar_rows, logits.device)
             logits[at] = logits[at].masked_fill(mask, -torch.inf)
         return logits

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from collm.core.transfers import to_device
 from collm.errors import ConfigError, RequestError
 from collm.models.slots import PackedPass, Row, StaticPass
 
@@ -302,9 +303,7 @@ class PagedLayer(KVLayer):
 
     def copy(self, source: int, target: int, length: int) -> None:
         count = in_pages(length) // PAGE
-        sources, targets = (
-            torch.tensor(self.cache.pages[slot][:count], device=self.keys.device) for slot in (source, target)
-        )
+        sources, targets = (to_device(self.cache.pages[slot][:count], self.keys.device) for slot in (source, target))
         for memory in (self.keys, self.values):
             memory[targets] = memory[sources]
 
@@ -316,7 +315,7 @@ class PagedLayer(KVLayer):
 
     def wipe(self, pages: list[int]) -> None:
         for memory in (self.keys, self.values):
-            memory[torch.tensor(pages, device=memory.device)] = 0
+            memory[to_device(pages, memory.device)] = 0
 
 
 class PagedCache(KVCache):
@@ -345,10 +344,7 @@ class PagedCache(KVCache):
         assert len(taken) == count, "the caller releases what is missing first"
         del self._free[-count:]
         self.pages.setdefault(slot, []).extend(taken)
-        new = torch.tensor(taken, dtype=torch.int32)
-        if self.table.is_cuda:
-            new = new.pin_memory()
-        self.table[slot, before // PAGE : after // PAGE].copy_(new, non_blocking=True)
+        self.table[slot, before // PAGE : after // PAGE] = to_device(taken, self.table.device, torch.int32)
 
     def _release(self, slot: int, held: int, spoiled: bool) -> None:
         pages = self.pages.pop(slot)

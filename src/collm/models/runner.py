@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from collm.core.transfers import to_device
 from collm.core.types import ModelUsage
 from collm.errors import ConfigError, ModelFailure, RequestError, UnsupportedModel
 from collm.models.cache_memory import share_cache_memory
@@ -227,6 +228,7 @@ class ModelRunner:
         if spoiled:
             self._drop(slot, spoiled=True)
 
+    @torch.inference_mode()
     def forget(self) -> None:
         """Drop what closed slots hold: needed when the model's weights have changed."""
         for slot in self._closed:
@@ -300,7 +302,8 @@ class ModelRunner:
         """Read on for `run` tokens; rows of each slot stay together."""
         assert reading.hidden is not None
         ends = list(itertools.accumulate(keep.values()))
-        following = reading.logits[[end - 1 for end in ends]].argmax(-1)
+        device = reading.logits.device
+        following = reading.logits[to_device([end - 1 for end in ends], device)].argmax(-1)
         logits, hidden, followed = [reading.logits], [reading.hidden], []
         for step in range(run):
             followed.append(following)
@@ -314,8 +317,9 @@ class ModelRunner:
         for i, (slot, end) in enumerate(zip(keep, ends, strict=True)):
             order += [*range(end - keep[slot], end), *range(kept + i, kept + i + run * count, count)]
             after += [*[0] * (keep[slot] - 1), *range(1 + i, 1 + i + run * count, count), 0]
-        read = torch.cat([following.new_full((1,), -1), *followed])[after]
-        return Reading(torch.cat(logits)[order], torch.cat(hidden)[order], followed=read)
+        read = torch.cat([following.new_full((1,), -1), *followed])[to_device(after, device)]
+        at = to_device(order, device)
+        return Reading(torch.cat(logits)[at], torch.cat(hidden)[at], followed=read)
 
     def _read(
         self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None
@@ -333,9 +337,9 @@ class ModelRunner:
         order = packing_order(rows)
         packed = [rows[i] for i in order]
         if following is None:
-            tokens = torch.tensor([token for i in order for token in token_ids[i]], device=self.model.input_device)
+            tokens = to_device([token for i in order for token in token_ids[i]], self.model.input_device)
         else:
-            tokens = following[order].to(self.model.input_device)
+            tokens = following[to_device(order, following.device)].to(self.model.input_device)
         hidden = torch.split(self._packed_forward(packed, tokens), [row.size for row in packed])
         return [each for _, each in sorted(zip(order, hidden, strict=True), key=lambda one: one[0])], None
 
@@ -343,7 +347,7 @@ class ModelRunner:
         """Hidden states of packed tokens (T,): (T, H)."""
         device, paged = self.model.input_device, {}
         if isinstance(self._cache, PagedCache):
-            places = torch.tensor([place for row in rows for place in self._cache.places(row)], device=device)
+            places = to_device([place for row in rows for place in self._cache.places(row)], device)
             paged = {"places": places, "table": self._cache.table}
         layout = self._cache.layout = PackedPass(rows, device=device, window=self._window, **paged)
         with slot_attention_of(self.model.config):

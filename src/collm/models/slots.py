@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from collm.core.transfers import to_device
+
 
 @dataclass(frozen=True)
 class Row:
@@ -80,8 +82,8 @@ class PackedPass:
         self.kv_length = max(row.end for row in rows)
         self.windowed = window is not None and self.kv_length > window
         self.groups = _groups(rows, device)
-        self.positions = torch.tensor([p for row in rows for p in range(row.start, row.end)], device=device)  # (T,)
-        self.slot_of = torch.tensor([row.slot for row in rows for _ in range(row.size)], device=device)  # (T,)
+        self.positions = to_device([p for row in rows for p in range(row.start, row.end)], device)  # (T,)
+        self.slot_of = to_device([row.slot for row in rows for _ in range(row.size)], device)  # (T,)
         self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -158,7 +160,7 @@ class StaticPass:
         inputs += self._padded([range(row.start, row.end) for row in rows], -1)
         inputs += [row.slot for row in rows] + [self.table.shape[0] - 1] * missing
         inputs += [i * self.width + row.size - 1 for i, row in enumerate(rows)] + [0] * missing
-        self._inputs.copy_(torch.tensor(inputs, pin_memory=self._inputs.is_cuda), non_blocking=True)
+        self._inputs.copy_(to_device(inputs, self._inputs.device))
 
     def _padded(self, of_rows: Sequence[Sequence[int]], value: int) -> list[int]:
         filled = [each for of_row in of_rows for each in (*of_row, *[value] * (self.width - len(of_row)))]
@@ -202,7 +204,7 @@ def _group(rows: Sequence[Row], at: int, device: torch.device) -> Group:
     ragged = len(ends) > 1 or (width > 1 and (len(rows) > 1 or first.start > 0))
     padded = kept = None
     if len(rows) > 1 and size < (slots.stop - slots.start) * width:
-        padded, kept = (torch.tensor(index, device=device) for index in _padding(rows, at, width))
+        padded, kept = (to_device(index, device) for index in _padding(rows, at, width))
     return Group(slots, slice(at, at + size), width, max(ends), ragged, padded, kept)
 
 

@@ -130,7 +130,8 @@ class StaticPasses:
     def _capture(self, bucket: _Bucket) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 bucket.hidden, bucket.logits = self._forward(bucket.layout)
         except RuntimeError as error:  # the model waits for the device, or makes shapes of what it computes
             raise UnsupportedModel(f"{self._model.name} cannot be captured as a CUDA graph: {error}") from error
