@@ -9,11 +9,11 @@ import torch
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import token_probs
-from collm.decoding.draws import GREEDY, Draw, Sampling, draw_tokens
+from collm.decoding.draws import Draw, Sampling, draw_tokens
 
 
 def greedy_draws(logits: torch.Tensor, *others: torch.Tensor) -> tuple[list[Draw], list[list[float]]]:
-    return draw_tokens(logits, [GREEDY] * len(logits), *others)
+    return draw_tokens(logits, [Sampling(SamplingParams(temperature=0.0))] * len(logits), *others)
 
 
 def sampled_draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> Draw:

@@ -52,9 +52,6 @@ class Sampling(NamedTuple):
     uniform: float = 0.0
 
 
-GREEDY = Sampling(SamplingParams(temperature=0.0))
-
-
 def draw_tokens(
     logits: Tensor, samplings: Sequence[Sampling], *others: Tensor, raw: Tensor | None = None
 ) -> tuple[list[Draw], list[list[float]]]:

@@ -11,7 +11,6 @@ Shapes: T new tokens of a pass, S slots, H key heads, L positions, D head dimens
 
 from __future__ import annotations
 
-import logging
 import math
 import mmap
 import sys
@@ -26,8 +25,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from collm.core.transfers import to_device
 from collm.errors import ConfigError, RequestError
 from collm.models.slots import PackedPass, Row, StaticPass
-
-_LOG = logging.getLogger(__name__)
 
 PAGE = 16
 """Positions in a page."""
