@@ -20,19 +20,22 @@ if TYPE_CHECKING:
     pass
 
 PAGE, PICTURE = "results.md", "gsm8k.svg"
-BEGIN, END = "<!-- gsm8k_calculator: begin -->", "<!-- gsm8k_calculator: end -->"
 _WIDTH = 110
 
 
 def write_tables(folder: Path, results: dict[str, Any]) -> None:
-    """Put the tables between the markers of the folder's results.md; a page of its own if there is none."""
-    page = folder / PAGE
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    tables = "\n".join(_lines(results))
+    """Put the tables into the folder's results.md."""
+    write_section(folder / PAGE, "gsm8k_calculator", _lines(results))
+
+
+def write_section(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Put lines between the markers of this name in a page; a page of their own if there is none."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = page.read_text(encoding="utf-8") if page.exists() else f"{begin}\n{end}\n"
+    before, rest = text.split(begin, 1)
+    after = rest.split(end, 1)[1]
     with atomic_file(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+        temporary.write_text("\n".join([f"{before}{begin}", *lines, f"{end}{after}"]), encoding="utf-8")
 
 
 def _lines(results: dict[str, Any]) -> list[str]:

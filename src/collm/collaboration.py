@@ -28,15 +28,18 @@ from collm.decoding.request import Request, check_prompt
 from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.adapters import check_adapter
-from collm.models.guards import TokenizerIdentity, check_accepted, check_tokenizers
+from collm.models.guards import TokenizerIdentity, check_accepted
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
-from collm.models.members import AssistantSpec, Member, as_member, author_name, spec_of
+from collm.models.members import AssistantSpec, Member, aligned, as_member, author_name, spec_of
 from collm.models.progress import quiet_if_small
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.spec import ToolFunction, ToolSpec
+from collm.training.aligned import encode
+from collm.training.data import Row
+from collm.training.examples import Examples
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.export import export_base
 from collm.vllm.servers import Servers
@@ -66,7 +69,10 @@ class CoLLM:
         base: the small model whose hidden states the head reads; a module, or a spec to load on first use.
         assistants: authors 1..K, likewise; or tools: a `ToolSpec`, or a function of yours that a module holds.
         head: the deferral head; its shape must fit.
-        tokenizer: the one all models share.
+        tokenizer: of the base, and of all that have no other.
+        tokenizers: of the assistants, where they have others; by default those that lie beside the models that specs
+            name, and the base's for modules and tools. Models with different tokenizers decide about segments of the
+            text in place of tokens (`models.alignment`).
         template: how prompts and chats become text; by default prompts as they stand and the tokenizer's chat template.
         calibration: what `generate` takes its default threshold and its budgets from.
         accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
@@ -87,6 +93,7 @@ class CoLLM:
         head: DeferralHead,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        tokenizers: Sequence[PreTrainedTokenizerBase] | None = None,
         template: PromptTemplate | None = None,
         calibration: Calibration | None = None,
         accept_differences: Sequence[str] = (),
@@ -119,22 +126,32 @@ class CoLLM:
         self._source: Path | None = None
         members, accepted = [self.base, *self.assistants], self.accept_differences
         stop_ids = self.template.turn_ends
+        own = [load_tokenizer(one) if isinstance(one, ModelSpec) else tokenizer for one in self.assistants]
+        self.alignment = aligned(
+            self.base,
+            self.assistants,
+            [tokenizer, *(own if tokenizers is None else tokenizers)],
+            self.template,
+            accept_differences=accepted,
+        )
+        if self.alignment is not None and servers is not None:
+            raise ConfigError(
+                "the models have different tokenizers, which needs their logits at every token; servers give only the "
+                "most probable tokens, so use engine 'local'"
+            )
         self._in_memory = InMemory(
             members,
             head,
             tokenizer,
             stop_ids=stop_ids,
             accept_differences=accepted,
+            alignment=self.alignment,
             eager=eager,
             cache_memory=cache_memory,
         )
         self.backend: Backend = self._in_memory
         if servers is not None:
             self.backend = OnServers(servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted)
-        for number, member in enumerate(self.assistants, start=1):
-            if isinstance(member, ModelSpec):
-                other = TokenizerIdentity.of(load_tokenizer(member))
-                check_tokenizers(self.identity, other, author_name(number, len(assistants)), accept=accept_differences)
 
     # Loading and saving
 
@@ -352,7 +369,7 @@ class CoLLM:
         done: dict[int, Completion] = {}
         try:
             for prompt, drawn, chosen in zip(listed, drawing, policies, strict=True):
-                engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), drawn, chosen))
+                engine.add(self.request(prompt, drawn, chosen))
             while engine.has_work:
                 for emitted in engine.step():
                     if emitted.failure is not None:
@@ -386,8 +403,30 @@ class CoLLM:
         if params is not None and params.prompt_logprobs is not None:
             raise ConfigError("prompt_logprobs has no effect on a stream; use generate, or the method prompt_logprobs")
         engine = self.engine(1, lookahead)
-        engine.add(Request(self.template.encode_prompt(self.tokenizer, prompt), params or SamplingParams(), chosen))
+        engine.add(self.request(prompt, params or SamplingParams(), chosen))
         return _steps(engine)
+
+    @property
+    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        """Of each author, the base first."""
+        if self.alignment is None:
+            return [self.tokenizer] * (1 + len(self.assistants))
+        return [one.tokenizer for one in self.alignment.tokenizers]
+
+    def encode_rows(self, rows: Sequence[Row], *, max_length: int) -> Examples:
+        """Rows as examples for all authors, rendered and cut as in training (`training.aligned.encode`)."""
+        return encode(rows, self.template, self.tokenizer, self.alignment, max_length=max_length)
+
+    def request(self, prompt: Prompt, params: SamplingParams, policy: Policy) -> Request:
+        """What the decoding loop is given for a prompt.
+
+        Raises:
+            ConfigError: a seed where nothing is drawn.
+            RequestError: a prompt that cannot be read.
+        """
+        prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
+        others = [] if self.alignment is None else self.alignment.assistant_prompts(prompt)
+        return Request(prompt_ids, params, policy, others)
 
     def check_params(self, params: SamplingParams) -> None:
         """Whether requests with these parameters can be decoded; grammars are compiled, and kept for them.

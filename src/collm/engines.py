@@ -17,6 +17,7 @@ from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.decoding.prompt_logprobs import prompt_logprobs
 from collm.decoding.request import check_params
 from collm.errors import ConfigError, MismatchError
+from collm.models.alignment import Alignment
 from collm.models.cache_memory import cache_bytes, share_cache_memory
 from collm.models.grammars import Grammars
 from collm.models.guards import TokenizerIdentity, check_eos
@@ -67,6 +68,7 @@ class InMemory:
         accept_differences: as of `CoLLM`.
         eager: as of `CoLLM`.
         cache_memory: as of `CoLLM`.
+        alignment: of members that do not share a tokenizer; then `tokenizer` and `stop_ids` are the base's.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class InMemory:
         *,
         stop_ids: Collection[int] = (),
         accept_differences: Collection[str] = (),
+        alignment: Alignment | None = None,
         eager: bool = False,
         cache_memory: str | int | None = None,
     ) -> None:
@@ -85,6 +88,7 @@ class InMemory:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._accept_differences = accept_differences
+        self._alignment = alignment
         self._eager = eager
         self._cache_memory = cache_memory
         cache_bytes(cache_memory)
@@ -98,7 +102,7 @@ class InMemory:
             MismatchError: they do not fit.
         """
         vocab_size = TokenizerIdentity.of(self._tokenizer).vocab_size
-        models = load_members(self._given, self._tokenizer, vocab_size=vocab_size, packed=True)
+        models = load_members(self._given, self._tokenizer, vocab_size=vocab_size, alignment=self._alignment)
         base = cast(LanguageModel, models[0])
         if base.hidden_size != self._head.hidden_size:
             raise MismatchError(
@@ -120,7 +124,8 @@ class InMemory:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        named = [(model.name, model.eos_token_ids) for model in self.members if isinstance(model, LanguageModel)]
+        speaking = self.members if self._alignment is None else self.members[:1]
+        named = [(model.name, model.eos_token_ids) for model in speaking if isinstance(model, LanguageModel)]
         return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
     @cached_property
@@ -141,6 +146,7 @@ class InMemory:
             self._tokenizer,
             eos_ids=self._eos_ids,
             grammars=self.grammars,
+            alignment=self._alignment,
             max_batch=max_batch,
             lookahead=LOOKAHEAD if lookahead is None else lookahead,
             max_wait=MAX_WAIT if max_wait is None else max_wait,

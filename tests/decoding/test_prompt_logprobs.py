@@ -16,7 +16,7 @@ from collm.errors import ConfigError, RequestError
 from collm.evaluation.gold import gold_views
 from collm.evaluation.harness import _log_likelihood
 from collm.tools.calls import BuiltInTool
-from collm.training.examples import Example
+from collm.training.examples import Example, Examples
 from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.decoding.test_tools import knows
@@ -79,7 +79,7 @@ def test_they_are_the_likelihoods_of_the_harness(
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
     members: list[Any] = [trio[1], ToolSpec("date", eps=0.05)]
     model = CoLLM(trio[0], members, random_head(32, 2), tokenizer)
-    views = gold_views(model, [Example(PROMPT, [place > 0 for place in range(len(PROMPT))])])
+    views = gold_views(model, Examples([Example(PROMPT, [place > 0 for place in range(len(PROMPT))])]))
     total = sum(one.logprob for one in model.prompt_logprobs(PROMPT)[1:] if one)
     assert total == pytest.approx(_log_likelihood(views), abs=1e-4)
 

@@ -32,7 +32,7 @@ from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
 from collm.tools.calls import BuiltInTool
 from collm.training.data import Row
-from collm.training.examples import Example
+from collm.training.examples import Example, Examples
 from collm.training.measures import TokenViews
 
 THRESHOLD = 0.5
@@ -290,7 +290,7 @@ def test_other_prices_are_refused(text: str) -> None:
 def test_gold_views_are_what_each_model_says(model: CoLLM) -> None:
     texts = [model.tokenizer(text).input_ids for text in ("w1 w2 w3 w4", "w5 w6 w7")]
     examples = [Example(ids, [i >= 2 for i in range(len(ids))]) for ids in texts]
-    views = gold_views(model, examples)
+    views = gold_views(model, Examples(examples))
     at = 0
     for ids in texts:
         logits = [member.module(torch.tensor([ids])).logits[0].log_softmax(-1) for member in model.members]

@@ -15,7 +15,7 @@ from collm.evaluation import gold
 from collm.evaluation.gold import Deferred, deferred, gold_views, greedy_writes
 from collm.evaluation.teacher_forced import TeacherForcedPoint, teacher_forced
 from collm.tools.spec import ToolSpec
-from collm.training.examples import Example
+from collm.training.examples import Example, Examples
 from collm.training.measures import TokenViews
 from collm.training.scores import Scores
 from collm.training.scoring import read_scores
@@ -114,10 +114,12 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
     return CoLLM(tiny_model(0), [tiny_model(1), ToolSpec.parse("tool:calculator")], head, tokenizer)
 
 
-EXAMPLES = [
-    Example([5, 6, 7, 8, 9, 10], [False, False, True, True, True, True]),
-    Example([7, 3, 9], [False, True, True]),
-]
+EXAMPLES = Examples(
+    [
+        Example([5, 6, 7, 8, 9, 10], [False, False, True, True, True, True]),
+        Example([7, 3, 9], [False, True, True]),
+    ]
+)
 
 
 def test_the_curve_of_a_collaboration_agrees_with_its_greedy_choices(model: CoLLM) -> None:

@@ -26,8 +26,10 @@ from collm.decoding.logits_processors import Edits
 from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, run_length, wait_steps
 from collm.decoding.reader import Heard, Reader, Stretch
 from collm.decoding.request import Request, check_cache, check_params, check_prompt
+from collm.decoding.segments import SegmentSequence
 from collm.decoding.sequence import Decision, Sequence
 from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
+from collm.models.alignment import Alignment
 from collm.models.grammars import Grammars
 from collm.models.kv_cache import PAGE, in_pages
 from collm.models.runner import Assistant, ModelRunner
@@ -106,6 +108,7 @@ class Engine:
         tokenizer: of all models.
         eos_ids: tokens that end a sequence.
         grammars: compiles what texts must be.
+        alignment: of the authors, if they do not share a tokenizer; then `tokenizer` and `eos_ids` are the base's.
         max_batch: most sequences decoded at once; further ones wait.
         lookahead: most tentative tokens of a sequence; 0 reads nothing ahead.
         max_wait: most steps a sequence waits for others that need the same assistant; 0 never waits.
@@ -123,6 +126,7 @@ class Engine:
         *,
         eos_ids: frozenset[int],
         grammars: Grammars,
+        alignment: Alignment | None = None,
         max_batch: int = 16,
         lookahead: int = LOOKAHEAD,
         max_wait: int = MAX_WAIT,
@@ -136,11 +140,14 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.grammars = grammars
+        self.alignment = alignment
         self.max_batch = min([max_batch, *(one.most_slots for one in self.authors if one.most_slots is not None)])
         self.lookahead = lookahead
         self.max_wait = max_wait
         self._capacity = min((one.capacity for one in self.authors if one.capacity is not None), default=None)
         self._vocab_size = base.model.vocab_size
+        own_end = tokenizer.eos_token_id
+        self._end_id = own_end if own_end in eos_ids else min(eos_ids, default=-1)
         self._readers = [Reader(author, runner) for author, runner in enumerate(self.authors)]
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
@@ -164,8 +171,9 @@ class Engine:
                 or the parameters name unknown tokens or a grammar that cannot be followed.
             ConfigError: the policy asks for an author that does not exist.
         """
-        check_prompt(self.authors, self._vocab_size, request.prompt_ids)
-        check_cache(self.authors, request.prompt_ids)
+        for authors, vocab_size, prompt_ids in self._prompts(request):
+            check_prompt(authors, vocab_size, prompt_ids)
+            check_cache(authors, prompt_ids)
         check_params(request.params, self._vocab_size)
         consulted = request.policy.consults(len(self.authors) - 1)
         unknown = [author for author in consulted if not 1 <= author < len(self.authors)]
@@ -173,11 +181,23 @@ class Engine:
             raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         structured = request.params.structured_outputs
         grammar = self.grammars.compile(structured) if structured is not None else None
-        odds = self._odds.copy()
-        sequence = Sequence(self._count, request, self.authors, self.tokenizer, self.eos_ids, odds, grammar)
+        made = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._odds.copy(), grammar
+        sequence = (
+            Sequence(*made)
+            if self.alignment is None
+            else SegmentSequence(*made, alignment=self.alignment, end_id=self._end_id)
+        )
         self._count += 1
         self._waiting.append(sequence)
         return sequence.number
+
+    def _prompts(self, request: Request) -> list[tuple[ListOf[Assistant], int, list[int]]]:
+        """Authors with the size of their vocabulary and their prompt."""
+        if self.alignment is None:
+            return [(self.authors, self._vocab_size, request.prompt_ids)]
+        prompts = [request.prompt_ids, *request.assistant_prompts]
+        of_each = zip(self.authors, self.alignment.tokenizers, prompts, strict=True)
+        return [([author], tokenizer.vocab_size, prompt_ids) for author, tokenizer, prompt_ids in of_each]
 
     def cancel(self, number: int) -> None:
         """Drop a request, running or waiting; its slots are free at once."""
@@ -229,7 +249,7 @@ class Engine:
         if self._capacity is None:
             return True
         ahead = self.lookahead + _ROOM
-        return sum(in_pages(min(s.length + ahead, s.most_tokens)) for s in sequences) <= self._capacity
+        return sum(in_pages(min(s.cache_length + ahead, s.most_tokens)) for s in sequences) <= self._capacity
 
     # The base reads, and every position it reads is decided
 
@@ -271,7 +291,9 @@ class Engine:
             draws: what the base writes there.
         """
         for (followed, defer_prob, *probs), guess in zip(numbers, draws, strict=True):
-            author = sequence.author_of_next(defer_prob, probs)
+            author = sequence.author_at(guess, defer_prob, probs)
+            if author is None:
+                return
             sequence.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
             if followed >= 0:
                 if author != BASE or guess.token_id != followed or sequence.ends(guess.token_id):
@@ -314,13 +336,14 @@ class Engine:
     def _ask(self, author: int, consultations: Mapping[Sequence, Consultation]) -> None:
         """Let an assistant read the sequences that wait for it, if the call is worth it now, and those that consult."""
         reader = self._readers[author]
+        self._pass_over(author)
         due = [s for s in self._active.values() if s.waits_for == author and self._readers[BASE].has_read(s, s.length)]
         if not self._worth_calling(author, due):
             for sequence in due:
                 sequence.waited += 1
             due = []
         asked = {sequence: _asked_of(author, sequence) for sequence in due}
-        wanted = {s: Stretch(len(s.token_ids) + at[-1], at[-1] - at[0] + 1) for s, at in asked.items()}
+        wanted = {s: Stretch(s.length_of(author, at[-1]), at[-1] - at[0] + 1) for s, at in asked.items()}
         wanted |= {s: Stretch(s.length) for s in consultations if author in s.consulted}
         heard = self._read(reader, wanted)
         if heard is None:
@@ -335,18 +358,16 @@ class Engine:
                 with self._alone(sequence):
                     for i in asked[sequence]:
                         row = rows[i - asked[sequence][0]]
-                        self._answer(sequence, i, None if row in said.silent else said.draws[row])
+                        sequence.answer(i, None if row in said.silent else said.draws[row])
                     self._settle(sequence)
         self._write_ahead(author, [s for s in due if s.number in self._active])
 
-    def _answer(self, sequence: Sequence, i: int, draw: Draw | None) -> None:
-        """Note what an assistant writes at the sequence's decision i; None where it abstains."""
-        decision = sequence.decisions[i]
-        decision.abstained = draw is None
-        decision.choice = draw or decision.guess
-        sequence.waited = 0
-        if decision.guess is not None and decision.choice is not None:
-            sequence.odds.saw_answer(decision.guess.token_id == decision.choice.token_id)
+    def _pass_over(self, author: int) -> None:
+        """Let the base write where this assistant cannot read the text."""
+        for sequence in list(self._active.values()):
+            if sequence.waits_for == author and not sequence.can_ask(author):
+                sequence.answer(0, None)
+                self._settle(sequence)
 
     def _worth_calling(self, author: int, due: ListOf[Sequence]) -> bool:
         """Whether some sequence has waited long enough for company, or nothing else can be done."""
@@ -354,7 +375,8 @@ class Engine:
             return False
         base = self._readers[BASE]
         stalled = all(s.waits_for is not None and base.has_read(s, s.length) for s in self._active.values())
-        return stalled or max(sequence.waited for sequence in due) >= self._wait_steps(author)
+        longest = max(sequence.waited for sequence in due)
+        return stalled or any(s.is_writing for s in due) or longest >= self._wait_steps(author)
 
     def _write_ahead(self, author: int, sequences: ListOf[Sequence]) -> None:
         """In a run of deferrals let the assistant write the next tokens too, for the base to check in one pass."""
@@ -407,15 +429,12 @@ class Engine:
             self._fail(*reader.failures.popitem())
         if heard is None:
             return None
-        edits, processed = Edits(heard.logits.shape[-1]), False
+        edits, processed = Edits(heard.logits.shape[-1], heard.logits.device), False
         for sequence, rows in list(heard.rows.items()):
-            if sequence.processors is None:
-                continue
-            text, end = sequence.text, wanted[sequence].end
-            with self._alone(sequence):
-                for row, length in zip(rows, range(end - len(rows) + 1, end + 1), strict=True):
-                    sequence.processors.note(edits, row, text[len(sequence.request.prompt_ids) : length])
-                processed = True
+            if sequence.edits_logits:
+                with self._alone(sequence):
+                    sequence.process(edits, reader.author, rows, wanted[sequence].end)
+                    processed = True
         return replace(heard, logits=edits.apply(heard.raw)) if processed else heard
 
     def _fetch(self, heard: Heard, reader: Reader, *others: Tensor) -> Said:
@@ -441,7 +460,7 @@ class Engine:
             silent |= {row for row, (_, changed, *_) in enumerate(numbers) if changed}
         else:
             for sequence in [one for one in rows if any(numbers[row][0] == -math.inf for row in rows[one])]:
-                if sequence.processors is not None:
+                if sequence.edits_logits:
                     self._fail(
                         sequence, RequestError("the request's constraints let no token follow; loosen one of them")
                     )

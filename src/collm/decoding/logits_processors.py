@@ -49,8 +49,11 @@ class LogitsProcessors:
         self._counts = _Counts(prompt_ids) if params.penalises else None
         self._grammar = grammar
 
-    def note(self, edits: Edits, row: int, generated: Sequence[int]) -> None:
+    def note(self, edits: Edits, row: int, generated: Sequence[int], *, length: int | None = None) -> None:
         """Note what happens to the logits in `row`, which follow the tokens generated so far.
+
+        Args:
+            length: how many of them count towards `min_tokens`; None for all.
 
         Raises:
             RequestError: the grammar has become too complex to follow.
@@ -58,7 +61,7 @@ class LogitsProcessors:
         edits.bias(row, self.params.logit_bias)
         if self._counts is not None:
             edits.penalise(row, self._counts.of(generated), self.params)
-        edits.ban(row, self._banned(generated))
+        edits.ban(row, self._banned(generated, len(generated) if length is None else length))
         if self.params.allowed_token_ids is not None:
             edits.allow(row, self.params.allowed_token_ids)
         if self._grammar is not None:
@@ -79,8 +82,8 @@ class LogitsProcessors:
         self._grammar.go_to(generated)
         return self._grammar.complete
 
-    def _banned(self, generated: Sequence[int]) -> Iterator[int]:
-        if len(generated) < self.params.min_tokens:
+    def _banned(self, generated: Sequence[int], length: int) -> Iterator[int]:
+        if length < self.params.min_tokens:
             yield from self._end_ids
         for *before, last in self._bad_words:
             if list(generated[len(generated) - len(before) :]) == before:
@@ -139,14 +142,20 @@ class _Counts:
 class Edits:
     """What happens to rows of logits (R, V), gathered row by row and done at once, in vLLM's order."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.device = device
         self._vocab_size = vocab_size
+        self._kept: list[tuple[int, Tensor]] = []
         self._biased: list[tuple[int, int, float]] = []
         self._penalties: list[Array] = []  # (6, tokens): row, token, count, and the three penalties
         self._banned: list[tuple[int, int]] = []
         self._allowed: list[tuple[int, Sequence[int]]] = []
         self._grammar_rows: list[int] = []
         self._bits: list[Array] = []
+
+    def keep(self, row: int, mask: Tensor) -> None:
+        """Exclude all tokens but those of a mask, bool, shape (V,), on the device of the logits."""
+        self._kept.append((row, mask))
 
     def bias(self, row: int, by_token: Mapping[int, float]) -> None:
         self._biased += [(row, token_id, bias) for token_id, bias in by_token.items()]
@@ -173,6 +182,10 @@ class Edits:
     def apply(self, logits: Tensor) -> Tensor:
         """The logits after all that was noted; the given ones stay as they are."""
         logits = logits.clone()
+        if self._kept:
+            rows_kept, masks = zip(*self._kept, strict=True)
+            at = to_device(rows_kept, logits.device)
+            logits[at] = logits[at].masked_fill(~torch.stack(masks), -torch.inf)
         if self._biased:
             rows, token_ids, biases = zip(*self._biased, strict=True)
             at = to_device([rows, token_ids], logits.device)

@@ -101,7 +101,7 @@ class Reader:
             stretch = wanted[sequence]
             first = stretch.end - stretch.keep + 1 - len(sequence.request.prompt_ids)
             rows[sequence] = range(len(samplings), len(samplings) + stretch.keep + run)
-            samplings += [sequence.sampling(first + i) for i in range(stretch.keep + run)]
+            samplings += [sequence.sampling_of(self.author, first + i) for i in range(stretch.keep + run)]
         names = ("logits", "hidden", "followed")
         logits, hidden, followed = (_joined([getattr(reading, name) for _, reading in heard]) for name in names)
         assert logits is not None
@@ -123,8 +123,8 @@ class Reader:
     def _followers(self, wanted: Mapping[Sequence, Stretch]) -> set[Sequence]:
         leaders, followers = set(), set()
         for sequence in wanted:
-            if self.author not in sequence.slots and len(sequence.token_ids) > MIN_SHARED:
-                beginning = tuple(sequence.token_ids[:MIN_SHARED])
+            if self.author not in sequence.slots and wanted[sequence].end > MIN_SHARED:
+                beginning = tuple(sequence.text_of(self.author)[:MIN_SHARED])
                 if beginning in leaders:
                     followers.add(sequence)
                 leaders.add(beginning)
@@ -136,7 +136,7 @@ class Reader:
             return []
         unseen, keep = {}, {}
         for sequence, stretch in wanted.items():
-            text = sequence.text[: stretch.end]
+            text = sequence.text_of(self.author)[: stretch.end]
             if self.author not in sequence.slots:
                 # What it may find already read ends before the first token to answer after.
                 sequence.slots[self.author] = self.runner.open(text[: stretch.end - stretch.keep + 1])

@@ -15,6 +15,9 @@ from collm.models.runner import Assistant, Limited
 class Request:
     """One prompt to continue.
 
+    Attributes:
+        assistant_prompts: the prompt in the tokens of each assistant; empty where all read the same tokens.
+
     Raises:
         ConfigError: a seed where nothing is drawn.
     """
@@ -22,6 +25,7 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     policy: Policy
+    assistant_prompts: Sequence[list[int]] = ()
 
     def __post_init__(self) -> None:
         if self.params.seed is not None and self.params.temperature == 0 and not self.policy.draws:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.policies import StepView
 from collm.core.types import BASE, Completion, FinishReason, TokenStep
 from collm.decoding.draws import Draw, Sampling
-from collm.decoding.logits_processors import LogitsProcessors
+from collm.decoding.logits_processors import Edits, LogitsProcessors
 from collm.decoding.lookup import PromptLookup
 from collm.decoding.pacing import Odds
 from collm.decoding.request import Request
@@ -33,6 +33,7 @@ class Decision:
         choice: what the author writes; None until it was asked.
         abstained: the author had nothing to say, so the base writes its guess.
         stood_in: it could not be asked, so the base writes.
+        rest: tokens that follow `choice` without a decision of their own.
     """
 
     author: int
@@ -41,6 +42,7 @@ class Decision:
     choice: Draw | None
     abstained: bool = False
     stood_in: bool = False
+    rest: list[Draw] = field(default_factory=list)
 
 
 class Sequence:
@@ -140,6 +142,41 @@ class Sequence:
         return most if self._max_length is None else min(most, self._max_length)
 
     @property
+    def cache_length(self) -> int:
+        """Positions of a cache that its text takes."""
+        return self.length
+
+    def text_of(self, author: int) -> list[int]:
+        """What an author is to read."""
+        return self.text
+
+    def length_of(self, author: int, decision: int) -> int:
+        """How much of that comes before what the author writes at one of the decisions."""
+        return len(self.token_ids) + decision
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether an assistant has written a part of what it is to write."""
+        return False
+
+    def can_ask(self, author: int) -> bool:
+        """Whether an assistant can read the text and write on."""
+        return True
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether the request does anything to logits."""
+        return self.processors is not None
+
+    def process(self, edits: Edits, author: int, rows: range, end: int) -> None:
+        """Note what the request does to logits of an author, of which the last follows the first `end` tokens."""
+        if self.processors is None:
+            return
+        text, start = self.text, len(self.request.prompt_ids)
+        for row, length in zip(rows, range(end - len(rows) + 1, end + 1), strict=True):
+            self.processors.note(edits, row, text[start:length])
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end the text."""
         return self._eos_ids | self._stop_ids
@@ -158,6 +195,27 @@ class Sequence:
         """How the token of a completion position is drawn."""
         params = self.request.params
         return Sampling(params, self.uniform(position, 1)) if params.temperature else Sampling(params)
+
+    def sampling_of(self, author: int, position: int) -> Sampling:
+        """How an author's token at a completion position is drawn."""
+        return self.sampling(position)
+
+    def author_at(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> int | None:
+        """Who writes after the last decision; None if the base must first read the text in other tokens.
+
+        Args:
+            guess: what the base would write.
+        """
+        return self.author_of_next(defer_prob, author_probs)
+
+    def answer(self, i: int, draw: Draw | None) -> None:
+        """Note what an assistant writes at decision i; None where it abstains."""
+        decision = self.decisions[i]
+        decision.abstained = draw is None
+        decision.choice = draw or decision.guess
+        self.waited = 0
+        if decision.guess is not None and decision.choice is not None:
+            self.odds.saw_answer(decision.guess.token_id == decision.choice.token_id)
 
     def author_of_next(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
@@ -194,7 +252,9 @@ class Sequence:
         while self.decisions and (drawn := self.decisions[0].choice) and self.finish_reason is None:
             decision = self.decisions.pop(0)
             self.ahead.pop(len(self.steps), None)
-            steps.append(self._append(decision, drawn))
+            for each in (drawn, *decision.rest):
+                if self.finish_reason is None:
+                    steps.append(self._append(decision, each))
             del self.draft[:1]
         return steps
 

@@ -16,7 +16,7 @@ from collm.core.objective import defer_probs
 from collm.models.members import load_members
 from collm.tools.spec import ToolSpec
 from collm.training.data import Row
-from collm.training.examples import Example, Examples, encode_rows
+from collm.training.examples import Examples
 from collm.training.measures import TokenViews
 from collm.training.scores import Scores
 from collm.training.scoring import read_scores
@@ -29,11 +29,11 @@ def gold_examples(model: CoLLM, rows: Sequence[Row]) -> Examples:
         DataError: a row the template refuses, or no target token in any.
     """
     limit = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
-    return encode_rows(rows, model.template, model.tokenizer, max_length=limit)
+    return model.encode_rows(rows, max_length=limit)
 
 
 @torch.inference_mode()
-def gold_views(model: CoLLM, examples: Sequence[Example], scores: Sequence[Scores] | None = None) -> TokenViews:
+def gold_views(model: CoLLM, examples: Examples, scores: Sequence[Scores] | None = None) -> TokenViews:
     """Every target token of the examples, as base, head and assistants see it: one pass of each model.
 
     Args:
@@ -46,7 +46,7 @@ def gold_views(model: CoLLM, examples: Sequence[Example], scores: Sequence[Score
     """
     if scores is None:
         base, *assistants = model.members
-        of_assistants = [read_scores(assistant, examples) for assistant in assistants]
+        of_assistants = [read_scores(one, examples.read_by(number)) for number, one in enumerate(assistants, start=1)]
     else:
         [base] = load_members([model.base], model.tokenizer, vocab_size=model.identity.vocab_size)
         of_assistants = [[one.logprobs, one.corrects] for one in scores]

@@ -20,7 +20,8 @@ from collm.errors import ConfigError, MissingExtra, RequestError
 from collm.evaluation.gold import gold_views, greedy_writes
 from collm.evaluation.harness_options import batch_size_of, max_length_of, model_arguments, sampling_params
 from collm.models.template import tokenize
-from collm.training.examples import Example
+from collm.training.aligned import aligned_example
+from collm.training.examples import Example, Examples, joined
 from collm.training.measures import TokenViews
 from collm.training.scoring import progress_bar
 
@@ -187,17 +188,17 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def _views(self, pairs: Sequence[Pair], *, show: bool) -> Iterator[tuple[int, TokenViews]]:
         """Each pair's index and what all authors say of its continuation, the longest first."""
-        examples = [self._example(context, continuation) for _, context, continuation in pairs]
+        examples = joined([self._example(context, continuation) for _, context, continuation in pairs])
         order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].token_ids), index))
         size = self.batch_size or AUTO_GROUP
         with progress_bar("scoring", enabled=show) as report:
             for start in range(0, len(order), size):
                 group = order[start : start + size]
-                read = gold_views(self.model, [examples[index] for index in group])
+                read = gold_views(self.model, examples.part(group))
                 yield from zip(group, read.split([examples[index].num_targets for index in group]), strict=True)
                 report(start + len(group), len(order))
 
-    def _example(self, context: list[int], continuation: list[int]) -> Example:
+    def _example(self, context: list[int], continuation: list[int]) -> Examples:
         """The context, without what does not fit on its left, and the continuation as targets."""
         if not 1 <= len(continuation) <= self.max_length:
             raise RequestError(
@@ -208,7 +209,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         if len(kept) < len(token_ids):
             logger.warning("a context lost its first %d tokens: it is too long", len(token_ids) - len(kept))
         begin = len(kept) - len(continuation)
-        return Example(kept, [place >= begin for place in range(len(kept))])
+        alignment = self.model.alignment
+        if alignment is None:
+            return Examples([Example(kept, [place >= begin for place in range(len(kept))])])
+        prompts = [kept[:begin], *alignment.assistant_prompts(kept[:begin])]
+        text = str(self.tokenizer.decode(continuation, clean_up_tokenization_spaces=False))
+        return aligned_example(alignment, prompts, text, end=False)
 
     # Generation
 

@@ -51,6 +51,10 @@ class TokenizerIdentity:
         """One more than the highest token id."""
         return max(self.tokens) + 1
 
+    def same_tokens(self, other: TokenizerIdentity) -> bool:
+        """Whether a text is the same token ids in both."""
+        return (self.tokens, self.probe_ids) == (other.tokens, other.probe_ids)
+
     @property
     def hash(self) -> str:
         """SHA-256 of vocabulary, special tokens and probe."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.guards import check_vocab_sizes
+from collm.models.alignment import Alignment
+from collm.models.guards import TokenizerIdentity, check_tokenizers, check_vocab_sizes
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_model
+from collm.models.loading import ModelSpec, load_model, saved_eos_ids
 from collm.models.packing import can_pack, pack_linears
+from collm.models.template import PromptTemplate
+from collm.models.text_tokenizer import TextTokenizer
 from collm.models.tools import ToolModel
 from collm.tools.spec import ToolFunction, ToolSpec
 
@@ -58,12 +61,69 @@ def spec_of(member: Member) -> AssistantSpec | None:
     return ModelSpec(path, revision)
 
 
-def load_members(
-    members: Sequence[Member], tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, packed: bool = True
-) -> list[LanguageModel | ToolModel]:
-    """All members in memory, the base first, each cut to the tokenizer's ids.
+def aligned(
+    base: Member,
+    assistants: Sequence[Member],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    template: PromptTemplate,
+    *,
+    accept_differences: Collection[str] = (),
+) -> Alignment | None:
+    """The alignment of authors that do not share a tokenizer; None where all speak the base's tokens.
 
     Args:
+        tokenizers: of each author, the base first; a tool has the base's.
+        template: of the base. An assistant with another tokenizer renders chats by its own chat template, if it has
+            one.
+        accept_differences: between models that share the base's vocabulary.
+
+    Raises:
+        MismatchError: differences that are not accepted, or tokenizers that cannot be aligned.
+    """
+    own = TokenizerIdentity.of(tokenizers[0])
+    others = [(one, own if one is tokenizers[0] else TokenizerIdentity.of(one)) for one in tokenizers[1:]]
+    shared = [one.same_tokens(own) for _, one in others]
+    for number, (_, identity) in enumerate(others, start=1):
+        if shared[number - 1]:
+            check_tokenizers(own, identity, author_name(number, len(assistants)), accept=accept_differences)
+    if all(shared):
+        return None
+    of_base = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
+    texts = [of_base]
+    for number, (member, (tokenizer, _), same) in enumerate(zip(assistants, others, shared, strict=True), start=1):
+        if same:
+            texts.append(of_base)
+            continue
+        eos_ids, chat = _eos_ids(tokenizer, member), cast("str | None", tokenizer.chat_template)
+        its = PromptTemplate(template.text, chat or template.chat).with_turn_ends(tokenizer, eos_ids)
+        texts.append(TextTokenizer(tokenizer, name=author_name(number, len(assistants)), template=its, eos_ids=eos_ids))
+    return Alignment(texts)
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase, member: Member) -> frozenset[int]:
+    """What a model's texts end with."""
+    eos = cast("int | None", tokenizer.eos_token_id)
+    own = frozenset[int]() if eos is None else frozenset({eos})
+    if isinstance(member, ToolSpec):
+        return own
+    return own | (
+        saved_eos_ids(member) if isinstance(member, ModelSpec) else LanguageModel(member, name="").eos_token_ids
+    )
+
+
+def load_members(
+    members: Sequence[Member],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    alignment: Alignment | None = None,
+    packed: bool = True,
+) -> list[LanguageModel | ToolModel]:
+    """All members in memory, the base first, each cut to its tokenizer's ids.
+
+    Args:
+        tokenizer, vocab_size: of all members, or of the base where there is an alignment.
+        alignment: of members that do not share a tokenizer.
         packed: pack the linear layers of what is loaded here, where that makes it faster.
 
     Raises:
@@ -71,6 +131,10 @@ def load_members(
         DataError: a tool's table cannot be read.
         MismatchError: a model scores fewer ids than the tokenizer has.
     """
+
+    def size_of(author: int) -> int:
+        return vocab_size if alignment is None else alignment.tokenizers[author].vocab_size
+
     loaded: list[LanguageModel | ToolModel] = []
     for author, member in enumerate(members):
         name = author_name(author, len(members) - 1)
@@ -80,6 +144,7 @@ def load_members(
         module: nn.Module = load_model(member) if isinstance(member, ModelSpec) else member
         if packed and isinstance(member, ModelSpec) and can_pack(module):
             pack_linears(module)
-        loaded.append(LanguageModel(module.eval(), name=name, vocab_size=vocab_size))
-    check_vocab_sizes([model for model in loaded if isinstance(model, LanguageModel)], vocab_size)
+        model = LanguageModel(module.eval(), name=name, vocab_size=size_of(author))
+        check_vocab_sizes([model], size_of(author))
+        loaded.append(model)
     return loaded

@@ -142,7 +142,12 @@ class PromptTemplate:
         return Encoded([*encoded.token_ids, eos], [*encoded.is_target, True])
 
     def encode_chat(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, unlearned: Collection[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: Sequence[Message],
+        *,
+        unlearned: Collection[int] = (),
+        apart: bool = False,
     ) -> list[Encoded]:
         """A chat; every assistant turn is a target, up to and with the token that ends it (`turn_ends`).
 
@@ -153,6 +158,7 @@ class PromptTemplate:
         Args:
             messages: a `Chat` if it has tools.
             unlearned: indices of messages that are no targets, whoever says them.
+            apart: give one sequence per assistant turn in any case.
 
         Returns:
             One sequence with all turns if it can, else one sequence per assistant turn.
@@ -170,7 +176,7 @@ class PromptTemplate:
         if not turns:
             raise DataError("the chat has no assistant turn; expected at least one message with role 'assistant'")
         ends = self.turn_ends or self.with_turn_ends(tokenizer, _eos_ids(tokenizer)).turn_ends
-        joined = _joined(tokenizer, turns)
+        joined = None if apart else _joined(tokenizer, turns)
         ended = None if joined is None else _ended(joined, ends)
         if ended is not None:
             return [ended]

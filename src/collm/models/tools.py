@@ -138,6 +138,15 @@ class ToolModel:
         right = [self._spelled(read, t, asked, known) for t in targets]
         return torch.tensor([scores[each] for each in right]), torch.tensor([each is True for each in right])
 
+    def next_tokens(self, token_ids: Sequence[int], lengths: Sequence[int]) -> list[int | None]:
+        """The token after each of these many first tokens of a sequence; None where it does not know.
+
+        Raises:
+            ToolFailure: it raised, hung or returned no text.
+        """
+        read, asked = TokenText(self.tokenizer, token_ids), dict[int, Answer]()
+        return [self.next_token(read, length, asked) for length in lengths]
+
     def _spelled(
         self, read: TokenText, t: int, asked: dict[int, Answer], known: Sequence[tuple[int, Answer]]
     ) -> bool | None:

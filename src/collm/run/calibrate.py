@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
@@ -22,7 +23,7 @@ from collm.run.options import RunConfig, functions_named
 from collm.run.scores import score, scores_directory
 from collm.tools.spec import not_trusted
 from collm.training.data import Row
-from collm.training.examples import Examples, encode_rows
+from collm.training.examples import Example
 from collm.training.scores import Scores
 from collm.training.scoring import find_scores, progress_bar
 
@@ -166,16 +167,24 @@ class PastRun:
             ConfigError: a link leads from there to another place.
         """
         rows, config = self.validation().rows, self.config
-        examples = encode_rows(rows, model.template, model.tokenizer, max_length=self.max_length)
+        examples = model.encode_rows(rows, max_length=self.max_length)
         scores = [
-            self._scores(author, spec, examples, model, quiet=quiet)
-            for author, spec in config.authors.items()
+            self._scores(author, spec, examples.read_by(number), model.tokenizers[number], quiet=quiet)
+            for number, (author, spec) in enumerate(config.authors.items())
             if author != "base"
         ]
         views = gold_views(model, examples, scores)
         return teacher_forced(views, deferred(model, views))
 
-    def _scores(self, author: str, spec: AssistantSpec, examples: Examples, model: CoLLM, *, quiet: bool) -> Scores:
+    def _scores(
+        self,
+        author: str,
+        spec: AssistantSpec,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        quiet: bool,
+    ) -> Scores:
         """Scores from where the run keeps them; what is missing is written in its directory, whatever run.yaml says."""
         part = Path("validation") / author
         shared = scores_directory(self.config, self.directory) / part
@@ -187,7 +196,7 @@ class PastRun:
         if not self._contains(out):
             raise ConfigError(f"{out} lies outside of {self.directory}, by a link; put a directory there")
         batch = self.config.max_batch_tokens
-        return score(examples, spec, out, model.tokenizer, max_batch_tokens=batch, quiet=quiet)
+        return score(examples, spec, out, tokenizer, max_batch_tokens=batch, quiet=quiet)
 
     def _contains(self, path: Path) -> bool:
         return path.resolve().is_relative_to(self.directory.resolve())

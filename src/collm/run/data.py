@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.guards import TokenizerIdentity, check_tokenizers
+from collm.models.alignment import Alignment
 from collm.models.loading import ModelSpec, load_tokenizer
+from collm.models.members import AssistantSpec, aligned
 from collm.models.template import PromptTemplate
 from collm.run.options import RunConfig
 from collm.tools.calls import open_tool
+from collm.tools.spec import ToolSpec
+from collm.training.aligned import encode
 from collm.training.config import CoLLMConfig
 from collm.training.data import Row, Rows
-from collm.training.examples import Examples, encode_rows
+from collm.training.examples import Examples
 
 MAX_HELD_OUT = 200
 """Most rows held out for calibration where no validation set is given; at most a tenth of the rows."""
@@ -30,6 +34,7 @@ class Prepared:
         evaluation: these rows as examples, where there are evaluations during training.
         num_bad: training rows that were skipped.
         kind: "prompts", "chats", or "prompts and chats": what the rows are.
+        alignment: of models that do not share a tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,6 +44,11 @@ class Prepared:
     evaluation: Examples | None
     num_bad: int
     kind: str
+    alignment: Alignment | None = None
+
+    def tokenizer_of(self, author: int) -> PreTrainedTokenizerBase:
+        """What an author reads with."""
+        return self.tokenizer if self.alignment is None else self.alignment.tokenizers[author].tokenizer
 
     def rendered(self) -> str:
         """The first example as its tokens spell it, special tokens included, and what of it is learned."""
@@ -52,19 +62,32 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     """Read the rows, check that the tokenizers agree and that tools can be called, encode."""
     rows, validation = split_rows(config, seed=args.seed)
     tokenizer = load_tokenizer(config.base_model)
-    identity = TokenizerIdentity.of(tokenizer)
-    for number, spec in enumerate(config.assistants, start=1):
-        if isinstance(spec, ModelSpec):
-            other = TokenizerIdentity.of(load_tokenizer(spec))
-            check_tokenizers(identity, other, f"assistant {number} ({spec.path})", accept=config.accept_differences)
-        else:
+    for spec in config.assistants:
+        if isinstance(spec, ToolSpec):
             open_tool(spec).close()
     template = config.prompt_template(tokenizer, config.base_model, rows)
-    examples = encode_rows(rows, template, tokenizer, max_length=args.max_length)
+    alignment = alignment_of(config.base_model, config.assistants, tokenizer, template, config.accept_differences)
+    examples = encode(rows, template, tokenizer, alignment, max_length=args.max_length)
     evaluation = None
     if args.eval_strategy != "no":
-        evaluation = encode_rows(validation, template, tokenizer, max_length=args.max_length)
-    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad, _kind(rows))
+        evaluation = encode(validation, template, tokenizer, alignment, max_length=args.max_length)
+    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad, _kind(rows), alignment)
+
+
+def alignment_of(
+    base: ModelSpec,
+    assistants: Sequence[AssistantSpec],
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    accept_differences: Sequence[str],
+) -> Alignment | None:
+    """The alignment of models that are not loaded; None where they share the base's tokenizer.
+
+    Raises:
+        MismatchError: they do not fit.
+    """
+    own = [load_tokenizer(spec) if isinstance(spec, ModelSpec) else tokenizer for spec in assistants]
+    return aligned(base, assistants, [tokenizer, *own], template, accept_differences=accept_differences)
 
 
 def _kind(rows: Rows) -> str:

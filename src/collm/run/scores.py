@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +12,18 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.guards import ACCEPTABLE, TokenizerIdentity, check_tokenizers
+from collm.models.guards import ACCEPTABLE, TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.models.members import AssistantSpec
 from collm.models.tools import ToolModel
-from collm.run.data import prepare
+from collm.run.data import Prepared, alignment_of, prepare
 from collm.run.options import DataConfig, RunConfig
 from collm.tools.spec import ToolSpec
+from collm.training.aligned import encode
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
-from collm.training.examples import Examples, encode_rows
+from collm.training.examples import Example, Examples
 from collm.training.remote import RemoteModel
 from collm.training.scores import Scores
 from collm.training.scoring import Scored, find_scores, load_scores, progress_bar, write_scores
@@ -37,7 +39,7 @@ class Server:
 
 
 def score(
-    examples: Examples,
+    examples: Sequence[Example],
     spec: AssistantSpec,
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -51,7 +53,19 @@ def score(
     """Scores of one model or tool: those that lie in `out`, or computed there; a model leaves memory afterwards.
 
     Several processes share the work; all return all scores.
+
+    Args:
+        examples: in the tokens of this model.
+        tokenizer: of this model.
+
+    Raises:
+        ConfigError: a server is to score segments.
     """
+    if server is not None and examples[0].segments is not None:
+        raise ConfigError(
+            f"{spec} has another tokenizer than the base; what it says of segments needs all its logits, which no "
+            "server gives; score it here"
+        )
     processes = processes or PartialState(cpu=not torch.cuda.is_available())
     found = find_scores(out, examples, spec, hidden_states=hidden_states)
     if found is None:
@@ -92,27 +106,21 @@ def _scored(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: Ser
 
 
 def score_all(
-    config: RunConfig,
-    examples: Examples,
-    root: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    processes: PartialState,
-    *,
-    quiet: bool,
+    config: RunConfig, prepared: Prepared, examples: Examples, root: Path, processes: PartialState, *, quiet: bool
 ) -> TrainingSet:
-    """Examples with the scores of base and assistants; computed where missing, one model in memory at a time."""
+    """Examples of a prepared run with all authors' scores; computed where missing, one model in memory at a time."""
     base, *assistants = [
         score(
-            examples,
+            examples.read_by(number),
             spec,
             root / author,
-            tokenizer,
+            prepared.tokenizer_of(number),
             processes,
             max_batch_tokens=config.max_batch_tokens,
             hidden_states=config.cache_hidden_states and author == "base",
             quiet=quiet,
         )
-        for author, spec in config.authors.items()
+        for number, (author, spec) in enumerate(config.authors.items())
     ]
     return TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
 
@@ -127,14 +135,14 @@ def score_data(
     max_batch_tokens: int | None = None,
     server: Server | None = None,
 ) -> Scores:
-    """Score rows with one model or tool, encoded by the base's tokenizer as training will encode them."""
+    """Score rows with one model or tool, encoded as training a base with it will encode them."""
     tokenizer = load_tokenizer(base)
-    if isinstance(spec, ModelSpec) and spec != base:
-        other = TokenizerIdentity.of(load_tokenizer(spec))
-        check_tokenizers(TokenizerIdentity.of(tokenizer), other, spec.path, accept=ACCEPTABLE)
     rows = config.rows(config.data, config.data_split)
-    examples = encode_rows(rows, config.prompt_template(tokenizer, base, rows), tokenizer, max_length=max_length)
-    return score(examples, spec, out, tokenizer, max_batch_tokens=max_batch_tokens, server=server)
+    template = config.prompt_template(tokenizer, base, rows)
+    alignment = alignment_of(base, [spec], tokenizer, template, ACCEPTABLE)
+    examples = encode(rows, template, tokenizer, alignment, max_length=max_length)
+    own = tokenizer if alignment is None else alignment.tokenizers[1].tokenizer
+    return score(examples.read_by(1), spec, out, own, max_batch_tokens=max_batch_tokens, server=server)
 
 
 def score_author(
@@ -154,13 +162,14 @@ def score_author(
     spec, prepared = config.authors[author], prepare(config, args)
     if server is not None and isinstance(spec, ToolSpec):
         raise ConfigError(f"{author} is {spec}, which no server runs; leave the server out")
+    number = list(config.authors).index(author)
     parts = {".": prepared.examples, **({"validation": prepared.evaluation} if prepared.evaluation else {})}
     scores = {
         part: score(
-            examples,
+            examples.read_by(number),
             spec,
             scores_directory(config, Path(args.output_dir)) / part / author,
-            prepared.tokenizer,
+            prepared.tokenizer_of(number),
             max_batch_tokens=config.max_batch_tokens,
             hidden_states=config.cache_hidden_states and author == "base",
             server=server,

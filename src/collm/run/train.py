@@ -88,11 +88,11 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         if not quiet:
             sys.stderr.write(visible(prepared.rendered()))
     root = scores_directory(config, directory)
-    data = score_all(config, prepared.examples, root, prepared.tokenizer, processes, quiet=quiet)
+    data = score_all(config, prepared, prepared.examples, root, processes, quiet=quiet)
     evaluation = None
     if prepared.evaluation is not None:
         place = root / "validation"
-        evaluation = score_all(config, prepared.evaluation, place, prepared.tokenizer, processes, quiet=quiet)
+        evaluation = score_all(config, prepared, prepared.evaluation, place, processes, quiet=quiet)
     model, metrics = fit(config, args, prepared, data, evaluation)
     if processes.is_main_process:
         _save(config, prepared, directory, model, metrics, quiet=quiet)

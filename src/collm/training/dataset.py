@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError
 from collm.training.examples import Example, fingerprint
 from collm.training.scores import Scores
@@ -53,6 +54,12 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
                 )
 
     @property
+    def law(self) -> SegmentLaw | None:
+        """What begins a segment in the base's tokens, where models have different tokenizers."""
+        segments = self.examples[0].segments
+        return None if segments is None else segments.law
+
+    @property
     def num_assistants(self) -> int:
         return len(self.assistant_scores)
 
@@ -64,8 +71,9 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
         Returns:
             input_ids, gold, target_mask, shape (T,); assistant_logprobs and assistant_correct, shape (T, K), 0 and
-            false off the targets. From hidden states T is the number of targets, and there are hidden, shape (T, H),
-            base_logprob and base_correct, shape (T,), in place of input_ids and gold.
+            false off the targets. For models with different tokenizers also scored and rows, as of `Shifted`; then
+            target_mask is true where a segment begins. From hidden states T is the number of targets, and there are
+            hidden, shape (T, H), base_logprob and base_correct, shape (T,), in place of input_ids and gold.
         """
         if self.from_hidden_states:
             return self._targets(index)
@@ -79,6 +87,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
             "target_mask": shifted.mask,
             "assistant_logprobs": logprobs,
             "assistant_correct": correct,
+            **({} if shifted.rows is None else {"scored": shifted.scored, "rows": shifted.rows}),
         }
 
     def _targets(self, index: int) -> dict[str, Tensor]:
@@ -104,7 +113,13 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch padded on the right, with the arguments of `JointModule.forward`."""
     if "hidden" in items[0]:
         return {name: pad_sequence([item[name] for item in items], batch_first=True) for name in items[0]}
-    batch = pad([Shifted(item["input_ids"], item["gold"], item["target_mask"]) for item in items])
+    shifted = [
+        Shifted(
+            one["input_ids"], one["gold"], one["target_mask"], one.get("scored", one["target_mask"]), one.get("rows")
+        )
+        for one in items
+    ]
+    batch = pad(shifted)
     return {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -112,6 +127,7 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         "target_mask": batch.mask,
         "assistant_logprobs": pad_sequence([item["assistant_logprobs"] for item in items], batch_first=True),
         "assistant_correct": pad_sequence([item["assistant_correct"] for item in items], batch_first=True),
+        **({} if batch.rows is None else {"scored": batch.scored, "rows": batch.rows}),
     }
 
 

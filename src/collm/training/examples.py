@@ -12,11 +12,28 @@ from typing import overload
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError, DataError, RequestError
 from collm.models.template import Encoded, PromptTemplate
 from collm.training.data import Row
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How an answer is cut into segments, in the tokens of one author.
+
+    Attributes:
+        opens: per token the row of the opening table at which it begins a segment, else -1. The last token may begin
+            one that is no target: the answer was cut there.
+        law: of the author.
+        digest: of the sequence in the tokens of all authors.
+    """
+
+    opens: Sequence[int]
+    law: SegmentLaw
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,7 @@ class Example:
     Attributes:
         token_ids: all tokens.
         is_target: per token, whether it is to be learned. The first token has no context, so it is never a target.
+        segments: where models with different tokenizers decide; None where every target is decided about.
 
     Raises:
         DataError: no target, or lists of different lengths.
@@ -33,6 +51,7 @@ class Example:
 
     token_ids: Sequence[int]
     is_target: Sequence[bool]
+    segments: Segments | None = None
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.is_target):
@@ -44,7 +63,11 @@ class Example:
 
     @property
     def num_targets(self) -> int:
-        return sum(self.is_target[1:])
+        """What is decided about: target tokens, or segments of them."""
+        if self.segments is None:
+            return sum(self.is_target[1:])
+        opened = zip(self.is_target[1:], self.segments.opens[1:], strict=True)
+        return sum(target and row >= 0 for target, row in opened)
 
 
 class Examples(Sequence[Example]):
@@ -57,12 +80,28 @@ class Examples(Sequence[Example]):
     """
 
     def __init__(
-        self, items: Iterable[Example], *, num_truncated: int = 0, num_dropped: int = 0, num_without_end: int = 0
+        self,
+        items: Iterable[Example],
+        *,
+        num_truncated: int = 0,
+        num_dropped: int = 0,
+        num_without_end: int = 0,
+        of_assistants: Sequence[Sequence[Example]] = (),
     ) -> None:
         self._items = list(items)
+        self._of_assistants = of_assistants
         self.num_truncated = num_truncated
         self.num_dropped = num_dropped
         self.num_without_end = num_without_end
+
+    def read_by(self, author: int) -> Sequence[Example]:
+        """The same rows in the tokens of an author: these, unless it has another tokenizer."""
+        return self._of_assistants[author - 1] if author and self._of_assistants else self
+
+    def part(self, indices: Sequence[int]) -> Examples:
+        """Some of them."""
+        others = [[each[index] for index in indices] for each in self._of_assistants]
+        return Examples([self._items[index] for index in indices], of_assistants=others)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -78,6 +117,15 @@ class Examples(Sequence[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self._items)
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """One set of several; each with the same authors."""
+    others = zip(*(part._of_assistants for part in parts), strict=True)
+    return Examples(
+        [example for part in parts for example in part],
+        of_assistants=[[example for each in of_one for example in each] for of_one in others],
+    )
 
 
 def encode_rows(
@@ -161,6 +209,9 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """SHA-256 over all token ids and target marks, in hex: the identity of what models were scored on."""
     digest = hashlib.sha256()
     for example in examples:
+        if example.segments is not None:
+            digest.update(example.segments.digest.encode())
+            continue
         digest.update(np.int64(len(example.token_ids)).tobytes())
         digest.update(np.asarray(example.token_ids, dtype=np.int64).tobytes())
         digest.update(np.asarray(example.is_target, dtype=np.bool_).tobytes())

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from collm.core.head import DeferralHead
 from collm.core.objective import marginal_logprobs
+from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError, MismatchError, MissingExtra
 from collm.models.language_model import LanguageModel
 from collm.models.progress import quiet_if_small
 from collm.training.config import CoLLMConfig
 from collm.training.fused import marginal_nll_sum
-from collm.training.targets import read_targets
+from collm.training.targets import read_segments, read_targets
 
 
 class JointModule(nn.Module):
@@ -28,6 +29,7 @@ class JointModule(nn.Module):
         head: the deferral head.
         frozen: the base takes no gradient and never enters training mode.
         vocab_size: as in `LanguageModel`.
+        law: of the base's segments, where models have different tokenizers.
 
     Raises:
         MismatchError: the head is for another hidden size.
@@ -37,9 +39,16 @@ class JointModule(nn.Module):
     _keys_to_ignore_on_save = None
 
     def __init__(
-        self, base: nn.Module, head: DeferralHead, *, frozen: bool = False, vocab_size: int | None = None
+        self,
+        base: nn.Module,
+        head: DeferralHead,
+        *,
+        frozen: bool = False,
+        vocab_size: int | None = None,
+        law: SegmentLaw | None = None,
     ) -> None:
         super().__init__()
+        self._law = law
         self.base = base
         self.head = head
         self.frozen = frozen
@@ -77,15 +86,17 @@ class JointModule(nn.Module):
             num_items_in_batch: target tokens to divide by; by default those of this batch.
             per_token: also return what the tokens' measures need; the loss then has no gradient in the base.
             **inputs: gold, the tokens that follow, shape (B, T), and what the base reads: input_ids and
-                attention_mask, shape (B, T). Or, of a frozen base, what it said: hidden, shape (B, T, H),
-                base_logprob and base_correct, shape (B, T).
+                attention_mask, shape (B, T); with segments also scored and rows, as of `targets.Batch`. Or, of a frozen
+                base, what it said: hidden, shape (B, T, H), base_logprob and base_correct, shape (B, T).
 
         Returns:
             loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
             defer_logits, shape (B, T, K), all 0 off the targets.
         """
         assistant_logprobs = assistant_logprobs[target_mask]
-        if torch.is_grad_enabled() and not self.frozen and not per_token:
+        if "rows" in inputs:
+            nll, views = self._segments(target_mask, assistant_logprobs, **inputs)
+        elif torch.is_grad_enabled() and not self.frozen and not per_token:
             gold = inputs.pop("gold")[target_mask]
             hidden = self._hidden_states(**inputs)[target_mask]  # (N, H)
             nll = marginal_nll_sum(self._model, hidden, gold, assistant_logprobs, self._defer_logits(hidden))
@@ -99,6 +110,27 @@ class JointModule(nn.Module):
         if per_token:
             result |= {name: _spread(values, target_mask) for name, values in views.items()}
         return result
+
+    def _segments(
+        self,
+        target_mask: Tensor,
+        assistant_logprobs: Tensor,
+        gold: Tensor,
+        scored: Tensor,
+        rows: Tensor,
+        **inputs: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of segments, summed, and what their measures need."""
+        assert self._law is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            hidden = self._hidden_states(**inputs)
+            read = scored | (rows >= 0)
+            of_read = gold[read], rows[read], scored[read]
+            base_logprob, base_correct = read_segments(self._model, hidden[read], *of_read, self._law)
+        defer_logits = self._defer_logits(hidden[target_mask])
+        nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+        views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
+        return nll, views
 
     def _hidden_states(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         return self._model.hidden_states(input_ids, use_cache=False, **inputs)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from collm.core.segments import SegmentLaw, Spans, segment_logprobs, segments_correct, token_terms
 from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.models.members import AssistantSpec
@@ -21,7 +22,15 @@ from collm.training.examples import Example, fingerprint
 from collm.training.remote import RemoteModel
 from collm.training.scores import Scores
 from collm.training.store import HEADER, Header, ScoreStore, read_header
-from collm.training.targets import Shifted, batch_tokens_on, batches_by_length, pad, read_targets, shift
+from collm.training.targets import (
+    Shifted,
+    batch_tokens_on,
+    batches_by_length,
+    pad,
+    read_segments,
+    read_targets,
+    shift,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -234,10 +243,11 @@ def _score_batch(
     if isinstance(model, RemoteModel):
         return [*model.score([examples[index] for index in indices], numbers=indices)]
     if isinstance(model, ToolModel):
-        return [model.score(examples[index].token_ids, examples[index].is_target) for index in indices]
+        return [_score_tool(model, examples[index]) for index in indices]
     shifted = [shift(examples[index]) for index in indices]
     counts = [int(one.mask.sum()) for one in shifted]
-    read = _read_batch(model, shifted, hidden_states)
+    segments = examples[indices[0]].segments
+    read = _read_batch(model, shifted, hidden_states, None if segments is None else segments.law)
     by_example = list(zip(*(torch.split(values, counts) for values in read), strict=True))
     for index, (values, *_) in zip(indices, by_example, strict=True):
         if values.isnan().any():
@@ -248,15 +258,37 @@ def _score_batch(
     return by_example
 
 
-def _read_batch(model: LanguageModel, shifted: Sequence[Shifted], hidden_states: bool) -> list[Tensor]:
+def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, Tensor]:
+    if example.segments is None:
+        return model.score(example.token_ids, example.is_target)
+    law, shifted = example.segments.law, shift(example)
+    assert shifted.rows is not None
+    at = (shifted.scored | (shifted.rows >= 0)).nonzero().squeeze(-1)
+    gold, rows = shifted.gold[at], shifted.rows[at]
+    logits = model.logits(model.next_tokens(example.token_ids, (at + 1).tolist()))
+    spans = Spans.of(gold, rows, shifted.scored[at], law)
+    terms = token_terms(logits, gold, rows, law)
+    silent = logits.amax(-1) == logits.amin(-1)
+    terms = terms._replace(correct=terms.correct & ~silent, stops=terms.stops | silent)
+    return segment_logprobs(terms, spans), segments_correct(terms, spans)
+
+
+def _read_batch(
+    model: LanguageModel, shifted: Sequence[Shifted], hidden_states: bool, law: SegmentLaw | None
+) -> list[Tensor]:
     training = model.module.training
     model.module.eval()
     try:
         with torch.inference_mode():
             batch = pad(shifted).to(model.input_device)
-            hidden = model.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            hidden = hidden[batch.mask.to(hidden.device)]
-            read = [*read_targets(model, hidden, batch.gold[batch.mask]), *([hidden] if hidden_states else [])]
-            return [values.cpu() for values in read]
+            states = model.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            hidden = states[batch.mask.to(states.device)]
+            if batch.rows is None or law is None:
+                read = read_targets(model, hidden, batch.gold[batch.mask])
+            else:
+                at = batch.read
+                of_read = batch.gold[at], batch.rows[at], batch.scored[at]
+                read = read_segments(model, states[at.to(states.device)], *of_read, law)
+            return [values.cpu() for values in (*read, *([hidden] if hidden_states else []))]
     finally:
         model.module.train(training)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
+from collm.core.segments import SegmentLaw, Spans, TokenTerms, segment_logprobs, segments_correct, token_terms
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
 
@@ -24,19 +26,28 @@ class Shifted:
     Attributes:
         input_ids: what is read, int64, shape (N - 1,).
         gold: the token that follows, int64, shape (N - 1,).
-        mask: true where that token is a target, bool, shape (N - 1,).
+        mask: true where something is decided, bool, shape (N - 1,): who writes that target, or the segment that it
+            begins.
+        scored: true where that token is a target, bool, shape (N - 1,).
+        rows: of the opening table where that token begins a segment, else -1, int64, shape (N - 1,); None for models
+            that share a tokenizer, where `scored` is `mask`.
     """
 
     input_ids: Tensor
     gold: Tensor
     mask: Tensor
+    scored: Tensor
+    rows: Tensor | None = None
 
 
 def shift(example: Example) -> Shifted:
     """The one shift: everything that scores or trains reads an example through this function."""
     token_ids = torch.tensor(example.token_ids, dtype=torch.int64)
-    is_target = torch.tensor(example.is_target, dtype=torch.bool)
-    return Shifted(token_ids[:-1], token_ids[1:], is_target[1:])
+    scored = torch.tensor(example.is_target, dtype=torch.bool)[1:]
+    if example.segments is None:
+        return Shifted(token_ids[:-1], token_ids[1:], scored, scored)
+    rows = torch.tensor(example.segments.opens, dtype=torch.int64)[1:]
+    return Shifted(token_ids[:-1], token_ids[1:], scored & (rows >= 0), scored, rows)
 
 
 @dataclass(frozen=True)
@@ -47,25 +58,42 @@ class Batch:
         input_ids: int64, shape (B, T).
         attention_mask: 1 at real tokens, int64, shape (B, T).
         gold: int64, shape (B, T).
-        mask: true at target positions, bool, shape (B, T).
+        mask, scored, rows: as of `Shifted`, shape (B, T).
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     gold: Tensor
     mask: Tensor
+    scored: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def read(self) -> Tensor:
+        """Positions at which something is to be known of the next token, bool, shape (B, T)."""
+        return self.scored if self.rows is None else self.scored | (self.rows >= 0)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "gold", "mask")))
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            gold=self.gold.to(device),
+            mask=self.mask.to(device),
+            scored=self.scored.to(device),
+            rows=None if self.rows is None else self.rows.to(device),
+        )
 
 
 def pad(shifted: Sequence[Shifted]) -> Batch:
     """Pad to the longest; padding holds token 0, is not attended to and is no target."""
+    rows = [one.rows for one in shifted if one.rows is not None]
     return Batch(
         input_ids=pad_sequence([one.input_ids for one in shifted], batch_first=True),
         attention_mask=pad_sequence([torch.ones_like(one.input_ids) for one in shifted], batch_first=True),
         gold=pad_sequence([one.gold for one in shifted], batch_first=True),
         mask=pad_sequence([one.mask for one in shifted], batch_first=True),
+        scored=pad_sequence([one.scored for one in shifted], batch_first=True),
+        rows=pad_sequence(rows, batch_first=True, padding_value=-1) if rows else None,
     )
 
 
@@ -84,6 +112,40 @@ def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[lis
         else:
             batches.append([index])
     return batches
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def read_segments(
+    model: LanguageModel, hidden: Tensor, gold: Tensor, rows: Tensor, is_target: Tensor, law: SegmentLaw
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each segment, and whether greedy decoding writes it (`core.segments`).
+
+    With gradients the logits are made again for them, so that at most `MAX_LOGITS` of them are held at a time.
+
+    Args:
+        hidden: last hidden states where something is to be known of the next token, shape (N, H).
+        gold, rows, is_target: of that token, as of `Shifted`, shape (N,).
+        law: of the model's tokens.
+
+    Returns:
+        logprob in nats, fp32, shape (D,), and correct, bool, shape (D,).
+    """
+    gold, rows, is_target = (values.to(model.device) for values in (gold, rows, is_target))
+    law = law.to(model.device)
+    size = max(1, MAX_LOGITS // model.vocab_size)
+
+    def read(states: Tensor, gold: Tensor, rows: Tensor) -> TokenTerms:
+        return token_terms(model.logits(states).float(), gold, rows, law)
+
+    parts = []
+    for start in range(0, max(len(gold), 1), size):
+        part = slice(start, start + size)
+        args = hidden[part], gold[part], rows[part]
+        grad = torch.is_grad_enabled()
+        parts.append(checkpoint(read, *args, use_reentrant=False) if grad else read(*args))
+    terms = TokenTerms(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    spans = Spans.of(gold, rows, is_target, law)
+    return segment_logprobs(terms, spans), segments_correct(terms, spans)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -75,7 +75,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             base.requires_grad_(True)
         tuned = with_adapter(base, args) if args.method == "lora" else base
         super().__init__(
-            JointModule(tuned, head, frozen=args.method == "head", vocab_size=vocab_size),
+            JointModule(tuned, head, frozen=args.method == "head", vocab_size=vocab_size, law=train_dataset.law),
             args,
             data_collator=collate_padding_free if args.padding_free else collate,
             train_dataset=train_dataset,

@@ -1,0 +1,284 @@
+"""A request whose authors do not share a tokenizer: a decision is about a segment of the text in place of a token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as ListOf
+from dataclasses import replace
+from typing import Any
+
+from collm.core.types import BASE, TokenStep
+from collm.decoding.draws import Draw, Sampling
+from collm.decoding.logits_processors import Edits, LogitsProcessors
+from collm.decoding.lookup import PromptLookup
+from collm.decoding.sequence import Decision, Sequence
+from collm.errors import ConfigError
+from collm.models.alignment import ANYTHING, NO_BOUNDARY, Alignment
+from collm.models.runner import common_prefix
+from collm.models.text_tokenizer import GrowingIds
+
+MAX_SEGMENT_TOKENS = 64
+"""An assistant that has not come to a boundary after so many tokens is stopped, and the base goes on from there."""
+
+
+class SegmentSequence(Sequence):
+    """A request in progress that models with different tokenizers write.
+
+    What they share is the answer as bytes. The base's tokens are the ones that are sent out; every other author reads
+    the answer in its own. Both are the tokens that its tokenizer cuts the answer into, so that what is written next
+    depends on the text alone: where an author spelled its segment in other tokens, these are read again.
+
+    A decision is due where the base's next token begins a segment (`models.alignment`). The author that it names writes
+    until its own next token begins one too. That token is kept, should the same author be named again.
+
+    Args:
+        alignment: of all authors.
+        end_id: the base's token for the end that an assistant writes.
+
+    Other arguments and attributes are those of `Sequence`.
+
+    Raises:
+        ConfigError: the request asks for what needs one vocabulary.
+    """
+
+    def __init__(self, *args: Any, alignment: Alignment, end_id: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _check(self)
+        self._alignment = alignment
+        self._end_id = end_id
+        self._prompts = [self.request.prompt_ids, *self.request.assistant_prompts]
+        texts = [GrowingIds(*each) for each in zip(alignment.tokenizers, self._prompts, strict=True)]
+        self._texts: list[GrowingIds] = texts
+        limits = [
+            limit for limit in (self._authors[BASE].max_length, self._authors[BASE].capacity) if limit is not None
+        ]
+        self._max_length = min(limits, default=None)
+        self._answer = b""  # up to the last boundary
+        self._boundaries: list[int] = []
+        self._row = ANYTHING  # at a boundary that of the opening table, else NO_BOUNDARY
+        self._writing: list[Draw] = []  # what an assistant has written of a segment
+        self._kept: tuple[int, Draw] | None = None  # an author, and what it would begin the next segment with
+        self._seed = self._rng.getrandbits(64)
+        self._of_assistants = [
+            LogitsProcessors(self.request.params, prompt, one.tokenizer, one.eos_ids, None)
+            for one, prompt in zip(alignment.tokenizers[1:], self._prompts[1:], strict=True)
+            if self.processors is not None
+        ]
+
+    # What authors read
+
+    @property
+    def draft_limit(self) -> int:
+        """Nothing is tentative here."""
+        return 0
+
+    @property
+    def cache_length(self) -> int:
+        """Of the longest text that an author holds, and what a segment may add to it."""
+        return max(self._length(author) for author in {BASE, *self.slots}) + MAX_SEGMENT_TOKENS
+
+    @property
+    def most_tokens(self) -> int:
+        longest = max(self._length(author) for author in {BASE, *self.slots})
+        return super().most_tokens + longest - self.length + MAX_SEGMENT_TOKENS
+
+    def text_of(self, author: int) -> list[int]:
+        if author == BASE:
+            return self.text
+        return [*self._prompts[author], *self._texts[author].ids, *(draw.token_id for draw in self._writing)]
+
+    def length_of(self, author: int, decision: int) -> int:
+        return self._length(author)
+
+    def _length(self, author: int) -> int:
+        if author == BASE:
+            return self.length
+        return len(self._prompts[author]) + len(self._texts[author].ids) + len(self._writing)
+
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._writing)
+
+    # What their logits are worth here
+
+    @property
+    def edits_logits(self) -> bool:
+        return True
+
+    def process(self, edits: Edits, author: int, rows: range, end: int) -> None:
+        row = self._row if self._is_opening(author) else ANYTHING
+        edits.keep(rows[-1], self._alignment.opening_mask(author, row, edits.device))
+        if self.request.params.ignore_eos:
+            edits.ban(rows[-1], iter(self._alignment.tokenizers[author].eos_ids))
+        if author == BASE:
+            super().process(edits, author, rows, end)
+        elif self._of_assistants:
+            generated = self.text_of(author)[len(self._prompts[author]) :]
+            self._of_assistants[author - 1].note(edits, rows[-1], generated, length=len(self.steps))
+
+    def sampling_of(self, author: int, position: int) -> Sampling:
+        params = self.request.params
+        if not params.temperature:
+            return Sampling(params)
+        opening = self._is_opening(author)
+        at = len(self._answer) + len(self._unsettled(author) or b"")
+        return Sampling(params, random.Random(f"{self._seed} {at} {opening}").random())
+
+    def _is_opening(self, author: int) -> bool:
+        """Whether the author's next token must begin a segment."""
+        return self._row != NO_BOUNDARY and not (author != BASE and self._writing)
+
+    def _unsettled(self, author: int) -> bytes | None:
+        """What an author has written since the last boundary; None if it is no text."""
+        if author == BASE:
+            own = self.token_ids[len(self._prompts[BASE]) + len(self._texts[BASE].ids) :]
+        else:
+            own = [draw.token_id for draw in self._writing]
+        return self._texts[author].spell(own)
+
+    # A decision is due where the base's next token begins a segment
+
+    def author_at(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> int | None:
+        if self._row == NO_BOUNDARY:
+            if not self._reaches_boundary(guess.token_id):
+                return BASE
+            if not self._is_read():
+                return None
+        author = self.author_of_next(defer_prob, author_probs)
+        if author != BASE:
+            self._prepare(author)
+        return author
+
+    def _reaches_boundary(self, next_id: int) -> bool:
+        """Whether a segment ends before this token of the base; then it is settled."""
+        own = self._unsettled(BASE)
+        if own is None:
+            return False
+        answer = self._answer + own
+        row = self._alignment.row(answer)
+        if not self._alignment.is_opening(BASE, row, next_id) or not self._texts[BASE].grow(answer, self._boundaries):
+            return False
+        self._settle_at(answer)
+        return True
+
+    def _settle_at(self, answer: bytes) -> None:
+        self._answer, self._kept = answer, None
+        self._boundaries.append(len(answer))
+        self._row = self._alignment.row(answer)
+
+    def _is_read(self) -> bool:
+        """Whether the base has read the tokens that its tokenizer cuts the text into; else it is to read those."""
+        canonical = [*self._prompts[BASE], *self._texts[BASE].ids]
+        if canonical == self.token_ids:
+            return True
+        kept = min(common_prefix(canonical, self.token_ids), len(canonical) - 1)
+        self.token_ids[:] = canonical
+        self.lookup = PromptLookup(self.token_ids)
+        self._roll_back(BASE, kept)
+        return False
+
+    def _prepare(self, author: int) -> None:
+        """Let an assistant's tokens catch up with the text."""
+        text = self._texts[author]
+        before = text.ids
+        if not text.grow(self._answer, self._boundaries):
+            return
+        self._roll_back(author, len(self._prompts[author]) + common_prefix(before, text.ids))
+
+    def _has_room(self, author: int) -> bool:
+        most = self._authors[author].max_length
+        capacity = self._authors[author].capacity
+        return all(limit is None or self._length(author) < limit for limit in (most, capacity))
+
+    def can_ask(self, author: int) -> bool:
+        return self._texts[author].spells(self._answer) and self._has_room(author)
+
+    # An assistant writes until its next token begins a segment
+
+    def settle(self) -> list[TokenStep]:
+        if self._kept is not None and self.waits_for == self._kept[0] and not self._writing:
+            self._write(self.decisions[0], self._kept[1])
+        return super().settle()
+
+    def answer(self, i: int, draw: Draw | None) -> None:
+        decision, author = self.decisions[i], self.decisions[i].author
+        self.waited = 0
+        if draw is None:
+            self._end(decision, None)
+        elif not self._writing:
+            self._write(decision, draw)
+        else:
+            row = self._alignment.row(self._answer + (self._unsettled(author) or b""))
+            if self._alignment.is_opening(author, row, draw.token_id):
+                self._end(decision, draw)
+            else:
+                self._write(decision, draw)
+
+    def _write(self, decision: Decision, draw: Draw) -> None:
+        self._writing.append(draw)
+        if draw.token_id in self._alignment.tokenizers[decision.author].eos_ids:
+            self._writing.clear()
+            decision.choice = Draw(self._end_id, draw.logprob)
+        elif len(self._writing) >= MAX_SEGMENT_TOKENS or not self._has_room(decision.author):
+            self._end(decision, None)
+
+    def _end(self, decision: Decision, following: Draw | None) -> None:
+        """Let a segment become the base's tokens: up to a boundary if a token follows, else the base goes on within it.
+
+        Where it cannot, as nothing was written or not in whole characters, the base writes instead.
+        """
+        author, text = decision.author, self._unsettled(decision.author)
+        logprob = sum(draw.logprob for draw in self._writing)
+        written = [draw.token_id for draw in self._writing]
+        self._writing, self._kept = [], None
+        answer = self._answer + (text or b"")
+        encoded = self._texts[BASE].grown(answer, self._boundaries) if text else None
+        before = len(self._texts[BASE].ids)
+        if encoded is None or encoded.ids[:before] != self._texts[BASE].ids:
+            decision.choice, decision.abstained = decision.guess, True
+        else:
+            first, *rest = encoded.ids[before:]
+            decision.choice, decision.rest = Draw(first, logprob), [Draw(token_id, 0.0) for token_id in rest]
+        known = self._texts[author].ids
+        if following is None or decision.abstained:
+            self._row = self._row if decision.abstained else NO_BOUNDARY
+            self._roll_back(author, len(self._prompts[author]) + len(known))
+            return
+        self._texts[BASE].grow(answer, self._boundaries)
+        self._texts[author].grow(answer, self._boundaries)
+        self._settle_at(answer)
+        mine = self._texts[author].ids
+        if mine == [*known, *written]:
+            self._kept = author, following
+        self._roll_back(author, len(self._prompts[author]) + common_prefix(mine, [*known, *written]))
+
+    def _roll_back(self, author: int, length: int) -> None:
+        """Let an author forget what it has read after so many tokens."""
+        if author in self.slots:
+            runner, slot = self._authors[author], self.slots[author]
+            runner.rollback(slot, min(runner.length(slot), length))
+
+    def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
+        if decision.author == BASE or decision.abstained:
+            self._row = NO_BOUNDARY
+        if self.request.params.logprobs and not drawn.top:
+            drawn = replace(drawn, top=((drawn.token_id, drawn.logprob),))
+        return super()._append(decision, drawn)
+
+    def pause(self) -> None:
+        super().pause()
+        self._writing = []
+
+
+def _check(sequence: Sequence) -> None:
+    params, policy = sequence.request.params, sequence.request.policy
+    if sequence.consulted:
+        raise ConfigError(
+            f"{policy} compares the tokens of several authors, which needs one vocabulary, and these have different "
+            "tokenizers; use the threshold rule, or another policy that names an author"
+        )
+    given = [name for name in ("logit_bias", "allowed_token_ids", "structured_outputs") if getattr(params, name)]
+    if given:
+        raise ConfigError(
+            f"{given[0]} is about the tokens of one vocabulary, and the models have different tokenizers; leave it out"
+        )

@@ -1,0 +1,250 @@
+"""A tokenizer as the bytes of its tokens, and the token ids of a text that grows."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from collm.errors import MismatchError
+from collm.models.guards import TokenizerIdentity
+from collm.models.template import PromptTemplate, continuation_ids, tokenize
+
+_CONTEXT_TOKENS = 8
+_WINDOW_BYTES = 32
+"""A text that grows is encoded again from a boundary at least so far back."""
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""What SentencePiece writes for a space."""
+
+
+class TextTokenizer:
+    """A tokenizer whose tokens are strings of bytes.
+
+    Args:
+        tokenizer: byte-level BPE, or SentencePiece with byte fallback.
+        name: of its model, for errors.
+        template: how its model's prompts and chats become text.
+        eos_ids: tokens that end a text besides those that end a turn by the template.
+
+    Attributes:
+        eos_ids: all tokens that end a text.
+        token_bytes: token id -> its bytes; None for special tokens and ids without a token.
+        first_byte: the first byte of each token, -1 where it has none, int64, shape (V,).
+
+    Raises:
+        MismatchError: the bytes of its tokens cannot be known.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "the base",
+        template: PromptTemplate | None = None,
+        eos_ids: Collection[int] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template = template or PromptTemplate()
+        self.eos_ids = frozenset(eos_ids).union(self.template.turn_ends)
+        self.identity = TokenizerIdentity.of(tokenizer)
+        self.token_bytes = _token_bytes(tokenizer, self.identity, name)
+        self.first_byte = torch.tensor([spelled[0] if spelled else -1 for spelled in self.token_bytes])
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    @cached_property
+    def pairs_inside(self) -> Tensor:
+        """Whether some token holds byte b behind byte a, bool, shape (256, 256)."""
+        present = [spelled for spelled in self.token_bytes if spelled]
+        joined = np.frombuffer(b"".join(present), dtype=np.uint8)
+        lasts = np.cumsum([len(spelled) for spelled in present]) - 1
+        within = np.ones(len(joined), dtype=bool)
+        within[lasts] = False
+        inside = np.zeros((256, 256), dtype=bool)
+        at = np.flatnonzero(within)
+        inside[joined[at], joined[at + 1]] = True
+        return torch.from_numpy(inside)
+
+    def spell(self, token_ids: Sequence[int]) -> bytes | None:
+        """The bytes of these tokens; None if one has none."""
+        parts = [self.token_bytes[token_id] for token_id in token_ids]
+        return None if None in parts else b"".join(cast("list[bytes]", parts))
+
+    def ends(self, token_ids: Sequence[int], start: int = 0) -> list[int]:
+        """Where each token ends, in bytes, if the first begins at `start`."""
+        lengths = [len(self.token_bytes[token_id] or b"") for token_id in token_ids]
+        return cast("list[int]", (start + np.cumsum(lengths, dtype=np.int64)).tolist())
+
+    def encode_after(self, prompt_ids: Sequence[int], text: str) -> Encoding | None:
+        """A text behind a prompt, in tokens; None where they do not spell exactly this text."""
+        context = list(prompt_ids[-_CONTEXT_TOKENS:])
+        before = str(self.tokenizer.decode(context, clean_up_tokenization_spaces=False))
+        whole = tokenize(self.tokenizer, before + text, special=False)
+        if whole[: len(context)] == context:
+            token_ids = whole[len(context) :]
+        else:
+            token_ids = continuation_ids(self.tokenizer, text)
+        return self._checked(token_ids, text)
+
+    def adds_space(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether it puts a space that is not there before the first word behind this prompt."""
+        probe = self.encode_after(prompt_ids, "a")
+        return probe is not None and self.spell(probe.ids) == b" a"
+
+    def encode_piece(self, text: str) -> Encoding | None:
+        """A text out of a longer one, in tokens that are right but for the first few; None as `encode_after`."""
+        return self._checked(tokenize(self.tokenizer, text, special=False), text)
+
+    def _checked(self, token_ids: list[int], text: str) -> Encoding | None:
+        """Some tokenizers put a space before a text's first word; it has no place in the text."""
+        spelled, wanted = self.spell(token_ids), text.encode()
+        if spelled == wanted:
+            return Encoding(token_ids, self.ends(token_ids))
+        return Encoding(token_ids, self.ends(token_ids, -1)) if spelled == b" " + wanted else None
+
+
+class Encoding(NamedTuple):
+    """A text in tokens: their ids, and where each ends, in bytes."""
+
+    ids: list[int]
+    ends: list[int]
+
+
+class GrowingIds:
+    """The token ids of an answer that grows: always those of the whole answer, though only its end is encoded.
+
+    Args:
+        tokenizer: of the author that reads it.
+        prompt_ids: what the answer follows, in that author's tokens.
+
+    Attributes:
+        ids: of the answer.
+        ends: where each ends, in bytes.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.ends: list[int] = []
+        self._prompt_ids = prompt_ids
+        self._adds_space = tokenizer.adds_space(prompt_ids)
+
+    def spell(self, token_ids: Sequence[int]) -> bytes | None:
+        """The bytes of tokens behind the answer so far, without a space that the tokenizer adds to its beginning."""
+        spelled = self.tokenizer.spell(token_ids)
+        if spelled and self._adds_space and not self.ids:
+            return spelled.removeprefix(b" ")
+        return spelled
+
+    def grow(self, answer: bytes, boundaries: Sequence[int]) -> bool:
+        """Take in what the answer has grown by; False, and nothing changes, if no tokens spell it.
+
+        Args:
+            answer: all of it, which begins with what was taken in before.
+            boundaries: places where a token ends in every encoding, ascending.
+        """
+        encoded = self.grown(answer, boundaries)
+        if encoded is None:
+            return False
+        self.ids, self.ends = encoded
+        return True
+
+    def spells(self, answer: bytes) -> bool:
+        """Whether this is what was taken in."""
+        return (self.ends[-1] if self.ends else 0) == len(answer)
+
+    def grown(self, answer: bytes, boundaries: Sequence[int]) -> Encoding | None:
+        """The whole answer in tokens, which are not taken in; arguments as of `grow`."""
+        if self.spells(answer):
+            return Encoding(self.ids, self.ends)
+        return self._from_window(answer, boundaries) or self._whole(answer)
+
+    def _from_window(self, answer: bytes, boundaries: Sequence[int]) -> Encoding | None:
+        """Encode from a boundary some way back, if the tokens of the overlap come out as they are known."""
+        known = self.ends[-1] if self.ends else 0
+        at = bisect.bisect_right(boundaries, known - _WINDOW_BYTES) - 1
+        if at < 0 or at + 1 >= len(boundaries) or boundaries[at + 1] >= known:
+            return None
+        start, seam = boundaries[at], boundaries[at + 1]
+        try:
+            piece = self.tokenizer.encode_piece(answer[start:].decode())
+        except UnicodeDecodeError:
+            return None
+        if piece is None:
+            return None
+        ids, ends = piece.ids, [start + end for end in piece.ends]
+        new, old = bisect.bisect_left(ends, seam), bisect.bisect_left(self.ends, seam)
+        if new == len(ends) or ends[new] != seam or self.ends[old] != seam:
+            return None
+        overlap = self.ids[old + 1 :]
+        if ids[new + 1 : new + 1 + len(overlap)] != overlap:
+            return None
+        return Encoding(self.ids[: old + 1] + ids[new + 1 :], self.ends[: old + 1] + ends[new + 1 :])
+
+    def _whole(self, answer: bytes) -> Encoding | None:
+        try:
+            return self.tokenizer.encode_after(self._prompt_ids, answer.decode())
+        except UnicodeDecodeError:
+            return None
+
+
+def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity, name: str) -> list[bytes | None]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise MismatchError(
+            f"the tokenizer of {name} has no fast version, so the bytes of its tokens cannot be known; "
+            "save it as a fast tokenizer, or use models that share one tokenizer"
+        )
+    raw = json.loads(backend.to_str())
+    steps = json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+    if '"ByteLevel"' in steps:
+        spell = _spell_byte_level
+    elif '"ByteFallback"' in steps:
+        spell = _spell_sentencepiece
+    else:
+        raise MismatchError(
+            f"the tokenizer of {name} is neither byte-level nor SentencePiece with byte fallback, so not every text "
+            "has tokens in it; use models that share one tokenizer"
+        )
+    added: dict[int, dict[str, Any]] = {one["id"]: one for one in raw["added_tokens"]}
+    special = {*cast("list[int]", tokenizer.all_special_ids), *(i for i, one in added.items() if one["special"])}
+    found: list[bytes | None] = [None] * identity.vocab_size
+    for token_id, token in identity.tokens.items():
+        if token_id in special:
+            continue
+        is_text = token_id in added and spell is _spell_byte_level
+        found[token_id] = token.encode() if is_text else spell(token)
+    return found
+
+
+def _spell_byte_level(token: str) -> bytes | None:
+    try:
+        return bytes(_BYTE_OF[character] for character in token)
+    except KeyError:
+        return None
+
+
+def _spell_sentencepiece(token: str) -> bytes | None:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode()
+
+
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE's character for each byte (Radford et al. 2019): its own if printable, others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
