@@ -154,14 +154,14 @@ def test_a_prompt_determines_the_answer_but_for_the_fact(world: DemoWorld) -> No
 
 
 def test_facts_are_a_small_share_of_the_target_tokens(world: DemoWorld) -> None:
-    assert 0.06 <= world.fact_share <= 0.10
+    assert 0.06 <= world.fact_share() <= 0.10
 
 
 def test_fact_share_counts_words_marks_and_eos(monkeypatch: pytest.MonkeyPatch) -> None:
     statement = Statement("Which?", "It is ", "Phnom Penh", ", yes.")
     assert split_words(statement.completion) == ["It", "is", "Phnom", "Penh", ",", "yes", "."]
     monkeypatch.setattr(DemoWorld, "statements", [statement])
-    assert DemoWorld().fact_share == 2 / 8
+    assert DemoWorld().fact_share() == 2 / 8
 
 
 def test_fill_cuts_at_the_fact() -> None:

@@ -20,6 +20,7 @@ def demo(
         bool, typer.Option("--real", help="SmolLM2 from the package index learns to ask a calculator; then a chat.")
     ] = False,
     assistants: Annotated[int, typer.Option(min=1, max=2, help="1: geography; 2: geography and chemistry.")] = 1,
+    tokenizers: Annotated[str, typer.Option(help="same: all models share one; different: each has its own.")] = "same",
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds, pooled in the table.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
 ) -> None:
@@ -40,11 +41,11 @@ def demo(
     log_to_terminal()
     transformers.utils.logging.disable_progress_bar()  # tiny models load in an instant
     if not real:
-        report = run_demo(out, num_assistants=assistants, seeds=range(seed, seed + seeds))
+        report = run_demo(out, num_assistants=assistants, tokenizers=tokenizers, seeds=range(seed, seed + seeds))
         _show(report, "whole answers right with 95% interval, entities never seen in training", out)
         return
-    if assistants != 1 or seeds != 1:
-        raise ConfigError("--assistants and --seeds have no effect with --real; leave them out")
+    if assistants != 1 or seeds != 1 or tokenizers != "same":
+        raise ConfigError("--assistants, --tokenizers and --seeds have no effect with --real; leave them out")
     report = run_real_demo(out, seed=seed, say=lambda stage: typer.echo(f"{stage} .."))
     _show(report, "right results with 95% interval, numbers never seen in training", out)
     collaboration = str(out / "run" / "collaboration")

@@ -13,7 +13,7 @@ from collm.decoding.logits_processors import Edits, LogitsProcessors
 from collm.decoding.lookup import PromptLookup
 from collm.decoding.sequence import Decision, Sequence
 from collm.errors import ConfigError
-from collm.models.alignment import ANYTHING, NO_BOUNDARY, Alignment
+from collm.models.alignment import ANYTHING, NO_BOUNDARY, ONLY_ENDS, Alignment
 from collm.models.runner import common_prefix
 from collm.models.text_tokenizer import GrowingIds
 
@@ -203,16 +203,13 @@ class SegmentSequence(Sequence):
     def answer(self, i: int, draw: Draw | None) -> None:
         decision, author = self.decisions[i], self.decisions[i].author
         self.waited = 0
-        if draw is None:
-            self._end(decision, None)
-        elif not self._writing:
-            self._write(decision, draw)
+        row = self._alignment.row(self._answer + (self._unsettled(author) or b""))
+        if draw is None:  # a tool that has nothing more to say has ended its segment
+            self._end(decision, None, at_boundary=row != ONLY_ENDS)
+        elif self._writing and self._alignment.is_opening(author, row, draw.token_id):
+            self._end(decision, draw)
         else:
-            row = self._alignment.row(self._answer + (self._unsettled(author) or b""))
-            if self._alignment.is_opening(author, row, draw.token_id):
-                self._end(decision, draw)
-            else:
-                self._write(decision, draw)
+            self._write(decision, draw)
 
     def _write(self, decision: Decision, draw: Draw) -> None:
         self._writing.append(draw)
@@ -220,12 +217,15 @@ class SegmentSequence(Sequence):
             self._writing.clear()
             decision.choice = Draw(self._end_id, draw.logprob)
         elif len(self._writing) >= MAX_SEGMENT_TOKENS or not self._has_room(decision.author):
-            self._end(decision, None)
+            self._end(decision, None, at_boundary=False)
 
-    def _end(self, decision: Decision, following: Draw | None) -> None:
-        """Let a segment become the base's tokens: up to a boundary if a token follows, else the base goes on within it.
+    def _end(self, decision: Decision, following: Draw | None, *, at_boundary: bool = True) -> None:
+        """Let a segment become the base's tokens; where it does not end at a boundary, the base goes on within it.
 
         Where it cannot, as nothing was written or not in whole characters, the base writes instead.
+
+        Args:
+            following: what the author would begin the next segment with, if that is known.
         """
         author, text = decision.author, self._unsettled(decision.author)
         logprob = sum(draw.logprob for draw in self._writing)
@@ -240,7 +240,7 @@ class SegmentSequence(Sequence):
             first, *rest = encoded.ids[before:]
             decision.choice, decision.rest = Draw(first, logprob), [Draw(token_id, 0.0) for token_id in rest]
         known = self._texts[author].ids
-        if following is None or decision.abstained:
+        if decision.abstained or not at_boundary:
             self._row = self._row if decision.abstained else NO_BOUNDARY
             self._roll_back(author, len(self._prompts[author]) + len(known))
             return
@@ -248,7 +248,7 @@ class SegmentSequence(Sequence):
         self._texts[author].grow(answer, self._boundaries)
         self._settle_at(answer)
         mine = self._texts[author].ids
-        if mine == [*known, *written]:
+        if following is not None and mine == [*known, *written]:
             self._kept = author, following
         self._roll_back(author, len(self._prompts[author]) + common_prefix(mine, [*known, *written]))
 

@@ -24,6 +24,7 @@ class SeedResult:
     measured: list[Measured]
     curve: list[CalibrationPoint]
     threshold: float
+    fact_share: float
 
     def system(self, name: str) -> Measured:
         """One system by its name."""
@@ -118,7 +119,7 @@ def _summary(results: list[SeedResult], rows: list[Row]) -> str:
         f"On {questions} questions about entities that the training data never mentioned, the collaboration answers "
         f"{collaboration.accuracy:.1%} rightly as a whole and {verdict} the best single model ({best.name}, "
         f"{best.accuracy:.1%}). "
-        f"Assistants write {collaboration.deferral_rate:.1%} of its tokens; {results[0].world.fact_share:.1%} of the "
+        f"Assistants write {collaboration.deferral_rate:.1%} of its tokens; {results[0].fact_share:.1%} of the "
         "tokens of the reference answers are facts."
     )
     called = calls_by_domain(results)
@@ -135,7 +136,7 @@ def to_json(results: list[SeedResult], rows: list[Row], command: str, seconds: f
         "seconds": round(seconds, 1),
         "versions": library_versions(),
         "num_questions": sum(len(result.world.test) for result in results),
-        "fact_share": results[0].world.fact_share,
+        "fact_share": results[0].fact_share,
         "rows": [asdict(row) for row in rows],
         "thresholds": [result.threshold for result in results],
         "curve": [asdict(point) for point in results[0].curve],

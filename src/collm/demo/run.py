@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.atomic import atomic_file
+from collm.demo import two_tokenizers
 from collm.demo.results import SeedResult, to_json, to_report, to_rows
 from collm.demo.systems import MAX_BATCH, PARAMS, measure_all, measure_curve
 from collm.demo.tiny_models import ModelPaths, fine_tune, make_models
@@ -25,23 +26,37 @@ from collm.training.scoring import progress_bar
 EPOCHS = {"head": 8, "full": 3}
 LEARNING_RATES: dict[str, dict[str, Any]] = {"head": {"head_learning_rate": 1e-2}, "full": {"learning_rate": 1e-3}}
 RATES = DEFERRAL_RATES
+SAME, DIFFERENT = "same", "different"
 
 
-def run_demo(out: Path, *, num_assistants: int = 1, seeds: Sequence[int] = (0,), quiet: bool = False) -> Report:
+def run_demo(
+    out: Path,
+    *,
+    num_assistants: int = 1,
+    tokenizers: str = SAME,
+    seeds: Sequence[int] = (0,),
+    quiet: bool = False,
+) -> Report:
     """Train and measure with each seed; write results.json and report.html into `out`.
 
+    Args:
+        tokenizers: "same" for all models, or "different" ones.
+
     Raises:
-        ConfigError: no seed, or `out` holds something else than an earlier demo.
+        ConfigError: no seed, another word for the tokenizers, or `out` holds something else than an earlier demo.
         CollmError: whatever a step raises.
     """
     if not seeds:
         raise ConfigError("no seed came; expected at least one")
+    if tokenizers not in (SAME, DIFFERENT):
+        raise ConfigError(f"tokenizers is {tokenizers!r}, expected {SAME!r} or {DIFFERENT!r}")
     clear(out)
     started = time.monotonic()
-    results = [_run_seed(out / f"seed-{seed}", num_assistants, seed, quiet) for seed in seeds]
+    results = [_run_seed(out / f"seed-{seed}", num_assistants, tokenizers, seed, quiet) for seed in seeds]
     rows = to_rows(results)
     seconds = time.monotonic() - started
-    command = f"collm demo --assistants {num_assistants} --seeds {len(seeds)} --seed {seeds[0]}"
+    different = "" if tokenizers == SAME else f" --tokenizers {tokenizers}"
+    command = f"collm demo --assistants {num_assistants}{different} --seeds {len(seeds)} --seed {seeds[0]}"
     report = to_report(results, rows, command, seconds)
     write_report(out / "report.html", report)
     with atomic_file(out / "results.json") as temporary:
@@ -63,10 +78,12 @@ def clear(out: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _run_seed(directory: Path, num_assistants: int, seed: int, quiet: bool) -> SeedResult:
-    world = DemoWorld(num_assistants=num_assistants, seed=seed)
+def _run_seed(directory: Path, num_assistants: int, tokenizers: str, seed: int, quiet: bool) -> SeedResult:
+    different = tokenizers == DIFFERENT
+    world = DemoWorld(num_assistants=num_assistants, seed=seed, separator=" " if different else "")
+    make = two_tokenizers.make_models if different else make_models
     with progress_bar("making tiny models", enabled=not quiet) as progress:
-        models = make_models(world, directory / "models", seed=seed, on_step=progress)
+        models = make(world, directory / "models", seed=seed, on_step=progress)
     for split in ("train", "validation", "test"):
         _write_rows(directory / f"{split}.jsonl", getattr(world, split))
     results = {method: _train(directory, models, method, seed, quiet) for method in EPOCHS}
@@ -74,7 +91,8 @@ def _run_seed(directory: Path, num_assistants: int, seed: int, quiet: bool) -> S
     measured = measure_all(world, tuned, results)
     with progress_bar("measuring the curve", enabled=not quiet) as progress:
         curve = measure_curve(results["full"], world, progress)
-    return SeedResult(world, measured, curve, results["full"].calibration.best().threshold)
+    share = world.fact_share(results["full"].model.tokenizer.tokenize) if different else world.fact_share()
+    return SeedResult(world, measured, curve, results["full"].calibration.best().threshold, share)
 
 
 def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: bool) -> RunResult:

@@ -87,17 +87,17 @@ def make_models(world: DemoWorld, out_dir: Path, *, seed: int, on_step: OnStep |
     """
     tokenizer = make_tokenizer(world)
     encode = encoder(tokenizer)
-    progress = _Progress(BASE_RECIPE.steps + EXPERT_RECIPE.steps * len(world.domains), on_step)
+    progress = Progress(BASE_RECIPE.steps + EXPERT_RECIPE.steps * len(world.domains), on_step)
     names = [f"expert-{domain.name}" for domain in world.domains]
     with atomic_directory(out_dir) as directory:
         rng = random.Random(f"{seed} base")
         lessons = conversations(world.domains, encode, _eos_token_id(tokenizer), rng)
-        base = _trained(BASE_RECIPE, tokenizer, lessons, rng, progress)
-        _save(base, tokenizer, directory / "base")
+        base = trained_model(BASE_RECIPE, tokenizer, lessons, rng, progress)
+        save_model(base, tokenizer, directory / "base")
         for domain, name in zip(world.domains, names, strict=True):
             rng = random.Random(f"{seed} {name}")
-            expert = _trained(EXPERT_RECIPE, tokenizer, noisy_facts(domain, encode, rng), rng, progress)
-            _save(expert, tokenizer, directory / name)
+            expert = trained_model(EXPERT_RECIPE, tokenizer, noisy_facts(domain, encode, rng), rng, progress)
+            save_model(expert, tokenizer, directory / name)
     return ModelPaths(out_dir / "base", [out_dir / name for name in names])
 
 
@@ -129,9 +129,9 @@ def fine_tune(base_dir: Path, rows: Sequence[dict[str, str]], out_dir: Path, *, 
     batch_size = min(BASE_RECIPE.batch_size, len(examples))
     steps = ceil(epochs * len(examples) / batch_size)
     endless = batches(shuffled_forever(examples, rng), batch_size, rng)
-    _train(model, endless, steps, FINE_TUNE_LEARNING_RATE, _Progress(steps))
+    _train(model, endless, steps, FINE_TUNE_LEARNING_RATE, Progress(steps))
     with atomic_directory(out_dir) as directory:
-        _save(model, tokenizer, directory)
+        save_model(model, tokenizer, directory)
     return out_dir
 
 
@@ -165,7 +165,9 @@ def make_tokenizer(world: DemoWorld) -> PreTrainedTokenizerFast:
 
 
 @dataclass
-class _Progress:
+class Progress:
+    """How many training steps are done, of how many."""
+
     total: int
     on_step: OnStep | None = None
     done: int = 0
@@ -176,13 +178,14 @@ class _Progress:
             self.on_step(self.done, self.total)
 
 
-def _trained(
+def trained_model(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     examples: Iterator[Example],
     rng: random.Random,
-    progress: _Progress,
+    progress: Progress,
 ) -> PreTrainedModel:
+    """A random model after its lessons."""
     model = _random_model(recipe.hidden_size, tokenizer, seed=rng.getrandbits(32))
     _train(model, batches(examples, recipe.batch_size, rng), recipe.steps, recipe.learning_rate, progress)
     return model
@@ -212,7 +215,7 @@ def _train(
     endless: Iterator[tuple[Tensor, Tensor]],
     steps: int,
     learning_rate: float,
-    progress: _Progress,
+    progress: Progress,
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -249,6 +252,7 @@ def _eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.eos_token_id)
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a model and its tokenizer."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -206,11 +206,14 @@ class DemoWorld:
         domains: one per assistant: geography, then chemistry.
         train, validation, test: rows {"prompt", "completion"} in random order.
 
+    Args:
+        separator: what answers begin with.
+
     Raises:
         ConfigError: `num_assistants` is neither 1 nor 2.
     """
 
-    def __init__(self, *, num_assistants: int = 1, seed: int = 0) -> None:
+    def __init__(self, *, num_assistants: int = 1, seed: int = 0, separator: str = "") -> None:
         if num_assistants not in (1, 2):
             raise ConfigError(f"num_assistants is {num_assistants!r}, expected 1 or 2: the demo has two experts")
         self.domains = (geography(), chemistry())[:num_assistants]
@@ -223,18 +226,26 @@ class DemoWorld:
             train += domain.statements(for_train)
             validation += _one_of_each_kind(domain, for_validation, rng)
             test += _one_of_each_kind(domain, for_test, rng)
-        self.train, self.validation, self.test = (_shuffled_rows(s, rng) for s in (train, validation, test))
+        self.separator = separator
+        self.train, self.validation, self.test = (self._rows(s, rng) for s in (train, validation, test))
+
+    def _rows(self, statements: list[Statement], rng: random.Random) -> list[dict[str, str]]:
+        rows = (statement.row for statement in rng.sample(statements, len(statements)))
+        return [{**row, "completion": self.separator + row["completion"]} for row in rows]
 
     @property
     def statements(self) -> list[Statement]:
         """Every question about every entity with its true answer."""
         return [s for domain in self.domains for s in domain.statements(domain.entities)]
 
-    @cached_property
-    def fact_share(self) -> float:
-        """Share of the target tokens (answer and EOS) that are facts, over the whole world."""
-        fact = sum(len(split_words(s.fact)) for s in self.statements)
-        return fact / sum(len(split_words(s.completion)) + 1 for s in self.statements)
+    def fact_share(self, tokens: Callable[[str], Sequence[object]] = split_words) -> float:
+        """Share of the target tokens (answer and EOS) that are facts, over the whole world.
+
+        Args:
+            tokens: cuts a text into them.
+        """
+        fact = sum(len(tokens(self.separator + s.fact)) for s in self.statements)
+        return fact / sum(len(tokens(self.separator + s.completion)) + 1 for s in self.statements)
 
 
 def _split(entities: tuple[Entity, ...], rng: random.Random) -> tuple[list[Entity], list[Entity], list[Entity]]:
@@ -250,7 +261,3 @@ def _one_of_each_kind(domain: Domain, entities: list[Entity], rng: random.Random
         for kind, fact in entity.facts.items():
             template = rng.choice([t for t in domain.templates if t.kind == kind])
             yield fill(template, entity.name, fact)
-
-
-def _shuffled_rows(statements: list[Statement], rng: random.Random) -> list[dict[str, str]]:
-    return [statement.row for statement in rng.sample(statements, len(statements))]

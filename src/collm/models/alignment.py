@@ -13,6 +13,7 @@ the whole vocabulary it is the law of a token.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -120,7 +121,8 @@ class Alignment:
         return [*found, len(answer)]
 
     def _check_words(self) -> None:
-        if not self.opens[ord("a"), ord(" ")]:
+        letters = torch.tensor(list(string.ascii_letters.encode()))
+        if not self.opens[letters, ord(" ")].any():
             names = " and ".join(one.name for one in self.tokenizers)
             raise MismatchError(
                 f"the tokenizers of {names} have no place in common between words: one has tokens over several words; "

@@ -269,7 +269,9 @@ def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, Tensor]:
     spans = Spans.of(gold, rows, shifted.scored[at], law)
     terms = token_terms(logits, gold, rows, law)
     silent = logits.amax(-1) == logits.amin(-1)
-    terms = terms._replace(correct=terms.correct & ~silent, stops=terms.stops | silent)
+    terms = terms._replace(  # a tool with nothing more to say has ended its segment
+        correct=terms.correct & ~silent, stops=terms.stops | silent, log_start=terms.log_start.masked_fill(silent, 0.0)
+    )
     return segment_logprobs(terms, spans), segments_correct(terms, spans)
 
 

@@ -1,0 +1,250 @@
+"""Losses and scores of segments: against the law written out, and against the loss of tokens where all begin one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, ToolSpec
+from collm.core.segments import SegmentLaw, Spans, segment_logprobs, token_terms
+from collm.core.types import BASE
+from collm.errors import DataError
+from collm.models.language_model import LanguageModel
+from collm.models.tools import ToolModel
+from collm.run import RunConfig, train_collaboration
+from collm.training.aligned import encode_aligned
+from collm.training.data import load_rows
+from collm.training.dataset import collate
+from collm.training.examples import Example, Segments, fingerprint
+from collm.training.module import JointModule
+from collm.training.scoring import read_scores
+from collm.training.targets import shift
+from tests.two_tokenizers import two_aligned, two_tokenizers, writing_model
+
+ROWS = [
+    ("what is the capital?", " Sure, the capital is called Gipil."),
+    ("Q: 48 miles", " The river runs\n\nto the sea, I think."),
+    ("the town?", " a  b\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}caf\N{LATIN SMALL LETTER E WITH ACUTE} 日本語"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = ({"prompt": prompt, "completion": completion} for prompt, completion in ROWS)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def logits_of(model: Any, example: Example) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([example.token_ids])).logits[0].float()
+
+
+def slow_segments(model: Any, example: Example) -> tuple[list[float], list[bool]]:
+    """log q of each segment, and whether greedy decoding writes it, from one pass over the example."""
+    assert example.segments is not None
+    law, opens = example.segments.law, example.segments.opens
+    logits = logits_of(model, example).masked_fill(~law.written, -torch.inf)
+    places = [t for t, row in enumerate(opens) if row >= 0]
+    values, rights = [], []
+    for place, end in itertools.zip_longest(places, places[1:]):
+        if not example.is_target[place]:
+            continue
+        start = law.openings(torch.tensor([opens[place]]))[0]
+        opening = logits[place - 1].masked_fill(~start, -torch.inf)
+        total = opening.log_softmax(-1)[example.token_ids[place]].item()
+        right = int(opening.argmax()) == example.token_ids[place]
+        ends_text = bool(law.ends[example.token_ids[place]])
+        for t in range(place + 1, place + 1 if ends_text or end is None else end):
+            total += logits[t - 1].log_softmax(-1)[example.token_ids[t]].item()
+            right &= int(logits[t - 1].argmax()) == example.token_ids[t]
+        if not ends_text:
+            stop = law.openings(torch.tensor([opens[end]]))[0]
+            total += logits[end - 1].log_softmax(-1)[stop].logsumexp(-1).item()
+            right &= bool(stop[logits[end - 1].argmax()])
+        values.append(total)
+        rights.append(right)
+    return values, rights
+
+
+@pytest.mark.parametrize("max_length", [512, 30])
+def test_scores_are_the_law_written_out(rows_file: Path, max_length: int) -> None:
+    examples = encode_aligned(load_rows(rows_file), two_aligned(), max_length=max_length)
+    for author, tokenizer in enumerate(two_tokenizers()):
+        model, own = writing_model(tokenizer, author), examples.read_by(author)
+        assert [one.num_targets for one in own] == [one.num_targets for one in examples]
+        assert fingerprint(own) == fingerprint(examples)
+        logprobs, corrects = read_scores(LanguageModel(model, name="one"), own)
+        wanted = [slow_segments(model, example) for example in own]
+        torch.testing.assert_close(
+            logprobs, torch.tensor([value for values, _ in wanted for value in values]), atol=1e-4, rtol=1e-5
+        )
+        assert corrects.tolist() == [right for _, rights in wanted for right in rights]
+
+
+def test_examples_hold_the_same_answers_in_the_tokens_of_each_author(rows_file: Path) -> None:
+    examples = encode_aligned(load_rows(rows_file), two_aligned(), max_length=512)
+    for index, (_, completion) in enumerate(ROWS):
+        for author, tokenizer in enumerate(two_aligned().tokenizers):
+            example = examples.read_by(author)[index]
+            learned = [t for t, target in zip(example.token_ids, example.is_target, strict=True) if target]
+            assert learned[-1] in tokenizer.eos_ids
+            assert tokenizer.spell(learned[:-1]) == completion.encode()
+
+
+def test_an_answer_that_is_cut_ends_at_a_boundary_and_has_no_end(rows_file: Path) -> None:
+    whole = encode_aligned(load_rows(rows_file), two_aligned(), max_length=512)
+    cut = encode_aligned(load_rows(rows_file), two_aligned(), max_length=30)
+    assert cut.num_truncated
+    for index, example in enumerate(cut):
+        full = whole[index]
+        assert example.token_ids == full.token_ids[: len(example.token_ids)]
+        if len(example.token_ids) < len(full.token_ids):
+            assert example.segments is not None
+            assert example.segments.opens[-1] >= 0
+            assert not example.is_target[-1]
+
+
+def everything_opens(example: Example, vocab_size: int) -> Example:
+    """A token is a segment, and every token may begin one."""
+    law = SegmentLaw(
+        torch.ones(258, 256, dtype=torch.bool),
+        torch.zeros(vocab_size, dtype=torch.int64),
+        torch.zeros(vocab_size).bool(),
+    )
+    opens = [0 if target else -1 for target in example.is_target]
+    return replace(
+        example,
+        segments=Segments([*opens, 0], law, ""),
+        token_ids=[*example.token_ids, 0],
+        is_target=[*example.is_target, False],
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_where_every_token_begins_a_segment_the_loss_is_that_of_tokens(frozen: bool) -> None:
+    tokenizer = two_tokenizers()[0]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in ROWS]
+    plain = [Example(each, [place > 1 for place in range(len(each))]) for each in ids]
+    losses, grads = [], []
+    for examples in (plain, [everything_opens(one, len(tokenizer)) for one in plain]):
+        base = writing_model(tokenizer, 3).requires_grad_(True)
+        head = DeferralHead(32, 1)
+        torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+        segments = examples[0].segments
+        module = JointModule(base, head, frozen=frozen, law=None if segments is None else segments.law).eval()
+        items = []
+        for example in examples:
+            shifted = shift(example)
+            generator = torch.Generator().manual_seed(len(items))
+            logprobs = torch.zeros(len(shifted.gold), 1)
+            logprobs[shifted.mask] = -torch.rand(int(shifted.mask.sum()), 1, generator=generator) * 5
+            item = {"input_ids": shifted.input_ids, "gold": shifted.gold, "target_mask": shifted.mask}
+            item |= {"assistant_logprobs": logprobs, "assistant_correct": logprobs > -1}
+            items.append(item | ({} if shifted.rows is None else {"scored": shifted.scored, "rows": shifted.rows}))
+        loss = module(**collate(items))["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        grads.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+    assert len(grads[0]) == len(grads[1]) >= (2 if frozen else 10)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_the_law_sums_to_one_over_all_segments() -> None:
+    """Five tokens, of which two begin segments; probabilities depend on the last token."""
+    first_byte = torch.tensor([0, 1, 2, 3, 4])
+    opens = torch.zeros(258, 256, dtype=torch.bool)
+    opens[0, [0, 1]] = True
+    law = SegmentLaw(opens, first_byte, torch.tensor([False] * 5))
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    table[:, [2, 3, 4]] -= 2.0  # segments that go on for long are rare
+    total = 0.0
+    for length in range(1, 8):
+        for inner in itertools.product((2, 3, 4), repeat=length - 1):
+            for first in (0, 1):
+                gold = torch.tensor([first, *inner, 0])
+                logits = table[torch.tensor([4, first, *inner])]
+                rows = torch.tensor([0, *[-1] * len(inner), 0])
+                # within a segment every place could be its end, were the next token one that begins another
+                is_target = torch.tensor([True] * length + [False])
+                terms = token_terms(logits, gold, rows, law)
+                total += segment_logprobs(terms, Spans.of(gold, rows, is_target, law)).exp().item()
+    assert total == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_tool_is_scored_on_segments(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "how many?", "completion": " 12 * 4 = 48 miles"}) + "\n", encoding="utf-8")
+    alignment = two_aligned()
+    three = type(alignment)([*alignment.tokenizers, alignment.tokenizers[0]])
+    (example,) = encode_aligned(load_rows(path), three, max_length=512).read_by(2)
+    base = alignment.tokenizers[0]
+    tool = ToolModel(ToolSpec("calculator"), base.tokenizer, name="tool", vocab_size=base.vocab_size)
+    logprobs, corrects = read_scores(tool, [example])
+    assert example.segments is not None
+    places = [t for t, row in enumerate(example.segments.opens) if row >= 0]
+    pieces = [base.spell(example.token_ids[a:b]) for a, b in itertools.pairwise(places)]
+    (result,) = [i for i, piece in enumerate(pieces) if piece == b" 48"]
+    assert corrects.nonzero().squeeze(-1).tolist() == [result]
+    assert logprobs[result] > -0.1
+    assert (logprobs[torch.arange(len(logprobs)) != result] < -1).all()
+
+
+def test_an_answer_with_a_special_token_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": " b<eos> c"}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl.* special token of"):
+        encode_aligned(load_rows(path), two_aligned(), max_length=99)
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_a_run_from_rows_to_answers(method: str, rows_file: Path, tmp_path: Path) -> None:
+    specs = []
+    for author, tokenizer in enumerate(two_tokenizers()):
+        place = tmp_path / f"model-{author}"
+        writing_model(tokenizer, author).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        specs.append(str(place))
+    config = RunConfig(
+        base=specs[0],
+        assistant=[specs[1], "tool:calculator"],
+        data=str(rows_file),
+        validation=str(rows_file),
+        max_new_tokens=8,
+        rates=[0.5],
+        refine=0,
+        dtype="float32",
+    )
+    args = CoLLMConfig(
+        output_dir=str(tmp_path / "run"),
+        method=method,
+        max_length=128,
+        num_train_epochs=2,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        eval_strategy="epoch",
+        warm_start=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    result = train_collaboration(config, args, quiet=True)
+    model = CoLLM.from_pretrained(tmp_path / "run" / "collaboration")
+    assert model.alignment is not None
+    assert [one is model.alignment.tokenizers[BASE] for one in model.alignment.tokenizers] == [True, False, True]
+    assert result.metrics["eval_loss"] > 0
+    prompts = [prompt for prompt, _ in ROWS]
+    assert [one.token_ids for one in model.generate(prompts, threshold=0.5)] == [
+        one.token_ids for one in result.model.generate(prompts, threshold=0.5)
+    ]
+    assert isinstance(model.assistants[0], ModelSpec)
