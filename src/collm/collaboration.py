@@ -21,10 +21,10 @@ from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
-from collm.core.types import Completion, ModelUsage, PromptLogprob, TokenStep, deferral_rate
-from collm.decoding.candidates import Candidates
+from collm.core.types import BASE, Completion, ModelUsage, PromptLogprob, TokenStep, deferral_rate
+from collm.decoding.candidates import Candidates, aligned_candidates
 from collm.decoding.engine import DecodingLoop
-from collm.decoding.request import Request, check_prompt
+from collm.decoding.request import Request, check_names_author, check_prompt
 from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.adapters import check_adapter
@@ -425,8 +425,15 @@ class CoLLM:
             RequestError: a prompt that cannot be read.
         """
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
-        others = [] if self.alignment is None else self.alignment.assistant_prompts(prompt)
-        return Request(prompt_ids, params, policy, others)
+        return Request(prompt_ids, params, policy, self.assistant_prompts(prompt))
+
+    def assistant_prompts(self, prompt: Prompt) -> list[list[int]]:
+        """A prompt in the tokens of each assistant; empty where all models share one tokenizer.
+
+        Raises:
+            RequestError: an assistant's template refuses it.
+        """
+        return [] if self.alignment is None else self.alignment.assistant_prompts(prompt)
 
     def check_params(self, params: SamplingParams) -> None:
         """Whether requests with these parameters can be decoded; grammars are compiled, and kept for them.
@@ -455,12 +462,23 @@ class CoLLM:
         """
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
         author = policy.writer if isinstance(policy, SingleAuthorPolicy) else None
+        if self.alignment is not None and author != BASE:
+            raise ConfigError(
+                "the models have different tokenizers, so only the base has log-probabilities of these tokens; ask for "
+                "those of the base alone (policy 'base')"
+            )
         check_prompt(self.runners, self.identity.vocab_size, prompt_ids, room=0)
         return self.backend.prompt_logprobs(prompt_ids, most, author)
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
-        """What each author would have written at each token of an answer to a prompt (`decoding.candidates`)."""
+        """What each author would have written at each token of an answer to a prompt (`decoding.candidates`).
+
+        An assistant with another tokenizer has candidates where a segment begins, and none elsewhere.
+        """
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
+        if self.alignment is not None:
+            prompts = [prompt_ids, *self.assistant_prompts(prompt)]
+            return aligned_candidates(self._in_memory.runners, self.alignment, prompts, token_ids, most)
         return self.backend.candidates(prompt_ids, token_ids, most)
 
     def _policies(
@@ -484,7 +502,10 @@ class CoLLM:
         if policy is None or policy == "threshold":
             return ThresholdPolicy(self.threshold(threshold, budget))
         _check_alone(threshold, budget)
-        return policy_named(policy) if isinstance(policy, str) else policy
+        chosen = policy_named(policy) if isinstance(policy, str) else policy
+        if self.alignment is not None:
+            check_names_author(chosen, len(self.assistants))
+        return chosen
 
     def threshold(self, threshold: float | None = None, budget: float | None = None) -> float:
         """The threshold that `generate` uses with these options: the given one, else the calibrated one.

@@ -15,7 +15,7 @@ from collm.core.types import PromptLogprob
 from collm.decoding.candidates import Candidates, top_candidates
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.decoding.prompt_logprobs import prompt_logprobs
-from collm.decoding.request import check_params
+from collm.decoding.request import check_params, check_segment_params
 from collm.errors import ConfigError, MismatchError
 from collm.models.alignment import Alignment
 from collm.models.cache_memory import cache_bytes, share_cache_memory
@@ -160,6 +160,8 @@ class InMemory:
 
     def check_params(self, params: SamplingParams) -> None:
         check_params(params, TokenizerIdentity.of(self._tokenizer).vocab_size)
+        if self._alignment is not None:
+            check_segment_params(params)
         if params.structured_outputs is not None:
             self.grammars.compile(params.structured_outputs)
 

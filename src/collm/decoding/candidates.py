@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from collm.errors import RequestError
+from collm.models.alignment import Alignment
 from collm.models.runner import ModelRunner
 from collm.models.token_text import TokenText
 from collm.models.tools import ToolRunner
@@ -62,6 +65,71 @@ def spelled(
         texts.append([[(read.spelling(one), prob) for one, prob in of_author] for of_author in likely])
         read.push(token_id)
     return texts
+
+
+@torch.inference_mode()
+def aligned_candidates(
+    runners: Sequence[ModelRunner | ToolRunner],
+    alignment: Alignment,
+    prompts: Sequence[list[int]],
+    token_ids: Sequence[int],
+    most: int = 5,
+) -> list[list[Candidates]]:
+    """As `top_candidates`, of authors that do not share a tokenizer.
+
+    Args:
+        prompts: of each author, in its tokens.
+        token_ids: of the answer, the base's.
+
+    Raises:
+        RequestError: prompt and answer outgrow a model's context, or the answer is not in whole characters.
+    """
+    base = alignment.tokenizers[0]
+    of_base = top_candidates(runners[:1], base.tokenizer, prompts[0], token_ids, most)
+    spelled = [base.token_bytes[token_id] or b"" for token_id in token_ids]
+    answer = b"".join(spelled)
+    starts = {at: place for place, at in reversed(list(enumerate(accumulate(map(len, spelled), initial=0))))}
+    boundaries = [at for at in alignment.boundaries(answer) if starts[at] < len(token_ids)]
+    texts = [[likely, *([] for _ in runners[1:])] for (likely,) in of_base]
+    for author, runner in enumerate(runners[1:], start=1):
+        found = _opening_candidates(runner, alignment, author, prompts[author], answer, boundaries, most)
+        for at, likely in zip(boundaries, found, strict=True):
+            texts[starts[at]][author] = likely
+    return texts
+
+
+def _opening_candidates(
+    runner: ModelRunner | ToolRunner,
+    alignment: Alignment,
+    author: int,
+    prompt: list[int],
+    answer: bytes,
+    boundaries: Sequence[int],
+    most: int,
+) -> list[Candidates]:
+    """What an author would begin each of these segments with."""
+    tokenizer = alignment.tokenizers[author]
+    try:
+        encoded = tokenizer.encode_after(prompt, answer.decode())
+    except UnicodeDecodeError:
+        encoded = None
+    if encoded is None:
+        raise RequestError(f"the answer is no text that {tokenizer.name} can read; give all of it")
+    slot = runner.open()
+    try:
+        reading = runner.extend({slot: [*prompt, *encoded.ids]}, keep={slot: len(encoded.ids) + 1})
+    finally:
+        runner.close(slot)
+    rows = [0 if at == 0 else encoded.ends.index(at) + 1 for at in boundaries]
+    found = list[Candidates]()
+    for at, row in zip(boundaries, rows, strict=True):
+        logits = reading.logits[row].float()
+        mask = alignment.opening_mask(author, alignment.row(answer[:at]), logits.device)
+        probs, ids = logits.masked_fill(~mask, -torch.inf).softmax(-1).topk(min(most, len(logits)))
+        likely = [(tokenizer.shown(one), prob) for one, prob in zip(ids.tolist(), probs.tolist(), strict=True) if prob]
+        silent = bool(reading.silent) and reading.silent[row]
+        found.append([] if silent else likely[:1] if reading.silent else likely)
+    return found
 
 
 def _likely(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy
@@ -35,12 +36,37 @@ class Request:
             )
 
 
+class PromptIds(NamedTuple):
+    """A prompt in the tokens of the base, and in those of each assistant where they have others."""
+
+    base: list[int]
+    assistants: list[list[int]]
+
+
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raise a RequestError for token ids in the parameters that are none."""
     for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
         outside = sorted(token for token in getattr(params, name) or () if not 0 <= token < vocab_size)
         if outside:
             raise RequestError(f"{name} has token id {outside[0]}, outside the vocabulary of {vocab_size} tokens")
+
+
+def check_names_author(policy: Policy, num_assistants: int) -> None:
+    """Raise a ConfigError for a policy that models with different tokenizers cannot follow."""
+    if policy.consults(num_assistants):
+        raise ConfigError(
+            f"{policy} compares the tokens of several authors, which needs one vocabulary, and these have different "
+            "tokenizers; use the threshold rule, or another policy that names an author"
+        )
+
+
+def check_segment_params(params: SamplingParams) -> None:
+    """Raise a ConfigError for parameters that models with different tokenizers cannot follow."""
+    given = [name for name in ("logit_bias", "allowed_token_ids", "structured_outputs") if getattr(params, name)]
+    if given:
+        raise ConfigError(
+            f"{given[0]} is about the tokens of one vocabulary, and the models have different tokenizers; leave it out"
+        )
 
 
 def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequence[int], room: int = 1) -> None:

@@ -11,8 +11,8 @@ from collm.core.types import BASE, TokenStep
 from collm.decoding.draws import Draw, Sampling
 from collm.decoding.logits_processors import Edits, LogitsProcessors
 from collm.decoding.lookup import PromptLookup
+from collm.decoding.request import check_names_author, check_segment_params
 from collm.decoding.sequence import Decision, Sequence
-from collm.errors import ConfigError
 from collm.models.alignment import ANYTHING, NO_BOUNDARY, ONLY_ENDS, Alignment
 from collm.models.runner import common_prefix
 from collm.models.text_tokenizer import GrowingIds
@@ -43,7 +43,8 @@ class SegmentSequence(Sequence):
 
     def __init__(self, *args: Any, alignment: Alignment, end_id: int, **options: Any) -> None:
         super().__init__(*args, **options)
-        _check(self)
+        check_names_author(self.request.policy, len(self._authors) - 1)
+        check_segment_params(self.request.params)
         self._alignment = alignment
         self._end_id = end_id
         self._prompts = [self.request.prompt_ids, *self.request.assistant_prompts]
@@ -268,17 +269,3 @@ class SegmentSequence(Sequence):
     def pause(self) -> None:
         super().pause()
         self._writing = []
-
-
-def _check(sequence: Sequence) -> None:
-    params, policy = sequence.request.params, sequence.request.policy
-    if sequence.consulted:
-        raise ConfigError(
-            f"{policy} compares the tokens of several authors, which needs one vocabulary, and these have different "
-            "tokenizers; use the threshold rule, or another policy that names an author"
-        )
-    given = [name for name in ("logit_bias", "allowed_token_ids", "structured_outputs") if getattr(params, name)]
-    if given:
-        raise ConfigError(
-            f"{given[0]} is about the tokens of one vocabulary, and the models have different tokenizers; leave it out"
-        )

@@ -76,12 +76,9 @@ class Asking:
                 report(len(file.answers.items), len(self.items))
         return file.answers, model
 
-    def _prompt(self, item: TaskItem, model: CoLLM) -> Prompt:
+    def prompt(self, item: TaskItem, model: CoLLM) -> Prompt:
+        """What a model is asked."""
         return self.task.render(item, model.template, model.tokenizer, chat=self.chat)
-
-    def prompt_ids(self, item: TaskItem, model: CoLLM) -> list[int]:
-        """What a model reads before its answer."""
-        return model.template.encode_prompt(model.tokenizer, self._prompt(item, model))
 
     def solutions(self) -> list[Row]:
         """The items with whole answers, as training would read them."""
@@ -97,7 +94,7 @@ class Asking:
         drawing: Mapping[str, SamplingParams],
         file: AnswerFile,
     ) -> None:
-        prompts = [self._prompt(item, model) for item in batch]
+        prompts = [self.prompt(item, model) for item in batch]
         started, failures = time.perf_counter(), _failures(model)
 
         def keep(index: int, completion: Completion) -> None:

@@ -183,7 +183,7 @@ def _candidates(model: CoLLM, asking: Asking, found: Comparison) -> dict[str, An
     by_id = {item.id: item for item in found.items}
     answers = {one.id: one for group in shown(found.answers[COLLABORATION], base, found.measure) for one in group}
     return {
-        id_: model.candidates(asking.prompt_ids(by_id[id_], model), answer.token_ids) for id_, answer in answers.items()
+        id_: model.candidates(asking.prompt(by_id[id_], model), answer.token_ids) for id_, answer in answers.items()
     }
 
 

@@ -21,6 +21,9 @@ from collm.training.measures import TokenViews
 from collm.training.scores import Scores
 from collm.training.scoring import read_scores
 
+_SAME = 1e-5
+"""Log-probabilities that differ by this share are one, rounded."""
+
 
 def gold_examples(model: CoLLM, rows: Sequence[Row]) -> Examples:
     """Rows as the collaboration's template renders them, cut to what its models read.
@@ -77,7 +80,8 @@ def deferred(model: CoLLM, views: TokenViews) -> Deferred:
     of_silence = torch.tensor(-math.log(model.identity.vocab_size))  # a tool's, of any token, as scores keep it
     for k, member in enumerate(model.assistants):
         if isinstance(member, ToolSpec):
-            silent[:, k] = views.assistant_logprobs[:, k] == of_silence
+            unknown = views.assistant_logprobs[:, k] / of_silence  # tokens of which it says nothing
+            silent[:, k] = (unknown >= 1) & ((unknown - unknown.round()).abs() < _SAME)
     asked = views.defer_logits.argmax(-1, keepdim=True)
     falls_back, correct, logprob = (
         values.gather(-1, asked).squeeze(-1) for values in (silent, views.assistant_correct, views.assistant_logprobs)

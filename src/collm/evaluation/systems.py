@@ -111,6 +111,8 @@ def _system(model: CoLLM, name: str) -> System:
         load = lambda: _alone(model, load_model(ModelSpec(value)))  # noqa: E731
         return System(name, load, SingleAuthorPolicy(BASE), called={"base": "sft"})
     if kind == "proxy" and value:
+        if model.alignment is not None:
+            raise ConfigError("proxy compares the tokens of several models, and these have different tokenizers")
         _check_tokenizer(model, value)
         called = {"assistant 1": author_name(1, len(model.assistants)), "assistant 2": "untuned"}
         rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
@@ -140,7 +142,7 @@ def _assistant(model: CoLLM, name: str) -> System:
     if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
         return System(name, lambda: model, SingleAuthorPolicy(author))  # for a tool that abstains the base writes
     called = {"base": author_name(author, len(model.assistants))}
-    return System(name, lambda: _alone(model, _module(model, author)), SingleAuthorPolicy(BASE), author, called)
+    return System(name, lambda: _alone(model, _module(model, author), author), SingleAuthorPolicy(BASE), author, called)
 
 
 def _module(model: CoLLM, author: int) -> nn.Module:
@@ -152,10 +154,11 @@ def _module(model: CoLLM, author: int) -> nn.Module:
     return member.module
 
 
-def _alone(model: CoLLM, module: nn.Module) -> CoLLM:
-    """A model with the collaboration's tokenizer and template, as a base whose assistant, itself, is never asked."""
+def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
+    """A model with an author's tokenizer and template, as a base whose assistant, itself, is never asked."""
     head = DeferralHead(LanguageModel(module, name="alone").hidden_size)
-    return CoLLM(module, [module], head, model.tokenizer, template=model.template)
+    template = model.template if model.alignment is None else model.alignment.tokenizers[author].template
+    return CoLLM(module, [module], head, model.tokenizers[author], template=template)
 
 
 def _check_tokenizer(model: CoLLM, path: str) -> None:

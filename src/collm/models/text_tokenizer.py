@@ -80,6 +80,14 @@ class TextTokenizer:
         parts = [self.token_bytes[token_id] for token_id in token_ids]
         return None if None in parts else b"".join(cast("list[bytes]", parts))
 
+    def shown(self, token_id: int) -> str:
+        """A token as text; its name where it is none, or only part of a character."""
+        try:
+            text = (self.token_bytes[token_id] or b"").decode()
+        except UnicodeDecodeError:
+            text = ""
+        return text or str(self.tokenizer.convert_ids_to_tokens(token_id))
+
     def ends(self, token_ids: Sequence[int], start: int = 0) -> list[int]:
         """Where each token ends, in bytes, if the first begins at `start`."""
         lengths = [len(self.token_bytes[token_id] or b"") for token_id in token_ids]

@@ -170,10 +170,10 @@ async def candidates(body: CandidatesRequest, http: Request) -> Any:
     prompt_ids = await asyncio.to_thread(target.encode, prompt, param, service.settings.max_prompt_tokens)
     model = target.served.model
     try:
-        target.check([*prompt_ids, *body.token_ids])
+        target.check([*prompt_ids.base, *body.token_ids])
     except RequestError as error:
         raise invalid(str(error), "token_ids") from error
-    found = await target.served.worker.call(lambda: model.candidates(prompt_ids, body.token_ids, body.most))
+    found = await target.served.worker.call(lambda: model.candidates(prompt, body.token_ids, body.most))
     return {"author_names": target.served.author_names, "candidates": found}
 
 

@@ -11,7 +11,7 @@ from collm.core.calibration import Calibration
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.core.types import BASE
-from collm.decoding.request import check_prompt
+from collm.decoding.request import PromptIds, check_prompt
 from collm.errors import CollmError, ConfigError, MissingExtra, RequestError
 from collm.models.chats import Chat
 from collm.models.template import Prompt, tokenize
@@ -105,8 +105,8 @@ class Target:
         except ConfigError as error:
             raise invalid(str(error), param=_at_fault(options)) from error
 
-    def encode(self, prompt: Prompt, param: str, longest: int | None, keep_last: int | None = None) -> list[int]:
-        """Token ids of a prompt that the models can read.
+    def encode(self, prompt: Prompt, param: str, longest: int | None, keep_last: int | None = None) -> PromptIds:
+        """A prompt that the models can read, in their tokens.
 
         Args:
             param: where it stood in the body.
@@ -119,12 +119,14 @@ class Target:
         model = self.served.model
         try:
             token_ids = model.template.encode_prompt(model.tokenizer, prompt)
+            assistants = model.assistant_prompts(prompt)
             if keep_last is not None:
                 fitting = [one.max_length - 1 for one in model.runners if one.max_length is not None]
                 most = min([*fitting, *([] if longest is None else [longest]), len(token_ids)])
                 token_ids = (
                     token_ids[-(most if keep_last < 0 else min(keep_last, len(token_ids))) :] if keep_last else []
                 )
+                assistants = model.assistant_prompts(token_ids)
             self.check(token_ids)
         except RequestError as error:
             raise invalid(str(error), param=param) from error
@@ -134,7 +136,7 @@ class Target:
                 param=param,
                 code="context_length_exceeded",
             )
-        return token_ids
+        return PromptIds(token_ids, assistants)
 
     def check_params(self, params: SamplingParams, form: str) -> None:
         """Raise a Refusal for parameters that this model cannot follow; grammars are compiled on the way.
@@ -198,7 +200,10 @@ class Target:
 
     def check(self, token_ids: list[int]) -> None:
         """Raise a RequestError for what is no token of the model, or does not fit its context."""
-        check_prompt(self.served.model.runners, self.served.model.identity.vocab_size, token_ids)
+        model = self.served.model
+        check_prompt(
+            model.runners if model.alignment is None else model.runners[:1], model.identity.vocab_size, token_ids
+        )
 
 
 def _at_fault(options: CollmOptions) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from collm.core.params import SamplingParams, StructuredOutputs
 from collm.core.policies import Policy
-from collm.decoding.request import Request
+from collm.decoding.request import PromptIds, Request
 from collm.errors import ConfigError, RequestError
 from collm.models.chats import Chat, Rendering, as_message
 from collm.models.template import Prompt
@@ -57,14 +57,14 @@ class Reading:
     keep_last: int | None = None
     calls: ToolChoice | None = None
 
-    def requests(self, encode: Callable[[Prompt, str, int | None], list[int]]) -> list[Request]:
+    def requests(self, encode: Callable[[Prompt, str, int | None], PromptIds]) -> list[Request]:
         """One for each completion: those of the first prompt, of the second, .."""
         encoded = [encode(prompt, self.param, self.keep_last) for prompt in self.prompts]
-        prompts = [token_ids for token_ids in encoded for _ in range(self.n)]
+        prompts = [prompt for prompt in encoded for _ in range(self.n)]
         seeds = [None if self.params.seed is None else self.params.seed + i for i in range(len(prompts))]
         return [
-            Request(token_ids, replace(self.params, seed=seed), self.policy)
-            for token_ids, seed in zip(prompts, seeds, strict=True)
+            Request(prompt.base, replace(self.params, seed=seed), self.policy, prompt.assistants)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
     @property
