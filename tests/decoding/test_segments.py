@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from collm.models.grammars import Grammars
 from collm.models.language_model import LanguageModel
 from collm.models.runner import ModelRunner
 from collm.models.text_tokenizer import TextTokenizer
+from collm.training.aligned import aligned_example
+from collm.training.scoring import read_scores
 from tests.decoding.slow_segments import SlowSegments
 from tests.two_tokenizers import TEXTS, two_tokenizers, writing_model
 
@@ -287,3 +290,42 @@ def test_penalties_count_each_authors_own_tokens(pair: CoLLM) -> None:
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         shares.append(sum(len(set(each)) for each in ids) / sum(map(len, ids)))
     assert shares[1] > shares[0] + 0.1
+
+
+@torch.no_grad()
+def test_sampled_segments_follow_the_law() -> None:
+    """The first segments, and those behind the commonest first one, against q of the authors, drawn evenly."""
+    base, assistant = two_tokenizers()
+    models = writing_model(base, 11, ends=-9.0), writing_model(assistant, 12, ends=-9.0)
+    pair = CoLLM(models[0], [models[1]], DeferralHead(32, 1), base, tokenizers=[assistant])  # a head of zeros
+    alignment, prompt, count = pair.alignment, "Sure, the capital", 1200
+    assert alignment is not None
+    for model in models:
+        model.lm_head.bias.data *= 1.5
+    params = SamplingParams(max_new_tokens=16, temperature=1.0, seed=1)
+    texts = [one.text.encode() for one in pair.generate([prompt] * count, params, policy=JointPolicy(), max_batch=64)]
+    ends = [alignment.boundaries(text)[1:-1] for text in texts]  # the last segment may be cut
+    first = Counter(text[: at[0]] for text, at in zip(texts, ends, strict=True) if at)
+    commonest, _ = first.most_common(1)[0]
+    behind = Counter(
+        text[at[0] : at[1]] for text, at in zip(texts, ends, strict=True) if len(at) > 1 and text[: at[0]] == commonest
+    )
+    for seen, before in ((first, b""), (behind, commonest)):
+        total, stray = sum(seen.values()), 0.0
+        q = {segment: _law(pair, prompt, before, segment) for segment in seen}
+        assert sum(q.values()) <= 1 + 1e-3
+        often = [segment for segment in seen if q[segment] * total >= 8]
+        assert len(often) >= 4
+        stray = sum((seen[one] - q[one] * total) ** 2 / (q[one] * total) for one in often)
+        assert stray < len(often) + 4 * (2 * len(often)) ** 0.5, [(one, seen[one], q[one] * total) for one in often]
+
+
+def _law(pair: CoLLM, prompt: str, before: bytes, segment: bytes) -> float:
+    """Probability of a segment behind a text, from one pass of each model over both."""
+    assert pair.alignment is not None
+    prompts = [pair.tokenizer(prompt, add_special_tokens=False)["input_ids"], *pair.assistant_prompts(prompt)]
+    examples = aligned_example(pair.alignment, prompts, (before + segment).decode())
+    place = len(pair.alignment.boundaries(before)) - 1 if before else 0
+    modules: Any = [pair.base, *pair.assistants]
+    read = [read_scores(LanguageModel(one, name="one"), examples.read_by(k))[0] for k, one in enumerate(modules)]
+    return sum(0.5 * logprobs[place].exp().item() for logprobs in read)
