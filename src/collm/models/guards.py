@@ -51,10 +51,6 @@ class TokenizerIdentity:
         """One more than the highest token id."""
         return max(self.tokens) + 1
 
-    def same_tokens(self, other: TokenizerIdentity) -> bool:
-        """Whether a text is the same token ids in both."""
-        return (self.tokens, self.probe_ids) == (other.tokens, other.probe_ids)
-
     @property
     def hash(self) -> str:
         """SHA-256 of vocabulary, special tokens and probe."""
@@ -79,6 +75,20 @@ def check_accepted(accept: Collection[str]) -> None:
         )
 
 
+def token_difference(base: TokenizerIdentity, other: TokenizerIdentity, name: str) -> str | None:
+    """What makes a text other token ids for an assistant than for the base; None if nothing does."""
+    for token_id in sorted(base.tokens.keys() | other.tokens.keys()):
+        ours, theirs = base.tokens.get(token_id), other.tokens.get(token_id)
+        if ours != theirs:
+            return (
+                f"{name} has another vocabulary than the base: token {token_id} is {_shown(theirs)} there and "
+                f"{_shown(ours)} in the base ({len(other.tokens)} and {len(base.tokens)} tokens)"
+            )
+    if base.probe_ids != other.probe_ids:
+        return f"{name} has the base's vocabulary but splits text into other tokens"
+    return None
+
+
 def check_tokenizers(
     base: TokenizerIdentity, other: TokenizerIdentity, name: str, *, accept: Collection[str] = ()
 ) -> None:
@@ -87,18 +97,9 @@ def check_tokenizers(
     Raises:
         MismatchError: naming the first token, special token or template that differs.
     """
-    for token_id in sorted(base.tokens.keys() | other.tokens.keys()):
-        ours, theirs = base.tokens.get(token_id), other.tokens.get(token_id)
-        if ours != theirs:
-            raise MismatchError(
-                f"{name} has another vocabulary than the base: token {token_id} is {_shown(theirs)} there and "
-                f"{_shown(ours)} in the base ({len(other.tokens)} and {len(base.tokens)} tokens); "
-                "use models that share one tokenizer"
-            )
-    if base.probe_ids != other.probe_ids:
-        raise MismatchError(
-            f"{name} has the base's vocabulary but splits text into other tokens; use models that share one tokenizer"
-        )
+    difference = token_difference(base, other, name)
+    if difference is not None:
+        raise MismatchError(f"{difference}; use models that share one tokenizer")
     if base.special_tokens != other.special_tokens and "special_tokens" not in accept:
         role = _first_difference(base.special_tokens, other.special_tokens)
         raise MismatchError(

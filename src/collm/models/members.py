@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from collm.errors import ConfigError
+from collm.errors import ConfigError, MismatchError
 from collm.models.alignment import Alignment
-from collm.models.guards import TokenizerIdentity, check_tokenizers, check_vocab_sizes
+from collm.models.guards import TokenizerIdentity, check_tokenizers, check_vocab_sizes, token_difference
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, saved_eos_ids
 from collm.models.packing import can_pack, pack_linears
@@ -81,23 +81,34 @@ def aligned(
         MismatchError: differences that are not accepted, or tokenizers that cannot be aligned.
     """
     own = TokenizerIdentity.of(tokenizers[0])
-    others = [(one, own if one is tokenizers[0] else TokenizerIdentity.of(one)) for one in tokenizers[1:]]
-    shared = [one.same_tokens(own) for _, one in others]
-    for number, (_, identity) in enumerate(others, start=1):
-        if shared[number - 1]:
-            check_tokenizers(own, identity, author_name(number, len(assistants)), accept=accept_differences)
-    if all(shared):
+    names = [author_name(number, len(assistants)) for number in range(1, len(assistants) + 1)]
+    differences = []
+    for name, tokenizer in zip(names, tokenizers[1:], strict=True):
+        other = own if tokenizer is tokenizers[0] else TokenizerIdentity.of(tokenizer)
+        differences.append(token_difference(own, other, name))
+        if differences[-1] is None:
+            check_tokenizers(own, other, name, accept=accept_differences)
+    if not any(differences):
         return None
-    of_base = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
-    texts = [of_base]
-    for number, (member, (tokenizer, _), same) in enumerate(zip(assistants, others, shared, strict=True), start=1):
-        if same:
-            texts.append(of_base)
-            continue
-        eos_ids, chat = _eos_ids(tokenizer, member), cast("str | None", tokenizer.chat_template)
-        its = PromptTemplate(template.text, chat or template.chat).with_turn_ends(tokenizer, eos_ids)
-        texts.append(TextTokenizer(tokenizer, name=author_name(number, len(assistants)), template=its, eos_ids=eos_ids))
-    return Alignment(texts)
+    try:
+        of_base = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
+        others = zip(names, assistants, tokenizers[1:], differences, strict=True)
+        texts = [
+            of_base if same is None else _text_tokenizer(name, member, tokenizer, template)
+            for name, member, tokenizer, same in others
+        ]
+        return Alignment([of_base, *texts])
+    except MismatchError as error:
+        difference = next(filter(None, differences))
+        raise MismatchError(f"{difference}. Nor can their tokens be aligned: {error}") from error
+
+
+def _text_tokenizer(
+    name: str, member: Member, tokenizer: PreTrainedTokenizerBase, of_base: PromptTemplate
+) -> TextTokenizer:
+    eos_ids, chat = _eos_ids(tokenizer, member), cast("str | None", tokenizer.chat_template)
+    template = PromptTemplate(of_base.text, chat or of_base.chat).with_turn_ends(tokenizer, eos_ids)
+    return TextTokenizer(tokenizer, name=name, template=template, eos_ids=eos_ids)
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerBase, member: Member) -> frozenset[int]:

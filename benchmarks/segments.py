@@ -1,0 +1,168 @@
+# ruff: noqa: RUF001 - Chinese has commas of its own
+"""Pairs of real tokenizers: whether boundaries hold, and how long segments are.
+
+python -m benchmarks.segments --tokenizers DIR --data GSM8K/train.jsonl --out benchmarks/results/segments.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import collm
+from benchmarks.record import run_parts
+from benchmarks.tokenizers import PACKAGES, fetch, load
+from collm.models.alignment import Alignment
+from collm.models.text_tokenizer import GrowingIds, TextTokenizer
+
+CHINESE = (
+    "我们今天去公园散步，天气很好。然后去吃饭，晚上回家看书。",
+    "这个问题的答案是四十二。请把结果写在纸上，明天交给老师。",
+    "人工智能正在改变世界，但我们仍然需要耐心和好奇心。",
+)
+PIECES = (
+    *("Janet", " eggs", " sells", " the", " remainder", ".", ",", "!", "?", " (", ")", ":", ";", '"', "'s", "n't"),
+    *("\n", "\n\n", "\n\n\n", " ", "  ", "   ", "\t", "\r\n", "\u00a0", "\u00a0\u00a0", "\u3000", "\u2028"),
+    *(
+        "e\u0301",
+        "\u00ef",
+        "\U0001f44d\U0001f3fd",
+        "\U0001f3f3\ufe0f\u200d\U0001f308",
+        "日本語",
+        "今日",
+        "한국어",
+        "привет",
+    ),
+    *(
+        "0",
+        "7",
+        "48",
+        "1234",
+        "3,456.78",
+        "$5",
+        "%",
+        "<<48/2=24>>",
+        "####",
+        "def f(x):",
+        "    return",
+        "_name",
+        "://",
+        "\\n",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a pair makes of some texts.
+
+    Attributes:
+        boundaries: promised.
+        absent: of those, where a token of some author does not end.
+        changed: where tokens that were read came out differently once the text had grown.
+        base_tokens: of the texts.
+        common: places where both tokenizers end a token, in hindsight.
+        unread: texts that do not come back as they were.
+    """
+
+    boundaries: int
+    absent: int
+    changed: int
+    base_tokens: int
+    common: int
+    unread: int
+
+    @property
+    def tokens_per_segment(self) -> float:
+        return self.base_tokens / max(self.boundaries, 1)
+
+
+def count(alignment: Alignment, texts: Sequence[str], *, growing: bool) -> Counted:
+    """Count over texts.
+
+    Args:
+        growing: also read each text segment by segment.
+    """
+    boundaries = absent = changed = base_tokens = common = unread = 0
+    for text in texts:
+        answer = text.encode()
+        encoded = [one.encode_after([], text) for one in alignment.tokenizers]
+        if any(one is None for one in encoded):
+            unread += 1
+            continue
+        ends = [set(one.ends) for one in encoded if one is not None]
+        promised = alignment.boundaries(answer)[1:]
+        boundaries += len(promised)
+        absent += sum(any(at not in each for each in ends) for at in promised)
+        base_tokens += len(encoded[0].ids) if encoded[0] is not None else 0
+        common += len(set.intersection(*ends))
+        if growing:
+            changed += sum(_changes(one, answer, promised) for one in alignment.tokenizers)
+    return Counted(boundaries, absent, changed, base_tokens, common, unread)
+
+
+def _changes(tokenizer: TextTokenizer, answer: bytes, promised: Sequence[int]) -> int:
+    grown, done, changes = GrowingIds(tokenizer, []), list[int](), 0
+    for at in promised:
+        before = list(grown.ids)
+        changes += not grown.grow(answer[:at], done) or grown.ids[: len(before)] != before
+        done.append(at)
+    return changes
+
+
+def fuzzed(seed: int, boundaries: int, alignment: Alignment) -> Iterator[str]:
+    """Texts of odd pieces with at least so many boundaries together."""
+    rng, found = random.Random(seed), 0
+    while found < boundaries:
+        text = "".join(rng.choices(PIECES, k=rng.randrange(2, 60)))
+        found += len(alignment.boundaries(text.encode())) - 1
+        yield text
+
+
+def code() -> list[str]:
+    """The package's own modules."""
+    return [path.read_text(encoding="utf-8") for path in sorted(Path(collm.__file__).parent.glob("core/*.py"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokenizers", type=Path, required=True, help="where they are kept; fetched if absent")
+    parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--fuzzed", type=int, default=500_000, help="boundaries in random texts, over all pairs")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.set_defaults(parts=["pairs"])
+    options = parser.parse_args()
+    run_parts("benchmarks.segments", options, {"pairs": lambda: measure(options)})
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All pairs on all texts."""
+    fetch(options.tokenizers)
+    loaded = {name: load(options.tokenizers, name) for name in PACKAGES}
+    answers = [json.loads(line)["answer"] for line in options.data.read_text(encoding="utf-8").splitlines()]
+    pairs = list(itertools.combinations(loaded, 2))
+    rows = []
+    for base, assistant in pairs:
+        alignment = Alignment([loaded[base], loaded[assistant]])
+        texts: dict[str, tuple[Sequence[str], bool]] = {
+            "GSM8K": (answers, False),
+            "GSM8K, growing": (answers[:300], True),
+            "code": (code(), True),
+            "Chinese": (CHINESE, True),
+            "random": (list(fuzzed(0, options.fuzzed // len(pairs), alignment)), False),
+        }
+        counted = {name: count(alignment, one, growing=growing) for name, (one, growing) in texts.items()}
+        rows.append({"base": base, "assistant": assistant, **{name: asdict(one) for name, one in counted.items()}})
+        line = ", ".join(f"{name} {one.absent} absent {one.tokens_per_segment:.2f}" for name, one in counted.items())
+        print(f"{base} > {assistant}: {line}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
