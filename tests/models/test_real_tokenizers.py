@@ -27,7 +27,7 @@ def loaded(name: str) -> TextTokenizer:
     return load(Path(os.environ["COLLM_TOKENIZERS"]), name)
 
 
-@pytest.mark.parametrize(("base", "assistant"), itertools.combinations(PACKAGES, 2))
+@pytest.mark.parametrize(("base", "assistant"), list(itertools.combinations(PACKAGES, 2)))
 def test_promised_boundaries_are_there_and_nothing_is_read_again(base: str, assistant: str) -> None:
     alignment = Alignment([loaded(base), loaded(assistant)])
     for texts in (ANSWERS, code(), CHINESE, list(fuzzed(1, 2000, alignment))):
