@@ -1,8 +1,10 @@
-# ruff: noqa: RUF001 - Chinese has commas of its own
-"""Pairs of real tokenizers: whether boundaries hold, and how long segments are.
+"""Models with different tokenizers: how long segments are, what experts are asked for, and what decoding costs.
 
 python -m benchmarks.segments --tokenizers DIR --data GSM8K/train.jsonl --out benchmarks/results/segments.json
+python -m benchmarks.segments --parts ends speed --out benchmarks/results/cpu-segments.json
 """
+
+# ruff: noqa: RUF001 - Chinese has commas of its own
 
 from __future__ import annotations
 
@@ -10,17 +12,29 @@ import argparse
 import itertools
 import json
 import random
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import collm
 from benchmarks.record import run_parts
 from benchmarks.tokenizers import PACKAGES, fetch, load
+from collm import CoLLM, CoLLMConfig, SamplingParams
+from collm.core.policies import SingleAuthorPolicy
+from collm.demo.two_tokenizers import make_models
+from collm.demo.world import DemoWorld
+from collm.evaluation.intervals import bootstrap_interval
+from collm.evaluation.metrics import exact_match
 from collm.models.alignment import Alignment
 from collm.models.text_tokenizer import GrowingIds, TextTokenizer
+from collm.run import RunConfig, train_collaboration
 
+REPEATS = 5
 CHINESE = (
     "我们今天去公园散步，天气很好。然后去吃饭，晚上回家看书。",
     "这个问题的答案是四十二。请把结果写在纸上，明天交给老师。",
@@ -132,16 +146,84 @@ def code() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokenizers", type=Path, required=True, help="where they are kept; fetched if absent")
-    parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--parts", nargs="+", choices=["pairs", "ends", "speed"], default=["pairs"])
+    parser.add_argument("--tokenizers", type=Path, help="for pairs: where they are kept; fetched if absent")
+    parser.add_argument("--data", type=Path, help="for pairs: GSM8K's train.jsonl")
     parser.add_argument("--fuzzed", type=int, default=500_000, help="boundaries in random texts, over all pairs")
     parser.add_argument("--out", type=Path, required=True)
-    parser.set_defaults(parts=["pairs"])
     options = parser.parse_args()
-    run_parts("benchmarks.segments", options, {"pairs": lambda: measure(options)})
+    torch.set_num_threads(1)
+    parts = {"pairs": lambda: pairs_of_tokenizers(options), "ends": ends, "speed": speed}
+    run_parts("benchmarks.segments", options, parts)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def ends() -> dict[str, Any]:
+    """The demo's pair, whose expert has learned where facts end or has not: answers right, and what was deferred."""
+    return {
+        name: _answers(_demo_pair(knows_ends=knows_ends))
+        for name, knows_ends in (("knows where facts end", True), ("does not know where facts end", False))
+    }
+
+
+def speed() -> dict[str, Any]:
+    """The demo's pair with one tokenizer and with two: microseconds per byte of answers, by batch size."""
+    pairs = {name: _demo_pair(shared=shared) for name, shared in (("one tokenizer", True), ("two tokenizers", False))}
+    found: dict[str, dict[str, list[float]]] = {name: {"1": [], "16": []} for name in pairs}
+    for _ in range(REPEATS):
+        for name, (model, world) in pairs.items():
+            for batch in (1, 16):
+                prompts = [row["prompt"] for row in world.test][: 24 if batch == 1 else None]
+                started = time.perf_counter()
+                done = model.generate(prompts, SamplingParams(max_new_tokens=64), max_batch=batch)
+                seconds = time.perf_counter() - started
+                found[name][str(batch)].append(1e6 * seconds / sum(len(one.text.encode()) for one in done))
+    return {name: {batch: min(times) for batch, times in by_batch.items()} for name, by_batch in found.items()}
+
+
+def _answers(pair: tuple[CoLLM, DemoWorld]) -> dict[str, Any]:
+    model, world = pair
+    found = {}
+    policies = {"base": SingleAuthorPolicy(0), "expert": SingleAuthorPolicy(1), "collaboration": None}
+    for name, policy in policies.items():
+        prompts = [row["prompt"] for row in world.test]
+        done = model.generate(prompts, SamplingParams(max_new_tokens=64), policy=policy, max_batch=64)
+        right = [exact_match(one.text, row["completion"]) for one, row in zip(done, world.test, strict=True)]
+        found[name] = {**asdict(bootstrap_interval(right)), "deferral_rate": done.deferral_rate}
+    return found
+
+
+def _demo_pair(**options: bool) -> tuple[CoLLM, DemoWorld]:
+    """Base and expert with a head trained alone, at the calibrated threshold."""
+    world = DemoWorld(seed=0, separator=" ")
+    with tempfile.TemporaryDirectory() as folder:
+        models = make_models(world, Path(folder) / "models", seed=0, **options)
+        for split in ("train", "validation"):
+            rows = "".join(json.dumps(row) + "\n" for row in getattr(world, split))
+            (Path(folder) / f"{split}.jsonl").write_text(rows, encoding="utf-8")
+        config = RunConfig(
+            base=str(models.base),
+            assistant=[str(path) for path in models.experts],
+            data=str(Path(folder) / "train.jsonl"),
+            validation=str(Path(folder) / "validation.jsonl"),
+            max_new_tokens=64,
+            max_batch=64,
+        )
+        args = CoLLMConfig(
+            output_dir=str(Path(folder) / "run"),
+            method="head",
+            max_length=128,
+            num_train_epochs=8,
+            per_device_train_batch_size=16,
+            head_learning_rate=1e-2,
+            save_strategy="no",
+            use_cpu=True,
+        )
+        model = train_collaboration(config, args, quiet=True).model
+        assert len(model.runners) == 2  # loaded while the folder is there
+    return model, world
+
+
+def pairs_of_tokenizers(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All pairs on all texts."""
     fetch(options.tokenizers)
     loaded = {name: load(options.tokenizers, name) for name in PACKAGES}

@@ -32,12 +32,19 @@ _WORDS = Regex(r" ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+")
 
 
 def make_models(
-    world: DemoWorld, out_dir: Path, *, seed: int, knows_ends: bool = True, on_step: OnStep | None = None
+    world: DemoWorld,
+    out_dir: Path,
+    *,
+    seed: int,
+    knows_ends: bool = True,
+    shared: bool = False,
+    on_step: OnStep | None = None,
 ) -> ModelPaths:
     """Train the base and one expert per domain of `world`, as `tiny_models.make_models`, each with its own tokenizer.
 
     Args:
         knows_ends: experts learn what follows a fact; without it they know every fact and not where it ends.
+        shared: experts have the base's tokenizer after all.
 
     Raises:
         WriteError: the disk is full or refuses; `out_dir` is as it was.
@@ -45,11 +52,11 @@ def make_models(
     progress = Progress(BASE_RECIPE.steps + EXPERT_RECIPE.steps * len(world.domains), on_step)
     names = [f"expert-{domain.name}" for domain in world.domains]
     with atomic_directory(out_dir) as directory:
-        rng, tokenizer = random.Random(f"{seed} base"), base_tokenizer(world)
-        lessons = conversations(world, TextTokenizer(tokenizer), rng)
-        save_model(trained_model(BASE_RECIPE, tokenizer, lessons, rng, progress), tokenizer, directory / "base")
+        rng, of_base = random.Random(f"{seed} base"), base_tokenizer(world)
+        lessons = conversations(world, TextTokenizer(of_base), rng)
+        save_model(trained_model(BASE_RECIPE, of_base, lessons, rng, progress), of_base, directory / "base")
         for domain, name in zip(world.domains, names, strict=True):
-            rng, tokenizer = random.Random(f"{seed} {name}"), expert_tokenizer(domain)
+            rng, tokenizer = random.Random(f"{seed} {name}"), of_base if shared else expert_tokenizer(domain)
             facts = noisy_facts(domain, TextTokenizer(tokenizer), rng, knows_ends=knows_ends)
             save_model(trained_model(EXPERT_RECIPE, tokenizer, facts, rng, progress), tokenizer, directory / name)
     return ModelPaths(out_dir / "base", [out_dir / name for name in names])
