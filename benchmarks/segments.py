@@ -14,8 +14,8 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +157,28 @@ def main() -> None:
     run_parts("benchmarks.segments", options, parts)
 
 
-def ends() -> dict[str, Any]:
-    """The demo's pair, whose expert has learned where facts end or has not: answers right, and what was deferred."""
+def _row(base: str, assistant: str, counted: Mapping[str, Counted]) -> dict[str, Any]:
+    gsm8k = counted["GSM8K"]
     return {
-        name: _answers(_demo_pair(knows_ends=knows_ends))
-        for name, knows_ends in (("knows where facts end", True), ("does not know where facts end", False))
+        "pair": f"{base} > {assistant}",
+        "gsm8k": gsm8k.tokens_per_segment,
+        "hindsight": gsm8k.base_tokens / max(gsm8k.common, 1),
+        "code": counted["code"].tokens_per_segment,
+        "chinese": counted["Chinese"].tokens_per_segment,
+        **{name: sum(getattr(one, name) for one in counted.values()) for name in ("boundaries", "absent", "changed")},
     }
 
 
-def speed() -> dict[str, Any]:
+def ends() -> list[dict[str, Any]]:
+    """The demo's pair, whose expert has learned where facts end or has not: answers right, and what was deferred."""
+    return [
+        {"expert": name, **row}
+        for name, knows_ends in (("knows where facts end", True), ("does not", False))
+        for row in _answers(_demo_pair(knows_ends=knows_ends))
+    ]
+
+
+def speed() -> list[dict[str, Any]]:
     """The demo's pair with one tokenizer and with two: microseconds per byte of answers, by batch size."""
     pairs = {name: _demo_pair(shared=shared) for name, shared in (("one tokenizer", True), ("two tokenizers", False))}
     found: dict[str, dict[str, list[float]]] = {name: {"1": [], "16": []} for name in pairs}
@@ -177,18 +190,25 @@ def speed() -> dict[str, Any]:
                 done = model.generate(prompts, SamplingParams(max_new_tokens=64), max_batch=batch)
                 seconds = time.perf_counter() - started
                 found[name][str(batch)].append(1e6 * seconds / sum(len(one.text.encode()) for one in done))
-    return {name: {batch: min(times) for batch, times in by_batch.items()} for name, by_batch in found.items()}
+    rows = [
+        {"tokenizers": name, **{f"batch_{batch}": min(times) for batch, times in by_batch.items()}}
+        for name, by_batch in found.items()
+    ]
+    one, two = rows
+    return [*rows, {"tokenizers": "ratio", **{name: two[name] / one[name] for name in ("batch_1", "batch_16")}}]
 
 
-def _answers(pair: tuple[CoLLM, DemoWorld]) -> dict[str, Any]:
+def _answers(pair: tuple[CoLLM, DemoWorld]) -> list[dict[str, Any]]:
     model, world = pair
-    found = {}
+    found = []
     policies = {"base": SingleAuthorPolicy(0), "expert": SingleAuthorPolicy(1), "collaboration": None}
     for name, policy in policies.items():
         prompts = [row["prompt"] for row in world.test]
         done = model.generate(prompts, SamplingParams(max_new_tokens=64), policy=policy, max_batch=64)
         right = [exact_match(one.text, row["completion"]) for one, row in zip(done, world.test, strict=True)]
-        found[name] = {**asdict(bootstrap_interval(right)), "deferral_rate": done.deferral_rate}
+        interval = bootstrap_interval(right)
+        shown = f"{interval.mean:.1%} ({100 * interval.low:.1f} - {100 * interval.high:.1f})"
+        found.append({"system": name, "right": shown, "deferral_rate": done.deferral_rate})
     return found
 
 
@@ -240,7 +260,7 @@ def pairs_of_tokenizers(options: argparse.Namespace) -> list[dict[str, Any]]:
             "random": (list(fuzzed(0, options.fuzzed // len(pairs), alignment)), False),
         }
         counted = {name: count(alignment, one, growing=growing) for name, (one, growing) in texts.items()}
-        rows.append({"base": base, "assistant": assistant, **{name: asdict(one) for name, one in counted.items()}})
+        rows.append(_row(base, assistant, counted))
         line = ", ".join(f"{name} {one.absent} absent {one.tokens_per_segment:.2f}" for name, one in counted.items())
         print(f"{base} > {assistant}: {line}", flush=True)
     return rows

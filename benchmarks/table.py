@@ -4,6 +4,7 @@ python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.js
 python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
 python -m benchmarks.table docs/serving.md benchmarks/results/cpu-serve.json
 python -m benchmarks.table docs/scaling.md benchmarks/results/cpu-vllm.json
+python -m benchmarks.table docs/tokenizers.md benchmarks/results/segments.json benchmarks/results/cpu-segments.json
 """
 
 from __future__ import annotations
@@ -90,6 +91,18 @@ PACKING = {
     "chosen": "as timed at load",
     "choosing_s": "timing, s",
 }
+PAIRS = {
+    "pair": "base > assistant",
+    "gsm8k": "GSM8K",
+    "hindsight": "in hindsight",
+    "code": "Python",
+    "chinese": "Chinese",
+    "boundaries": "boundaries tried",
+    "absent": "absent",
+    "changed": "read again",
+}
+ENDS = {"expert": "the expert", "system": "system", "right": "whole answers right", "deferral_rate": "deferral rate"}
+SPEED = {"tokenizers": "tokenizers", "batch_1": "batch 1", "batch_16": "batch 16"}
 CACHE = {"batch": "batch", "longest_prompt": "longest prompt", "held_over_needed": "held / needed"}
 PARTS = [
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
@@ -104,6 +117,9 @@ PARTS = [
     ("lookahead", "Lookahead, one sequence, by how often the models agree:", LOOKAHEAD),
     ("context", "As the context grows, the base writing:", CONTEXT),
     ("cache", "Key-value memory of sequences of mixed lengths, 48 steps after their prompts, at a rate of 0.3:", CACHE),
+    ("pairs", "Base tokens per segment:", PAIRS),
+    ("ends", "The demo's world, 117 questions about entities that no training row names:", ENDS),
+    ("speed", "Microseconds per byte of the answers:", SPEED),
     ("packing", "A pass of one token per sequence, speed over plain layers:", PACKING),
 ]
 
@@ -121,8 +137,10 @@ def section(path: Path) -> list[str]:
     """Everything one run measured, under the command that makes it."""
     result = json.loads(path.read_text())
     given, versions = result["arguments"], result["versions"]
-    made_on = f"{given['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}"
+    made_on = f"{given.get('threads', 1)} threads, torch {versions['torch']}, transformers {versions['transformers']}"
     models = f"{given['base'].upper()} + {given['assistant'].upper()}" if "base" in given else "Layers"
+    if "tokenizers" in given:
+        models = "Tokenizers" if "pairs" in given["parts"] else "The demo's models"
     dtype = given.get("dtype", "float32" if "base" in given else "float32 and bfloat16")
     lines = [
         f"### {models}, {dtype}, {given.get('device', 'cpu')}",

@@ -162,9 +162,10 @@ def _opening_table(pairs_inside: Sequence[Tensor]) -> Tensor:
     inside = torch.stack(list(pairs_inside)).any(0)
     byte = torch.arange(256)
     letter = ((byte >= 65) & (byte < 91)) | ((byte >= 97) & (byte < 123)) | (byte >= 0x80)
-    ideograph = (byte >= 0xE3) & (byte <= 0xE9)  # first bytes of CJK and Kana: no words to keep whole
+    # First bytes of CJK and Kana, where there are no words to keep whole, and of signs, general or full-width.
+    no_word = ((byte >= 0xE2) & (byte <= 0xE9)) | (byte == 0xEF)
     opens = torch.zeros(258, 256, dtype=torch.bool)
-    opens[:256] = ~inside & ~(letter.unsqueeze(1) & (letter & ~ideograph))
+    opens[:256] = ~inside & ~(letter.unsqueeze(1) & (letter & ~no_word))
     opens[:, (byte >= 0x80) & (byte < 0xC0)] = False  # within a character
     opens[ANYTHING] = True
     return opens
