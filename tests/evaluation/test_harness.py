@@ -38,9 +38,13 @@ from collm.evaluation.harness import HarnessLM
 from collm.evaluation.harness_options import model_arguments, sampling_params
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
+from collm.models.language_model import LanguageModel
 from collm.models.tools import ToolModel
 from collm.tools.calls import BuiltInTool
+from collm.training.aligned import aligned_example
+from collm.training.scoring import read_scores
 from tests.conftest import make_model, tiny_config
+from tests.two_tokenizers import two_tokenizers, writing_model
 
 THRESHOLD = 0.5
 PAIRS = [
@@ -550,3 +554,21 @@ def test_help(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert "lm-evaluation-harness" in capsys.readouterr().out
     assert run(monkeypatch, "anything", "--help") == 0
     assert "--num_fewshot" in capsys.readouterr().out
+
+
+def test_models_with_different_tokenizers_have_likelihoods_of_segments() -> None:
+    base, assistant = two_tokenizers()
+    models = writing_model(base, 1), writing_model(assistant, 2)
+    pair = CoLLM(models[0], [models[1]], DeferralHead(32, 1), base, tokenizers=[assistant])
+    lm = HarnessLM(pair, threshold=THRESHOLD)
+    pairs = [("Sure, the capital", " is called Gipil"), ("the river", " runs there. ")]
+    answers = lm.loglikelihood(asked("loglikelihood", pairs))
+    assert pair.alignment is not None
+    for (context, continuation), (total, _) in zip(pairs, answers, strict=True):
+        prompts = [one(context, add_special_tokens=False)["input_ids"] for one in (base, assistant)]
+        examples = aligned_example(pair.alignment, prompts, continuation, end=False)
+        read = [
+            read_scores(LanguageModel(model, name="one"), examples.read_by(author))[0]
+            for author, model in enumerate(models)
+        ]
+        assert total == pytest.approx((sum(each.exp() for each in read) / 2).log().sum().item(), abs=1e-4)
