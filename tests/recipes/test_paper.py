@@ -12,13 +12,16 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
+from collm.cli.main import app
 from collm.cli.train import parse
 from collm.models.template import PromptTemplate
 from collm.run import RunConfig
 from collm.run.data import MAX_HELD_OUT
 from collm.training.config import CoLLMConfig
-from recipes.paper import estimate
+from recipes.paper import estimate, rehearse
+from tests.conftest import make_model, tiny_config
 from tests.models.test_template import TOKENIZERS
+from tests.tokenizers import merging_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "paper"
@@ -205,3 +208,81 @@ def test_the_readmes_commands_take_the_configurations() -> None:
 def test_files_that_the_readme_names_are_there() -> None:
     for name in re.findall(r"recipes/[\w/]+\.(?:yaml|jinja)", README):
         assert (ROOT / name).is_file(), name
+
+
+# Rehearsals
+
+SAMPLES: dict[str, list[dict[str, Any]]] = {
+    "gsm8k": [
+        {
+            "question": f"Ann has {n} boxes of 2 eggs. How many eggs?",
+            "answer": f"{n}*2=<<{n}*2={2 * n}>>{2 * n}\n#### {2 * n}",
+        }
+        for n in range(12)
+    ],
+    "math": [
+        {
+            "problem": f"What is ${n}+1$?",
+            "solution": f"We add one, so the answer is $\\boxed{{{n + 1}}}$.",
+            "level": "Level 1",
+        }
+        for n in range(12)
+    ],
+    "bioasq": [
+        {
+            "id": str(n),
+            "type": ["factoid", "list", "yesno", "summary"][n % 4],
+            "body": f"Which gene is number {n}?",
+            "ideal_answer": [f"The gene is G{n}."],
+            "exact_answer": ["yes"] if n % 4 == 2 else [[f"G{n}"]],
+        }
+        for n in range(12)
+    ],
+    "tulu": [
+        {
+            "dataset": "own",
+            "id": str(n),
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"Say {n}."},
+                {"role": "assistant", "content": f"{n}"},
+                {"role": "user", "content": "And one more?"},
+                {"role": "assistant", "content": f"{n + 1}"},
+            ],
+        }
+        for n in range(12)
+    ],
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, with the server's part left to the command itself."""
+    tokenizer = merging_tokenizer("Ann has boxes of eggs, so the answer is 12.", across_words=False)
+    make_model(tiny_config(vocab_size=len(tokenizer), max_position_embeddings=1024), 0).save_pretrained(
+        tmp_path / "model"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / ("rows.json" if run == "bioasq" else "rows.jsonl")
+    rows = SAMPLES[run]
+    lines = json.dumps({"questions": rows}) if run == "bioasq" else "".join(json.dumps(row) + "\n" for row in rows)
+    data.write_text(lines, encoding="utf-8")
+    asked: list[str] = []
+
+    def in_process(command: Any) -> float:
+        asked.append(str(command[0]))
+        app([str(part) for part in command], standalone_mode=False)
+        return 0.0
+
+    changes = rehearse.replaced
+    random_weights = {"pseudo_label_variant": "b"}  # are never right, which variant a asks for
+    monkeypatch.setattr(rehearse, "replaced", lambda *paths: changes(*paths) | random_weights)
+    monkeypatch.setattr(rehearse, "_run", in_process)
+    monkeypatch.setattr(rehearse, "_serve", lambda collaboration: asked.append(f"serve {collaboration.name}") or 0.0)
+    seconds = rehearse.rehearse(run, tmp_path / "model", data, tmp_path / "out", rows=10, layers=1)
+    assert asked == ["score", "train", "score", "calibrate", "eval", "generate", "serve collaboration"]
+    assert set(seconds) == {"score", "train", "inspect", "calibrate", "eval", "generate", "serve"}
+    config = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text(encoding="utf-8"))
+    assert {name: config[name] for name in ("learning_rate", "warmup_steps", "positive_weight")} == {
+        name: written(run)[name] for name in ("learning_rate", "warmup_steps", "positive_weight")
+    }

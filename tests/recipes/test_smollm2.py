@@ -1,0 +1,111 @@
+"""The recipe with a real model, on a tiny one: every stage, what an interrupted run keeps, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from collm.errors import ConfigError
+from recipes.smollm2 import measure, plans, run
+from tests.tokenizers import merging_tokenizer
+
+CHAT = (
+    "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n"
+    "{% if message.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+TINY = replace(
+    plans.PLANS["cpu"],
+    train_rows=16,
+    validation_rows=4,
+    test_rows=4,
+    written_rows=3,
+    max_new_tokens=8,
+    batch_size=4,
+    max_length=256,
+)
+
+
+def problem(number: int) -> dict[str, str]:
+    answer = f"She has {number} * 2 = <<{number}*2={2 * number}>>{2 * number} eggs.\n#### {2 * number}"
+    return {"question": f"Ann has {number} boxes of 2 eggs. How many eggs?", "answer": answer}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    place = tmp_path / "gsm8k"
+    place.mkdir()
+    for split, count in (("train", 40), ("test", 6)):
+        rows = (json.dumps(problem(number)) + "\n" for number in range(3, 3 + count))
+        (place / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+    return place
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tiny_model: Any) -> list[Path]:
+    """A tiny model in the place of SmolLM2; where it was asked for."""
+    asked: list[Path] = []
+    tokenizer = merging_tokenizer(problem(3)["answer"], across_words=False)
+    tokenizer.chat_template = CHAT
+
+    def fetched(directory: Path) -> Path:
+        asked.append(directory)
+        model: PreTrainedModel = tiny_model(0, vocab_size=len(tokenizer), max_position_embeddings=2048)
+        model.config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    monkeypatch.setattr(run, "smollm2", fetched)
+    monkeypatch.setitem(plans.PLANS, "cpu", TINY)
+    monkeypatch.setattr(run, "load_problems", lambda source: load(source, validation_rows=8))
+    return asked
+
+
+load = run.load_problems
+
+
+def test_a_run_is_whole_and_goes_on_where_it_was(
+    data: Path, small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--data", str(data), "--out", str(out)]
+    solved = run.solve
+    monkeypatch.setattr(run, "solve", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.main(arguments)
+    monkeypatch.setattr(run, "solve", solved)
+    monkeypatch.setattr(run, "train_collaboration", lambda *args, **options: pytest.fail("trained again"))
+    run.main(arguments)
+    assert small == [out / "model"]
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in results["rows"]}
+    assert len(rows) == 11
+    assert rows[run.ORACLE]["given"]["equations"]["mean"] >= rows[run.ALWAYS]["given"]["equations"]["mean"] > 0
+    assert rows[run.AS_IT_COMES]["calls"] == 0
+    assert rows[run.ALWAYS]["calls"] == 1
+    assert (out / "report.html").exists()
+    assert "training: calculator" in results["seconds"]
+    table = (out / "results.md").read_text(encoding="utf-8")
+    assert all(name in table for name in rows)
+
+
+def test_a_run_with_another_plan_is_refused(data: Path, small: list[Path], tmp_path: Path) -> None:
+    problems = load(data, validation_rows=8)
+    run.Run(TINY, problems, tmp_path / "out", seed=0)
+    with pytest.raises(ConfigError, match="another plan or seed; choose another directory"):
+        run.Run(TINY, problems, tmp_path / "out", seed=1)
+
+
+def test_results_of_marks_are_found_to_the_closing_signs(tokenizer: PreTrainedTokenizerFast) -> None:
+    merging = merging_tokenizer(problem(3)["answer"], across_words=False)
+    text = "a <<3*2=6>>6 b <<12/4=3>>3"
+    ids = merging(text)["input_ids"]
+    example = measure.Example([ids[0], *ids], [False] + [True] * len(ids))
+    (places,) = measure.results_in([example], measure.TextTokenizer(merging))
+    assert [merging.decode(ids[place.start : place.stop]) for place in places] == ["6>>", "3>>"]
