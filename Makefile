@@ -11,7 +11,9 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 CLIENTS_VENV ?= .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
 
-.PHONY: demo test test-vllm test-clients test-tokenizers bench bench-training bench-vllm lint types check clean
+GSM8K ?= gsm8k
+
+.PHONY: demo test test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,6 +61,11 @@ bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/perfor
 	$(BIN)/python -m benchmarks.decode --dtype float32 --batch 4 16 --parts context cache --out benchmarks/results/cpu-float32-context.json
 	$(BIN)/python -m benchmarks.packing --out benchmarks/results/cpu-packing.json
 	$(BIN)/python -m benchmarks.table docs/performance.md $(addprefix benchmarks/results/cpu-,float32.json float32-context.json bfloat16.json bfloat16-512.json packing.json)
+
+bench-segments: $(INSTALLED)  ## Pairs of real tokenizers, and what a second tokenizer costs (about half an hour).
+	$(BIN)/python -m benchmarks.segments --tokenizers .tokenizers --data $(GSM8K)/train.jsonl --out benchmarks/results/segments.json
+	$(BIN)/python -m benchmarks.segments --parts ends speed --out benchmarks/results/cpu-segments.json
+	$(BIN)/python -m benchmarks.table docs/tokenizers.md benchmarks/results/segments.json benchmarks/results/cpu-segments.json
 
 bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as the tables of docs/training.md (about 15 minutes).
 	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json
