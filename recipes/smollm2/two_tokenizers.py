@@ -82,7 +82,7 @@ def measure(model: CoLLM, rows: Sequence[Row]) -> dict[str, Any]:
         "SmolLM2": views.assistant_logprobs[:, 0],
         "joint": joint,
     }
-    nats = {name: torch.stack([one.sum() for one in -values.split(counts)]) for name, values in sums.items()}
+    nats = {name: torch.stack([one.sum() for one in (-values).split(counts)]) for name, values in sums.items()}
     size = torch.tensor([float(len(row.completion.encode())) for row in rows])
     deferring = defer_probs(views.defer_logits)
     return {
