@@ -25,14 +25,17 @@ import collm
 from benchmarks.record import run_parts
 from benchmarks.tokenizers import PACKAGES, fetch, load
 from collm import CoLLM, CoLLMConfig, SamplingParams
+from collm.core.objective import defer_probs
 from collm.core.policies import SingleAuthorPolicy
 from collm.demo.two_tokenizers import make_models
 from collm.demo.world import DemoWorld
+from collm.evaluation.gold import gold_views
 from collm.evaluation.intervals import bootstrap_interval
 from collm.evaluation.metrics import exact_match
 from collm.models.alignment import Alignment
 from collm.models.text_tokenizer import GrowingIds, TextTokenizer
 from collm.run import RunConfig, train_collaboration
+from collm.training.data import load_rows
 
 REPEATS = 5
 CHINESE = (
@@ -209,7 +212,33 @@ def _answers(pair: tuple[CoLLM, DemoWorld]) -> list[dict[str, Any]]:
         interval = bootstrap_interval(right)
         shown = f"{interval.mean:.1%} ({100 * interval.low:.1f} - {100 * interval.high:.1f})"
         found.append({"system": name, "right": shown, "deferral_rate": done.deferral_rate})
-    return found
+    return [*found[:-1], found[-1] | _defer_probs(model, world)]
+
+
+def _defer_probs(model: CoLLM, world: DemoWorld) -> dict[str, float]:
+    """Mean defer prob at segments of facts and at others, and what both models say of the facts, nats per segment."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "test.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in world.test), encoding="utf-8")
+        rows = load_rows(path)
+    facts = {
+        s.prompt: (len(world.separator + s.before) - 1, len(world.separator + s.before + s.fact))
+        for s in world.statements
+    }
+    assert model.alignment is not None
+    of_fact = []
+    for row in rows:
+        start, end = facts[str(row.prompt)]
+        places = model.alignment.boundaries(row.completion.encode())
+        of_fact += [a >= start and b <= end for a, b in itertools.pairwise(places)] + [False]
+    views = gold_views(model, model.encode_rows(rows, max_length=128))
+    at, deferring = torch.tensor(of_fact), defer_probs(views.defer_logits)
+    return {
+        "at_facts": deferring[at].mean().item(),
+        "elsewhere": deferring[~at].mean().item(),
+        "expert_nats": -views.assistant_logprobs[at, 0].mean().item(),
+        "base_nats": -views.base_logprob[at].mean().item(),
+    }
 
 
 def _demo_pair(**options: bool) -> tuple[CoLLM, DemoWorld]:

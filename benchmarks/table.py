@@ -101,7 +101,16 @@ PAIRS = {
     "absent": "absent",
     "changed": "read again",
 }
-ENDS = {"expert": "the expert", "system": "system", "right": "whole answers right", "deferral_rate": "deferral rate"}
+ENDS = {
+    "expert": "the expert",
+    "system": "system",
+    "right": "whole answers right",
+    "deferral_rate": "deferral rate",
+    "at_facts": "defer prob at facts",
+    "elsewhere": "elsewhere",
+    "expert_nats": "expert's nats at facts",
+    "base_nats": "base's",
+}
 SPEED = {"tokenizers": "tokenizers", "batch_1": "batch 1", "batch_16": "batch 16"}
 CACHE = {"batch": "batch", "longest_prompt": "longest prompt", "held_over_needed": "held / needed"}
 PARTS = [
