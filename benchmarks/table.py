@@ -128,7 +128,7 @@ PARTS = [
     ("cache", "Key-value memory of sequences of mixed lengths, 48 steps after their prompts, at a rate of 0.3:", CACHE),
     ("pairs", "Base tokens per segment:", PAIRS),
     ("ends", "The demo's world, 117 questions about entities that no training row names:", ENDS),
-    ("speed", "Microseconds per byte of the answers:", SPEED),
+    ("speed", "Microseconds per byte of the answers, with lookahead where it has an effect:", SPEED),
     ("packing", "A pass of one token per sequence, speed over plain layers:", PACKING),
 ]
 
@@ -148,11 +148,12 @@ def section(path: Path) -> list[str]:
     given, versions = result["arguments"], result["versions"]
     made_on = f"{given.get('threads', 1)} threads, torch {versions['torch']}, transformers {versions['transformers']}"
     models = f"{given['base'].upper()} + {given['assistant'].upper()}" if "base" in given else "Layers"
-    if "tokenizers" in given:
-        models = "Tokenizers" if "pairs" in given["parts"] else "The demo's models"
     dtype = given.get("dtype", "float32" if "base" in given else "float32 and bfloat16")
+    heading = f"{models}, {dtype}, {given.get('device', 'cpu')}"
+    if "tokenizers" in given:
+        heading = "Tokenizers" if "pairs" in given["parts"] else "The demo's models"
     lines = [
-        f"### {models}, {dtype}, {given.get('device', 'cpu')}",
+        f"### {heading}",
         "",
         f"`{result['command']}` ({made_on}):",
         "",
