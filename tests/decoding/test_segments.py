@@ -329,3 +329,22 @@ def _law(pair: CoLLM, prompt: str, before: bytes, segment: bytes) -> float:
     modules: Any = [pair.base, *pair.assistants]
     read = [read_scores(LanguageModel(one, name="one"), examples.read_by(k))[0] for k, one in enumerate(modules)]
     return sum(0.5 * logprobs[place].exp().item() for logprobs in read)
+
+
+def test_who_writes_makes_no_difference_where_both_are_one_model() -> None:
+    """With one tokenizer twice, aligned as if they differed: any rule writes what the model alone does."""
+    tokenizer = two_tokenizers()[0]
+    twice = Alignment([TextTokenizer(tokenizer, eos_ids=[tokenizer.eos_token_id])] * 2)
+    model = writing_model(tokenizer, 1, ends=0.5)
+    texts = []
+    for policy in (SingleAuthorPolicy(0), SingleAuthorPolicy(1), ThresholdPolicy(0.5)):
+        pair = CoLLM(model, [model], random_head(32, 1), tokenizer)
+        pair.alignment = pair._in_memory._alignment = twice
+        done = pair.generate(prompts_of(12, 8), SamplingParams(max_new_tokens=25), policy=policy)
+        texts.append([one.text for one in done])
+        assert {author for one in done for author in one.authors} >= (
+            {policy.writer} if isinstance(policy, SingleAuthorPolicy) else {0, 1}
+        )
+    for either in texts[1:]:
+        for one, other in zip(texts[0], either, strict=True):
+            assert one == other

@@ -207,7 +207,7 @@ def test_an_answer_with_a_special_token_is_refused(tmp_path: Path) -> None:
         encode_aligned(load_rows(path), two_aligned(), max_length=99)
 
 
-@pytest.mark.parametrize("method", ["full", "head"])
+@pytest.mark.parametrize("method", ["full", "lora", "head"])
 def test_a_run_from_rows_to_answers(method: str, rows_file: Path, tmp_path: Path) -> None:
     specs = []
     for author, tokenizer in enumerate(two_tokenizers()):
@@ -228,6 +228,7 @@ def test_a_run_from_rows_to_answers(method: str, rows_file: Path, tmp_path: Path
     args = CoLLMConfig(
         output_dir=str(tmp_path / "run"),
         method=method,
+        **({"lora_target_modules": ["q_proj", "v_proj"]} if method == "lora" else {}),
         max_length=128,
         num_train_epochs=2,
         use_cpu=True,

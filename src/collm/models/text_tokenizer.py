@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -234,8 +233,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity
             f"the tokenizer of {name} has no fast version, so the bytes of its tokens cannot be known; "
             "save it as a fast tokenizer, or use models that share one tokenizer"
         )
-    raw = json.loads(backend.to_str())
-    steps = json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+    steps = "".join(str(one.__getstate__()) for one in (backend.pre_tokenizer, backend.decoder) if one is not None)
     if '"ByteLevel"' in steps:
         spell = _spell_byte_level
     elif '"ByteFallback"' in steps:
@@ -245,8 +243,8 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity
             f"the tokenizer of {name} is neither byte-level nor SentencePiece with byte fallback, so not every text "
             "has tokens in it; use models that share one tokenizer"
         )
-    added: dict[int, dict[str, Any]] = {one["id"]: one for one in raw["added_tokens"]}
-    special = {*cast("list[int]", tokenizer.all_special_ids), *(i for i, one in added.items() if one["special"])}
+    added = cast("dict[int, Any]", tokenizer.added_tokens_decoder)
+    special = {*cast("list[int]", tokenizer.all_special_ids), *(i for i, one in added.items() if one.special)}
     found: list[bytes | None] = [None] * identity.vocab_size
     for token_id, token in identity.tokens.items():
         if token_id in special:
@@ -258,8 +256,8 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity
 
 def _spell_byte_level(token: str) -> bytes | None:
     try:
-        return bytes(_BYTE_OF[character] for character in token)
-    except KeyError:
+        return token.translate(_BYTE_OF).encode("latin-1")
+    except UnicodeEncodeError:  # a character that stands for no byte
         return None
 
 
@@ -269,11 +267,12 @@ def _spell_sentencepiece(token: str) -> bytes | None:
     return token.replace(_SPACE, " ").encode()
 
 
-def _byte_of() -> dict[str, int]:
+def _byte_of() -> dict[int, int]:
     """Byte-level BPE's character for each byte (Radford et al. 2019): its own if printable, others from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    nothing = dict.fromkeys(others, 0xFFFF)  # these bytes have another character
+    return nothing | {256 + n: byte for n, byte in enumerate(others)}
 
 
 _BYTE_OF = _byte_of()
