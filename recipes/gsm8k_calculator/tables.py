@@ -29,9 +29,11 @@ def write_tables(folder: Path, results: dict[str, Any]) -> None:
 
 
 def write_section(page: Path, name: str, lines: Sequence[str]) -> None:
-    """Put lines between the markers of this name in a page; a page of their own if there is none."""
+    """Put lines between the markers of this name in a page; at its end, or in a new page, if there are none."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{begin}\n{end}\n"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    if begin not in text:
+        text += f"{begin}\n{end}\n"
     before, rest = text.split(begin, 1)
     after = rest.split(end, 1)[1]
     with atomic_file(page) as temporary:

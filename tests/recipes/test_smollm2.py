@@ -81,7 +81,9 @@ def test_a_run_is_whole_and_goes_on_where_it_was(
         run.main(arguments)
     monkeypatch.setattr(run, "solve", solved)
     monkeypatch.setattr(run, "train_collaboration", lambda *args, **options: pytest.fail("trained again"))
-    run.main(arguments)
+    (tmp_path / "results.md").write_text("# Results\n", encoding="utf-8")
+    run.main([*arguments, "--docs", str(tmp_path)])
+    assert "| tuned as long without the tool |" in (tmp_path / "results.md").read_text(encoding="utf-8")
     assert small == [out / "model"]
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in results["rows"]}
