@@ -64,8 +64,9 @@ bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/perfor
 
 bench-segments: $(INSTALLED)  ## Pairs of real tokenizers, and what a second tokenizer costs (about half an hour).
 	$(BIN)/python -m benchmarks.segments --tokenizers .tokenizers --data $(GSM8K)/train.jsonl --out benchmarks/results/segments.json
-	$(BIN)/python -m benchmarks.segments --parts ends speed --out benchmarks/results/cpu-segments.json
-	$(BIN)/python -m benchmarks.table docs/tokenizers.md benchmarks/results/segments.json benchmarks/results/cpu-segments.json
+	$(BIN)/python -m benchmarks.segments --parts ends --out benchmarks/results/cpu-segments-ends.json
+	$(BIN)/python -m benchmarks.segments --parts speed --out benchmarks/results/cpu-segments.json
+	$(BIN)/python -m benchmarks.table docs/tokenizers.md $(addprefix benchmarks/results/,segments.json cpu-segments-ends.json cpu-segments.json)
 
 bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as the tables of docs/training.md (about 15 minutes).
 	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json

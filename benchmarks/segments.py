@@ -1,7 +1,8 @@
 """Models with different tokenizers: how long segments are, what experts are asked for, and what decoding costs.
 
 python -m benchmarks.segments --tokenizers DIR --data GSM8K/train.jsonl --out benchmarks/results/segments.json
-python -m benchmarks.segments --parts ends speed --out benchmarks/results/cpu-segments.json
+python -m benchmarks.segments --parts ends --out benchmarks/results/cpu-segments-ends.json
+python -m benchmarks.segments --parts speed --out benchmarks/results/cpu-segments.json
 """
 
 # ruff: noqa: RUF001 - Chinese has commas of its own
