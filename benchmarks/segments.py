@@ -30,7 +30,7 @@ from collm.core.objective import defer_probs
 from collm.core.policies import SingleAuthorPolicy
 from collm.demo.two_tokenizers import make_models
 from collm.demo.world import DemoWorld
-from collm.evaluation.gold import gold_views
+from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import bootstrap_interval
 from collm.evaluation.metrics import exact_match
 from collm.models.alignment import Alignment
@@ -232,7 +232,7 @@ def _defer_probs(model: CoLLM, world: DemoWorld) -> dict[str, float]:
         start, end = facts[str(row.prompt)]
         places = model.alignment.boundaries(row.completion.encode())
         of_fact += [a >= start and b <= end for a, b in itertools.pairwise(places)] + [False]
-    views = gold_views(model, model.encode_rows(rows, max_length=128))
+    views = gold_views(model, gold_examples(model, rows, max_length=128))
     at, deferring = torch.tensor(of_fact), defer_probs(views.defer_logits)
     return {
         "at_facts": deferring[at].mean().item(),

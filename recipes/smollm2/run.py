@@ -25,6 +25,7 @@ from collm.atomic import atomic_file
 from collm.core.policies import RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
 from collm.demo.real import smollm2
 from collm.errors import ConfigError
+from collm.evaluation.gold import gold_examples
 from collm.models.loading import load_tokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.data import Row, load_rows
@@ -164,7 +165,7 @@ class Run:
             read = self._kept(
                 f"given, {next(iter(thresholds))}",
                 lambda model=model, rows=rows, thresholds=thresholds: read_solutions(
-                    model, model.encode_rows(rows, max_length=1024), thresholds
+                    model, gold_examples(model, rows, max_length=1024), thresholds
                 ),
             )
             found |= {

@@ -22,7 +22,7 @@ from collm.artefact import library_versions
 from collm.atomic import atomic_file
 from collm.core.objective import defer_probs, marginal_logprobs
 from collm.demo.real import smollm2
-from collm.evaluation.gold import gold_views
+from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import Interval, statistic_interval
 from collm.run import RunConfig, train_collaboration
 from collm.training.data import Row, load_rows
@@ -73,7 +73,7 @@ def make(data: str, tokenizers: Path, out: Path, *, steps: int, train_rows: int,
 
 def measure(model: CoLLM, rows: Sequence[Row]) -> dict[str, Any]:
     """Nats per byte of the solutions, of each model alone and of both; intervals over problems."""
-    examples = model.encode_rows(rows, max_length=1024)
+    examples = gold_examples(model, rows, max_length=1024)
     views = gold_views(model, examples)
     joint = marginal_logprobs(views.base_logprob, views.assistant_logprobs, views.defer_logits)
     counts = [example.num_targets for example in examples]

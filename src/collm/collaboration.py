@@ -37,9 +37,6 @@ from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.spec import ToolFunction, ToolSpec
-from collm.training.aligned import encode
-from collm.training.data import Row
-from collm.training.examples import Examples
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.export import export_base
 from collm.vllm.servers import Servers
@@ -412,10 +409,6 @@ class CoLLM:
         if self.alignment is None:
             return [self.tokenizer] * (1 + len(self.assistants))
         return [one.tokenizer for one in self.alignment.tokenizers]
-
-    def encode_rows(self, rows: Sequence[Row], *, max_length: int) -> Examples:
-        """Rows as examples for all authors, rendered and cut as in training (`training.aligned.encode`)."""
-        return encode(rows, self.template, self.tokenizer, self.alignment, max_length=max_length)
 
     def request(self, prompt: Prompt, params: SamplingParams, policy: Policy) -> Request:
         """What the decoding loop is given for a prompt.

@@ -15,6 +15,7 @@ from collm.collaboration import CoLLM
 from collm.core.objective import defer_probs
 from collm.models.members import load_members
 from collm.tools.spec import ToolSpec
+from collm.training.aligned import encode
 from collm.training.data import Row
 from collm.training.examples import Examples
 from collm.training.measures import TokenViews
@@ -25,14 +26,18 @@ _SAME = 1e-5
 """Log-probabilities that differ by this share are one, rounded."""
 
 
-def gold_examples(model: CoLLM, rows: Sequence[Row]) -> Examples:
-    """Rows as the collaboration's template renders them, cut to what its models read.
+def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None = None) -> Examples:
+    """Rows as the collaboration's templates render them, for each of its authors.
+
+    Args:
+        max_length: most tokens of an example; None for what its models read.
 
     Raises:
         DataError: a row the template refuses, or no target token in any.
     """
-    limit = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
-    return model.encode_rows(rows, max_length=limit)
+    if max_length is None:
+        max_length = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
+    return encode(rows, model.template, model.tokenizer, model.alignment, max_length=max_length)
 
 
 @torch.inference_mode()

@@ -167,7 +167,7 @@ class PastRun:
             ConfigError: a link leads from there to another place.
         """
         rows, config = self.validation().rows, self.config
-        examples = model.encode_rows(rows, max_length=self.max_length)
+        examples = gold_examples(model, rows, max_length=self.max_length)
         scores = [
             self._scores(author, spec, examples.read_by(number), model.tokenizers[number], quiet=quiet)
             for number, (author, spec) in enumerate(config.authors.items())
