@@ -44,7 +44,7 @@ class Manifest:
     Attributes:
         base, assistants: where the models come from, or which tools they are.
         saved_base: which folder of the artefact holds the tuned base, None for a frozen one.
-        tokenizer_hash, chat_template_hash: of the tokenizer all models share.
+        tokenizer_hash, chat_template_hash: of the base's tokenizer.
         default_threshold: chosen by calibration, None before it.
         training: how the head was trained and what was measured, for the model card.
     """

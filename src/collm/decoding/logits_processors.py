@@ -30,7 +30,7 @@ class LogitsProcessors:
     Args:
         params: of the request.
         prompt_ids: of the request.
-        tokenizer: of all models.
+        tokenizer: of the author.
         end_ids: tokens that end the text.
         grammar: what the text must be, at its beginning.
     """

@@ -63,7 +63,7 @@ FINE_TUNE_LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """Directories of the tiny models, each with the same tokenizer; the experts in the order of the domains."""
+    """Directories of the tiny models, each with its tokenizer; the experts in the order of the domains."""
 
     base: Path
     experts: list[Path]

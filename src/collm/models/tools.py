@@ -31,8 +31,8 @@ class ToolModel:
 
     Args:
         spec: which tool.
-        tokenizer: of all models.
-        vocab_size: V, the ids that all models share.
+        tokenizer: of the base.
+        vocab_size: V, the base's ids.
 
     Raises:
         LoadError: a function that cannot be imported.

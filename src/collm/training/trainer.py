@@ -39,7 +39,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         args: the options.
         train_dataset: examples with the assistants' scores, and the base's where there is a warm start.
         eval_dataset: likewise, for `evaluate`.
-        vocab_size: as in `LanguageModel`: the tokens all models share.
+        vocab_size: as in `LanguageModel`: the ids of the base's tokenizer.
         callbacks: transformers callbacks.
 
     Attributes:
