@@ -44,3 +44,50 @@ PLANS = {
     "cpu": Plan(240, 16, 120, 48, "lora", 1e-3, 1.0, 8, 384, 160, 24, "cpu", "float32", False),
     "gpu": Plan(None, 200, 1319, 1319, "full", 1.5e-4, 2.0, 32, 1024, 256, 512, "cuda", "bfloat16", True),
 }
+
+
+@dataclass(frozen=True)
+class PairPlan(Plan):
+    """Sizes of the run with two language models; `train_rows` are those from which they learn to collaborate.
+
+    Attributes:
+        layers: of the whole model, the first ones, that the base has.
+        heal_rows: solutions from which the base learns to do without the other layers.
+        heal_texts: paragraphs of Python's documentation likewise.
+        heal_learning_rate: of that.
+        expert_rows: solutions from which the assistant learns. No row is in two of the three sets.
+    """
+
+    layers: int
+    heal_rows: int
+    heal_texts: int
+    heal_learning_rate: float
+    expert_rows: int
+
+
+PAIR_PLANS = {
+    "cpu": PairPlan(
+        240, 8, 120, 32, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 10, 640, 320, 5e-4, 200
+    ),
+    "gpu": PairPlan(
+        1000,
+        100,
+        1319,
+        1319,
+        "full",
+        1e-4,
+        1.0,
+        32,
+        1024,
+        256,
+        512,
+        "cuda",
+        "bfloat16",
+        True,
+        10,
+        3000,
+        1600,
+        5e-4,
+        3000,
+    ),
+}

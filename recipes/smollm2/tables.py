@@ -11,8 +11,9 @@ from collm.atomic import atomic_file
 from collm.evaluation.page import write_report
 from collm.evaluation.report import Example, Report, Row, Token
 from recipes.gsm8k_calculator.tables import write_section
+from recipes.smollm2.rules import LEARNED
 
-NAME = "smollm2"
+NAME, PAIR = "smollm2", "smollm2_pair"
 
 
 def write_results(out: Path, results: dict[str, Any], docs: Path | None) -> None:
@@ -106,3 +107,71 @@ def _report(results: dict[str, Any]) -> Report:
         authors=["SmolLM2", "calculator"],
         details={"command": results["command"], "seconds": json.dumps(results["seconds"]), **results["versions"]},
     )
+
+
+def write_pair(folder: Path, results: dict[str, Any]) -> None:
+    """The tables of two language models in the folder's results.md."""
+    write_section(folder / "results.md", PAIR, pair_lines(results))
+
+
+def pair_lines(results: dict[str, Any]) -> list[str]:
+    """Command and tables: rules at equal rates on given solutions, who defers what, solutions written freely."""
+    plan, minutes = results["plan"], sum(results["seconds"].values()) / 60
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    found = [
+        f"    {results['command']} --docs docs",
+        "",
+        f"{plan['test_rows']:,} test problems read with the given solution, {plan['written_rows']:,} solved freely; "
+        f"{versions}; {minutes:.0f} minutes in all on the machine that made it.",
+    ]
+    for name, given in results["given"].items():
+        found += ["", f"**{name[0].upper()}{name[1:]}**, NLL in nats per token at equal rates of deferral:", ""]
+        found += _rules(given)
+    given = next(iter(results["given"].values()))
+    rules = list(next(iter(given["kinds"].values()))["deferred"])
+    found += ["", "Which tokens are deferred at a rate of 30 %, for the first of these:", ""]
+    found += _table(
+        ["kind of token", "share", "assistant's gain, nats", *rules],
+        [
+            [kind, f"{of['share']:.1%}", f"{of['gain']:+.2f}", *(f"{of['deferred'][rule]:.0%}" for rule in rules)]
+            for kind, of in given["kinds"].items()
+        ],
+    )
+    found += ["", "Solved freely, greedily:", ""]
+    return found + _table(
+        ["system", "answers right", "deferred", "tokens/s"],
+        [
+            [
+                row["name"].partition("=")[0]
+                + (f" {float(row['name'][10:]):.2g}" if "threshold=" in row["name"] else ""),
+                _interval(row["measures"]["accuracy"]),
+                f"{row['deferral_rate']:.1%}",
+                f"{row['tokens_per_s']:.0f}",
+            ]
+            for row in results["written"]["rows"]
+        ],
+    )
+
+
+def _rules(given: dict[str, Any]) -> list[str]:
+    rates = [one["rate"] for one in next(iter(given["rules"].values()))]
+    body = [
+        [
+            rule,
+            *(f"{one['nll']['mean']:.3f}" for one in at_rates),
+            f"{given['auc'][rule]:.3f}" if rule in given["auc"] else "",
+        ]
+        for rule, at_rates in given["rules"].items()
+    ]
+    others = [rule for rule in given["rules"] if rule != LEARNED]
+    body += [
+        [f"learned minus {rule}", *(_nats(one["learned_minus"]) for one in given["rules"][rule]), ""] for rule in others
+    ]
+    alone = ", ".join(f"{name} {_nats(of['nll'])}" for name, of in given["alone"].items())
+    both = ", ".join(f"{name} {_nats(of)}" for name, of in given["combined"].items())
+    heading = ["rule", *(f"{rate:.0%}" for rate in rates), "AUC"]
+    return [*_table(heading, body), "", f"Alone: {alone}. From both at every token: {both}."]
+
+
+def _nats(of: dict[str, float]) -> str:
+    return f"{of['mean']:.3f} ({of['low']:.3f} to {of['high']:.3f})"

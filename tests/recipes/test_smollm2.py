@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.errors import ConfigError
-from recipes.smollm2 import measure, plans, run
+from recipes.smollm2 import measure, plans, rules, run, stages, two_models
 from tests.tokenizers import merging_tokenizer
 
 CHAT = (
@@ -28,6 +28,20 @@ TINY = replace(
     max_new_tokens=8,
     batch_size=4,
     max_length=256,
+)
+TINY_PAIR = replace(
+    plans.PAIR_PLANS["cpu"],
+    train_rows=8,
+    validation_rows=4,
+    test_rows=4,
+    written_rows=2,
+    max_new_tokens=8,
+    batch_size=4,
+    layers=1,
+    heal_rows=2,
+    heal_texts=2,
+    expert_rows=20,
+    learning_rate=1e-2,
 )
 
 
@@ -61,9 +75,11 @@ def small(monkeypatch: pytest.MonkeyPatch, tiny_model: Any) -> list[Path]:
         tokenizer.save_pretrained(directory)
         return directory
 
-    monkeypatch.setattr(run, "smollm2", fetched)
+    for recipe in (run, two_models):
+        monkeypatch.setattr(recipe, "smollm2", fetched)
+        monkeypatch.setattr(recipe, "load_problems", lambda source: load(source, validation_rows=8))
     monkeypatch.setitem(plans.PLANS, "cpu", TINY)
-    monkeypatch.setattr(run, "load_problems", lambda source: load(source, validation_rows=8))
+    monkeypatch.setitem(plans.PAIR_PLANS, "cpu", TINY_PAIR)
     return asked
 
 
@@ -80,7 +96,7 @@ def test_a_run_is_whole_and_goes_on_where_it_was(
     with pytest.raises(ZeroDivisionError):
         run.main(arguments)
     monkeypatch.setattr(run, "solve", solved)
-    monkeypatch.setattr(run, "train_collaboration", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(stages, "train_collaboration", lambda *args, **options: pytest.fail("trained again"))
     (tmp_path / "results.md").write_text("# Results\n", encoding="utf-8")
     run.main([*arguments, "--docs", str(tmp_path)])
     assert "| tuned as long without the tool |" in (tmp_path / "results.md").read_text(encoding="utf-8")
@@ -95,6 +111,30 @@ def test_a_run_is_whole_and_goes_on_where_it_was(
     assert "training: calculator" in results["seconds"]
     table = (out / "results.md").read_text(encoding="utf-8")
     assert all(name in table for name in rows)
+
+
+def test_two_models_are_cut_healed_tuned_and_compared_under_every_rule(
+    data: Path, small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(two_models.Gsm8k, "max_new_tokens", 8)
+    out = tmp_path / "out"
+    arguments = ["--data", str(data), "--out", str(out), "--docs", str(tmp_path)]
+    two_models.main(arguments)
+    first = (tmp_path / "results.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(stages, "train_collaboration", lambda *args, **options: pytest.fail("trained again"))
+    two_models.main(arguments)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == first
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    given = results["given"][two_models.TOGETHER]
+    base, assistant = (given["alone"][name]["nll"]["mean"] for name in ("base", "assistant"))
+    assert set(given["rules"]) == {rules.LEARNED, rules.DOUBT, rules.SURER, rules.RANDOM, rules.ORACLE}
+    for at, rate in enumerate(two_models.RATES):
+        at_rate = {name: of[at]["nll"]["mean"] for name, of in given["rules"].items()}
+        assert at_rate[rules.ORACLE] == min(at_rate.values())
+        assert at_rate[rules.RANDOM] == pytest.approx(rate * assistant + (1 - rate) * base)
+    assert json.loads((out / "cut" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 1
+    assert sum(kind["share"] for kind in given["kinds"].values()) == pytest.approx(1)
+    assert len(results["written"]["rows"]) == 11
 
 
 def test_a_run_with_another_plan_is_refused(data: Path, small: list[Path], tmp_path: Path) -> None:
