@@ -19,12 +19,13 @@ from collm.errors import DataError
 from collm.models.language_model import LanguageModel
 from collm.models.tools import ToolModel
 from collm.run import RunConfig, train_collaboration
+from collm.training import scoring
 from collm.training.aligned import encode_aligned
 from collm.training.data import load_rows
 from collm.training.dataset import collate
 from collm.training.examples import Example, Segments, fingerprint
 from collm.training.module import JointModule
-from collm.training.scoring import read_scores
+from collm.training.scoring import read_scores, write_scores
 from collm.training.targets import shift
 from tests.two_tokenizers import two_aligned, two_tokenizers, writing_model
 
@@ -48,13 +49,13 @@ def logits_of(model: Any, example: Example) -> Tensor:
         return model(torch.tensor([example.token_ids])).logits[0].float()
 
 
-def slow_segments(model: Any, example: Example) -> tuple[list[float], list[bool]]:
-    """log q of each segment, and whether greedy decoding writes it, from one pass over the example."""
+def slow_segments(model: Any, example: Example) -> tuple[list[float], list[bool], list[float]]:
+    """log q of each segment, whether greedy decoding writes it, and log P(START) behind it, from one pass."""
     assert example.segments is not None
     law, opens = example.segments.law, example.segments.opens
     logits = logits_of(model, example).masked_fill(~law.written, -torch.inf)
     places = [t for t, row in enumerate(opens) if row >= 0]
-    values, rights = [], []
+    values, rights, stops = [], [], []
     for place, end in itertools.zip_longest(places, places[1:]):
         if not example.is_target[place]:
             continue
@@ -68,11 +69,14 @@ def slow_segments(model: Any, example: Example) -> tuple[list[float], list[bool]
             right &= int(logits[t - 1].argmax()) == example.token_ids[t]
         if not ends_text:
             stop = law.openings(torch.tensor([opens[end]]))[0]
-            total += logits[end - 1].log_softmax(-1)[stop].logsumexp(-1).item()
+            stops.append(logits[end - 1].log_softmax(-1)[stop].logsumexp(-1).item())
+            total += stops[-1]
             right &= bool(stop[logits[end - 1].argmax()])
+        else:
+            stops.append(0.0)
         values.append(total)
         rights.append(right)
-    return values, rights
+    return values, rights, stops
 
 
 @pytest.mark.parametrize("max_length", [512, 30])
@@ -85,9 +89,21 @@ def test_scores_are_the_law_written_out(rows_file: Path, max_length: int) -> Non
         logprobs, corrects = read_scores(LanguageModel(model, name="one"), own)
         wanted = [slow_segments(model, example) for example in own]
         torch.testing.assert_close(
-            logprobs, torch.tensor([value for values, _ in wanted for value in values]), atol=1e-4, rtol=1e-5
+            logprobs, torch.tensor([value for values, _, _ in wanted for value in values]), atol=1e-4, rtol=1e-5
         )
-        assert corrects.tolist() == [right for _, rights in wanted for right in rights]
+        assert corrects.tolist() == [right for _, rights, _ in wanted for right in rights]
+
+
+def test_an_assistant_that_writes_past_the_ends_of_segments_is_warned_of(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = encode_aligned(load_rows(rows_file), two_aligned(), max_length=512).read_by(1)
+    model = writing_model(two_tokenizers()[1], 1)
+    mean = torch.tensor([stop for example in examples for stop in slow_segments(model, example)[2]]).mean().item()
+    for number, (floor, warned) in enumerate(((mean - 0.01, False), (mean + 0.01, True))):
+        monkeypatch.setattr(scoring, "LOW_STOP", floor)
+        write_scores(LanguageModel(model, name="expert"), examples, tmp_path / str(number), spec=ModelSpec("expert"))
+        assert ("expert gives the end of a segment" in caplog.text) is warned
 
 
 def test_examples_hold_the_same_answers_in_the_tokens_of_each_author(rows_file: Path) -> None:

@@ -109,7 +109,12 @@ def segment_logprobs(terms: TokenTerms, spans: Spans) -> Tensor:
     number = spans.decided.cumsum(0) - 1
     total = terms.logprob.new_zeros(int(spans.decided.sum()))
     total = total.index_add(0, number[spans.scored], terms.logprob[spans.scored])
-    return total - terms.log_start[spans.decided] + _behind(terms.log_start, spans, 0.0)
+    return total - terms.log_start[spans.decided] + stop_logprobs(terms, spans)
+
+
+def stop_logprobs(terms: TokenTerms, spans: Spans) -> Tensor:
+    """log P(START) behind every segment, so how likely its author stops there; 0 at the end of a text; shape (D,)."""
+    return _behind(terms.log_start, spans, 0.0)
 
 
 def segments_correct(terms: TokenTerms, spans: Spans) -> Tensor:

@@ -126,7 +126,7 @@ class JointModule(nn.Module):
             hidden = self._hidden_states(**inputs)
             read = scored | (rows >= 0)
             of_read = gold[read], rows[read], scored[read]
-            base_logprob, base_correct = read_segments(self._model, hidden[read], *of_read, self._law)
+            base_logprob, base_correct, _ = read_segments(self._model, hidden[read], *of_read, self._law)
         defer_logits = self._defer_logits(hidden[target_mask])
         nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
         views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from collm.core.segments import SegmentLaw, Spans, segment_logprobs, segments_correct, token_terms
+from collm.core.segments import SegmentLaw, Spans, segment_logprobs, segments_correct, stop_logprobs, token_terms
 from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.models.members import AssistantSpec
@@ -39,6 +39,9 @@ Scored = LanguageModel | ToolModel | RemoteModel
 
 OnProgress = Callable[[int, int], None]
 """Called with tokens done and tokens in all."""
+
+LOW_STOP = -2.0
+"""Mean log P(START) behind segments, in nats, below which an assistant is warned of."""
 
 SHARD_SIZE = 256
 """Examples to a shard: what a kill can cost."""
@@ -115,11 +118,15 @@ def write_scores(
         if progress is not None:
             progress(done, total)
 
+    stops: list[Tensor] = []
     for shard, indices in mine:
         if _is_whole(store, shard):
             advance(indices)
         else:
-            store.write(shard, *_score_shard(model, examples, indices, max_batch_tokens, advance, hidden_states))
+            found, stopping = _score_shard(model, examples, indices, max_batch_tokens, advance, hidden_states)
+            store.write(shard, *found)
+            stops += [] if stopping is None else [stopping]
+    _check_stops(model.name, stops)
 
 
 def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> list[Tensor]:
@@ -133,7 +140,7 @@ def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bo
         ConfigError, MismatchError, ModelFailure, ToolFailure: as `write_scores`.
     """
     _check_fits(model, examples)
-    return _score_shard(model, examples, range(len(examples)), None, lambda indices: None, hidden_states)
+    return _score_shard(model, examples, range(len(examples)), None, lambda indices: None, hidden_states)[0]
 
 
 def _score_shard(
@@ -143,13 +150,28 @@ def _score_shard(
     max_batch_tokens: int | None,
     advance: Callable[[Sequence[int]], None],
     hidden_states: bool,
-) -> list[Tensor]:
-    """Log-probabilities and flags of these examples' target tokens, and hidden states if wanted, in their order."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """Log-probabilities and flags of these examples' target tokens, and hidden states if wanted, in their order; of
+    segments also how likely their author stops behind each."""
     results: dict[int, tuple[Tensor, ...]] = {}
     for chosen in _batches(model, examples, indices, max_batch_tokens):
         results.update(zip(chosen, _score_batch(model, examples, chosen, hidden_states), strict=True))
         advance(chosen)
-    return [torch.cat(values) for values in zip(*(results[index] for index in indices), strict=True)]
+    found = [torch.cat(values) for values in zip(*(results[index] for index in indices), strict=True)]
+    return found, found.pop(2) if examples[indices[0]].segments is not None else None
+
+
+def _check_stops(name: str, stops: Sequence[Tensor]) -> None:
+    """Warn about an assistant that writes on where segments end: asked for one, it would write others behind it."""
+    logprobs = torch.cat([torch.zeros(0), *stops])
+    if len(logprobs) and logprobs.mean() < LOW_STOP:
+        logger.warning(
+            "%s gives the end of a segment a log-probability of %.1f nats on average, expected more than %.0f: "
+            "where it is asked it will often write on past the end; train it on texts like these, or choose another assistant",
+            name,
+            logprobs.mean(),
+            LOW_STOP,
+        )
 
 
 def find_scores(
@@ -258,7 +280,7 @@ def _score_batch(
     return by_example
 
 
-def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, Tensor]:
+def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, ...]:
     if example.segments is None:
         return model.score(example.token_ids, example.is_target)
     law, shifted = example.segments.law, shift(example)
@@ -272,7 +294,7 @@ def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, Tensor]:
     terms = terms._replace(  # a tool with nothing more to say has ended its segment
         correct=terms.correct & ~silent, stops=terms.stops | silent, log_start=terms.log_start.masked_fill(silent, 0.0)
     )
-    return segment_logprobs(terms, spans), segments_correct(terms, spans)
+    return segment_logprobs(terms, spans), segments_correct(terms, spans), stop_logprobs(terms, spans)
 
 
 def _read_batch(

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from collm.core.segments import SegmentLaw, Spans, TokenTerms, segment_logprobs, segments_correct, token_terms
+from collm.core.segments import (
+    SegmentLaw,
+    Spans,
+    TokenTerms,
+    segment_logprobs,
+    segments_correct,
+    stop_logprobs,
+    token_terms,
+)
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
 
@@ -117,8 +125,8 @@ def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[lis
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_segments(
     model: LanguageModel, hidden: Tensor, gold: Tensor, rows: Tensor, is_target: Tensor, law: SegmentLaw
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each segment, and whether greedy decoding writes it (`core.segments`).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each segment, whether greedy decoding writes it, and how likely its author stops behind it.
 
     With gradients the logits are made again for them, so that at most `MAX_LOGITS` of them are held at a time.
 
@@ -128,7 +136,7 @@ def read_segments(
         law: of the model's tokens.
 
     Returns:
-        logprob in nats, fp32, shape (D,), and correct, bool, shape (D,).
+        Shape (D,) each: logprob in nats, fp32; correct, bool; log P(START) behind the segment, nats (`core.segments`).
     """
     gold, rows, is_target = (values.to(model.device) for values in (gold, rows, is_target))
     law = law.to(model.device)
@@ -145,7 +153,7 @@ def read_segments(
         parts.append(checkpoint(read, *args, use_reentrant=False) if grad else read(*args))
     terms = TokenTerms(*(torch.cat(values) for values in zip(*parts, strict=True)))
     spans = Spans.of(gold, rows, is_target, law)
-    return segment_logprobs(terms, spans), segments_correct(terms, spans)
+    return segment_logprobs(terms, spans), segments_correct(terms, spans), stop_logprobs(terms, spans)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
