@@ -167,7 +167,7 @@ def _check_stops(name: str, stops: Sequence[Tensor]) -> None:
     if len(logprobs) and logprobs.mean() < LOW_STOP:
         logger.warning(
             "%s gives the end of a segment a log-probability of %.1f nats on average, expected more than %.0f: "
-            "where it is asked it will often write on past the end; train it on such texts, or choose another assistant",
+            "where it is asked it will often write on past the end; train it on such texts or take another assistant",
             name,
             logprobs.mean(),
             LOW_STOP,
