@@ -11,9 +11,11 @@ from collm.atomic import atomic_file
 from collm.evaluation.page import write_report
 from collm.evaluation.report import Example, Report, Row, Token
 from recipes.gsm8k_calculator.tables import write_section
-from recipes.smollm2.rules import LEARNED
+from recipes.smollm2.rules import DOUBT, LEARNED, ORACLE, RANDOM, SURER
 
 NAME, PAIR = "smollm2", "smollm2_pair"
+_DRAWN = {ORACLE: "#999999", LEARNED: "#c2410c", DOUBT: "#1d4ed8", SURER: "#7c3aed", RANDOM: "#444444"}
+"""The rules of the picture, with their colours."""
 
 
 def write_results(out: Path, results: dict[str, Any], docs: Path | None) -> None:
@@ -110,8 +112,32 @@ def _report(results: dict[str, Any]) -> Report:
 
 
 def write_pair(folder: Path, results: dict[str, Any]) -> None:
-    """The tables of two language models in the folder's results.md."""
+    """The tables of two language models in the folder's results.md, and their picture beside it."""
     write_section(folder / "results.md", PAIR, pair_lines(results))
+    draw_pair(folder / "two-models.svg", results)
+
+
+def draw_pair(path: Path, results: dict[str, Any]) -> None:
+    """NLL of given solutions against the deferral rate: one panel for each way to train, one line for each rule."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": PAIR, "font.size": 9}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        panels = figure.subplots(1, len(results["given"]), sharey=True, squeeze=False)[0]
+        for panel, (name, given) in zip(panels, results["given"].items(), strict=True):
+            base, assistant = (given["alone"][author]["nll"]["mean"] for author in ("base", "assistant"))
+            for rule, colour in _DRAWN.items():
+                rates = [0.0, *(one["rate"] for one in given["rules"][rule]), 1.0]
+                nll = [base, *(one["nll"]["mean"] for one in given["rules"][rule]), assistant]
+                panel.plot(rates, nll, color=colour, label=rule, linestyle="--" if rule == RANDOM else "-")
+            panel.set_title(name)
+            panel.set_xlabel("share of tokens by the assistant")
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel("NLL, nats per token")
+        panels[0].legend(frameon=False)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def pair_lines(results: dict[str, Any]) -> list[str]:

@@ -135,6 +135,8 @@ def test_two_models_are_cut_healed_tuned_and_compared_under_every_rule(
     assert json.loads((out / "cut" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 1
     assert sum(kind["share"] for kind in given["kinds"].values()) == pytest.approx(1)
     assert len(results["written"]["rows"]) == 11
+    picture = (tmp_path / "two-models.svg").read_text(encoding="utf-8")
+    assert all(f">{rule}<" in picture for rule in given["rules"])
 
 
 def test_a_run_with_another_plan_is_refused(data: Path, small: list[Path], tmp_path: Path) -> None:
