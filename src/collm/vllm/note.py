@@ -14,17 +14,22 @@ from collm.version import __version__
 from collm.vllm import NOTE, NOTE_FORMAT
 
 
+def head_digest(head: DeferralHead) -> str:
+    """Twelve hexadecimal digits that tell one head from another."""
+    digest = hashlib.sha256()
+    for values in (head.weight, head.bias):
+        digest.update(values.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def defer_names(head: DeferralHead) -> list[str]:
     """Tokens of the rows that hold the head: of each assistant, and of the row of zeros, named after the head itself.
 
     So a server that knows the last one serves an export of this very head.
     """
-    digest = hashlib.sha256()
-    for values in (head.weight, head.bias):
-        digest.update(values.detach().float().cpu().numpy().tobytes())
     count = head.num_assistants
     names = ["<|defer|>"] if count == 1 else [f"<|defer-{k}|>" for k in range(1, count + 1)]
-    return [*names, f"<|head-{digest.hexdigest()[:12]}|>"]
+    return [*names, f"<|head-{head_digest(head)}|>"]
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
-"""The logits processor that turns rows of an exported base's output layer into author decisions, inside vLLM.
+"""What vLLM finds of collm by entry points, wherever it is installed.
 
-vLLM finds it through the entry point group `vllm.logits_processors` wherever collm is installed, also without what
-collm itself needs: nothing but vLLM and torch is imported. Models without a note are left alone.
+`DeferLogitsProcessor` (group `vllm.logits_processors`) turns rows of an exported base's output layer into author
+decisions; models without a note are left alone. `register` (group `vllm.general_plugins`) prepares the processes of
+an engine that holds a whole collaboration (`inline`); other engines are left alone. Only vLLM, torch and parts
+of collm that need nothing else are imported here.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
-from collm.vllm import NOTE, NOTE_FORMAT, THRESHOLD
+from collm.vllm import FAILED, NOTE, NOTE_FORMAT, OF_ONE_ENGINE, PREFIX, PROPOSER, THRESHOLD
 from collm.vllm.rows import decide
 
 try:  # model runner V2, vLLM's choice on recent GPUs
@@ -26,8 +29,6 @@ else:
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_PREFIX = "defer_"
 
 
 class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
@@ -61,7 +62,7 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
             ValueError: an unknown name, or no number from -1 to 1.
         """
         given = sampling_params.extra_args or {}
-        unknown = sorted(name for name in given if name.startswith(_PREFIX) and name != THRESHOLD)
+        unknown = sorted(name for name in given if name.startswith(PREFIX) and name not in (THRESHOLD, *OF_ONE_ENGINE))
         if unknown:
             raise ValueError(f"vllm_xargs has {unknown[0]!r}, expected {THRESHOLD!r}")
         value = given.get(THRESHOLD, 0)
@@ -103,6 +104,50 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
         else:
             thresholds = self.slots[ctx.expanded_idx_mapping.long()]
         return decide(logits, thresholds.to(logits.device), self.note)
+
+
+def register() -> None:
+    """Have requests to one engine checked, and those that fail in a worker ended with an error by the scheduler."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if getattr(Scheduler, "collm", False):
+        return
+    ordinary_check, ordinary_update = SamplingParams._validate_spec_decode, Scheduler.update_from_output
+
+    @wraps(ordinary_check)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        ordinary_check(self, speculative_config)
+        if speculative_config is not None and speculative_config.model == PROPOSER:
+            _check_params(self)
+        elif alien := [name for name in OF_ONE_ENGINE if name in (self.extra_args or {})]:
+            raise ValueError(f"vllm_xargs has {alien[0]!r}, which an engine understands that holds base and assistant")
+
+    @wraps(ordinary_update)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        nans = model_runner_output.num_nans_in_logits or {}
+        failed = [name for name, count in nans.items() if count == FAILED]
+        self.grammar_compile_error_reqs.update(failed)  # the requests that end with an error in this step
+        for name in failed:
+            model_runner_output.prompt_logprobs_dict.pop(name, None)  # for an answer that does not come
+        return ordinary_update(self, scheduler_output, model_runner_output)
+
+    SamplingParams._validate_spec_decode, Scheduler.update_from_output = _validate_spec_decode, update_from_output
+    Scheduler.collm = True
+
+
+def _check_params(params: Any) -> None:
+    """Raise a ValueError for what one engine cannot do."""
+    from collm.errors import ConfigError
+    from collm.vllm.drafting import policy_of
+
+    for name in ("structured_outputs", "thinking_token_budget", "trace_decode_token_ids"):
+        if getattr(params, name):
+            raise ValueError(f"{name} is not available in one engine with a base that drafts; leave it out")
+    try:
+        policy_of(params.extra_args or {})
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def _threshold_of(params: Any) -> float | None:
