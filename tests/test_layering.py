@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "training": {"core", "tools", "models", "training"},
     "decoding": {"core", "tools", "models", "decoding"},
     "artefact": {"core", "tools", "models"},
-    "vllm": {"core", "tools", "models", "decoding", "vllm"},
+    "vllm": {"core", "tools", "models", "decoding", "artefact", "vllm"},
     "engines": {"core", "tools", "models", "decoding", "vllm"},
     "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},

@@ -20,8 +20,8 @@ from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
-from collm.models.loading import ModelSpec
-from collm.models.members import AssistantSpec
+from collm.models.loading import ModelSpec, load_with_adapter
+from collm.models.members import AssistantSpec, Member
 from collm.models.names import looks_like_path
 from collm.models.template import PromptTemplate
 from collm.tools.spec import ToolSpec, not_trusted
@@ -234,6 +234,18 @@ def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[As
             spec = spec.with_table(copy)
         saved.append(spec)
     return saved
+
+
+def base_of(manifest: Manifest, directory: Path) -> ModelSpec:
+    """Where the base's weights are; under an adapter those of the model that it was made for."""
+    if manifest.saved_base == "base":
+        return replace(manifest.base, path=str(directory / "base"), revision=None)
+    return manifest.base
+
+
+def with_adapter(spec: ModelSpec, manifest: Manifest, directory: Path) -> Member:
+    """The base with the adapter that lies in the artefact, loaded; without one the spec itself."""
+    return load_with_adapter(spec, directory / "adapter") if manifest.saved_base == "adapter" else spec
 
 
 def placed(spec: AssistantSpec, directory: Path, **options: str) -> AssistantSpec:

@@ -25,12 +25,12 @@ from collm.core.types import BASE, Completion, ModelUsage, PromptLogprob, TokenS
 from collm.decoding.candidates import Candidates, aligned_candidates
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request, check_names_author, check_prompt
-from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
+from collm.engines import Backend, EngineName, InMemory, InOneEngine, OnServers, check_engine
 from collm.errors import ArtefactError, ConfigError, MismatchError
 from collm.models.adapters import check_adapter
 from collm.models.guards import TokenizerIdentity, check_accepted
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
+from collm.models.loading import ModelSpec, load_tokenizer
 from collm.models.members import AssistantSpec, Member, aligned, as_member, author_name, spec_of
 from collm.models.progress import quiet_if_small
 from collm.models.runner import ModelRunner
@@ -148,7 +148,8 @@ class CoLLM:
         )
         self.backend: Backend = self._in_memory
         if servers is not None:
-            self.backend = OnServers(servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted)
+            kind = InOneEngine if servers.are_one(head.num_assistants) else OnServers
+            self.backend = kind(servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted)
 
     # Loading and saving
 
@@ -197,14 +198,13 @@ class CoLLM:
         placed = _placements(device, dtype, 1 + len(manifest.assistants))
         if servers is not None and placed[0]:
             raise ConfigError(f"{', '.join(placed[0])} has no effect on servers; leave it out, or use engine 'local'")
-        base_spec = manifest.base
-        if manifest.saved_base == "base":
-            base_spec = replace(base_spec, path=str(directory / "base"), revision=None)
+        base_spec = artefact.base_of(manifest, directory)
         tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else base_spec)
         artefact.check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
         base_spec = replace(base_spec, **placed[0])
-        if base is None and manifest.saved_base == "adapter" and servers is None:
-            base = load_with_adapter(base_spec, directory / "adapter")
+        is_own = base is None
+        if is_own and servers is None:
+            base = artefact.with_adapter(base_spec, manifest, directory)
         model = cls(
             base or base_spec,
             assistants
@@ -222,7 +222,7 @@ class CoLLM:
             cache_memory=cache_memory,
             servers=servers,
         )
-        model._source = directory if base is None else None
+        model._source = directory if is_own else None
         return model
 
     def save_pretrained(self, path: str | Path) -> None:

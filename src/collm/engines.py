@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -27,8 +27,9 @@ from collm.models.members import Member, author_name, load_members
 from collm.models.runner import ModelRunner
 from collm.models.tools import ToolModel, ToolRunner
 from collm.vllm.endpoint import Endpoint
-from collm.vllm.engine import VllmEngine, check_local_params
+from collm.vllm.engine import ServerEngine, VllmEngine, check_local_params
 from collm.vllm.fleet import Fleet
+from collm.vllm.one_engine import LOCAL_ONLY, EngineConnection, OneEngine
 from collm.vllm.servers import Servers
 
 EngineName = Literal["local", "vllm"]
@@ -191,7 +192,8 @@ class OnServers:
         stop_ids: Collection[int] = (),
         accept_differences: Collection[str] = (),
     ) -> None:
-        servers.check_count(len(members) - 1)
+        if not servers.are_one(len(members) - 1):
+            servers.check_count(len(members) - 1)
         tools = [one for one in members if not isinstance(one, ModelSpec | nn.Module)]
         if tools:
             raise ConfigError(f"the assistant {tools[0]} is a program, which no server runs; use engine 'local'")
@@ -221,10 +223,8 @@ class OnServers:
         named = [(author_name(author, count), _eos_ids_of(member)) for author, member in enumerate(self._given)]
         return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
-    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> VllmEngine:
-        for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():
-            if value is not None:
-                raise ConfigError(f"{name}={value} has no effect across servers; leave it out")
+    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:
+        _check_no_limits(lookahead, max_wait)
         return VllmEngine(self.fleet, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
@@ -241,6 +241,40 @@ class OnServers:
         member = self._given[author]
         module = empty_model(member) if isinstance(member, ModelSpec) else member
         return LanguageModel(module, name="").weights_per_token
+
+
+class InOneEngine(OnServers):
+    """Base and assistant in one engine of vLLM; arguments and errors as of `OnServers`."""
+
+    @cached_property
+    def connection(self) -> EngineConnection:
+        """The engine's server, checked.
+
+        Raises:
+            ConfigError, LoadError, MismatchError: as of `EngineConnection`.
+        """
+        return EngineConnection(self._servers, self._head, self._tokenizer)
+
+    @property
+    def runners(self) -> Sequence[Endpoint]:
+        return self.connection.authors
+
+    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:
+        _check_no_limits(lookahead, max_wait)
+        return OneEngine(self.connection, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
+        return self.connection.candidates(self._tokenizer, prompt_ids, token_ids, most)
+
+    def check_params(self, params: SamplingParams) -> None:
+        check_params(params, self.connection.vocab_size)
+        check_local_params(params, LOCAL_ONLY)
+
+
+def _check_no_limits(lookahead: int | None, max_wait: int | None) -> None:
+    for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():
+        if value is not None:
+            raise ConfigError(f"{name}={value} has no effect across servers; leave it out")
 
 
 def check_engine(engine: EngineName | None, servers: Servers | None) -> None:

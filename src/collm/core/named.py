@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, cast
 
 from collm.core.combinations import ContrastivePolicy, MixturePolicy, ProductPolicy, ProxyTuningPolicy
 from collm.core.policies import (
@@ -33,6 +33,15 @@ POLICIES: dict[str, type[Policy]] = {
     "proxy": ProxyTuningPolicy,
 }
 """The oracle is not among them: it needs the answer."""
+
+
+def name_of(policy: Policy) -> str | None:
+    """The text that `policy_named` makes this policy of; None of one that has no name."""
+    name = next((name for name, kind in POLICIES.items() if type(policy) is kind), None)
+    if name is None:
+        return None
+    options = ",".join(f"{f.name}={getattr(policy, f.name)!r}" for f in fields(cast(Any, policy)))
+    return f"{name}:{options}" if options else name
 
 
 _NUMBERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float}

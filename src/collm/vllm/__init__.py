@@ -38,9 +38,15 @@ SETTINGS = "collm"
 """Key of vLLM's `additional_config` for what one engine needs to know."""
 
 
-def author_token(author: int, token_id: int) -> int:
-    """A token id that says who wrote another: the author's number, or two more where that is the token itself."""
-    return author + 2 if token_id == author else author
+def author_token(author: int, taken: set[int]) -> int:
+    """A token id that says who wrote a token: of those with the author's number modulo 2 the least that is not taken.
+
+    Args:
+        taken: the tokens beside it, of which the reply has each once.
+    """
+    while author in taken:
+        author += 2
+    return author
 
 
 def author_of(token_id: int) -> int:

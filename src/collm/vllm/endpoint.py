@@ -168,8 +168,13 @@ class Endpoint:
 
         return await self._patiently(attempt)
 
-    async def stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[list[Written], None]:
+    async def stream(
+        self, client: httpx.AsyncClient, body: dict[str, Any], *, resumable: bool = True
+    ) -> AsyncGenerator[list[Written], None]:
         """Tokens as they come; leave it early with `aclosing`. An answer that breaks off is asked for again from there.
+
+        Args:
+            resumable: what was written may become part of the prompt; without this an answer that breaks off fails.
 
         Raises:
             Unreachable, ModelFailure: as `one`.
@@ -192,6 +197,11 @@ class Endpoint:
                 if len(written) == body["max_tokens"]:  # only the end of the answer is missing
                     return
                 failed += 1
+                if written and not resumable:
+                    raise Unreachable(
+                        f"{self.name} at {self.url} failed after {len(written)} tokens: {failure.reason}; what this "
+                        "rule says depends on how the text came about, so ask again from the start"
+                    ) from failure
                 await self._pause(failure, failed)
             except ModelFailure:
                 self.breaker.succeeded()

@@ -7,10 +7,11 @@ import queue
 import random
 from collections import deque
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence as ListOf
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,9 @@ from collm.vllm import ROW_SCALE, THRESHOLD
 from collm.vllm.answers import Written
 from collm.vllm.breaker import Breaker
 from collm.vllm.endpoint import Unreachable
-from collm.vllm.fleet import Fleet
+from collm.vllm.fleet import Connections, Fleet
 
+C = TypeVar("C", bound=Connections)
 _PATIENCE_S = 0.02
 """A step waits no longer for news, so that requests can come and go between steps."""
 _CLOSED = "the connections to the servers were closed while it was decoded; load the collaboration again"
@@ -54,7 +56,7 @@ _LOCAL_ONLY = (
 
 
 @dataclass(eq=False)
-class _Run:
+class Run:
     """A sequence on its servers.
 
     Attributes:
@@ -73,15 +75,11 @@ class _Run:
         return new
 
 
-class VllmEngine:
-    """Decodes requests on servers; used as `decoding.engine.Engine` is.
-
-    Of a request at most two calls are made for each deferral, and one more: the base is asked to go on until it
-    defers, then the assistant for one token. A rule whose threshold moves costs a call more for each move. The servers
-    batch what runs at once.
+class ServerEngine(Generic[C]):
+    """Decodes requests on servers, which batch what runs at once; used as `decoding.engine.Engine` is.
 
     Args:
-        fleet: the servers.
+        connections: to the servers.
         tokenizer: of all models.
         eos_ids: tokens that end a sequence.
         max_batch: most sequences decoded at once; further ones wait.
@@ -91,11 +89,11 @@ class VllmEngine:
     """
 
     def __init__(
-        self, fleet: Fleet, tokenizer: PreTrainedTokenizerBase, *, eos_ids: frozenset[int], max_batch: int = 16
+        self, connections: C, tokenizer: PreTrainedTokenizerBase, *, eos_ids: frozenset[int], max_batch: int = 16
     ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}, expected at least 1")
-        self.fleet = fleet
+        self.connections = connections
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.max_batch = max_batch
@@ -115,11 +113,11 @@ class VllmEngine:
             RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context.
             ConfigError: a policy or a parameter that servers cannot follow.
         """
-        check_prompt(self.fleet.authors, self.fleet.vocab_size, request.prompt_ids)
-        check_params(request.params, self.fleet.vocab_size)
-        _check_servable(request, len(self.fleet.authors))
+        check_prompt(self.connections.authors, self.connections.vocab_size, request.prompt_ids)
+        check_params(request.params, self.connections.vocab_size)
+        self.check_request(request)
         number, self._count = self._count, self._count + 1
-        authors = cast("list[Assistant]", self.fleet.authors)  # a sequence without drafts asks for their limits only
+        authors = cast("list[Assistant]", self.connections.authors)  # a sequence asks for their limits only
         self._waiting.append(Sequence(number, request, authors, self.tokenizer, self.eos_ids, Odds()))
         return number
 
@@ -140,7 +138,7 @@ class VllmEngine:
         """What has become certain since the last step, in order; waits a little for it."""
         while self._waiting and len(self._active) < self.max_batch:
             sequence = self._waiting.popleft()
-            self._active[sequence.number] = self.fleet.start(self._decode(_Run(sequence)))
+            self._active[sequence.number] = self.connections.start(self._decode(Run(sequence)))
         news = []
         try:
             news.append(self._news.get(timeout=_PATIENCE_S))
@@ -157,20 +155,25 @@ class VllmEngine:
             del self._active[number]
         return news + [Emitted(number, failure=ModelFailure(_CLOSED)) for number in broken_off]
 
-    # In the fleet's thread
+    def check_request(self, request: Request) -> None:
+        """Refuse what would need more of a server than it offers.
 
-    async def _decode(self, run: _Run) -> None:
+        Raises:
+            ConfigError: a policy or a parameter that servers cannot follow.
+        """
+        raise NotImplementedError
+
+    # In the connections' thread
+
+    async def go_on(self, run: Run) -> None:
+        """Ask servers for what comes next."""
+        raise NotImplementedError
+
+    async def _decode(self, run: Run) -> None:
         sequence = run.sequence
-        policy = sequence.request.policy
-        writer = policy.writer if isinstance(policy, SingleAuthorPolicy) else BASE
         try:
             while sequence.finish_reason is None:
-                if writer == BASE:
-                    deferral = await self._base_writes(run)
-                    if deferral is not None:
-                        await self._ask(run, *deferral)
-                else:
-                    await self._assistant_writes(run, writer)
+                await self.go_on(run)
         except CollmError as error:
             self._news.put(Emitted(sequence.number, failure=error))
         except Exception as error:
@@ -178,93 +181,146 @@ class VllmEngine:
             failure.__cause__ = error
             self._news.put(Emitted(sequence.number, failure=failure))
 
-    async def _base_writes(self, run: _Run) -> tuple[int, float] | None:
-        """Let the base write on, to the end, or until its threshold changes, or until it defers: the assistant and the
-        defer prob then."""
-        threshold, most = _threshold_ahead(run.sequence)
-        async with aclosing(self._stream(run, BASE, self._base_body(run, threshold, most))) as stream:
-            async for written in stream:
-                defer_prob, logprob = self._of_row(written)
-                if written.token_id in self.fleet.defer_ids:
-                    return self.fleet.defer_ids.index(written.token_id) + 1, defer_prob
-                self._settle(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
-                if run.sequence.finish_reason is not None:
-                    return None
-        return None
-
-    async def _assistant_writes(self, run: _Run, author: int) -> None:
-        """Let an assistant write everything; the base is not asked, so its defer prob is given as 1."""
-        try:
-            self._check_asked(run, author)
-            async with aclosing(self._stream(run, author, self._body(run, author))) as stream:
-                async for written in stream:
-                    self._settle(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
-                    if run.sequence.finish_reason is not None:
-                        return
-        except ModelFailure as failure:
-            await self._stand_in(run, author, 1.0, failure)
-
-    async def _ask(self, run: _Run, author: int, defer_prob: float) -> None:
-        """Let an assistant write the next token; where it cannot be asked, perhaps the base."""
-        endpoint = self.fleet.authors[author]
-        try:
-            self._check_asked(run, author)
-            endpoint.usage.tokens_read += run.read(author)
-            written = await endpoint.one(self.fleet.client, self._body(run, author))
-        except ModelFailure as failure:
-            await self._stand_in(run, author, defer_prob, failure)
-        else:
-            self._settle(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
-
-    def _check_asked(self, run: _Run, author: int) -> None:
-        """Raise a ModelFailure for an assistant that failed this sequence too often."""
-        shut_s = run.refused.setdefault(author, Breaker()).shut_s()
-        if shut_s:
-            raise Unreachable(f"{self.fleet.authors[author].name} is not asked about this text for {shut_s:.0f} s")
-
-    async def _stand_in(self, run: _Run, author: int, defer_prob: float, failure: ModelFailure) -> None:
-        """The base writes a token that it would have left to an assistant, if that is wanted."""
-        if not isinstance(failure, Unreachable):
-            run.refused[author].failed()
-        self.fleet.authors[author].usage.failed += 1
-        if self.fleet.servers.on_failure == "fail":
-            raise failure
-        base = self.fleet.authors[BASE]
-        base.usage.tokens_read += run.read(BASE)
-        written = await base.one(self.fleet.client, self._base_body(run, 1.0, 1))
-        drawn = Draw(written.token_id, self._of_row(written)[1])
-        self._settle(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
-
-    async def _stream(self, run: _Run, author: int, body: dict[str, Any]) -> AsyncGenerator[Written, None]:
-        endpoint = self.fleet.authors[author]
+    async def stream(
+        self, run: Run, author: int, body: dict[str, Any], *, resumable: bool = True
+    ) -> AsyncGenerator[Written, None]:
+        """The tokens of one call, as they come."""
+        endpoint = self.connections.authors[author]
         endpoint.usage.tokens_read += run.read(author)
-        async with aclosing(endpoint.stream(self.fleet.client, body)) as pieces:
+        stream = endpoint.stream(self.connections.client, body, resumable=resumable)
+        async with aclosing(stream) as pieces:
             async for piece in pieces:
                 for written in piece:
                     yield written
 
-    def _base_body(self, run: _Run, threshold: float, most: int) -> dict[str, Any]:
-        about = {"logprob_token_ids": [*self.fleet.defer_ids, self.fleet.zero_id]}
-        return {**self._body(run, BASE), **about, "max_tokens": most, "vllm_xargs": {THRESHOLD: threshold}}
-
-    def _body(self, run: _Run, author: int) -> dict[str, Any]:
-        """What is asked of an author; nothing is left to the generation config of its model."""
+    def body(self, run: Run) -> dict[str, Any]:
+        """What is asked of any author; nothing is left to the generation config of its model."""
         sequence, params = run.sequence, run.sequence.request.params
         body: dict[str, Any] = {
             "prompt": list(sequence.token_ids),
             "max_tokens": sequence.draft_limit + 1,
             "temperature": params.temperature,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            "repetition_penalty": params.repetition_penalty,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
             "logprobs": 0,
             "ignore_eos": True,  # of the model; these end the text
-            "stop_token_ids": [*(self.fleet.defer_ids if author == BASE else ()), *sorted(sequence.end_ids)],
+            "stop_token_ids": sorted(sequence.end_ids),
         }
         if params.temperature > 0:
             body |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": 0.0}
-        if params.seed is not None:  # each call draws on its own
-            body["seed"] = random.Random(f"{params.seed} {len(sequence.steps)} {author}").getrandbits(31)
+        return body
+
+    def settle(self, run: Run, decision: Decision) -> None:
+        """Send out what has become certain."""
+        sequence = run.sequence
+        sequence.decisions.append(decision)
+        for step in sequence.settle():
+            self.connections.authors[step.author].usage.tokens_written += 1
+            run.known[step.author] = len(sequence.token_ids)
+            completion = sequence.completion() if sequence.finish_reason is not None else None
+            self._news.put(Emitted(sequence.number, step, completion))
+
+
+class VllmEngine(ServerEngine[Fleet]):
+    """Decodes on a server for each author.
+
+    Of a request at most two calls are made for each deferral, and one more: the base is asked to go on until it
+    defers, then the assistant for one token. A rule whose threshold moves costs a call more for each move.
+    """
+
+    def check_request(self, request: Request) -> None:
+        policy: Policy = request.policy
+        if not isinstance(policy, ThresholdRule | SingleAuthorPolicy):
+            raise ConfigError(
+                f"{policy} cannot be followed across servers, which say no more than a threshold asks; use threshold, "
+                "schedule, budget, random or single"
+            )
+        num_authors = len(self.connections.authors)
+        if isinstance(policy, SingleAuthorPolicy) and not 0 <= policy.writer < num_authors:
+            raise ConfigError(f"{policy} asks for author {policy.writer}, expected 0 to {num_authors - 1}")
+        check_local_params(request.params)
+        check_temperature(request.params)
+
+    async def go_on(self, run: Run) -> None:
+        policy = run.sequence.request.policy
+        if isinstance(policy, SingleAuthorPolicy) and policy.writer != BASE:
+            await self._assistant_writes(run, policy.writer)
+            return
+        deferral = await self._base_writes(run)
+        if deferral is not None:
+            await self._ask(run, *deferral)
+
+    async def _base_writes(self, run: Run) -> tuple[int, float] | None:
+        """Let the base write on, to the end, or until its threshold changes, or until it defers: the assistant and the
+        defer prob then."""
+        threshold, most = _threshold_ahead(run.sequence)
+        async with aclosing(self.stream(run, BASE, self._base_body(run, threshold, most))) as stream:
+            async for written in stream:
+                defer_prob, logprob = self._of_row(written)
+                if written.token_id in self.connections.defer_ids:
+                    return self.connections.defer_ids.index(written.token_id) + 1, defer_prob
+                self.settle(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
+                if run.sequence.finish_reason is not None:
+                    return None
+        return None
+
+    async def _assistant_writes(self, run: Run, author: int) -> None:
+        """Let an assistant write everything; the base is not asked, so its defer prob is given as 1."""
+        try:
+            self._check_asked(run, author)
+            async with aclosing(self.stream(run, author, self._body(run, author))) as stream:
+                async for written in stream:
+                    self.settle(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
+                    if run.sequence.finish_reason is not None:
+                        return
+        except ModelFailure as failure:
+            await self._stand_in(run, author, 1.0, failure)
+
+    async def _ask(self, run: Run, author: int, defer_prob: float) -> None:
+        """Let an assistant write the next token; where it cannot be asked, perhaps the base."""
+        endpoint = self.connections.authors[author]
+        try:
+            self._check_asked(run, author)
+            endpoint.usage.tokens_read += run.read(author)
+            written = await endpoint.one(self.connections.client, self._body(run, author))
+        except ModelFailure as failure:
+            await self._stand_in(run, author, defer_prob, failure)
+        else:
+            self.settle(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
+
+    def _check_asked(self, run: Run, author: int) -> None:
+        """Raise a ModelFailure for an assistant that failed this sequence too often."""
+        shut_s = run.refused.setdefault(author, Breaker()).shut_s()
+        if shut_s:
+            raise Unreachable(
+                f"{self.connections.authors[author].name} is not asked about this text for {shut_s:.0f} s"
+            )
+
+    async def _stand_in(self, run: Run, author: int, defer_prob: float, failure: ModelFailure) -> None:
+        """The base writes a token that it would have left to an assistant, if that is wanted."""
+        if not isinstance(failure, Unreachable):
+            run.refused[author].failed()
+        self.connections.authors[author].usage.failed += 1
+        if self.connections.servers.on_failure == "fail":
+            raise failure
+        base = self.connections.authors[BASE]
+        base.usage.tokens_read += run.read(BASE)
+        written = await base.one(self.connections.client, self._base_body(run, 1.0, 1))
+        drawn = Draw(written.token_id, self._of_row(written)[1])
+        self.settle(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
+
+    def _base_body(self, run: Run, threshold: float, most: int) -> dict[str, Any]:
+        about = {"logprob_token_ids": [*self.connections.defer_ids, self.connections.zero_id]}
+        return {**self._body(run, BASE), **about, "max_tokens": most, "vllm_xargs": {THRESHOLD: threshold}}
+
+    def _body(self, run: Run, author: int) -> dict[str, Any]:
+        sequence, body = run.sequence, self.body(run)
+        if author == BASE:
+            body["stop_token_ids"] = [*self.connections.defer_ids, *body["stop_token_ids"]]
+        seed = sequence.request.params.seed
+        if seed is not None:  # each call draws on its own
+            body["seed"] = random.Random(f"{seed} {len(sequence.steps)} {author}").getrandbits(31)
         return body
 
     def _of_row(self, written: Written) -> tuple[float, float]:
@@ -274,27 +330,19 @@ class VllmEngine:
         r_k = lp_k - lp_0, u_k = r_k / scale + b_k, and log P(x) = lp_x - log(1 - n exp lp_0 - sum_k exp lp_k).
         """
         try:
-            rows = [written.about[token] for token in self.fleet.defer_ids]
-            zero = written.about[self.fleet.zero_id]
+            rows = [written.about[token] for token in self.connections.defer_ids]
+            zero = written.about[self.connections.zero_id]
         except KeyError as error:
             raise ModelFailure(
                 f"the base's server says nothing of token {error}, which tells how likely it defers; it must support "
                 "logprob_token_ids, as vLLM does"
             ) from error
-        u = torch.tensor([(row - zero) / ROW_SCALE + bias for row, bias in zip(rows, self.fleet.biases, strict=True)])
-        zeros = 1 + self.fleet.defer_ids[0] - self.fleet.vocab_size
+        u = torch.tensor(
+            [(row - zero) / ROW_SCALE + bias for row, bias in zip(rows, self.connections.biases, strict=True)]
+        )
+        zeros = 1 + self.connections.defer_ids[0] - self.connections.vocab_size
         others = zeros * math.exp(zero) + sum(map(math.exp, rows))
         return float(defer_probs(u)), written.logprob - math.log1p(-min(others, 1 - 1e-12))
-
-    def _settle(self, run: _Run, decision: Decision) -> None:
-        """Send out what has become certain."""
-        sequence = run.sequence
-        sequence.decisions.append(decision)
-        for step in sequence.settle():
-            self.fleet.authors[step.author].usage.tokens_written += 1
-            run.known[step.author] = len(sequence.token_ids)
-            completion = sequence.completion() if sequence.finish_reason is not None else None
-            self._news.put(Emitted(sequence.number, step, completion))
 
 
 def _threshold_ahead(sequence: Sequence) -> tuple[float, int]:
@@ -313,9 +361,9 @@ def _threshold_ahead(sequence: Sequence) -> tuple[float, int]:
     return threshold, next((n for n in range(1, most) if at(start + n) != threshold), most)
 
 
-def check_local_params(params: SamplingParams) -> None:
-    """Raise a ConfigError for parameters that change or need logits."""
-    name = next((name for name in _LOCAL_ONLY if getattr(params, name) != getattr(SamplingParams(), name)), None)
+def check_local_params(params: SamplingParams, local_only: ListOf[str] = _LOCAL_ONLY) -> None:
+    """Raise a ConfigError for parameters that servers do not have."""
+    name = next((name for name in local_only if getattr(params, name) != getattr(SamplingParams(), name)), None)
     if name is not None:
         raise ConfigError(
             f"{name}={getattr(params, name)!r:.60} is not available across servers; leave it out, or decode with "
@@ -323,19 +371,10 @@ def check_local_params(params: SamplingParams) -> None:
         )
 
 
-def _check_servable(request: Request, num_authors: int) -> None:
-    """Refuse what would need more of a server than it offers."""
-    policy: Policy = request.policy
-    if not isinstance(policy, ThresholdRule | SingleAuthorPolicy):
+def check_temperature(params: SamplingParams) -> None:
+    """Raise a ConfigError for a temperature that vLLM would raise."""
+    if 0 < params.temperature < _LEAST_TEMPERATURE:
         raise ConfigError(
-            f"{policy} cannot be followed across servers, which say no more than a threshold asks; use threshold, "
-            "schedule, budget, random or single"
-        )
-    if isinstance(policy, SingleAuthorPolicy) and not 0 <= policy.writer < num_authors:
-        raise ConfigError(f"{policy} asks for author {policy.writer}, expected 0 to {num_authors - 1}")
-    check_local_params(request.params)
-    if 0 < request.params.temperature < _LEAST_TEMPERATURE:
-        raise ConfigError(
-            f"temperature is {request.params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at "
-            f"least {_LEAST_TEMPERATURE}"
+            f"temperature is {params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at least "
+            f"{_LEAST_TEMPERATURE}"
         )

@@ -25,6 +25,7 @@ from collm.vllm.note import defer_names
 from collm.vllm.servers import Servers
 
 T = TypeVar("T")
+Opened = TypeVar("Opened", bound="Connections")
 _PROBE: dict[str, Any] = {"prompt": [0], "temperature": 0, "logprobs": 0}
 _LEAST_LOGPROB = -1e3
 """Of the row of zeros; vLLM writes what was ruled out as -9999."""
@@ -38,37 +39,31 @@ def _among_tokens(likely: Likely, vocab_size: int) -> Likely:
     return [(token_id, prob / left) for token_id, prob in likely if token_id < vocab_size]
 
 
-class Fleet:
-    """The servers of base and assistants, with one pool of connections; a context manager, or `close` it.
+class Connections:
+    """Servers of base and assistants, with one pool of connections; a context manager, or `close` it.
 
     Nothing is left of one that was forgotten, either.
 
     Args:
-        servers: where they are.
-        head: of the collaboration; the base's server must hold this very one.
+        servers: where they are, and how patiently they are asked.
+        urls: of each author, the base's first.
         tokenizer: of all models.
 
     Attributes:
-        authors: an `Endpoint` for each author, the base's first.
-        defer_ids: tokens by which the base's server says that it defers, of assistants 1..K.
-        zero_id: the token whose logit is 0.
-        biases: b_1..b_K.
+        authors: an `Endpoint` for each author.
+        vocab_size: ids that all models share.
 
     Raises:
-        ConfigError: not one server for each author, or no key where one was named.
+        ConfigError: no key where one was named.
         LoadError: a server is not up in time or serves something else.
-        MismatchError: a server has another vocabulary, or the base's another head or no plug-in.
+        MismatchError: a server does not hold what the collaboration names.
     """
 
-    def __init__(self, servers: Servers, head: DeferralHead, tokenizer: PreTrainedTokenizerBase) -> None:
-        servers.check_count(head.num_assistants)
+    def __init__(self, servers: Servers, urls: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
         self.servers = servers
-        self.biases = head.bias.detach().float().tolist()
-        self._names = defer_names(head)
         vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
         self.authors = [
-            Endpoint(author_name(author, head.num_assistants), url, servers, vocab_size)
-            for author, url in enumerate(servers.urls)
+            Endpoint(author_name(author, len(urls) - 1), url, servers, vocab_size) for author, url in enumerate(urls)
         ]
         self.vocab_size = vocab_size
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S)
@@ -78,12 +73,12 @@ class Fleet:
         thread.start()
         self._ending = weakref.finalize(self, _end, self._loop, thread, self.client)
         try:
-            self.run(self._check(tokenizer))
+            self.run(self.check(tokenizer))
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(
@@ -114,16 +109,63 @@ class Fleet:
         finally:
             future.cancel()
 
+    async def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Wait for the servers and see what they hold."""
+        raise NotImplementedError
+
     def candidates(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
     ) -> list[list[Candidates]]:
         """As `decoding.candidates.top_candidates`, by the servers' log-probabilities of a prompt.
 
+        Raises:
+            ConfigError: the servers do not say.
+            ModelFailure: a server refuses, or answers with something else.
+        """
+        raise NotImplementedError
+
+    async def check_tokens(self, author: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise a MismatchError for a server that splits text into other tokens."""
+        theirs = await author.tokenize(self.client, PROBE)
+        if theirs is not None and theirs != tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
+            raise MismatchError(
+                f"{author.name} at {author.url} serves {author.model!r}, which splits a text into other tokens; "
+                "serve the model that the collaboration names"
+            )
+
+
+class Fleet(Connections):
+    """A server for each author.
+
+    Args:
+        servers: where they are.
+        head: of the collaboration; the base's server must hold this very one.
+        tokenizer: of all models.
+
+    Attributes:
+        defer_ids: tokens by which the base's server says that it defers, of assistants 1..K.
+        zero_id: the token whose logit is 0.
+        biases: b_1..b_K.
+
+    Raises:
+        ConfigError: not one server for each author, or as of `Connections`.
+        LoadError: as of `Connections`.
+        MismatchError: likewise, or the base's server has no plug-in.
+    """
+
+    def __init__(self, servers: Servers, head: DeferralHead, tokenizer: PreTrainedTokenizerBase) -> None:
+        servers.check_count(head.num_assistants)
+        self.biases = head.bias.detach().float().tolist()
+        self._names = defer_names(head)
+        super().__init__(servers, servers.urls, tokenizer)
+
+    def candidates(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
+    ) -> list[list[Candidates]]:
+        """As of `Connections`.
+
         Rows of the head that are among the base's likeliest are left out and their share with them; rarer ones stay in
         its normaliser.
-
-        Raises:
-            ModelFailure: a server refuses, or answers with something else.
         """
         if not token_ids:
             return []
@@ -136,17 +178,11 @@ class Fleet:
         said = await _together(asked)
         return [[_among_tokens(one, self.vocab_size)[:most] for one in of_author] for of_author in said]
 
-    async def _check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    async def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         deadline = time.monotonic() + self.servers.wait_s
         await _together([author.find(self.client, deadline) for author in self.authors])
-        probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         for author in self.authors:
-            theirs = await author.tokenize(self.client, PROBE)
-            if theirs is not None and theirs != probe:
-                raise MismatchError(
-                    f"{author.name} at {author.url} serves {author.model!r}, which splits a text into other tokens; "
-                    "serve the model that the collaboration names"
-                )
+            await self.check_tokens(author, tokenizer)
         base, *assistants = self.authors
         rows = [await base.tokenize(self.client, name) for name in self._names]
         if any(row is None or len(row) != 1 or row[0] < self.vocab_size for row in rows):

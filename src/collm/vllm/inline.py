@@ -22,15 +22,17 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-from collm.collaboration import CoLLM
+from collm import artefact
+from collm.core.calibration import Calibration
+from collm.core.head import DeferralHead
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.decoding.draws import Draw
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
+from collm.models.loading import load_tokenizer
 from collm.models.members import load_members
 from collm.models.runner import ModelRunner
-from collm.tools.spec import ToolSpec
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
 from collm.vllm.inline_sampling import Asking, sample
@@ -76,11 +78,8 @@ class Proposer:
         if "collaboration" not in settings:
             wanted = f'{{"{SETTINGS}": {{"collaboration": "DIR"}}}}'
             raise ConfigError(f"additional_config names no collaboration; give --additional-config '{wanted}'")
-        model = CoLLM.from_pretrained(settings["collaboration"], device=self._device)
-        check_one_assistant(model)
-        self._vocab_size = TokenizerIdentity.of(model.tokenizer).vocab_size
-        (base,) = load_members([model.base], model.tokenizer, vocab_size=self._vocab_size)
-        assert isinstance(base, LanguageModel)
+        base, head, calibration = _loaded(settings["collaboration"], self._device)
+        self._vocab_size = base.vocab_size
         longest = self._config.model_config.max_model_len
         if base.max_length is not None and base.max_length < longest:
             raise MismatchError(
@@ -90,10 +89,10 @@ class Proposer:
         runner = ModelRunner(base, cache_memory=settings.get("cache_memory"))
         runner.prepare(self._config.scheduler_config.max_num_seqs)
         runner.close(_read_a_token(runner))  # the cache takes its memory before vLLM measures what is left
-        self._head = head_digest(model.head)
-        self._default = None if model.calibration is None else ThresholdPolicy(model.threshold())
+        self._head = head_digest(head)
+        self._default = None if calibration is None else ThresholdPolicy(calibration.best().threshold)
         most = self._config.speculative_config.num_speculative_tokens + 1
-        self._drafter = Drafter(runner, model.head.to(base.device), most=most)
+        self._drafter = Drafter(runner, head.to(base.device), most=most)
 
     # After the assistant's pass
 
@@ -155,7 +154,9 @@ class Proposer:
     def _asking(self, one: Drafted, drafted: Sequence[int]) -> Asking:
         state: State = one.request
         params = state.cached.sampling_params
-        top = 0 if _wants_authors(one) else params.num_logprobs
+        top = params.num_logprobs
+        if top and _wants_authors(one):
+            top -= 1
         return Asking(state.cached, [*state.cached.output_token_ids, *drafted], state.generator, top)
 
     # Before its next pass
@@ -295,15 +296,16 @@ class Given:
     def logprobs(self) -> list[list[tuple[int, float]]]:
         """For each token its log-probability, and those beside it."""
         return [
-            [(draw.token_id, draw.logprob), *([_author(one, draw.token_id)] if self.authors else draw.top)]
+            [(draw.token_id, draw.logprob), *([_author(one, draw)] if self.authors else []), *draw.top]
             for one in self.decisions
             if (draw := one.draw) is not None
         ]
 
 
-def _author(decision: Decision, token_id: int) -> tuple[int, float]:
+def _author(decision: Decision, draw: Draw) -> tuple[int, float]:
+    taken = {draw.token_id, *(token_id for token_id, _ in draw.top)}
     defer_prob = decision.defer_prob
-    return author_token(decision.author, token_id), math.log(defer_prob) if defer_prob > 0 else -math.inf
+    return author_token(decision.author, taken), math.log(defer_prob) if defer_prob > 0 else -math.inf
 
 
 def _wants_authors(one: Drafted) -> bool:
@@ -372,14 +374,21 @@ def check_version(version: str) -> None:
         )
 
 
-def check_one_assistant(model: CoLLM) -> None:
-    """Raise a ConfigError for a collaboration that one engine cannot hold."""
-    if len(model.assistants) != 1:
-        raise ConfigError(f"one engine holds one assistant, came a collaboration with {len(model.assistants)}")
-    if isinstance(model.assistants[0], ToolSpec):
-        raise ConfigError(f"the assistant {model.assistants[0]} is a program, which vLLM does not run")
-    if model.alignment is not None:
-        raise ConfigError("base and assistant have different tokenizers, which one engine cannot follow")
+def _loaded(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
+    """Of a collaboration all but the assistant."""
+    directory = artefact.local_directory(path, None)
+    manifest = artefact.read_manifest(directory)
+    artefact.check_contained(directory)
+    if len(manifest.assistants) != 1:
+        raise ConfigError(f"one engine holds one assistant, {path} has {len(manifest.assistants)}")
+    spec = replace(artefact.base_of(manifest, directory), device=device)
+    tokenizer = load_tokenizer(spec)
+    identity = TokenizerIdentity.of(tokenizer)
+    artefact.check_tokenizer(identity, manifest, directory)
+    member = artefact.with_adapter(spec, manifest, directory)
+    (base,) = load_members([member], tokenizer, vocab_size=identity.vocab_size)
+    head = artefact.read_head(directory, manifest.head)
+    return cast(LanguageModel, base), head, artefact.read_calibration(directory)
 
 
 def _wrap_model_runner() -> None:

@@ -24,7 +24,8 @@ class Servers:
     """Addresses of vLLM servers; of an assistant any OpenAI-compatible server that takes and returns token ids.
 
     Attributes:
-        urls: what stands before "/completions", with vLLM ending in "/v1": of the base, then of the assistants 1..K.
+        urls: what stands before "/completions", with vLLM ending in "/v1": of the base, then of the assistants 1..K; or
+            a single one, of an engine that holds base and assistant.
         on_failure: what becomes of a token whose assistant cannot be asked: "fail" ends the request with an error,
             "base" lets the base write it, marked as such.
         timeout_s: longest wait for an answer, and for the next token of one.
@@ -98,6 +99,10 @@ class Servers:
         """As the file that `named` reads."""
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump({**asdict(self), "urls": list(self.urls)}), encoding="utf-8")
+
+    def are_one(self, num_assistants: int) -> bool:
+        """Whether base and assistant are in one engine."""
+        return len(self.urls) == num_assistants == 1
 
     def check_count(self, num_assistants: int) -> None:
         """Raise a ConfigError unless there is one server for each author."""
