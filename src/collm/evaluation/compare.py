@@ -129,10 +129,25 @@ def compare(
     """
     _check(items)
     asking = Asking(task, items, params or SamplingParams(), chat, max_batch, seed)
+    answers, results = _answered(systems, asking, out, progress)
+    model = systems[0].load()
+    authors = [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
+    measure, tokens = task.main_measure(items), _tokens(model, asking.solutions())
+    used = {**(settings or {}), **_settings(asking)}
+    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, used, tokens)
+    _write(out / "candidates.json", _candidates(model, asking, comparison))
+    _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
+    _write(out / "results.json", comparison.to_dict())
+    return comparison
+
+
+def _answered(
+    systems: Sequence[System], asking: Asking, out: Path, progress: Callable[[str], OnProgress] | None
+) -> tuple[dict[str, list[Answer]], list[SystemResult]]:
+    """What each system answered, and what that scored and cost, in their order."""
+    task, items = asking.task, asking.items
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
-    num_assistants = len(systems[0].load().assistants)
-    authors = [author_name(author, num_assistants) for author in range(1 + num_assistants)]
     for system in systems:
         report = progress(system.name) if progress else None
         found, model = asking.answers(system, out, rate=_rate(answers), report=report)
@@ -141,21 +156,18 @@ def compare(
         outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
         if outputs is not None:
             _write(out / "outputs" / f"{answer_path(out, system.name).stem}.json", outputs)
-    used = {
-        **(settings or {}),
+    return answers, results
+
+
+def _settings(asking: Asking) -> dict[str, Any]:
+    """How was asked, and with what."""
+    return {
         "temperature": asking.params.temperature,
-        "seed": seed,
-        "chat": chat,
-        "max_batch": max_batch,
+        "seed": asking.seed,
+        "chat": asking.chat,
+        "max_batch": asking.max_batch,
         "versions": library_versions(),
     }
-    measure = task.main_measure(items)
-    tokens = _tokens(systems[0].load(), asking.solutions())
-    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, used, tokens)
-    _write(out / "candidates.json", _candidates(systems[0].load(), asking, comparison))
-    _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
-    _write(out / "results.json", comparison.to_dict())
-    return comparison
 
 
 def _write(path: Path, content: Any) -> None:
