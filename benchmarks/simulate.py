@@ -1,10 +1,10 @@
-"""Collaborations across servers as the cost model of `collm.vllm.cost` sees them, as tables.
+"""Collaborations across servers as the cost model of `benchmarks.servers.cost` sees them, as tables.
 
 python -m benchmarks.simulate              the deferral rate from which on the assistant alone is faster, times assumed
 python -m benchmarks.simulate FILE.json    the same of measured servers, and predicted against measured times
 
-FILE.json holds "servers", for "base" and "assistant" what `collm.vllm.cost.calibrated` takes, "cores" where one machine
-runs both, and "cases", a list of
+FILE.json holds "servers", for "base" and "assistant" what `benchmarks.servers.cost.calibrated` takes, "cores" where one
+machine runs both, and "cases", a list of
 
     {"name", "completions", "tokens", "deferrals", "runs", "concurrency", "wall_s", "requests"}
 
@@ -23,11 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.servers.cost import Job, Server, alone, calibrated, collaboration, token_by_token
+from benchmarks.servers.simulation import simulate
+from benchmarks.servers.workload import Verdict, Workload, scattered, verdict
 from benchmarks.table import PREDICTIONS, table
 from collm.errors import ConfigError
-from collm.vllm.cost import Job, Server, alone, calibrated, collaboration, token_by_token
-from collm.vllm.simulation import simulate
-from collm.vllm.workload import Verdict, Workload, scattered, verdict
 
 AT_ONCE = (1, 4, 16, 64)
 ASSUMED = {"assistant": "assistant's step", "request": "a request"} | {str(n): f"{n} at once" for n in AT_ONCE}

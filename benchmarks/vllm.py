@@ -92,7 +92,7 @@ class Bench:
     # What a server takes alone
 
     def measure_servers(self) -> dict[str, Any]:
-        """By name, as `collm.vllm.cost.calibrated` reads them."""
+        """By name, as `benchmarks.servers.cost.calibrated` reads them."""
         for server in self.servers:
             self.measured[server.plan.name] = _logged(asyncio.run(self._figures(server)))
         return self.measured

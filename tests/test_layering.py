@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,19 @@ def test_imports_follow_the_order_of_the_rooms(path: Path) -> None:
         if parts[0] == "collm" and len(parts) > 1:
             is_room = parts[1] in MAY_IMPORT.keys() | BOTTOM  # else a public name of the package
             assert parts[1] in allowed or not is_room, f"{room} imports {name}"
+
+
+def test_no_files_import_each_other() -> None:
+    modules = {module_of(path): path for path in FILES}
+    graph = {
+        module: {name if name in modules else name.rpartition(".")[0] for name in imports_of(path)} - {module}
+        for module, path in modules.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises the first cycle
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_every_room_has_its_place_in_the_order() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from collm.cli.tables import comparison_tables
-from collm.evaluation.compare import Comparison, SystemResult
+from collm.evaluation.compare import Comparison
 from collm.evaluation.intervals import Interval
+from collm.evaluation.results import SystemResult
 
 USED = {"tokens_read": 1234.5, "tokens_written": 67.8, "forward_passes": 9.1, "calls": 0.0}
 NAMES = ["collaboration", "base", "assistant", "sft=/a/long/way/to/the/models/fine-tuned", "random", "threshold=0.4"]

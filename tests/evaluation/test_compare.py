@@ -18,12 +18,13 @@ from collm.core.calibration import Calibration, CalibrationPoint
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ArtefactError, ConfigError, DataError, LoadError, ModelFailure, ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, answer_path, read_answers
-from collm.evaluation.compare import Comparison, SystemResult, compare
+from collm.evaluation.compare import Comparison, compare
 from collm.evaluation.gold import gold_views
 from collm.evaluation.insights import deferred_classes, deferred_tokens, led_astray, run_lengths, token_class
 from collm.evaluation.intervals import Interval
 from collm.evaluation.page import render_page
 from collm.evaluation.reliability import reliability
+from collm.evaluation.results import SystemResult
 from collm.evaluation.run_charts import Prices, oracle_line
 from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import names_in, short_names, systems_named, thresholds_named

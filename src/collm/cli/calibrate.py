@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from collm.cli.servers import EngineOption, ServersOption, servers_named
 from collm.cli.usage import allow_none, allow_only
+
+if TYPE_CHECKING:
+    from collm.collaboration import CoLLM
+    from collm.run import DataConfig, PastRun, Validation
 
 
 def calibrate(
@@ -65,36 +71,17 @@ def calibrate(
 
     Without --data, on the rows and with the options of the run that made DIR.
     """
-    from dataclasses import replace
-
     from collm import run
-    from collm.cli.tables import calibration_table, teacher_forced_table
-    from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
     from collm.core.params import SamplingParams
     from collm.evaluation.calibration import DEFERRAL_RATES
 
     if check is not None and check_data is not None:
         raise typer.BadParameter("--check and --check-data both came; check on a share of the rows, or on others")
-    if teacher_forced:
-        generating = {"metric", "rate", "refine", "check", "check_data", "max_batch", "max_new_tokens", "stop"}
-        allow_none(context, *generating, why="--teacher-forced generates nothing")
-    chosen = {"budget", "refine", "check", "check_data", "teacher_forced"}
-    if data is None:
-        allow_only(
-            context,
-            "collaboration",
-            "device",
-            "engine",
-            "servers",
-            "trust_code",
-            *chosen,
-            why="without --data the run of DIR says the rest",
-        )
+    _check_usage(context, generates=not teacher_forced, has_data=data is not None)
     model = CoLLM.from_pretrained(
         collaboration, engine=engine, servers=servers_named(servers), device=device, trust_code=trust_code
     )
-    out = Console()
     past = None
     if data is None:
         past = run.PastRun.read(Path(collaboration).resolve().parent, trust_code=trust_code)
@@ -105,25 +92,58 @@ def calibrate(
         params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
         rows = source.rows(data, split)[:limit]
         validation = run.Validation(rows, data, metric, params, rate or DEFERRAL_RATES, max_batch=max_batch)
-    if teacher_forced:
-        curve = past.curve(model) if past else validation.curve(model)
-        out.print(teacher_forced_table(curve, budget or validation.budgets))
-        return
     validation = replace(
         validation,
         budgets=budget or validation.budgets,
         refine=validation.refine if refine is None else refine,
     )
-    held_back = None
+    if teacher_forced:
+        _show_curve(model, past or validation, validation.budgets)
+    else:
+        validation, held_back = _held_back(validation, source, check, check_data)
+        _choose(model, collaboration, validation, held_back)
+
+
+def _check_usage(context: typer.Context, *, generates: bool, has_data: bool) -> None:
+    """Wrong usage where an option would have no effect."""
+    if not generates:
+        generating = {"metric", "rate", "refine", "check", "check_data", "max_batch", "max_new_tokens", "stop"}
+        allow_none(context, *generating, why="--teacher-forced generates nothing")
+    if not has_data:
+        loading = {"collaboration", "device", "engine", "servers", "trust_code"}
+        choosing = {"budget", "refine", "check", "check_data", "teacher_forced"}
+        allow_only(context, *loading, *choosing, why="without --data the run of DIR says the rest")
+
+
+def _show_curve(model: CoLLM, rows: PastRun | Validation, budgets: Sequence[float]) -> None:
+    from collm.cli.tables import teacher_forced_table
+    from collm.cli.terminal import Console
+
+    Console().print(teacher_forced_table(rows.curve(model), budgets))
+
+
+def _held_back(
+    validation: Validation, source: DataConfig, check: float | None, check_data: str | None
+) -> tuple[Validation, Validation | None]:
+    """Rows to choose thresholds on, and others, if wanted, to check them on."""
     if check is not None:
-        validation, held_back = validation.split(check)
-    elif check_data is not None:
-        held_back = replace(validation, rows=source.rows(check_data, None), source=check_data)
+        return validation.split(check)
+    if check_data is not None:
+        return validation, replace(validation, rows=source.rows(check_data, None), source=check_data)
+    return validation, None
+
+
+def _choose(model: CoLLM, collaboration: str, validation: Validation, held_back: Validation | None) -> None:
+    """Calibrate, check, and keep in the collaboration's directory what either found, at once."""
+    from collm.cli.tables import calibration_table
+    from collm.cli.terminal import Console
+
     calibration = validation.calibrate(model)
     model.save_calibration(collaboration)
     if held_back is not None:
         calibration = held_back.check(model)
         model.save_calibration(collaboration)
+    out = Console()
     out.print(calibration_table(calibration))
     for one in calibration.checks:
         out.print(one.words(calibration.metric_name), soft_wrap=True)

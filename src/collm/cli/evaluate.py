@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from collm.cli.servers import EngineOption, ServersOption, servers_named
+
+if TYPE_CHECKING:
+    from collm.evaluation.compare import Comparison
+    from collm.evaluation.tasks.task import Task
 
 
 def evaluate(
@@ -50,31 +56,23 @@ def evaluate(
     ] = False,
 ) -> None:
     """Answer a task with the collaboration and with what it is compared to; scores, intervals and costs of each."""
-    import shlex
-    import sys
-
-    from collm.cli.tables import comparison_tables
-    from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
     from collm.core.params import SamplingParams
     from collm.core.policies import ThresholdPolicy
     from collm.errors import ConfigError
     from collm.evaluation import compare as comparing
     from collm.evaluation.systems import names_in, systems_named, thresholds_named
-    from collm.evaluation.tasks.named import task_named
-    from collm.evaluation.verdict import verdict
-    from collm.redaction import redacted_command
     from collm.training.scoring import progress_bar
 
-    options = {
-        "metric": metric,
-        "format": format_,
-        "prompt_field": prompt_field,
-        "completion_field": completion_field,
-        "max_new_tokens": max_new_tokens,
-        "stop": tuple(stop) if stop else None,
-    }
-    chosen = task_named(task, **{name: value for name, value in options.items() if value is not None})
+    chosen = _task(
+        task,
+        metric=metric,
+        format=format_,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop) if stop else None,
+    )
     items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
     model = CoLLM.from_pretrained(
         collaboration, engine=engine, servers=servers_named(servers), device=device, trust_code=trust_code
@@ -85,6 +83,7 @@ def evaluate(
         if model.calibration is None:
             raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
         names += thresholds_named(model, model.calibration, names, operating)
+    settings = {"command": _command(), "collaboration": collaboration, "data": data or chosen.source}
     with progress_bar("answering") as progress:
         found = comparing.compare(
             systems_named(model, names, ThresholdPolicy(operating)),
@@ -96,15 +95,31 @@ def evaluate(
             chat=chat,
             max_batch=max_batch,
             seed=seed,
-            settings={
-                "command": shlex.join(["collm", *redacted_command(sys.argv[1:])]),
-                "collaboration": collaboration,
-                "data": data or chosen.source,
-                "limit": limit,
-                "shots": shots,
-            },
+            settings={**settings, "limit": limit, "shots": shots},
             progress=lambda name: progress,
         )
+    _show(found, out)
+
+
+def _task(name: str, **options: Any) -> Task:
+    """By name, with the options that were given."""
+    from collm.evaluation.tasks.named import task_named
+
+    return task_named(name, **{option: value for option, value in options.items() if value is not None})
+
+
+def _command() -> str:
+    """The command line, without its secrets."""
+    from collm.redaction import redacted_command
+
+    return shlex.join(["collm", *redacted_command(sys.argv[1:])])
+
+
+def _show(found: Comparison, out: Path) -> None:
+    from collm.cli.tables import comparison_tables
+    from collm.cli.terminal import Console
+    from collm.evaluation.verdict import verdict
+
     console = Console()
     console.print(*comparison_tables(found), sep="\n")
     console.print(verdict(found.task, found.measure, found.results), markup=False)

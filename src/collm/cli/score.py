@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from collm.cli.usage import allow_only
 
 if TYPE_CHECKING:
+    from collm.models.loading import ModelSpec
     from collm.models.members import AssistantSpec
+    from collm.run import Server
     from collm.training.scores import Scores
 
 
@@ -75,52 +77,88 @@ def score(
         return
 
     from collm import run
-    from collm.cli.train import parse
     from collm.errors import ConfigError
-    from collm.tools.spec import PREFIX
 
-    if server is None and (concurrency is not None or api_key_env is not None):
-        raise ConfigError("concurrency and api_key_env have no effect without --server; leave them out")
-    served = None if server is None else run.Server(server, concurrency or 16, api_key_env)
+    served = _served(server, concurrency, api_key_env)
     if config is not None:
-        allow_only(
-            context,
-            "config",
-            "author",
-            "server",
-            "concurrency",
-            "api_key_env",
-            "trust_code",
-            why="--config says what to score",
-        )
+        of_run = ("config", "author", "server", "concurrency", "api_key_env", "trust_code")
+        allow_only(context, *of_run, why="--config says what to score")
         if author is None:
             raise typer.BadParameter("--config needs --author: base, assistant-1, ..")
-        given = ["--config", str(config), *(["--trust-code"] if trust_code else [])]
-        _report(run.score_author(*parse(given), author, server=served), None)
+        _report(_score_of_run(config, author, served, trust_code=trust_code), None)
         return
     if trust_code:
         raise ConfigError("--trust-code has no effect without --config: naming a function is consent; leave it out")
     if data is None or model is None or out is None:
         raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
-    loaded = {"dtype": dtype, "device": device, "quantization": quantization, "max_batch_tokens": max_batch_tokens}
-    of_models = {name: value for name, value in loaded.items() if value != "auto"}
-    if model.startswith(PREFIX):
-        _refuse(model, "which is no model", **of_models, server=server)
-        if tokenizer is None:
-            raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
-        base = run.parse_model(tokenizer)
-        spec: AssistantSpec = run.parse_tool(model, tool_eps, tool_seconds)
-    else:
-        _refuse(model, "which is no tool", tool_eps=tool_eps, tool_seconds=tool_seconds)
-        if server is not None:
-            _refuse(model, "which the server runs", **of_models)
-        own = run.parse_model(model, dtype=dtype, device=device, quantization=quantization)
-        base, spec = run.parse_model(tokenizer) if tokenizer else own, own
+    loading = {"dtype": dtype, "device": device, "quantization": quantization}
+    _check_effects(model, {**loading, "max_batch_tokens": max_batch_tokens}, tool_eps, tool_seconds, server)
+    spec, base = _members(model, tokenizer, loading, tool_eps, tool_seconds)
     rows = run.DataConfig(data, split, prompt_field, completion_field, template, format_, bad_rows, chat_template)
     scores = run.score_data(
         rows, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens, server=served
     )
     _report(scores, out)
+
+
+def _served(url: str | None, concurrency: int | None, api_key_env: str | None) -> Server | None:
+    """The server that scores, if any.
+
+    Raises:
+        ConfigError: an option of a server came without one.
+    """
+    from collm import run
+    from collm.errors import ConfigError
+
+    if url is not None:
+        return run.Server(url, concurrency or 16, api_key_env)
+    if concurrency is not None or api_key_env is not None:
+        raise ConfigError("concurrency and api_key_env have no effect without --server; leave them out")
+    return None
+
+
+def _score_of_run(config: Path, author: str, served: Server | None, *, trust_code: bool) -> Scores:
+    """What 'collm train --config' will ask of an author."""
+    from collm import run
+    from collm.cli.train import parse
+
+    given = ["--config", str(config), *(["--trust-code"] if trust_code else [])]
+    return run.score_author(*parse(given), author, server=served)
+
+
+def _check_effects(
+    model: str, of_models: dict[str, Any], tool_eps: float | None, tool_seconds: float | None, server: str | None
+) -> None:
+    """Raise a ConfigError for an option that has no effect with what is scored."""
+    from collm.tools.spec import PREFIX
+
+    set_of_models = {name: value for name, value in of_models.items() if value != "auto"}
+    if model.startswith(PREFIX):
+        _refuse(model, "which is no model", **set_of_models, server=server)
+        return
+    _refuse(model, "which is no tool", tool_eps=tool_eps, tool_seconds=tool_seconds)
+    if server is not None:
+        _refuse(model, "which the server runs", **set_of_models)
+
+
+def _members(
+    model: str, tokenizer: str | None, loading: dict[str, Any], tool_eps: float | None, tool_seconds: float | None
+) -> tuple[AssistantSpec, ModelSpec]:
+    """What is scored, and the base whose tokenizer and template training will use.
+
+    Raises:
+        ConfigError: a tool, and nothing says the base.
+    """
+    from collm import run
+    from collm.errors import ConfigError
+    from collm.tools.spec import PREFIX
+
+    if not model.startswith(PREFIX):
+        own = run.parse_model(model, **loading)
+        return own, run.parse_model(tokenizer) if tokenizer else own
+    if tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
+    return run.parse_tool(model, tool_eps, tool_seconds), run.parse_model(tokenizer)
 
 
 def _report(scores: Scores, out: Path | None) -> None:

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from collm.core.calibration import Calibration
-    from collm.evaluation.compare import Comparison, SystemResult
+    from collm.evaluation.compare import Comparison
     from collm.evaluation.intervals import Interval
     from collm.evaluation.report import Row
+    from collm.evaluation.results import SystemResult
     from collm.evaluation.teacher_forced import TeacherForcedCurve
     from collm.training.inspection import Inspection
 

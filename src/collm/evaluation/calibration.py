@@ -74,12 +74,27 @@ def calibrate(
     """
     if not items:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
+    _check_options(rates, budgets, guesses, refine)
+    params = params or SamplingParams()
+    measuring = _Measuring(model, items, metric, params, max_batch, on_completion)
+    points = [one.point for one in _search(measuring, rates, budgets, guesses, refine)]
+    points.sort(key=lambda point: (point.deferral_rate, -point.threshold))
+    used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
+    model.calibration = Calibration(points, metric, len(items), used, sorted(set(budgets)))
+    return model.calibration
+
+
+def _check_options(rates: Sequence[float], budgets: Sequence[float], guesses: Sequence[float], refine: int) -> None:
     check_rates([*rates, *budgets])
     for guess in guesses:
         check_threshold(guess)
     check_refine(refine)
-    params = params or SamplingParams()
-    measuring = _Measuring(model, items, metric, params, max_batch, on_completion)
+
+
+def _search(
+    measuring: _Measuring, rates: Sequence[float], budgets: Sequence[float], guesses: Sequence[float], refine: int
+) -> list[_Measured]:
+    """The base alone, the thresholds for the rates, and those around the best ones."""
     aims = [1.0, *budgets]
     more = refine * len(aims)
     measuring.expect(1 + len(_thresholds([EVEN_ODDS], rates, guesses)) + more)
@@ -88,16 +103,18 @@ def calibrate(
     measuring.expect(1 + len(thresholds) + more)
     measured = [alone, *(measuring.at(threshold) for threshold in thresholds)]
     for aim in aims:
-        for _ in range(refine):
-            threshold = _between(measured, aim)
-            if threshold is None:
-                break
-            measured.append(measuring.at(threshold))
+        _refine(measuring, measured, aim, refine)
     measuring.expect(len(measured))
-    used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
-    points = sorted((one.point for one in measured), key=lambda point: (point.deferral_rate, -point.threshold))
-    model.calibration = Calibration(points, metric, len(items), used, sorted(set(budgets)))
-    return model.calibration
+    return measured
+
+
+def _refine(measuring: _Measuring, measured: list[_Measured], budget: float, count: int) -> None:
+    """Add at most so many thresholds around the best one within the budget."""
+    for _ in range(count):
+        threshold = _between(measured, budget)
+        if threshold is None:
+            break
+        measured.append(measuring.at(threshold))
 
 
 def check_on(

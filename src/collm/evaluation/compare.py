@@ -13,44 +13,19 @@ from collm.artefact import library_versions
 from collm.atomic import atomic_file
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
-from collm.core.types import ModelUsage, deferral_rate
+from collm.core.types import deferral_rate
 from collm.errors import DataError
-from collm.evaluation.answers import Answer, Answers, answer_path
+from collm.evaluation.answers import Answer, answer_path
 from collm.evaluation.asking import Asking, OnProgress
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.insights import shown
-from collm.evaluation.intervals import Interval, paired_difference
 from collm.evaluation.reliability import reliability
+from collm.evaluation.results import SystemResult, result_of
 from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
 from collm.models.members import author_name
 from collm.training.data import Row
-
-
-@dataclass(frozen=True)
-class SystemResult:
-    """One system's row.
-
-    Attributes:
-        measures: of the task, each with its 95 % interval.
-        difference: of the main measure, this system's minus the collaboration's, item by item; None for itself.
-        deferral_rate: share of the generated tokens that assistants wrote.
-        models: by model, per item: tokens read and written, forward passes, calls of a program.
-        flops: per item, estimated as 2 x parameters (without the input embedding) x tokens read, summed over models.
-        tokens_per_s: generated tokens per second of batches of `max_batch`.
-        seconds: mean time per item from the start of its batch to its last token.
-    """
-
-    name: str
-    num_items: int
-    measures: dict[str, Interval]
-    difference: Interval | None
-    deferral_rate: float
-    models: dict[str, dict[str, float]]
-    flops: float
-    tokens_per_s: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -129,33 +104,45 @@ def compare(
     """
     _check(items)
     asking = Asking(task, items, params or SamplingParams(), chat, max_batch, seed)
+    answers, results = _answered(systems, asking, out, progress)
+    model = systems[0].load()
+    authors = [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
+    measure, tokens = task.main_measure(items), _tokens(model, asking.solutions())
+    used = {**(settings or {}), **_settings(asking)}
+    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, used, tokens)
+    _write(out / "candidates.json", _candidates(model, asking, comparison))
+    _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
+    _write(out / "results.json", comparison.to_dict())
+    return comparison
+
+
+def _answered(
+    systems: Sequence[System], asking: Asking, out: Path, progress: Callable[[str], OnProgress] | None
+) -> tuple[dict[str, list[Answer]], list[SystemResult]]:
+    """What each system answered, and what that scored and cost, in their order."""
+    task, items = asking.task, asking.items
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
-    num_assistants = len(systems[0].load().assistants)
-    authors = [author_name(author, num_assistants) for author in range(1 + num_assistants)]
     for system in systems:
         report = progress(system.name) if progress else None
         found, model = asking.answers(system, out, rate=_rate(answers), report=report)
         answers[system.name] = [found.items[item.id] for item in items]
-        results.append(_result(system, model, task, items, answers, found))
+        results.append(result_of(system, model, task, items, answers, found))
         outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
         if outputs is not None:
             _write(out / "outputs" / f"{answer_path(out, system.name).stem}.json", outputs)
-    used = {
-        **(settings or {}),
+    return answers, results
+
+
+def _settings(asking: Asking) -> dict[str, Any]:
+    """How was asked, and with what."""
+    return {
         "temperature": asking.params.temperature,
-        "seed": seed,
-        "chat": chat,
-        "max_batch": max_batch,
+        "seed": asking.seed,
+        "chat": asking.chat,
+        "max_batch": asking.max_batch,
         "versions": library_versions(),
     }
-    measure = task.main_measure(items)
-    tokens = _tokens(systems[0].load(), asking.solutions())
-    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, used, tokens)
-    _write(out / "candidates.json", _candidates(systems[0].load(), asking, comparison))
-    _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
-    _write(out / "results.json", comparison.to_dict())
-    return comparison
 
 
 def _write(path: Path, content: Any) -> None:
@@ -200,62 +187,3 @@ def _check(items: Sequence[TaskItem]) -> None:
 def _rate(answers: Mapping[str, Sequence[Answer]]) -> float:
     """The collaboration's deferral rate, once it has answered."""
     return deferral_rate([author for answer in answers.get(COLLABORATION, ()) for author in answer.authors])
-
-
-def _result(
-    system: System,
-    model: CoLLM,
-    task: Task,
-    items: Sequence[TaskItem],
-    answers: Mapping[str, Sequence[Answer]],
-    found: Answers,
-) -> SystemResult:
-    mine = answers[system.name]
-    measured = sum(len(batch.ids) for batch in found.batches)
-    tokens = {name: _per_item(used, measured) for name, used in _usage(found).items()}
-    by_batch = {id_ for batch in found.batches for id_ in batch.ids}
-    written = sum(len(answer.authors) for answer in mine if answer.id in by_batch)
-    return SystemResult(
-        name=system.name,
-        num_items=len(items),
-        measures=task.aggregate([(item, one.text, one.scores) for item, one in zip(items, mine, strict=True)]),
-        difference=None
-        if system.name == COLLABORATION
-        else _difference(task.main_measure(items), mine, answers[COLLABORATION]),
-        deferral_rate=deferral_rate([author for answer in mine for author in answer.authors]),
-        models={system.called.get(name, name): used for name, used in tokens.items()},
-        flops=sum(_flops(model, name) * used["tokens_read"] for name, used in tokens.items()),
-        tokens_per_s=written / max(sum(batch.seconds for batch in found.batches), 1e-9),
-        seconds=sum(answer.seconds for answer in mine) / len(mine),
-    )
-
-
-def _usage(found: Answers) -> dict[str, ModelUsage]:
-    """By model, over all batches; without models that did nothing, such as the assistant of a model alone."""
-    total: dict[str, ModelUsage] = {}
-    for batch in found.batches:
-        for name, used in batch.usage.items():
-            before = total.get(name, ModelUsage())
-            total[name] = ModelUsage(*(getattr(before, key) + value for key, value in asdict(used).items()))
-    return {name: used for name, used in total.items() if any(asdict(used).values())}
-
-
-def _per_item(used: ModelUsage, items: int) -> dict[str, float]:
-    kept = ("tokens_read", "tokens_written", "forward_passes", "calls")
-    return {name: getattr(used, name) / max(items, 1) for name in kept}
-
-
-def _flops(model: CoLLM, name: str) -> float:
-    """Per token read: two for each weight but those of the input embedding."""
-    author = [runner.name for runner in model.runners].index(name)
-    return 2.0 * model.backend.weights_per_token(author)
-
-
-def _difference(measure: str | None, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:
-    """Over the items that have the main measure."""
-    pairs = [
-        (one.scores[measure], other.scores[measure])
-        for one, other in zip(mine, theirs, strict=True)
-        if measure is not None and measure in one.scores and measure in other.scores
-    ]
-    return paired_difference(*map(list, zip(*pairs, strict=True))) if pairs else None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
 
 if TYPE_CHECKING:
-    from collm.evaluation.compare import SystemResult
     from collm.evaluation.intervals import Interval
+    from collm.evaluation.results import SystemResult
 
 
 def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> str:

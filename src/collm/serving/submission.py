@@ -6,16 +6,13 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from collm.core.types import TokenStep
 from collm.decoding.engine import Emitted
 from collm.decoding.request import Request
 from collm.errors import CollmError
 from collm.serving.refusals import Refusal, of_failure
-
-if TYPE_CHECKING:
-    from collm.serving.worker import Worker
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,6 +26,18 @@ class News:
     finish_reason: str | None
 
 
+class Owner(Protocol):
+    """Who decodes a submission, under the name of the collaboration."""
+
+    name: str
+
+    def drop(self, submission: Submission) -> None:
+        """Forget what is unfinished of a submission."""
+
+    def finish(self, submission: Submission) -> None:
+        """One more request of it is finished."""
+
+
 class Submission:
     """Requests that came together and end together. All methods are for the event loop's thread.
 
@@ -37,10 +46,10 @@ class Submission:
         unfinished: how many still run or wait.
     """
 
-    def __init__(self, requests: Sequence[Request], worker: Worker) -> None:
+    def __init__(self, requests: Sequence[Request], owner: Owner) -> None:
         self.requests = requests
         self.unfinished = len(requests)
-        self._worker = worker
+        self._owner = owner
         self._news: list[News] = []
         self._failure: Refusal | None = None
         self._arrived = asyncio.Event()
@@ -69,7 +78,7 @@ class Submission:
     def close(self) -> None:
         """Nobody waits for the rest."""
         if self.unfinished:
-            self._worker.drop(self)
+            self._owner.drop(self)
 
     def hear(self, index: int, emitted: Emitted) -> None:
         """Take what the engine says of a request."""
@@ -83,10 +92,10 @@ class Submission:
         self._news.append(News(index, emitted.step, finish_reason))
         self._arrived.set()
         if finish_reason is not None:
-            self._worker.finish(self)
+            self._owner.finish(self)
 
     def _failed(self, failure: CollmError) -> None:
         refusal = of_failure(failure)
         if refusal.status >= 500:
-            _LOG.error("a request to %s failed: %s", self._worker.name, failure, exc_info=failure)
+            _LOG.error("a request to %s failed: %s", self._owner.name, failure, exc_info=failure)
         self.fail(refusal)

@@ -109,24 +109,43 @@ def write_scores(
     store = _store(out_dir, header, examples)
     store.begin()
     mine = list(enumerate(store.shards))[process::num_processes]
-    total = sum(len(examples[index].token_ids) - 1 for _, indices in mine for index in indices)
+    advance = _advancing(examples, [index for _, indices in mine for index in indices], progress)
+    stops = [_fill_shard(model, examples, store, shard, max_batch_tokens, advance) for shard, _ in mine]
+    _check_stops(model.name, [one for one in stops if one is not None])
+
+
+def _advancing(
+    examples: Sequence[Example], indices: Sequence[int], progress: OnProgress | None
+) -> Callable[[Sequence[int]], None]:
+    """To be called with examples that are done: reports the tokens done so far of all that are to be done."""
+    total = sum(len(examples[index].token_ids) - 1 for index in indices)
     done = 0
 
-    def advance(indices: Sequence[int]) -> None:
+    def advance(some: Sequence[int]) -> None:
         nonlocal done
-        done += sum(len(examples[index].token_ids) - 1 for index in indices)
+        done += sum(len(examples[index].token_ids) - 1 for index in some)
         if progress is not None:
             progress(done, total)
 
-    stops: list[Tensor] = []
-    for shard, indices in mine:
-        if _is_whole(store, shard):
-            advance(indices)
-        else:
-            found, stopping = _score_shard(model, examples, indices, max_batch_tokens, advance, hidden_states)
-            store.write(shard, *found)
-            stops += [] if stopping is None else [stopping]
-    _check_stops(model.name, stops)
+    return advance
+
+
+def _fill_shard(
+    model: Scored,
+    examples: Sequence[Example],
+    store: ScoreStore,
+    shard: int,
+    max_batch_tokens: int | None,
+    advance: Callable[[Sequence[int]], None],
+) -> Tensor | None:
+    """Score a shard unless it is whole; of segments, how likely their author stops behind each that was scored."""
+    indices = store.shards[shard]
+    if _is_whole(store, shard):
+        advance(indices)
+        return None
+    found, stops = _score_shard(model, examples, indices, max_batch_tokens, advance, store.header.hidden_states)
+    store.write(shard, *found)
+    return stops
 
 
 def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> list[Tensor]:

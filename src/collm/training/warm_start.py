@@ -87,10 +87,7 @@ def warm_start(
     targets = torch.cat([labels.of(index) for index in chosen])[:max_tokens].to(base.device)
     if not (targets != 0).any():
         raise DataError(f"the warm start finds no positive among the {len(targets)} tokens it reads; {labels.report()}")
-    if hidden is not None:
-        features = torch.cat([hidden.of(index) for index in chosen])[:max_tokens].to(base.device, torch.float32)
-    else:
-        features = _read_features(base, examples, chosen, max_batch_tokens, progress)[:max_tokens]
+    features = _features(base, examples, chosen, hidden, max_batch_tokens, progress)[:max_tokens]
     mean, scale = _standardise(features)
     cut = sum(len(labels.of(index)) for index in chosen[: round((1 - HELD_OUT) * len(chosen))])
     trial = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
@@ -141,6 +138,20 @@ def _choose(labels: Labels, max_tokens: int, seed: int) -> list[int]:
     return chosen
 
 
+def _features(
+    base: LanguageModel,
+    examples: Sequence[Example],
+    chosen: Sequence[int],
+    hidden: HiddenStates | None,
+    max_batch_tokens: int | None,
+    progress: OnProgress | None,
+) -> Tensor:
+    """What the head reads at the target positions of the chosen examples, in their order: fp32, shape (M, H)."""
+    if hidden is None:
+        return _read_features(base, examples, chosen, max_batch_tokens, progress)
+    return torch.cat([hidden.of(index) for index in chosen]).to(base.device, torch.float32)
+
+
 def _read_features(
     base: LanguageModel,
     examples: Sequence[Example],
@@ -148,7 +159,7 @@ def _read_features(
     max_batch_tokens: int | None,
     progress: OnProgress | None,
 ) -> Tensor:
-    """Hidden states at the target positions of the chosen examples, in their order: fp32, shape (M, H)."""
+    """Run the base for them, in batches by length."""
     shifted = [shift(examples[index]) for index in chosen]
     counts = [int(one.mask.sum()) for one in shifted]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()

@@ -6,10 +6,10 @@ import math
 import random
 from dataclasses import dataclass, replace
 
+from benchmarks.servers.cost import Server, alone, collaboration
+from benchmarks.servers.simulation import Outcome, simulate
 from collm.core.types import BASE
 from collm.errors import ConfigError
-from collm.vllm.cost import Server, alone, collaboration
-from collm.vllm.simulation import Outcome, simulate
 
 
 def scattered(tokens: int, deferrals: int, runs: int, rng: random.Random) -> list[int]:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from benchmarks.servers.cost import Call, Job, Server
 from collm.errors import ConfigError
-from collm.vllm.cost import Call, Job, Server
 
 
 @dataclass(frozen=True)

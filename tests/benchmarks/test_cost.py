@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import simulate as page
+from benchmarks.servers.cost import Call, Job, Server, alone, calibrated, collaboration, seconds, token_by_token
+from benchmarks.servers.simulation import simulate
+from benchmarks.servers.workload import Verdict, Workload, scattered, verdict
 from collm.errors import ConfigError
-from collm.vllm.cost import Call, Job, Server, alone, calibrated, collaboration, seconds, token_by_token
-from collm.vllm.simulation import simulate
-from collm.vllm.workload import Verdict, Workload, scattered, verdict
 
 ROOT = Path(__file__).parents[2]
 SOME_S = st.floats(0.001, 10)
