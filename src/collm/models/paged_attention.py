@@ -10,6 +10,8 @@ Shapes: B rows (sequences), W queries per row, T = B * W, H heads, H_kv key head
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,46 +20,6 @@ from torch import Tensor
 BLOCK_N = 32
 """Keys that a program loads at once."""
 MOST_SPLITS = 32
-
-
-@triton.jit
-def _first_key(position, window, chunk):
-    """The first key that any of the queries may see."""
-    first = tl.min(tl.where(position < 0, 2147483647, position))
-    start = tl.where(window > 0, tl.maximum(first - window + 1, 0), 0)
-    return tl.where(chunk > 0, first // tl.maximum(chunk, 1) * chunk, start)
-
-
-@triton.jit
-def _blocks(start, end, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A split's blocks of the keys from `start` to before `end`: its first, and the first behind it."""
-    begin = start // BLOCK_N
-    blocks = tl.cdiv(end, BLOCK_N) - begin
-    share = tl.cdiv(blocks, SPLITS)
-    return begin + split * share, tl.minimum(begin + (split + 1) * share, begin + blocks)
-
-
-@triton.jit
-def _capped(scores, softcap):
-    """softcap * tanh(scores / softcap)."""
-    scaled = scores / softcap
-    return softcap * (1 - 2 / (tl.exp(2 * scaled) + 1))
-
-
-@triton.jit
-def _sees(position, place, held, window, chunk):
-    """Whether a query sees a key; their shapes broadcast."""
-    seen = (place <= position) & held
-    seen = seen & ((window <= 0) | (place > position - window))
-    return seen & ((chunk <= 0) | (place >= position // tl.maximum(chunk, 1) * chunk))
-
-
-@triton.jit
-def _weigh(scores, best):
-    """The highest scores so far, the weights of the new ones, and what is kept of the weights before them."""
-    higher = tl.maximum(best, tl.max(scores, 1))
-    safe = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet
-    return higher, tl.exp(scores - safe[:, None]), tl.exp(best - safe)
 
 
 @triton.jit
@@ -81,9 +43,14 @@ def _attend_split(
     real = member < WIDTH * GROUP
     position = tl.load(positions + token, mask=real, other=-1)  # -1: padding, sees nothing
     end = tl.max(position) + 1
+    first = tl.min(tl.where(position < 0, 2147483647, position))
     window = tl.load(mask_kind)
     chunk = tl.load(mask_kind + 1)
-    first, beyond = _blocks(_first_key(position, window, chunk), end, split, SPLITS, BLOCK_N)
+    start = tl.where(window > 0, tl.maximum(first - window + 1, 0), 0)
+    start = tl.where(chunk > 0, first // tl.maximum(chunk, 1) * chunk, start)
+    begin = start // BLOCK_N
+    blocks = tl.cdiv(end, BLOCK_N) - begin
+    share = tl.cdiv(blocks, SPLITS)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_V)
     queries = tl.load(
@@ -94,7 +61,7 @@ def _attend_split(
     best = tl.full([BLOCK_M], -float("inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for block in range(first, beyond):
+    for block in range(begin + split * share, tl.minimum(begin + (split + 1) * share, begin + blocks)):
         places = block * BLOCK_N + tl.arange(0, BLOCK_N)
         held = places < end
         page = tl.load(table + slot * table_slot + places // PAGE, mask=held, other=0).to(tl.int64)
@@ -105,15 +72,23 @@ def _attend_split(
         )  # fmt: skip
         scores = tl.dot(queries, keys, input_precision="ieee") * scale
         if SOFTCAP:
-            scores = _capped(scores, softcap)
-        seen = _sees(position[:, None], places[None, :], held[None, :], window, chunk)
-        best, weights, kept = _weigh(tl.where(seen, scores, -float("inf")), best)
+            scaled = scores / softcap
+            scores = softcap * (1 - 2 / (tl.exp(2 * scaled) + 1))  # tanh
+        seen = (places[None, :] <= position[:, None]) & held[None, :]
+        seen = seen & ((window <= 0) | (places[None, :] > position[:, None] - window))
+        seen = seen & ((chunk <= 0) | (places[None, :] >= position[:, None] // tl.maximum(chunk, 1) * chunk))
+        scores = tl.where(seen, scores, -float("inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        safe = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet
+        weights = tl.exp(scores - safe[:, None])
+        kept = tl.exp(best - safe)
         values = tl.load(
             value + at[:, None] * value_position + kv_head * value_head + dims_v[None, :],
             mask=held[:, None] & (dims_v[None, :] < DIM_V), other=0.0,
         )  # fmt: skip
         weight = weight * kept + tl.sum(weights, 1)
         attended = attended * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        best = higher
     place = (token * HEADS + head) * SPLITS + split
     tl.store(highest + place, best, mask=real)
     tl.store(total + place, weight, mask=real)
@@ -190,31 +165,20 @@ def paged_attention(
     splits = _splits(rows * tiles * kv_heads, query.device)
     partial = query.new_empty(tokens, heads, splits, dim_v, dtype=torch.float32)
     highest, total = (query.new_empty(tokens, heads, splits, dtype=torch.float32) for _ in range(2))
+    output = query.new_empty(tokens, heads, dim_v)
+    blocks: dict[str, Any] = {"HEADS": heads, "DIM_V": dim_v, "BLOCK_V": max(16, triton.next_power_of_2(dim_v))}
     _attend_split[(rows * tiles, kv_heads, splits)](
         query, key, value, table, slots, positions, mask_kind, partial, highest, total, scale, softcap or 0.0,
         query.stride(0), query.stride(1), key.stride(1), key.stride(2), value.stride(1), value.stride(2),
-        table.stride(0), WIDTH=width, GROUP=group, TILES=tiles, SPLITS=splits, PAGE=page, HEADS=heads, DIM=dim,
-        DIM_V=dim_v, BLOCK_D=_block(dim), BLOCK_V=_block(dim_v), BLOCK_M=block_m, BLOCK_N=BLOCK_N,
-        SOFTCAP=softcap is not None,
+        table.stride(0), WIDTH=width, GROUP=group, TILES=tiles, SPLITS=splits, PAGE=page, DIM=dim,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m, BLOCK_N=BLOCK_N, SOFTCAP=softcap is not None,
+        **blocks,
     )  # fmt: skip
-    return _joined(partial, highest, total, sinks, query.dtype)
-
-
-def _joined(partial: Tensor, highest: Tensor, total: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What all heads attended to, from their splits."""
-    tokens, heads, splits, dim_v = partial.shape
-    output = partial.new_empty(tokens, heads, dim_v, dtype=dtype)
     _join_splits[(tokens * heads,)](
         partial, highest, total, output if sinks is None else sinks, output, SPLITS=splits,
-        BLOCK_S=triton.next_power_of_2(splits), HEADS=heads, DIM_V=dim_v, BLOCK_V=_block(dim_v),
-        SINKS=sinks is not None,
+        BLOCK_S=triton.next_power_of_2(splits), SINKS=sinks is not None, **blocks,
     )  # fmt: skip
     return output
-
-
-def _block(size: int) -> int:
-    """Of a dimension: a power of two, and as many as a product of matrices takes."""
-    return max(16, int(triton.next_power_of_2(size)))
 
 
 def _splits(programs: int, device: torch.device) -> int:
