@@ -113,7 +113,28 @@ ENDS = {
 }
 SPEED = {"tokenizers": "tokenizers", "batch_1": "batch 1", "batch_16": "batch 16"}
 CACHE = {"batch": "batch", "longest_prompt": "longest prompt", "held_over_needed": "held / needed"}
+WAYS = {
+    "way": "served as",
+    "deferral_rate": "deferral rate",
+    "batch": "at once",
+    "tokens_per_second": "tokens/s",
+    "speed_vs_assistant": "vs assistant alone",
+}
+FORECAST = {
+    "pair": "bfloat16, one H100",
+    "deferral_rate": "deferral rate",
+    "base_ms": "base's step, ms",
+    "assistant_ms": "assistant's, ms",
+    "best_passes": "best number of passes",
+    "forecast_vs_assistant": "vs assistant alone",
+}
 PARTS = [
+    ("ways", "Tokens per second, each way with all threads:", WAYS),
+    (
+        "forecast",
+        "What a round would give on a GPU that is bound by reading weights (arithmetic, not measured):",
+        FORECAST,
+    ),
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
     ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
     ("throughput", "Over HTTP against the same engine without it, the same requests:", THROUGHPUT),

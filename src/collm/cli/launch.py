@@ -17,6 +17,7 @@ from collm.errors import ConfigError
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
     from collm.vllm.launch import ServerPlan
+    from collm.vllm.servers import Servers
 
 NOT_HERE = {
     "--device": "device",
@@ -51,27 +52,53 @@ def launch(
         Literal["fail", "base"],
         typer.Option(help="Where an assistant cannot be asked: fail the request, or let the base write, marked so."),
     ] = "fail",
+    separate: Annotated[
+        bool, typer.Option("--separate", help="A server for each model. Default: one for both, if there are two.")
+    ] = False,
 ) -> None:
-    """Start vLLM servers of base and assistants, wait for them, serve; on Ctrl-C or SIGTERM take all down.
+    """Start vLLM with the collaboration, wait for it, serve; on Ctrl-C or SIGTERM take all down.
 
-    What is not listed here goes to 'collm serve': --port, --api-key, --max-batch and so on.
+    A base and one assistant are put into one engine, more assistants get a server each. What is not listed here goes to
+    'collm serve': --port, --api-key, --max-batch and so on.
     """
     serve.check_extra()
     from collm.serving.run import log_as_json
-    from collm.vllm.launch import check_python, launched
-    from collm.vllm.servers import Servers
+    from collm.vllm.placement import fits_in_one, one_engine
 
     log_as_json()
     serving = _serve_command(collaboration, context.args)
-    python = check_python(vllm_python or sys.executable)
     directory = work or Path(f"{Path(collaboration).resolve().name}-vllm")
-    flags = [shlex.split(base_flags), shlex.split(assistant_flags)]
-    plans = _plans(collaboration, directory, flags, serving.params["max_batch"], max_model_len)
-    with _terminated_as_interrupted(), launched(plans, python, directory / "logs", wait_s=wait) as running:
-        servers = Servers([server.url for server in running], on_failure=on_failure)
-        servers.write(directory / "servers.yaml")
-        serving.params["servers"] = [str(directory / "servers.yaml")]
-        serving.command.invoke(serving)
+    python, flags = vllm_python or sys.executable, shlex.split(assistant_flags)
+    max_batch = serving.params["max_batch"]
+    if separate or not fits_in_one(collaboration):
+        with _terminated_as_interrupted():
+            plans = _plans(collaboration, directory, [shlex.split(base_flags), flags], max_batch, max_model_len)
+            with _servers_of_each(plans, python, directory, wait, on_failure) as servers:
+                _serve(serving, servers, directory)
+        return
+    if base_flags or on_failure != "fail":
+        given = "--base-flags" if base_flags else "--on-failure"
+        raise ConfigError(f"{given} has no effect on one engine; leave it out, or give --separate")
+    options: dict[str, Any] = {"python": python, "max_batch": max_batch, "max_length": max_model_len, "wait_s": wait}
+    with _terminated_as_interrupted(), one_engine(collaboration, directory / "logs", flags=flags, **options) as servers:
+        _serve(serving, servers, directory)
+
+
+def _serve(serving: Any, servers: Servers, directory: Path) -> None:
+    servers.write(directory / "servers.yaml")
+    serving.params["servers"] = [str(directory / "servers.yaml")]
+    serving.command.invoke(serving)
+
+
+@contextmanager
+def _servers_of_each(
+    plans: Sequence[ServerPlan], python: str, directory: Path, wait: float, on_failure: Literal["fail", "base"]
+) -> Iterator[Servers]:
+    from collm.vllm.launch import check_python, launched
+    from collm.vllm.servers import Servers
+
+    with launched(plans, check_python(python), directory / "logs", wait_s=wait) as running:
+        yield Servers([server.url for server in running], on_failure=on_failure)
 
 
 def _serve_command(collaboration: str, arguments: list[str]) -> Any:

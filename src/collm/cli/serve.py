@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,7 +90,26 @@ def serve(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
     options |= {"engine": engine, "cache_memory": cache_memory}
     where = [servers_named(one) for one in servers] if servers else [None] * len(collaborations)
-    run(_models(collaborations, where, options), settings, host=host, port=port, no_auth=no_auth)
+    with _engine_of(collaborations, max_batch) if engine == "vllm" and not servers else nullcontext() as started:
+        models = _models(collaborations, where if started is None else [started], options)
+        run(models, settings, host=host, port=port, no_auth=no_auth)
+
+
+@contextmanager
+def _engine_of(collaborations: list[str], max_batch: int) -> Iterator[Servers]:
+    """An engine of vLLM with the collaboration, in a process of its own.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    from collm.vllm.placement import one_engine
+
+    if len(collaborations) > 1:
+        raise ConfigError("one engine holds one collaboration; give --servers to serve several")
+    path = collaborations[0].rpartition("=")[2]
+    logs = Path(f"{Path(path).resolve().name}-vllm") / "logs"
+    with one_engine(path, logs, max_batch=max_batch) as servers:
+        yield servers
 
 
 def settings_of(options: Mapping[str, Any]) -> Settings:

@@ -152,6 +152,24 @@ def check_python(python: str) -> str:
     return python
 
 
+def check_engine_python(python: str) -> str:
+    """The interpreter, if one engine can run there.
+
+    Raises:
+        ConfigError: it lacks vLLM, the plug-in or what collm needs, or has another version of vLLM.
+    """
+    code = "import vllm; from collm.vllm.inline import check_version; check_version(vllm.__version__)"
+    check_python(python)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ConfigError(
+            f"{python} cannot run base and assistant in one engine: {said}; 'pip install --no-deps collm accelerate' "
+            "beside vLLM gives what it needs"
+        )
+    return python
+
+
 @contextmanager
 def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: float) -> Iterator[list[ServerProcess]]:
     """Servers, up while the block runs. Those on one GPU start one by one, since each measures what is free.

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
 
+from collm import artefact
 from collm.errors import ConfigError
 from collm.models.loading import ModelSpec, empty_model
 from collm.models.names import names_gguf
-from collm.vllm.launch import ServerPlan
+from collm.vllm import PROPOSER, SETTINGS
+from collm.vllm.launch import ServerPlan, check_engine_python, launched
+from collm.vllm.servers import Servers
 
 USABLE = 0.9
 """Share of a device's memory that servers may take."""
 OVERHEAD_BYTES = 2 << 30
 """For a server's activations, CUDA graphs and libraries; of a CPU, its interpreter."""
+DRAFTS = 12
+"""Most tokens that the base of one engine writes before the assistant reads them."""
 BLOCK_TOKENS = 32
 """Tokens a sequence may leave unused in its last block of the cache; CPU builds take multiples of 32."""
 
@@ -142,9 +151,121 @@ class Device:
         return [*flags, "--tensor-parallel-size", str(len(self.gpus)), "--gpu-memory-utilization", share]
 
 
+def fits_in_one(collaboration: str) -> bool:
+    """Whether it has one assistant, and that is a language model.
+
+    Raises:
+        ArtefactError: there is no collaboration.
+    """
+    manifest = artefact.read_manifest(artefact.local_directory(collaboration, None))
+    return len(manifest.assistants) == 1 and isinstance(manifest.assistants[0], ModelSpec)
+
+
+def placed_in_one(
+    collaboration: str,
+    machine: Machine,
+    *,
+    max_batch: int,
+    max_length: int | None = None,
+    drafts: int = DRAFTS,
+    flags: Sequence[str] = (),
+) -> ServerPlan:
+    """One server that holds base and assistant (`inline`) on all GPUs, or all threads, of a machine.
+
+    Both models keep what they have read, so each gets memory for as many tokens. The base is on the first GPU.
+
+    Args:
+        collaboration: a directory or Hub name.
+        max_batch, max_length: as of `placed`.
+        drafts: most tokens that the base writes before the assistant reads them.
+        flags: of vLLM, after the others.
+
+    Raises:
+        ArtefactError: there is no collaboration.
+        ConfigError: it does not fit in one engine, or as of `placed`.
+        LoadError: as of `placed`.
+    """
+    if not fits_in_one(collaboration):
+        raise ConfigError(
+            f"one engine holds a base and one language model as its assistant, and {collaboration} has other "
+            "assistants; use a server for each of them ('collm launch'), or engine 'local'"
+        )
+    directory = artefact.local_directory(collaboration, None)
+    manifest = artefact.read_manifest(directory)
+    assistant = Served("assistant", cast(ModelSpec, artefact.placed(manifest.assistants[0], directory)), flags)
+    sizes = [Footprint.of(artefact.base_of(manifest, directory)), Footprint.of(assistant.spec)]
+    (device,) = machine.devices(1)
+    length = max_length or min(8192, *(size.max_length for size in sizes))
+    tokens = _kv_tokens(sizes, device, assistant.name, max_batch=max_batch, length=length)
+    own = {"collaboration": str(directory), "cache_memory": tokens * sizes[0].kv_per_token}
+    proposer = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": drafts}
+    flags = [
+        *_flags(assistant, sizes[1], device, tokens, max_batch=max_batch, length=length),
+        *("--speculative-config", json.dumps(proposer)),
+        *("--additional-config", json.dumps({SETTINGS: own})),
+        *assistant.flags,
+    ]
+    environment = {**device.environment, "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    return ServerPlan(assistant.name, assistant.spec.path, flags, environment)
+
+
+@contextmanager
+def one_engine(
+    collaboration: str | Path,
+    logs: Path,
+    *,
+    python: str = sys.executable,
+    max_batch: int = 16,
+    max_length: int | None = None,
+    wait_s: float = 900.0,
+    flags: Sequence[str] = (),
+) -> Iterator[Servers]:
+    """Start one engine of vLLM with a collaboration on this machine; the block can connect to it.
+
+        with one_engine("my-run/collaboration", Path("logs")) as servers:
+            model = CoLLM.from_pretrained("my-run/collaboration", servers=servers)
+
+    Args:
+        collaboration: a directory or Hub name.
+        logs: directory for what vLLM prints.
+        python: the interpreter that has vLLM and collm.
+        max_batch: most requests that run at once.
+        max_length, flags: as of `placed_in_one`.
+        wait_s: longest time until it is up.
+
+    Raises:
+        ArtefactError, ConfigError, LoadError: as of `placed_in_one`, and of `check_engine_python` and `launched`.
+    """
+    plan = placed_in_one(str(collaboration), Machine.this(), max_batch=max_batch, max_length=max_length, flags=flags)
+    with launched([plan], check_engine_python(python), logs, wait_s=wait_s) as running:
+        yield Servers([running[0].url])
+
+
+def _kv_tokens(sizes: Sequence[Footprint], device: Device, name: str, *, max_batch: int, length: int) -> int:
+    """Tokens for which the models that share a device can hold keys and values, at least one sequence."""
+    tokens = kv_tokens(sizes, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
+    if tokens < length + BLOCK_TOKENS:
+        raise ConfigError(
+            f"beside the weights of the {name} fit keys and values of {max(tokens, 0)} tokens, expected {length}, the "
+            "longest sequence; give --max-model-len, more memory, or servers on several machines"
+        )
+    return tokens
+
+
+def _flags(served: Served, size: Footprint, device: Device, tokens: int, *, max_batch: int, length: int) -> list[str]:
+    """Of vLLM, for one model on its device."""
+    flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
+    flags += ["--generation-config", "vllm"]  # a model's own would change sampling and cap the length
+    if served.spec.revision is not None:
+        flags += ["--revision", served.spec.revision]
+    return [*flags, *device.flags(size, tokens)]
+
+
 def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
     """GPUs of each server: the first for the base, equal shares of the others for the assistants, powers of two as
-    tensor parallelism wants them; with fewer GPUs than servers all share the first."""
+    tensor parallelism wants them; with fewer GPUs than servers all share the first. A single server gets all."""
+    if num_servers == 1:
+        return [list(range(1 << (num_gpus.bit_length() - 1)))]
     if num_gpus < num_servers:
         return [[0]] * num_servers
     each = (num_gpus - 1) // (num_servers - 1)
@@ -194,16 +315,7 @@ def placed(
     plans = []
     for model, size, device in zip(models, sizes, devices, strict=True):
         beside = [other for other, its in zip(sizes, devices, strict=True) if its.gpus == device.gpus]
-        tokens = kv_tokens(beside, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
-        if tokens < length + BLOCK_TOKENS:
-            raise ConfigError(
-                f"beside the weights of the {model.name} fit keys and values of {max(tokens, 0)} tokens, expected "
-                f"{length}, the longest sequence; give --max-model-len, more memory, or servers on several machines"
-            )
-        flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
-        flags += ["--generation-config", "vllm"]  # a model's own would change sampling and cap the length
-        if model.spec.revision is not None:
-            flags += ["--revision", model.spec.revision]
-        flags += [*device.flags(size, tokens), *model.flags]
+        tokens = _kv_tokens(beside, device, model.name, max_batch=max_batch, length=length)
+        flags = [*_flags(model, size, device, tokens, max_batch=max_batch, length=length), *model.flags]
         plans.append(ServerPlan(model.name, model.spec.path, flags, device.environment))
     return plans

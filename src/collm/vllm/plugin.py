@@ -108,6 +108,7 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
 
 def register() -> None:
     """Have requests to one engine checked, and those that fail in a worker ended with an error by the scheduler."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -118,10 +119,10 @@ def register() -> None:
     @wraps(ordinary_check)
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         ordinary_check(self, speculative_config)
-        if speculative_config is not None and speculative_config.model == PROPOSER:
-            _check_params(self)
-        elif alien := [name for name in OF_ONE_ENGINE if name in (self.extra_args or {})]:
-            raise ValueError(f"vllm_xargs has {alien[0]!r}, which an engine understands that holds base and assistant")
+        is_one_engine = speculative_config is not None and speculative_config.model == PROPOSER
+        wrong = _wrong_in_one_engine(self) if is_one_engine else _wrong_elsewhere(self)
+        if wrong is not None:
+            raise VLLMValidationError(wrong)
 
     @wraps(ordinary_update)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -136,18 +137,25 @@ def register() -> None:
     Scheduler.collm = True
 
 
-def _check_params(params: Any) -> None:
-    """Raise a ValueError for what one engine cannot do."""
+def _wrong_elsewhere(params: Any) -> str | None:
+    """What a request asks that only an engine with base and assistant understands."""
+    alien = [name for name in OF_ONE_ENGINE if name in (params.extra_args or {})]
+    return f"vllm_xargs has {alien[0]!r}, which needs an engine that holds base and assistant" if alien else None
+
+
+def _wrong_in_one_engine(params: Any) -> str | None:
+    """What a request asks that cannot be done, or that means nothing."""
     from collm.errors import ConfigError
     from collm.vllm.drafting import policy_of
 
     for name in ("structured_outputs", "thinking_token_budget", "trace_decode_token_ids"):
         if getattr(params, name):
-            raise ValueError(f"{name} is not available in one engine with a base that drafts; leave it out")
+            return f"{name} is not available in an engine whose base drafts; leave it out"
     try:
         policy_of(params.extra_args or {})
     except ConfigError as error:
-        raise ValueError(str(error)) from error
+        return str(error)
+    return None
 
 
 def _threshold_of(params: Any) -> float | None:
