@@ -334,9 +334,9 @@ def test_an_unknown_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
     assert "--nothing" in capsys.readouterr().err
 
 
-def test_every_command_and_flag_in_the_readme_exists() -> None:
-    readme = re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text())
-    commands = re.findall(r"(?:^|`)collm ([\w-]+)([^`\n]*)", readme, flags=re.MULTILINE)
+def test_every_command_and_flag_in_readme_and_guide_exists() -> None:
+    pages = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/guide.md"))
+    commands = re.findall(r"(?:^|`)collm ([\w-]+)([^`\n]*)", re.sub(r" \\\n +", " ", pages), flags=re.MULTILINE)
     groups = {group.name for group in app.registered_groups}
     assert {name for name, _ in commands} == {command.name for command in app.registered_commands} | groups
     for name, rest in commands:
