@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from collm import ModelSpec
+from collm import CoLLM, DeferralHead, ModelSpec
 from collm.errors import ConfigError, LoadError
+from collm.tools.spec import ToolSpec
 from collm.vllm.launch import ServerPlan
 from collm.vllm.placement import (
     BLOCK_TOKENS,
@@ -19,9 +22,11 @@ from collm.vllm.placement import (
     Footprint,
     Machine,
     Served,
+    fits_in_one,
     gpus_for,
     kv_tokens,
     placed,
+    placed_in_one,
 )
 
 GIB = 1 << 30
@@ -119,3 +124,37 @@ def test_a_memory_that_holds_no_sequence_is_refused(models: Sequence[Served]) ->
 def test_a_revision_is_served(models: Sequence[Served]) -> None:
     given = [models[0], Served("assistant", ModelSpec(models[1].spec.path, revision="v2"))]
     assert flag(placed(given, Machine([], 64 * GIB, 1), max_batch=1)[1], "--revision") == "v2"
+
+
+def test_one_engine_has_memory_for_both_models(saved_model: Saved, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    base, assistant = saved_model("base", 0), saved_model("assistant", 1)
+    head = DeferralHead(32)
+    pair = CoLLM(ModelSpec(str(base)), [ModelSpec(str(assistant))], head, tokenizer)
+    pair.save_pretrained(tmp_path / "pair")
+    machine = Machine([], 8 * GIB, 2)
+    plan = placed_in_one(str(tmp_path / "pair"), machine, max_batch=4, drafts=7, flags=["--seed", "3"])
+    assert plan.model == str(assistant)
+    assert json.loads(flag(plan, "--speculative-config"))["num_speculative_tokens"] == 7
+    settings = json.loads(flag(plan, "--additional-config"))["collm"]
+    assert settings["collaboration"] == str(tmp_path / "pair")
+    tokens = 4 * (128 + BLOCK_TOKENS)
+    assert settings["cache_memory"] == tokens * Footprint.of(ModelSpec(str(base))).kv_per_token
+    assert int(flag(plan, "--kv-cache-memory-bytes")) == tokens * Footprint.of(ModelSpec(str(assistant))).kv_per_token
+    assert plan.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert list(plan.flags)[-2:] == ["--seed", "3"]
+    on_gpus = placed_in_one(str(tmp_path / "pair"), Machine([80 * GIB] * 3, 8 * GIB, 2), max_batch=4)
+    assert on_gpus.gpus == "0,1"  # tensor parallelism wants a power of two
+    with pytest.raises(ConfigError, match="fit keys and values"):
+        placed_in_one(str(tmp_path / "pair"), Machine([], 1, 2), max_batch=4)
+
+
+def test_one_engine_holds_one_language_model_as_assistant(
+    saved_model: Saved, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    base, others = ModelSpec(str(saved_model("base", 0))), [ModelSpec(str(saved_model(str(n), n))) for n in (1, 2)]
+    CoLLM(base, others, DeferralHead(32, 2), tokenizer).save_pretrained(tmp_path / "two")
+    CoLLM(base, [ToolSpec("date")], DeferralHead(32), tokenizer).save_pretrained(tmp_path / "tool")
+    for name in ("two", "tool"):
+        assert not fits_in_one(str(tmp_path / name))
+        with pytest.raises(ConfigError, match="one engine holds a base and one language model"):
+            placed_in_one(str(tmp_path / name), Machine([], 8 * GIB, 2), max_batch=4)
