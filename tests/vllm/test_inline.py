@@ -218,6 +218,34 @@ def test_an_engine_of_another_head_is_refused(world: World) -> None:
         other.generate("w1", threshold=0.5)
 
 
+def test_ranks_of_a_tensor_parallel_assistant_are_told_what_the_first_decides(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.fail("two ranks need two cores")
+    for name, value in {**QUIET, "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}"}.items():
+        monkeypatch.setenv(name, value)
+    flags = ["--tensor-parallel-size", "2", "--distributed-executor-backend", "mp"]
+    policies: list[Policy] = [
+        ThresholdPolicy(0.3),
+        RandomPolicy(0.3),
+        SingleAuthorPolicy(1),
+        BudgetPolicy(0.2, 0.3),
+    ] * 3
+    params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies)]
+    params[-1] = SamplingParams(max_new_tokens=24, temperature=1.0, seed=5)
+    prompts = prompts_of(15, len(policies))
+    with one_engine(world.artefact, tmp_path, python=PYTHON, max_length=512, wait_s=400, flags=flags) as servers:
+        served = CoLLM.from_pretrained(world.artefact, servers=servers)
+        found = served.generate(prompts, params, policy=policies)
+    expected = world.local.generate(prompts[:-1], params[:-1], policy=policies[:-1])
+    for ours, theirs in zip(found[:-1], expected, strict=True):
+        check_equal(ours, theirs)
+    (alone,) = world.served.generate(prompts[-1:], params[-1], policy=policies[-1])
+    assert found[-1].token_ids == alone.token_ids
+
+
 def test_launch_starts_one_engine_serves_authors_and_leaves_nothing(world: World, tmp_path: Path) -> None:
     arguments = ["launch", str(world.artefact), "--vllm-python", PYTHON, "--work", str(tmp_path / "work")]
     arguments += ["--port", "0", "--max-batch", "2", "--max-model-len", "256", "--wait", "400"]
