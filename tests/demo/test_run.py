@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import pytest
 from collm.demo.run import clear, run_demo
 from collm.demo.systems import FULL, HEAD_ONLY
 from collm.errors import ConfigError
+from collm.evaluation.report import Report
+
+pytestmark = pytest.mark.xdist_group("demo")
 
 
-def test_the_collaboration_beats_every_single_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of the thresholds only the ends and 1/2: the others cost most of the time and are tested with calibration.
-    monkeypatch.setattr("collm.demo.run.RATES", (0, 1))
-    out = tmp_path / "demo"
-    report = run_demo(out, num_assistants=2, quiet=True)
+def test_the_collaboration_beats_every_single_model(demo: tuple[Path, Report], tmp_path: Path) -> None:
+    out, report = demo
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     assert list(rows) == [row.name for row in report.rows]
     for name in ("base alone", "base fine-tuned", "geography expert alone", "chemistry expert alone"):
@@ -32,8 +33,9 @@ def test_the_collaboration_beats_every_single_model(tmp_path: Path, monkeypatch:
     assert shares["chemistry"]["chemistry"] > 0.95
     page = (out / "report.html").read_text()
     assert "collaboration (full)" in page
-    clear(out)
-    assert list(out.iterdir()) == []
+    copy = shutil.copytree(out, tmp_path / "copy")
+    clear(copy)
+    assert list(copy.iterdir()) == []
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
