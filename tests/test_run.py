@@ -35,6 +35,7 @@ def setting(saved_model: SavedModel, tmp_path: Path) -> dict[str, Any]:
         "data": str(data),
         "template": "w9 {prompt} w8",
         "max_new_tokens": 4,
+        "rates": [0.0, 0.5, 1.0],
     }
 
 
