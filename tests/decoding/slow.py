@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, hf
+from llguidance import LLMatcher, LLTokenizer, hf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm import DeferralHead, SamplingParams
@@ -149,10 +150,14 @@ def _matcher(
         source = LLMatcher.grammar_from_json_schema(wanted.json)
     else:
         source = LLMatcher.grammar_from_lark(wanted.grammar)
-    over = hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
-    matcher = LLMatcher(over, source, log_level=0)
+    matcher = LLMatcher(_vocabulary(tokenizer, vocab_size, eos), source, log_level=0)
     assert matcher.consume_tokens(list(generated)), matcher.get_error()
     return matcher
+
+
+@cache
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos: int) -> LLTokenizer:
+    return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
 
 
 def _token(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:

@@ -15,7 +15,7 @@ from collm.core.policies import OraclePolicy, Policy, RandomPolicy, SingleAuthor
 from collm.decoding.engine import Engine
 from collm.decoding.request import Request
 from collm.errors import ConfigError, ModelFailure, RequestError
-from tests.architectures import EXACT
+from tests.architectures import ARCHITECTURES, EXACT
 from tests.conftest import DEVICES, VOCAB_SIZE, make_model
 from tests.decoding.slow import slow_decode
 
@@ -36,7 +36,7 @@ def prompts_of(seed: int, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_the_slow_loop_on_every_architecture(
     name: str, device: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -108,6 +108,7 @@ def test_batch_size_and_company_change_nothing_even_when_sampling(pair: CoLLM) -
         assert [c.authors for c in together] == [c.authors for c in in_turn]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["joint", ThresholdPolicy(0.5)])
 def test_the_first_token_follows_the_stated_law(
     policy: Policy | str, tiny_model: Model, tokenizer: PreTrainedTokenizerFast

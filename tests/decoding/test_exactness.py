@@ -29,7 +29,7 @@ from collm.decoding import engine as engine_module
 from collm.decoding.request import Request
 from collm.errors import ConfigError
 from collm.models.runner import ModelRunner
-from tests.architectures import EXACT
+from tests.architectures import ARCHITECTURES, EXACT
 from tests.conftest import DEVICES, VOCAB_SIZE, make_model, tiny_config
 from tests.decoding.slow import slow_decode
 from tests.decoding.test_engine import prompts_of, random_head
@@ -83,7 +83,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_reading_ahead_changes_nothing_on_any_architecture(
     name: str, device: str, tokenizer: PreTrainedTokenizerFast, plans: Plans
 ) -> None:

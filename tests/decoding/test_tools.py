@@ -24,7 +24,7 @@ from collm.core.types import Completion
 from collm.models.runner import Reading
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.calls import BuiltInTool
-from tests.architectures import EXACT
+from tests.architectures import ARCHITECTURES, EXACT
 from tests.conftest import make_model, tiny_config
 from tests.decoding.slow import slow_decode
 from tests.decoding.test_engine import prompts_of, random_head
@@ -128,7 +128,7 @@ def test_a_tool_that_always_knows_is_a_one_hot_language_model(
     assert len(set(written)) > 10
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tools_help_any_architecture(name: str, tokenizer: PreTrainedTokenizerFast, plans: Plans) -> None:
     base = make_model(EXACT[name](), 0)
     model = CoLLM(base, [TOOL], random_head(32, 1), tokenizer)

@@ -16,7 +16,7 @@ from collm.models.language_model import LanguageModel
 from collm.models.runner import ModelRunner
 from collm.models.slot_attention import mask_kind
 from collm.models.static_passes import MOST_TOKENS, bucket_of
-from tests.architectures import EXACT
+from tests.architectures import ARCHITECTURES, EXACT
 from tests.conftest import DEVICES, make_model, tiny_config
 from tests.models.test_runner import plain_logits, play_schedule
 
@@ -107,7 +107,7 @@ def test_the_kernel_equals_attention_one_query_at_a_time(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_static_passes_equal_the_plain_forward_on_every_architecture(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +124,7 @@ def test_static_passes_equal_the_plain_forward_on_every_architecture(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_passes_over_pages_equal_the_plain_forward(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +181,7 @@ ROTATED = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_norms_and_rotary_embeddings_as_single_kernels(name: str, device: str) -> None:
     """They replace what they equal, and leave the model as it was."""
     from collm.models.fused_kernels import FusedKernels
