@@ -13,7 +13,10 @@ CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
 
 GSM8K ?= gsm8k
 
-.PHONY: demo test test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
+# What needs programs of its own, as in pyproject.toml.
+ELSEWHERE := not vllm and not clients and not tokenizers
+
+.PHONY: demo test test-fast test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,7 +29,10 @@ demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each mo
 	$(BIN)/collm demo --out demo-out
 
 test: $(INSTALLED)  ## The whole test suite.
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-fast: $(INSTALLED)  ## The tests for the inner loop: half of the architectures, no training runs, no browser (a minute).
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m 'not slow and $(ELSEWHERE)'
 
 # vLLM wants other versions than collm does, so it has an environment of its own, with collm's plug-in beside it. The
 # CPU build brings a torchvision for GPUs, which breaks transformers there.

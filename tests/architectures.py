@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import transformers
 
 VOCAB_SIZE = 97
@@ -65,6 +66,12 @@ EXACT: dict[str, Any] = {
         eos_token_id=1,
     ),
 }
+
+INNER_LOOP = ("llama", "mistral-window", "gemma3", "gpt-neox", "gpt2", "qwen3-moe", "gpt-oss-sinks", "llama4-chunks")
+"""Each way of attending, of telling positions and of mixing experts at least once."""
+
+ARCHITECTURES = [pytest.param(name, marks=[] if name in INNER_LOOP else pytest.mark.slow) for name in EXACT]
+"""The names of `EXACT`, for tests of each."""
 
 REFUSED: dict[str, Any] = {
     "bloom": lambda: transformers.BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4),

@@ -22,6 +22,8 @@ from collm.vllm.servers import Servers
 from tests.cli.test_cli import collm
 from tests.conftest import make_model, tiny_config
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("damaged")]
+
 CONTENTS = [
     "",
     "{}",

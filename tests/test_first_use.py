@@ -103,6 +103,7 @@ def test_what_is_not_installed_is_said_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_generate_says_that_rows_were_chats_and_what_an_empty_answer_means(
     saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_generate_says_that_rows_were_chats_and_what_an_empty_answer_means(
     assert json.loads(chatted.stdout)["text"] == ""
 
 
+@pytest.mark.slow
 def test_a_clean_run_shows_what_it_made_and_nothing_else(saved_model: SavedModel, tmp_path: Path) -> None:
     rows = [{"prompt": f"w{i % 9}", "completion": f"w{i % 5} w{i % 7}"} for i in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

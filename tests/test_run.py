@@ -21,6 +21,8 @@ from collm.training.data import Row, Rows
 from collm.training.store import read_header
 from collm.training.trainer import CoLLMTrainer
 
+pytestmark = pytest.mark.slow
+
 SavedModel = Callable[..., Path]
 
 

@@ -55,6 +55,7 @@ def run(tmp_path: Path, base: Path, assistants: list[str], **changes: object) ->
     return train_collaboration(config, CoLLMConfig(**options), quiet=True).model
 
 
+@pytest.mark.slow
 def test_a_model_and_a_tool_get_the_tokens_they_own(saved_model: SavedModel, tmp_path: Path) -> None:
     expert = always_says(saved_model("expert", 1), 10)
     model = run(tmp_path, saved_model("base", 0, hidden_size=96), [str(expert), ADDER])
@@ -68,6 +69,7 @@ def test_a_model_and_a_tool_get_the_tokens_they_own(saved_model: SavedModel, tmp
     assert f"assistant 2: `{ADDER}`, code that is not in here" in card
 
 
+@pytest.mark.slow
 def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path: Path) -> None:
     run(tmp_path, saved_model("base", 0), [ADDER])
     collaboration = tmp_path / "run/collaboration"

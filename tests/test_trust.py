@@ -64,6 +64,7 @@ def listener() -> Iterator[tuple[str, list[str]]]:
 # Where prompts go
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "chat", "calibrate", "eval", "lm-eval", "serve", "export"])
 def test_no_command_calls_an_address_of_an_artefact(
     command: str, saved: Path, listener: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +130,7 @@ def test_a_function_is_trusted_by_a_flag_or_by_naming_it(tmp_path: Path) -> None
     assert parse(["--config", path, "--metric", "contains"])[0].metric == "contains"
 
 
+@pytest.mark.slow
 def test_calibrate_calls_no_metric_of_a_run_directory(saved: Path, tmp_path: Path) -> None:
     run = past_run(tmp_path / "run", metric="os:symlink")
     saved.rename(run / "collaboration")

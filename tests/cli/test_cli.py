@@ -50,6 +50,7 @@ def pair(saved_model: Callable[..., Path], tmp_path: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -> None:
     scores = tmp_path / "run" / "scores" / "assistant-1"
     scored = collm(
@@ -149,6 +150,7 @@ def fails(status: int, message: str, *arguments: object, cwd: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_inspecting_scores(pair: dict[str, Path], tmp_path: Path) -> None:
     for name, model in (("base", pair["base"]), ("assistant-1", pair["assistant"])):
         collm("score", pair["data"], "--model", model, "--out", tmp_path / "scores" / name, cwd=tmp_path)
@@ -163,6 +165,7 @@ def test_inspecting_scores(pair: dict[str, Path], tmp_path: Path) -> None:
     assert "--inspect SCORES" in neither.stderr
 
 
+@pytest.mark.slow
 def test_a_run_in_parts(pair: dict[str, Path], tmp_path: Path) -> None:
     """Scoring what the run will read, training without calibration, calibrating on the rows it held out."""
     (tmp_path / "chat.jinja").write_text("{% for message in messages %}{{ message.content + ' ' }}{% endfor %}")
@@ -206,6 +209,7 @@ def test_options_that_do_not_go_together_are_wrong_usage(arguments: list[str], c
     assert complaint in " ".join(re.sub("[\u2500-\u257f]", " ", result.stderr).split())
 
 
+@pytest.mark.slow
 def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     specs = [ModelSpec(str(pair[name])) for name in ("base", "assistant")]
@@ -247,6 +251,7 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
         assert complaint in str(failed.exception)
 
 
+@pytest.mark.slow
 def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> None:
     fails(1, "^collm: there is no collaboration at nowhere", "generate", "nowhere", "hi", cwd=tmp_path)
     fails(
@@ -266,6 +271,7 @@ def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> Non
     assert "Traceback" in debugged.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_scoring_leaves_a_run_that_resumes(pair: dict[str, Path], tmp_path: Path) -> None:
     data, out = write_rows(tmp_path / "many.jsonl", 12_000), tmp_path / "scores"
     options = ["score", data, "--model", pair["base"], "--out", out]
@@ -359,6 +365,7 @@ def test_env_names_versions_and_devices() -> None:
     assert "gpu" in output
 
 
+@pytest.mark.slow
 def test_score_on_a_server(pair: dict[str, Path], tmp_path: Path) -> None:
     """The scores are those of the model in memory, under the name that training looks for."""
     module = AutoModelForCausalLM.from_pretrained(pair["assistant"])

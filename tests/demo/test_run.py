@@ -13,7 +13,7 @@ from collm.demo.systems import FULL, HEAD_ONLY
 from collm.errors import ConfigError
 from collm.evaluation.report import Report
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
 
 
 def test_the_collaboration_beats_every_single_model(demo: tuple[Path, Report], tmp_path: Path) -> None:

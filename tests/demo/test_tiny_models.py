@@ -19,7 +19,7 @@ from collm.errors import ConfigError, DataError, LoadError
 from collm.evaluation.report import Report
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
 
 
 @pytest.fixture(scope="module")

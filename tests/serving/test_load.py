@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 import httpx
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 from collm import SamplingParams
@@ -46,6 +47,7 @@ async def stream(
         return reply.status_code, token_ids, False
 
 
+@pytest.mark.slow
 def test_two_hundred_streams_with_cancellations(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     rng = random.Random(0)
     prompts = prompts_of(1, STREAMS)
