@@ -31,8 +31,9 @@ demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each mo
 test: $(INSTALLED)  ## The whole test suite.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-test-fast: $(INSTALLED)  ## The tests for the inner loop: half of the architectures, no training runs, no browser (a minute).
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m 'not slow and $(ELSEWHERE)'
+test-fast: $(INSTALLED)  ## Tests for the inner loop: no soak tests, training runs or servers, half of the architectures (a minute).
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m 'not slow and $(ELSEWHERE)' \
+		$(addprefix --ignore=tests/,clients demo recipes serving vllm)
 
 # vLLM wants other versions than collm does, so it has an environment of its own, with collm's plug-in beside it. The
 # CPU build brings a torchvision for GPUs, which breaks transformers there.

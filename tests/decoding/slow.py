@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,20 +33,23 @@ def slow_decode(
     params: SamplingParams,
     eos: int = 1,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    guess: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
     """Token ids and authors of a completion.
 
     Args:
         tokenizer: needed for bad words and structured outputs.
+        guess: of the completion; as far as it is right, its tokens are read in one pass. A pass without a cache says at
+            each token what it says where the text ends there.
     """
-    ids, authors, asked, device = list(prompt), list[int](), 0, models[0].device
+    ids, authors, asked = list(prompt), list[int](), 0
     rng = random.Random(params.seed)
+    readings = [_Reading(model, [*prompt, *guess], models[0].device) for model in models]
     while len(authors) < params.max_new_tokens:
         with torch.no_grad():
-            text = torch.tensor([ids], device=device)
-            base = models[0](text, use_cache=False, output_hidden_states=True)
-            u = head(base.hidden_states[-1][:, -1])  # (1, K)
-            said = [base.logits[:, -1].float(), *(_logits(model, text) for model in models[1:])]
+            u = head(readings[0].hidden(ids))  # (1, K)
+            said = [reading.logits(ids) for reading in readings]
             raw, said = (
                 said,
                 [None if each is None else _processed(each, params, prompt, ids, eos, tokenizer) for each in said],
@@ -90,13 +94,30 @@ def slow_decode(
     return ids[len(prompt) :], authors
 
 
-def _logits(model: PreTrainedModel | ToolModel, text: torch.Tensor) -> torch.Tensor | None:
-    """Next-token logits of an assistant, shape (1, V); None where it abstains."""
-    if not isinstance(model, ToolModel):
-        return model(text, use_cache=False).logits[:, -1].float()
-    token_ids = text[0].tolist()
-    token_id = model.next_token(TokenText(model.tokenizer, token_ids), len(token_ids), {})
-    return None if token_id is None else model.logits([token_id]).to(text.device)
+class _Reading:
+    """What a model or a tool says after a text."""
+
+    def __init__(self, model: PreTrainedModel | ToolModel, guess: list[int], device: torch.device) -> None:
+        self._model, self._text, self._device = model, guess, device
+        self._read: Any = None
+
+    def logits(self, ids: list[int]) -> torch.Tensor | None:
+        """Next-token logits, shape (1, V); None where a tool abstains."""
+        if not isinstance(self._model, ToolModel):
+            return self._after(ids).logits[:, len(ids) - 1].float()
+        token_id = self._model.next_token(TokenText(self._model.tokenizer, ids), len(ids), {})
+        return None if token_id is None else self._model.logits([token_id]).to(self._device)
+
+    def hidden(self, ids: list[int]) -> torch.Tensor:
+        return self._after(ids).hidden_states[-1][:, len(ids) - 1]
+
+    def _after(self, ids: list[int]) -> Any:
+        if self._text[: len(ids)] != ids:
+            self._text, self._read = list(ids), None
+        if self._read is None:
+            text = torch.tensor([self._text], device=self._device)
+            self._read = self._model(text, use_cache=False, output_hidden_states=True)
+        return self._read
 
 
 def _processed(

