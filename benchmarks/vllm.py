@@ -36,8 +36,8 @@ from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.objective import defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.vllm import ROW_SCALE
+from collm.vllm.export_manifest import Note
 from collm.vllm.launch import ServerProcess, check_python, launched
-from collm.vllm.note import Note
 from collm.vllm.placement import BLOCK_TOKENS, Machine, Served, placed
 from collm.vllm.servers import Servers
 

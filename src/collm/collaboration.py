@@ -368,13 +368,13 @@ class CoLLM:
             for prompt, drawn, chosen in zip(listed, drawing, policies, strict=True):
                 engine.add(self.request(prompt, drawn, chosen))
             while engine.has_work:
-                for emitted in engine.step():
-                    if emitted.failure is not None:
-                        raise emitted.failure
-                    if emitted.completion is not None:
-                        done[emitted.number] = emitted.completion
+                for output in engine.step():
+                    if output.failure is not None:
+                        raise output.failure
+                    if output.completion is not None:
+                        done[output.number] = output.completion
                         if on_completion is not None:
-                            on_completion(emitted.number, emitted.completion)
+                            on_completion(output.number, output.completion)
         finally:
             engine.close()
         for completion, drawn, chosen in zip(map(done.__getitem__, sorted(done)), drawing, policies, strict=True):
@@ -567,11 +567,11 @@ def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list
 def _steps(engine: DecodingLoop) -> Generator[TokenStep, None, None]:
     try:
         while engine.has_work:
-            for emitted in engine.step():
-                if emitted.failure is not None:
-                    raise emitted.failure
-                assert emitted.step is not None
-                yield emitted.step
+            for output in engine.step():
+                if output.failure is not None:
+                    raise output.failure
+                assert output.step is not None
+                yield output.step
     finally:
         engine.close()
 

@@ -57,7 +57,7 @@ def slow_decode(
             for author, (before, after) in enumerate(zip(raw, said, strict=True)):
                 if isinstance(models[author], ToolModel) and before is not None and after.argmax() != before.argmax():
                     said[author] = None
-            silent = {author for author, each in enumerate(said) if each is None}
+            abstained = {author for author, each in enumerate(said) if each is None}
             logits = {author: said[0] if each is None else each for author, each in enumerate(said)}
             by_author = author_logprobs(u)
             for_author, for_token = rng.random(), rng.random()
@@ -84,7 +84,7 @@ def slow_decode(
                 token = _token(logits[author][0], params, for_token)
         ids.append(token)
         asked += author != 0
-        authors.append(0 if author in silent else author)
+        authors.append(0 if author in abstained else author)
         if (token == eos and not params.ignore_eos) or token in params.stop_token_ids:
             break
         if params.structured_outputs is not None:

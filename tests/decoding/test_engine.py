@@ -203,13 +203,13 @@ def test_cancelled_sequences_leave_the_others_unchanged(pair: CoLLM) -> None:
     numbers = [engine.add(Request(p, params, ThresholdPolicy(0.5))) for p in prompts]
     came: dict[int, list[int]] = {number: [] for number in numbers}
     while len(came[1]) < 3:
-        for emitted in engine.step():
-            came[emitted.number].append(emitted.step.token_id)
+        for output in engine.step():
+            came[output.number].append(output.step.token_id)
     written = len(came[1])
     engine.cancel(numbers[1])
     while engine.has_work:
-        for emitted in engine.step():
-            came[emitted.number].append(emitted.step.token_id)
+        for output in engine.step():
+            came[output.number].append(output.step.token_id)
     assert came[1] == expected[1][:written]
     assert written < len(expected[1])
     assert [came[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]

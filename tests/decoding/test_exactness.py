@@ -190,14 +190,14 @@ def test_random_schedules_of_mixed_requests(
             params = SamplingParams(rng.randint(1, 18), temperature, seed=rng.randrange(99) if drawing else None)
             number = engine.add(Request(prompt, params, policy))
             requests[number], came[number] = (prompt, params, policy), ([], [])
-        for news in engine.step() if engine.has_work else []:
-            assert news.failure is None
-            assert news.step is not None
-            came[news.number][0].append(news.step.token_id)
-            came[news.number][1].append(news.step.author)
-            if news.completion is not None:
-                assert news.completion.token_ids == came[news.number][0]
-                finished.add(news.number)
+        for output in engine.step() if engine.has_work else []:
+            assert output.failure is None
+            assert output.step is not None
+            came[output.number][0].append(output.step.token_id)
+            came[output.number][1].append(output.step.author)
+            if output.completion is not None:
+                assert output.completion.token_ids == came[output.number][0]
+                finished.add(output.number)
         if requests and rng.random() < 0.03:
             engine.cancel(rng.choice(list(requests)))
     for number, (prompt, params, policy) in requests.items():

@@ -140,10 +140,10 @@ def test_mixed_requests_leave_each_other_alone(
                 params = SamplingParams(rng.randint(9, 16), 0.7, top_p=0.9, seed=rng.randrange(99), **todo.pop())
                 (prompt,) = prompts_of(rng.randrange(99), 1)
                 requests[engine.add(Request(prompt, params, policy))] = prompt, params, policy
-            for news in engine.step():
-                assert news.failure is None
-                if news.completion is not None:
-                    came[news.number] = news.completion.token_ids, news.completion.authors
+            for output in engine.step():
+                assert output.failure is None
+                if output.completion is not None:
+                    came[output.number] = output.completion.token_ids, output.completion.authors
     finally:
         engine.close()
     for number, (prompt, params, policy) in requests.items():
@@ -249,9 +249,9 @@ def test_constraints_that_contradict_each_other_end_their_own_request(model: CoL
         numbers = [engine.add(Request([5, 6], params, ThresholdPolicy(0.5))) for params in (bad, SamplingParams(8))]
         failures, done = {}, {}
         while engine.has_work:
-            for news in engine.step():
-                failures |= {news.number: news.failure} if news.failure else {}
-                done |= {news.number: news.completion} if news.completion else {}
+            for output in engine.step():
+                failures |= {output.number: output.failure} if output.failure else {}
+                done |= {output.number: output.completion} if output.completion else {}
     finally:
         engine.close()
     assert list(failures) == numbers[:1]

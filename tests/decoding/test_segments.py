@@ -174,7 +174,7 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
 
 
 def test_three_authors_with_three_ways_to_write(pair: CoLLM) -> None:
-    """A tool speaks the base's tokens; it is asked at boundaries, and has ended where it falls silent."""
+    """A tool speaks the base's tokens; it is asked at boundaries, and has ended where it falls abstained."""
     base = two_tokenizers()[0]
     head = random_head(32, 2, seed=3)
     other = two_tokenizers()[1]

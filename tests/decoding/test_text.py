@@ -73,12 +73,12 @@ def test_stop_strings_cut_at_the_first_to_be_complete(prompt: str, stop: list[st
 
 @given(st.text("ab", max_size=12))
 def test_nothing_is_emitted_that_may_still_become_a_stop_string(text: str) -> None:
-    emitted = ""
+    output = ""
     for length, piece in enumerate(pieces_of(BYTES, "", text, ("aab",))[:-1], start=1):
-        emitted += piece
+        output += piece
         for rest in ("aab", "ab", "b"):
             whole = text[:length] + rest
-            assert whole[: whole.find("aab")].startswith(emitted) or "aab" not in whole
+            assert whole[: whole.find("aab")].startswith(output) or "aab" not in whole
 
 
 def test_words_continue_the_prompt_with_their_space(tokenizer: PreTrainedTokenizerFast) -> None:

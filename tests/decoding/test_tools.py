@@ -21,7 +21,7 @@ from collm.core.policies import (
     ThresholdPolicy,
 )
 from collm.core.types import Completion
-from collm.models.runner import Reading
+from collm.models.runner import ModelOutput
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.calls import BuiltInTool
 from tests.architectures import ARCHITECTURES, EXACT
@@ -124,7 +124,7 @@ def test_a_tool_that_always_knows_is_a_one_hot_language_model(
     tool = next(author for author in model.runners if isinstance(author, ToolRunner))
     extend = tool.extend
     monkeypatch.setattr(tool, "may_abstain", False)
-    monkeypatch.setattr(tool, "extend", lambda *args: Reading(extend(*args).logits))
+    monkeypatch.setattr(tool, "extend", lambda *args: ModelOutput(extend(*args).logits))
     assert of(model.generate(prompts_of(5, 4), params, policy="joint")) == out
     written = [token for token_ids, authors in out for token, author in zip(token_ids, authors, strict=True) if author]
     assert len(set(written)) > 10
@@ -157,9 +157,9 @@ def test_calls_are_counted_and_cost_no_forward_pass(company: tuple[CoLLM, list])
     asked = sum(used.calls - used.abstained + used.tokens_read * 0 for used in tools)
     by_tools = sum(used.tokens_written for used in tools)
     assert asked == by_tools > 0
-    silent = sum(used.abstained for used in tools)
+    abstained = sum(used.abstained for used in tools)
     by_base = sum(author == 0 for completion in out for author in completion.authors)
-    assert silent == by_base == out.usage["base"].tokens_written
+    assert abstained == by_base == out.usage["base"].tokens_written
     assert written == sum(used.tokens_written for used in out.usage.values())
     assert not any(used.failed for used in out.usage.values())
 

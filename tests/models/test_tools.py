@@ -177,7 +177,7 @@ def test_a_failure_while_decoding_abstains_and_is_counted_and_told(caplog: pytes
     slots = {runner.open(): TOKENIZER(text)["input_ids"] for text in texts}
     with caplog.at_level(logging.WARNING):
         reading = runner.extend(slots)
-    assert list(reading.silent) == [True, False, True, True]
+    assert list(reading.abstained) == [True, False, True, True]
     assert (runner.usage.calls, runner.usage.failed, runner.usage.abstained) == (4, 2, 1)
     assert "ends with 'we raise'" in caplog.text
     assert "no answer within 0.5 s; the text so far ends with 'to sleep'" in caplog.text
@@ -191,11 +191,11 @@ def test_a_slot_answers_after_each_token_asked_for_and_rolls_back() -> None:
     answer_ids = TOKENIZER("24>>24")["input_ids"]
     slot = runner.open()
     reading = runner.extend({slot: ids + answer_ids[:2]}, {slot: 3})
-    assert [bool(silent) for silent in reading.silent] == [False, False, len(answer_ids) == 2]
+    assert [bool(abstained) for abstained in reading.abstained] == [False, False, len(answer_ids) == 2]
     assert reading.logits[:2].argmax(-1).tolist() == answer_ids[:2]
     runner.rollback(slot, len(ids))
     assert runner.length(slot) == len(ids)
     wrong = TOKENIZER("31")["input_ids"]
-    assert list(runner.extend({slot: wrong}).silent) == [True]
+    assert list(runner.extend({slot: wrong}).abstained) == [True]
     runner.rollback(slot, len(ids))
     assert runner.extend({slot: answer_ids[:1]}).logits.argmax().item() == answer_ids[1]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from collm import CoLLM, ModelSpec
 from collm.cli.main import app
 from collm.errors import ArtefactError, ConfigError
-from collm.vllm.note import check_exported
+from collm.vllm.export_manifest import check_exported
 from collm.vllm.servers import Servers
 from tests.decoding.test_engine import random_head
 from tests.vllm.conftest import Cluster, Members

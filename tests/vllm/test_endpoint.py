@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from collm.errors import ConfigError, ModelFailure
 from collm.vllm import endpoint as module
 from collm.vllm.answers import Piece, read_piece
-from collm.vllm.breaker import COOLS_S, TRIPS_AFTER, Breaker
+from collm.vllm.circuit_breaker import COOLS_S, TRIPS_AFTER, CircuitBreaker
 from collm.vllm.endpoint import Endpoint, Unreachable
 from collm.vllm.servers import Servers
 from tests.conftest import make_model, tiny_config
@@ -48,7 +48,7 @@ class Asking:
         servers = Servers([fake.url], **{"timeout_s": 20.0, **options})
         self.endpoint = Endpoint("the assistant", fake.url, servers, 97, sleep=self._sleep)
         self.endpoint.model = fake.name
-        self.endpoint.breaker = Breaker(clock=lambda: self.now)
+        self.endpoint.breaker = CircuitBreaker(clock=lambda: self.now)
         self.headers = servers.headers
 
     async def _sleep(self, seconds: float) -> None:
@@ -333,7 +333,7 @@ def test_after_three_failed_calls_calls_fail_at_once_until_one_tries_again(fake:
 
 def test_while_one_call_tries_again_the_others_still_fail_at_once() -> None:
     now = [0.0]
-    breaker = Breaker(clock=lambda: now[0])
+    breaker = CircuitBreaker(clock=lambda: now[0])
     for _ in range(TRIPS_AFTER):
         assert breaker.shut_s() == 0
         breaker.failed()

@@ -238,12 +238,12 @@ def test_a_cancelled_request_closes_its_stream_and_harms_no_other(cluster: Clust
     engine.cancel(dropped)
     base.wait_until(lambda: [body["prompt"] for body in base.abandoned] == [prompts[0]])
     base.let_go()
-    news = []
+    outputs = []
     while engine.has_work:
-        news += engine.step()
-    assert {emitted.number for emitted in news} == {kept}
-    assert news[-1].completion is not None
-    check_equal(news[-1].completion, expected)
+        outputs += engine.step()
+    assert {output.number for output in outputs} == {kept}
+    assert outputs[-1].completion is not None
+    check_equal(outputs[-1].completion, expected)
 
 
 def test_a_request_cancelled_while_it_waits_is_never_sent(cluster: Clusters) -> None:
@@ -252,7 +252,7 @@ def test_a_request_cancelled_while_it_waits_is_never_sent(cluster: Clusters) -> 
     engine = model.engine(1)
     first, second = (engine.add(Request(prompt, GREEDY, ThresholdPolicy(1.0))) for prompt in prompts_of(16, 2))
     engine.cancel(second)
-    numbers = {emitted.number for _ in iter(lambda: engine.has_work, False) for emitted in engine.step()}
+    numbers = {output.number for _ in iter(lambda: engine.has_work, False) for output in engine.step()}
     assert numbers == {first}
     assert len(base.bodies) == 1
 
@@ -265,13 +265,13 @@ def test_a_request_can_be_cancelled_at_any_time(cluster: Clusters, steps: int) -
     expected = world.members.local.generate(prompts[1:], GREEDY, threshold=0.5)
     engine = model.engine(3)
     dropped, *kept = (engine.add(Request(prompt, GREEDY, ThresholdPolicy(0.5))) for prompt in prompts)
-    news = [emitted for _ in range(steps) for emitted in engine.step()]
+    outputs = [output for _ in range(steps) for output in engine.step()]
     engine.cancel(dropped)
     engine.cancel(dropped)
     engine.cancel(99)
-    later = [emitted for _ in iter(lambda: engine.has_work, False) for emitted in engine.step()]
-    assert dropped not in {emitted.number for emitted in later}
-    done = {emitted.number: emitted.completion for emitted in news + later if emitted.completion is not None}
+    later = [output for _ in iter(lambda: engine.has_work, False) for output in engine.step()]
+    assert dropped not in {output.number for output in later}
+    done = {output.number: output.completion for output in outputs + later if output.completion is not None}
     for number, whole in zip(kept, expected, strict=True):
         check_equal(done[number], whole)
 

@@ -19,7 +19,7 @@ from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.vllm import NOTE
 from collm.vllm.export import export_base
-from collm.vllm.note import Note, defer_names
+from collm.vllm.export_manifest import Note, defer_names
 from tests.architectures import EXACT
 from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import random_head

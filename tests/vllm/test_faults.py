@@ -9,10 +9,10 @@ import pytest
 
 from collm import CoLLM, SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
-from collm.decoding.engine import Emitted
+from collm.decoding.engine import RequestOutput
 from collm.decoding.request import Request
 from collm.errors import ModelFailure
-from collm.vllm.breaker import COOLS_S, TRIPS_AFTER, Breaker
+from collm.vllm.circuit_breaker import COOLS_S, TRIPS_AFTER, CircuitBreaker
 from tests.decoding.test_engine import prompts_of
 from tests.vllm.conftest import Cluster
 from tests.vllm.fake import DOWN, HANG, FakeVllm, Fault, refusal
@@ -34,14 +34,14 @@ FAILURES = {
 }
 
 
-def decode(model: CoLLM, *requests: tuple[list[int], Policy], max_batch: int = 8) -> list[list[Emitted]]:
+def decode(model: CoLLM, *requests: tuple[list[int], Policy], max_batch: int = 8) -> list[list[RequestOutput]]:
     """What became of each request."""
     engine = model.engine(max_batch)
     numbers = [engine.add(Request(prompt, GREEDY, policy)) for prompt, policy in requests]
-    news: list[Emitted] = []
+    outputs: list[RequestOutput] = []
     while engine.has_work:
-        news += engine.step()
-    return [[emitted for emitted in news if emitted.number == number] for number in numbers]
+        outputs += engine.step()
+    return [[output for output in outputs if output.number == number] for number in numbers]
 
 
 def base_alone(world: Cluster, prompt: list[int]) -> list[int]:
@@ -56,7 +56,7 @@ def test_an_assistant_that_fails_ends_the_request_with_an_error_that_names_it(cl
     world.fakes[1].always = lambda body: FAILURES[name]
     ((*steps, last),) = decode(model, (PROMPT, ThresholdPolicy(0.5)))
     first = expected.authors.index(1)
-    assert [emitted.step.token_id for emitted in steps if emitted.step] == expected.token_ids[:first]
+    assert [output.step.token_id for output in steps if output.step] == expected.token_ids[:first]
     assert isinstance(last.failure, ModelFailure)
     assert str(last.failure).startswith(f"assistant at {world.fakes[1].url} ")
     assert "; check" in str(last.failure)
@@ -104,7 +104,7 @@ def test_one_that_comes_back_writes_again(cluster: Clusters) -> None:
     world = cluster()
     now = [0.0]
     model = world.connect(on_failure="base", retries=0)
-    model.backend.fleet.authors[1].breaker = Breaker(clock=lambda: now[0])
+    model.backend.fleet.authors[1].breaker = CircuitBreaker(clock=lambda: now[0])
     expected = world.members.local.generate([PROMPT], GREEDY, threshold=0.5)[0]
     world.fakes[1].down()
     assert model.generate([PROMPT], GREEDY, threshold=0.5)[0].stood_in
@@ -251,8 +251,8 @@ def test_slow_pieces_are_waited_for(cluster: Clusters) -> None:
     base.wait_until(lambda: base.running == 1)
     assert [engine.step() for _ in range(5)] == [[]] * 5
     base.let_go()
-    news = []
+    outputs = []
     while engine.has_work:
-        news += engine.step()
-    assert [emitted.step.token_id for emitted in news if emitted.step] == base_alone(world, PROMPT)
+        outputs += engine.step()
+    assert [output.step.token_id for output in outputs if output.step] == base_alone(world, PROMPT)
     assert len(base.bodies) == 1

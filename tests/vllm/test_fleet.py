@@ -178,12 +178,12 @@ def test_servers_are_waited_for_and_named_meanwhile(
     assistant.down()
     waiting = threading.Event()
 
-    class Heard(logging.Handler):
+    class AuthorOutput(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if f"assistant at {assistant.url}" in record.getMessage():
                 waiting.set()
 
-    handler = Heard()
+    handler = AuthorOutput()
     logging.getLogger("collm.vllm").addHandler(handler)
 
     def start_it() -> None:

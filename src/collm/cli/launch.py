@@ -135,7 +135,7 @@ def _plans(
 
 def _exported(model: CoLLM, out: Path) -> Path:
     """The exported base, which is written unless it is there."""
-    from collm.vllm.note import check_exported
+    from collm.vllm.export_manifest import check_exported
 
     if out.exists():
         check_exported(out, model.head)

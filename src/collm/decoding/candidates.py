@@ -127,8 +127,8 @@ def _opening_candidates(
         mask = alignment.opening_mask(author, alignment.row(answer[:at]), logits.device)
         probs, ids = logits.masked_fill(~mask, -torch.inf).softmax(-1).topk(min(most, len(logits)))
         likely = [(tokenizer.shown(one), prob) for one, prob in zip(ids.tolist(), probs.tolist(), strict=True) if prob]
-        silent = bool(reading.silent) and reading.silent[row]
-        found.append([] if silent else likely[:1] if reading.silent else likely)
+        abstained = bool(reading.abstained) and reading.abstained[row]
+        found.append([] if abstained else likely[:1] if reading.abstained else likely)
     return found
 
 
@@ -143,5 +143,5 @@ def _likely(
     probs, ids = reading.logits.float().softmax(-1).topk(min(most, reading.logits.shape[-1]))
     found = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), probs.tolist(), strict=True)]
     if isinstance(runner, ToolRunner):
-        return [[] if silent else likely[:1] for likely, silent in zip(found, reading.silent, strict=True)]
+        return [[] if abstained else likely[:1] for likely, abstained in zip(found, reading.abstained, strict=True)]
     return found

@@ -20,14 +20,14 @@ from collm.core.combinations import CombiningPolicy
 from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.types import BASE, Completion, TokenStep
-from collm.decoding.consulting import Consultation, chosen, combined
+from collm.decoding.author_outputs import AuthorOutputs, chosen, combined
 from collm.decoding.draws import Draw, draw_tokens
 from collm.decoding.logits_processors import Edits
-from collm.decoding.pacing import Odds, ahead_length, guess_depth, lookup_length, run_length, wait_steps
-from collm.decoding.reader import Heard, Reader, Stretch
+from collm.decoding.reader import AuthorOutput, Reader, ReadSpan
 from collm.decoding.request import Request, check_cache, check_params, check_prompt
 from collm.decoding.segments import SegmentSequence
 from collm.decoding.sequence import Decision, Sequence
+from collm.decoding.speculation import AcceptanceRates, ahead_length, guess_depth, lookup_length, run_length, wait_steps
 from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
 from collm.models.alignment import Alignment
 from collm.models.grammars import Grammars
@@ -47,8 +47,8 @@ _PLAN_LASTS = 8
 
 
 @dataclass(frozen=True)
-class Emitted:
-    """News of the sequence that `Engine.add` numbered `number`.
+class RequestOutput:
+    """What became certain of the sequence that `Engine.add` numbered `number`.
 
     Attributes:
         step: a token; None if the sequence failed.
@@ -70,13 +70,13 @@ class Said:
         rows: sequence -> its rows; sequences that failed are missing.
         draws: for each row the token it writes.
         numbers: for each row what else was asked for.
-        silent: rows at which the author abstains.
+        abstained: rows at which the author abstains.
     """
 
     rows: dict[Sequence, range]
     draws: list[Draw]
     numbers: list[list[float]]
-    silent: frozenset[int]
+    abstained: frozenset[int]
 
 
 class DecodingLoop(Protocol):
@@ -89,7 +89,7 @@ class DecodingLoop(Protocol):
 
     def cancel(self, number: int) -> None: ...
 
-    def step(self) -> list[Emitted]: ...
+    def step(self) -> list[RequestOutput]: ...
 
     def close(self) -> None: ...
 
@@ -152,8 +152,8 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
         self._count = 0
-        self._news: list[Emitted] = []
-        self._odds = Odds()
+        self._outputs: list[RequestOutput] = []
+        self._acceptance = AcceptanceRates()
         self._steps = 0
         self._waits: dict[int, int] = {}  # assistant -> steps to wait for company
         self._replan = 0
@@ -181,7 +181,7 @@ class Engine:
             raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         structured = request.params.structured_outputs
         grammar = self.grammars.compile(structured) if structured is not None else None
-        made = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._odds.copy(), grammar
+        made = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._acceptance.copy(), grammar
         sequence = (
             Sequence(*made)
             if self.alignment is None
@@ -212,7 +212,7 @@ class Engine:
             self._active.popitem()[1].leave()
 
     @torch.inference_mode()
-    def step(self) -> list[Emitted]:
+    def step(self) -> list[RequestOutput]:
         """Let the base read once, and the assistants that are due; what became certain, in order.
 
         A sequence whose model or policy breaks down leaves with its failure; the others go on.
@@ -224,10 +224,10 @@ class Engine:
         for author in range(1, len(self.authors)):
             self._ask(author, consultations)
         self._combine(consultations)
-        news, self._news = self._news, []
+        outputs, self._outputs = self._outputs, []
         spent = time.perf_counter() - start - (sum(reader.seconds for reader in self._readers) - reading)
         self._host_seconds += 0.1 * (spent - self._host_seconds)
-        return news
+        return outputs
 
     # Who takes part
 
@@ -253,14 +253,14 @@ class Engine:
 
     # The base reads, and every position it reads is decided
 
-    def _read_base(self) -> dict[Sequence, Consultation]:
+    def _read_base(self) -> dict[Sequence, AuthorOutputs]:
         """Extend every sequence that has something unread; those whose policy asks first come back undecided."""
         reader = self._readers[BASE]
         reading = [s for s in self._active.values() if not reader.has_read(s, s.length)]
         for sequence in reading:
             self._look_up(sequence)
         run = self._run_length(reading)
-        heard = self._read(reader, {s: Stretch(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading}, run)
+        heard = self._read(reader, {s: ReadSpan(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading}, run)
         if heard is None:
             return {}
         assert heard.hidden is not None
@@ -275,7 +275,7 @@ class Engine:
             elif sequence.consulted:
                 _, defer_prob, *probs = said.numbers[rows[0]]
                 logits = {BASE: heard.at(rows[0])}
-                consultations[sequence] = Consultation(defer_prob, probs, by_author[rows[0]], logits)
+                consultations[sequence] = AuthorOutputs(defer_prob, probs, by_author[rows[0]], logits)
             else:
                 with self._alone(sequence):
                     self._decide(sequence, [said.numbers[row] for row in rows], [said.draws[row] for row in rows])
@@ -310,7 +310,7 @@ class Engine:
         if draft and sequence.processors is not None:
             draft = draft[: sequence.processors.permitted(sequence.generated, draft)]
         times = self._readers[BASE].times, self._readers[1].times
-        length = lookup_length(sequence.odds, *times, len(self._active), len(draft)) if draft else 0
+        length = lookup_length(sequence.acceptance, *times, len(self._active), len(draft)) if draft else 0
         for token_id in draft[:length]:
             if sequence.ends(token_id):
                 break
@@ -333,7 +333,7 @@ class Engine:
 
     # Assistants are asked
 
-    def _ask(self, author: int, consultations: Mapping[Sequence, Consultation]) -> None:
+    def _ask(self, author: int, consultations: Mapping[Sequence, AuthorOutputs]) -> None:
         """Let an assistant read the sequences that wait for it, if the call is worth it now, and those that consult."""
         reader = self._readers[author]
         self._pass_over(author)
@@ -343,8 +343,8 @@ class Engine:
                 sequence.waited += 1
             due = []
         asked = {sequence: _asked_of(author, sequence) for sequence in due}
-        wanted = {s: Stretch(s.length_of(author, at[-1]), at[-1] - at[0] + 1) for s, at in asked.items()}
-        wanted |= {s: Stretch(s.length) for s in consultations if author in s.consulted}
+        wanted = {s: ReadSpan(s.length_of(author, at[-1]), at[-1] - at[0] + 1) for s, at in asked.items()}
+        wanted |= {s: ReadSpan(s.length) for s in consultations if author in s.consulted}
         heard = self._read(reader, wanted)
         if heard is None:
             return
@@ -353,12 +353,12 @@ class Engine:
             if any(said.draws[row].broken for row in rows):
                 self._fail_with_nan(sequence, author)
             elif sequence in consultations:
-                consultations[sequence].hear(author, None if rows[0] in said.silent else heard.at(rows[0]))
+                consultations[sequence].hear(author, None if rows[0] in said.abstained else heard.at(rows[0]))
             else:
                 with self._alone(sequence):
                     for i in asked[sequence]:
                         row = rows[i - asked[sequence][0]]
-                        sequence.answer(i, None if row in said.silent else said.draws[row])
+                        sequence.answer(i, None if row in said.abstained else said.draws[row])
                     self._settle(sequence)
         self._write_ahead(author, [s for s in due if s.number in self._active])
 
@@ -381,7 +381,7 @@ class Engine:
     def _write_ahead(self, author: int, sequences: ListOf[Sequence]) -> None:
         """In a run of deferrals let the assistant write the next tokens too, for the base to check in one pass."""
         lengths = {s: self._ahead_length(author, s) for s in sequences}
-        while wanted := {s: Stretch(s.length) for s, length in lengths.items() if len(s.draft) < length}:
+        while wanted := {s: ReadSpan(s.length) for s, length in lengths.items() if len(s.draft) < length}:
             heard = self._read(self._readers[author], wanted)
             if heard is None:
                 return
@@ -391,16 +391,16 @@ class Engine:
                 position, drawn = len(sequence.steps) + len(sequence.draft), said.draws[row]
                 if drawn.broken:
                     self._fail_with_nan(sequence, author)
-                if row not in said.silent:
+                if row not in said.abstained:
                     sequence.ahead[position] = author, drawn
-                if drawn.broken or row in said.silent or sequence.ends(drawn.token_id):
+                if drawn.broken or row in said.abstained or sequence.ends(drawn.token_id):
                     del lengths[sequence]
                 else:
                     sequence.draft.append(drawn.token_id)
 
     # Policies that asked everyone decide
 
-    def _combine(self, consultations: Mapping[Sequence, Consultation]) -> None:
+    def _combine(self, consultations: Mapping[Sequence, AuthorOutputs]) -> None:
         by_policy: dict[int, list[Sequence]] = {}
         for sequence in consultations:
             if sequence.number in self._active:
@@ -416,13 +416,13 @@ class Engine:
                 for sequence, said, (author, drawn) in zip(sequences, of_each, written, strict=True):
                     if drawn.broken:
                         raise PolicyFailure(f"{policy} made NaN of its authors' logits")
-                    abstained = author in said.silent
+                    abstained = author in said.abstained
                     sequence.decisions.append(Decision(author, said.defer_prob, None, drawn, abstained))
                     self._settle(sequence)
 
     # Sequences come and go
 
-    def _read(self, reader: Reader, wanted: Mapping[Sequence, Stretch], run: int = 0) -> Heard | None:
+    def _read(self, reader: Reader, wanted: Mapping[Sequence, ReadSpan], run: int = 0) -> AuthorOutput | None:
         """The answers after what each sequence's request does to their logits."""
         heard = reader.read(wanted, run) if wanted else None
         while reader.failures:
@@ -437,7 +437,7 @@ class Engine:
                     processed = True
         return replace(heard, logits=edits.apply(heard.raw)) if processed else heard
 
-    def _fetch(self, heard: Heard, reader: Reader, *others: Tensor) -> Said:
+    def _fetch(self, heard: AuthorOutput, reader: Reader, *others: Tensor) -> Said:
         """What the host is to know of the answers, in one wait for the device.
 
         An assistant that may abstain does so where a request's constraints change what it says. A sequence that no
@@ -454,10 +454,10 @@ class Engine:
         reader.clock()
         rows = {sequence: rows for sequence, rows in heard.rows.items() if sequence.number in self._active}
         if not edited:
-            return Said(rows, draws, numbers, heard.silent)
-        silent = heard.silent
+            return Said(rows, draws, numbers, heard.abstained)
+        abstained = heard.abstained
         if reader.runner.may_abstain:
-            silent |= {row for row, (_, changed, *_) in enumerate(numbers) if changed}
+            abstained |= {row for row, (_, changed, *_) in enumerate(numbers) if changed}
         else:
             for sequence in [one for one in rows if any(numbers[row][0] == -math.inf for row in rows[one])]:
                 if sequence.edits_logits:
@@ -465,7 +465,7 @@ class Engine:
                         sequence, RequestError("the request's constraints let no token follow; loosen one of them")
                     )
                     del rows[sequence]
-        return Said(rows, draws, [row[2:] for row in numbers], silent)
+        return Said(rows, draws, [row[2:] for row in numbers], abstained)
 
     def _settle(self, sequence: Sequence) -> None:
         """Send out what has become certain."""
@@ -473,9 +473,9 @@ class Engine:
         for step in steps:
             self.authors[step.author].usage.tokens_written += 1
             last = sequence.finish_reason is not None and step is steps[-1]
-            self._news.append(Emitted(sequence.number, step, sequence.completion() if last else None))
+            self._outputs.append(RequestOutput(sequence.number, step, sequence.completion() if last else None))
         if sequence.finish_reason is not None:
-            self._odds = sequence.odds
+            self._acceptance = sequence.acceptance
             self._active.pop(sequence.number).leave()
 
     @contextmanager
@@ -508,7 +508,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, failure: CollmError, spoiled: int | None = None) -> None:
         self._active.pop(sequence.number).leave(spoiled)
-        self._news.append(Emitted(sequence.number, failure=failure))
+        self._outputs.append(RequestOutput(sequence.number, failure=failure))
 
     # What pays
 
@@ -520,7 +520,9 @@ class Engine:
             self._replan = self._steps + _PLAN_LASTS
             self._waits.clear()
         if author not in self._waits:
-            start, run = (sum(getattr(s.odds, of) for s in self._active.values()) / active for of in ("start", "run"))
+            start, run = (
+                sum(getattr(s.acceptance, of) for s in self._active.values()) / active for of in ("start", "run")
+            )
             times = self._readers[BASE].times, self._readers[author].times
             self._waits[author] = wait_steps(start, run, *times, active, self.max_wait)
         return self._waits[author]
@@ -534,14 +536,14 @@ class Engine:
                 return 0
         longest = min(self.lookahead, *(s.draft_limit for s in reading))
         active = len(reading)
-        start = sum(s.odds.start for s in reading) / active
+        start = sum(s.acceptance.start for s in reading) / active
         reader = self._readers[BASE]
         return run_length(start, reader.times.at(active), reader.run_times.at(active), self._host_seconds, longest)
 
     def _guess_depth(self, sequence: Sequence) -> int:
         base, assistant = (self._readers[author].times for author in (BASE, sequence.decisions[0].author))
         active = len(self._active)
-        return guess_depth(sequence.odds, base, assistant, active, min(self.lookahead, 8))
+        return guess_depth(sequence.acceptance, base, assistant, active, min(self.lookahead, 8))
 
     def _ahead_length(self, author: int, sequence: Sequence) -> int:
         """Writing ahead is for a sequence alone: among others each token ahead would be a pass for few rows."""
@@ -550,7 +552,7 @@ class Engine:
         if sequence.decisions or sequence.draft or sequence.steps[-1].author != author:
             return 0
         times = self._readers[BASE].times, self._readers[author].times
-        return ahead_length(sequence.odds, *times, min(self.lookahead, sequence.draft_limit))
+        return ahead_length(sequence.acceptance, *times, min(self.lookahead, sequence.draft_limit))
 
 
 def _asked_of(author: int, sequence: Sequence) -> list[int]:

@@ -71,8 +71,8 @@ def _laws(
                     gold = torch.tensor(prompt_ids[start : start + len(unseen)]).unsqueeze(-1)
                     law.scatter_(-1, gold, scores[runner][start - 1 : start - 1 + len(unseen), None])
                     if author is not None:
-                        silent = torch.tensor(read.silent).unsqueeze(-1)
-                        law = torch.where(silent, laws[0].to(law.device), law)
+                        abstained = torch.tensor(read.abstained).unsqueeze(-1)
+                        law = torch.where(abstained, laws[0].to(law.device), law)
                 elif runner is runners[BASE]:
                     assert read.hidden is not None
                     by_author = author_logprobs(head(read.hidden))  # (T, K + 1)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from collm.decoding.draws import Logits, Sampling
-from collm.decoding.pacing import PassTimes
 from collm.decoding.sequence import Sequence
+from collm.decoding.speculation import PassTimes
 from collm.errors import CollmError, ModelFailure
-from collm.models.runner import MIN_SHARED, Assistant, ModelRunner, Reading
+from collm.models.runner import MIN_SHARED, Assistant, ModelOutput, ModelRunner
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ReadSpan:
     """What an author is to read of a sequence: its text up to `end`, answering after each of the last `keep` tokens."""
 
     end: int
@@ -29,7 +29,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Heard:
+class AuthorOutput:
     """An author's answers.
 
     Attributes:
@@ -37,7 +37,7 @@ class Heard:
         raw: logits as the author gave them, shape (R, V), fp32.
         logits: those after what the requests do to them, shape (R, V), fp32.
         hidden: shape (R, H); None from an assistant that has none.
-        silent: rows at which the author abstains.
+        abstained: rows at which the author abstains.
         followed: for each row the token that was read after it in a run, else -1, shape (R,); None without a run.
         samplings: for each row how its token is drawn.
     """
@@ -46,7 +46,7 @@ class Heard:
     raw: Tensor
     logits: Tensor
     hidden: Tensor | None
-    silent: frozenset[int]
+    abstained: frozenset[int]
     followed: Tensor | None
     samplings: list[Sampling]
 
@@ -80,7 +80,7 @@ class Reader:
         slot = sequence.slots.get(self.author)
         return slot is not None and self.runner.length(slot) >= length
 
-    def read(self, wanted: Mapping[Sequence, Stretch], run: int = 0) -> Heard | None:
+    def read(self, wanted: Mapping[Sequence, ReadSpan], run: int = 0) -> AuthorOutput | None:
         """Read what is unseen of every stretch; None if nothing could be read.
 
         Where several sequences begin alike and none was read yet, one goes first and the others take over what it read.
@@ -105,10 +105,10 @@ class Reader:
         names = ("logits", "hidden", "followed")
         logits, hidden, followed = (_joined([getattr(reading, name) for _, reading in heard]) for name in names)
         assert logits is not None
-        silent = [abstains for _, reading in heard for abstains in reading.silent]
+        abstained = [abstains for _, reading in heard for abstains in reading.abstained]
         raw = logits.float()
-        abstaining = frozenset(row for row, abstains in enumerate(silent) if abstains)
-        return Heard(rows, raw, raw, hidden, abstaining, followed, samplings)
+        abstaining = frozenset(row for row, abstains in enumerate(abstained) if abstains)
+        return AuthorOutput(rows, raw, raw, hidden, abstaining, followed, samplings)
 
     def clock(self) -> None:
         """Note how long the last `read` took; to be called when its numbers have arrived on the host."""
@@ -120,7 +120,7 @@ class Reader:
         elif self._tokens:
             self.times.record(self._tokens, seconds)
 
-    def _followers(self, wanted: Mapping[Sequence, Stretch]) -> set[Sequence]:
+    def _followers(self, wanted: Mapping[Sequence, ReadSpan]) -> set[Sequence]:
         leaders, followers = set(), set()
         for sequence in wanted:
             if self.author not in sequence.slots and wanted[sequence].end > MIN_SHARED:
@@ -130,7 +130,7 @@ class Reader:
                 leaders.add(beginning)
         return followers
 
-    def _read(self, wanted: Mapping[Sequence, Stretch]) -> list[tuple[ListOf[Sequence], Reading]]:
+    def _read(self, wanted: Mapping[Sequence, ReadSpan]) -> list[tuple[ListOf[Sequence], ModelOutput]]:
         """One extend for all; if the model raises, one for each, so that only those at fault fail."""
         if not wanted:
             return []
@@ -155,7 +155,7 @@ class Reader:
         self._tokens += sum(map(len, unseen.values()))
         return [(list(wanted), reading)]
 
-    def _extend(self, unseen: Mapping[int, ListOf[int]], keep: Mapping[int, int]) -> Reading:
+    def _extend(self, unseen: Mapping[int, ListOf[int]], keep: Mapping[int, int]) -> ModelOutput:
         if not self._run:
             return self.runner.extend(unseen, keep)
         assert isinstance(self.runner, ModelRunner)

@@ -14,8 +14,8 @@ from collm.core.types import BASE, Completion, FinishReason, TokenStep
 from collm.decoding.draws import Draw, Sampling
 from collm.decoding.logits_processors import Edits, LogitsProcessors
 from collm.decoding.lookup import PromptLookup
-from collm.decoding.pacing import Odds
 from collm.decoding.request import Request
+from collm.decoding.speculation import AcceptanceRates
 from collm.decoding.text import TextStream
 from collm.errors import ConfigError
 from collm.models.grammars import Grammar
@@ -64,7 +64,7 @@ class Sequence:
         waited: steps since the sequence began to wait for an assistant.
         consulted: assistants that the policy asks before it decides; then nothing is ever tentative.
         processors: what the request does to logits; None where it leaves them as they are.
-        odds: how guesses about this sequence fare.
+        acceptance: how guesses about this sequence fare.
         finish_reason: set with the last token.
     """
 
@@ -75,7 +75,7 @@ class Sequence:
         authors: ListOf[Assistant],
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: frozenset[int],
-        odds: Odds,
+        acceptance: AcceptanceRates,
         grammar: Grammar | None = None,
     ) -> None:
         self.number = number
@@ -89,7 +89,7 @@ class Sequence:
         self.deferred = 0
         self.last_author = BASE
         self.waited = 0
-        self.odds = odds
+        self.acceptance = acceptance
         self.lookup = PromptLookup(self.token_ids)
         self.consulted = request.policy.consults(len(authors) - 1)
         self.finish_reason: FinishReason | None = None
@@ -215,7 +215,7 @@ class Sequence:
         decision.choice = draw or decision.guess
         self.waited = 0
         if decision.guess is not None and decision.choice is not None:
-            self.odds.saw_answer(decision.guess.token_id == decision.choice.token_id)
+            self.acceptance.saw_answer(decision.guess.token_id == decision.choice.token_id)
 
     def author_of_next(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
@@ -272,7 +272,7 @@ class Sequence:
                 return
 
     def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
-        self.odds.saw(self.last_author, decision.author, self.lookup.next_token(), drawn.token_id)
+        self.acceptance.saw(self.last_author, decision.author, self.lookup.next_token(), drawn.token_id)
         self.last_author = decision.author
         self.token_ids.append(drawn.token_id)
         self.deferred += decision.author != BASE

@@ -16,7 +16,7 @@ from collm.core.params import SamplingParams
 from collm.core.types import deferral_rate
 from collm.errors import DataError
 from collm.evaluation.answers import Answer, answer_path
-from collm.evaluation.asking import Asking, OnProgress
+from collm.evaluation.generation import Generation, OnProgress
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.insights import shown
 from collm.evaluation.reliability import reliability
@@ -103,7 +103,7 @@ def compare(
             answered is kept.
     """
     _check(items)
-    asking = Asking(task, items, params or SamplingParams(), chat, max_batch, seed)
+    asking = Generation(task, items, params or SamplingParams(), chat, max_batch, seed)
     answers, results = _answered(systems, asking, out, progress)
     model = systems[0].load()
     authors = [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
@@ -117,7 +117,7 @@ def compare(
 
 
 def _answered(
-    systems: Sequence[System], asking: Asking, out: Path, progress: Callable[[str], OnProgress] | None
+    systems: Sequence[System], asking: Generation, out: Path, progress: Callable[[str], OnProgress] | None
 ) -> tuple[dict[str, list[Answer]], list[SystemResult]]:
     """What each system answered, and what that scored and cost, in their order."""
     task, items = asking.task, asking.items
@@ -134,7 +134,7 @@ def _answered(
     return answers, results
 
 
-def _settings(asking: Asking) -> dict[str, Any]:
+def _settings(asking: Generation) -> dict[str, Any]:
     """How was asked, and with what."""
     return {
         "temperature": asking.params.temperature,
@@ -164,7 +164,7 @@ def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def _candidates(model: CoLLM, asking: Asking, found: Comparison) -> dict[str, Any]:
+def _candidates(model: CoLLM, asking: Generation, found: Comparison) -> dict[str, Any]:
     """By item, of the answers that a report shows."""
     base = {answer.id: answer for answer in found.answers.get("base", ())}
     by_id = {item.id: item for item in found.items}

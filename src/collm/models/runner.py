@@ -25,19 +25,19 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModelOutput:
     """What a model says after the last tokens of each sequence that was extended.
 
     Attributes:
         logits: next-token logits, shape (R, V): sequence by sequence, for each the positions asked for.
         hidden: last hidden states, shape (R, H); None from an assistant that has none.
-        silent: for each row whether the assistant abstains there; empty from one that never does.
+        abstained: for each row whether the assistant abstains there; empty from one that never does.
         followed: for each row the token that was read after it in a run, else -1, shape (R,); None without a run.
     """
 
     logits: Tensor
     hidden: Tensor | None = None
-    silent: Sequence[bool] = ()
+    abstained: Sequence[bool] = ()
     followed: Tensor | None = None
 
 
@@ -84,7 +84,7 @@ class Assistant(Protocol):
 
     def rollback(self, slot: int, length: int) -> None: ...
 
-    def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> Reading: ...
+    def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> ModelOutput: ...
 
 
 MIN_SHARED = 16
@@ -249,7 +249,7 @@ class ModelRunner:
     @torch.inference_mode()
     def extend(
         self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None, *, run: int = 0
-    ) -> Reading:
+    ) -> ModelOutput:
         """Read the tokens each slot has not seen, at least one each.
 
         Args:
@@ -277,7 +277,7 @@ class ModelRunner:
             passes = [self._forward(part, firsts) for part in _passes(unseen, self.max_pass_tokens)]
             hidden = torch.cat(_in_order(passes, list(unseen)))
             logits = passes[0].logits if len(passes) == 1 and len(hidden) == len(unseen) else None
-            reading = Reading(self.model.logits(hidden) if logits is None else logits, hidden)
+            reading = ModelOutput(self.model.logits(hidden) if logits is None else logits, hidden)
             return self._run_on(reading, keep, run) if run else reading
         except Exception:
             for slot, start in starts.items():
@@ -298,7 +298,7 @@ class ModelRunner:
             kept[row.slot] = hidden[max(firsts[row.slot] - row.start, 0) : row.size]
         return _Passed(kept, logits)
 
-    def _run_on(self, reading: Reading, keep: Mapping[int, int], run: int) -> Reading:
+    def _run_on(self, reading: ModelOutput, keep: Mapping[int, int], run: int) -> ModelOutput:
         """Read on for `run` tokens; rows of each slot stay together."""
         assert reading.hidden is not None
         ends = list(itertools.accumulate(keep.values()))
@@ -319,7 +319,7 @@ class ModelRunner:
             after += [*[0] * (keep[slot] - 1), *range(1 + i, 1 + i + run * count, count), 0]
         read = torch.cat([following.new_full((1,), -1), *followed])[to_device(after, device)]
         at = to_device(order, device)
-        return Reading(torch.cat(logits)[at], torch.cat(hidden)[at], followed=read)
+        return ModelOutput(torch.cat(logits)[at], torch.cat(hidden)[at], followed=read)
 
     def _read(
         self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.types import ModelUsage
 from collm.errors import ToolFailure
-from collm.models.runner import Reading
+from collm.models.runner import ModelOutput
 from collm.models.template import continuation_ids
 from collm.models.token_text import TokenText
 from collm.tools.calls import Answer, open_tool
@@ -200,7 +200,7 @@ class ToolRunner:
     def rollback(self, slot: int, length: int) -> None:
         self._slots[slot].cut(length)
 
-    def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> Reading:
+    def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> ModelOutput:
         """Read the tokens each slot has not seen, and ask the tool after each of the last ones.
 
         Args:
@@ -218,7 +218,7 @@ class ToolRunner:
             length = len(state.read)
             asked = keep[slot] if keep else 1
             next_tokens += [self._ask(state, n) for n in range(length - asked + 1, length + 1)]
-        return Reading(self.model.logits(next_tokens), silent=[token_id is None for token_id in next_tokens])
+        return ModelOutput(self.model.logits(next_tokens), abstained=[token_id is None for token_id in next_tokens])
 
     def _ask(self, state: _Slot, length: int) -> int | None:
         self.usage.calls += 1

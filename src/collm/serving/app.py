@@ -22,12 +22,12 @@ from collm.errors import RequestError
 from collm.models.template import Prompt
 from collm.serving import replies
 from collm.serving.collaborations import Target
-from collm.serving.front import Front
+from collm.serving.errors import APIError, invalid
 from collm.serving.generating import answer
+from collm.serving.middleware import RequestMiddleware
+from collm.serving.parsing import as_chat, read_chat, read_completion, read_messages
 from collm.serving.playground import playground
-from collm.serving.reading import as_chat, read_chat, read_completion, read_messages
-from collm.serving.records import Metrics, Record
-from collm.serving.refusals import Refusal, invalid
+from collm.serving.request_log import Metrics, Record
 from collm.serving.responses import ResponseShape, as_chat_request
 from collm.serving.schemas import (
     CandidatesRequest,
@@ -257,7 +257,7 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
     app.include_router(router)
     app.state.service = service
     app.state.metrics = Metrics(service.collaborations.served)
-    for kind in (Refusal, RequestValidationError, HTTPException):
+    for kind in (APIError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _refused)
     _add_middleware(app, settings)
     return app
@@ -265,7 +265,7 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
     routes = {str(getattr(route, "path", "")) for route in router.routes}
-    app.add_middleware(cast(Any, Front), settings=settings, metrics=app.state.metrics, routes=routes)
+    app.add_middleware(cast(Any, RequestMiddleware), settings=settings, metrics=app.state.metrics, routes=routes)
     if settings.allow_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -15,7 +15,7 @@ from collm.decoding.request import PromptIds, check_prompt
 from collm.errors import CollmError, ConfigError, MissingExtra, RequestError
 from collm.models.chats import Chat
 from collm.models.template import Prompt, tokenize
-from collm.serving.refusals import Refusal, invalid
+from collm.serving.errors import APIError, invalid
 from collm.serving.schemas import CollmOptions
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
@@ -81,7 +81,7 @@ class Target:
         """Who writes.
 
         Raises:
-            Refusal: options that contradict each other, or no threshold to be had.
+            APIError: options that contradict each other, or no threshold to be had.
         """
         options = options or CollmOptions.model_validate({})
         if self.author is not None:
@@ -114,7 +114,7 @@ class Target:
             keep_last: so many tokens are kept, from its end; -1 for as many as fit; None for all.
 
         Raises:
-            Refusal: it is empty, too long, or holds what is no token.
+            APIError: it is empty, too long, or holds what is no token.
         """
         model = self.served.model
         try:
@@ -139,7 +139,7 @@ class Target:
         return PromptIds(token_ids, assistants)
 
     def check_params(self, params: SamplingParams, form: str) -> None:
-        """Raise a Refusal for parameters that this model cannot follow; grammars are compiled on the way.
+        """Raise an APIError for parameters that this model cannot follow; grammars are compiled on the way.
 
         Args:
             form: the parameter that says what the text must be.
@@ -147,7 +147,7 @@ class Target:
         try:
             self.served.model.check_params(params)
         except MissingExtra as error:
-            raise Refusal(501, str(error), param=form, code="not_installed") from error
+            raise APIError(501, str(error), param=form, code="not_installed") from error
         except CollmError as error:
             param, _, rest = str(error).partition(" ")
             param = form if param.startswith("structured_outputs") else param
@@ -157,7 +157,7 @@ class Target:
         """Token ids of a text as it stands.
 
         Raises:
-            Refusal: it has no UTF-8.
+            APIError: it has no UTF-8.
         """
         try:
             return tokenize(self.served.model.tokenizer, text, special=special)
@@ -168,7 +168,7 @@ class Target:
         """Token ids of a chat.
 
         Raises:
-            Refusal: the chat template refuses it.
+            APIError: the chat template refuses it.
         """
         model = self.served.model
         try:
@@ -181,7 +181,7 @@ class Target:
         """The text of tokens, special ones among them.
 
         Raises:
-            Refusal: one is no token.
+            APIError: one is no token.
         """
         vocab_size = self.served.model.identity.vocab_size
         outside = [token for token in token_ids if token >= vocab_size]
@@ -242,7 +242,7 @@ class Collaborations:
         """What a client means by a model's name; without one, any collaboration if all have one tokenizer.
 
         Raises:
-            Refusal: nothing is called so, or tokenizers differ.
+            APIError: nothing is called so, or tokenizers differ.
         """
         if name is None:
             if len({one.model.identity.hash for one in self.served}) > 1:
@@ -251,7 +251,7 @@ class Collaborations:
                 )
             name = self.served[0].name
         if name not in self.targets:
-            raise Refusal(
+            raise APIError(
                 404,
                 f"there is no model {name[:80]!r}; this server has {', '.join(self.targets)}",
                 param="model",

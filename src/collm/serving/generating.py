@@ -12,15 +12,15 @@ from starlette.responses import Response
 from collm.core.types import PromptLogprob
 from collm.decoding.request import Request as EngineRequest
 from collm.errors import CollmError
-from collm.serving.answering import Answer, prompt_tokens, unwritten
 from collm.serving.collaborations import Target
-from collm.serving.reading import Reading
-from collm.serving.records import Record
-from collm.serving.refusals import of_failure
+from collm.serving.errors import of_failure
+from collm.serving.parsing import ParsedRequest
+from collm.serving.request_log import Record
 from collm.serving.schemas import Asked
 from collm.serving.service import Service
 from collm.serving.shapes import Extras, Part, Shape
-from collm.serving.spelling import Speller, spelled_prompt
+from collm.serving.streaming import Answer, prompt_tokens, unwritten
+from collm.serving.token_texts import TokenTexts, spelled_prompt
 
 Scored = list[PromptLogprob | None]
 
@@ -29,7 +29,7 @@ async def answer(
     http: Request,
     service: Service,
     target: Target,
-    reading: Reading,
+    reading: ParsedRequest,
     body: Asked,
     make_shape: Callable[[str, Sequence[str], Extras], Shape],
 ) -> Response:
@@ -39,7 +39,7 @@ async def answer(
         make_shape: makes what writes the answer, from the names of the model and its authors and from the extras.
 
     Raises:
-        Refusal: a prompt or a parameter that cannot be read, no room, or a failure before the first token.
+        APIError: a prompt or a parameter that cannot be read, no room, or a failure before the first token.
     """
     longest = service.settings.max_prompt_tokens
 
@@ -61,14 +61,14 @@ async def answer(
     return await (running.stream() if body.stream else running.whole())
 
 
-def _form_of(body: Asked, reading: Reading) -> str:
+def _form_of(body: Asked, reading: ParsedRequest) -> str:
     """The parameter that says what the text must be."""
     if reading.calls is not None and reading.calls.constraint is not None:
         return "tools"
     return "response_format" if body.structured_outputs is None else "structured_outputs"
 
 
-async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Reading) -> list[Scored]:
+async def _scored(target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest) -> list[Scored]:
     """Of each completion, the log-probabilities of its prompt; one prompt after the other, between steps."""
     model, found = target.served.model, dict[int, Scored]()
     for one in requests:
@@ -82,13 +82,13 @@ async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Re
 
 
 def _extras(
-    target: Target, requests: Sequence[EngineRequest], reading: Reading, scored: list[Scored] | None, usage: bool
+    target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest, scored: list[Scored] | None, usage: bool
 ) -> Extras:
     tokenizer, extras = target.served.model.tokenizer, Extras(include_usage=usage)
     of_each: Sequence[Scored | None] = scored if scored is not None else [None] * len(requests)
     if reading.logprobs:
         extras.spellers = [
-            Speller(tokenizer, one.prompt_ids, reading.params.logprobs, of_prompt if reading.echo else None)
+            TokenTexts(tokenizer, one.prompt_ids, reading.params.logprobs, of_prompt if reading.echo else None)
             for one, of_prompt in zip(requests, of_each, strict=True)
         ]
     if reading.echo:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from collm.core.types import TokenStep
 from collm.models.tool_calls import CallStart, Content, Delta
-from collm.serving.refusals import Refusal, invalid
+from collm.serving.errors import APIError, invalid
 from collm.serving.schemas import ChatRequest, FlatName, FlatTool, InputItem, ResponsesRequest, Sampled
 from collm.serving.shapes import Extras, Json, Message, Part, Shape, encoded, sse
 from collm.serving.tool_choice import ToolChoice
@@ -23,7 +23,7 @@ def as_chat_request(body: ResponsesRequest) -> ChatRequest:
     """The same request to /v1/chat/completions.
 
     Raises:
-        Refusal: an item of the input that is no text, call or result of a function.
+        APIError: an item of the input that is no text, call or result of a function.
     """
     shared = body.model_dump(include=set(Sampled.model_fields), exclude_unset=True, by_alias=True)
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
@@ -139,7 +139,7 @@ class ResponseShape(Shape):
         done = self._response(usage)
         return closing + self._send(f"response.{done['status']}", response=done)
 
-    def broken_off(self, refusal: Refusal) -> bytes:
+    def broken_off(self, refusal: APIError) -> bytes:
         error = refusal.content["error"]
         return self._send("error", error=error, **{key: error[key] for key in ("code", "message", "param")})
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from collm.collaboration import CoLLM
 from collm.serving.collaborations import Collaborations
-from collm.serving.refusals import not_now
+from collm.serving.errors import not_now
 from collm.serving.settings import Settings
 
 _LOOK_S = 0.05

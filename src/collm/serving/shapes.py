@@ -11,8 +11,8 @@ from typing import Any
 
 from collm.core.types import TokenStep, deferral_rate
 from collm.models.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
-from collm.serving.refusals import Refusal
-from collm.serving.spelling import Speller
+from collm.serving.errors import APIError
+from collm.serving.token_texts import TokenTexts
 from collm.serving.tool_choice import ToolChoice
 
 Json = dict[str, Any]
@@ -60,7 +60,7 @@ class Extras:
         include_usage: a stream's last chunk has the usage.
     """
 
-    spellers: Sequence[Speller] | None = None
+    spellers: Sequence[TokenTexts] | None = None
     echoed: Sequence[str] | None = None
     prompt_logprobs: Sequence[Any] | None = None
     include_usage: bool = False
@@ -105,7 +105,7 @@ class Shape:
             return DONE
         return sse({**self._head, "object": self.chunk, "choices": [], "usage": usage}) + DONE
 
-    def broken_off(self, refusal: Refusal) -> bytes:
+    def broken_off(self, refusal: APIError) -> bytes:
         """What a stream ends with if it fails."""
         return sse(refusal.content)
 
@@ -115,7 +115,7 @@ class Shape:
     def chunk_choice(self, part: Part) -> Json:
         raise NotImplementedError
 
-    def _speller(self, part: Part) -> Speller | None:
+    def _speller(self, part: Part) -> TokenTexts | None:
         return self.extras.spellers[part.index] if self.extras.spellers else None
 
 

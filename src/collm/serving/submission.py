@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from collm.core.types import TokenStep
-from collm.decoding.engine import Emitted
+from collm.decoding.engine import RequestOutput
 from collm.decoding.request import Request
 from collm.errors import CollmError
-from collm.serving.refusals import Refusal, of_failure
+from collm.serving.errors import APIError, of_failure
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class News:
+class TokenOutput:
     """A token of a submission's request number `index`; `finish_reason` comes with the last."""
 
     index: int
@@ -50,25 +50,25 @@ class Submission:
         self.requests = requests
         self.unfinished = len(requests)
         self._owner = owner
-        self._news: list[News] = []
-        self._failure: Refusal | None = None
+        self._outputs: list[TokenOutput] = []
+        self._failure: APIError | None = None
         self._arrived = asyncio.Event()
 
-    async def news(self) -> list[News]:
+    async def outputs(self) -> list[TokenOutput]:
         """All tokens since the last call, at least one; nothing once everything is finished.
 
         Raises:
-            Refusal: the requests failed, or were failed.
+            APIError: the requests failed, or were failed.
         """
         if self.unfinished or self._failure:
             await self._arrived.wait()
         self._arrived.clear()
-        news, self._news = self._news, []
+        outputs, self._outputs = self._outputs, []
         if self._failure is not None:
             raise self._failure
-        return news
+        return outputs
 
-    def fail(self, refusal: Refusal) -> None:
+    def fail(self, refusal: APIError) -> None:
         """End the requests; their slots are free before the next step."""
         if self.unfinished:
             self._failure = refusal
@@ -80,16 +80,16 @@ class Submission:
         if self.unfinished:
             self._owner.drop(self)
 
-    def hear(self, index: int, emitted: Emitted) -> None:
+    def hear(self, index: int, output: RequestOutput) -> None:
         """Take what the engine says of a request."""
         if not self.unfinished:
             return
-        if emitted.failure is not None:
-            self._failed(emitted.failure)
+        if output.failure is not None:
+            self._failed(output.failure)
             return
-        assert emitted.step is not None
-        finish_reason = emitted.completion.finish_reason if emitted.completion else None
-        self._news.append(News(index, emitted.step, finish_reason))
+        assert output.step is not None
+        finish_reason = output.completion.finish_reason if output.completion else None
+        self._outputs.append(TokenOutput(index, output.step, finish_reason))
         self._arrived.set()
         if finish_reason is not None:
             self._owner.finish(self)

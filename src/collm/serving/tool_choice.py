@@ -10,7 +10,7 @@ from collm.core.params import StructuredOutputs
 from collm.models.tool_calls import ToolCallReader
 from collm.models.tool_formats import ToolFormat, grammar, tool_format
 from collm.serving.collaborations import Target
-from collm.serving.refusals import invalid
+from collm.serving.errors import invalid
 from collm.serving.schemas import NamedTool, Tool
 
 
@@ -46,7 +46,7 @@ def tool_choice(
     """What a request says of tools; None where none can be called.
 
     Raises:
-        Refusal: a choice without tools, a name that is none of theirs, or a template that shows no tools.
+        APIError: a choice without tools, a name that is none of theirs, or a template that shows no tools.
     """
     if not tools:
         if choice in (None, "none", "auto"):

@@ -8,33 +8,33 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from collm.serving.refusals import Refusal, broken, invalid
+from collm.serving.errors import APIError, broken, invalid
 from collm.serving.schemas import WHY_NOT
 
 _NESTED = {"collm", "stream_options", "response_format", "structured_outputs", "text"}
 _LISTS = {"messages", "tools", "input"}
 
 
-def refusal_of(error: Exception, asked: str) -> Refusal:
+def refusal_of(error: Exception, asked: str) -> APIError:
     """An exception of the routes, or of what lies before them, for a client that `asked` (method and path)."""
-    if isinstance(error, Refusal):
+    if isinstance(error, APIError):
         return error
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
     if isinstance(error, HTTPException):
-        return Refusal(
+        return APIError(
             error.status_code, f"{asked[:80]}: {error.detail}; /openapi.json lists what there is", headers=error.headers
         )
     return broken()
 
 
-def unknown(params: Sequence[str]) -> Refusal:
+def unknown(params: Sequence[str]) -> APIError:
     """A field that nobody knows."""
     message = f"{params[0][:80]} is no parameter of this server; leave it out, or start it with --ignore-unknown"
     return invalid(message, params[0], "unknown_parameter")
 
 
-def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+def _of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first parameter at fault; all that is said of it, as each form it may take is tried."""
     first = errors[0]
     if first["type"] == "json_invalid":

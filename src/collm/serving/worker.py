@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from collm.collaboration import CoLLM
-from collm.decoding.engine import DecodingLoop, Emitted
+from collm.decoding.engine import DecodingLoop, RequestOutput
 from collm.decoding.request import Request
 from collm.errors import CollmError, ModelFailure
-from collm.serving.refusals import not_now
+from collm.serving.errors import not_now
 from collm.serving.submission import Submission
 
 _LOG = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Worker:
         """Queue requests.
 
         Raises:
-            Refusal: there is no room for them, the models are not there yet, or the server is stopping.
+            APIError: there is no room for them, the models are not there yet, or the server is stopping.
         """
         self._admit(len(requests))
         submission = Submission(requests, self)
@@ -102,7 +102,7 @@ class Worker:
         """Run a job between two steps.
 
         Raises:
-            Refusal: as of `submit`.
+            APIError: as of `submit`.
             Exception: what the job raised.
         """
         self._admit(1)
@@ -121,7 +121,7 @@ class Worker:
         self._thread.join()
 
     def check_open(self) -> None:
-        """Raise a Refusal while the models are being loaded, and once the server is stopping."""
+        """Raise an APIError while the models are being loaded, and once the server is stopping."""
         if not self.accepting:
             raise not_now(503, "the server is stopping; send the request to another one", "stopping")
         if not self.ready:
@@ -173,23 +173,23 @@ class Worker:
             try:
                 number = self._engine.add(submission.requests[index])
             except CollmError as error:
-                self._tell(submission.hear, index, Emitted(-1, failure=error))
+                self._tell(submission.hear, index, RequestOutput(-1, failure=error))
             else:
                 self._running[number] = submission, index
 
     def _step(self) -> None:
         try:
-            news = self._engine.step()
+            outputs = self._engine.step()
         except Exception:
             _LOG.exception("the decoding loop of %s broke down; its %d requests fail", self.name, len(self._running))
             failure = ModelFailure("the decoding loop broke down")
-            news = [Emitted(number, failure=failure) for number in self._running]
+            outputs = [RequestOutput(number, failure=failure) for number in self._running]
             self._engine.close()
             self._engine = self.model.engine(self.max_batch)
-        heard = [(*self._running[emitted.number], emitted) for emitted in news if emitted.number in self._running]
-        for emitted in news:
-            if emitted.completion is not None or emitted.failure is not None:
-                self._running.pop(emitted.number, None)
+        heard = [(*self._running[output.number], output) for output in outputs if output.number in self._running]
+        for output in outputs:
+            if output.completion is not None or output.failure is not None:
+                self._running.pop(output.number, None)
         if heard:
             self._tell(_deliver, heard)
 
@@ -213,10 +213,10 @@ class Worker:
             self._loop.call_soon_threadsafe(hear, *what)
 
 
-def _deliver(heard: Sequence[tuple[Submission, int, Emitted]]) -> None:
+def _deliver(heard: Sequence[tuple[Submission, int, RequestOutput]]) -> None:
     """One call for all that a step brought, so that the event loop wakes once."""
-    for submission, index, emitted in heard:
-        submission.hear(index, emitted)
+    for submission, index, output in heard:
+        submission.hear(index, output)
 
 
 def _settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:

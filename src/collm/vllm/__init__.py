@@ -20,7 +20,7 @@ AUTHORS = "defer_authors"
 it (`author_of`) and hold the logarithm of the defer prob there."""
 
 HEAD = "defer_head"
-"""Key of a request's `vllm_xargs` to one engine: the head that it must hold (`note.head_digest`)."""
+"""Key of a request's `vllm_xargs` to one engine: the head that it must hold (`export_manifest.head_digest`)."""
 
 OF_ONE_ENGINE = (POLICY, AUTHORS, HEAD)
 """What other servers do not understand."""

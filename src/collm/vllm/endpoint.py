@@ -17,7 +17,7 @@ from collm.core.types import ModelUsage
 from collm.decoding.candidates import Likely
 from collm.errors import LoadError, ModelFailure
 from collm.vllm.answers import ErrorEventError, Piece, Written, event_data, read_likely, read_piece, retry_after_s
-from collm.vllm.breaker import Breaker
+from collm.vllm.circuit_breaker import CircuitBreaker
 from collm.vllm.servers import Servers
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Endpoint:
 
     A call is made again after a connection error, a time-out, status 429 or 5xx and an answer that is none, with
     pauses that double from a quarter of a second, or as long as Retry-After says, at most ten seconds. After three
-    calls in a row without an answer the server is left alone (`Breaker`); what it says of a single request, be it
+    calls in a row without an answer the server is left alone (`CircuitBreaker`). What it says of one request, be it
     status 500 or nonsense, counts for that request alone.
 
     Args:
@@ -85,7 +85,7 @@ class Endpoint:
         self.usage = ModelUsage()
         self.model = ""
         self.max_length: int | None = None
-        self.breaker = Breaker()
+        self.breaker = CircuitBreaker()
         self.sleep = sleep
         self._random = random.Random()
         self._key = servers.headers.get("Authorization", "").removeprefix("Bearer ")

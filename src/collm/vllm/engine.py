@@ -21,21 +21,21 @@ from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
 from collm.decoding.draws import Draw
-from collm.decoding.engine import Emitted
-from collm.decoding.pacing import Odds
+from collm.decoding.engine import RequestOutput
 from collm.decoding.request import Request, check_params, check_prompt
 from collm.decoding.sequence import Decision, Sequence
+from collm.decoding.speculation import AcceptanceRates
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.runner import Assistant
 from collm.vllm import ROW_SCALE, THRESHOLD
 from collm.vllm.answers import Written
-from collm.vllm.breaker import Breaker
+from collm.vllm.circuit_breaker import CircuitBreaker
 from collm.vllm.endpoint import Unreachable
 from collm.vllm.fleet import Connections, Fleet
 
 C = TypeVar("C", bound=Connections)
 _PATIENCE_S = 0.02
-"""A step waits no longer for news, so that requests can come and go between steps."""
+"""A step waits no longer for outputs, so that requests can come and go between steps."""
 _CLOSED = "the connections to the servers were closed while it was decoded; load the collaboration again"
 _LEAST_TEMPERATURE = 0.01
 """vLLM raises a lower one to this."""
@@ -66,7 +66,7 @@ class Run:
 
     sequence: Sequence
     known: dict[int, int] = field(default_factory=dict)
-    refused: dict[int, Breaker] = field(default_factory=dict)
+    refused: dict[int, CircuitBreaker] = field(default_factory=dict)
 
     def read(self, author: int) -> int:
         """Tokens that are new to the author, which knows all of them then."""
@@ -100,7 +100,7 @@ class ServerEngine(Generic[C]):
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Future[None]] = {}
         self._count = 0
-        self._news: queue.SimpleQueue[Emitted] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
     @property
     def has_work(self) -> bool:
@@ -118,7 +118,7 @@ class ServerEngine(Generic[C]):
         self.check_request(request)
         number, self._count = self._count, self._count + 1
         authors = cast("list[Assistant]", self.connections.authors)  # a sequence asks for their limits only
-        self._waiting.append(Sequence(number, request, authors, self.tokenizer, self.eos_ids, Odds()))
+        self._waiting.append(Sequence(number, request, authors, self.tokenizer, self.eos_ids, AcceptanceRates()))
         return number
 
     def cancel(self, number: int) -> None:
@@ -134,26 +134,26 @@ class ServerEngine(Generic[C]):
         for number in list(self._active):
             self.cancel(number)
 
-    def step(self) -> list[Emitted]:
+    def step(self) -> list[RequestOutput]:
         """What has become certain since the last step, in order; waits a little for it."""
         while self._waiting and len(self._active) < self.max_batch:
             sequence = self._waiting.popleft()
             self._active[sequence.number] = self.connections.start(self._decode(Run(sequence)))
-        news = []
+        outputs = []
         try:
-            news.append(self._news.get(timeout=_PATIENCE_S))
+            outputs.append(self._outputs.get(timeout=_PATIENCE_S))
             while True:
-                news.append(self._news.get_nowait())
+                outputs.append(self._outputs.get_nowait())
         except queue.Empty:
             pass
-        news = [emitted for emitted in news if emitted.number in self._active]  # not of what was dropped
-        for emitted in news:
-            if emitted.completion is not None or emitted.failure is not None:
-                self._active.pop(emitted.number, None)
+        outputs = [output for output in outputs if output.number in self._active]  # not of what was dropped
+        for output in outputs:
+            if output.completion is not None or output.failure is not None:
+                self._active.pop(output.number, None)
         broken_off = [number for number, running in self._active.items() if running.cancelled()]
         for number in broken_off:
             del self._active[number]
-        return news + [Emitted(number, failure=ModelFailure(_CLOSED)) for number in broken_off]
+        return outputs + [RequestOutput(number, failure=ModelFailure(_CLOSED)) for number in broken_off]
 
     def check_request(self, request: Request) -> None:
         """Refuse what would need more of a server than it offers.
@@ -175,11 +175,11 @@ class ServerEngine(Generic[C]):
             while sequence.finish_reason is None:
                 await self.go_on(run)
         except CollmError as error:
-            self._news.put(Emitted(sequence.number, failure=error))
+            self._outputs.put(RequestOutput(sequence.number, failure=error))
         except Exception as error:
             failure = ModelFailure(f"decoding across servers broke down: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            self._news.put(Emitted(sequence.number, failure=failure))
+            self._outputs.put(RequestOutput(sequence.number, failure=failure))
 
     async def stream(
         self, run: Run, author: int, body: dict[str, Any], *, resumable: bool = True
@@ -219,7 +219,7 @@ class ServerEngine(Generic[C]):
             self.connections.authors[step.author].usage.tokens_written += 1
             run.known[step.author] = len(sequence.token_ids)
             completion = sequence.completion() if sequence.finish_reason is not None else None
-            self._news.put(Emitted(sequence.number, step, completion))
+            self._outputs.put(RequestOutput(sequence.number, step, completion))
 
 
 class VllmEngine(ServerEngine[Fleet]):
@@ -291,7 +291,7 @@ class VllmEngine(ServerEngine[Fleet]):
 
     def _check_asked(self, run: Run, author: int) -> None:
         """Raise a ModelFailure for an assistant that failed this sequence too often."""
-        shut_s = run.refused.setdefault(author, Breaker()).shut_s()
+        shut_s = run.refused.setdefault(author, CircuitBreaker()).shut_s()
         if shut_s:
             raise Unreachable(
                 f"{self.connections.authors[author].name} is not asked about this text for {shut_s:.0f} s"

@@ -19,7 +19,7 @@ from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
 from collm.vllm import ROW_SCALE
-from collm.vllm.note import Note, defer_names
+from collm.vllm.export_manifest import Note, defer_names
 
 
 def export_base(

@@ -21,7 +21,7 @@ from collm.models.guards import PROBE, TokenizerIdentity
 from collm.models.members import author_name
 from collm.vllm import THRESHOLD
 from collm.vllm.endpoint import Endpoint
-from collm.vllm.note import defer_names
+from collm.vllm.export_manifest import defer_names
 from collm.vllm.servers import Servers
 
 T = TypeVar("T")

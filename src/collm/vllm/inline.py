@@ -35,8 +35,8 @@ from collm.models.members import load_members
 from collm.models.runner import ModelRunner
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
+from collm.vllm.export_manifest import head_digest
 from collm.vllm.inline_sampling import Asking, sample
-from collm.vllm.note import head_digest
 
 T = TypeVar("T")
 TESTED = "0.32"

@@ -23,8 +23,8 @@ from collm.vllm import AUTHORS, HEAD, POLICY, author_of
 from collm.vllm.answers import Written
 from collm.vllm.drafting import check_policy
 from collm.vllm.engine import Run, ServerEngine, check_local_params, check_temperature
+from collm.vllm.export_manifest import head_digest
 from collm.vllm.fleet import Connections
-from collm.vllm.note import head_digest
 from collm.vllm.servers import Servers
 
 _ASSISTANT = 1

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm.decoding.pacing import (
-    Odds,
+from collm.decoding.speculation import (
+    AcceptanceRates,
     PassTimes,
     ahead_length,
     expected_run,
@@ -85,12 +85,12 @@ def test_one_slow_pass_among_many_counts_for_little_and_a_lasting_change_is_lear
     assert times.at(8) == pytest.approx(3.0, rel=0.01)
 
 
-# Odds
+# Acceptance rates
 
 
-def changes(odds: Odds) -> dict[str, int]:
+def changes(acceptance: AcceptanceRates) -> dict[str, int]:
     """Which chances rose (1) and which fell (-1)."""
-    before, after = asdict(Odds()), asdict(odds)
+    before, after = asdict(AcceptanceRates()), asdict(acceptance)
     return {name: 1 if after[name] > before[name] else -1 for name in after if after[name] != before[name]}
 
 
@@ -110,46 +110,46 @@ def changes(odds: Odds) -> dict[str, int]:
 def test_a_token_moves_the_chances_it_bears_on(
     previous: int, author: int, predicted: int | None, token_id: int, expected: dict[str, int]
 ) -> None:
-    odds = Odds()
-    odds.saw(previous, author, predicted, token_id)
-    assert changes(odds) == expected
+    acceptance = AcceptanceRates()
+    acceptance.saw(previous, author, predicted, token_id)
+    assert changes(acceptance) == expected
 
 
 @pytest.mark.parametrize(("agreed", "expected"), [(True, {"agree": 1}), (False, {"agree": -1})])
 def test_an_answer_moves_only_the_chance_of_agreement(agreed: bool, expected: dict[str, int]) -> None:
-    odds = Odds()
-    odds.saw_answer(agreed)
-    assert changes(odds) == expected
+    acceptance = AcceptanceRates()
+    acceptance.saw_answer(agreed)
+    assert changes(acceptance) == expected
 
 
 def test_chances_approach_what_always_happens() -> None:
-    odds = Odds()
+    acceptance = AcceptanceRates()
     for _ in range(100):
-        odds.saw(0, 1, 3, 3)
-        odds.saw(1, 0, None, 3)
-        odds.saw_answer(True)
-    assert asdict(odds) == pytest.approx({"start": 1.0, "run": 0.0, "agree": 1.0, "lookup": 1.0}, abs=1e-3)
+        acceptance.saw(0, 1, 3, 3)
+        acceptance.saw(1, 0, None, 3)
+        acceptance.saw_answer(True)
+    assert asdict(acceptance) == pytest.approx({"start": 1.0, "run": 0.0, "agree": 1.0, "lookup": 1.0}, abs=1e-3)
 
 
 def test_a_copy_of_odds_goes_its_own_way() -> None:
-    odds = Odds(start=0.5)
-    copy = odds.copy()
-    assert copy == odds
+    acceptance = AcceptanceRates(start=0.5)
+    copy = acceptance.copy()
+    assert copy == acceptance
     copy.saw(0, 1, None, 1)
-    assert odds == Odds(start=0.5)
+    assert acceptance == AcceptanceRates(start=0.5)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.floats(0.05, 1), st.floats(0, 0.95))
 def test_the_rate_is_the_share_at_which_deferrals_begin_as_often_as_they_end(start: float, run: float) -> None:
-    rate = Odds(start=start, run=run).rate
+    rate = AcceptanceRates(start=start, run=run).rate
     assert rate == pytest.approx(rate * run + (1 - rate) * start)
 
 
 @settings(deadline=None, max_examples=50)
 @given(CHANCES, CHANCES)
 def test_the_rate_is_a_share_and_never_0(start: float, run: float) -> None:
-    assert 0.01 <= Odds(start=start, run=run).rate <= 1
+    assert 0.01 <= AcceptanceRates(start=start, run=run).rate <= 1
 
 
 # Plans
@@ -168,48 +168,48 @@ def test_an_expected_run_counts_the_certain_token_and_every_guess_that_must_hold
 
 def test_lookup_that_never_holds_is_not_drafted_from_and_one_that_always_does_is_at_full_length() -> None:
     for active in (1, 4):
-        assert lookup_length(Odds(lookup=0.0), flat(1.0), flat(1.0), active, longest=6) == 0
-        assert lookup_length(Odds(lookup=0.001), flat(1.0), flat(1.0), active, longest=6) == 0
-        assert lookup_length(Odds(lookup=0.99), flat(1.0), flat(1.0), active, longest=6) == 6
-        assert lookup_length(Odds(lookup=1.0), flat(1.0), flat(1.0), active, longest=6) == 6
+        assert lookup_length(AcceptanceRates(lookup=0.0), flat(1.0), flat(1.0), active, longest=6) == 0
+        assert lookup_length(AcceptanceRates(lookup=0.001), flat(1.0), flat(1.0), active, longest=6) == 0
+        assert lookup_length(AcceptanceRates(lookup=0.99), flat(1.0), flat(1.0), active, longest=6) == 6
+        assert lookup_length(AcceptanceRates(lookup=1.0), flat(1.0), flat(1.0), active, longest=6) == 6
 
 
 def test_lookup_drafts_do_not_pay_where_every_token_read_costs_the_same() -> None:
-    assert lookup_length(Odds(lookup=1.0), by_the_token(1.0), flat(1.0), active=4, longest=6) == 0
+    assert lookup_length(AcceptanceRates(lookup=1.0), by_the_token(1.0), flat(1.0), active=4, longest=6) == 0
 
 
 def test_lookup_drafts_are_shorter_where_an_assistant_reads_what_does_not_hold() -> None:
-    odds = Odds(start=0.5, run=0.5, lookup=0.7)
-    free = lookup_length(odds, flat(1.0), flat(5.0), active=1, longest=8)
-    costly = lookup_length(odds, flat(1.0), by_the_token(5.0), active=1, longest=8)
+    acceptance = AcceptanceRates(start=0.5, run=0.5, lookup=0.7)
+    free = lookup_length(acceptance, flat(1.0), flat(5.0), active=1, longest=8)
+    costly = lookup_length(acceptance, flat(1.0), by_the_token(5.0), active=1, longest=8)
     assert costly < free
 
 
 def test_guesses_that_never_hold_are_not_gathered() -> None:
-    assert guess_depth(Odds(agree=0.0), flat(0.1), flat(10.0), active=2, longest=8) == 1
+    assert guess_depth(AcceptanceRates(agree=0.0), flat(0.1), flat(10.0), active=2, longest=8) == 1
 
 
 def test_guesses_are_gathered_for_an_expensive_assistant_that_mostly_agrees() -> None:
-    odds = Odds(agree=0.95)
-    assert 1 < guess_depth(odds, flat(0.01), flat(10.0), active=2, longest=8) <= 8
-    assert guess_depth(odds, flat(0.01), flat(10.0), active=2, longest=1) == 1
+    acceptance = AcceptanceRates(agree=0.95)
+    assert 1 < guess_depth(acceptance, flat(0.01), flat(10.0), active=2, longest=8) <= 8
+    assert guess_depth(acceptance, flat(0.01), flat(10.0), active=2, longest=1) == 1
 
 
 def test_guesses_that_half_hold_are_gathered_only_if_what_is_lost_was_cheap() -> None:
-    odds = Odds(agree=0.5)
-    assert guess_depth(odds, flat(0.0), flat(1.0), active=2, longest=8) > 1
-    assert guess_depth(odds, flat(10.0), flat(1.0), active=2, longest=8) == 1
+    acceptance = AcceptanceRates(agree=0.5)
+    assert guess_depth(acceptance, flat(0.0), flat(1.0), active=2, longest=8) > 1
+    assert guess_depth(acceptance, flat(10.0), flat(1.0), active=2, longest=8) == 1
 
 
 def test_guesses_are_not_gathered_where_the_assistants_passes_cost_by_the_token() -> None:
-    assert guess_depth(Odds(agree=0.95), flat(0.01), by_the_token(10.0), active=1, longest=8) == 1
+    assert guess_depth(AcceptanceRates(agree=0.95), flat(0.01), by_the_token(10.0), active=1, longest=8) == 1
 
 
 def test_an_assistant_writes_ahead_only_in_runs_and_only_to_save_a_base_that_costs_as_much() -> None:
-    assert ahead_length(Odds(run=0.05), flat(1.0), flat(1.0), longest=6) == 0
-    assert 0 < ahead_length(Odds(run=0.97), flat(1.0), flat(1.0), longest=6) <= 6
-    assert ahead_length(Odds(run=1.0), flat(1.0), flat(1.0), longest=6) == 6
-    assert ahead_length(Odds(run=0.97), flat(0.01), flat(1.0), longest=6) == 0
+    assert ahead_length(AcceptanceRates(run=0.05), flat(1.0), flat(1.0), longest=6) == 0
+    assert 0 < ahead_length(AcceptanceRates(run=0.97), flat(1.0), flat(1.0), longest=6) <= 6
+    assert ahead_length(AcceptanceRates(run=1.0), flat(1.0), flat(1.0), longest=6) == 6
+    assert ahead_length(AcceptanceRates(run=0.97), flat(0.01), flat(1.0), longest=6) == 0
 
 
 def test_waiting_does_not_pay_where_passes_cost_by_the_token() -> None:
@@ -243,17 +243,17 @@ def test_no_plan_exceeds_its_longest(
     active: int,
     longest: int,
 ) -> None:
-    odds = Odds(*chances)
+    acceptance = AcceptanceRates(*chances)
     base, assistant = (passes(lambda n, c=c, s=s: c + s * n) for c, s in (costs[:2], costs[2:]))  # type: ignore[misc]
-    assert 0 <= lookup_length(odds, base, assistant, active, longest) <= longest
-    assert 1 <= guess_depth(odds, base, assistant, active, longest) <= longest
-    assert 0 <= ahead_length(odds, base, assistant, longest) <= longest
-    assert 0 <= wait_steps(odds.start, odds.run, base, assistant, active, longest) <= longest
+    assert 0 <= lookup_length(acceptance, base, assistant, active, longest) <= longest
+    assert 1 <= guess_depth(acceptance, base, assistant, active, longest) <= longest
+    assert 0 <= ahead_length(acceptance, base, assistant, longest) <= longest
+    assert 0 <= wait_steps(acceptance.start, acceptance.run, base, assistant, active, longest) <= longest
 
 
 def test_before_any_pass_was_timed_nothing_is_planned() -> None:
     unknown = PassTimes(), PassTimes()
-    sure = Odds(start=0.5, run=1.0, agree=1.0, lookup=1.0)
+    sure = AcceptanceRates(start=0.5, run=1.0, agree=1.0, lookup=1.0)
     assert lookup_length(sure, *unknown, 4, 6) == 0
     assert guess_depth(sure, *unknown, 4, 6) == 1
     assert ahead_length(sure, *unknown, 6) == 0

@@ -13,7 +13,7 @@ from collm.errors import ConfigError, RequestError
 from collm.models.chats import Chat, Rendering, as_message
 from collm.models.template import Prompt
 from collm.serving.collaborations import Target
-from collm.serving.refusals import invalid
+from collm.serving.errors import invalid
 from collm.serving.schemas import (
     Asked,
     ChatRequest,
@@ -30,7 +30,7 @@ DEFAULT_MAX_TOKENS = SamplingParams().max_new_tokens
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParsedRequest:
     """A request body, read.
 
     Attributes:
@@ -74,11 +74,11 @@ class Reading:
         return max((one for one in (self.params.prompt_logprobs, echoed) if one is not None), default=None)
 
 
-def read_completion(body: CompletionRequest, target: Target, settings: Settings) -> Reading:
+def read_completion(body: CompletionRequest, target: Target, settings: Settings) -> ParsedRequest:
     """What /v1/completions is asked.
 
     Raises:
-        Refusal: naming the parameter.
+        APIError: naming the parameter.
     """
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
@@ -90,18 +90,18 @@ def read_completion(body: CompletionRequest, target: Target, settings: Settings)
     policy = target.policy(body.collm)
     form = _form(body.response_format, body.structured_outputs)
     params = _params(body, policy, settings, body.max_tokens or None, body.logprobs or 0, form)
-    reading = Reading(prompts, "prompt", params, policy, n, body.logprobs is not None)
+    reading = ParsedRequest(prompts, "prompt", params, policy, n, body.logprobs is not None)
     reading = replace(
         reading, echo=bool(body.echo), generates=body.max_tokens != 0, keep_last=body.truncate_prompt_tokens
     )
     return _checked(reading, settings)
 
 
-def read_chat(body: ChatRequest, target: Target, settings: Settings) -> Reading:
+def read_chat(body: ChatRequest, target: Target, settings: Settings) -> ParsedRequest:
     """What /v1/chat/completions is asked.
 
     Raises:
-        Refusal: naming the parameter.
+        APIError: naming the parameter.
     """
     if body.top_logprobs and not body.logprobs:
         raise invalid(f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs", "top_logprobs")
@@ -113,7 +113,7 @@ def read_chat(body: ChatRequest, target: Target, settings: Settings) -> Reading:
     most = body.max_completion_tokens or body.max_tokens
     params = _params(body, policy, settings, most, body.top_logprobs or 0, form)
     chat = as_chat(body, calls)
-    reading = Reading([chat], "messages", params, policy, body.n or 1, bool(body.logprobs))
+    reading = ParsedRequest([chat], "messages", params, policy, body.n or 1, bool(body.logprobs))
     return _checked(replace(reading, keep_last=body.truncate_prompt_tokens, calls=calls), settings)
 
 
@@ -121,7 +121,7 @@ def as_chat(body: ChatRequest | TokenizeRequest, calls: ToolChoice | None) -> Ch
     """The messages of a body, with the tools that are shown and how the template is run.
 
     Raises:
-        Refusal: naming the parameter.
+        APIError: naming the parameter.
     """
     try:
         opens = body.add_generation_prompt is not False
@@ -137,7 +137,7 @@ def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as chat templates take them.
 
     Raises:
-        Refusal: naming the message.
+        APIError: naming the message.
     """
     found = []
     for place, message in enumerate(messages):
@@ -218,7 +218,7 @@ def _drawing(body: Asked) -> dict[str, Any]:
     return {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": body.min_p or 0.0}
 
 
-def _checked(reading: Reading, settings: Settings) -> Reading:
+def _checked(reading: ParsedRequest, settings: Settings) -> ParsedRequest:
     most = min(settings.max_choices, settings.max_batch + settings.max_waiting)
     count = len(reading.prompts) * reading.n
     if count > most:

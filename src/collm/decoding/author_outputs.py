@@ -21,31 +21,31 @@ _EXCLUDED = -1e4
 
 
 @dataclass
-class Consultation:
+class AuthorOutputs:
     """What all authors say of the next token of one sequence.
 
     Attributes:
         defer_prob, author_probs: from the head.
         author_logprobs: log P(Z), shape (K + 1,).
         logits: author -> its next-token logits.
-        silent: assistants that abstain; the base's logits stand in for theirs.
+        abstained: assistants that abstain; the base's logits stand in for theirs.
     """
 
     defer_prob: float
     author_probs: list[float]
     author_logprobs: Tensor
     logits: dict[int, Logits]
-    silent: set[int] = field(default_factory=set)
+    abstained: set[int] = field(default_factory=set)
 
     def hear(self, author: int, logits: Logits | None) -> None:
         """Note an assistant's logits; None where it abstains."""
         if logits is None:
-            self.silent.add(author)
+            self.abstained.add(author)
             logits = self.logits[BASE]
         self.logits[author] = Logits(*(each.to(self.author_logprobs.device) for each in logits))
 
 
-def chosen(sequences: ListOf[Sequence], of_each: ListOf[Consultation]) -> list[tuple[int, Draw]]:
+def chosen(sequences: ListOf[Sequence], of_each: ListOf[AuthorOutputs]) -> list[tuple[int, Draw]]:
     """Author and token where the policy picks one of the authors it asked."""
     rows = [
         (sequence, said, author) for sequence, said in zip(sequences, of_each, strict=True) for author in said.logits
@@ -68,7 +68,7 @@ def chosen(sequences: ListOf[Sequence], of_each: ListOf[Consultation]) -> list[t
 
 
 def combined(
-    policy: CombiningPolicy, sequences: ListOf[Sequence], of_each: ListOf[Consultation]
+    policy: CombiningPolicy, sequences: ListOf[Sequence], of_each: ListOf[AuthorOutputs]
 ) -> list[tuple[int, Draw]]:
     """Author credited and token where the policy makes one distribution of several."""
     by_author = torch.stack([said.author_logprobs for said in of_each])  # (n, K + 1)
@@ -94,6 +94,6 @@ def _logprobs(of_each: ListOf[Mapping[int, Tensor]]) -> dict[int, Tensor]:
     }
 
 
-def _allowed(said: Consultation) -> Tensor:
+def _allowed(said: AuthorOutputs) -> Tensor:
     """The tokens that no constraint forbids, bool, shape (V,): a sum of log-probabilities need not respect it."""
     return said.logits[BASE].processed > -torch.inf

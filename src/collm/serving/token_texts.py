@@ -16,7 +16,7 @@ Spelled = tuple[int, float | None, TopLogprobs]
 """A token, its log-probability in nats, and the most probable tokens in its place."""
 
 
-class Speller:
+class TokenTexts:
     """Spells the tokens of one completion, and those that might have stood in their places, as they come.
 
     Args:

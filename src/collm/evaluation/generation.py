@@ -26,7 +26,7 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Asking:
+class Generation:
     """What all systems are asked, and how.
 
     Attributes:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 TRIPS_AFTER, COOLS_S = 3, 10.0
 
 
-class Breaker:
+class CircuitBreaker:
     """After three failed calls in a row, calls fail at once for ten seconds; then one alone tries again.
 
     Args:

@@ -49,7 +49,7 @@ class PassTimes:
 
 
 @dataclass
-class Odds:
+class AcceptanceRates:
     """How often guesses about one sequence would have held; observed on every token, whether or not one was made.
 
     Attributes:
@@ -82,7 +82,7 @@ class Odds:
         """An assistant was asked and wrote what the base would have written, or did not."""
         self.agree = _moved(self.agree, agreed)
 
-    def copy(self) -> Odds:
+    def copy(self) -> AcceptanceRates:
         return replace(self)
 
 
@@ -95,7 +95,7 @@ def expected_run(chance: float, length: int) -> float:
     return sum(chance**i for i in range(length + 1))
 
 
-def lookup_length(odds: Odds, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
+def lookup_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
     """Tokens of a prompt lookup draft.
 
     With E = E[tokens that hold], one more than the guesses that do: least (T_b(B) / B + T_b(B + r) - T_b(B) + what an
@@ -103,15 +103,15 @@ def lookup_length(odds: Odds, base: PassTimes, assistant: PassTimes, active: int
     """
 
     def cost(r: int) -> float:
-        holding = expected_run(odds.lookup, r)
-        wasted = min(1.0, odds.rate * r) * (assistant.at(active + r + 1 - holding) - assistant.at(active))
+        holding = expected_run(acceptance.lookup, r)
+        wasted = min(1.0, acceptance.rate * r) * (assistant.at(active + r + 1 - holding) - assistant.at(active))
         longer = max(0.0, base.at(active + r) - base.at(active))  # measured, so not always monotone
         return (base.at(active) / active + longer + wasted) / holding
 
     return _cheapest(cost, range(longest + 1))
 
 
-def guess_depth(odds: Odds, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
+def guess_depth(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
     """Deferred positions to gather before one assistant call, the base writing its own guess at all but the last.
 
     With chance q that a guess is right, a call serves E = 1 + q + .. + q^(r-1) of r positions; what was written and
@@ -119,14 +119,14 @@ def guess_depth(odds: Odds, base: PassTimes, assistant: PassTimes, active: int, 
     """
 
     def cost(r: int) -> float:
-        served = expected_run(odds.agree, r - 1)
-        lost = (r - served) / odds.rate * base.at(active) / active
-        return (assistant.at(active * r / odds.rate) / active + lost) / served
+        served = expected_run(acceptance.agree, r - 1)
+        lost = (r - served) / acceptance.rate * base.at(active) / active
+        return (assistant.at(active * r / acceptance.rate) / active + lost) / served
 
     return _cheapest(cost, range(1, longest + 1))
 
 
-def ahead_length(odds: Odds, base: PassTimes, assistant: PassTimes, longest: int) -> int:
+def ahead_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, longest: int) -> int:
     """Tokens an assistant writes ahead in one sequence's run of deferrals, for the base to check in one pass.
 
     Saves passes of the base and risks one of the assistant for each token ahead that the base rejects.
@@ -134,7 +134,7 @@ def ahead_length(odds: Odds, base: PassTimes, assistant: PassTimes, longest: int
 
     def cost(r: int) -> float:
         passes = (1 + r) * assistant.at(1) + base.at(1 + r)
-        return passes / expected_run(odds.run, r)
+        return passes / expected_run(acceptance.run, r)
 
     return _cheapest(cost, range(longest + 1))
 

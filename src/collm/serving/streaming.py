@@ -11,10 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from collm.decoding.request import Request
-from collm.serving.records import Record
-from collm.serving.refusals import DISCONNECTED, Refusal, broken
+from collm.serving.errors import DISCONNECTED, APIError, broken
+from collm.serving.request_log import Record
 from collm.serving.shapes import Json, Part, Shape, usage_of
-from collm.serving.submission import News, Submission
+from collm.serving.submission import Submission, TokenOutput
 
 _LOG = logging.getLogger(__name__)
 _READING_S = 1.0
@@ -50,8 +50,8 @@ class Answer:
         """The answer in one piece."""
         parts = [Part(index) for index in range(len(self._submission.requests))]
         try:
-            while news := await self._news():
-                for one in news:
+            while outputs := await self._outputs():
+                for one in outputs:
                     parts[one.index].steps.append(one.step)
                     parts[one.index].finish_reason = one.finish_reason
             return Response(self.shape.reply(parts, self._usage()), media_type="application/json")
@@ -61,24 +61,24 @@ class Answer:
     async def stream(self) -> Response:
         """The answer in chunks; an error before the first token is still an error of HTTP."""
         try:
-            first = await self._news()
+            first = await self._outputs()
         except BaseException:
             self.close()
             raise
         return EventStream(self, first)
 
-    async def events(self, news: Sequence[News]) -> AsyncIterator[bytes]:
-        """All events, from the first news on; an error as an event that ends them."""
+    async def events(self, outputs: Sequence[TokenOutput]) -> AsyncIterator[bytes]:
+        """All events, from the first output on; an error as an event that ends them."""
         begun: set[int] = set()
         try:
             start = self.shape.begin()
-            while news:
-                parts = _parts(news, begun)
+            while outputs:
+                parts = _parts(outputs, begun)
                 yield start + b"".join(self.shape.event(part) for part in parts)
                 start = b""
-                news = await self._news()
+                outputs = await self._outputs()
             yield start + self.shape.end(self._usage())
-        except Refusal as refusal:
+        except APIError as refusal:
             self.record.status = refusal.status
             yield self.shape.broken_off(refusal)
         except Exception:
@@ -92,25 +92,25 @@ class Answer:
         self._gone.cancel()
         self._submission.close()
 
-    async def _news(self) -> list[News]:
-        news = await self._submission.news()
-        if news:
-            authors = [one.step.author for one in news]
+    async def _outputs(self) -> list[TokenOutput]:
+        outputs = await self._submission.outputs()
+        if outputs:
+            authors = [one.step.author for one in outputs]
             self._authors += authors
             self.record.wrote(authors)
-        return news
+        return outputs
 
     def _usage(self) -> Json:
         return usage_of(prompt_tokens(self._submission.requests), self._authors, self.shape.author_names)
 
     def _too_late(self, seconds: float) -> None:
         message = f"the request was not finished within {seconds:g} s; ask for fewer tokens, or when less is going on"
-        self._submission.fail(Refusal(504, message, code="time_limit"))
+        self._submission.fail(APIError(504, message, code="time_limit"))
 
     async def _watch(self, http: HttpRequest) -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
-        self._submission.fail(Refusal(DISCONNECTED, "the client went away", code="client_disconnected"))
+        self._submission.fail(APIError(DISCONNECTED, "the client went away", code="client_disconnected"))
 
 
 def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -> Response:
@@ -128,10 +128,10 @@ def prompt_tokens(requests: Sequence[Request]) -> int:
     return sum(read.values())
 
 
-def _parts(news: Sequence[News], begun: set[int]) -> list[Part]:
+def _parts(outputs: Sequence[TokenOutput], begun: set[int]) -> list[Part]:
     """One for each completion that goes on; `begun` are those that did before."""
     parts: dict[int, Part] = {}
-    for one in news:
+    for one in outputs:
         if one.index not in parts:
             parts[one.index] = Part(one.index, first=one.index not in begun)
             begun.add(one.index)
@@ -149,7 +149,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, first: Sequence[News]) -> None:
+    def __init__(self, answer: Answer, first: Sequence[TokenOutput]) -> None:
         self._answer = answer
         self._events = answer.events(first)
         self.status_code = 200

@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from collm.serving.records import Metrics, Record
-from collm.serving.refusals import DISCONNECTED, Refusal, broken
+from collm.serving.errors import DISCONNECTED, APIError, broken
+from collm.serving.request_log import Metrics, Record
 from collm.serving.settings import Settings
 
 Scope = MutableMapping[str, Any]
@@ -28,7 +28,7 @@ UNRECORDED = {"/health", "/ready", "/metrics"}
 """Asked every few seconds by machines, so neither logged nor counted."""
 
 
-class Front:
+class RequestMiddleware:
     """ASGI middleware.
 
     Args:
@@ -72,7 +72,7 @@ class Front:
                 record.status = DISCONNECTED
                 return
             await self.app(scope, _replayed(body, receive), noting)
-        except Refusal as refusal:
+        except APIError as refusal:
             await refuse(refusal, noting)
         except Exception:
             _LOG.exception("request %s failed", record.id)
@@ -87,7 +87,7 @@ class Front:
             return await asyncio.wait_for(_whole(receive, self.settings.max_body_bytes), seconds)
         except asyncio.TimeoutError as error:
             message = f"the request body did not come within {seconds:g} s; send it again"
-            raise Refusal(408, message, code="body_timeout") from error
+            raise APIError(408, message, code="body_timeout") from error
 
     def _check_key(self, scope: Scope) -> None:
         key = self.settings.api_key
@@ -96,7 +96,7 @@ class Front:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if not hmac.compare_digest(given, b"Bearer " + key.encode()):
             came = "another one came" if given else "none came"
-            raise Refusal(
+            raise APIError(
                 401,
                 f"this server needs its API key as 'Authorization: Bearer KEY', and {came}",
                 code="invalid_api_key",
@@ -104,7 +104,7 @@ class Front:
             )
 
 
-async def refuse(refusal: Refusal, send: Send) -> None:
+async def refuse(refusal: APIError, send: Send) -> None:
     """Answer with an error."""
     content = json.dumps(refusal.content).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **refusal.headers}
@@ -117,7 +117,7 @@ async def _whole(receive: Receive, most: int) -> bytes | None:
     """The whole body; None if the client went away.
 
     Raises:
-        Refusal: it is longer than `most` bytes.
+        APIError: it is longer than `most` bytes.
     """
     parts, length = [], 0
     while True:
@@ -127,7 +127,7 @@ async def _whole(receive: Receive, most: int) -> bytes | None:
         parts.append(message.get("body", b""))
         length += len(parts[-1])
         if length > most:
-            raise Refusal(413, f"the request body is longer than {most} bytes; send less", code="body_too_large")
+            raise APIError(413, f"the request body is longer than {most} bytes; send less", code="body_too_large")
         if not message.get("more_body"):
             return b"".join(parts)
 

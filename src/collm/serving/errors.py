@@ -11,7 +11,7 @@ DISCONNECTED = 499
 """Status in logs and metrics of a request whose client went away."""
 
 
-class Refusal(Exception):  # noqa: N818 - what it is
+class APIError(Exception):
     """A request that gets an error for an answer.
 
     Args:
@@ -47,22 +47,22 @@ class Refusal(Exception):  # noqa: N818 - what it is
         return {"error": {**content, "param": self.param, "code": self.code}}
 
 
-def invalid(message: str, param: str | None = None, code: str | None = None) -> Refusal:
-    return Refusal(400, message, param=param, code=code)
+def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    return APIError(400, message, param=param, code=code)
 
 
-def not_now(status: int, message: str, code: str, retry_after_s: int = 1) -> Refusal:
+def not_now(status: int, message: str, code: str, retry_after_s: int = 1) -> APIError:
     """Refused for the server's state, not for what the request says."""
-    return Refusal(status, message, code=code, headers={"Retry-After": str(retry_after_s)})
+    return APIError(status, message, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
-def of_failure(failure: CollmError) -> Refusal:
+def of_failure(failure: CollmError) -> APIError:
     """What a client hears of a failure of its request: its own mistakes in full, ours without the details."""
     if isinstance(failure, RequestError | ConfigError):
         return invalid(str(failure))
     return broken()
 
 
-def broken() -> Refusal:
+def broken() -> APIError:
     """Something on our side; the log has the rest, under the id in the answer's X-Request-Id."""
-    return Refusal(500, "the server failed on this request; its log says why", code="internal_error")
+    return APIError(500, "the server failed on this request; its log says why", code="internal_error")

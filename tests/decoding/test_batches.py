@@ -44,12 +44,12 @@ def run(engine: Engine) -> tuple[dict[int, list[int]], dict[int, CollmError]]:
     came: dict[int, list[int]] = {}
     failures: dict[int, CollmError] = {}
     while engine.has_work:
-        for news in engine.step():
-            if news.failure is not None:
-                failures[news.number] = news.failure
+        for output in engine.step():
+            if output.failure is not None:
+                failures[output.number] = output.failure
             else:
-                assert news.step is not None
-                came.setdefault(news.number, []).append(news.step.token_id)
+                assert output.step is not None
+                came.setdefault(output.number, []).append(output.step.token_id)
     return came, failures
 
 
@@ -184,7 +184,7 @@ def test_thousands_of_joins_leaves_and_cancellations_leave_nothing_behind(pair: 
         if rng.random() < 0.3:
             engine.cancel(live.pop(rng.randrange(len(live))))
         if len(live) > 8:
-            finished = {news.number for news in engine.step() if news.completion is not None}
+            finished = {output.number for output in engine.step() if output.completion is not None}
             live = [number for number in live if number not in finished]
         if round_ in (1500, 2999):
             for number in live:
@@ -255,16 +255,16 @@ def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monk
         for prompt in prompts:
             engine.add(Request(prompt, params, ThresholdPolicy(0.9)))
         came: dict[int, list[int]] = {number: [] for number in range(6)}
-        silent = dict.fromkeys(came, 0)
+        abstained = dict.fromkeys(came, 0)
         while engine.has_work:
-            silent = {number: steps + 1 for number, steps in silent.items()}
-            for news in engine.step():
-                assert news.step is not None
-                came[news.number].append(news.step.token_id)
-                silent[news.number] = 0
-                if news.completion is not None:
-                    del silent[news.number]
-            assert max(silent.values(), default=0) <= max_wait
+            abstained = {number: steps + 1 for number, steps in abstained.items()}
+            for output in engine.step():
+                assert output.step is not None
+                came[output.number].append(output.step.token_id)
+                abstained[output.number] = 0
+                if output.completion is not None:
+                    del abstained[output.number]
+            assert max(abstained.values(), default=0) <= max_wait
         assert list(came.values()) == [c.token_ids for c in alone]
         passes.append(pair.runners[1].usage.forward_passes - before)
     assert passes[0] > passes[1] > passes[2]
