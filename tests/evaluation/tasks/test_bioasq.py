@@ -95,6 +95,49 @@ def test_list(text: str, precision: float, recall: float, f1: float) -> None:
     assert [scores[f"list_{name}"] for name in ("precision", "recall", "f1")] == pytest.approx([precision, recall, f1])
 
 
+ANSWERED: list[tuple[str, list[list[str]], list[str]]] = [
+    ("factoid", [["Insulin", "human insulin"]], ["Human insulin", "glucagon"]),
+    ("factoid", [["transferrin"]], ["ferritin", "hepcidin", "Transferrin"]),
+    ("factoid", [["AAV9"]], ["AAV2"]),
+    ("list", [["TP53", "p53"], ["BRCA1"], ["BRCA2"], ["PTEN"]], ["p53", "TP53", "brca1", "myc"]),
+    ("list", [["IL-6", "interleukin-6"], ["IL-6"], ["TNF"]], ["IL-6"]),
+    ("list", [["aspirin"], ["ibuprofen"]], ["paracetamol"]),
+    ("yesno", [["yes"]], ["yes"]),
+    ("yesno", [["yes"]], ["yes"]),
+    ("yesno", [["yes"]], ["no"]),
+    ("yesno", [["no"]], ["no"]),
+    ("yesno", [["no"]], ["yes"]),
+    ("yesno", [["no"]], ["perhaps"]),
+]
+
+
+def test_measures_are_those_of_the_challenges_program() -> None:
+    """What `evaluation.EvaluatorTask1b -phaseB -e 8` of BioASQ/Evaluation-Measures (8c8e689) prints for ANSWERED."""
+    task = Bioasq()
+    items = [(item(kind, entities), bullets(*names)) for kind, entities, names in ANSWERED]
+    means = task.aggregate([(one, text, task.score(one, text)) for one, text in items])
+    printed = {
+        "yesno_accuracy": 0.5,
+        "factoid_strict": 0.3333333333333333,
+        "factoid_lenient": 0.6666666666666666,
+        "factoid_mrr": 0.4444444444444444,
+        "list_precision": 0.5,
+        "list_recall": 0.3333333333333333,
+        "list_f1": 0.38888888888888884,
+        "yesno_macro_f1": 0.4857142857142857,
+        "yesno_f1_yes": 0.5714285714285714,
+        "yesno_f1_no": 0.4,
+    }
+    assert {name: means[name].mean for name in printed} == pytest.approx(printed)
+
+
+def test_the_published_example_of_the_challenges_program() -> None:
+    """Its `partalas_template.json` against `partalas_system.json`, whose first names alone count since BioASQ 5."""
+    golden = item("list", [["A", "B", "C"], ["D", "E"], ["F", "G"], ["I", "J", "K"]])
+    scores = Bioasq().score(golden, bullets("K", "K"))
+    assert [scores[f"list_{name}"] for name in ("precision", "recall", "f1")] == pytest.approx([0.5, 0.25, 1 / 3])
+
+
 @pytest.mark.parametrize(
     ("text", "accuracy", "unparsed"),
     [

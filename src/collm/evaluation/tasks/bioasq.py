@@ -165,17 +165,23 @@ def _factoid_scores(given: list[str], names: set[str]) -> dict[str, float]:
 
 
 def _list_scores(given: list[str], entities: list[set[str]]) -> dict[str, float]:
-    missing = list(entities)
-    for name in given:
-        found = next((names for names in missing if name in names), None)
-        if found is not None:
-            missing.remove(found)
-    right = len(entities) - len(missing)
+    """As the challenge's program counts, also where entities share a name."""
+    left, unused = list(entities), [{name} for name in given]
+    right = sum(_took(left, {name}) for name in given)
+    missed = sum(not _took(unused, names) for names in left)
     return {
         "list_precision": right / len(given) if given else 0.0,
-        "list_recall": right / len(entities),
-        "list_f1": 2 * right / (len(given) + len(entities)),
+        "list_recall": right / (right + missed),
+        "list_f1": 2 * right / (len(given) + right + missed),
     }
+
+
+def _took(sets: list[set[str]], names: set[str]) -> bool:
+    """Remove the first set that shares a name with `names`; whether there was one."""
+    found = next((one for one in sets if one & names), None)
+    if found is not None:
+        sets.remove(found)
+    return found is not None
 
 
 def _yesno_f1(answers: Sequence[tuple[bool, float]]) -> dict[str, Interval]:
