@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from math_verify.few_shots import MATH_HARD_FEW_SHOTS
 
 from collm.errors import DataError, MissingExtra
 from collm.evaluation.tasks import equivalence
 from collm.evaluation.tasks.math import HendrycksMath, final_answer
 from collm.evaluation.tasks.task import TaskItem
+from tests.evaluation.tasks.files import jsonl
 
 RIGHT, WRONG, UNPARSED = ({"accuracy": a, "unparsed": u} for a, u in ((1, 0), (0, 0), (0, 1)))
 
@@ -53,6 +55,63 @@ def item(reference: str) -> TaskItem:
 )
 def test_scores(task: HendrycksMath, reference: str, text: str, score: dict[str, float]) -> None:
     assert task.score(item(reference), text) == score
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "given"),
+    [
+        ("algebra/155", r"\$15,\!000", "15000"),
+        ("algebra/101", r"x \in [-2,7]", "[-2, 7]"),
+        (
+            "algebra/1123",
+            r"\left(-\infty,-\frac 12\right)\cup \left(-\frac 12,\infty\right)",
+            r"(-\infty,-0.5)\cup(-0.5,\infty)",
+        ),
+        ("algebra/1253", "b=4", "4"),
+        ("algebra/137", r"575\text{ students}", "575"),
+        ("algebra/1239", r"\frac{\sqrt7}{14}", r"\dfrac{1}{2\sqrt{7}}"),
+        ("algebra/1820", r"44\%", "44"),
+        ("algebra/2359", r"\text{June 20}", "June 20"),
+        ("geometry/102", r"39^\circ", "39"),
+        ("intermediate_algebra/169", r"\text{A,D}", "A, D"),
+        ("intermediate_algebra/662", r"1 \pm \sqrt{19}", r"1 \pm 19^{1/2}"),
+        ("number_theory/1118", "2112_6", "2112_{6}"),
+        ("prealgebra/1462", r"\text{4:30 p.m.}", r"4:30 \text{ p.m.}"),
+        ("precalculus/101", r"\begin{pmatrix} 1 \\ 4 \\ 3 \end{pmatrix}", r"\begin{bmatrix}1\\4\\3\end{bmatrix}"),
+    ],
+)
+def test_answers_of_the_published_rows_in_other_words(
+    task: HendrycksMath, name: str, reference: str, given: str
+) -> None:
+    """Rows of the test split, by the names of their files."""
+    assert task.score(item(reference), f"\\boxed{{{given}}}") == RIGHT, name
+    assert task.score(item(reference), f"So the answer is ${given}$.") == RIGHT, name
+
+
+@pytest.mark.parametrize(
+    ("reference", "given"),
+    [
+        (r"\text{June 20}", "June 21"),
+        (r"\text{A,D}", "A, C"),
+        (r"\text{4:30 p.m.}", "4:31 p.m."),
+        (r"x \in [-2,7]", "(-2,7]"),
+        (r"1 \pm \sqrt{19}", r"1 + \sqrt{19}"),
+        (r"575\text{ students}", "576"),
+        (r"\begin{pmatrix} 1 \\ 4 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 3 \\ 4 \end{pmatrix}"),
+    ],
+)
+def test_other_answers_to_the_published_rows(task: HendrycksMath, reference: str, given: str) -> None:
+    assert task.score(item(reference), f"\\boxed{{{given}}}") == WRONG
+
+
+def test_whole_published_rows(tmp_path: Path, task: HendrycksMath) -> None:
+    """Each solution ends in a sentence with the answer, which is compared with the box of each row."""
+    rows = [{"problem": row["question"], "solution": row["answer"]} for row in MATH_HARD_FEW_SHOTS]
+    items = task.load(jsonl(tmp_path / "rows.jsonl", *rows))
+    endings = [row["solution"].splitlines()[-1] for row in rows]
+    scores = [[task.score(one, ending)["accuracy"] for ending in endings] for one in items]
+    assert [one.reference for one in items] == ["[2,5)", "24", "16", r"-\frac{2}{3}"]
+    assert scores == [[float(row == column) for column in range(4)] for row in range(4)]
 
 
 def test_other_threads_may_compare(task: HendrycksMath) -> None:

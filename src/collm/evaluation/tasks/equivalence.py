@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from importlib.util import find_spec
 
@@ -18,6 +19,8 @@ JUDGE = ToolSpec("collm.evaluation.tasks.math_judge:judge", seconds=10.0)
 
 MAX_CHARACTERS = 400
 """No answer is longer; what is, is equal to nothing but itself."""
+
+_WORDS = re.compile(r"\\(?:text|mbox)\{([^{}]*)\}")
 
 
 class Equivalence:
@@ -36,7 +39,7 @@ class Equivalence:
 
     def __call__(self, wanted: str, given: str) -> bool:
         """Whether both have the same value; False where math-verify finds no answer in time."""
-        if "".join(wanted.split()) == "".join(given.split()):
+        if _spelled(wanted) == _spelled(given):
             return True
         if max(len(wanted), len(given)) > MAX_CHARACTERS:
             return False
@@ -47,3 +50,8 @@ class Equivalence:
         if isinstance(answer, ToolFailure):
             logger.warning("%r and %r could not be compared, so they count as different: %s", wanted, given, answer)
         return answer == "equal"
+
+
+def _spelled(answer: str) -> str:
+    r"""An answer without white space and without the \text{..} around words."""
+    return "".join(_WORDS.sub(r"\1", answer).split())
