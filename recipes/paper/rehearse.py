@@ -1,6 +1,6 @@
 """A run of the paper, rehearsed: its configuration with other models and few rows, through every command.
 
-    python -m recipes.paper.rehearse gsm8k --model DIR --data DIR --out runs/rehearsal
+    python -m recipes.paper.rehearse gsm8k --model DIR --data DATA --out runs/rehearsal
 
 The configuration is the run's own file with the fields of `replaced` changed. Each command is printed before it is run,
 and the first one that fails ends the rehearsal.
@@ -23,10 +23,15 @@ import yaml
 
 from collm.atomic import atomic_directory, atomic_file
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.training.data import load_records, load_rows
+from collm.training.formats import FORMATS
+from recipes.paper.samples import SAMPLES
 
 FOLDER = Path(__file__).parent
 RUNS = ("gsm8k", "math", "bioasq", "tulu")
 QUESTION = "What is 3 + 4?"
+THRESHOLD = 0.5
+"""Where both models write: what calibration keeps on a few rows may be never to ask the assistant."""
 _SERVED_S = 120
 
 
@@ -60,28 +65,38 @@ def first_layers(model: Path, count: int, out: Path) -> Path:
     return out
 
 
-def few_rows(data: Path, count: int, out: Path) -> Path:
-    """The first rows of a file of JSON Lines, or the first questions of a BioASQ file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = data.read_text(encoding="utf-8")
-    if data.suffix == ".jsonl":
-        kept = "".join(line + "\n" for line in text.splitlines()[:count])
-    else:
-        whole = json.loads(text)
-        kept = json.dumps({**whole, "questions": whole["questions"][:count]})
-    with atomic_file(out) as temporary:
-        temporary.write_text(kept, encoding="utf-8")
-    return out
+def few_rows(run: str, data: str | None, count: int) -> list[dict[str, Any]]:
+    """The first rows of a set, in any form that `collm train` reads; without one, made-up rows."""
+    if data is None:
+        return SAMPLES[run][:count]
+    return [dict(row) for _, row in load_records(data, format=run)[:count]]
 
 
-def rehearse(run: str, model: Path, data: Path, out: Path, *, rows: int, layers: int) -> dict[str, float]:
+def written_rows(run: str, rows: list[dict[str, Any]], out: Path) -> Path:
+    """A file of rows in the form of the set, each beginning a line; its name ends as that form asks."""
+    key = FORMATS[run].key
+    path = out.with_suffix(".json" if key else ".jsonl")
+    with atomic_file(path) as temporary:
+        lines = json.dumps({key: rows}, indent=1) if key else "".join(json.dumps(row) + "\n" for row in rows)
+        temporary.write_text(lines, encoding="utf-8")
+    return path
+
+
+def good_rows(run: str, data: Path) -> list[dict[str, Any]]:
+    """The rows of a file without those that training skips: an evaluation stops at them."""
+    good = {row.where for row in load_rows(data, format=run, bad_rows="skip")}
+    return [dict(row) for where, row in load_records(data, format=run) if where in good]
+
+
+def rehearse(run: str, model: Path, data: str | None, out: Path, *, rows: int, layers: int) -> dict[str, float]:
     """Every command of a run; the seconds that each took.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
     """
     base = first_layers(model, layers, out / "base")
-    kept = few_rows(data, rows, out / f"rows{data.suffix}")
+    kept = written_rows(run, few_rows(run, data, rows), out / "rows")
+    good = written_rows(run, good_rows(run, kept), out / "good-rows")
     written = yaml.safe_load((FOLDER / f"{run}.yaml").read_text(encoding="utf-8"))
     config = out / "run.yaml"
     with atomic_file(config) as temporary:
@@ -89,16 +104,17 @@ def rehearse(run: str, model: Path, data: Path, out: Path, *, rows: int, layers:
     collaboration = out / "run" / "collaboration"
     chat = ["--chat"] if run == "tulu" else []
     task = ["--task", "rows", "--metric", "token_f1", "--max-new-tokens", "32"] if run == "tulu" else ["--task", run]
+    asking = ["--threshold", THRESHOLD]
     commands = {
         "score": ["score", "--config", config, "--author", "assistant-1"],
         "train": ["train", "--config", config],
         "inspect": ["score", "--inspect", out / "run" / "scores"],
         "calibrate": ["calibrate", collaboration],
-        "eval": ["eval", collaboration, *task, "--data", kept, "--limit", "4", "--out", out / "eval", *chat],
-        "generate": ["generate", collaboration, QUESTION, "--max-new-tokens", "16", *chat],
+        "eval": ["eval", collaboration, *task, "--data", good, "--limit", "4", "--out", out / "eval", *chat, *asking],
+        "generate": ["generate", collaboration, QUESTION, "--max-new-tokens", "16", *chat, *asking],
     }
     seconds = {name: _run(command) for name, command in commands.items()}
-    return seconds | {"serve": _serve(collaboration)}
+    return seconds | {"serve": _serve(collaboration, chat=bool(chat))}
 
 
 def _run(command: Sequence[object]) -> float:
@@ -109,7 +125,7 @@ def _run(command: Sequence[object]) -> float:
     return round(time.monotonic() - started, 1)
 
 
-def _serve(collaboration: Path) -> float:
+def _serve(collaboration: Path, *, chat: bool) -> float:
     """Start the server, ask it once, and stop it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -123,8 +139,10 @@ def _serve(collaboration: Path) -> float:
             if server.poll() is not None or time.monotonic() - started > _SERVED_S:
                 raise subprocess.CalledProcessError(server.returncode or 1, whole)
             time.sleep(0.5)
-        body = {"model": collaboration.name, "prompt": QUESTION, "max_tokens": 8}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=_SERVED_S)
+        route, asked = ("chat/completions", "messages") if chat else ("completions", "prompt")
+        question = [{"role": "user", "content": QUESTION}] if chat else QUESTION
+        body = {"model": collaboration.name, asked: question, "max_tokens": 8, "collm": {"threshold": THRESHOLD}}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/{route}", json=body, timeout=_SERVED_S)
         answer.raise_for_status()
         print(json.dumps(answer.json()["choices"][0]), flush=True)
     finally:
@@ -146,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model", type=Path, required=True, help="in the place of the assistant; its layers make the base"
     )
-    parser.add_argument("--data", type=Path, required=True, help="rows in the form in which the set is published")
+    parser.add_argument("--data", help="the set, in any form that collm train reads; made-up rows without it")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--layers", type=int, default=6, help="of the base")

@@ -8,8 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import yaml
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from collm.cli.main import app
@@ -19,6 +21,7 @@ from collm.run import RunConfig
 from collm.run.data import MAX_HELD_OUT
 from collm.training.config import CoLLMConfig
 from recipes.paper import estimate, rehearse
+from recipes.paper.samples import SAMPLES
 from tests.conftest import make_model, tiny_config
 from tests.models.test_template import TOKENIZERS
 from tests.tokenizers import merging_tokenizer
@@ -212,47 +215,34 @@ def test_files_that_the_readme_names_are_there() -> None:
 
 # Rehearsals
 
-SAMPLES: dict[str, list[dict[str, Any]]] = {
-    "gsm8k": [
-        {
-            "question": f"Ann has {n} boxes of 2 eggs. How many eggs?",
-            "answer": f"{n}*2=<<{n}*2={2 * n}>>{2 * n}\n#### {2 * n}",
-        }
-        for n in range(12)
-    ],
-    "math": [
-        {
-            "problem": f"What is ${n}+1$?",
-            "solution": f"We add one, so the answer is $\\boxed{{{n + 1}}}$.",
-            "level": "Level 1",
-        }
-        for n in range(12)
-    ],
-    "bioasq": [
-        {
-            "id": str(n),
-            "type": ["factoid", "list", "yesno", "summary"][n % 4],
-            "body": f"Which gene is number {n}?",
-            "ideal_answer": [f"The gene is G{n}."],
-            "exact_answer": ["yes"] if n % 4 == 2 else [[f"G{n}"]],
-        }
-        for n in range(12)
-    ],
-    "tulu": [
-        {
-            "dataset": "own",
-            "id": str(n),
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": f"Say {n}."},
-                {"role": "assistant", "content": f"{n}"},
-                {"role": "user", "content": "And one more?"},
-                {"role": "assistant", "content": f"{n + 1}"},
-            ],
-        }
-        for n in range(12)
-    ],
-}
+
+@pytest.mark.parametrize("run", RUNS)
+def test_rows_are_kept_as_they_were(run: str, tmp_path: Path) -> None:
+    rows = rehearse.few_rows(run, None, 5)
+    kept = rehearse.written_rows(run, rows, tmp_path / "rows")
+    assert len(rows) == 5
+    assert rehearse.few_rows(run, str(kept), 10) == rehearse.good_rows(run, kept) == rows
+
+
+@pytest.mark.parametrize(("run", "missing"), [("bioasq", {"exact_answer": None}), ("tulu", {"messages": []})])
+def test_rows_that_training_skips_are_not_asked(run: str, missing: dict[str, Any], tmp_path: Path) -> None:
+    assert written(run)["bad_rows"] == "skip"
+    first, *others = SAMPLES[run]
+    kept = rehearse.written_rows(run, [first | missing, *others], tmp_path / "rows")
+    assert rehearse.good_rows(run, kept) == others
+
+
+def test_math_is_read_as_its_publishers_lay_it_out(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "algebra"
+    folder.mkdir(parents=True)
+    for number, row in enumerate(SAMPLES["math"]):
+        (folder / f"{number}.json").write_text(json.dumps(row), encoding="utf-8")
+    assert rehearse.few_rows("math", str(tmp_path), 3) == SAMPLES["math"][:3]
+
+
+def test_tulu_is_read_as_the_hub_has_it(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist(SAMPLES["tulu"]), tmp_path / "train.parquet")
+    assert rehearse.few_rows("tulu", str(tmp_path / "train.parquet"), 3) == SAMPLES["tulu"][:3]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -263,10 +253,6 @@ def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monk
         tmp_path / "model"
     )
     tokenizer.save_pretrained(tmp_path / "model")
-    data = tmp_path / ("rows.json" if run == "bioasq" else "rows.jsonl")
-    rows = SAMPLES[run]
-    lines = json.dumps({"questions": rows}) if run == "bioasq" else "".join(json.dumps(row) + "\n" for row in rows)
-    data.write_text(lines, encoding="utf-8")
     asked: list[str] = []
 
     def in_process(command: Any) -> float:
@@ -278,8 +264,10 @@ def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monk
     random_weights = {"pseudo_label_variant": "b"}  # are never right, which variant a asks for
     monkeypatch.setattr(rehearse, "replaced", lambda *paths: changes(*paths) | random_weights)
     monkeypatch.setattr(rehearse, "_run", in_process)
-    monkeypatch.setattr(rehearse, "_serve", lambda collaboration: asked.append(f"serve {collaboration.name}") or 0.0)
-    seconds = rehearse.rehearse(run, tmp_path / "model", data, tmp_path / "out", rows=10, layers=1)
+    monkeypatch.setattr(
+        rehearse, "_serve", lambda collaboration, *, chat: asked.append(f"serve {collaboration.name}") or 0.0
+    )
+    seconds = rehearse.rehearse(run, tmp_path / "model", None, tmp_path / "out", rows=10, layers=1)
     assert asked == ["score", "train", "score", "calibrate", "eval", "generate", "serve collaboration"]
     assert set(seconds) == {"score", "train", "inspect", "calibrate", "eval", "generate", "serve"}
     config = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text(encoding="utf-8"))
