@@ -32,7 +32,7 @@ RUNS = ("gsm8k", "math", "bioasq", "tulu")
 QUESTION = "What is 3 + 4?"
 THRESHOLD = 0.5
 """Where both models write: what calibration keeps on a few rows may be never to ask the assistant."""
-_SERVED_S = 120
+_SERVED_S = 600
 
 
 def replaced(base: Path, assistant: Path, data: Path, out: Path) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _serve(collaboration: Path, *, chat: bool) -> float:
         print(json.dumps(answer.json()["choices"][0]), flush=True)
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(_SERVED_S)
     return round(time.monotonic() - started, 1)
 
 

@@ -254,9 +254,11 @@ def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monk
     )
     tokenizer.save_pretrained(tmp_path / "model")
     asked: list[str] = []
+    with_threshold: set[str] = set()
 
     def in_process(command: Any) -> float:
         asked.append(str(command[0]))
+        with_threshold.update({str(command[0])} if "--threshold" in command else ())
         app([str(part) for part in command], standalone_mode=False)
         return 0.0
 
@@ -269,6 +271,7 @@ def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monk
     )
     seconds = rehearse.rehearse(run, tmp_path / "model", None, tmp_path / "out", rows=10, layers=1)
     assert asked == ["score", "train", "score", "calibrate", "eval", "generate", "serve collaboration"]
+    assert with_threshold == {"eval", "generate"}
     assert set(seconds) == {"score", "train", "inspect", "calibrate", "eval", "generate", "serve"}
     config = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text(encoding="utf-8"))
     assert {name: config[name] for name in ("learning_rate", "warmup_steps", "positive_weight")} == {
