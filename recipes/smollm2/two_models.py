@@ -109,9 +109,10 @@ class PairRun(Stages):
 
     def measure(self) -> dict[str, Any]:
         """What the rules make of given solutions, and what is right of solutions written freely."""
+        together, frozen = self.together(), self.frozen()
         given = {
-            TOGETHER: self.kept("given, together", lambda: self._given(self.together())),
-            FROZEN: self.kept("given, frozen", lambda: self._given(self.frozen())),
+            TOGETHER: self.kept("given, together", lambda: self._given(together)),
+            FROZEN: self.kept("given, frozen", lambda: self._given(frozen)),
         }
         return {"given": given, "written": self.kept("written", lambda: self._written(given[TOGETHER]))}
 
