@@ -42,7 +42,7 @@ $(VLLM_INSTALLED): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)'
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps 'accelerate>=1.10' --editable .
 	touch $@
 
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## The engine on real vLLM servers, which it starts and stops (2.5 GB to install).
@@ -79,9 +79,10 @@ bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as th
 	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json
 	$(BIN)/python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
 
-bench-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## Decoding across vLLM servers, as JSON and as the tables of docs/scaling.md (about 10 minutes).
+bench-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## Decoding across vLLM servers, as JSON and as the tables of docs/scaling.md (about 20 minutes).
 	$(BIN)/python -m benchmarks.vllm --vllm-python $(VLLM_VENV)/bin/python --out benchmarks/results/cpu-vllm.json
-	$(BIN)/python -m benchmarks.table docs/scaling.md benchmarks/results/cpu-vllm.json
+	$(BIN)/python -m benchmarks.one_engine --vllm-python $(VLLM_VENV)/bin/python --out benchmarks/results/cpu-one-engine.json
+	$(BIN)/python -m benchmarks.table docs/scaling.md $(addprefix benchmarks/results/,cpu-one-engine.json cpu-vllm.json)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

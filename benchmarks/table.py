@@ -171,6 +171,8 @@ def section(path: Path) -> list[str]:
     models = f"{given['base'].upper()} + {given['assistant'].upper()}" if "base" in given else "Layers"
     dtype = given.get("dtype", "float32" if "base" in given else "float32 and bfloat16")
     heading = f"{models}, {dtype}, {given.get('device', 'cpu')}"
+    if "ways" in result:
+        heading += ", on vLLM"
     if "tokenizers" in given:
         heading = "Tokenizers" if "pairs" in given["parts"] else "The demo's models"
     lines = [
