@@ -45,7 +45,7 @@ def slow_decode(
     """
     ids, authors, asked = list(prompt), list[int](), 0
     rng = random.Random(params.seed)
-    readings = [_Reading(model, [*prompt, *guess], models[0].device) for model in models]
+    readings = [Reading(model, [*prompt, *guess], models[0].device) for model in models]
     while len(authors) < params.max_new_tokens:
         with torch.no_grad():
             u = head(readings[0].hidden(ids))  # (1, K)
@@ -94,7 +94,7 @@ def slow_decode(
     return ids[len(prompt) :], authors
 
 
-class _Reading:
+class Reading:
     """What a model or a tool says after a text."""
 
     def __init__(self, model: PreTrainedModel | ToolModel, guess: list[int], device: torch.device) -> None:

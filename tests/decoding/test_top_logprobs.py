@@ -16,7 +16,7 @@ from collm.errors import ConfigError
 from collm.models.tools import ToolModel
 from collm.tools.calls import BuiltInTool
 from tests.conftest import make_model, tiny_config
-from tests.decoding.slow import _logits
+from tests.decoding.slow import Reading
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.decoding.test_tools import knows
 
@@ -35,14 +35,16 @@ def law_of_next(model: CoLLM, ids: Sequence[int], author: int, policy: Policy) -
     """Log-probabilities (V,) that the token after `ids` was drawn from, before temperature and truncation."""
     tool = ToolModel(ToolSpec("date", eps=0.05), model.tokenizer, name="", vocab_size=97)
     with torch.no_grad():
-        text = torch.tensor([list(ids)])
-        base = model.base(text, use_cache=False, output_hidden_states=True)  # type: ignore[operator]
-        said = [base.logits[:, -1].float(), *(_logits(one, text) for one in (model.assistants[0], tool))]  # type: ignore[arg-type]
+        base, *assistants = (
+            Reading(one, list(ids), torch.device("cpu"))  # type: ignore[arg-type]
+            for one in (model.base, model.assistants[0], tool)
+        )
+        said = [reading.logits(list(ids)) for reading in (base, *assistants)]
         logits = [said[0] if each is None else each for each in said]
         if not isinstance(policy, CombiningPolicy):
             return logits[author][0].log_softmax(-1)
         asked = [0, *policy.consults(2)]
-        by_author = author_logprobs(model.head(base.hidden_states[-1][:, -1]))
+        by_author = author_logprobs(model.head(base.hidden(list(ids))))
         return policy.combine({one: logits[one].log_softmax(-1) for one in asked}, by_author)[0].log_softmax(-1)
 
 
