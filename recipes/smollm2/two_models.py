@@ -126,8 +126,8 @@ class PairRun(Stages):
         """`collm eval` on the first test problems, at thresholds that defer at the given rates."""
         model = self.load(self.together())
         thresholds = [threshold_at(given, rate) for rate in WRITTEN_RATES]
-        names = ["base", "assistant", f"sft={self.tuned}", "random", "confidence", "product", "mixture"]
-        names += [f"proxy={self.healed}", *(f"threshold={eta!r}" for eta in thresholds[::2])]
+        names = ["base", "assistant", f"sft={self.tuned}", "random", "confidence"]
+        names += [f"threshold={eta!r}" for eta in thresholds[::2]]
         systems = systems_named(model, names, ThresholdPolicy(thresholds[1]))
         task = Gsm8k()
         items = task.read(self.items, None)

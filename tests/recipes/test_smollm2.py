@@ -134,7 +134,7 @@ def test_two_models_are_cut_healed_tuned_and_compared_under_every_rule(
         assert at_rate[rules.RANDOM] == pytest.approx(rate * assistant + (1 - rate) * base)
     assert json.loads((out / "cut" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 1
     assert sum(kind["share"] for kind in given["kinds"].values()) == pytest.approx(1)
-    assert len(results["written"]["rows"]) == 11
+    assert len(results["written"]["rows"]) == 8
     picture = (tmp_path / "two-models.svg").read_text(encoding="utf-8")
     assert all(f">{rule}<" in picture for rule in given["rules"])
 
