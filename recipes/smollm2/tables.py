@@ -169,7 +169,7 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
         [
             [
                 row["name"].partition("=")[0]
-                + (f" {float(row['name'][10:]):.2g}" if "threshold=" in row["name"] else ""),
+                + (f" {float(row['name'][10:]):.7g}" if "threshold=" in row["name"] else ""),
                 _interval(row["measures"]["accuracy"]),
                 f"{row['deferral_rate']:.1%}",
                 f"{row['tokens_per_s']:.0f}",
