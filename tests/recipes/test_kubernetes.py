@@ -26,6 +26,7 @@ VLLM_FLAGS = {  # of 'vllm serve --help=all', 0.32
     *("--tensor-parallel-size", "--pipeline-parallel-size", "--distributed-executor-backend"),
     *("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--block-size", "--enforce-eager", "--dtype", "--model"),
     *("--nnodes", "--node-rank", "--master-addr", "--headless", "--logprobs-mode", "--speculative-config"),
+    "--additional-config",
 }
 
 

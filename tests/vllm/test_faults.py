@@ -229,10 +229,10 @@ def test_a_fault_of_our_own_fails_its_request_and_no_other(cluster: Clusters, mo
     endpoint = model.backend.fleet.authors[0]
     stream = endpoint.stream
 
-    def raising(client: Any, body: dict[str, Any]) -> Any:
+    def raising(client: Any, body: dict[str, Any], **options: Any) -> Any:
         if body["prompt"] == prompts[0]:
             raise ZeroDivisionError("a bug")
-        return stream(client, body)
+        return stream(client, body, **options)
 
     monkeypatch.setattr(endpoint, "stream", raising)
     bad, good = decode(model, *((prompt, ThresholdPolicy(0.5)) for prompt in prompts))
