@@ -113,8 +113,9 @@ def _report(results: dict[str, Any]) -> Report:
 
 def write_pair(folder: Path, results: dict[str, Any]) -> None:
     """The tables of two language models in the folder's results.md, and their picture beside it."""
-    write_section(folder / "results.md", PAIR, pair_lines(results))
-    draw_pair(folder / "two-models.svg", results)
+    layers = results["plan"]["layers"]
+    write_section(folder / "results.md", f"{PAIR}_{layers}", pair_lines(results))
+    draw_pair(folder / f"two-models-{layers}.svg", results)
 
 
 def draw_pair(path: Path, results: dict[str, Any]) -> None:
@@ -147,8 +148,8 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
     found = [
         f"    {results['command']} --docs docs",
         "",
-        f"{plan['test_rows']:,} test problems read with the given solution, {plan['written_rows']:,} solved freely. "
-        f"Made with {versions}, in {minutes:.0f} minutes.",
+        f"The base has {plan['layers']} layers. {plan['test_rows']:,} test problems read with the given solution, "
+        f"{plan['written_rows']:,} solved freely. Made with {versions}, in {minutes:.0f} minutes.",
     ]
     for name, given in results["given"].items():
         found += ["", f"**{name[0].upper()}{name[1:]}**: NLL in nats per token at equal deferral rates:", ""]
@@ -163,6 +164,8 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
             for kind, of in given["kinds"].items()
         ],
     )
+    if "written" not in results:
+        return found
     found += ["", "Free generation, greedy:", ""]
     return found + _table(
         ["system", "answers right", "deferred", "tokens/s"],
