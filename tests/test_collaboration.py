@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_old_artefact_and_no_rest(
 
     monkeypatch.setattr("collm.artefact.save_file", full)
     model.head.weight.data += 1
-    with pytest.raises(WriteError, match=r"No space left on device; nothing there was changed"):
+    with pytest.raises(WriteError, match=r"No space left on device\. Its previous content is unchanged"):
         model.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []

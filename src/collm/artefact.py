@@ -402,5 +402,5 @@ def _calibration_lines(calibration: Calibration | None) -> list[str]:
             for p in calibration.points
         ),
         "",
-        *(f"{check.words(calibration.metric_name)}\n" for check in calibration.checks),
+        *(f"{check.summary(calibration.metric_name)}\n" for check in calibration.checks),
     ]

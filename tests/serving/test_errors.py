@@ -54,7 +54,11 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str | None, str]] = [
     ({"use_beam_search": True}, "use_beam_search", "one after the other"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "'json_schema'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "without a schema"),
-    ({"structured_outputs": {}}, "structured_outputs", "none came; give exactly one"),
+    (
+        {"structured_outputs": {}},
+        "structured_outputs",
+        "exactly one of json, json_object, regex, choice and grammar, got none",
+    ),
     ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml", "no parameter"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "both"),
     ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "byte-level BPE"),
