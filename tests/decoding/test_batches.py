@@ -127,8 +127,8 @@ class BadMixture(MixturePolicy):
     ("policy", "error", "message", "written"),
     [
         (BadPolicy(3), PolicyFailure, "BadPolicy.* raised KeyError: 'no such rule'", 3),
-        (BadMixture(), PolicyFailure, "BadMixture.* made NaN", 0),
-        (SingleAuthorPolicy(7), ConfigError, "named author 7, expected 0 to 1", 0),
+        (BadMixture(), PolicyFailure, "BadMixture.* returned NaN logits although", 0),
+        (SingleAuthorPolicy(7), ConfigError, "chose author 7, expected 0 to 1", 0),
     ],
 )
 def test_a_policy_that_breaks_down_fails_its_own_sequence(
@@ -305,8 +305,8 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
 ) -> None:
     prompts, params = prompts_of(3, 8), SamplingParams(max_new_tokens=90, temperature=0.5, seed=3)
     expected = [c.token_ids for c in pair.generate(prompts, params, max_batch=8, threshold=0.5)]
-    paused, pause = [], Sequence.pause
-    monkeypatch.setattr(Sequence, "pause", lambda sequence: (paused.append(sequence.number), pause(sequence)))
+    paused, pause = [], Sequence.preempt
+    monkeypatch.setattr(Sequence, "preempt", lambda sequence: (paused.append(sequence.number), pause(sequence)))
     small_cache(pair, 240)
     came = pair.generate(prompts, params, max_batch=8, threshold=0.5, lookahead=lookahead)
     assert [c.token_ids for c in came] == expected
@@ -317,7 +317,7 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
 
 def test_a_prompt_that_never_fits_the_cache_is_refused_with_the_numbers(pair: CoLLM) -> None:
     small_cache(pair, 48)
-    with pytest.raises(RequestError, match="the prompt has 50 tokens, but the key-value cache of base holds 48"):
+    with pytest.raises(RequestError, match="the prompt has 50 tokens, but the KV cache of base holds 48 tokens"):
         pair.generate([[5] * 50], PARAMS, threshold=0.5)
     (full,) = pair.generate([[5] * 40], SamplingParams(max_new_tokens=90), threshold=0.5)
     assert (len(full.token_ids), full.finish_reason) == (8, "length")
