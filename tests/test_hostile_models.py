@@ -45,7 +45,7 @@ def change_weights(directory: Path, changed: Callable[[dict[str, Any]], dict[str
     ("fields", "complaint"),
     [
         ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000, expected at most 1000"),
-        ({"num_hidden_layers": 4}, "lack 18 tensors that its config.json asks for, as 'model.layers.2"),
+        ({"num_hidden_layers": 4}, "lack 18 tensors that its config.json requires, such as 'model.layers.2"),
         ({"vocab_size": 2 * 10**9}, r"\w+.weight does not fit its config.json \(ckpt: .* vs model: ?torch"),
         ({"intermediate_size": 10**11}, r"does not fit its config.json"),
         ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),

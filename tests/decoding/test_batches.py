@@ -331,7 +331,7 @@ def test_closed_slots_give_their_memory_to_those_that_need_it(pair: CoLLM) -> No
     runner.close(second)
     runner.extend({first: [5] * 20})
     assert (runner.length(first), runner.length(second)) == (50, 0)
-    with pytest.raises(RequestError, match="holds 64 tokens of all sequences together, 16 less than is needed"):
+    with pytest.raises(RequestError, match="holds 64 tokens, 16 too few for the running sequences"):
         runner.extend({first: [5] * 20})
     assert runner.length(first) == 50
 
@@ -351,7 +351,7 @@ def test_cache_memory_is_shared_so_that_all_models_hold_equally_much(pair: CoLLM
     per_position = [runner.bytes_per_position for runner in model.runners]
     assert len(set(per_position)) == 2
     assert capacities == [2**20 // sum(per_position) // 16 * 16] * 2
-    with pytest.raises(ConfigError, match="the memory for the cache of base holds 1 tokens"):
+    with pytest.raises(ConfigError, match="the KV cache memory of base holds 1 tokens"):
         _ = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, cache_memory=sum(per_position)).runners
 
 
@@ -386,7 +386,7 @@ def test_a_system_that_promises_little_memory_serves_fewer_sequences_at_once(
     assert [c.token_ids for c in came] == expected
     assert all(runner.most_slots < MOST_SLOTS for runner in limits.runners if isinstance(runner, ModelRunner))
     most = 2**10
-    with pytest.raises(ConfigError, match="refuses the addresses of one sequence"):
+    with pytest.raises(ConfigError, match="cannot reserve addresses for a sequence"):
         _ = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer).runners
 
 

@@ -238,7 +238,13 @@ def test_context_end_and_token_limit_finish_with_length(tiny_model: Model, token
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "empty"), ("", "empty"), ([VOCAB_SIZE], "outside the vocabulary"), ([-1], "outside"), (3.5, "a prompt is")],
+    [
+        ([], "empty"),
+        ("", "empty"),
+        ([VOCAB_SIZE], "outside the vocabulary"),
+        ([-1], "outside"),
+        (3.5, "expected a string, a list of messages"),
+    ],
 )
 def test_bad_prompts_are_refused_before_anything_runs(pair: CoLLM, prompt: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):

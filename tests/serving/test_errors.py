@@ -137,7 +137,7 @@ def test_what_is_wrong_in_completions(server: Running, wrong: dict[str, Any], pa
         ({"modalities": ["audio"]}, "modalities", "text alone"),
         ({"audio": {"voice": "x"}}, "audio", "text alone"),
         ({"chat_template": "x"}, "chat_template", "as in training"),
-        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "says elsewhere"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "reserved variable"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt", "both true"),
         ({"prompt": "w5"}, "prompt", "no parameter"),
     ],
