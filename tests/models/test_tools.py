@@ -158,7 +158,7 @@ def test_scores_on_disk_are_found_again_and_belong_to_the_tool(tmp_path: Path) -
     found = find_scores(tmp_path, examples, spec)
     assert found is not None
     assert torch.equal(found.logprobs, scores.logprobs)
-    with pytest.raises(Exception, match="holds scores of another model: path is 'tool:calculator"):
+    with pytest.raises(Exception, match="has scores of another model: path is 'tool:calculator"):
         find_scores(tmp_path, examples, ToolSpec("calculator", eps=0.2))
 
 

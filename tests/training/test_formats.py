@@ -173,9 +173,12 @@ def test_bioasq_answers_end_with_the_exact_answer(tmp_path: Path, question: Any,
 @pytest.mark.parametrize(
     ("question", "complaint"),
     [
-        (bioasq("factoid"), "no 'exact_answer', which a factoid question has"),
-        (bioasq("list", exact=[[" "], []]), "no 'exact_answer', which a list question has"),
-        ({key: value for key, value in bioasq("yesno").items() if key != "exact_answer"}, "no 'exact_answer', which a"),
+        (bioasq("factoid"), "no 'exact_answer', expected one for a factoid question"),
+        (bioasq("list", exact=[[" "], []]), "no 'exact_answer', expected one for a list question"),
+        (
+            {key: value for key, value in bioasq("yesno").items() if key != "exact_answer"},
+            "no 'exact_answer', expected one for a",
+        ),
         (bioasq("yesno", exact="perhaps"), "'exact_answer' is 'perhaps', expected yes or no"),
         (bioasq("yesno", exact=["yes", "no"]), "'exact_answer' is ['yes', 'no'], expected yes or no"),
         (bioasq("list", exact=[[["zinc"]]]), "'exact_answer' holds a list, expected text"),
@@ -245,7 +248,7 @@ def test_a_bioasq_file_that_cannot_be_read_stops(tmp_path: Path, text: str, comp
         ("math", {"problem": "p", "solution": " "}, "'solution' is empty"),
         ("math", {"question": "p", "solution": "s"}, "no field 'problem', the row has 'question', 'solution'"),
         ("tulu", {"id": "a", "prompt": "p", "completion": "c"}, "no field 'messages', the row has 'id', 'prompt'"),
-        ("tulu", {"messages": TULU["messages"][:1]}, "no assistant turn to learn"),
+        ("tulu", {"messages": TULU["messages"][:1]}, "no assistant turn to train on"),
         ("tulu", "text", "the row is a str"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, mark: dict[str, Any]
     assert row.messages is not None
     assert "weight" not in row.messages[1]
     assert "train" not in row.messages[1]
-    with pytest.raises(DataError, match="no assistant turn to learn"):
+    with pytest.raises(DataError, match="no assistant turn to train on"):
         read(tmp_path, {"messages": [USER, first]})
 
 
@@ -164,7 +164,7 @@ def test_alpaca_is_known_by_its_columns(tmp_path: Path, row: dict[str, Any], pro
         ({"conversations": [{"from": 3, "value": "x"}]}, "message 1: 'role' is 3"),
         ({"instruction": "a", "output": 3}, "'output' is a int"),
         ({"instruction": "a", "output": "b", "history": [["q", "a"]]}, "has a 'history', expected a single turn"),
-        ({"prompt": [], "completion": []}, "no assistant turn to learn"),
+        ({"prompt": [], "completion": []}, "no assistant turn to train on"),
         ({"prompt": [USER], "completion": "x"}, "'prompt' is a list, expected a string"),
         ({"prompt": ["x"], "completion": [ANSWER]}, "message 1 is a str"),
     ],
@@ -224,11 +224,11 @@ def test_arrow_fills_what_a_row_lacks_and_that_is_not_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("rows.parquet", b"no", "is no parquet file, or damaged behind row 0"),
+        ("rows.parquet", b"no", "is not parquet, or damaged after row 0"),
         ("rows.arrow", b"no", "is no arrow file"),
         ("rows.csv", b'prompt,completion\na,"b\n', "bad CSV"),
-        ("rows.csv", b"prompt,completion\na\n", ":2: not as many values as the header has names"),
-        ("rows.csv", b"prompt,completion\na,b,c\n", ":2: not as many values as the header has names"),
+        ("rows.csv", b"prompt,completion\na\n", ":2: the number of values differs from the header's"),
+        ("rows.csv", b"prompt,completion\na,b,c\n", ":2: the number of values differs from the header's"),
         ("rows.csv", b"", "has no rows"),
     ],
 )
