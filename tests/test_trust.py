@@ -112,10 +112,10 @@ def past_run(directory: Path, **changes: Any) -> Path:
 )
 def test_a_run_directory_names_no_function_that_is_called(changes: dict[str, Any], tmp_path: Path) -> None:
     run = past_run(tmp_path / "run", **changes)
-    with pytest.raises(ConfigError, match=r"run.yaml names code .*--trust-code"):
+    with pytest.raises(ConfigError, match=r"run.yaml would run .*--trust-code"):
         PastRun.read(run)
     (tmp_path / "stranger.yaml").write_text((run / "run.yaml").read_text())
-    with pytest.raises(ConfigError, match=r"stranger.yaml names code .*--trust-code"):
+    with pytest.raises(ConfigError, match=r"stranger.yaml would run .*--trust-code"):
         parse(["--config", str(tmp_path / "stranger.yaml")])
 
 
@@ -136,7 +136,7 @@ def test_calibrate_calls_no_metric_of_a_run_directory(saved: Path, tmp_path: Pat
     saved.rename(run / "collaboration")
     refused = collm("calibrate", run / "collaboration", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "names code that collm does not bring, os:symlink" in refused.stderr
+    assert "would run os:symlink, which is not part of collm" in refused.stderr
 
 
 @pytest.mark.parametrize("content", ["", "- a", "seed: 1", "a: [", "seed: x", "[" * 50_000, "!!python/object:os.x {}"])
@@ -322,7 +322,7 @@ def test_scores_are_not_written_through_a_link(calibrated: Path, tmp_path: Path)
 @pytest.mark.parametrize("table", ["../facts.csv", "tables/../../facts.csv", "/etc/passwd"])
 def test_a_table_outside_of_the_artefact_is_not_read(table: str, saved: Path) -> None:
     change(saved, assistants=[{"name": "lookup", "argument": table, "engine": "python"}])
-    with pytest.raises(ArtefactError, match=r"names the table .*, expected one inside of it"):
+    with pytest.raises(ArtefactError, match=r"has the table .*, expected a path inside of it"):
         CoLLM.from_pretrained(saved)
 
 

@@ -123,11 +123,11 @@ def test_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
         ("a.json", [{"pattern": ["x {a}"], "a": "1"}], "fact 1: the pattern is ['x {a}']"),
         ("a.json", [{"pattern": "x {a}", "a": None}], "fact 1: the field 'a' is None"),
         ("a.json", [{"pattern": "x {pattern}"}], "unknown placeholder {pattern}"),
-        ("a.json", '[{"pattern": "x {a}", "a": "\\ud800"}]', "no Unicode"),
+        ("a.json", '[{"pattern": "x {a}", "a": "\\ud800"}]', "not valid Unicode"),
         ("a.json", {"patterns": ["x {a}"], "facts": [{"b": "1"}]}, "pattern 1: no fact has all of ['a']"),
         ("a.json", {"patterns": ["x {a}"], "facts": ["b"]}, "pattern 1 with fact 1: 'b' came"),
         ("a.json", {"patterns": ["x {a}"], "facts": [{"a": "1"}, {"a": "2"}]}, "pattern 1 with fact 2: 'x'"),
-        ("a.txt", "", "ends in '.txt', expected a table"),
+        ("a.txt", "", "has the suffix '.txt', expected a .csv or .json file"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, name: str, content: Any, said: str) -> None:
