@@ -190,7 +190,7 @@ def test_an_assistant_without_a_path_cannot_be_referenced(
 
 
 def test_saving_never_replaces_something_else(saved: Path, specs: list[ModelSpec]) -> None:
-    with pytest.raises(ArtefactError, match="is no collaboration"):
+    with pytest.raises(ArtefactError, match="is not a collaboration"):
         CoLLM.from_pretrained(saved).save_pretrained(specs[0].path)
 
 
