@@ -67,7 +67,7 @@ def test_only_known_differences_can_be_accepted() -> None:
 def test_a_model_must_score_every_token_of_the_tokenizer(tiny_model: Callable[..., PreTrainedModel]) -> None:
     exact, padded = (LanguageModel(tiny_model(0, vocab_size=n), name=f"m{n}") for n in (97, 128))
     check_vocab_sizes([exact, padded], 97)
-    with pytest.raises(MismatchError, match="m97 scores 97 token ids, but the tokenizer has 100"):
+    with pytest.raises(MismatchError, match="m97 has logits for 97 token ids, but the tokenizer has 100"):
         check_vocab_sizes([padded, exact], 100)
 
 
