@@ -294,6 +294,6 @@ def _eos_ids(
     named: list[tuple[str, frozenset[int]]], tokenizer: PreTrainedTokenizerBase, accept: Collection[str]
 ) -> frozenset[int]:
     """EOS token ids of the tokenizer and of all models, which must agree."""
-    of_models = check_eos(named, accept=accept)
+    model_eos_ids = check_eos(named, accept=accept)
     eos = cast("int | None", tokenizer.eos_token_id)
-    return of_models if eos is None else of_models | {eos}
+    return model_eos_ids if eos is None else model_eos_ids | {eos}

@@ -61,7 +61,7 @@ def spelled(
     read = TokenText(tokenizer, prompt_ids)
     texts: list[list[Candidates]] = []
     for token_id, *likely in zip(token_ids, *by_author, strict=True):
-        texts.append([[(read.spelling(one), prob) for one, prob in of_author] for of_author in likely])
+        texts.append([[(read.spelling(one), prob) for one, prob in author_candidates] for author_candidates in likely])
         read.push(token_id)
     return texts
 
@@ -84,12 +84,12 @@ def aligned_candidates(
         RequestError: prompt and answer exceed a model's context, or the answer ends within a character.
     """
     base = alignment.tokenizers[0]
-    of_base = top_candidates(runners[:1], base.tokenizer, prompts[0], token_ids, most)
+    base_candidates = top_candidates(runners[:1], base.tokenizer, prompts[0], token_ids, most)
     spelled = [base.token_bytes[token_id] or b"" for token_id in token_ids]
     answer = b"".join(spelled)
     starts = {at: place for place, at in reversed(list(enumerate(accumulate(map(len, spelled), initial=0))))}
     boundaries = [at for at in alignment.boundaries(answer) if starts[at] < len(token_ids)]
-    texts = [[likely, *([] for _ in runners[1:])] for (likely,) in of_base]
+    texts = [[likely, *([] for _ in runners[1:])] for (likely,) in base_candidates]
     for author, runner in enumerate(runners[1:], start=1):
         found = _opening_candidates(runner, alignment, author, prompts[author], answer, boundaries, most)
         for at, likely in zip(boundaries, found, strict=True):

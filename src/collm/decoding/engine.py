@@ -189,11 +189,11 @@ class Engine:
             raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         structured = request.params.structured_outputs
         grammar = self.grammars.compile(structured) if structured is not None else None
-        made = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._acceptance.copy(), grammar
+        arguments = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._acceptance.copy(), grammar
         sequence = (
-            Sequence(*made)
+            Sequence(*arguments)
             if self.alignment is None
-            else SegmentSequence(*made, alignment=self.alignment, end_id=self._end_id)
+            else SegmentSequence(*arguments, alignment=self.alignment, end_id=self._end_id)
         )
         self._count += 1
         self._waiting.append(sequence)

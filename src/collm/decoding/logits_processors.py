@@ -191,9 +191,9 @@ class Edits:
             at = to_device([rows, token_ids], logits.device)
             logits.index_put_(tuple(at), to_device(biases, logits.device, logits.dtype), accumulate=True)
         if self._penalties:
-            of_tokens = torch.from_numpy(np.concatenate(self._penalties, axis=1)).to(logits.device)
-            at = of_tokens[:2].long()
-            counts, *penalties = of_tokens[2:].to(logits.dtype)
+            columns = torch.from_numpy(np.concatenate(self._penalties, axis=1)).to(logits.device)
+            at = columns[:2].long()
+            counts, *penalties = columns[2:].to(logits.dtype)
             logits[tuple(at)] = penalised(logits[tuple(at)], counts, *penalties)
         if self._banned:
             logits[tuple(to_device(self._banned, logits.device).T)] = -torch.inf

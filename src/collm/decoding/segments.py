@@ -248,10 +248,10 @@ class SegmentSequence(Sequence):
         self._texts[BASE].grow(answer, self._boundaries)
         self._texts[author].grow(answer, self._boundaries)
         self._set_boundary(answer)
-        mine = self._texts[author].ids
-        if following is not None and mine == [*known, *written]:
+        canonical = self._texts[author].ids
+        if following is not None and canonical == [*known, *written]:
             self._next_opening = author, following
-        self._roll_back(author, len(self._prompts[author]) + common_prefix(mine, [*known, *written]))
+        self._roll_back(author, len(self._prompts[author]) + common_prefix(canonical, [*known, *written]))
 
     def _roll_back(self, author: int, length: int) -> None:
         """Roll the author's cache back to `length` tokens."""

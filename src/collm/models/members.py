@@ -90,23 +90,23 @@ def aligned(
     if not any(differences):
         return None
     try:
-        of_base = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
+        base_text = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
         others = zip(names, assistants, tokenizers[1:], differences, strict=True)
         texts = [
-            of_base if same is None else _text_tokenizer(name, member, tokenizer, template)
+            base_text if same is None else _text_tokenizer(name, member, tokenizer, template)
             for name, member, tokenizer, same in others
         ]
-        return Alignment([of_base, *texts])
+        return Alignment([base_text, *texts])
     except MismatchError as error:
         difference = next(filter(None, differences))
         raise MismatchError(f"{difference}. Their tokens cannot be aligned either: {error}") from error
 
 
 def _text_tokenizer(
-    name: str, member: Member, tokenizer: PreTrainedTokenizerBase, of_base: PromptTemplate
+    name: str, member: Member, tokenizer: PreTrainedTokenizerBase, base_template: PromptTemplate
 ) -> TextTokenizer:
     eos_ids, chat = _eos_ids(tokenizer, member), cast("str | None", tokenizer.chat_template)
-    template = PromptTemplate(of_base.text, chat or of_base.chat).with_turn_ends(tokenizer, eos_ids)
+    template = PromptTemplate(base_template.text, chat or base_template.chat).with_turn_ends(tokenizer, eos_ids)
     return TextTokenizer(tokenizer, name=name, template=template, eos_ids=eos_ids)
 
 

@@ -79,26 +79,30 @@ def encode_aligned(rows: Sequence[Row], alignment: Alignment, *, max_length: int
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and a target")
     examples: list[list[Example]] = []
-    cut = dropped = 0
+    truncated = dropped = 0
     for row in rows:
         for sequences in zip(*_encoded(row, alignment), strict=True):
-            made, was_cut = _aligned(row, list(sequences), alignment, max_length)
-            examples += [made] if made else []
-            cut, dropped = cut + was_cut, dropped + (not made)
+            row_examples, was_truncated = _aligned(row, list(sequences), alignment, max_length)
+            examples += [row_examples] if row_examples else []
+            truncated, dropped = truncated + was_truncated, dropped + (not row_examples)
     if not examples:
         raise DataError(f"max_length {max_length} leaves no target in any of {len(rows)} rows; set max_length higher")
-    if cut:
+    if truncated:
         _LOG.warning(
             "%d of %d examples exceed max_length %d in the tokens of some author and were truncated: %d had no target "
             "left and were dropped, the others do not train the model to stop",
-            cut,
+            truncated,
             len(examples) + dropped,
             max_length,
             dropped,
         )
     by_author = [list(each) for each in zip(*examples, strict=True)]
     return Examples(
-        by_author[0], num_truncated=cut, num_dropped=dropped, num_without_end=cut - dropped, of_assistants=by_author[1:]
+        by_author[0],
+        num_truncated=truncated,
+        num_dropped=dropped,
+        num_without_end=truncated - dropped,
+        assistant_examples=by_author[1:],
     )
 
 
@@ -120,16 +124,16 @@ def aligned_example(alignment: Alignment, prompts: Sequence[list[int]], answer: 
         ids = [*encoded.ids, min(tokenizer.eos_ids)]
         sequences.append(Encoded([*prompt, *ids], [False] * len(prompt) + [True] * len(ids)))
     longest = max(len(one.token_ids) for one in sequences)
-    made, _ = _aligned(None, sequences, alignment, longest, unfinished=not end)
-    return Examples(made[:1], of_assistants=[[one] for one in made[1:]])
+    examples, _ = _aligned(None, sequences, alignment, longest, unfinished=not end)
+    return Examples(examples[:1], assistant_examples=[[one] for one in examples[1:]])
 
 
 def _encoded(row: Row, alignment: Alignment) -> list[list[Encoded]]:
     """Each author's sequences of a row, the same number for all authors."""
-    made = [_encode(row, tokenizer, apart=False) for tokenizer in alignment.tokenizers]
-    if len({len(sequences) for sequences in made}) > 1:
-        made = [_encode(row, tokenizer, apart=True) for tokenizer in alignment.tokenizers]
-    return made
+    encoded = [_encode(row, tokenizer, apart=False) for tokenizer in alignment.tokenizers]
+    if len({len(sequences) for sequences in encoded}) > 1:
+        encoded = [_encode(row, tokenizer, apart=True) for tokenizer in alignment.tokenizers]
+    return encoded
 
 
 def _encode(row: Row, author: TextTokenizer, *, apart: bool) -> list[Encoded]:

@@ -39,11 +39,11 @@ def save_tuned(directory: Path, joint: JointModule, method: str, state: Mapping[
     head = {name: state[f"head.{name}"].detach().cpu().contiguous() for name in ("weight", "bias")}
     save_file(head, directory / HEAD)
     if folder := FOLDERS[method]:
-        of_base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
+        base_state = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
         # otherwise peft would query the Hub to check whether the vocabulary grew, which never happens here
         options = {"save_embedding_layers": False} if method == "lora" else {}
         with quiet_if_small(joint.base):
-            cast(Any, joint.base).save_pretrained(directory / folder, state_dict=of_base, **options)
+            cast(Any, joint.base).save_pretrained(directory / folder, state_dict=base_state, **options)
 
 
 def load_tuned(directory: Path, joint: JointModule, method: str) -> None:

@@ -87,22 +87,22 @@ class Examples(Sequence[Example]):
         num_truncated: int = 0,
         num_dropped: int = 0,
         num_without_end: int = 0,
-        of_assistants: Sequence[Sequence[Example]] = (),
+        assistant_examples: Sequence[Sequence[Example]] = (),
     ) -> None:
         self._items = list(items)
-        self._of_assistants = of_assistants
+        self._assistant_examples = assistant_examples
         self.num_truncated = num_truncated
         self.num_dropped = num_dropped
         self.num_without_end = num_without_end
 
     def read_by(self, author: int) -> Sequence[Example]:
         """The examples in the tokens of an author; self if the author shares the base's tokenizer."""
-        return self._of_assistants[author - 1] if author and self._of_assistants else self
+        return self._assistant_examples[author - 1] if author and self._assistant_examples else self
 
     def part(self, indices: Sequence[int]) -> Examples:
         """The examples with these indices."""
-        others = [[each[index] for index in indices] for each in self._of_assistants]
-        return Examples([self._items[index] for index in indices], of_assistants=others)
+        others = [[each[index] for index in indices] for each in self._assistant_examples]
+        return Examples([self._items[index] for index in indices], assistant_examples=others)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -122,10 +122,10 @@ class Examples(Sequence[Example]):
 
 def joined(parts: Sequence[Examples]) -> Examples:
     """Concatenate sets of examples of the same authors."""
-    others = zip(*(part._of_assistants for part in parts), strict=True)
+    others = zip(*(part._assistant_examples for part in parts), strict=True)
     return Examples(
         [example for part in parts for example in part],
-        of_assistants=[[example for each in of_one for example in each] for of_one in others],
+        assistant_examples=[[example for each in by_part for example in each] for by_part in others],
     )
 
 

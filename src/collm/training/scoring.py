@@ -108,9 +108,9 @@ def write_scores(
     header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=shard_size, hidden_states=hidden_states)
     store = _store(out_dir, header, examples)
     store.begin()
-    mine = list(enumerate(store.shards))[process::num_processes]
-    advance = _progress_counter(examples, [index for _, indices in mine for index in indices], progress)
-    stops = [_fill_shard(model, examples, store, shard, max_batch_tokens, advance) for shard, _ in mine]
+    assigned = list(enumerate(store.shards))[process::num_processes]
+    advance = _progress_counter(examples, [index for _, indices in assigned for index in indices], progress)
+    stops = [_fill_shard(model, examples, store, shard, max_batch_tokens, advance) for shard, _ in assigned]
     _check_stops(model.name, [one for one in stops if one is not None])
 
 

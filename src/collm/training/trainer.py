@@ -199,10 +199,10 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             decayed = set(self.get_decay_parameter_names(model))
             head_rate = self.args.resolved_head_learning_rate(self.head.hidden_size)
             trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            of_base = [(name, p) for name, p in trained if not _is_head(name)]
+            base_parameters = [(name, p) for name, p in trained if not _is_head(name)]
             groups = [
-                {"params": [p for n, p in of_base if n in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [p for n, p in of_base if n not in decayed], "weight_decay": 0.0},
+                {"params": [p for n, p in base_parameters if n in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in base_parameters if n not in decayed], "weight_decay": 0.0},
                 {"params": [p for n, p in trained if _is_head(n)], "weight_decay": 0.0, "lr": head_rate},
             ]
             self.optimizer = kind([group for group in groups if group["params"]], **options)
