@@ -63,25 +63,25 @@ class ToolModel:
     def close(self) -> None:
         self._tool.close()
 
-    def remainder(self, text: str, asked: dict[int, Answer]) -> str | None:
+    def remainder(self, text: str, answers: dict[int, Answer]) -> str | None:
         """The text that follows `text` according to the tool; None if it abstains.
 
         Args:
-            asked: length of a prefix of `text` -> the tool's answer to it. New answers are added.
+            answers: length of a prefix of `text` -> the tool's answer to it. New answers are added.
 
         Raises:
             ToolFailure: the tool raised an exception, hung or returned something other than text.
         """
-        return self._remainder(text, self._answers(text, asked))
+        return self._first_match(text, self._possible_answers(text, answers))
 
-    def _answers(self, text: str, asked: dict[int, Answer]) -> Iterator[tuple[int, Answer]]:
+    def _possible_answers(self, text: str, answers: dict[int, Answer]) -> Iterator[tuple[int, Answer]]:
         """Yield positions at which an unfinished answer may have begun, latest first, with the tool's answers."""
         for at in range(len(text), max(len(text) - self.spec.max_answer, -1), -1):
-            if at not in asked:
-                (asked[at],) = self._tool.answers(text, [at])
-            yield at, asked[at]
+            if at not in answers:
+                (answers[at],) = self._tool.answers(text, [at])
+            yield at, answers[at]
 
-    def _remainder(self, text: str, answers: Iterable[tuple[int, Answer]]) -> str | None:
+    def _first_match(self, text: str, answers: Iterable[tuple[int, Answer]]) -> str | None:
         """The remainder of the first answer that the text has begun to spell."""
         for at, answer in answers:
             if isinstance(answer, ToolFailure):
@@ -91,14 +91,14 @@ class ToolModel:
                 return answer[spelled : self.spec.max_answer]
         return None
 
-    def next_token(self, read: TokenText, length: int, asked: dict[int, Answer]) -> int | None:
+    def next_token(self, read: TokenText, length: int, answers: dict[int, Answer]) -> int | None:
         """The token after the first `length` tokens of `read`; None if the tool abstains.
 
         Raises:
             ToolFailure: the tool raised an exception, hung or returned something other than text.
         """
         whole = next(n for n in range(length, -1, -1) if read.whole(n))
-        left = self.remainder(read.text[: read.end(whole)], asked)
+        left = self.remainder(read.text[: read.end(whole)], answers)
         if left is None:
             return None
         token_ids, begun = self._tokens(left), read.token_ids[whole:length]  # tokens of an incomplete character
@@ -131,12 +131,12 @@ class ToolModel:
         targets = [t for t in range(1, len(token_ids)) if is_target[t]]
         first = max(read.end(targets[0]) - self.spec.max_answer, 0)
         ends = range(first, read.end(targets[-1]) + 1)
-        asked = dict(zip(ends, self._tool.answers(read.text, ends), strict=True))
-        known = [(at, answer) for at, answer in reversed(asked.items()) if answer]
+        answers = dict(zip(ends, self._tool.answers(read.text, ends), strict=True))
+        known = [(at, answer) for at, answer in reversed(answers.items()) if answer]
         hit, miss, unknown = self.logprobs
         scores = {None: unknown, False: miss, True: hit}
-        right = [self._matches(read, t, asked, known) for t in targets]
-        return torch.tensor([scores[each] for each in right]), torch.tensor([each is True for each in right])
+        matches = [self._matches(read, t, answers, known) for t in targets]
+        return torch.tensor([scores[each] for each in matches]), torch.tensor([each is True for each in matches])
 
     def next_tokens(self, token_ids: Sequence[int], lengths: Sequence[int]) -> list[int | None]:
         """The token after each prefix of a sequence, given by length; None where the tool abstains.
@@ -144,24 +144,24 @@ class ToolModel:
         Raises:
             ToolFailure: the tool raised an exception, hung or returned something other than text.
         """
-        read, asked = TokenText(self.tokenizer, token_ids), dict[int, Answer]()
-        return [self.next_token(read, length, asked) for length in lengths]
+        read, answers = TokenText(self.tokenizer, token_ids), dict[int, Answer]()
+        return [self.next_token(read, length, answers) for length in lengths]
 
     def _matches(
-        self, read: TokenText, t: int, asked: dict[int, Answer], known: Sequence[tuple[int, Answer]]
+        self, read: TokenText, t: int, answers: dict[int, Answer], known: Sequence[tuple[int, Answer]]
     ) -> bool | None:
         """Whether token t is the answer's next token; None without an answer.
 
         Args:
-            asked: length of a prefix -> the tool's answer.
+            answers: length of a prefix -> the tool's answer.
             known: the answers that are not empty, latest first.
         """
         start, end = read.end(t), read.end(t + 1)
         if read.whole(t) and read.whole(t + 1) and end > start:
             near = ((at, answer) for at, answer in known if start - self.spec.max_answer < at <= start)
-            left, spelled = self._remainder(read.text[:start], near), read.text[start:end]
+            left, spelled = self._first_match(read.text[:start], near), read.text[start:end]
             return None if left is None else left.startswith(spelled) or spelled.startswith(left)
-        token_id = self.next_token(read, t, asked)
+        token_id = self.next_token(read, t, answers)
         return None if token_id is None else token_id == read.token_ids[t]
 
 
@@ -216,14 +216,14 @@ class ToolRunner:
             for token_id in token_ids:
                 state.read.push(token_id)
             length = len(state.read)
-            asked = keep[slot] if keep else 1
-            next_tokens += [self._ask(state, n) for n in range(length - asked + 1, length + 1)]
+            count = keep[slot] if keep else 1
+            next_tokens += [self._ask(state, n) for n in range(length - count + 1, length + 1)]
         return ModelOutput(self.model.logits(next_tokens), abstained=[token_id is None for token_id in next_tokens])
 
     def _ask(self, state: _Slot, length: int) -> int | None:
         self.usage.calls += 1
         try:
-            token_id = self.model.next_token(state.read, length, state.asked)
+            token_id = self.model.next_token(state.read, length, state.answers)
         except ToolFailure as failure:
             _LOG.warning("%s", failure)
             self.usage.failed += 1
@@ -237,9 +237,9 @@ class _Slot:
 
     def __init__(self, read: TokenText) -> None:
         self.read = read
-        self.asked: dict[int, Answer] = {}
+        self.answers: dict[int, Answer] = {}
 
     def cut(self, length: int) -> None:
         self.read.cut(length)
-        for end in [end for end in self.asked if end > len(self.read.text)]:
-            del self.asked[end]
+        for end in [end for end in self.answers if end > len(self.read.text)]:
+            del self.answers[end]
