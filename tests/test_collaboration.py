@@ -119,7 +119,7 @@ def test_chat_messages_need_a_chat_template(saved: Path) -> None:
     ("damage", "message"),
     [
         (lambda d: shutil.rmtree(d), "no such directory"),
-        (lambda d: (d / "collm.json").unlink(), "no collm.json in it"),
+        (lambda d: (d / "collm.json").unlink(), "has no collm.json"),
         (lambda d: (d / "collm.json").write_text('{"format": 1, "base"'), "damaged"),
         (lambda d: (d / "collm.json").write_text('{"format": 99}'), "has format 99, this version reads 1"),
         (lambda d: (d / "collm.json").write_text("[]"), "damaged"),
@@ -190,7 +190,7 @@ def test_an_assistant_without_a_path_cannot_be_referenced(
 
 
 def test_saving_never_replaces_something_else(saved: Path, specs: list[ModelSpec]) -> None:
-    with pytest.raises(ArtefactError, match="is not a collaboration"):
+    with pytest.raises(ArtefactError, match="is no collaboration"):
         CoLLM.from_pretrained(saved).save_pretrained(specs[0].path)
 
 

@@ -123,7 +123,7 @@ def test_math_is_read_by_subject_and_number(tmp_path: Path) -> None:
     assert [row.prompt for row in load_rows(root, split="test", format="math")] == ["test/algebra/1"]
     with pytest.raises(DataError, match="has no split 'dev', only train, test"):
         load_rows(root, split="dev", format="math")
-    with pytest.raises(DataError, match=r"holds no math data; expected train/\*/\*.json or test/\*/\*.json"):
+    with pytest.raises(DataError, match=r"has no math data; expected train/\*/\*.json or test/\*/\*.json"):
         load_rows(root / "train", format="math")
 
 
@@ -181,11 +181,11 @@ def test_bioasq_answers_end_with_the_exact_answer(tmp_path: Path, question: Any,
         ),
         (bioasq("yesno", exact="perhaps"), "'exact_answer' is 'perhaps', expected yes or no"),
         (bioasq("yesno", exact=["yes", "no"]), "'exact_answer' is ['yes', 'no'], expected yes or no"),
-        (bioasq("list", exact=[[["zinc"]]]), "'exact_answer' holds a list, expected text"),
-        (bioasq("factoid", exact=7), "'exact_answer' holds a int, expected text"),
+        (bioasq("list", exact=[[["zinc"]]]), "'exact_answer' contains a list, expected text"),
+        (bioasq("factoid", exact=7), "'exact_answer' contains a int, expected text"),
         (bioasq("summary", None), "no 'ideal_answer'"),
         (bioasq("summary", []), "no 'ideal_answer'"),
-        (bioasq("summary", {"a": 1}), "'ideal_answer' holds a dict, expected text"),
+        (bioasq("summary", {"a": 1}), "'ideal_answer' contains a dict, expected text"),
         (bioasq("essay"), "'type' is 'essay', expected one of factoid, list, yesno, summary"),
         (bioasq("summary", body=""), "'body' is empty"),
         ("a question", "the row is a str"),
@@ -216,7 +216,7 @@ def test_a_bioasq_directory_has_its_splits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no split 'train', only test"):
         load_rows(tmp_path / "Task11BGoldenEnriched", format="bioasq")
     questions(tmp_path / "training10b.json", bioasq("summary"))
-    with pytest.raises(DataError, match=r"holds 2 editions \(10b, 11b\) of bioasq; expected one"):
+    with pytest.raises(DataError, match=r"has 2 editions \(10b, 11b\) of bioasq, expected one"):
         load_rows(tmp_path, format="bioasq")
 
 
@@ -346,5 +346,5 @@ def test_what_an_official_format_has_not_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no effect with format 'gsm8k'"):
             load_rows(source, format="gsm8k", **names)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no gsm8k data; expected train.jsonl or test.jsonl, or a copy"):
+    with pytest.raises(DataError, match=r"empty has no gsm8k data; expected train.jsonl or test.jsonl, or a copy"):
         load_rows(tmp_path / "empty", format="gsm8k")

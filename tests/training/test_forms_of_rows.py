@@ -121,7 +121,7 @@ def test_sharegpt_with_calls(tmp_path: Path) -> None:
     conversation = [{"from": who, "value": text} for who, text in turns]
     (row,) = read(tmp_path, {"conversations": conversation, "tools": json.dumps(TOOLS)})
     assert learned(row, WITH_TOOLS) == ['add{"a": 1}', "x"]
-    with pytest.raises(DataError, match=r"rows.jsonl:1: message 2: the call 'add' is no JSON"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: message 2: the call 'add' is not JSON"):
         read(tmp_path, {"conversations": [conversation[0], {"from": "function_call", "value": "add"}]})
 
 
@@ -225,7 +225,7 @@ def test_arrow_fills_what_a_row_lacks_and_that_is_not_read(tmp_path: Path) -> No
     ("name", "content", "complaint"),
     [
         ("rows.parquet", b"no", "is not parquet, or damaged after row 0"),
-        ("rows.arrow", b"no", "is no arrow file"),
+        ("rows.arrow", b"no", "is not arrow, or damaged after row 0"),
         ("rows.csv", b'prompt,completion\na,"b\n', "bad CSV"),
         ("rows.csv", b"prompt,completion\na\n", ":2: the number of values differs from the header's"),
         ("rows.csv", b"prompt,completion\na,b,c\n", ":2: the number of values differs from the header's"),

@@ -219,12 +219,12 @@ def test_an_answer_that_trickles_is_late_too(server: FakeServer) -> None:
         (
             error("This model's maximum context length is 8 tokens."),
             MismatchError,
-            r"example 41 \(\d+ tokens\) does not",
+            r"rejected example 41 \(\d+ tokens\)",
         ),
         (
             error("The decoder prompt (length 9) is longer than the maximum model length of 8."),
             MismatchError,
-            "does not",
+            "rejected example 41",
         ),
         (error("Token id 96 is out of vocabulary"), MismatchError, "another tokenizer"),
         (Refuse(413, "Request body too long"), MismatchError, "413"),
@@ -372,8 +372,8 @@ def test_a_server_that_is_not_there_is_named(server: FakeServer, module: PreTrai
         ({"base_url": "ftp://localhost"}, "base_url is not a URL"),
         ({"base_url": f"http://user:{KEY}@localhost/v1"}, "api_key_env"),
         ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
-        ({"api_key_env": "COLLM_UNSET"}, "COLLM_UNSET holds no key"),
-        ({"api_key_env": "COLLM_BAD"}, "COLLM_BAD holds no key"),
+        ({"api_key_env": "COLLM_UNSET"}, "COLLM_UNSET has no key"),
+        ({"api_key_env": "COLLM_BAD"}, "COLLM_BAD has no key"),
     ],
 )
 def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], complaint: str) -> None:
