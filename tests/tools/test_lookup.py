@@ -125,7 +125,7 @@ def test_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
         ("a.json", [{"pattern": "x {pattern}"}], "unknown placeholder {pattern}"),
         ("a.json", '[{"pattern": "x {a}", "a": "\\ud800"}]', "not valid Unicode"),
         ("a.json", {"patterns": ["x {a}"], "facts": [{"b": "1"}]}, "pattern 1: no fact has all of ['a']"),
-        ("a.json", {"patterns": ["x {a}"], "facts": ["b"]}, "pattern 1 with fact 1: the fact is 'b', expected an object"),
+        ("a.json", {"patterns": ["x {a}"], "facts": ["b"]}, "pattern 1 with fact 1: the fact is 'b'"),
         ("a.json", {"patterns": ["x {a}"], "facts": [{"a": "1"}, {"a": "2"}]}, "pattern 1 with fact 2: 'x'"),
         ("a.txt", "", "has the suffix '.txt', expected a .csv or .json file"),
     ],
