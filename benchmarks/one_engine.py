@@ -38,6 +38,8 @@ from collm.vllm.servers import Servers
 ALONE, NGRAM, ONE, TWO = "assistant alone", "n-gram speculation", "one engine", "a server each"
 READ_BYTES_PER_S = 0.7 * 3.35e12
 """Of an H100's memory: 3.35 TB/s by its data sheet, of which decoding kernels reach about 70 %."""
+_WAVES = 4
+"""Completions for each that runs at once, so that the last ones, which run with fewer others, weigh little."""
 OTHER_S = 0.5e-3
 """Of a step besides reading weights: scheduling, sampling, launches. An assumption."""
 GPU_PAIRS = {  # weights of base and assistant in billions, bfloat16, on one GPU
@@ -149,7 +151,7 @@ class Bench:
     def _measured(self, way: str, batch: int, rate: float | None, work: Callable[[int], int]) -> dict[str, Any]:
         work(batch)  # the first also pays for memory
         start = time.perf_counter()
-        tokens = work(max(self.arguments.completions, 2 * batch))
+        tokens = work(max(self.arguments.completions, _WAVES * batch))
         row = {"way": way, "batch": batch, "deferral_rate": rate}
         return _logged({**row, "tokens_per_second": tokens / (time.perf_counter() - start)})
 
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=96, help="new tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3, 0.1], help="deferral rates")
-    parser.add_argument("--completions", type=int, default=8, help="of each measurement, at least")
+    parser.add_argument("--completions", type=int, default=12, help="of each measurement, at least")
     parser.add_argument("--parts", nargs="+", choices=("ways", "forecast"), default=["ways", "forecast"])
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()

@@ -137,20 +137,20 @@ PARTS = [
     ),
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
     ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
-    ("throughput", "Over HTTP against the same engine without it, the same requests:", THROUGHPUT),
-    ("processors", "What penalties and a JSON schema cost the engine, for as many tokens:", PROCESSORS),
-    ("load", "Rounds of many streams of mixed lengths, of which some are left early:", LOAD),
-    ("memory", "Memory of the loss, forward and backward, above what was held before it:", MEMORY),
-    ("step", "An optimiser step against transformers' Trainer with the model's own loss:", STEP),
-    ("padding", "An optimiser step without padding against one with it:", PADDING),
-    ("scoring", "Scoring against one example at a time:", SCORING),
-    ("lookahead", "Lookahead, one sequence, by how often the models agree:", LOOKAHEAD),
-    ("context", "As the context grows, the base writing:", CONTEXT),
-    ("cache", "Key-value memory of sequences of mixed lengths, 48 steps after their prompts, at a rate of 0.3:", CACHE),
+    ("throughput", "The same requests over HTTP, compared with the engine alone:", THROUGHPUT),
+    ("processors", "Time of the engine with penalties and a JSON schema, for the same number of tokens:", PROCESSORS),
+    ("load", "Rounds of many streams of mixed lengths. Some clients disconnect early:", LOAD),
+    ("memory", "Memory of the loss, forward and backward, beyond the memory in use before it:", MEMORY),
+    ("step", "Time of an optimizer step, compared with transformers' Trainer and the model's own loss:", STEP),
+    ("padding", "Time of an optimizer step without padding, compared with padding:", PADDING),
+    ("scoring", "Scoring speed, compared with one example at a time:", SCORING),
+    ("lookahead", "Lookahead with one sequence, by how often the models agree:", LOOKAHEAD),
+    ("context", "Time per token as the context grows, while the base writes:", CONTEXT),
+    ("cache", "KV cache memory of sequences of mixed lengths, 48 steps after their prompts, at a rate of 0.3:", CACHE),
     ("pairs", "Base tokens per segment:", PAIRS),
     ("ends", "The demo's world, 117 questions about entities that no training row names:", ENDS),
     ("speed", "Microseconds per byte of the answers, with lookahead where it has an effect:", SPEED),
-    ("packing", "A pass of one token per sequence, speed over plain layers:", PACKING),
+    ("packing", "Speed of a pass with one token per sequence, compared with plain layers:", PACKING),
 ]
 
 
@@ -200,7 +200,7 @@ def section(path: Path) -> list[str]:
 
 def _cache_free(rows: list[dict[str, Any]], new: int) -> list[str]:
     return [
-        f"Against a loop without any cache, prompt {row['prompt']}, {new} new tokens, rate 0.3: "
+        f"Speed compared with a loop without a KV cache, prompt {row['prompt']}, {new} new tokens, rate 0.3: "
         f"**{row['speed_vs_cache_free']:.1f}x**.\n"
         for row in rows
         if "speed_vs_cache_free" in row

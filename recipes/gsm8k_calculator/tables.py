@@ -47,7 +47,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
         f"    {results['command']} --data DIR --docs docs",
         "",
         f"{results['test_problems']} test problems with the given solution as context, {results['written_problems']} "
-        f"written freely; {versions}; {minutes:.0f} minutes in all on the machine that made it.",
+        f"written freely. Made with {versions}, in {minutes:.0f} minutes.",
         "",
         *_given(results["rows"]),
         "",
@@ -88,7 +88,7 @@ def _written(rows: Sequence[dict[str, Any]]) -> list[str]:
         for row in rows
         for at in row["written"]
     ]
-    return ["Written freely, greedily:", "", *_table(heading, body)]
+    return ["Free generation, greedy:", "", *_table(heading, body)]
 
 
 def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

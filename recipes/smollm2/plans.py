@@ -69,6 +69,9 @@ PAIR_PLANS = {
     "cpu": PairPlan(
         240, 8, 120, 32, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 10, 640, 320, 5e-4, 200
     ),
+    "cpu-deep": PairPlan(
+        240, 8, 120, 0, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 24, 240, 60, 2e-4, 200
+    ),
     "gpu": PairPlan(
         1000,
         100,

@@ -59,8 +59,8 @@ def lines(results: dict[str, Any]) -> list[str]:
     return [
         f"    {results['command']} --docs docs",
         "",
-        f"{plan['written_rows']:,} test problems solved freely, {plan['test_rows']:,} read with the given solution; "
-        f"{versions}; {minutes:.0f} minutes in all on the machine that made it.",
+        f"{plan['written_rows']:,} test problems solved freely, {plan['test_rows']:,} read with the given solution. "
+        f"Made with {versions}, in {minutes:.0f} minutes.",
         "",
         *_table(heading, written),
         "",
@@ -113,8 +113,9 @@ def _report(results: dict[str, Any]) -> Report:
 
 def write_pair(folder: Path, results: dict[str, Any]) -> None:
     """The tables of two language models in the folder's results.md, and their picture beside it."""
-    write_section(folder / "results.md", PAIR, pair_lines(results))
-    draw_pair(folder / "two-models.svg", results)
+    layers = results["plan"]["layers"]
+    write_section(folder / "results.md", f"{PAIR}_{layers}", pair_lines(results))
+    draw_pair(folder / f"two-models-{layers}.svg", results)
 
 
 def draw_pair(path: Path, results: dict[str, Any]) -> None:
@@ -147,15 +148,15 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
     found = [
         f"    {results['command']} --docs docs",
         "",
-        f"{plan['test_rows']:,} test problems read with the given solution, {plan['written_rows']:,} solved freely; "
-        f"{versions}; {minutes:.0f} minutes in all on the machine that made it.",
+        f"The base has {plan['layers']} layers. {plan['test_rows']:,} test problems read with the given solution, "
+        f"{plan['written_rows']:,} solved freely. Made with {versions}, in {minutes:.0f} minutes.",
     ]
     for name, given in results["given"].items():
-        found += ["", f"**{name[0].upper()}{name[1:]}**, NLL in nats per token at equal rates of deferral:", ""]
+        found += ["", f"**{name[0].upper()}{name[1:]}**: NLL in nats per token at equal deferral rates:", ""]
         found += _rules(given)
-    given = next(iter(results["given"].values()))
+    name, given = next(iter(results["given"].items()))
     rules = list(next(iter(given["kinds"].values()))["deferred"])
-    found += ["", "Which tokens are deferred at a rate of 30 %, for the first of these:", ""]
+    found += ["", f"Share of tokens that each rule defers at a rate of 30 %, by kind of token ({name}):", ""]
     found += _table(
         ["kind of token", "share", "assistant's gain, nats", *rules],
         [
@@ -163,7 +164,9 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
             for kind, of in given["kinds"].items()
         ],
     )
-    found += ["", "Solved freely, greedily:", ""]
+    if "written" not in results:
+        return found
+    found += ["", "Free generation, greedy:", ""]
     return found + _table(
         ["system", "answers right", "deferred", "tokens/s"],
         [
@@ -196,7 +199,7 @@ def _rules(given: dict[str, Any]) -> list[str]:
     alone = ", ".join(f"{name} {_nats(of['nll'])}" for name, of in given["alone"].items())
     both = ", ".join(f"{name} {_nats(of)}" for name, of in given["combined"].items())
     heading = ["rule", *(f"{rate:.0%}" for rate in rates), "AUC"]
-    return [*_table(heading, body), "", f"Alone: {alone}. From both at every token: {both}."]
+    return [*_table(heading, body), "", f"Alone: {alone}. Combined at every token: {both}."]
 
 
 def _nats(of: dict[str, float]) -> str:

@@ -114,6 +114,8 @@ class PairRun(Stages):
             TOGETHER: self.kept("given, together", lambda: self._given(together)),
             FROZEN: self.kept("given, frozen", lambda: self._given(frozen)),
         }
+        if not self.plan.written_rows:
+            return {"given": given}
         return {"given": given, "written": self.kept("written", lambda: self._written(given[TOGETHER]))}
 
     def _given(self, collaboration: Path) -> dict[str, Any]:

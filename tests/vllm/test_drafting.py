@@ -187,6 +187,14 @@ def test_reading_times_of_one_size_name_no_price() -> None:
     assert pace.seconds_per_token == 0
 
 
+def test_a_token_costs_no_more_than_its_share_of_the_passes() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.saw_reading(1, 0.04)
+    pace.saw_reading(2, 0.8)  # held up; by the slope alone a token would cost 0.76 s
+    assert 0.04 < pace.seconds_per_token < 0.1
+
+
 def test_policies_that_one_engine_can_follow_keep_their_names() -> None:
     for policy in POLICIES_AT_ONCE:
         name = name_of(policy)

@@ -259,7 +259,7 @@ def test_commands_take_servers(world: World, tmp_path: Path) -> None:
 
 def test_launch_starts_all_serves_and_leaves_nothing(world: World, tmp_path: Path) -> None:
     arguments = ["launch", str(world.artefacts[1]), "--vllm-python", PYTHON, "--work", str(tmp_path / "work")]
-    arguments += ["--port", "0", "--max-batch", "2", "--wait", "400"]
+    arguments += ["--port", "0", "--max-batch", "2", "--wait", "400", "--separate"]
     command = [sys.executable, "-m", "collm", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **QUIET}) as process:
         try:

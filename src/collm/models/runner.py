@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -264,23 +265,51 @@ class ModelRunner:
             RequestError: a sequence would exceed the model's context or the cache.
             Exception: the model raised it. Every slot is then as before the call.
         """
-        assert all(unseen.values()), "every slot needs at least one new token"
-        starts = {slot: len(self._texts[slot]) for slot in unseen}
-        lengths = {slot: starts[slot] + len(new) + run for slot, new in unseen.items()}
-        self._check_context(lengths)
-        self._make_room(lengths)
         keep = {slot: keep[slot] if keep else 1 for slot in unseen}
-        firsts = {slot: starts[slot] + len(new) - keep[slot] for slot, new in unseen.items()}
-        try:
-            passes = [self._forward(part, firsts) for part in _split_passes(unseen, self.max_pass_tokens)]
-            hidden = torch.cat(_gather_hidden(passes, list(unseen)))
-            logits = passes[0].logits if len(passes) == 1 and len(hidden) == len(unseen) else None
+        with self._unchanged_on_failure(unseen):
+            hidden, logits = self._extend(unseen, keep, run)
             output = ModelOutput(self.model.logits(hidden) if logits is None else logits, hidden)
             return self._extend_run(output, keep, run) if run else output
+
+    @torch.inference_mode()
+    def extend_hidden(self, unseen: Mapping[int, Sequence[int]]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
+        """Read like `extend`, but compute logits on demand.
+
+        Returns:
+            The hidden state after the last token of each slot, shape (R, H), and a function that maps n of these rows
+            to their logits, shape (n, V).
+
+        Raises:
+            RequestError, Exception: as in `extend`.
+        """
+        with self._unchanged_on_failure(unseen):
+            hidden, logits = self._extend(unseen, dict.fromkeys(unseen, 1), 0)
+        return hidden, lambda rows: self.model.logits(hidden[rows]) if logits is None else logits[rows]
+
+    @contextmanager
+    def _unchanged_on_failure(self, slots: Iterable[int]) -> Iterator[None]:
+        """Roll the slots back if the block raises."""
+        starts = {slot: len(self._texts[slot]) for slot in slots}
+        try:
+            yield
         except Exception:
             for slot, start in starts.items():
                 self.rollback(slot, start)
             raise
+
+    def _extend(
+        self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int], run: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read tokens. Returns hidden states (R, H) of the rows to keep, and logits (R, V) if a pass computed them."""
+        assert all(unseen.values()), "every slot needs at least one new token"
+        ends = {slot: len(self._texts[slot]) + len(new) for slot, new in unseen.items()}
+        lengths = {slot: end + run for slot, end in ends.items()}
+        self._check_context(lengths)
+        self._make_room(lengths)
+        firsts = {slot: end - keep[slot] for slot, end in ends.items()}
+        passes = [self._forward(part, firsts) for part in _split_passes(unseen, self.max_pass_tokens)]
+        hidden = torch.cat(_gather_hidden(passes, list(unseen)))
+        return hidden, passes[0].logits if len(passes) == 1 and len(hidden) == len(unseen) else None
 
     def confirm(self, slot: int, token_ids: Sequence[int]) -> None:
         """Accept these tokens of a run into the slot."""

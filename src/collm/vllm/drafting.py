@@ -181,15 +181,14 @@ class Drafter:
     def _decide_part(self, requests: Sequence[Drafted], texts: Texts, draw: DrawTokens) -> None:
         start = time.perf_counter()
         unseen = {self._slot(one, texts[one]): self._unseen(one, texts[one]) for one in requests}
-        reading = self.runner.extend(unseen)
-        assert reading.hidden is not None
-        defer_logits = self.head(reading.hidden.to(self.head.weight.device))
-        said = torch.cat([author_logprobs(defer_logits).exp(), defer_probs(defer_logits).unsqueeze(-1)], dim=-1)
-        is_finite = (reading.logits.isfinite().all(-1) & said.isfinite().all(-1)).tolist()
-        writing = []
-        for row, (one, (*author_probs, defer_prob)) in enumerate(zip(requests, said.tolist(), strict=True)):
+        hidden, logits_of = self.runner.extend_hidden(unseen)
+        defer_logits = self.head(hidden.to(self.head.weight.device))
+        probs = torch.cat([author_logprobs(defer_logits).exp(), defer_probs(defer_logits).unsqueeze(-1)], dim=-1)
+        is_finite = (probs.isfinite().all(-1) & hidden.isfinite().all(-1).to(probs.device)).tolist()
+        writing: list[tuple[int, Drafted, float]] = []
+        for row, (one, (*author_probs, defer_prob)) in enumerate(zip(requests, probs.tolist(), strict=True)):
             if not is_finite[row]:
-                self._fail(one, ModelFailure(f"{self.runner.name} gave logits that are not finite"))
+                self._fail(one, ModelFailure(f"{self.runner.name} gave hidden states that are not finite"))
                 continue
             author = self._author(one, texts[one], author_probs, defer_prob)
             if author == BASE:
@@ -197,11 +196,21 @@ class Drafter:
             else:
                 one.decisions.append(Decision(defer_prob, author))
         if writing:
-            draws = draw(reading.logits[[row for row, *_ in writing]], [one for _, one, _ in writing])
-            for (_, one, defer_prob), drawn in zip(writing, draws, strict=True):
-                one.decisions.append(Decision(defer_prob, BASE, drawn))
+            self._write(writing, logits_of([row for row, *_ in writing]), draw)
         if max(map(len, unseen.values())) <= _FEW_TOKENS:
             self.pace.saw_pass(len(requests), time.perf_counter() - start)
+
+    def _write(self, writing: Sequence[tuple[int, Drafted, float]], logits: Tensor, draw: DrawTokens) -> None:
+        """Let the base write one token of each request, from logits (R, V)."""
+        is_finite = logits.isfinite().all(-1).tolist()
+        for (_, one, _), is_sound in zip(writing, is_finite, strict=True):
+            if not is_sound:
+                self._fail(one, ModelFailure(f"{self.runner.name} gave logits that are not finite"))
+        sound = [place for place, is_sound in enumerate(is_finite) if is_sound]
+        draws = draw(logits[sound], [writing[place][1] for place in sound]) if sound else []
+        for place, drawn in zip(sound, draws, strict=True):
+            _, one, defer_prob = writing[place]
+            one.decisions.append(Decision(defer_prob, BASE, drawn))
 
     def _slot(self, one: Drafted, text: Sequence[int]) -> int:
         if one.slot is None:
@@ -293,10 +302,16 @@ class Pace:
 
     @property
     def seconds_per_token(self) -> float:
-        """What a further token costs in the assistant's pass: the slope of its times, by least squares."""
+        """What a further token costs in the assistant's pass: the slope of its times, by least squares.
+
+        A slow pass among passes of nearly one size says little about it. It is never taken for more than the share of
+        a token in all passes.
+        """
         weight, tokens, squares, seconds, products = self._sums
         spread = weight * squares - tokens**2
-        return max((weight * products - tokens * seconds) / spread, 0.0) if spread > _SPREAD * squares else 0.0
+        if spread <= _SPREAD * squares:
+            return 0.0
+        return min(max((weight * products - tokens * seconds) / spread, 0.0), seconds / tokens)
 
     def pays(self, requests: int) -> bool:
         """Whether to let the base go on with so many requests; True until that is known."""
