@@ -119,7 +119,7 @@ def test_chat_messages_need_a_chat_template(saved: Path) -> None:
     ("damage", "message"),
     [
         (lambda d: shutil.rmtree(d), "no such directory"),
-        (lambda d: (d / "collm.json").unlink(), "no collm.json in it"),
+        (lambda d: (d / "collm.json").unlink(), "has no collm.json"),
         (lambda d: (d / "collm.json").write_text('{"format": 1, "base"'), "damaged"),
         (lambda d: (d / "collm.json").write_text('{"format": 99}'), "has format 99, this version reads 1"),
         (lambda d: (d / "collm.json").write_text("[]"), "damaged"),
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_old_artefact_and_no_rest(
 
     monkeypatch.setattr("collm.artefact.save_file", full)
     model.head.weight.data += 1
-    with pytest.raises(WriteError, match=r"No space left on device; nothing there was changed"):
+    with pytest.raises(WriteError, match=r"No space left on device\. Its previous content is unchanged"):
         model.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []

@@ -45,7 +45,7 @@ def change_weights(directory: Path, changed: Callable[[dict[str, Any]], dict[str
     ("fields", "complaint"),
     [
         ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000, expected at most 1000"),
-        ({"num_hidden_layers": 4}, "lack 18 tensors that its config.json asks for, as 'model.layers.2"),
+        ({"num_hidden_layers": 4}, "lack 18 tensors that its config.json requires, such as 'model.layers.2"),
         ({"vocab_size": 2 * 10**9}, r"\w+.weight does not fit its config.json \(ckpt: .* vs model: ?torch"),
         ({"intermediate_size": 10**11}, r"does not fit its config.json"),
         ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),
@@ -167,7 +167,7 @@ CALL = '{"messages":[{"role":"user","content":"u"},{"role":"assistant","tool_cal
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        (json.dumps({"messages": TURNS * MAX_MESSAGES}), "a chat of 2000 messages, expected at most 1000; split it"),
+        (json.dumps({"messages": TURNS * MAX_MESSAGES}), "the chat has 2000 messages, expected at most 1000; split it"),
         (json.dumps({"messages": TURNS})[:-1] + f', "tools": [{{"name": "f", "p": {nested(700)}}}]}}', "too deeply"),
         (CALL % nested(700), "message 2: a call is nested too deeply"),
         (json.dumps({"messages": json.dumps(TURNS)}), "'messages' is a str"),
@@ -186,7 +186,7 @@ def test_absurd_rows_are_one_error(line: str, complaint: str, tmp_path: Path) ->
 def test_files_that_hold_no_rows_are_one_error(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"rows.jsonl (has no rows|is no UTF-8 text)"):
+    with pytest.raises(DataError, match=r"rows.jsonl (has no rows|is not UTF-8 text)"):
         load_rows(path)
 
 
@@ -209,7 +209,7 @@ def test_a_parquet_file_damaged_in_its_middle_is_one_error(tmp_path: Path) -> No
     content = bytearray(path.read_bytes())
     content[len(content) // 4 : len(content) // 2] = b"\xff" * (len(content) // 2 - len(content) // 4)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"rows.parquet is no parquet file, or damaged behind row \d+"):
+    with pytest.raises(DataError, match=r"rows.parquet is not parquet, or damaged after row \d+"):
         load_rows(path)
 
 

@@ -66,14 +66,14 @@ def test_a_model_and_a_tool_get_the_tokens_they_own(saved_model: SavedModel, tmp
     assert sum(right) / len(right) > 0.97
     assert sum(owner) / len(owner) > 0.97
     card = (tmp_path / "run/collaboration/README.md").read_text()
-    assert f"assistant 2: `{ADDER}`, code that is not in here" in card
+    assert f"assistant 2: `{ADDER}`, code that is not included" in card
 
 
 @pytest.mark.slow
 def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path: Path) -> None:
     run(tmp_path, saved_model("base", 0), [ADDER])
     collaboration = tmp_path / "run/collaboration"
-    with pytest.raises(ArtefactError, match=r"names code .* tool:tests.tools.functions:add_words.*--trust-code"):
+    with pytest.raises(ArtefactError, match=r"would run .*tool:tests.tools.functions:add_words.*--trust-code"):
         CoLLM.from_pretrained(collaboration)
     trusting = CoLLM.from_pretrained(collaboration, trust_code=True)
     out = trusting.generate("w11 w12 w5", SamplingParams(max_new_tokens=1), threshold=-1)
@@ -107,7 +107,7 @@ def test_a_table_travels_with_the_artefact(
         "tables/assistant-1.csv"
     )
     shutil.rmtree(tmp_path / "moved/tables")
-    with pytest.raises(ArtefactError, match=r"the table .*assistant-1.csv of assistant 1 is gone"):
+    with pytest.raises(ArtefactError, match=r"the table .*assistant-1.csv of assistant 1 is missing"):
         again.save_pretrained(tmp_path / "other")
 
 

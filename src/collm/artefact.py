@@ -1,4 +1,4 @@
-"""The collaboration on disk: its files, their content, and what is wrong when they do not fit."""
+"""The artefact: reading, writing and checking the files of a collaboration on disk."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FORMAT = 1
 CONFIG, HEAD, CALIBRATION, CARD = "collm.json", "head.safetensors", "calibration.json", "README.md"
 TABLES = "tables"
 MAX_JSON_BYTES = 16 << 20
-"""Longest JSON file of an artefact that is read; a chat template in it has a few thousand bytes."""
+"""Largest accepted JSON file of an artefact. Even a chat template has only a few thousand bytes."""
 
 SavedBase = Literal["base", "adapter"]
-"""Folder of the tuned base weights or of the adapter; a base that stayed frozen has neither."""
+"""Directory of the tuned base or of its adapter."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Manifest:
     """The content of collm.json.
 
     Attributes:
-        base, assistants: where the models come from, or which tools they are.
-        saved_base: which folder of the artefact holds the tuned base, None for a frozen one.
-        tokenizer_hash, chat_template_hash: of the base's tokenizer.
-        default_threshold: chosen by calibration, None before it.
-        training: how the head was trained and what was measured, for the model card.
+        base, assistants: specs of models and tools.
+        saved_base: directory of the tuned base in the artefact, None for a frozen base.
+        tokenizer_hash, chat_template_hash: hashes of the base's tokenizer.
+        default_threshold: threshold chosen by calibration, None before it.
+        training: training options and measurements for the model card.
     """
 
     base: ModelSpec
@@ -71,7 +71,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read collm.json; a ValueError, KeyError or TypeError where it is something else."""
+        """Parse collm.json.
+
+        Raises:
+            ValueError, KeyError, TypeError: the content is invalid.
+        """
         content = json.loads(text)
         unknown = content.keys() - {one.name for one in fields(cls)}
         if unknown:
@@ -79,7 +83,7 @@ class Manifest:
         _check_kinds(content)
         content["base"] = _spec(content["base"])
         if not isinstance(content["base"], ModelSpec):
-            raise ValueError("the base is no language model")
+            raise ValueError("the base is not a language model")
         content["assistants"] = [_spec(spec) for spec in content["assistants"]]
         template = content["template"]
         content["template"] = PromptTemplate(**{**template, "turn_ends": tuple(template.get("turn_ends", ()))})
@@ -111,7 +115,7 @@ _KINDS: dict[str, type | UnionType] = {
 
 
 def _check_kinds(content: dict[str, Any]) -> None:
-    """Raise a ValueError for a field that holds something else than a manifest has there."""
+    """Raise a ValueError if a field has the wrong type."""
     for name, kind in _KINDS.items():
         if name in content and not isinstance(content[name], kind):
             raise ValueError(f"{name} is {content[name]!r:.80}")
@@ -123,7 +127,7 @@ def _check_kinds(content: dict[str, Any]) -> None:
     texts = [*content["accept_differences"], *(content["template"].get(name) for name in ("text", "chat"))]
     specs = [value for spec in (content["base"], *content["assistants"]) for value in dict(spec).values()]
     if not all(isinstance(text, str | None) for text in texts) or any(isinstance(one, dict | list) for one in specs):
-        raise ValueError("a model, a template or an accepted difference holds something else than text")
+        raise ValueError("a model, a template or an accepted difference has a value that is not text")
     _check_head_shape(content["head"])
 
 
@@ -138,7 +142,7 @@ def _check_head_shape(shape: Any) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that results depend on."""
+    """Versions of the libraries that results depend on."""
     return {"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}}
 
 
@@ -146,13 +150,13 @@ def read_manifest(directory: Path) -> Manifest:
     """Read collm.json.
 
     Raises:
-        ArtefactError: it is missing, half-written or of another format.
+        ArtefactError: the file is missing, damaged or has another format.
     """
     path = directory / CONFIG
     if not directory.exists():
         raise ArtefactError(f"there is no collaboration at {directory}: no such directory")
     if not path.exists():
-        raise ArtefactError(f"{directory} is no collaboration: no {CONFIG} in it; expected what save_pretrained writes")
+        raise ArtefactError(f"{directory} is not a collaboration, as it has no {CONFIG}; save_pretrained writes one")
     try:
         text = _read_text(path)
         if json.loads(text).get("format") != FORMAT:
@@ -163,10 +167,10 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a JSON file of an artefact.
+    """Read the text of a JSON file.
 
     Raises:
-        ValueError: it is longer than such a file can be, or no UTF-8.
+        ValueError: the file is too large or not UTF-8.
     """
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -175,10 +179,10 @@ def _read_text(path: Path) -> str:
 
 
 def local_directory(path: str | Path, revision: str | None) -> Path:
-    """Where a collaboration lies on this machine, fetched from the Hub if `path` is a repository id.
+    """The local directory of a collaboration, which is downloaded if `path` is a Hub repository id.
 
     Raises:
-        ArtefactError: neither a directory nor a repository.
+        ArtefactError: `path` is neither a directory nor a repository.
     """
     if isinstance(path, Path) or Path(path).exists() or "/" not in path or looks_like_path(path):
         return Path(path).expanduser()
@@ -190,30 +194,32 @@ def local_directory(path: str | Path, revision: str | None) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtefactError(
-            f"there is no collaboration at {path}: no such directory, and the Hub answers: {first_line}"
+            f"there is no collaboration at {path}: no such directory, and the Hub responds: {first_line}"
         ) from error
 
 
 def check_contained(directory: Path) -> None:
-    """Refuse an artefact with a link that leads out of it: what is read through one may be a secret of this machine.
+    """Check that no symbolic link leads out of an artefact, where it could expose private files.
 
-    Files of a Hub snapshot are links to the blobs beside it.
+    Links of a Hub snapshot to its blobs are allowed.
 
     Raises:
-        ArtefactError: naming the first.
+        ArtefactError: a link leads out; the message names the first.
     """
     root = directory.resolve()
     root = root.parent.parent if root.parent.name == "snapshots" else root
     for path in directory.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise ArtefactError(f"{path} is a link that leads out of the collaboration; replace it by the file itself")
+            raise ArtefactError(
+                f"{path} is a link that leads out of the collaboration; replace it with the file itself"
+            )
 
 
 def check_trusted(manifest: Manifest, directory: Path) -> None:
-    """Refuse a collaboration whose tools are no tools of ours.
+    """Check that a collaboration has no user functions as tools.
 
     Raises:
-        ArtefactError: naming the first.
+        ArtefactError: there is a user function; the message names the first.
     """
     for spec in manifest.assistants:
         if isinstance(spec, ToolSpec) and spec.foreign:
@@ -221,7 +227,7 @@ def check_trusted(manifest: Manifest, directory: Path) -> None:
 
 
 def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[AssistantSpec]:
-    """Copy what tools look up into the artefact; the assistants with those copies, by their path in it."""
+    """Copy the tables of tools into the artefact, and return the assistants with paths of the copies."""
     saved = []
     for number, spec in enumerate(assistants, start=1):
         if isinstance(spec, ToolSpec) and spec.table is not None:
@@ -230,41 +236,41 @@ def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[As
             try:
                 shutil.copyfile(spec.table, directory / copy)
             except FileNotFoundError as error:
-                raise ArtefactError(f"the table {spec.table} of assistant {number} is gone; restore it") from error
+                raise ArtefactError(f"the table {spec.table} of assistant {number} is missing; restore it") from error
             spec = spec.with_table(copy)
         saved.append(spec)
     return saved
 
 
 def base_of(manifest: Manifest, directory: Path) -> ModelSpec:
-    """Where the base's weights are; under an adapter those of the model that it was made for."""
+    """The spec of the base's weights; with an adapter, of the model that the adapter modifies."""
     if manifest.saved_base == "base":
         return replace(manifest.base, path=str(directory / "base"), revision=None)
     return manifest.base
 
 
 def with_adapter(spec: ModelSpec, manifest: Manifest, directory: Path) -> Member:
-    """The base with the adapter that lies in the artefact, loaded; without one the spec itself."""
+    """Load the base with the artefact's adapter, or return the spec if there is no adapter."""
     return load_with_adapter(spec, directory / "adapter") if manifest.saved_base == "adapter" else spec
 
 
 def placed(spec: AssistantSpec, directory: Path, **options: str) -> AssistantSpec:
-    """A spec of the artefact in `directory`: a tool with the path of its table, a model with these options.
+    """Complete a spec of the artefact in `directory`: a tool with the path of its table, a model with `options`.
 
     Raises:
-        ArtefactError: a table that lies outside of the artefact.
+        ArtefactError: a table is outside of the artefact.
     """
     if isinstance(spec, ModelSpec):
         return replace(spec, **options)
     if spec.table is None:
         return spec
     if spec.table.is_absolute() or ".." in spec.table.parts:
-        raise ArtefactError(f"{directory} names the table {spec.table}, expected one inside of it ({TABLES}/..)")
+        raise ArtefactError(f"{directory} has the table {spec.table}, expected a path inside of it ({TABLES}/..)")
     return spec.with_table(directory / spec.table)
 
 
 def check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
-    """Compare the base's tokenizer with the one the collaboration was made with.
+    """Check that the base's tokenizer is the one that the collaboration was made with.
 
     Raises:
         ArtefactError: vocabulary, special tokens or chat template changed.
@@ -272,8 +278,8 @@ def check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: 
     if identity.hash != manifest.tokenizer_hash:
         raise ArtefactError(
             f"the tokenizer of {manifest.base.path} is not the one {directory} was made with "
-            f"({identity.hash[:15]}, expected {manifest.tokenizer_hash[:15]}); "
-            "the head fits only that one: restore the model's revision or train again"
+            f"({identity.hash[:15]}, expected {manifest.tokenizer_hash[:15]}), which its head requires; "
+            "restore the model's revision or train again"
         )
     if identity.chat_template_hash != manifest.chat_template_hash:
         raise ArtefactError(
@@ -283,7 +289,7 @@ def check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: 
 
 
 def write_head(directory: Path, head: DeferralHead) -> None:
-    """Write head.safetensors: weight (K, H) and bias (K)."""
+    """Write head.safetensors with weight (K, H) and bias (K,)."""
     tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, directory / HEAD)
 
@@ -295,7 +301,7 @@ def read_head(directory: Path, expected: dict[str, int]) -> DeferralHead:
         expected: hidden_size and num_assistants.
 
     Raises:
-        ArtefactError: it is missing, corrupt or of another shape.
+        ArtefactError: the file is missing or corrupt, or has other shapes.
     """
     path = directory / HEAD
     try:
@@ -307,19 +313,19 @@ def read_head(directory: Path, expected: dict[str, int]) -> DeferralHead:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wanted = {"weight": (expected["num_assistants"], expected["hidden_size"]), "bias": (expected["num_assistants"],)}
     if shapes != wanted:
-        raise ArtefactError(f"{path} holds {shapes}, expected {wanted} for these models; it belongs to another pair")
+        raise ArtefactError(f"{path} has {shapes}, expected {wanted} for these models; it belongs to another pair")
     head = DeferralHead(**expected)
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise ArtefactError(f"{path} holds values that are not finite; the training that wrote it diverged")
+        raise ArtefactError(f"{path} has values that are not finite, because its training diverged; train again")
     head.load_state_dict(tensors)
     return head
 
 
 def read_calibration(directory: Path) -> Calibration | None:
-    """Read calibration.json, None if the collaboration was not calibrated.
+    """Read calibration.json; None if the collaboration was not calibrated.
 
     Raises:
-        ArtefactError: it is damaged.
+        ArtefactError: the file is damaged.
     """
     path = directory / CALIBRATION
     if not path.exists():
@@ -343,7 +349,7 @@ def write_text_files(directory: Path, manifest: Manifest, calibration: Calibrati
 
 
 def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
-    """README.md of the artefact, from what was measured and nothing else."""
+    """The model card (README.md) of an artefact."""
     saved = {None: "frozen, referenced", "base": "tuned, in `base/`", "adapter": "LoRA adapter, in `adapter/`"}
     lines = [
         "---",
@@ -357,7 +363,7 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
         *(f"- assistant {k}: {_described(spec)}" for k, spec in enumerate(manifest.assistants, start=1)),
         f"- prompt template: `{manifest.template.text!r}`" + (", chats too" if manifest.template.chat else ""),
         "",
-        "The base writes; where its deferral head gives more than the threshold, an assistant writes the next token",
+        "The base writes the text. Where its deferral head exceeds the threshold, an assistant writes the next token",
         "([Co-LLM](https://arxiv.org/abs/2403.03870)).",
         "",
         "```python",
@@ -375,7 +381,7 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
 def _described(spec: AssistantSpec) -> str:
     if isinstance(spec, ModelSpec):
         return f"`{spec.path}`"
-    return f"`{spec}`, code that is not in here and runs on this machine" if spec.foreign else f"`{spec}`"
+    return f"`{spec}`, code that is not included and runs on this machine" if spec.foreign else f"`{spec}`"
 
 
 def _training_lines(training: dict[str, Any]) -> list[str]:
@@ -392,7 +398,7 @@ def _calibration_lines(calibration: Calibration | None) -> list[str]:
         "## Calibration",
         "",
         f"{calibration.metric_name} on {calibration.num_prompts} validation prompts; default threshold "
-        f"{best.threshold:.4g}. Threshold 1 is the base alone, below 0 the assistants alone.",
+        f"{best.threshold:.4g}. At threshold 1 only the base writes, below 0 only the assistants.",
         "",
         f"| threshold | deferral rate | interval | {calibration.metric_name} | interval | best |",
         "|--:|--:|--:|--:|--:|---|",
@@ -402,5 +408,5 @@ def _calibration_lines(calibration: Calibration | None) -> list[str]:
             for p in calibration.points
         ),
         "",
-        *(f"{check.words(calibration.metric_name)}\n" for check in calibration.checks),
+        *(f"{check.summary(calibration.metric_name)}\n" for check in calibration.checks),
     ]

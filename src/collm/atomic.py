@@ -1,4 +1,4 @@
-"""Writing to disk so that a reader finds the old content or the new, never a half."""
+"""Atomic writes: a reader finds either the old or the new content."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from collm.errors import WriteError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
+    """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
     Raises:
-        WriteError: the file system refused; `path` is as it was.
+        WriteError: the write failed; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,10 +31,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; when the block ends well it replaces `path`.
+    """Yield a temporary directory next to `path`, and replace `path` by it if the block succeeds.
 
     Raises:
-        WriteError: the file system refused; `path` is as it was.
+        WriteError: a write failed; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -55,6 +55,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def _write_error(path: Path, error: OSError) -> WriteError:
     return WriteError(
-        f"could not write {path}: {error.strerror or error}; nothing there was changed, "
-        "free some space or choose another place"
+        f"could not write {path}: {error.strerror or error}. Its previous content is unchanged; "
+        "free some space or choose another location"
     )

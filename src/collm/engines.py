@@ -1,4 +1,4 @@
-"""What decodes for a collaboration: its models in memory, or servers that hold them."""
+"""Decoding backends of a collaboration: models in memory, or servers."""
 
 from __future__ import annotations
 
@@ -36,40 +36,38 @@ EngineName = Literal["local", "vllm"]
 
 
 class Backend(Protocol):
-    """Where the authors are, and how to decode with them."""
+    """Interface of backends."""
 
     @property
     def runners(self) -> Sequence[ModelRunner | ToolRunner | Endpoint]:
-        """One for each author, the base first: who does the work, and counts it."""
+        """The runners of all authors, the base first, with their usage."""
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> DecodingLoop:
-        """The decoding loop; arguments as of `CoLLM.engine`."""
+        """Create a decoding loop; arguments as in `CoLLM.engine`."""
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
-        """What each author would have written at each token, as `decoding.candidates.top_candidates`."""
+        """Each author's most probable tokens at each token, as in `decoding.candidates.top_candidates`."""
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
-        """Log-probabilities of a text's tokens, as `decoding.prompt_logprobs.prompt_logprobs`."""
+        """Log-probabilities of a text's tokens, as in `decoding.prompt_logprobs.prompt_logprobs`."""
 
     def check_params(self, params: SamplingParams) -> None:
-        """Whether requests with these parameters can be decoded, as `CoLLM.check_params`."""
+        """Check that requests with these parameters can be decoded, as in `CoLLM.check_params`."""
 
     def weights_per_token(self, author: int) -> int:
-        """Weights of an author that reading a token multiplies with; 0 of a program."""
+        """Number of an author's weights in matrix products per token; 0 for a tool."""
 
 
 class InMemory:
-    """Models of this process, loaded on first use.
+    """Backend with models in this process, loaded on first use.
 
     Args:
         members: the base, then the assistants.
-        head: of the base.
-        tokenizer: of all.
+        head: the deferral head.
+        tokenizer: the tokenizer of all members.
         stop_ids: tokens that end a text besides EOS.
-        accept_differences: as of `CoLLM`.
-        eager: as of `CoLLM`.
-        cache_memory: as of `CoLLM`.
-        alignment: of members that do not share a tokenizer; then `tokenizer` and `stop_ids` are the base's.
+        accept_differences, eager, cache_memory: as in `CoLLM`.
+        alignment: alignment of members with different tokenizers; `tokenizer` and `stop_ids` are then the base's.
     """
 
     def __init__(
@@ -96,18 +94,18 @@ class InMemory:
 
     @cached_property
     def members(self) -> list[LanguageModel | ToolModel]:
-        """All in memory and checked against each other.
+        """Load all members and check that they match.
 
         Raises:
             LoadError: a model cannot be loaded.
-            MismatchError: they do not fit.
+            MismatchError: the members do not match.
         """
         vocab_size = TokenizerIdentity.of(self._tokenizer).vocab_size
         models = load_members(self._given, self._tokenizer, vocab_size=vocab_size, alignment=self._alignment)
         base = cast(LanguageModel, models[0])
         if base.hidden_size != self._head.hidden_size:
             raise MismatchError(
-                f"the head reads hidden states of size {self._head.hidden_size}, the base has {base.hidden_size}; "
+                f"the head expects hidden states of size {self._head.hidden_size}, the base has {base.hidden_size}; "
                 "this head belongs to another base"
             )
         self._head.to(base.device)
@@ -125,8 +123,8 @@ class InMemory:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        speaking = self.members if self._alignment is None else self.members[:1]
-        named = [(model.name, model.eos_token_ids) for model in speaking if isinstance(model, LanguageModel)]
+        members = self.members if self._alignment is None else self.members[:1]
+        named = [(model.name, model.eos_token_ids) for model in members if isinstance(model, LanguageModel)]
         return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
     @cached_property
@@ -136,7 +134,7 @@ class InMemory:
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> Engine:
         base, *assistants = self.runners
         for member, runner in zip(self._given, self.runners, strict=True):
-            if isinstance(member, nn.Module):  # its weights may have changed since it was last read with
+            if isinstance(member, nn.Module):  # its weights may have changed since the last call
                 runner.forget()
             if isinstance(runner, ModelRunner):
                 runner.prepare(max_batch)
@@ -172,14 +170,14 @@ class InMemory:
 
 
 class OnServers:
-    """Models that servers hold; nothing of them is loaded here.
+    """Backend with a server for each author. No model is loaded in this process.
 
     Args:
-        servers: where they are.
-        members, head, tokenizer, stop_ids, accept_differences: as of `InMemory`.
+        servers: the servers.
+        members, head, tokenizer, stop_ids, accept_differences: as in `InMemory`.
 
     Raises:
-        ConfigError: not one server for each author, or an assistant is a program.
+        ConfigError: there is not one server per author, or an assistant is a tool.
     """
 
     def __init__(
@@ -196,7 +194,7 @@ class OnServers:
             servers.check_count(len(members) - 1)
         tools = [one for one in members if not isinstance(one, ModelSpec | nn.Module)]
         if tools:
-            raise ConfigError(f"the assistant {tools[0]} is a program, which no server runs; use engine 'local'")
+            raise ConfigError(f"the assistant {tools[0]} is a tool, which servers cannot run; use engine 'local'")
         self._servers = servers
         self._given = cast("Sequence[ModelSpec | nn.Module]", members)
         self._head = head
@@ -206,10 +204,10 @@ class OnServers:
 
     @cached_property
     def fleet(self) -> Fleet:
-        """The servers, checked.
+        """Connect to the servers and check them.
 
         Raises:
-            ConfigError, LoadError, MismatchError: as of `Fleet`.
+            ConfigError, LoadError, MismatchError: as in `Fleet`.
         """
         return Fleet(self._servers, self._head, self._tokenizer)
 
@@ -244,14 +242,14 @@ class OnServers:
 
 
 class InOneEngine(OnServers):
-    """Base and assistant in one engine of vLLM; arguments and errors as of `OnServers`."""
+    """Backend with base and assistant in one vLLM engine; arguments and errors as in `OnServers`."""
 
     @cached_property
     def connection(self) -> EngineConnection:
-        """The engine's server, checked.
+        """Connect to the engine's server and check it.
 
         Raises:
-            ConfigError, LoadError, MismatchError: as of `EngineConnection`.
+            ConfigError, LoadError, MismatchError: as in `EngineConnection`.
         """
         return EngineConnection(self._servers, self._head, self._tokenizer)
 
@@ -278,24 +276,24 @@ def _check_no_limits(lookahead: int | None, max_wait: int | None) -> None:
 
 
 def check_engine(engine: EngineName | None, servers: Servers | None) -> None:
-    """Raise a ConfigError for an unknown engine, servers for the local one, or none for the other."""
+    """Raise a ConfigError if the engine is unknown, or if `servers` does not match it."""
     if engine not in (None, *get_args(EngineName)):
         raise ConfigError(f"engine is {engine!r}, expected one of {', '.join(get_args(EngineName))}")
     if engine == "local" and servers is not None:
-        raise ConfigError("servers have no effect with engine 'local'; leave one of them out")
+        raise ConfigError("servers have no effect with engine 'local'; leave out the servers or the engine")
     if engine == "vllm" and servers is None:
-        raise ConfigError("engine 'vllm' needs to know its servers; give the address of each, the base's first")
+        raise ConfigError("engine 'vllm' requires servers; pass their addresses, the base's first")
 
 
 def _eos_ids_of(member: ModelSpec | nn.Module) -> frozenset[int]:
-    """Of a model that need not be loaded."""
+    """EOS token ids of a model, without loading it."""
     return saved_eos_ids(member) if isinstance(member, ModelSpec) else LanguageModel(member, name="").eos_token_ids
 
 
 def _eos_ids(
     named: list[tuple[str, frozenset[int]]], tokenizer: PreTrainedTokenizerBase, accept: Collection[str]
 ) -> frozenset[int]:
-    """Of all models, which must agree, and of the tokenizer."""
-    of_models = check_eos(named, accept=accept)
+    """EOS token ids of the tokenizer and of all models, which must agree."""
+    model_eos_ids = check_eos(named, accept=accept)
     eos = cast("int | None", tokenizer.eos_token_id)
-    return of_models if eos is None else of_models | {eos}
+    return model_eos_ids if eos is None else model_eos_ids | {eos}

@@ -1,30 +1,30 @@
-"""Every error that collm raises on purpose.
+"""The exceptions that collm raises.
 
     CollmError
     |-- ConfigError        an option is unknown, out of range or without effect
     |-- DataError          a data file, row or template cannot be used
-    |-- LoadError         a model or a tokenizer cannot be loaded
-    |-- WriteError        the disk refused a write; what was there is untouched
-    |-- ArtefactError      a collaboration on disk is missing, half-written or inconsistent
-    |-- MismatchError      the models do not fit each other (vocabulary, special tokens, EOS, head shape)
-    |-- UnsupportedModel   a model's cache cannot be driven exactly
-    |-- RequestError       a prompt or a sampling parameter of one request is not usable
-    |-- ModelFailure       a model raised, or returned something that is no distribution (NaN)
-    |-- PolicyFailure      a policy raised
-    |-- ToolFailure        a program that is an assistant raised, hung or returned no text
+    |-- LoadError          a model or a tokenizer cannot be loaded
+    |-- WriteError         a file could not be written; the previous content is intact
+    |-- ArtefactError      a collaboration on disk is missing, half-written, corrupt or inconsistent
+    |-- MismatchError      models, tokenizers or a head do not match (vocabulary, special tokens, EOS, head shape)
+    |-- UnsupportedModel   collm cannot manage a model's KV cache exactly
+    |-- RequestError       a prompt or a sampling parameter of a request is invalid
+    |-- ModelFailure       a model raised an exception or returned NaN
+    |-- PolicyFailure      a policy raised an exception
+    |-- ToolFailure        a tool raised an exception, hung or returned something other than text
     `-- MissingExtra       an optional dependency is not installed
 
-Each message says what came, what was expected and what to do about it.
+Each message says what was received, what was expected and what to do about it.
 """
 
 from __future__ import annotations
 
 DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
-"""What reading a file that holds something else raises; a RecursionError where it is nested too deeply."""
+"""Exceptions that reading a damaged file may raise; a RecursionError if its content is nested too deeply."""
 
 
 class CollmError(Exception):
-    """Root of all errors raised on purpose."""
+    """Base class of all exceptions that collm raises."""
 
 
 class ConfigError(CollmError):
@@ -40,7 +40,7 @@ class LoadError(CollmError):
 
 
 class WriteError(CollmError):
-    """The disk refused a write; what was there before is untouched."""
+    """A file could not be written. Its previous content is intact."""
 
 
 class ArtefactError(CollmError):
@@ -48,27 +48,27 @@ class ArtefactError(CollmError):
 
 
 class MismatchError(CollmError):
-    """Models, tokenizers or heads that do not fit each other."""
+    """Models, tokenizers or a head do not match."""
 
 
-class UnsupportedModel(CollmError):  # noqa: N818 - reads as the field says it
-    """A model whose cache collm cannot drive exactly."""
+class UnsupportedModel(CollmError):  # noqa: N818
+    """collm cannot manage a model's KV cache exactly."""
 
 
 class RequestError(CollmError):
-    """A prompt or a sampling parameter of one request is not usable."""
+    """A prompt or a sampling parameter of a request is invalid."""
 
 
 class ModelFailure(CollmError):  # noqa: N818
-    """A model raised, or returned something that is no distribution."""
+    """A model raised an exception or returned NaN."""
 
 
 class PolicyFailure(CollmError):  # noqa: N818
-    """A policy raised while it decided one sequence's next token."""
+    """A policy raised an exception while choosing an author."""
 
 
 class ToolFailure(CollmError):  # noqa: N818
-    """A program that is an assistant raised, hung, or returned something that is no text."""
+    """A tool raised an exception, hung or returned something other than text."""
 
 
 class MissingExtra(CollmError):  # noqa: N818

@@ -128,13 +128,13 @@ def _calibrate_as_the_run_says(artefact: Path, pair: dict[str, Path], tmp_path: 
 
     held = collm(*calibrate, "--check", 0.4, "--budget", 0.3, "--refine", 1, cwd=tmp_path)
     assert held.returncode == 0, held.stderr
-    assert "On 2 other prompts, the default threshold" in held.stdout
+    assert "On 2 held-out prompts, the default threshold" in held.stdout
     found = json.loads(path.read_text())
     assert (found["num_prompts"], found["budgets"], len(found["checks"])) == (3, [0.3], 2)
-    assert "On 2 other prompts" in (artefact / "README.md").read_text()
+    assert "On 2 held-out prompts" in (artefact / "README.md").read_text()
     other = collm(*calibrate, "--check-data", pair["data"], "--refine", 0, cwd=tmp_path)
     assert other.returncode == 0, other.stderr
-    assert "On 40 other prompts" in other.stdout
+    assert "On 40 held-out prompts" in other.stdout
 
     fails(2, "generates nothing; leave --metric, --check", *calibrate, "--teacher-forced",
           "--metric", "contains", "--check", 0.4, cwd=tmp_path)  # fmt: skip

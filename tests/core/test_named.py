@@ -70,14 +70,17 @@ def test_an_unknown_name_is_refused_with_the_known_ones(text: str) -> None:
     [
         (
             "threshold:limit=1",
-            "policy 'threshold' was given 'limit=1', its options, each at most once, are: threshold=..",
+            "policy 'threshold' got 'limit=1', expected each of these at most once: threshold=..",
         ),
-        ("mixture:weight=1", "policy 'mixture' was given 'weight=1', its options, each at most once, are: none"),
-        ("random:rate=0.5,seed=1", "policy 'random' was given 'seed=1', its options, each at most once, are: rate=.."),
-        ("product:weight", "policy 'product' was given 'weight', its options, each at most once, are: weight=.."),
-        ("product:weight=0.1,weight=0.9", "policy 'product' was given 'weight=0.9', its options, each at most once"),
-        ("product:0.5", "policy 'product' was given '0.5', its options, each at most once, are: weight=.."),
-        ("product:=0.5", "policy 'product' was given '=0.5', its options, each at most once, are: weight=.."),
+        ("mixture:weight=1", "policy 'mixture' got 'weight=1', expected each of these at most once: none"),
+        ("random:rate=0.5,seed=1", "policy 'random' got 'seed=1', expected each of these at most once: rate=.."),
+        ("product:weight", "policy 'product' got 'weight', expected each of these at most once: weight=.."),
+        (
+            "product:weight=0.1,weight=0.9",
+            "policy 'product' got 'weight=0.9', expected each of these at most once: weight=..",
+        ),
+        ("product:0.5", "policy 'product' got '0.5', expected each of these at most once: weight=.."),
+        ("product:=0.5", "policy 'product' got '=0.5', expected each of these at most once: weight=.."),
         ("contrastive:alpha=high", "alpha of policy 'contrastive' is 'high', expected a number"),
         ("contrastive:beta=", "beta of policy 'contrastive' is '', expected a number"),
     ],
@@ -96,12 +99,12 @@ def test_a_fraction_is_no_author_number() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("threshold", "policy 'threshold' lacks threshold; write threshold:threshold=.."),
-        ("threshold:", "policy 'threshold' lacks threshold; write threshold:threshold=.."),
-        ("schedule:start=0.5", "policy 'schedule' lacks end and steps; write schedule:start=..,end=..,steps=.."),
-        ("budget:burst=2", "policy 'budget' lacks budget; write budget:burst=..,budget=.."),
-        ("single", "policy 'single' lacks writer; write single:writer=.."),
-        ("random", "policy 'random' lacks rate; write random:rate=.."),
+        ("threshold", "policy 'threshold' requires threshold; write threshold:threshold=.."),
+        ("threshold:", "policy 'threshold' requires threshold; write threshold:threshold=.."),
+        ("schedule:start=0.5", "policy 'schedule' requires end and steps; write schedule:start=..,end=..,steps=.."),
+        ("budget:burst=2", "policy 'budget' requires budget; write budget:burst=..,budget=.."),
+        ("single", "policy 'single' requires writer; write single:writer=.."),
+        ("random", "policy 'random' requires rate; write random:rate=.."),
     ],
 )
 def test_a_missing_option_is_named_and_how_to_write_it_shown(text: str, message: str) -> None:

@@ -86,7 +86,7 @@ def test_an_empty_mask_and_wrong_shapes_are_refused() -> None:
     base, assistants, u, mask = random_inputs(4, 2)
     with pytest.raises(ConfigError, match="no target token"):
         marginal_nll(base, assistants, u, torch.zeros_like(mask))
-    with pytest.raises(ConfigError, match="shapes do not fit"):
+    with pytest.raises(ConfigError, match="shapes do not match"):
         marginal_nll(base, assistants[..., 0], u, mask)
 
 

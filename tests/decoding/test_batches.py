@@ -127,8 +127,8 @@ class BadMixture(MixturePolicy):
     ("policy", "error", "message", "written"),
     [
         (BadPolicy(3), PolicyFailure, "BadPolicy.* raised KeyError: 'no such rule'", 3),
-        (BadMixture(), PolicyFailure, "BadMixture.* made NaN", 0),
-        (SingleAuthorPolicy(7), ConfigError, "named author 7, expected 0 to 1", 0),
+        (BadMixture(), PolicyFailure, "BadMixture.* returned NaN logits although", 0),
+        (SingleAuthorPolicy(7), ConfigError, "chose author 7, expected 0 to 1", 0),
     ],
 )
 def test_a_policy_that_breaks_down_fails_its_own_sequence(
@@ -305,8 +305,8 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
 ) -> None:
     prompts, params = prompts_of(3, 8), SamplingParams(max_new_tokens=90, temperature=0.5, seed=3)
     expected = [c.token_ids for c in pair.generate(prompts, params, max_batch=8, threshold=0.5)]
-    paused, pause = [], Sequence.pause
-    monkeypatch.setattr(Sequence, "pause", lambda sequence: (paused.append(sequence.number), pause(sequence)))
+    paused, pause = [], Sequence.preempt
+    monkeypatch.setattr(Sequence, "preempt", lambda sequence: (paused.append(sequence.number), pause(sequence)))
     small_cache(pair, 240)
     came = pair.generate(prompts, params, max_batch=8, threshold=0.5, lookahead=lookahead)
     assert [c.token_ids for c in came] == expected
@@ -317,7 +317,7 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
 
 def test_a_prompt_that_never_fits_the_cache_is_refused_with_the_numbers(pair: CoLLM) -> None:
     small_cache(pair, 48)
-    with pytest.raises(RequestError, match="the prompt has 50 tokens, but the key-value cache of base holds 48"):
+    with pytest.raises(RequestError, match="the prompt has 50 tokens, but the KV cache of base holds 48 tokens"):
         pair.generate([[5] * 50], PARAMS, threshold=0.5)
     (full,) = pair.generate([[5] * 40], SamplingParams(max_new_tokens=90), threshold=0.5)
     assert (len(full.token_ids), full.finish_reason) == (8, "length")
@@ -331,7 +331,7 @@ def test_closed_slots_give_their_memory_to_those_that_need_it(pair: CoLLM) -> No
     runner.close(second)
     runner.extend({first: [5] * 20})
     assert (runner.length(first), runner.length(second)) == (50, 0)
-    with pytest.raises(RequestError, match="holds 64 tokens of all sequences together, 16 less than is needed"):
+    with pytest.raises(RequestError, match="holds 64 tokens, 16 too few for the running sequences"):
         runner.extend({first: [5] * 20})
     assert runner.length(first) == 50
 
@@ -351,7 +351,7 @@ def test_cache_memory_is_shared_so_that_all_models_hold_equally_much(pair: CoLLM
     per_position = [runner.bytes_per_position for runner in model.runners]
     assert len(set(per_position)) == 2
     assert capacities == [2**20 // sum(per_position) // 16 * 16] * 2
-    with pytest.raises(ConfigError, match="the memory for the cache of base holds 1 tokens"):
+    with pytest.raises(ConfigError, match="the KV cache memory of base holds 1 tokens"):
         _ = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, cache_memory=sum(per_position)).runners
 
 
@@ -386,7 +386,7 @@ def test_a_system_that_promises_little_memory_serves_fewer_sequences_at_once(
     assert [c.token_ids for c in came] == expected
     assert all(runner.most_slots < MOST_SLOTS for runner in limits.runners if isinstance(runner, ModelRunner))
     most = 2**10
-    with pytest.raises(ConfigError, match="refuses the addresses of one sequence"):
+    with pytest.raises(ConfigError, match="cannot reserve addresses for a sequence"):
         _ = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer).runners
 
 

@@ -28,7 +28,7 @@ def test_greedy_draws_are_the_argmax_and_its_log_probability() -> None:
     logprobs = torch.log_softmax(LOGITS, -1)
     assert [draw.token_id for draw in draws] == LOGITS.argmax(-1).tolist()
     assert [draw.logprob for draw in draws] == pytest.approx(logprobs.amax(-1).tolist(), abs=1e-5)
-    assert not any(draw.broken for draw in draws)
+    assert not any(draw.invalid for draw in draws)
     assert others == [[]] * 5
 
 
@@ -45,10 +45,10 @@ def test_a_row_without_a_distribution_is_broken_and_its_neighbours_are_not(bad: 
     logits[2] = bad
     logits[4, 7] = math.nan
     draws, _ = greedy_draws(logits)
-    assert [draw.broken for draw in draws] == [False, False, True, False, True]
+    assert [draw.invalid for draw in draws] == [False, False, True, False, True]
     whole, _ = greedy_draws(LOGITS)
     assert [draws[row] for row in (0, 1, 3)] == [whole[row] for row in (0, 1, 3)]
-    assert sampled_draw(logits[2], SamplingParams(temperature=1.0), 0.5).broken
+    assert sampled_draw(logits[2], SamplingParams(temperature=1.0), 0.5).invalid
 
 
 def test_tokens_that_are_ruled_out_break_nothing() -> None:

@@ -232,13 +232,19 @@ def test_context_end_and_token_limit_finish_with_length(tiny_model: Model, token
     short = CoLLM(tiny_model(0), [tiny_model(1, max_position_embeddings=12)], random_head(32, 1), tokenizer)
     out = short.generate([[5, 6, 7]], SamplingParams(max_new_tokens=50), threshold=1.0)[0]
     assert (len(out.token_ids), out.finish_reason) == (9, "length")
-    with pytest.raises(RequestError, match="12 tokens, but assistant reads at most 12"):
+    with pytest.raises(RequestError, match="12 tokens, but the context of assistant is 12 tokens"):
         short.generate([[5] * 12], threshold=1.0)
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "empty"), ("", "empty"), ([VOCAB_SIZE], "outside the vocabulary"), ([-1], "outside"), (3.5, "a prompt is")],
+    [
+        ([], "empty"),
+        ("", "empty"),
+        ([VOCAB_SIZE], "outside the vocabulary"),
+        ([-1], "outside"),
+        (3.5, "expected a string, a list of messages"),
+    ],
 )
 def test_bad_prompts_are_refused_before_anything_runs(pair: CoLLM, prompt: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
@@ -255,7 +261,7 @@ def test_bad_prompts_are_refused_before_anything_runs(pair: CoLLM, prompt: Any, 
         ({"threshold": 0.5, "policy": "joint"}, "no effect"),
         ({"policy": "best"}, "policy is 'best', expected one of threshold, "),
         ({"policy": [ThresholdPolicy(0.5)] * 3}, "3 policies came for 1"),
-        ({"policy": SingleAuthorPolicy(2)}, "named author 2, expected 0 to 1"),
+        ({"policy": SingleAuthorPolicy(2)}, "chose author 2, expected 0 to 1"),
         ({"threshold": 0.5, "max_batch": 0}, "max_batch is 0"),
         ({"threshold": 0.5, "params": SamplingParams(seed=3)}, "seed=3 has no effect"),
     ],

@@ -59,7 +59,7 @@ class Plans:
         monkeypatch.setattr(ModelRunner, "runs_ahead", True)
         for name, lowest in (
             ("lookup_length", 0),
-            ("ahead_length", 0),
+            ("assistant_draft_length", 0),
             ("guess_depth", 1),
             ("wait_steps", 0),
         ):

@@ -170,7 +170,7 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
     with caplog.at_level(logging.DEBUG, "collm.decoding.engine"):
         done = small.generate(prompts, drawn, threshold=0.5)
     assert [(one.token_ids, one.authors) for one in done] == wanted
-    assert "waits for room in the caches" in caplog.text
+    assert "was preempted because the KV caches are full" in caplog.text
 
 
 def test_three_authors_with_three_ways_to_write(pair: CoLLM) -> None:
@@ -253,11 +253,11 @@ def test_what_is_read_again_is_little(pair: CoLLM) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "mixture"}, "needs one vocabulary"),
-        ({"policy": "product"}, "needs one vocabulary"),
-        ({"policy": "confidence"}, "needs one vocabulary"),
-        ({"params": SamplingParams(logit_bias={3: 1.0}), "threshold": 0.5}, "logit_bias is about the tokens of one"),
-        ({"params": SamplingParams(allowed_token_ids=[3]), "threshold": 0.5}, "allowed_token_ids is about"),
+        ({"policy": "mixture"}, "compares tokens of several authors"),
+        ({"policy": "product"}, "compares tokens of several authors"),
+        ({"policy": "confidence"}, "compares tokens of several authors"),
+        ({"params": SamplingParams(logit_bias={3: 1.0}), "threshold": 0.5}, "logit_bias needs one vocabulary"),
+        ({"params": SamplingParams(allowed_token_ids=[3]), "threshold": 0.5}, "allowed_token_ids needs one vocabulary"),
     ],
 )
 def test_what_needs_one_vocabulary_is_refused(pair: CoLLM, options: Any, message: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from collm.decoding.speculation import (
     AcceptanceRates,
     PassTimes,
-    ahead_length,
+    assistant_draft_length,
     expected_run,
     guess_depth,
     lookup_length,
@@ -111,23 +111,23 @@ def test_a_token_moves_the_chances_it_bears_on(
     previous: int, author: int, predicted: int | None, token_id: int, expected: dict[str, int]
 ) -> None:
     acceptance = AcceptanceRates()
-    acceptance.saw(previous, author, predicted, token_id)
+    acceptance.observe_token(previous, author, predicted, token_id)
     assert changes(acceptance) == expected
 
 
 @pytest.mark.parametrize(("agreed", "expected"), [(True, {"agree": 1}), (False, {"agree": -1})])
 def test_an_answer_moves_only_the_chance_of_agreement(agreed: bool, expected: dict[str, int]) -> None:
     acceptance = AcceptanceRates()
-    acceptance.saw_answer(agreed)
+    acceptance.observe_agreement(agreed)
     assert changes(acceptance) == expected
 
 
 def test_chances_approach_what_always_happens() -> None:
     acceptance = AcceptanceRates()
     for _ in range(100):
-        acceptance.saw(0, 1, 3, 3)
-        acceptance.saw(1, 0, None, 3)
-        acceptance.saw_answer(True)
+        acceptance.observe_token(0, 1, 3, 3)
+        acceptance.observe_token(1, 0, None, 3)
+        acceptance.observe_agreement(True)
     assert asdict(acceptance) == pytest.approx({"start": 1.0, "run": 0.0, "agree": 1.0, "lookup": 1.0}, abs=1e-3)
 
 
@@ -135,7 +135,7 @@ def test_a_copy_of_odds_goes_its_own_way() -> None:
     acceptance = AcceptanceRates(start=0.5)
     copy = acceptance.copy()
     assert copy == acceptance
-    copy.saw(0, 1, None, 1)
+    copy.observe_token(0, 1, None, 1)
     assert acceptance == AcceptanceRates(start=0.5)
 
 
@@ -206,10 +206,10 @@ def test_guesses_are_not_gathered_where_the_assistants_passes_cost_by_the_token(
 
 
 def test_an_assistant_writes_ahead_only_in_runs_and_only_to_save_a_base_that_costs_as_much() -> None:
-    assert ahead_length(AcceptanceRates(run=0.05), flat(1.0), flat(1.0), longest=6) == 0
-    assert 0 < ahead_length(AcceptanceRates(run=0.97), flat(1.0), flat(1.0), longest=6) <= 6
-    assert ahead_length(AcceptanceRates(run=1.0), flat(1.0), flat(1.0), longest=6) == 6
-    assert ahead_length(AcceptanceRates(run=0.97), flat(0.01), flat(1.0), longest=6) == 0
+    assert assistant_draft_length(AcceptanceRates(run=0.05), flat(1.0), flat(1.0), longest=6) == 0
+    assert 0 < assistant_draft_length(AcceptanceRates(run=0.97), flat(1.0), flat(1.0), longest=6) <= 6
+    assert assistant_draft_length(AcceptanceRates(run=1.0), flat(1.0), flat(1.0), longest=6) == 6
+    assert assistant_draft_length(AcceptanceRates(run=0.97), flat(0.01), flat(1.0), longest=6) == 0
 
 
 def test_waiting_does_not_pay_where_passes_cost_by_the_token() -> None:
@@ -247,7 +247,7 @@ def test_no_plan_exceeds_its_longest(
     base, assistant = (passes(lambda n, c=c, s=s: c + s * n) for c, s in (costs[:2], costs[2:]))  # type: ignore[misc]
     assert 0 <= lookup_length(acceptance, base, assistant, active, longest) <= longest
     assert 1 <= guess_depth(acceptance, base, assistant, active, longest) <= longest
-    assert 0 <= ahead_length(acceptance, base, assistant, longest) <= longest
+    assert 0 <= assistant_draft_length(acceptance, base, assistant, longest) <= longest
     assert 0 <= wait_steps(acceptance.start, acceptance.run, base, assistant, active, longest) <= longest
 
 
@@ -256,5 +256,5 @@ def test_before_any_pass_was_timed_nothing_is_planned() -> None:
     sure = AcceptanceRates(start=0.5, run=1.0, agree=1.0, lookup=1.0)
     assert lookup_length(sure, *unknown, 4, 6) == 0
     assert guess_depth(sure, *unknown, 4, 6) == 1
-    assert ahead_length(sure, *unknown, 6) == 0
+    assert assistant_draft_length(sure, *unknown, 6) == 0
     assert wait_steps(0.1, 0.1, *unknown, 4, 6) == 0

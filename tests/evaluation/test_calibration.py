@@ -165,10 +165,10 @@ def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list
         assert low <= check.came.deferral_rate - check.promised.deferral_rate <= high
         assert check.rate_holds == (low <= 0 <= high)
     assert default.metric_holds  # the assistant alone is always right
-    assert default.words("exact_match").startswith(
-        "On 20 other prompts, the default threshold (-1): deferral rate holds"
+    assert default.summary("exact_match").startswith(
+        "On 20 held-out prompts, the default threshold (-1): deferral rate holds"
     )
-    assert "a budget of 0.3" in budget.words("exact_match")
+    assert "a budget of 0.3" in budget.summary("exact_match")
     assert Calibration.from_dict(json.loads(json.dumps(checked.to_dict()))) == checked
 
 
@@ -178,7 +178,7 @@ def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[V
     [check] = check_on(model, never, params=PARAMS).checks
     assert check.rate_holds
     assert not check.metric_holds
-    assert "exact_match does NOT hold (promised 100.0%, came 0.0%)" in check.words("exact_match")
+    assert "exact_match does NOT hold (promised 100.0%, measured 0.0%)" in check.summary("exact_match")
 
 
 def test_what_cannot_be_checked_is_refused(model: CoLLM, items: list[ValidationItem]) -> None:

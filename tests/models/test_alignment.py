@@ -139,10 +139,10 @@ def word_level() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: lower_cased(TEXTS[1]), "assistant changes texts .* use a tokenizer that keeps texts as they are"),
+        (lambda: lower_cased(TEXTS[1]), "assistant changes texts .* use a tokenizer that preserves texts"),
         (
             lambda: merging_tokenizer(" ".join(string.ascii_letters) + " ", vocab_size=460),
-            "no place in common between words",
+            "no common boundaries between words",
         ),
         (word_level, "assistant is neither byte-level nor SentencePiece"),
     ],

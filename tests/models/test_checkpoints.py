@@ -91,7 +91,7 @@ def test_bitsandbytes_checkpoints_load_as_they_were_saved(kind: str, saved_model
     again = spec_of(loaded)
     assert again is not None
     assert (again.path, again.quantization) == (spec.path, None)
-    with pytest.raises(LoadError, match="is quantized with bitsandbytes already; leave nf4 out"):
+    with pytest.raises(LoadError, match="is already quantized with bitsandbytes; leave nf4 out"):
         load_model(ModelSpec(spec.path, quantization="nf4"))
 
 
@@ -108,7 +108,7 @@ def test_what_a_quantized_checkpoint_takes_is_said(
     config: dict[str, Any], complaint: str, saved_model: SavedModel
 ) -> None:
     spec = quantized(saved_model("model"), **config)
-    with pytest.raises(LoadError, match=f"{complaint}.*; do what this asks for, or name the original checkpoint"):
+    with pytest.raises(LoadError, match=f"{complaint}.*; follow this advice, or use the original checkpoint"):
         load_model(spec)
 
 
@@ -119,7 +119,7 @@ def test_what_a_quantized_checkpoint_takes_is_said(
 def test_a_method_that_transformers_does_not_know_is_refused(
     config: dict[str, Any], named: str, saved_model: SavedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(LoadError, match=f"is quantized with {named}.*name the original checkpoint"):
+    with pytest.raises(LoadError, match=f"is quantized with {named}.*use the original checkpoint"):
         load_model(quantized(saved_model("model"), **config))
     assert not caplog.text
 

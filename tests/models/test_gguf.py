@@ -198,12 +198,12 @@ def test_without_the_package_the_extra_is_named(gguf_path: Path, monkeypatch: py
 
 def test_a_file_that_is_not_there_is_named(gguf_path: Path) -> None:
     refused(gguf_path.with_name("tiny.Q8_1.gguf"), r"there is no GGUF file '.*'; did you mean '.*tiny.Q8_0.gguf'\?")
-    refused("nothing.gguf", r"expected a path, or on the Hub repo:file\.gguf")
+    refused("nothing.gguf", r"expected a path, or repo:file\.gguf on the Hub")
     refused("./nothing:here.gguf", "there is no GGUF file './nothing:here.gguf'")
 
 
 def test_a_directory_of_gguf_files_is_not_one_of_them(gguf_path: Path) -> None:
-    refused(gguf_path.parent, "has no config.json but GGUF files; name the file, as '.*tiny.Q8_0.gguf'")
+    refused(gguf_path.parent, "has GGUF files but no config.json; give the path of a file: '.*tiny.Q8_0.gguf'")
 
 
 def test_a_file_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_file_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.M
         raise LocalEntryNotFoundError("Cannot reach the Hub.\nMore about it")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    refused("some/repo:tiny.gguf", "could not get the GGUF file 'tiny.gguf' of 'some/repo': Cannot reach the Hub")
+    refused("some/repo:tiny.gguf", "could not download the GGUF file 'tiny.gguf' of 'some/repo': Cannot reach the Hub")
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_a_file_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.M
     [
         (lambda content: b"", "could not load"),
         (lambda content: b"PK\x03\x04" + content[4:], "does not start with the GGUF magic bytes"),
-        (lambda content: content[:50], "damaged or cut short: fetch it again"),
-        (lambda content: content[:2000], "damaged or cut short: fetch it again"),
-        (lambda content: content[:8] + b"\xff" * 16 + content[24:], "damaged or cut short: fetch it again"),
+        (lambda content: content[:50], "damaged or truncated: download it again"),
+        (lambda content: content[:2000], "damaged or truncated: download it again"),
+        (lambda content: content[:8] + b"\xff" * 16 + content[24:], "damaged or truncated: download it again"),
     ],
 )
 def test_a_damaged_file_is_one_sentence(changed: Any, complaint: str, gguf_path: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_damaged_file_is_one_sentence(changed: Any, complaint: str, gguf_path:
 def test_a_file_that_is_cut_short_is_one_sentence(gguf_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "short.gguf"
     path.write_bytes(gguf_path.read_bytes()[:-200])
-    with pytest.raises(LoadError, match="the file is damaged or cut short: fetch it again"):
+    with pytest.raises(LoadError, match="the file is damaged or truncated: download it again"):
         load_model(ModelSpec(str(path)))
 
 
@@ -241,7 +241,7 @@ def test_an_architecture_that_transformers_does_not_read_is_named(
     byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = write_gguf(tmp_path / "other.gguf", byte_model, byte_tokenizer, architecture="rwkv7")
-    with pytest.raises(LoadError, match="architecture rwkv7 is not supported yet; name the original checkpoint"):
+    with pytest.raises(LoadError, match="architecture rwkv7 is not supported yet; use the original checkpoint"):
         load_model(ModelSpec(str(path)))
 
 
@@ -250,7 +250,7 @@ def test_scaled_positions_are_not_dropped(
 ) -> None:
     scales = {"rope_freqs.weight": np.array([1, 1, 2, 8], dtype=np.float32)}
     path = write_gguf(tmp_path / "scaled.gguf", byte_model, byte_tokenizer, tensors=scales)
-    with pytest.raises(LoadError, match="scales its rotary positions, which transformers does not read"):
+    with pytest.raises(LoadError, match="scales its rotary embedding, which transformers does not read"):
         load_model(ModelSpec(str(path)))
 
 
@@ -265,7 +265,7 @@ def test_no_code_of_the_hub_is_run_for_it(
 
 
 def test_it_is_not_quantized_again(gguf_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a GGUF file, which is not quantized again; leave nf4 out"):
+    with pytest.raises(ConfigError, match="is a GGUF file, which collm cannot quantize; leave nf4 out"):
         ModelSpec(str(gguf_path), quantization="nf4")
 
 

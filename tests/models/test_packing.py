@@ -28,7 +28,7 @@ def test_layers_are_packed_where_that_is_faster(faster: tuple[int, ...], monkeyp
         packed_s = 0.5 if inputs.shape[1] in faster else 1.5
         return [[1.0, packed_s], [9.0, 9.0]]  # the second round was disturbed
 
-    monkeypatch.setattr(packing, "_rounds", rounds)
+    monkeypatch.setattr(packing, "_time_rounds", rounds)
     monkeypatch.setattr(packing, "_LEAST_BYTES", 0)
     model = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Sequential(nn.Linear(80, 48), nn.Linear(48, 80)))
     inputs = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def test_both_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_LEAST_BYTES", 0)
     assert packing_pays(layers) in (True, False)
     with torch.inference_mode():
-        found = list(packing._rounds(torch.ones(1, 64), layers, [PackedLinear(layer) for layer in layers]))
+        found = list(packing._time_rounds(torch.ones(1, 64), layers, [PackedLinear(layer) for layer in layers]))
     assert len(found) >= packing._LEAST_ROUNDS
     assert all(len(one) == 2 and min(one) > 0 for one in found)
 

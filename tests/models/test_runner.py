@@ -140,7 +140,7 @@ def test_padded_vocabulary_rows_are_cut(tiny_model: Model) -> None:
 def test_a_sequence_beyond_the_context_is_refused_before_reading(tiny_model: Model) -> None:
     runner = ModelRunner(LanguageModel(tiny_model(0, max_position_embeddings=8), name="m"))
     slot = runner.open()
-    with pytest.raises(RequestError, match="at most 8 tokens, came a sequence of 9"):
+    with pytest.raises(RequestError, match="at most 8 tokens, got a sequence of 9"):
         runner.extend({slot: list(range(9))})
     assert runner.length(slot) == 0
 

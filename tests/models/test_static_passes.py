@@ -212,7 +212,7 @@ def test_a_mask_that_the_kernel_does_not_know_is_said_once(
         runner = static_runner(model, "the expert")
         play_schedule(model, runner, seed=5, steps=10)
     assert [record.getMessage() for record in caplog.records] == [
-        "the expert runs without CUDA graphs, more slowly: the model's attention mask is new"
+        "the expert runs without CUDA graphs, which is slower: the model's attention mask is new"
     ]
 
 

@@ -176,7 +176,7 @@ def test_chats_that_cannot_be_rendered_are_refused() -> None:
         PromptTemplate().encode_prompt(BYTE_LEVEL, CHAT)
     with pytest.raises(DataError, match="no assistant turn"):
         PromptTemplate(chat=CHATML).encode_chat(BYTE_LEVEL, CHAT[:1])
-    with pytest.raises(RequestError, match="refuses the messages"):
+    with pytest.raises(RequestError, match="rejects the messages"):
         PromptTemplate(chat="{{ raise_exception('no') }}").encode_prompt(BYTE_LEVEL, CHAT)
 
 
@@ -187,7 +187,7 @@ def test_token_ids_pass_unchanged_and_other_things_are_refused() -> None:
         with pytest.raises(RequestError, match="the prompt is empty"):
             template.encode_prompt(BYTE_LEVEL, empty)
     for wrong in (b"ab", None, 3, ["a"], {"role": "user"}):
-        with pytest.raises(RequestError, match="a prompt is a string"):
+        with pytest.raises(RequestError, match="expected a string, a list of messages or token ids"):
             template.encode_prompt(BYTE_LEVEL, wrong)  # type: ignore[arg-type]
 
 

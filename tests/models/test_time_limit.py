@@ -18,7 +18,7 @@ ENDLESS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "LONGEST_RENDERING_S", 0.2)
-    with pytest.raises(RequestError, match=r"the chat template refuses .*: it took longer than 0.2 s"):
+    with pytest.raises(RequestError, match=r"the chat template rejects .*: it took longer than 0.2 s"):
         PromptTemplate(chat=ENDLESS).encode_prompt(BYTE_LEVEL, CHAT)
     assert PromptTemplate(chat=CHATML).encode_prompt(BYTE_LEVEL, CHAT)
 
@@ -40,7 +40,7 @@ def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_a_template_reaches_nothing_outside_of_itself(template: str) -> None:
-    with pytest.raises(RequestError, match=r"the chat template refuses the messages|the prompt is empty"):
+    with pytest.raises(RequestError, match=r"the chat template rejects the messages|the prompt is empty"):
         PromptTemplate(chat=template).encode_prompt(BYTE_LEVEL, CHAT)
 
 

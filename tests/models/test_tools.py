@@ -87,15 +87,15 @@ def test_a_token_that_spells_the_end_of_the_answer_and_more_ends_it() -> None:
 
 def test_of_two_answers_the_one_begun_last_counts() -> None:
     model = tool_model(lambda text: {"a": "bcde", "b": "xy"}.get(text[-1:]))
-    assert model.rest("a", {}) == "bcde"
-    assert model.rest("ab", {}) == "xy"
-    assert model.rest("abx", {}) == "y"
-    assert model.rest("abc", {}) == "de"
+    assert model.remainder("a", {}) == "bcde"
+    assert model.remainder("ab", {}) == "xy"
+    assert model.remainder("abx", {}) == "y"
+    assert model.remainder("abc", {}) == "de"
 
 
 def test_a_long_answer_is_cut() -> None:
     model = tool_model(lambda text: "z" * 100 if text == "a" else None, max_answer=5)
-    assert [model.rest("a" + "z" * n, {}) for n in range(7)] == ["zzzzz", "zzzz", "zzz", "zz", "z", None, None]
+    assert [model.remainder("a" + "z" * n, {}) for n in range(7)] == ["zzzzz", "zzzz", "zzz", "zz", "z", None, None]
 
 
 def test_what_the_vocabulary_cannot_spell_is_not_said(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -158,7 +158,7 @@ def test_scores_on_disk_are_found_again_and_belong_to_the_tool(tmp_path: Path) -
     found = find_scores(tmp_path, examples, spec)
     assert found is not None
     assert torch.equal(found.logprobs, scores.logprobs)
-    with pytest.raises(Exception, match="holds scores of another model: path is 'tool:calculator"):
+    with pytest.raises(Exception, match="has scores of another model: path is 'tool:calculator"):
         find_scores(tmp_path, examples, ToolSpec("calculator", eps=0.2))
 
 

@@ -34,12 +34,12 @@ def test_every_prefix_is_asked_in_order(moody: IsolatedTool) -> None:
     ("word", "why"),
     [
         ("raise", "raised ValueError: no good"),
-        ("sleep", "gave no answer within 0.5 s"),
-        ("backtrack", "gave no answer within 0.5 s"),
+        ("sleep", "did not answer within 0.5 s"),
+        ("backtrack", "did not answer within 0.5 s"),
         ("exit", "raised SystemExit: 3"),
         ("die", "ended its process with status 7"),
         ("number", "returned int, expected text or None"),
-        ("surrogate", "returned text that is no Unicode"),
+        ("surrogate", "returned text that is not valid Unicode"),
     ],
 )
 def test_a_failure_says_why_and_where_and_leaves_the_other_calls_alone(

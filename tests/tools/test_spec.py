@@ -56,7 +56,7 @@ def test_a_function_is_named_by_what_imports_it() -> None:
         return None
 
     for function in (inner, lambda text: None):
-        with pytest.raises(ConfigError, match="cannot be imported by a name"):
+        with pytest.raises(ConfigError, match="cannot be imported by name"):
             ToolSpec.of(function)
 
 

@@ -51,8 +51,8 @@ def test_the_head_has_its_own_learning_rate(config: Make) -> None:
         ({"method": "lora", "lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"method": "lora", "lora_r": 0}, "lora_r is 0"),
         ({"warm_start": True, "pseudo_label_variant": "c"}, "pseudo_label_variant is 'c', expected one of a, b"),
-        ({"save_strategy": "sometimes"}, "training options do not fit"),
-        ({"max_length": [9]}, "training options do not fit"),
+        ({"save_strategy": "sometimes"}, "training options are invalid"),
+        ({"max_length": [9]}, "training options are invalid"),
     ],
 )
 def test_options_out_of_range_or_without_effect_are_refused(

@@ -65,8 +65,8 @@ def test_a_chat_is_split_at_its_last_assistant_turn(tmp_path: Path) -> None:
         ({"prompt": "", "completion": "a"}, "'prompt' is empty"),
         (["a", "b"], "the row is a list, expected an object"),
         ({"messages": "hi"}, "'messages' is a str, expected a list"),
-        ({"messages": []}, "no assistant turn to learn, the roles are: no message at all"),
-        ({"messages": CHAT[:2]}, "no assistant turn to learn, the roles are: system, user"),
+        ({"messages": []}, "no assistant turn to train on, the roles are: none"),
+        ({"messages": CHAT[:2]}, "no assistant turn to train on, the roles are: system, user"),
         ({"messages": [*CHAT, "x"]}, "message 4 is a str"),
         ({"messages": [*CHAT, {"role": "user"}]}, "message 4: 'content' is None, expected a string"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "message 1: the assistant's content is empty"),
@@ -103,7 +103,7 @@ def test_bad_json_names_its_line(tmp_path: Path, text: str, complaint: str) -> N
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="no UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         load_rows(source)
 
 
@@ -170,7 +170,7 @@ def test_a_list_that_breaks_off_stops_even_where_bad_rows_are_skipped(tmp_path: 
 
 def test_nothing_but_bad_rows_is_refused(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
-    with pytest.raises(DataError, match=r"all 2 rows are bad; the first: .*rows.jsonl:1: no field 'completion'"):
+    with pytest.raises(DataError, match=r"all 2 rows are bad. The first: .*rows.jsonl:1: no field 'completion'"):
         load_rows(source, bad_rows="skip")
     with pytest.raises(ConfigError, match="bad_rows is 'ignore', expected stop or skip"):
         load_rows(source, bad_rows="ignore")

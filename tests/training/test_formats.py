@@ -123,7 +123,7 @@ def test_math_is_read_by_subject_and_number(tmp_path: Path) -> None:
     assert [row.prompt for row in load_rows(root, split="test", format="math")] == ["test/algebra/1"]
     with pytest.raises(DataError, match="has no split 'dev', only train, test"):
         load_rows(root, split="dev", format="math")
-    with pytest.raises(DataError, match=r"holds no math data; expected train/\*/\*.json or test/\*/\*.json"):
+    with pytest.raises(DataError, match=r"has no math data; expected train/\*/\*.json or test/\*/\*.json"):
         load_rows(root / "train", format="math")
 
 
@@ -173,16 +173,19 @@ def test_bioasq_answers_end_with_the_exact_answer(tmp_path: Path, question: Any,
 @pytest.mark.parametrize(
     ("question", "complaint"),
     [
-        (bioasq("factoid"), "no 'exact_answer', which a factoid question has"),
-        (bioasq("list", exact=[[" "], []]), "no 'exact_answer', which a list question has"),
-        ({key: value for key, value in bioasq("yesno").items() if key != "exact_answer"}, "no 'exact_answer', which a"),
+        (bioasq("factoid"), "no 'exact_answer', expected one for a factoid question"),
+        (bioasq("list", exact=[[" "], []]), "no 'exact_answer', expected one for a list question"),
+        (
+            {key: value for key, value in bioasq("yesno").items() if key != "exact_answer"},
+            "no 'exact_answer', expected one for a",
+        ),
         (bioasq("yesno", exact="perhaps"), "'exact_answer' is 'perhaps', expected yes or no"),
         (bioasq("yesno", exact=["yes", "no"]), "'exact_answer' is ['yes', 'no'], expected yes or no"),
-        (bioasq("list", exact=[[["zinc"]]]), "'exact_answer' holds a list, expected text"),
-        (bioasq("factoid", exact=7), "'exact_answer' holds a int, expected text"),
+        (bioasq("list", exact=[[["zinc"]]]), "'exact_answer' contains a list, expected text"),
+        (bioasq("factoid", exact=7), "'exact_answer' contains a int, expected text"),
         (bioasq("summary", None), "no 'ideal_answer'"),
         (bioasq("summary", []), "no 'ideal_answer'"),
-        (bioasq("summary", {"a": 1}), "'ideal_answer' holds a dict, expected text"),
+        (bioasq("summary", {"a": 1}), "'ideal_answer' contains a dict, expected text"),
         (bioasq("essay"), "'type' is 'essay', expected one of factoid, list, yesno, summary"),
         (bioasq("summary", body=""), "'body' is empty"),
         ("a question", "the row is a str"),
@@ -213,7 +216,7 @@ def test_a_bioasq_directory_has_its_splits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no split 'train', only test"):
         load_rows(tmp_path / "Task11BGoldenEnriched", format="bioasq")
     questions(tmp_path / "training10b.json", bioasq("summary"))
-    with pytest.raises(DataError, match=r"holds 2 editions \(10b, 11b\) of bioasq; expected one"):
+    with pytest.raises(DataError, match=r"has 2 editions \(10b, 11b\) of bioasq, expected one"):
         load_rows(tmp_path, format="bioasq")
 
 
@@ -245,7 +248,7 @@ def test_a_bioasq_file_that_cannot_be_read_stops(tmp_path: Path, text: str, comp
         ("math", {"problem": "p", "solution": " "}, "'solution' is empty"),
         ("math", {"question": "p", "solution": "s"}, "no field 'problem', the row has 'question', 'solution'"),
         ("tulu", {"id": "a", "prompt": "p", "completion": "c"}, "no field 'messages', the row has 'id', 'prompt'"),
-        ("tulu", {"messages": TULU["messages"][:1]}, "no assistant turn to learn"),
+        ("tulu", {"messages": TULU["messages"][:1]}, "no assistant turn to train on"),
         ("tulu", "text", "the row is a str"),
     ],
 )
@@ -343,5 +346,5 @@ def test_what_an_official_format_has_not_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no effect with format 'gsm8k'"):
             load_rows(source, format="gsm8k", **names)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no gsm8k data; expected train.jsonl or test.jsonl, or a copy"):
+    with pytest.raises(DataError, match=r"empty has no gsm8k data; expected train.jsonl or test.jsonl, or a copy"):
         load_rows(tmp_path / "empty", format="gsm8k")

@@ -63,7 +63,7 @@ def test_a_turn_of_no_weight_is_not_learned(tmp_path: Path, mark: dict[str, Any]
     assert row.messages is not None
     assert "weight" not in row.messages[1]
     assert "train" not in row.messages[1]
-    with pytest.raises(DataError, match="no assistant turn to learn"):
+    with pytest.raises(DataError, match="no assistant turn to train on"):
         read(tmp_path, {"messages": [USER, first]})
 
 
@@ -121,7 +121,7 @@ def test_sharegpt_with_calls(tmp_path: Path) -> None:
     conversation = [{"from": who, "value": text} for who, text in turns]
     (row,) = read(tmp_path, {"conversations": conversation, "tools": json.dumps(TOOLS)})
     assert learned(row, WITH_TOOLS) == ['add{"a": 1}', "x"]
-    with pytest.raises(DataError, match=r"rows.jsonl:1: message 2: the call 'add' is no JSON"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: message 2: the call 'add' is not JSON"):
         read(tmp_path, {"conversations": [conversation[0], {"from": "function_call", "value": "add"}]})
 
 
@@ -164,7 +164,7 @@ def test_alpaca_is_known_by_its_columns(tmp_path: Path, row: dict[str, Any], pro
         ({"conversations": [{"from": 3, "value": "x"}]}, "message 1: 'role' is 3"),
         ({"instruction": "a", "output": 3}, "'output' is a int"),
         ({"instruction": "a", "output": "b", "history": [["q", "a"]]}, "has a 'history', expected a single turn"),
-        ({"prompt": [], "completion": []}, "no assistant turn to learn"),
+        ({"prompt": [], "completion": []}, "no assistant turn to train on"),
         ({"prompt": [USER], "completion": "x"}, "'prompt' is a list, expected a string"),
         ({"prompt": ["x"], "completion": [ANSWER]}, "message 1 is a str"),
     ],
@@ -224,11 +224,11 @@ def test_arrow_fills_what_a_row_lacks_and_that_is_not_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("rows.parquet", b"no", "is no parquet file, or damaged behind row 0"),
-        ("rows.arrow", b"no", "is no arrow file"),
+        ("rows.parquet", b"no", "is not parquet, or damaged after row 0"),
+        ("rows.arrow", b"no", "is not arrow, or damaged after row 0"),
         ("rows.csv", b'prompt,completion\na,"b\n', "bad CSV"),
-        ("rows.csv", b"prompt,completion\na\n", ":2: not as many values as the header has names"),
-        ("rows.csv", b"prompt,completion\na,b,c\n", ":2: not as many values as the header has names"),
+        ("rows.csv", b"prompt,completion\na\n", ":2: the number of values differs from the header's"),
+        ("rows.csv", b"prompt,completion\na,b,c\n", ":2: the number of values differs from the header's"),
         ("rows.csv", b"", "has no rows"),
     ],
 )

@@ -53,7 +53,7 @@ def test_reads_the_scores_of_a_run(tiny_model: Callable[..., PreTrainedModel], t
 
 
 def test_what_is_missing_or_does_not_fit_is_named(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="holds no assistant-1"):
+    with pytest.raises(ArtefactError, match="has no assistant-1"):
         inspect_scores(tmp_path)
     for name, examples in (("base", EXAMPLES), ("assistant-1", random_examples(4))):
         write_scores(LanguageModel(tiny_model(0), name=name), examples, tmp_path / name, spec=ModelSpec(name))

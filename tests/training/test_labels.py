@@ -39,10 +39,10 @@ def test_variant_b_labels_wherever_the_base_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("shares", "meaning"),
     [
-        ((0.0,), "nothing to defer for"),
+        ((0.0,), "deferring has no benefit"),
         ((0.004,), "expect few deferrals"),
         ((0.03,), "3 % on GSM8K"),
-        ((0.2, 0.0), "nothing goes to assistant 2"),
+        ((0.2, 0.0), "no token is labelled with assistant 2"),
     ],
 )
 def test_the_report_says_what_a_share_means(shares: tuple[float, ...], meaning: str) -> None:

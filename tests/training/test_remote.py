@@ -201,7 +201,7 @@ def test_retries_are_counted_and_the_last_reason_is_told(server: FakeServer, fai
     model = remote(server, retries=2, sleep=naps)
     model.timeout_s = 0.05 if isinstance(failure, Hang) else 5
     server.fail(Refuse(502, "another reason"), failure, failure)
-    with pytest.raises(LoadError, match=rf"POST {server.url}/completions failed 3 times, at last: {reason}"):
+    with pytest.raises(LoadError, match=rf"POST {server.url}/completions failed 3 times, last with: {reason}"):
         model.score(EXAMPLES[:1])
     assert len(server.requests) == 3
     assert len(naps.seconds) == 2
@@ -219,23 +219,23 @@ def test_an_answer_that_trickles_is_late_too(server: FakeServer) -> None:
         (
             error("This model's maximum context length is 8 tokens."),
             MismatchError,
-            r"example 41 \(\d+ tokens\) does not",
+            r"rejected example 41 \(\d+ tokens\)",
         ),
         (
             error("The decoder prompt (length 9) is longer than the maximum model length of 8."),
             MismatchError,
-            "does not",
+            "rejected example 41",
         ),
         (error("Token id 96 is out of vocabulary"), MismatchError, "another tokenizer"),
         (Refuse(413, "Request body too long"), MismatchError, "413"),
         (
             error("Requested prompt logprobs of 1, which is greater than max allowed: 0"),
             LoadError,
-            "refused: status 400",
+            "rejected: status 400",
         ),
         (error("The model `vocab` does not exist.", 404), LoadError, "404.*does not exist"),
         (Refuse(401, "no"), LoadError, "api_key_env"),
-        (Refuse(302, "", {"Location": "http://elsewhere"}), LoadError, "refused: status 302"),
+        (Refuse(302, "", {"Location": "http://elsewhere"}), LoadError, "rejected: status 302"),
     ],
     ids=["context", "longer", "vocabulary", "413", "logprobs", "404", "401", "302"],
 )
@@ -286,29 +286,29 @@ NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "null": (lambda answer: "null", "prompt_logprobs"),
     "a list": (lambda answer: [1], "prompt_logprobs"),
     "no choices": (lambda answer: {"choices": []}, "prompt_logprobs"),
-    "no prompt_logprobs": (choice(prompt_logprobs=None), "must support them"),
+    "no prompt_logprobs": (choice(prompt_logprobs=None), "which the server must support"),
     "one too few": (choice(prompt_logprobs=[None, {}]), r"2 positions for \d+ tokens"),
     "one too many": (choice(prompt_logprobs=[None] * 99), r"99 positions for \d+ tokens"),
     "other ids": (choice(prompt_token_ids=[1, 2, 3]), "not the token ids that were sent"),
     "no gold": (
         lambda answer: position(answer, lambda entries, gold: {"1": {"logprob": -1.0, "rank": 1}}),
-        r"position \d+ \(token \d+\) has nothing about its token, but \{'1'",
+        r"position \d+ \(token \d+\) has no entry for its token, but \{'1'",
     ),
     "no position": (lambda answer: position(answer, lambda entries, gold: None), r"position \d+ .* but None"),
     "an empty position": (lambda answer: position(answer, lambda entries, gold: {}), r"position \d+ .* but {}"),
-    "NaN": (entry({"logprob": float("nan"), "rank": 1}), r"position \d+ .*no finite.*nan"),
-    "-inf": (entry({"logprob": -float("inf"), "rank": 9}), r"position \d+ .*no finite.*-inf"),
-    "null logprob": (entry({"logprob": None, "rank": 1}), r"position \d+ .*no finite.*None"),
+    "NaN": (entry({"logprob": float("nan"), "rank": 1}), r"position \d+ .*expected finite log-probabilities.*nan"),
+    "-inf": (entry({"logprob": -float("inf"), "rank": 9}), r"position \d+ .*expected finite log-probabilities.*-inf"),
+    "null logprob": (entry({"logprob": None, "rank": 1}), r"position \d+ .*expected finite log-probabilities.*None"),
     "positive": (entry({"logprob": 3.5, "rank": 1}), r"position \d+ .*up to 0.*3.5"),
-    "huge": (entry({"logprob": -(10**400), "rank": 9}), r"position \d+ .*no finite"),
-    "a bare number": (entry(-1.0), r"position \d+ .*no finite"),
+    "huge": (entry({"logprob": -(10**400), "rank": 9}), r"position \d+ .*expected finite log-probabilities"),
+    "a bare number": (entry(-1.0), r"position \d+ .*expected finite log-probabilities"),
     "no rank": (
         lambda answer: position(answer, lambda entries, gold: {gold: {"logprob": -1.0}}),
         "neither a rank nor another token",
     ),
     "logits": (
         lambda answer: position(answer, lambda entries, gold: {gold: {"logprob": -30.5, "rank": 1}}),
-        "-30.5 nats for its best token, below a uniform distribution",
+        "-30.5 nats for its best token, less than a uniform distribution",
     ),
 }
 
@@ -326,7 +326,7 @@ def test_nonsense_names_the_example_and_what_came(server: FakeServer, case: str)
     server.alter = of_one
     with pytest.raises(ModelFailure, match=complaint) as caught:
         model.score(EXAMPLES[:5])
-    assert f"tiny at {server.url} gave no usable answer for example 3 ({len(bad)} tokens)" in str(caught.value)
+    assert f"tiny at {server.url} returned an invalid response for example 3 ({len(bad)} tokens)" in str(caught.value)
     assert len(server.requests) <= 5
 
 
@@ -334,7 +334,7 @@ def test_servers_that_do_not_serve_the_model_are_refused(server: FakeServer) -> 
     with pytest.raises(LoadError, match=f"{server.url} does not serve 'other'; it serves: \\['tiny'\\]"):
         RemoteModel(server.url, "other", vocab_size=97)
     for refusal, complaint in (
-        (error("Not Found", 404), "refused: status 404 .*Not Found.*ends in /v1"),
+        (error("Not Found", 404), "rejected: status 404 .*Not Found.*ends in /v1"),
         (Refuse(200, "<html>"), "no list of models"),
         (Refuse(200, {"data": None}), "no list of models"),
         (Refuse(200, {"data": []}), r"it serves: \[\]"),
@@ -352,7 +352,7 @@ def test_a_server_that_is_not_there_is_named(server: FakeServer, module: PreTrai
     with FakeServer(module) as gone:
         url = gone.url
     naps = Naps()
-    with pytest.raises(LoadError, match=f"GET {url}/models failed 4 times, at last: ConnectError"):
+    with pytest.raises(LoadError, match=f"GET {url}/models failed 4 times, last with: ConnectError"):
         RemoteModel(url, "tiny", vocab_size=97, retries=3, sleep=naps)
     assert len(naps.seconds) == 3
     with pytest.raises(LoadError, match=r"127\.0\.0\.1:99x/v1/models failed: InvalidURL"):
@@ -368,12 +368,12 @@ def test_a_server_that_is_not_there_is_named(server: FakeServer, module: PreTrai
         ({"retries": -1}, "retries is -1, expected at least 0"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"max_length": 0}, "max_length is 0"),
-        ({"base_url": "localhost:8000"}, "base_url is no URL"),
-        ({"base_url": "ftp://localhost"}, "base_url is no URL"),
+        ({"base_url": "localhost:8000"}, "base_url is not a URL"),
+        ({"base_url": "ftp://localhost"}, "base_url is not a URL"),
         ({"base_url": f"http://user:{KEY}@localhost/v1"}, "api_key_env"),
         ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
-        ({"api_key_env": "COLLM_UNSET"}, "COLLM_UNSET holds no key"),
-        ({"api_key_env": "COLLM_BAD"}, "COLLM_BAD holds no key"),
+        ({"api_key_env": "COLLM_UNSET"}, "COLLM_UNSET has no key"),
+        ({"api_key_env": "COLLM_BAD"}, "COLLM_BAD has no key"),
     ],
 )
 def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], complaint: str) -> None:

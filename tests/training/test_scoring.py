@@ -191,7 +191,7 @@ def test_nan_names_the_model_and_the_example(tiny_model: Callable[..., PreTraine
 
 
 def test_examples_the_model_cannot_read_are_refused(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"example \d+ has \d+ tokens to read, model reads at most 10"):
+    with pytest.raises(ConfigError, match=r"example \d+ has \d+ tokens to read, but model reads at most 10"):
         run(tiny_model(1, max_position_embeddings=10), tmp_path)
     with pytest.raises(MismatchError, match="has ids below 50"):
         run(tiny_model(1, vocab_size=50), tmp_path)

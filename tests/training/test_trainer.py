@@ -176,13 +176,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Tiny, config: Make, 
 
 def test_what_cannot_be_resumed_is_said(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(ConfigError, match="no whole checkpoint to resume from"):
+    with pytest.raises(ConfigError, match="no complete checkpoint to resume from"):
         trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=True)
     trainer_of(tiny_model, config(**options)).train()
     with pytest.raises(ConfigError, match="checkpoint-2 is from an earlier run"):
         trainer_of(tiny_model, config(**options)).train()
     run = tmp_path / "run"
-    with pytest.raises(ArtefactError, match="nowhere is no whole checkpoint"):
+    with pytest.raises(ArtefactError, match="nowhere is not a complete checkpoint"):
         trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / "nowhere")
     shutil.copytree(run / "checkpoint-2", run / "damaged")
     with (run / "damaged" / "head.safetensors").open("r+b") as file:
@@ -293,7 +293,7 @@ def test_lora_on_the_output_layer_is_refused_and_undone(tiny_model: Tiny, config
     with pytest.raises(ConfigError, match="includes the output layer"):
         trainer_of(tiny_model, config(method="lora", lora_target_modules=["q_proj", "lm_head"]), base=base)
     assert same(dict(base.state_dict()), dict(tiny_model(1).state_dict()))
-    with pytest.raises(ConfigError, match="LoRA does not fit the base"):
+    with pytest.raises(ConfigError, match="LoRA cannot be applied to the base"):
         trainer_of(tiny_model, config(method="lora", lora_target_modules=["nothing"]), base=base)
 
 
@@ -315,9 +315,9 @@ def test_lora_without_peft_says_what_to_install(
 
 
 def test_what_does_not_fit_is_refused(tiny_model: Tiny, config: Make, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(MismatchError, match="among 2 assistants, the data has scores of 1"):
+    with pytest.raises(MismatchError, match="has 2 assistants, but the data has scores of 1"):
         CoLLMTrainer(tiny_model(1), DeferralHead(32, 2), config(), DATA)
-    with pytest.raises(DataError, match=r"an example has \d+ tokens, max_length is 9"):
+    with pytest.raises(DataError, match=r"an example has \d+ tokens, but max_length is 9"):
         trainer_of(tiny_model, config(max_length=9))
     with pytest.raises(ConfigError, match="no effect without an evaluation set"):
         trainer_of(tiny_model, config(eval_strategy="epoch"))
@@ -331,7 +331,7 @@ def test_what_does_not_fit_is_refused(tiny_model: Tiny, config: Make, caplog: py
 
 
 def test_a_training_set_is_of_one_set_of_examples() -> None:
-    with pytest.raises(ConfigError, match="scores are of other examples"):
+    with pytest.raises(ConfigError, match="scores belong to other examples"):
         TrainingSet(random_examples(24, seed=9), [KNOWS_HALF])
     with pytest.raises(ConfigError, match="at least one assistant"):
         TrainingSet(EXAMPLES, [])
@@ -371,7 +371,7 @@ def test_attention_that_mixes_sequences_is_refused(tiny_model: Tiny, config: Mak
         return plain(self, input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids, **rest)
 
     base.model.forward = deaf.__get__(base.model)
-    with pytest.raises(ConfigError, match="sequences in one row see each other"):
+    with pytest.raises(ConfigError, match="sequences in one row attend to each other"):
         trainer_of(tiny_model, config(padding_free=True), base=base)
 
 
@@ -427,13 +427,13 @@ def test_a_head_trains_from_kept_hidden_states_as_from_the_base(tiny_model: Tiny
 def test_kept_hidden_states_are_of_a_frozen_base_only(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
     model = LanguageModel(tiny_model(1), name="base")
     plain = score_examples(model, EXAMPLES, tmp_path / "plain", spec=ModelSpec("base"))
-    with pytest.raises(ConfigError, match="hold no hidden states; score it with hidden_states=True"):
+    with pytest.raises(ConfigError, match="have no hidden states; score it with hidden_states=True"):
         TrainingSet(EXAMPLES, [KNOWS_HALF], plain, from_hidden_states=True)
     with pytest.raises(ConfigError, match=r"another kind \(with or without hidden states\)"):
         find_scores(tmp_path / "plain", EXAMPLES, hidden_states=True)
     kept = score_examples(model, EXAMPLES, tmp_path / "kept", spec=ModelSpec("base"), hidden_states=True)
     data = TrainingSet(EXAMPLES, [KNOWS_HALF], kept, from_hidden_states=True)
-    with pytest.raises(ConfigError, match="kept of a frozen base only; method 'full' changes it"):
+    with pytest.raises(ConfigError, match="require a frozen base, but method 'full' changes it"):
         trainer_of(tiny_model, config(method="full"), data)
 
 

@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(
 def test_nothing_to_fit_is_an_error(tiny_model: Callable[..., PreTrainedModel]) -> None:
     base = LanguageModel(tiny_model(1), name="base")
     none = labels_of(torch.zeros(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64), 1)
-    with pytest.raises(DataError, match=r"no positive .*nothing to defer for"):
+    with pytest.raises(DataError, match=r"no positive .*deferring has no benefit"):
         warm_start(base, DeferralHead(32, 1), EXAMPLES, none, seed=0)
 
 
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused(tiny_model: Callable[..., PreTrainedModel]
     base = LanguageModel(tiny_model(1), name="base")
     labels = labels_of(torch.ones(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64), 1)
     for head in (DeferralHead(31, 1), DeferralHead(32, 2)):
-        with pytest.raises(MismatchError, match="the head is for hidden size"):
+        with pytest.raises(MismatchError, match="the head has hidden size"):
             warm_start(base, head, EXAMPLES, labels, seed=0)
     with pytest.raises(ConfigError, match="label the same examples"):
         warm_start(base, DeferralHead(32, 1), random_examples(3), labels, seed=0)

@@ -118,7 +118,7 @@ def test_limits_of_request_and_context_are_the_same(cluster: Clusters, max_new_t
         assert {one.finish_reason for one in expected} <= {"length", "eos"}
         for ours, theirs in zip(remote.generate(prompts, params, threshold=threshold), expected, strict=True):
             check_equal(ours, theirs)
-    with pytest.raises(RequestError, match="reads at most 128"):
+    with pytest.raises(RequestError, match="is 128 tokens including its output"):
         remote.generate([[5] * 128], params, threshold=0.5)
 
 

@@ -146,4 +146,4 @@ def _choose(model: CoLLM, collaboration: str, validation: Validation, held_back:
     out = Console()
     out.print(calibration_table(calibration))
     for one in calibration.checks:
-        out.print(one.words(calibration.metric_name), soft_wrap=True)
+        out.print(one.summary(calibration.metric_name), soft_wrap=True)

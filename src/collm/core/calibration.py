@@ -1,4 +1,4 @@
-"""What calibration found: thresholds with the deferral rate and the metric each gave, and the choice among them."""
+"""Results of calibration: the deferral rate and metric measured at each threshold, and the choice of a threshold."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from collm.errors import ConfigError
 
 @dataclass(frozen=True)
 class CalibrationPoint:
-    """One threshold, generated with.
+    """Measurements at one threshold.
 
     Attributes:
-        threshold: what was set.
         deferral_rate: share of the generated tokens that assistants wrote.
         metric: mean over the validation prompts, in [0, 1].
-        low, high: interval of that mean.
-        rate_low, rate_high: interval of the deferral rate.
+        low, high: confidence interval of the metric.
+        rate_low, rate_high: confidence interval of the deferral rate.
     """
 
     threshold: float
@@ -32,15 +31,15 @@ class CalibrationPoint:
 
 @dataclass(frozen=True)
 class HeldOutCheck:
-    """A chosen threshold, generated with once more on prompts that had no part in choosing it.
+    """A second measurement of a chosen threshold, on held-out prompts.
 
     Attributes:
-        budget: the deferral rate it was chosen for; 1 for the default threshold.
-        promised: what calibration measured.
-        came: what came on the new prompts.
-        num_prompts: of these.
-        rate_difference: interval of the deferral rate that came, less the promised one.
-        metric_difference: likewise of the metric.
+        budget: the deferral rate that the threshold was chosen for; 1 for the default threshold.
+        promised: the calibration's measurement.
+        came: the measurement on the held-out prompts.
+        num_prompts: number of held-out prompts.
+        rate_difference: confidence interval of the held-out deferral rate minus the promised one.
+        metric_difference: confidence interval of the held-out metric minus the promised one.
     """
 
     budget: float
@@ -52,51 +51,51 @@ class HeldOutCheck:
 
     @property
     def rate_holds(self) -> bool:
-        """The promised deferral rate is one that what came allows."""
-        return _around_zero(self.rate_difference)
+        """Whether the held-out deferral rate is consistent with the promised one."""
+        return _contains_zero(self.rate_difference)
 
     @property
     def metric_holds(self) -> bool:
-        """The promised metric is one that what came allows."""
-        return _around_zero(self.metric_difference)
+        """Whether the held-out metric is consistent with the promised one."""
+        return _contains_zero(self.metric_difference)
 
-    def words(self, metric_name: str) -> str:
-        """Whether both hold, with what was promised and what came."""
+    def summary(self, metric_name: str) -> str:
+        """Describe both measurements and whether they agree, in two sentences."""
         what = "the default threshold" if self.budget == 1 else f"the threshold for a budget of {self.budget:.4g}"
-        rate = _kept("deferral rate", self.rate_holds, self.promised.deferral_rate, self.came.deferral_rate)
-        metric = _kept(metric_name, self.metric_holds, self.promised.metric, self.came.metric)
-        ends = " and ".join(
+        rate = _comparison("deferral rate", self.rate_holds, self.promised.deferral_rate, self.came.deferral_rate)
+        metric = _comparison(metric_name, self.metric_holds, self.promised.metric, self.came.metric)
+        intervals = " and ".join(
             f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in (self.rate_difference, self.metric_difference)
         )
         return (
-            f"On {self.num_prompts} other prompts, {what} ({self.promised.threshold:.4g}): {rate}; {metric}. "
-            f"95 % intervals of the differences in points: {ends}."
+            f"On {self.num_prompts} held-out prompts, {what} ({self.promised.threshold:.4g}): {rate}; {metric}. "
+            f"95 % confidence intervals of the differences in percentage points: {intervals}."
         )
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> HeldOutCheck:
-        """Read what `asdict` made of one."""
+        """Read the output of `dataclasses.asdict`."""
         points = {name: CalibrationPoint(**content[name]) for name in ("promised", "came")}
         differences = {name: tuple(content[name]) for name in ("rate_difference", "metric_difference")}
         return cls(**{**content, **points, **differences})
 
 
 def best_within(points: Sequence[CalibrationPoint], budget: float) -> CalibrationPoint:
-    """As `Calibration.best`."""
+    """Choose a point as `Calibration.best` does."""
     if not 0 <= budget <= 1:
         raise ConfigError(f"budget is {budget}, expected a deferral rate from 0 to 1")
     allowed = [point for point in points if point.deferral_rate <= budget]
     if not allowed:
         least = min(point.deferral_rate for point in points)
-        raise ConfigError(f"budget is {budget}, but the least deferral rate that was measured is {least:.3g}")
+        raise ConfigError(f"budget is {budget}, but the lowest measured deferral rate is {least:.3g}")
     return max(allowed, key=lambda point: (point.metric, -point.deferral_rate, point.threshold))
 
 
-def _kept(name: str, holds: bool, promised: float, came: float) -> str:
-    return f"{name} {'holds' if holds else 'does NOT hold'} (promised {promised:.1%}, came {came:.1%})"
+def _comparison(name: str, holds: bool, promised: float, measured: float) -> str:
+    return f"{name} {'holds' if holds else 'does NOT hold'} (promised {promised:.1%}, measured {measured:.1%})"
 
 
-def _around_zero(interval: tuple[float, float]) -> bool:
+def _contains_zero(interval: tuple[float, float]) -> bool:
     return interval[0] <= 0 <= interval[1]
 
 
@@ -105,12 +104,12 @@ class Calibration:
     """Points measured on one validation set.
 
     Attributes:
-        points: in order of rising deferral rate.
-        metric_name: what was measured.
-        num_prompts: on how many prompts.
-        settings: what else the measurement depended on (data, sampling, confidence).
-        budgets: deferral rates that thresholds were looked for, besides the default one.
-        checks: of these and of the default on other prompts, where they were made.
+        points: in order of increasing deferral rate.
+        metric_name: name of the measured metric.
+        num_prompts: number of validation prompts.
+        settings: other settings that the measurement depends on (data, sampling, confidence level).
+        budgets: deferral rates for which a threshold was chosen in addition to the default.
+        checks: held-out checks of the chosen thresholds, if any were made.
     """
 
     points: Sequence[CalibrationPoint]
@@ -121,15 +120,15 @@ class Calibration:
     checks: Sequence[HeldOutCheck] = field(default_factory=list)
 
     def best(self, budget: float = 1.0) -> CalibrationPoint:
-        """The point of the best metric among those whose deferral rate is within the budget, ties to the lower rate.
+        """The point with the best metric among those within a deferral rate. A tie goes to the lower deferral rate.
 
         Raises:
-            ConfigError: the budget is outside [0, 1], or no point is within it.
+            ConfigError: `budget` is outside [0, 1], or every point exceeds it.
         """
         return best_within(self.points, budget)
 
     def uses(self, point: CalibrationPoint) -> list[str]:
-        """What a point is the best for, in words: the default threshold, and within which budgets."""
+        """Labels of the choices that a point won: "default" and "within <budget>"."""
         default = ["default"] if point is self.best() else []
         return default + [f"within {budget:.4g}" for budget in self.budgets if point is self.best(budget)]
 
@@ -138,7 +137,11 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Calibration:
-        """Read what `to_dict` wrote; a KeyError or TypeError where it is something else."""
+        """Read the output of `to_dict`.
+
+        Raises:
+            KeyError, TypeError: `content` has another structure.
+        """
         points = [CalibrationPoint(**point) for point in content["points"]]
         checks = [HeldOutCheck.from_dict(check) for check in content["checks"]]
         return cls(**{**content, "points": points, "checks": checks})

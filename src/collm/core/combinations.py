@@ -1,7 +1,7 @@
-"""Policies that write from a distribution made of several authors' distributions, not from one author's.
+"""Policies that draw tokens from a combination of several authors' distributions.
 
-Shapes: n sequences, V tokens, K assistants. Every combination reads the base and the authors it names for each
-token, so its cost is that of all of them.
+Shapes: n sequences, V vocabulary, K assistants. A combination runs the base and every author it consults for each
+token.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collm.errors import ConfigError
 
 
 class CombiningPolicy(Policy):
-    """Draws the token from `combine`; who is credited with it is `credit`'s to say."""
+    """Base class of policies that draw the token from `combine` and credit it to an author with `credit`."""
 
     def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
         """Next-token logits.
 
         Args:
-            logprobs: author -> log P_z, shape (n, V), nats, fp32, finite; of the base and of whom the policy consults.
+            logprobs: author -> log P_z, shape (n, V), nats, fp32, finite, for the base and the consulted assistants.
             author_logprobs: log P(Z), shape (n, K + 1).
 
         Returns:
@@ -34,7 +34,9 @@ class CombiningPolicy(Policy):
         raise NotImplementedError
 
     def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
-        """The author a drawn token counts for: who gave it the most probability, the lowest number on a tie.
+        """The author credited with each drawn token: by default the one that gave it the most probability.
+
+        A tie goes to the lowest author number.
 
         Args:
             token_logprobs: author -> log P_z of the drawn tokens, shape (n,).
@@ -50,10 +52,9 @@ class CombiningPolicy(Policy):
 
 @dataclass(frozen=True)
 class MixturePolicy(CombiningPolicy):
-    """P(x) = sum_z P(Z = z) P_z(x): the trained joint model with its latent author summed out (arXiv 2403.03870).
+    """P(x) = sum_z P(Z = z) P_z(x): the joint model with its latent author marginalised out (arXiv 2403.03870).
 
-    Greedy takes the most probable token of the mixture, sampling draws from it; the token is credited to the author
-    with the largest posterior P(Z = z) P_z(x).
+    The token is credited to the author with the largest posterior P(Z = z) P_z(x).
     """
 
     def consults(self, num_assistants: int) -> Sequence[int]:
@@ -72,11 +73,11 @@ class MixturePolicy(CombiningPolicy):
 class ProductPolicy(CombiningPolicy):
     """P(x) proportional to P_0(x)^weight * prod_k P_k(x)^((1 - weight) / K): a product of experts.
 
-    A geometric mean: weight 1 is the base, weight 0 with one assistant is the assistant (Hinton, "Training products of
-    experts by minimizing contrastive divergence", 2002).
+    Weight 1 gives the base; weight 0 with one assistant gives the assistant (Hinton, "Training products of experts by
+    minimizing contrastive divergence", 2002).
 
     Raises:
-        ConfigError: the weight is outside [0, 1].
+        ConfigError: `weight` is outside [0, 1].
     """
 
     weight: float = 0.5
@@ -94,18 +95,18 @@ class ProductPolicy(CombiningPolicy):
 
 @dataclass(frozen=True)
 class ContrastivePolicy(CombiningPolicy):
-    """(1 + beta) log P_expert - beta log P_amateur, where P_expert(x) >= alpha * max P_expert, else nothing.
+    """Logits (1 + beta) log P_expert - beta log P_amateur over tokens with P_expert(x) >= alpha * max P_expert.
 
-    Contrastive decoding (arXiv 2210.15097) in the form of arXiv 2309.09117. With beta 0 the expert, truncated where
-    alpha > 0. The token is the expert's.
+    This is contrastive decoding (arXiv 2210.15097) in the form of arXiv 2309.09117. With beta 0 it is the expert,
+    truncated if alpha > 0. Tokens are credited to the expert.
 
     Args:
-        alpha: plausibility, 0 (all tokens) to 1 (the expert's argmax only).
+        alpha: plausibility threshold, from 0 (all tokens) to 1 (the expert's argmax only).
         beta: strength of the contrast, 0 to 1000.
         expert, amateur: author numbers.
 
     Raises:
-        ConfigError: a value out of range, or one author in both places.
+        ConfigError: a value is out of range, or `expert` equals `amateur`.
     """
 
     alpha: float = 0.1
@@ -115,7 +116,7 @@ class ContrastivePolicy(CombiningPolicy):
 
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)
-        if not 0 <= self.beta <= 1000:  # from about 1e37 on, differences of log-probabilities are infinite
+        if not 0 <= self.beta <= 1000:  # differences of log-probabilities overflow from about 1e37
             raise ConfigError(f"beta is {self.beta}, expected a number from 0 to 1000")
         if self.expert == self.amateur:
             raise ConfigError(f"expert and amateur are both author {self.expert}; name two different authors")
@@ -128,26 +129,26 @@ class ContrastivePolicy(CombiningPolicy):
         scores = (1 + self.beta) * expert - self.beta * logprobs[self.amateur] if self.beta else expert
         if self.alpha == 0:
             return scores
-        border = expert.amax(-1, keepdim=True) + math.log(self.alpha)
-        return scores.masked_fill(expert < border, -torch.inf)
+        cutoff = expert.amax(-1, keepdim=True) + math.log(self.alpha)
+        return scores.masked_fill(expert < cutoff, -torch.inf)
 
     def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
-        return _always(self.expert, token_logprobs)
+        return _credit_all(self.expert, token_logprobs)
 
 
 @dataclass(frozen=True)
 class ProxyTuningPolicy(CombiningPolicy):
-    """P(x) proportional to P_M(x) * P_M+(x) / P_M-(x): a model steered by what tuning did to a smaller one.
+    """P(x) proportional to P_M(x) * P_M+(x) / P_M-(x): proxy tuning (arXiv 2401.08565).
 
-    Proxy tuning (arXiv 2401.08565). With M+ = M- it is M. The token is M's.
+    Steers a model M by the effect that tuning had on a smaller one. Tokens are credited to M.
 
     Args:
         model: author number of M.
-        tuned: of M+, the small tuned model.
-        untuned: of M-, the same before tuning.
+        tuned: author number of M+, the small tuned model.
+        untuned: author number of M-, the small model before tuning.
 
     Raises:
-        ConfigError: M stands in for M+ or M- too.
+        ConfigError: M is also named as M+ or M-.
     """
 
     model: int = 1
@@ -156,7 +157,7 @@ class ProxyTuningPolicy(CombiningPolicy):
 
     def __post_init__(self) -> None:
         if self.model in (self.tuned, self.untuned):
-            raise ConfigError(f"author {self.model} is named as the model and as its proxy; name another proxy")
+            raise ConfigError(f"author {self.model} is both the model and its proxy; name another author as the proxy")
 
     def consults(self, num_assistants: int) -> Sequence[int]:
         return sorted({self.model, self.tuned, self.untuned} - {BASE})
@@ -165,9 +166,9 @@ class ProxyTuningPolicy(CombiningPolicy):
         return logprobs[self.model] + (logprobs[self.tuned] - logprobs[self.untuned])
 
     def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
-        return _always(self.model, token_logprobs)
+        return _credit_all(self.model, token_logprobs)
 
 
-def _always(author: int, token_logprobs: Mapping[int, Tensor]) -> Tensor:
+def _credit_all(author: int, token_logprobs: Mapping[int, Tensor]) -> Tensor:
     like = next(iter(token_logprobs.values()))
     return torch.full_like(like, author, dtype=torch.long)

@@ -10,24 +10,24 @@ from collm.errors import ConfigError
 
 
 class DeferralHead(nn.Module):
-    """u_k = w_k . h + b_k for K assistants (arXiv 2403.03870, with a bias and K >= 1).
+    """Linear head that computes u_k = w_k . h + b_k for K assistants (arXiv 2403.03870, with a bias and K >= 1).
 
-    Parameters stay in fp32 and so does the arithmetic: a decision is compared with a threshold, and the head
-    costs nothing beside the base. A new head is zero: every author equally probable.
+    Parameters and arithmetic stay in fp32, because defer probs are compared with a threshold and the head is cheap
+    next to the base. A new head is all zeros, so every author is equally probable.
 
     Args:
         hidden_size: H, the width of the base's last hidden state.
         num_assistants: K.
 
     Raises:
-        ConfigError: a size below 1.
+        ConfigError: a size is below 1.
     """
 
     def __init__(self, hidden_size: int, num_assistants: int = 1) -> None:
         super().__init__()
         if hidden_size < 1 or num_assistants < 1:
             raise ConfigError(
-                f"a head needs hidden_size >= 1 and num_assistants >= 1, came {hidden_size} and {num_assistants}"
+                f"a head needs hidden_size >= 1 and num_assistants >= 1, got {hidden_size} and {num_assistants}"
             )
         self.weight = nn.Parameter(torch.zeros(num_assistants, hidden_size))  # (K, H)
         self.bias = nn.Parameter(torch.zeros(num_assistants))  # (K,)
@@ -41,6 +41,6 @@ class DeferralHead(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Defer logits u, shape (..., K), fp32, of hidden states of shape (..., H)."""
+        """Map hidden states of shape (..., H) to defer logits u of shape (..., K), fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float(), self.bias.float())

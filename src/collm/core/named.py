@@ -1,4 +1,4 @@
-"""Policies by name, as they stand in a command line or a request: "name" or "name:option=value,option=value"."""
+"""Policies written as text in a command line or a request: "name" or "name:option=value,option=value"."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ POLICIES: dict[str, type[Policy]] = {
     "contrastive": ContrastivePolicy,
     "proxy": ProxyTuningPolicy,
 }
-"""The oracle is not among them: it needs the answer."""
+"""Policies by name. `OraclePolicy` is missing because it needs the reference completion."""
 
 
 def name_of(policy: Policy) -> str | None:
-    """The text that `policy_named` makes this policy of; None of one that has no name."""
+    """The text that `policy_named` parses into this policy, or None if its class has no name."""
     name = next((name for name, kind in POLICIES.items() if type(policy) is kind), None)
     if name is None:
         return None
@@ -48,22 +48,22 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
 
 
 def policy_named(text: str) -> Policy:
-    """The policy that `text` names, for example "mixture" or "contrastive:alpha=0.1,beta=0.5".
+    """Parse a policy, for example "mixture" or "contrastive:alpha=0.1,beta=0.5".
 
     Raises:
-        ConfigError: an unknown name or option, a missing option, or a value that is no number of the right kind.
+        ConfigError: the name or an option is unknown, an option is missing, or a value is not a valid number.
     """
-    name, _, rest = text.partition(":")
+    name, _, assignments = text.partition(":")
     if name not in POLICIES:
         raise ConfigError(f"policy is {text!r}, expected one of {', '.join(POLICIES)}")
     kind: Any = POLICIES[name]
     types: dict[str, Callable[[str], Any]] = {f.name: _NUMBERS[str(f.type)] for f in fields(kind)}
     options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        option, equals, value = part.partition("=")
+    for assignment in filter(None, assignments.split(",")):
+        option, equals, value = assignment.partition("=")
         if not equals or option not in types or option in options:
             known = ", ".join(f"{each}=.." for each in types) or "none"
-            raise ConfigError(f"policy {name!r} was given {part!r}, its options, each at most once, are: {known}")
+            raise ConfigError(f"policy {name!r} got {assignment!r}, expected each of these at most once: {known}")
         try:
             options[option] = types[option](value)
         except ValueError as error:
@@ -71,7 +71,7 @@ def policy_named(text: str) -> Policy:
             raise ConfigError(f"{option} of policy {name!r} is {value!r}, expected a {kind_of}") from error
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in options]
     if missing:
-        written = ",".join(f"{option}=.." for option in (*options, *missing))
-        raise ConfigError(f"policy {name!r} lacks {' and '.join(missing)}; write {name}:{written}")
+        example = ",".join(f"{option}=.." for option in (*options, *missing))
+        raise ConfigError(f"policy {name!r} requires {' and '.join(missing)}; write {name}:{example}")
     policy: Policy = kind(**options)
     return policy

@@ -1,6 +1,6 @@
 """The training objective and the pseudo-labels of Co-LLM (arXiv 2403.03870), for K >= 1 assistants.
 
-Shapes: B batch, T tokens, K assistants. Position t speaks of the token after position t.
+Shapes: B batch, T tokens, K assistants. Values at position t belong to the token that follows position t.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def author_logprobs(defer_logits: Tensor) -> Tensor:
         defer_logits: u, shape (..., K).
 
     Returns:
-        Shape (..., K + 1), nats; entry 0 is the base. With K = 1 the paper's sigmoid.
+        Shape (..., K + 1), nats; entry 0 is the base. With K = 1 this equals the paper's sigmoid.
     """
     return torch.log_softmax(F.pad(defer_logits.float(), (1, 0)), dim=-1)
 
 
 def defer_probs(defer_logits: Tensor) -> Tensor:
-    """1 - P(Z = 0) = sigmoid(logsumexp_k u_k), without the cancellation of the literal form.
+    """1 - P(Z = 0), computed as sigmoid(logsumexp_k u_k) to avoid cancellation.
 
     Args:
         defer_logits: u, shape (..., K).
@@ -65,16 +65,16 @@ def marginal_nll(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits:
         mask: true at target tokens, shape (B, T).
 
     Returns:
-        A scalar in nats per target token; masked positions receive no gradient, whatever they hold.
+        A scalar in nats per target token. Masked positions receive no gradient, even if they hold NaN.
 
     Raises:
-        ConfigError: the mask has no target token, or shapes do not fit.
+        ConfigError: the mask selects no target token, or the shapes do not match.
     """
     _check_shapes(base_logprob, assistant_logprobs, defer_logits, mask)
     mask = mask.bool()
     if not mask.any():
-        raise ConfigError("the mask selects no target token; a mean over none is undefined")
-    # Selecting before computing keeps a NaN in a masked position out of the value and of the gradient.
+        raise ConfigError("the mask selects no target token, so the mean is undefined")
+    # Select before computing, so that a NaN at a masked position reaches neither the loss nor the gradient.
     return -marginal_logprobs(base_logprob[mask], assistant_logprobs[mask], defer_logits[mask]).mean()
 
 
@@ -84,14 +84,14 @@ def pseudo_labels(
     assistant_logprobs: Tensor,
     variant: PseudoLabelVariant = "a",
 ) -> Tensor:
-    """Guess each gold token's author from who would have written it (arXiv 2403.03870, weak supervision).
+    """Guess each gold token's author from the models' predictions (weak supervision of arXiv 2403.03870).
 
-    Variant "a": label k if assistant k's argmax is the gold token and the base's is not; of several such
-    assistants the one that gives it most probability; 0 otherwise. Variant "b": label k wherever the base's
-    argmax is wrong, k being the assistant that gives the gold token most probability.
+    Variant "a": label k if assistant k's argmax is the gold token and the base's is not, else 0. If several
+    assistants qualify, take the one that gives the gold token the most probability. Variant "b": wherever the base's
+    argmax is wrong, take the assistant that gives the gold token the most probability.
 
     Args:
-        base_correct: the base's argmax is the gold token, bool, shape (B, T).
+        base_correct: whether the base's argmax is the gold token, bool, shape (B, T).
         assistant_correct: the same for each assistant, bool, shape (B, T, K).
         assistant_logprobs: shape (B, T, K), nats.
         variant: "a" or "b".
@@ -100,7 +100,7 @@ def pseudo_labels(
         Author numbers in 0..K, int64, shape (B, T).
 
     Raises:
-        ConfigError: an unknown variant.
+        ConfigError: `variant` is unknown.
     """
     if variant not in get_args(PseudoLabelVariant):
         raise ConfigError(f"pseudo-label variant is {variant!r}, expected 'a' or 'b'")
@@ -112,13 +112,13 @@ def pseudo_labels(
 
 
 def _check_shapes(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor, mask: Tensor) -> None:
-    fits = (
+    match = (
         assistant_logprobs.shape == defer_logits.shape
         and base_logprob.shape == mask.shape == assistant_logprobs.shape[:-1]
     )
-    if not fits:
+    if not match:
         raise ConfigError(
-            "shapes do not fit: expected base_logprob (B, T), assistant_logprobs (B, T, K), defer_logits (B, T, K), "
-            f"mask (B, T); came {tuple(base_logprob.shape)}, {tuple(assistant_logprobs.shape)}, "
+            "shapes do not match: expected base_logprob (B, T), assistant_logprobs (B, T, K), defer_logits (B, T, K), "
+            f"mask (B, T); got {tuple(base_logprob.shape)}, {tuple(assistant_logprobs.shape)}, "
             f"{tuple(defer_logits.shape)}, {tuple(mask.shape)}"
         )

@@ -1,4 +1,4 @@
-"""How the tokens of a request are drawn: sampling parameters, with vLLM's names and meanings."""
+"""Sampling parameters of a request, with vLLM's names and meanings."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from collm.errors import ConfigError
 
 MAX_LOGPROBS = 20
-"""Most tokens whose log-probabilities are reported for one position."""
+"""Largest number of log-probabilities reported per position."""
 
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """What the text must be; exactly one of these.
+    """A constraint on the generated text. Exactly one attribute must be set.
 
     Attributes:
-        json: a JSON schema, as an object or as its text; the answer is JSON that satisfies it.
-        json_object: the answer is any JSON object.
-        regex: a regular expression that matches the whole answer (Rust's syntax, without look-around).
-        choice: texts of which the answer is one.
+        json: a JSON schema that the text satisfies, as an object or as JSON text.
+        json_object: the text is any JSON object.
+        regex: a regular expression that matches the whole text (Rust's syntax, without look-around).
+        choice: the texts to choose from.
         grammar: a context-free grammar in llguidance's Lark syntax, or in GBNF ("root ::= ...").
 
     Raises:
-        ConfigError: none of them came, or several.
+        ConfigError: no attribute is set, several are, or `choice` is not a list of non-empty texts.
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -36,12 +36,10 @@ class StructuredOutputs:
 
     def __post_init__(self) -> None:
         given = [one.name for one in fields(self) if getattr(self, one.name) not in (None, False)]
-        given += ["json"] * (self.json is False)  # the schema that nothing satisfies
+        given += ["json"] * (self.json is False)  # false is a valid schema, which nothing satisfies
         if len(given) != 1:
-            came = " and ".join(given) or "none"
-            raise ConfigError(
-                f"of json, json_object, regex, choice and grammar {came} came; give exactly one: a text has one form"
-            )
+            got = " and ".join(given) or "none"
+            raise ConfigError(f"expected exactly one of json, json_object, regex, choice and grammar, got {got}")
         if self.choice is not None:
             texts = not isinstance(self.choice, str) and all(isinstance(one, str) and one for one in self.choice)
             _require(texts and len(self.choice) > 0, "choice", self.choice, "a list of non-empty texts")
@@ -49,43 +47,43 @@ class StructuredOutputs:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are drawn once their author is known.
+    """Sampling parameters of one request.
 
-    Names and meanings are vLLM's, but for `max_new_tokens`. Penalties, biases and constraints change the logits of
-    every author alike, before anything is made of them; what they count is the whole text, whoever wrote it. A tool
-    whose next token they forbid abstains. Reported log-probabilities are those before all this.
+    Names and meanings are vLLM's, except for `max_new_tokens`. Penalties, biases and constraints apply to the logits
+    of every author before anything else uses them, and penalties count the tokens of all authors. A tool abstains
+    where its next token is forbidden. Reported log-probabilities are those of the unmodified logits.
 
     Attributes:
-        max_new_tokens: most tokens to generate, at least 1.
-        temperature: divides the logits; 0 is greedy (the author's argmax). Default: 1 where top_p, top_k or min_p ask
-            for sampling, else 0.
+        max_new_tokens: largest number of tokens to generate, at least 1.
+        temperature: divides the logits; 0 is greedy (the author's argmax). The default is 1 if top_p, top_k or min_p
+            is set, else 0.
         top_p: keep the smallest set of tokens whose probability reaches this share, in (0, 1].
         top_k: keep the k most probable tokens; 0 keeps all.
-        seed: makes the draws of this request reproducible, whatever else is in the batch.
+        seed: makes this request reproducible, independently of the other requests in the batch.
         stop: strings that end the text; the text is cut before them.
-        min_p: keep tokens that are at least this probable, relative to the most probable one, in [0, 1].
-        presence_penalty: subtracted from the logits of tokens that were generated, -2 to 2.
-        frequency_penalty: subtracted from a token's logit for each time it was generated, -2 to 2.
-        repetition_penalty: divides positive logits of tokens in the prompt or the generated text and multiplies
-            negative ones, above 0; 1 changes nothing (arXiv 1909.05858).
-        logit_bias: token id -> what is added to its logit.
-        allowed_token_ids: the only tokens that may be generated; None for all.
-        bad_words: texts whose last token is not generated where the tokens before it stand.
-        min_tokens: no EOS, stop token or stop string ends the text before so many tokens.
-        stop_token_ids: further tokens that end the text.
-        ignore_eos: go on after EOS.
+        min_p: keep tokens whose probability is at least this share of the largest one, in [0, 1].
+        presence_penalty: subtracted from the logits of tokens already generated, -2 to 2.
+        frequency_penalty: subtracted from a token's logit once per earlier occurrence in the output, -2 to 2.
+        repetition_penalty: divides positive logits of tokens in the prompt or the output and multiplies negative
+            ones, above 0; 1 changes nothing (arXiv 1909.05858).
+        logit_bias: token id -> number added to its logit.
+        allowed_token_ids: the only tokens that may be generated; None allows all.
+        bad_words: texts that must not be generated; the last token of such a text is forbidden after the others.
+        min_tokens: number of tokens before which no EOS, stop token or stop string ends the text.
+        stop_token_ids: tokens besides EOS that end the text.
+        ignore_eos: continue after EOS.
         include_stop_str_in_output: keep the stop string or stop token in the text.
-        structured_outputs: what the text must be.
-        logprobs: report so many of the author's most probable tokens at every position, 0 to 20.
-        prompt_logprobs: report log-probabilities of the prompt's tokens under the collaboration, and so many of the
-            most probable tokens there, 0 to 20; None for none.
+        structured_outputs: a constraint on the text, such as a JSON schema.
+        logprobs: number of the author's most probable tokens to report per position, 0 to 20.
+        prompt_logprobs: number of most probable tokens to report per prompt token, 0 to 20, with the log-probability
+            of the prompt token under the collaboration; None reports nothing.
 
     Raises:
-        ConfigError: a value out of range, or one that has no effect at temperature 0.
+        ConfigError: a value is out of range, or has no effect at temperature 0.
     """
 
     max_new_tokens: int = 256
-    temperature: float = None  # type: ignore[assignment]  # a number once made
+    temperature: float = None  # type: ignore[assignment]  # __post_init__ replaces None
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
@@ -128,7 +126,7 @@ class SamplingParams:
             0 <= self.min_tokens <= self.max_new_tokens,
             "min_tokens",
             self.min_tokens,
-            f"0 to {self.max_new_tokens}, the most tokens to generate",
+            f"0 to {self.max_new_tokens} (max_new_tokens)",
         )
         _require(all(self.stop), "stop", self.stop, "non-empty strings")
 
@@ -140,7 +138,7 @@ class SamplingParams:
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
         if self.temperature == 0 and self._truncates:
             given = {"top_p": self.top_p != 1, "top_k": self.top_k != 0, "min_p": self.min_p != 0}
-            name = next(name for name, came in given.items() if came)
+            name = next(name for name, is_set in given.items() if is_set)
             raise ConfigError(
                 f"{name}={getattr(self, name)} has no effect at temperature 0; leave it out, or raise the temperature"
             )
@@ -156,12 +154,12 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
-        """Whether tokens of the text count."""
+        """Whether logits depend on the tokens already in the text."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything is done to the logits before tokens are drawn from them."""
+        """Whether penalties, biases or constraints modify the logits."""
         constrained = self.bad_words or self.min_tokens or self.structured_outputs or self.allowed_token_ids
         return bool(self.penalises or self.logit_bias or constrained)
 

@@ -1,6 +1,6 @@
-"""Who writes the next token, by which equation. A policy sees one sequence's step and names an author.
+"""Policies that choose the author of the next token from one sequence's `StepView`.
 
-Policies whose choice is a distribution of its own (mixture, product, contrastive, proxy) are in `combinations`.
+Policies that combine the authors' distributions (mixture, product, contrastive, proxy) are in `combinations`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collm.errors import ConfigError
 
 @dataclass(frozen=True)
 class StepView:
-    """What a policy may look at before the next token of one sequence.
+    """Everything a policy may use to choose the author of one sequence's next token.
 
     Attributes:
-        position: how many tokens have been generated so far.
-        deferred: for how many of those an assistant was asked.
+        position: number of tokens generated so far.
+        deferred: number of these for which an assistant was asked.
         author_probs: P(Z = 0..K), K + 1 numbers.
         defer_prob: 1 - P(Z = 0).
-        temperature: of the request; 0 asks for a deterministic choice.
-        uniform: this position's own draw from [0, 1), the same however often the position is looked at.
-        top_tokens: author -> argmax of its logits, in order; empty unless the policy consults assistants.
-        top_probs: author -> the probability of that token; likewise.
+        temperature: the request's temperature; at 0 the choice must be deterministic.
+        uniform: a random number from [0, 1) that belongs to this position and never changes.
+        top_tokens: author -> argmax of its logits, in author order; empty unless the policy consults assistants.
+        top_probs: author -> probability of its argmax; empty unless the policy consults assistants.
     """
 
     position: int
@@ -39,39 +39,42 @@ class StepView:
 
 
 class Policy:
-    """Names the author of the next token: a pure function of the step.
+    """Base class of policies. A policy is a pure function of the step.
 
     Attributes:
-        draws: the choice itself is random, so a seed matters even at temperature 0.
+        draws: whether the choice of the author is random even at temperature 0, so that a seed has an effect.
     """
 
     draws = False
 
     def consults(self, num_assistants: int) -> Sequence[int]:
-        """The assistants that read the text before the decision, chosen or not."""
+        """The assistants whose logits the policy needs before it decides."""
         return ()
 
     def author(self, step: StepView) -> int:
-        """0 for the base, k for assistant k."""
+        """Choose the author: 0 for the base, k for assistant k."""
         raise NotImplementedError
 
 
 def likeliest_assistant(author_probs: Sequence[float]) -> int:
-    """argmax over k >= 1 of P(Z = k), which is argmax_k u_k; the lowest k on a tie."""
+    """Return argmax over k >= 1 of P(Z = k), which equals argmax_k u_k. A tie goes to the lowest k."""
     return max(range(1, len(author_probs)), key=lambda author: author_probs[author])
 
 
 def check_share(name: str, value: float) -> None:
-    """Raise a ConfigError for a number outside [0, 1]."""
+    """Raise a ConfigError unless `value` is in [0, 1]."""
     if not 0 <= value <= 1:  # also false for NaN
         raise ConfigError(f"{name} is {value}, expected a number from 0 to 1")
 
 
 class ThresholdRule(Policy):
-    """author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k, with a threshold that is known before the step."""
+    """Base class of: author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k.
+
+    The threshold must not depend on the models' outputs at the step.
+    """
 
     def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
-        """The threshold at one position; below 0 it defers whatever the text, at 1 never.
+        """The threshold at one position. Below 0 the step always defers, at 1 it never does.
 
         Args:
             position, deferred, uniform: as in `StepView`.
@@ -85,7 +88,7 @@ class ThresholdRule(Policy):
 
 @dataclass(frozen=True)
 class ThresholdPolicy(ThresholdRule):
-    """author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k (arXiv 2403.03870).
+    """Defer where 1 - P(Z = 0) exceeds a fixed threshold (arXiv 2403.03870).
 
     Raises:
         ConfigError: the threshold is outside [-1, 1].
@@ -102,12 +105,12 @@ class ThresholdPolicy(ThresholdRule):
 
 @dataclass(frozen=True)
 class ScheduledPolicy(ThresholdRule):
-    """The threshold rule with a threshold that moves: start + (end - start) * min(position / steps, 1).
+    """The threshold rule with a linear schedule: start + (end - start) * min(position / steps, 1).
 
-    A low start lets the assistants open the text, where a wrong turn costs most, and hands over to the base.
+    With a low start the assistants write the beginning of the text, where a mistake costs most, and the base the rest.
 
     Raises:
-        ConfigError: a threshold outside [-1, 1], or fewer than one step.
+        ConfigError: a threshold is outside [-1, 1], or `steps` is below 1.
     """
 
     start: float
@@ -126,19 +129,19 @@ class ScheduledPolicy(ThresholdRule):
 
 @dataclass(frozen=True)
 class BudgetPolicy(ThresholdRule):
-    """The threshold rule within a deferral rate that no prefix of this one completion exceeds by more than a burst.
+    """The threshold rule with a limit on each completion's deferral rate.
 
-    Defers only if 1 - P(Z = 0) > threshold and deferred + 1 <= budget * (position + 1) + burst, so after n tokens at
-    most budget * n + burst were deferred: a token bucket that fills by `budget` for each token. A deferral to an
-    assistant that then abstains counts too.
+    Defers only if 1 - P(Z = 0) > threshold and deferred + 1 <= budget * (position + 1) + burst. After n tokens at most
+    budget * n + burst are deferred, as in a token bucket that gains `budget` per token. A deferral counts even if the
+    assistant abstains.
 
     Args:
         budget: deferral rate, 0 to 1.
         threshold: as in `ThresholdPolicy`.
-        burst: tokens that may be deferred ahead of the rate.
+        burst: number of tokens by which deferrals may exceed the rate.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
 
     budget: float
@@ -157,7 +160,7 @@ class BudgetPolicy(ThresholdRule):
 
 @dataclass(frozen=True)
 class SingleAuthorPolicy(Policy):
-    """One author writes everything: 0 the base alone, k assistant k alone."""
+    """One author writes every token: 0 the base, k assistant k."""
 
     writer: int
 
@@ -167,26 +170,26 @@ class SingleAuthorPolicy(Policy):
 
 @dataclass(frozen=True)
 class JointPolicy(Policy):
-    """Z ~ P(Z)^(1/temperature), normalised: at temperature 1 exact samples of the trained joint model.
+    """Draw the author from P(Z)^(1/temperature), normalised. At temperature 1 this samples the joint model exactly.
 
-    At temperature 0 the likeliest author, 0 on a tie.
+    At temperature 0 the most probable author writes. A tie goes to the lowest author number.
     """
 
     def author(self, step: StepView) -> int:
         authors = range(len(step.author_probs))
         if step.temperature == 0:
             return max(authors, key=lambda author: step.author_probs[author])
-        largest = max(step.author_probs)  # dividing by it keeps low temperatures from underflowing to all zeros
+        largest = max(step.author_probs)  # dividing by it prevents underflow to all zeros at low temperatures
         cumulative = list(accumulate((prob / largest) ** (1 / step.temperature) for prob in step.author_probs))
         return next((author for author in authors if cumulative[author] > step.uniform * cumulative[-1]), authors[-1])
 
 
 @dataclass(frozen=True)
 class RandomPolicy(ThresholdRule):
-    """Defers with probability `rate`, whatever the text; among assistants, argmax_k u_k. A baseline.
+    """A baseline that defers with probability `rate`, regardless of the text, to the assistant argmax_k u_k.
 
     Raises:
-        ConfigError: the rate is outside [0, 1].
+        ConfigError: `rate` is outside [0, 1].
     """
 
     rate: float
@@ -200,7 +203,7 @@ class RandomPolicy(ThresholdRule):
 
 
 class ConsultingPolicy(Policy):
-    """A policy that sees what every author would write before it decides."""
+    """Base class of policies that see every author's prediction before they decide."""
 
     def consults(self, num_assistants: int) -> Sequence[int]:
         return range(1, num_assistants + 1)
@@ -208,9 +211,9 @@ class ConsultingPolicy(Policy):
 
 @dataclass(frozen=True)
 class OraclePolicy(ConsultingPolicy):
-    """The base where its argmax is the reference token, else the first assistant that has it, else the base.
+    """Choose the first author whose argmax is the reference token, or the base if there is none.
 
-    The upper bound of choosing authors greedily, given the answer.
+    This is the upper bound for policies that choose an author per token greedily.
 
     Args:
         reference: token ids of the reference completion.
@@ -227,9 +230,9 @@ class OraclePolicy(ConsultingPolicy):
 
 @dataclass(frozen=True)
 class ConfidencePolicy(ConsultingPolicy):
-    """author = argmax_z max_x P_z(x): whoever is surer of its token, the base on a tie; the head has no say.
+    """author = argmax_z max_x P_z(x): the author with the highest token probability. It ignores the head.
 
-    The largest softmax probability as confidence: arXiv 1610.02136.
+    A tie goes to the lowest author number. Confidence as the largest softmax probability is from arXiv 1610.02136.
     """
 
     def author(self, step: StepView) -> int:

@@ -1,4 +1,4 @@
-"""Drawing a token from logits: penalties, temperature, min-p, top-k, top-p, inverting the cumulative distribution."""
+"""Sampling from logits: penalties, temperature, min-p, top-k, top-p and inverse transform sampling."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def penalised(logits: Tensor, counts: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
-    """Logits of tokens that stand in a text, made less likely; all arguments have the same shape, (N,).
+    """Apply penalties to the logits of tokens that occur in the prompt or the output. All arguments have shape (N,).
 
-    With c the times a token was generated (0: it stands in the prompt alone), and x > 0 divided or x < 0 multiplied by
-    `repetition`: x - presence * [c > 0] - frequency * c. As in vLLM; the repetition penalty is arXiv 1909.05858's.
+    `repetition` first divides a logit x > 0 and multiplies a logit x < 0 (arXiv 1909.05858). The result is
+    x - presence * [c > 0] - frequency * c, where c counts the token in the output, as in vLLM.
     """
     scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
     return scaled - presence * (counts > 0) - frequency * counts
@@ -21,9 +21,9 @@ def penalised(logits: Tensor, counts: Tensor, repetition: Tensor, presence: Tens
 def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
     """The distribution that `sample` draws from.
 
-    softmax(logits / temperature), then only tokens at least min_p times as probable as the most probable one, then the
-    top_k most probable tokens (ties at the border are kept), then the smallest set of the most probable of those whose
-    share reaches top_p, renormalised. At temperature 0 all mass is on the argmax.
+    Starts from softmax(logits / temperature), keeps tokens at least min_p times as probable as the most probable one,
+    then the top_k most probable (with ties for the last place), then the smallest set of the most probable whose share
+    reaches top_p, and renormalises. At temperature 0 all mass is on the argmax.
 
     Args:
         logits: shape (..., V).
@@ -34,33 +34,33 @@ def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: i
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    highest = logits.amax(-1, keepdim=True)  # subtracted, a temperature next to 0 cannot overflow
+    highest = logits.amax(-1, keepdim=True)  # subtracting it prevents overflow at temperatures close to 0
     scaled = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if min_p > 0:
         scaled = scaled.masked_fill(scaled < math.log(min_p), -torch.inf)
     if 0 < top_k < logits.shape[-1]:
-        border = scaled.topk(top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < border, -torch.inf)
+        cutoff = scaled.topk(top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < cutoff, -torch.inf)
     probs = torch.softmax(scaled, dim=-1)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p  # what came before already reaches the share
+        outside = ranked.cumsum(-1) - ranked >= top_p  # the more probable tokens already reach the share
         probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
 
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Invert the cumulative distribution: the first token whose cumulative probability exceeds `uniform`.
+    """Draw by inverse transform sampling: the first token whose cumulative probability exceeds `uniform`.
 
     Args:
         probs: shape (..., V), summing to 1.
-        uniform: draws from [0, 1), shape (...).
+        uniform: random numbers from [0, 1), shape (...).
 
     Returns:
-        Token ids, shape (...), never one of probability 0.
+        Token ids, shape (...). A token of probability 0 is never drawn.
     """
     cumulative = probs.double().cumsum(-1)
     target = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)  # rounding must not run past the support
+    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)  # rounding must not leave the support
     return torch.minimum(drawn, last)

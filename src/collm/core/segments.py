@@ -1,10 +1,10 @@
-"""The law of a segment: an author's probability of a text between two boundaries, from those of its tokens.
+"""Probability of a segment, the text between two boundaries, computed from an author's token probabilities.
 
-For a segment w of tokens t_1..t_n behind a text x, q(w | x) = P(t_1 | START) P(t_2) .. P(t_n) P(START | x w), where
-START are the tokens that begin a segment (`models.alignment`). The segment that ends a text has no last term.
+For a segment w of tokens t_1..t_n after a text x, q(w | x) = P(t_1 | START) P(t_2) .. P(t_n) P(START | x w), where
+START is the set of tokens that begin a segment (`models.alignment`). The last segment of a text has no final factor.
 
-Shapes: N positions, D segments, V vocabulary. Positions are those of the tokens of whole answers, one answer behind the
-other, and of a token behind an answer that was cut off.
+Shapes: N positions, D segments, V vocabulary. Positions are the tokens of whole answers, concatenated, with one more
+token after an answer that was truncated.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 
 
 class SegmentLaw(NamedTuple):
-    """Which tokens of one author begin a segment.
+    """The tokens of one author's vocabulary that begin a segment.
 
     Attributes:
-        opens: by the row of the text before and the token's first byte, bool, shape (R, 256).
-        first_byte: of each token, -1 for one that is no text, int64, shape (V,).
-        ends: tokens that end the text, bool, shape (V,).
+        opens: whether a segment begins, by row (which depends on the text before) and the token's first byte, bool,
+            shape (R, 256).
+        first_byte: first byte of each token, -1 for a token without text, int64, shape (V,).
+        ends: whether a token ends the text, bool, shape (V,).
     """
 
     opens: Tensor
@@ -30,11 +31,11 @@ class SegmentLaw(NamedTuple):
 
     @property
     def written(self) -> Tensor:
-        """Tokens that may stand in an answer, bool, shape (V,)."""
+        """Tokens that may occur in an answer, bool, shape (V,)."""
         return (self.first_byte >= 0) | self.ends
 
     def openings(self, rows: Tensor) -> Tensor:
-        """Tokens that begin a segment, or end the text, at each of these rows (n,): bool, shape (n, V)."""
+        """Tokens that begin a segment or end the text, for rows of shape (n,): bool, shape (n, V)."""
         opening = self.opens[rows][:, self.first_byte.clamp(min=0)]
         return (opening & (self.first_byte >= 0)) | self.ends
 
@@ -43,13 +44,13 @@ class SegmentLaw(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """What an author says at each position, shape (N,) each.
+    """Per-position terms of an author's segment probabilities, shape (N,) each.
 
     Attributes:
-        logprob: of the gold token, nats.
+        logprob: log-probability of the gold token, nats.
         log_start: log P(START), nats; 0 where no segment begins.
-        correct: the gold token is the argmax; where a segment begins, among the tokens that begin one.
-        stops: the argmax is a token that begins a segment; false where none begins.
+        correct: whether the gold token is the argmax; where a segment begins, the argmax among tokens that begin one.
+        stops: whether the argmax begins a segment; false where no segment begins.
     """
 
     logprob: Tensor
@@ -59,13 +60,12 @@ class TokenTerms(NamedTuple):
 
 
 def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> TokenTerms:
-    """The terms at positions with these logits.
+    """Compute the terms at N positions.
 
     Args:
         logits: fp32, shape (N, V).
-        gold: the token that follows, shape (N,).
-        rows: of the opening table where a segment begins, else -1, shape (N,).
-        law: of the author.
+        gold: the gold token, shape (N,).
+        rows: row of `SegmentLaw.opens` where a segment begins, else -1, shape (N,).
     """
     logits = logits.masked_fill(~law.written, -torch.inf)
     norm = logits.logsumexp(-1)
@@ -83,13 +83,13 @@ def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> 
 
 
 class Spans(NamedTuple):
-    """How positions make segments.
+    """Assignment of positions to segments.
 
     Attributes:
-        opens: a segment begins, bool, shape (N,).
-        decided: it is one of those that are scored, bool, shape (N,); not the one that was cut off.
-        scored: the gold token belongs to one of them, bool, shape (N,).
-        ends: the gold token ends the text, bool, shape (N,).
+        opens: whether a segment begins, bool, shape (N,).
+        decided: whether a scored segment begins, bool, shape (N,); a truncated segment is not scored.
+        scored: whether the gold token belongs to a scored segment, bool, shape (N,).
+        ends: whether the gold token ends the text, bool, shape (N,).
     """
 
     opens: Tensor
@@ -99,13 +99,13 @@ class Spans(NamedTuple):
 
     @classmethod
     def of(cls, gold: Tensor, rows: Tensor, is_target: Tensor, law: SegmentLaw) -> Spans:
-        """Of positions with these gold tokens, rows and target marks, shape (N,) each."""
+        """Build from gold tokens, rows and the target mask, shape (N,) each."""
         opens = rows >= 0
         return cls(opens, opens & is_target, is_target, law.ends[gold])
 
 
 def segment_logprobs(terms: TokenTerms, spans: Spans) -> Tensor:
-    """log q of every segment, in order, nats, shape (D,)."""
+    """log q(w | x) of every segment, in order, nats, shape (D,)."""
     number = spans.decided.cumsum(0) - 1
     total = terms.logprob.new_zeros(int(spans.decided.sum()))
     total = total.index_add(0, number[spans.scored], terms.logprob[spans.scored])
@@ -113,20 +113,20 @@ def segment_logprobs(terms: TokenTerms, spans: Spans) -> Tensor:
 
 
 def stop_logprobs(terms: TokenTerms, spans: Spans) -> Tensor:
-    """log P(START) behind every segment, so how likely its author stops there; 0 at the end of a text; shape (D,)."""
-    return _behind(terms.log_start, spans, 0.0)
+    """log P(START) after every segment: the probability that its author stops there. 0 at the end; shape (D,)."""
+    return _at_next_start(terms.log_start, spans, 0.0)
 
 
 def segments_correct(terms: TokenTerms, spans: Spans) -> Tensor:
-    """Whether greedy decoding writes each segment, and no more, bool, shape (D,)."""
+    """Whether greedy decoding writes exactly each segment, bool, shape (D,)."""
     number = spans.decided.cumsum(0) - 1
     wrong = torch.zeros(int(spans.decided.sum()), device=number.device)
     wrong = wrong.index_add(0, number[spans.scored], (~terms.correct[spans.scored]).float())
-    return (wrong == 0) & _behind(terms.stops, spans, True)
+    return (wrong == 0) & _at_next_start(terms.stops, spans, True)
 
 
-def _behind(values: Tensor, spans: Spans, at_end: float | bool) -> Tensor:
-    """Of each segment the value where the next begins; `at_end` for those that end the text."""
-    nothing = values.new_full((1,), at_end)
-    following = torch.cat([values[spans.opens][1:], nothing])
-    return torch.where(spans.ends[spans.opens], nothing, following)[spans.decided[spans.opens]]
+def _at_next_start(values: Tensor, spans: Spans, at_end: float | bool) -> Tensor:
+    """For each segment, the value where the next one begins, or `at_end` for a segment that ends the text."""
+    default = values.new_full((1,), at_end)
+    following = torch.cat([values[spans.opens][1:], default])
+    return torch.where(spans.ends[spans.opens], default, following)[spans.decided[spans.opens]]

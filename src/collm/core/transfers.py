@@ -1,4 +1,4 @@
-"""Numbers from the host to a device."""
+"""Copying numbers from the host to a device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from torch import Tensor
 
 
 def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of (nested) lists of numbers on the device, without waiting for what the device is doing."""
+    """Copy (nested) lists of numbers to the device as a tensor, without waiting for the device's pending work."""
     cuda = device.type == "cuda"
     return torch.tensor(values, dtype=dtype, pin_memory=cuda).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The words of the project as types: one step, one completion, what an author did."""
+"""Result types shared by all packages: generated tokens, completions and per-author usage."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Literal
 from collm.errors import ConfigError
 
 BASE = 0
-"""Author number of the base; assistants are 1..K."""
+"""Author number of the base model; assistants are 1..K."""
 
 TopLogprobs = tuple[tuple[int, float], ...]
-"""Token ids with their log-probabilities in nats, the most probable first."""
+"""Pairs of token id and log-probability in nats, most probable first."""
 
 FinishReason = Literal["eos", "stop", "length"]
 
 
 def check_threshold(threshold: float) -> float:
-    """Return `threshold` if it is one: in [-1, 1]; 1 is the base alone, below 0 the assistants alone.
+    """Return `threshold` as a float if it is in [-1, 1]. At 1 only the base writes, below 0 only the assistants.
 
     Raises:
-        ConfigError: it is not a number in that range.
+        ConfigError: `threshold` is outside that range or NaN.
     """
     if not -1 <= threshold <= 1:  # also false for NaN
         raise ConfigError(
@@ -37,12 +37,12 @@ class TokenStep:
 
     Attributes:
         token_id: the token.
-        text: the text that became certain with it; empty while a character or a stop string is incomplete.
+        text: the text that this token completes; empty while a character or a possible stop string is incomplete.
         author: 0 for the base, 1..K for the assistants.
-        defer_prob: 1 - P(author = base) where the token was decided.
-        logprob: log-probability in nats of the token under its author, before temperature and truncation.
-        top_logprobs: the author's most probable tokens there, likewise; as many as were asked for.
-        stood_in: the base wrote it because the server of an assistant could not be asked.
+        defer_prob: 1 - P(author = base) at this position.
+        logprob: log-probability of the token under its author, in nats, before temperature and truncation.
+        top_logprobs: the author's most probable tokens at this position, as many as the request asked for.
+        stood_in: whether the base wrote the token because an assistant's server was unavailable.
     """
 
     token_id: int
@@ -56,13 +56,13 @@ class TokenStep:
 
 @dataclass(frozen=True)
 class PromptLogprob:
-    """A token of the prompt.
+    """Log-probability of one prompt token.
 
     Attributes:
         token_id: the token.
         logprob: its log-probability in nats, given the tokens before it.
-        rank: how many tokens are at least as probable, itself among them.
-        top: the most probable tokens there, with theirs.
+        rank: 1-based rank by probability: the number of tokens that are at least as probable.
+        top: the most probable tokens at this position.
     """
 
     token_id: int
@@ -73,11 +73,11 @@ class PromptLogprob:
 
 @dataclass
 class Completion:
-    """Everything generated for one prompt; the lists have one entry per token, as in `TokenStep`.
+    """Everything generated for one prompt. Lists have one entry per token, with the meaning it has in `TokenStep`.
 
     Attributes:
-        stood_in: places of the tokens that the base wrote in the stead of an assistant that could not be asked.
-        prompt_logprobs: of the prompt's tokens, None for the first; empty where they were not asked for.
+        stood_in: indices of the tokens that the base wrote because an assistant's server was unavailable.
+        prompt_logprobs: one entry per prompt token, None for the first; empty unless the request asked for them.
     """
 
     token_ids: list[int]
@@ -93,7 +93,7 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """What follows the prompt."""
+        """The generated text, without the prompt."""
         return "".join(self.token_texts)
 
     @property
@@ -109,15 +109,16 @@ def deferral_rate(authors: Sequence[int]) -> float:
 
 @dataclass
 class ModelUsage:
-    """What one author did.
+    """Work done by one author.
 
     Attributes:
-        forward_passes: of a model; a program has none.
-        tokens_read: by those.
-        tokens_written: tokens of the text that are its.
-        calls: tokens that a program was asked for; requests to a server.
-        abstained: of those, where it had nothing to say.
-        failed: of those, where it raised, hung or returned no text; tokens that a server could not be asked for.
+        forward_passes: forward passes of a model; 0 for a tool.
+        tokens_read: tokens processed in these forward passes.
+        tokens_written: generated tokens that are credited to this author.
+        calls: calls of a tool (one per token asked for), or requests to a server.
+        abstained: calls in which the tool abstained.
+        failed: calls in which the tool raised, hung or returned something other than text; for a server, tokens for
+            which it was unavailable.
     """
 
     forward_passes: int = 0
@@ -128,5 +129,5 @@ class ModelUsage:
     failed: int = 0
 
     def __sub__(self, earlier: ModelUsage) -> ModelUsage:
-        """What was done since `earlier`."""
+        """The work done since `earlier`."""
         return ModelUsage(*(getattr(self, one.name) - getattr(earlier, one.name) for one in fields(self)))

@@ -1,4 +1,4 @@
-"""What each author would have written at every token of an answer."""
+"""Each author's most probable tokens at every position of an answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from collm.models.token_text import TokenText
 from collm.models.tools import ToolRunner
 
 Candidates = Sequence[tuple[str, float]]
-"""Tokens by their text, with the probability an author gave them, the most probable first."""
+"""Token texts with an author's probabilities, most probable first."""
 
 Likely = list[tuple[int, float]]
-"""Token ids with their probabilities."""
+"""Token ids with probabilities, most probable first."""
 
 
 @torch.inference_mode()
@@ -29,22 +29,21 @@ def top_candidates(
     token_ids: Sequence[int],
     most: int = 5,
 ) -> list[list[Candidates]]:
-    """For each token of an answer, and each author in their order, its most probable tokens there.
+    """For each token of an answer, list each author's most probable tokens, in author order.
 
-    Every author reads prompt and answer at once. A program that has nothing to say at a place has no candidates there,
-    and elsewhere the one token that it knows.
+    Every author reads prompt and answer in one pass. A tool has one candidate, or none where it abstains.
 
     Args:
-        runners: of the authors, the base first.
-        tokenizer: of all of them.
-        most: candidates of an author.
+        runners: runners of the authors, the base first.
+        tokenizer: the tokenizer of all authors.
+        most: number of candidates per author.
 
     Raises:
-        RequestError: prompt and answer outgrow a model's context.
+        RequestError: prompt and answer exceed a model's context.
     """
     if not token_ids:
         return []
-    by_author = [_likely(runner, prompt_ids, token_ids, most) for runner in runners]
+    by_author = [_top_tokens(runner, prompt_ids, token_ids, most) for runner in runners]
     return spelled(tokenizer, prompt_ids, token_ids, by_author)
 
 
@@ -54,15 +53,15 @@ def spelled(
     token_ids: Sequence[int],
     by_author: Sequence[Sequence[Likely]],
 ) -> list[list[Candidates]]:
-    """Candidates as texts: for each token of an answer, those of each author.
+    """Convert candidates from token ids to texts: for each token of an answer, those of each author.
 
     Args:
-        by_author: for each author, what it holds likely at each token.
+        by_author: for each author, its candidates at each token.
     """
     read = TokenText(tokenizer, prompt_ids)
     texts: list[list[Candidates]] = []
     for token_id, *likely in zip(token_ids, *by_author, strict=True):
-        texts.append([[(read.spelling(one), prob) for one, prob in of_author] for of_author in likely])
+        texts.append([[(read.spelling(one), prob) for one, prob in author_candidates] for author_candidates in likely])
         read.push(token_id)
     return texts
 
@@ -75,22 +74,22 @@ def aligned_candidates(
     token_ids: Sequence[int],
     most: int = 5,
 ) -> list[list[Candidates]]:
-    """As `top_candidates`, of authors that do not share a tokenizer.
+    """Like `top_candidates`, for authors with different tokenizers. Assistants have candidates at boundaries only.
 
     Args:
-        prompts: of each author, in its tokens.
-        token_ids: of the answer, the base's.
+        prompts: the prompt in each author's tokens.
+        token_ids: the answer in the base's tokens.
 
     Raises:
-        RequestError: prompt and answer outgrow a model's context, or the answer is not in whole characters.
+        RequestError: prompt and answer exceed a model's context, or the answer ends within a character.
     """
     base = alignment.tokenizers[0]
-    of_base = top_candidates(runners[:1], base.tokenizer, prompts[0], token_ids, most)
+    base_candidates = top_candidates(runners[:1], base.tokenizer, prompts[0], token_ids, most)
     spelled = [base.token_bytes[token_id] or b"" for token_id in token_ids]
     answer = b"".join(spelled)
     starts = {at: place for place, at in reversed(list(enumerate(accumulate(map(len, spelled), initial=0))))}
     boundaries = [at for at in alignment.boundaries(answer) if starts[at] < len(token_ids)]
-    texts = [[likely, *([] for _ in runners[1:])] for (likely,) in of_base]
+    texts = [[likely, *([] for _ in runners[1:])] for (likely,) in base_candidates]
     for author, runner in enumerate(runners[1:], start=1):
         found = _opening_candidates(runner, alignment, author, prompts[author], answer, boundaries, most)
         for at, likely in zip(boundaries, found, strict=True):
@@ -107,41 +106,41 @@ def _opening_candidates(
     boundaries: Sequence[int],
     most: int,
 ) -> list[Candidates]:
-    """What an author would begin each of these segments with."""
+    """An author's most probable first tokens of the segments that begin at these boundaries."""
     tokenizer = alignment.tokenizers[author]
     try:
         encoded = tokenizer.encode_after(prompt, answer.decode())
     except UnicodeDecodeError:
         encoded = None
     if encoded is None:
-        raise RequestError(f"the answer is no text that {tokenizer.name} can read; give all of it")
+        raise RequestError(f"the tokenizer of {tokenizer.name} cannot encode the answer; pass the complete answer")
     slot = runner.open()
     try:
-        reading = runner.extend({slot: [*prompt, *encoded.ids]}, keep={slot: len(encoded.ids) + 1})
+        output = runner.extend({slot: [*prompt, *encoded.ids]}, keep={slot: len(encoded.ids) + 1})
     finally:
         runner.close(slot)
     rows = [0 if at == 0 else encoded.ends.index(at) + 1 for at in boundaries]
     found = list[Candidates]()
     for at, row in zip(boundaries, rows, strict=True):
-        logits = reading.logits[row].float()
+        logits = output.logits[row].float()
         mask = alignment.opening_mask(author, alignment.row(answer[:at]), logits.device)
         probs, ids = logits.masked_fill(~mask, -torch.inf).softmax(-1).topk(min(most, len(logits)))
         likely = [(tokenizer.shown(one), prob) for one, prob in zip(ids.tolist(), probs.tolist(), strict=True) if prob]
-        abstained = bool(reading.abstained) and reading.abstained[row]
-        found.append([] if abstained else likely[:1] if reading.abstained else likely)
+        abstained = bool(output.abstained) and output.abstained[row]
+        found.append([] if abstained else likely[:1] if output.abstained else likely)
     return found
 
 
-def _likely(
+def _top_tokens(
     runner: ModelRunner | ToolRunner, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
 ) -> list[Likely]:
     slot = runner.open()
     try:
-        reading = runner.extend({slot: [*prompt_ids, *token_ids[:-1]]}, keep={slot: len(token_ids)})
+        output = runner.extend({slot: [*prompt_ids, *token_ids[:-1]]}, keep={slot: len(token_ids)})
     finally:
         runner.close(slot)
-    probs, ids = reading.logits.float().softmax(-1).topk(min(most, reading.logits.shape[-1]))
+    probs, ids = output.logits.float().softmax(-1).topk(min(most, output.logits.shape[-1]))
     found = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), probs.tolist(), strict=True)]
     if isinstance(runner, ToolRunner):
-        return [[] if abstained else likely[:1] for likely, abstained in zip(found, reading.abstained, strict=True)]
+        return [[] if abstained else likely[:1] for likely, abstained in zip(found, output.abstained, strict=True)]
     return found

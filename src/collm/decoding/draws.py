@@ -1,4 +1,4 @@
-"""From logits to the tokens that authors write, with as few transfers to the host as possible."""
+"""Drawing tokens from logits with a single transfer to the host."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from collm.core.types import TopLogprobs
 
 
 class Logits(NamedTuple):
-    """An author's next-token logits at one position, shape (V,) each; the same tensor where nothing processes them.
+    """An author's next-token logits at one position, shape (V,) each. Both are one tensor if nothing is processed.
 
     Attributes:
-        raw: as the author gave them; log-probabilities are reported of these.
-        processed: after what the request does to them; tokens are drawn from these.
+        raw: the author's logits, from which log-probabilities are reported.
+        processed: logits after the request's logits processors, from which tokens are drawn.
     """
 
     raw: Tensor
@@ -30,9 +30,11 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """What an author writes at one position, and its log-probability in nats, of its raw logits.
+    """The token that an author writes at one position.
 
-    `top` are the author's most probable tokens there, where the request asks for them.
+    Attributes:
+        logprob: its log-probability in nats under the author's raw logits.
+        top: the author's most probable tokens, as many as the request asks for.
     """
 
     token_id: int
@@ -40,13 +42,13 @@ class Draw:
     top: TopLogprobs = ()
 
     @property
-    def broken(self) -> bool:
-        """The logits held NaN, or nothing finite."""
+    def invalid(self) -> bool:
+        """Whether the logits held NaN or no finite number."""
         return math.isnan(self.logprob)
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn: the request's parameters, and a draw from [0, 1) that belongs to its position."""
+    """Sampling settings of one position: the request's parameters and the position's random number from [0, 1)."""
 
     params: SamplingParams
     uniform: float = 0.0
@@ -55,18 +57,16 @@ class Sampling(NamedTuple):
 def draw_tokens(
     logits: Tensor, samplings: Sequence[Sampling], *others: Tensor, raw: Tensor | None = None
 ) -> tuple[list[Draw], list[list[float]]]:
-    """A token from each row of logits, and further numbers for it, all fetched together: one wait for the device.
-
-    Sampled tokens invert the cumulative distribution at the row's uniform draw.
+    """Draw a token from each row of logits, and transfer tokens and other numbers to the host together.
 
     Args:
         logits: shape (R, V), fp32.
-        samplings: of each row.
-        *others: shape (R, n) each.
-        raw: what log-probabilities are taken of, shape (R, V); None for the logits themselves.
+        samplings: sampling settings of each row.
+        *others: numbers to transfer along, shape (R, n) each.
+        raw: logits from which log-probabilities are computed, shape (R, V); defaults to `logits`.
 
     Returns:
-        R draws, and for each the numbers of `others` in one list.
+        R draws, and the numbers of `others` as one list per row.
     """
     raw = logits if raw is None else raw
     token_ids = logits.argmax(-1)
@@ -89,14 +89,13 @@ def draw_tokens(
     for row, (token_id, logprob, *rest) in enumerate(numbers):
         wanted = samplings[row].params.logprobs or 0
         pairs = zip(rest[width : width + wanted], rest[width + most :], strict=False)
-        draws.append(
-            Draw(int(token_id), logprob, tuple((int(one), value) for one, value in pairs if value > -math.inf))
-        )
+        top = tuple((int(top_id), value) for top_id, value in pairs if value > -math.inf)
+        draws.append(Draw(int(token_id), logprob, top))
     return draws, [row[2 : 2 + width] for row in numbers]
 
 
 def _sampled(samplings: Sequence[Sampling]) -> dict[tuple[float, float, int, float], list[int]]:
-    """The rows whose token is not the argmax, by what `token_probs` wants to know."""
+    """Group the rows that are not greedy by the sampling arguments of `token_probs`."""
     rows: dict[tuple[float, float, int, float], list[int]] = {}
     for row, (params, _) in enumerate(samplings):
         if params.temperature:

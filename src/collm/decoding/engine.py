@@ -1,4 +1,4 @@
-"""The one decoding loop: any number of sequences and assistants, joining and leaving between steps."""
+"""The decoding loop. Sequences join and leave the batch between steps."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ from collm.core.combinations import CombiningPolicy
 from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.types import BASE, Completion, TokenStep
-from collm.decoding.author_outputs import AuthorOutputs, chosen, combined
+from collm.decoding.author_outputs import AuthorOutputs, draw_from_chosen_author, draw_from_combination
 from collm.decoding.draws import Draw, draw_tokens
 from collm.decoding.logits_processors import Edits
 from collm.decoding.reader import AuthorOutput, Reader, ReadSpan
 from collm.decoding.request import Request, check_cache, check_params, check_prompt
 from collm.decoding.segments import SegmentSequence
 from collm.decoding.sequence import Decision, Sequence
-from collm.decoding.speculation import AcceptanceRates, ahead_length, guess_depth, lookup_length, run_length, wait_steps
+from collm.decoding.speculation import (
+    AcceptanceRates,
+    assistant_draft_length,
+    guess_depth,
+    lookup_length,
+    run_length,
+    wait_steps,
+)
 from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
 from collm.models.alignment import Alignment
 from collm.models.grammars import Grammars
@@ -37,23 +44,24 @@ from collm.models.runner import Assistant, ModelRunner
 _LOG = logging.getLogger(__name__)
 
 LOOKAHEAD = 16
-"""Default for the most tentative tokens of a sequence."""
+"""Default limit of draft tokens per sequence."""
 MAX_WAIT = 16
-"""Default for the most steps that a sequence waits for company."""
-_ROOM = 2 * PAGE
-"""Positions that a sequence is given beyond its text and draft before another may take them."""
-_PLAN_LASTS = 8
-"""Steps after which the waiting is planned anew."""
+"""Default limit of steps that a sequence waits so that an assistant call serves several sequences."""
+_HEADROOM = 2 * PAGE
+"""Cache positions reserved for each sequence beyond its text and draft."""
+_REPLAN_STEPS = 8
+"""Steps after which the number of steps to wait is planned again."""
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What became certain of the sequence that `Engine.add` numbered `number`.
+    """A final token of a request, or its failure.
 
     Attributes:
-        step: a token; None if the sequence failed.
-        completion: everything that was generated, with the last token.
-        failure: why the sequence ended early; its neighbours go on.
+        number: the request's number, as returned by `Engine.add`.
+        step: the token; None if the request failed.
+        completion: everything that was generated; set with the last token only.
+        failure: why the request failed. Other requests are unaffected.
     """
 
     number: int
@@ -63,13 +71,13 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What an author said, on the host.
+class HostOutput:
+    """An author's output, transferred to the host.
 
     Attributes:
         rows: sequence -> its rows; sequences that failed are missing.
-        draws: for each row the token it writes.
-        numbers: for each row what else was asked for.
+        draws: the drawn token of each row.
+        numbers: the other numbers requested for each row.
         abstained: rows at which the author abstains.
     """
 
@@ -80,7 +88,7 @@ class Said:
 
 
 class DecodingLoop(Protocol):
-    """Decodes requests that come and go, on models in memory or across servers; from one thread."""
+    """Interface of decoding loops, for models in memory or on servers. Not thread-safe."""
 
     @property
     def has_work(self) -> bool: ...
@@ -95,26 +103,26 @@ class DecodingLoop(Protocol):
 
 
 class Engine:
-    """Decodes requests together.
+    """Decodes requests in a continuous batch.
 
-    A step lets the base read whatever it can of every sequence, decides who writes there, and asks the assistants for
-    sequences that cannot go on without them. Which tentative tokens are read, and which sequences wait for each other,
-    follows from measured times and never changes a token.
+    A step runs the base on the unread tokens of every sequence, chooses an author for each new position, and runs the
+    assistants for sequences that are blocked without them. Draft lengths and waiting times follow from measured pass
+    times and never change a token.
 
     Args:
         base: runner of the base.
-        assistants: authors 1..K.
+        assistants: runners of authors 1..K.
         head: the deferral head, K outputs.
-        tokenizer: of all models.
+        tokenizer: the tokenizer of all models.
         eos_ids: tokens that end a sequence.
-        grammars: compiles what texts must be.
-        alignment: of the authors, if they do not share a tokenizer; then `tokenizer` and `eos_ids` are the base's.
-        max_batch: most sequences decoded at once; further ones wait.
-        lookahead: most tentative tokens of a sequence; 0 reads nothing ahead.
-        max_wait: most steps a sequence waits for others that need the same assistant; 0 never waits.
+        grammars: compiles structured output constraints.
+        alignment: alignment of authors with different tokenizers; `tokenizer` and `eos_ids` are then the base's.
+        max_batch: largest number of sequences decoded at once; further requests wait.
+        lookahead: largest number of draft tokens per sequence; 0 disables drafts.
+        max_wait: largest number of steps a sequence waits for others that need the same assistant; 0 disables waiting.
 
     Raises:
-        ConfigError: a limit out of range.
+        ConfigError: a limit is out of range.
     """
 
     def __init__(
@@ -155,21 +163,21 @@ class Engine:
         self._outputs: list[RequestOutput] = []
         self._acceptance = AcceptanceRates()
         self._steps = 0
-        self._waits: dict[int, int] = {}  # assistant -> steps to wait for company
-        self._replan = 0
-        self._host_seconds = 0.0  # of a step, beside reading
+        self._planned_waits: dict[int, int] = {}  # assistant -> steps to wait before a call
+        self._next_plan_step = 0
+        self._host_seconds = 0.0  # moving average of a step's time outside forward passes
 
     @property
     def has_work(self) -> bool:
         return bool(self._active or self._waiting)
 
     def add(self, request: Request) -> int:
-        """Queue a request; its number tells its steps from others'.
+        """Queue a request and return its number.
 
         Raises:
             RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context or cache;
-                or the parameters name unknown tokens or a grammar that cannot be followed.
-            ConfigError: the policy asks for an author that does not exist.
+                or the parameters name unknown tokens or an unusable grammar.
+            ConfigError: the policy consults an author that does not exist.
         """
         for authors, vocab_size, prompt_ids in self._prompts(request):
             check_prompt(authors, vocab_size, prompt_ids)
@@ -181,117 +189,117 @@ class Engine:
             raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         structured = request.params.structured_outputs
         grammar = self.grammars.compile(structured) if structured is not None else None
-        made = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._acceptance.copy(), grammar
+        arguments = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._acceptance.copy(), grammar
         sequence = (
-            Sequence(*made)
+            Sequence(*arguments)
             if self.alignment is None
-            else SegmentSequence(*made, alignment=self.alignment, end_id=self._end_id)
+            else SegmentSequence(*arguments, alignment=self.alignment, end_id=self._end_id)
         )
         self._count += 1
         self._waiting.append(sequence)
         return sequence.number
 
     def _prompts(self, request: Request) -> list[tuple[ListOf[Assistant], int, list[int]]]:
-        """Authors with the size of their vocabulary and their prompt."""
+        """Groups of authors that share a tokenizer, with vocabulary size and prompt."""
         if self.alignment is None:
             return [(self.authors, self._vocab_size, request.prompt_ids)]
         prompts = [request.prompt_ids, *request.assistant_prompts]
-        of_each = zip(self.authors, self.alignment.tokenizers, prompts, strict=True)
-        return [([author], tokenizer.vocab_size, prompt_ids) for author, tokenizer, prompt_ids in of_each]
+        by_author = zip(self.authors, self.alignment.tokenizers, prompts, strict=True)
+        return [([author], tokenizer.vocab_size, prompt_ids) for author, tokenizer, prompt_ids in by_author]
 
     def cancel(self, number: int) -> None:
-        """Drop a request, running or waiting; its slots are free at once."""
+        """Drop a running or waiting request and free its slots."""
         self._waiting = deque(sequence for sequence in self._waiting if sequence.number != number)
         if number in self._active:
-            self._active.pop(number).leave()
+            self._active.pop(number).release()
 
     def close(self) -> None:
         """Drop all requests."""
         self._waiting.clear()
         while self._active:
-            self._active.popitem()[1].leave()
+            self._active.popitem()[1].release()
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Let the base read once, and the assistants that are due; what became certain, in order.
+        """Run the base once and the assistants where needed. Return new outputs in order.
 
-        A sequence whose model or policy breaks down leaves with its failure; the others go on.
+        If a model or policy fails, only the sequences concerned end, each with a failure.
         """
         start, reading = time.perf_counter(), sum(reader.seconds for reader in self._readers)
         self._steps += 1
         self._schedule()
         consultations = self._read_base()
         for author in range(1, len(self.authors)):
-            self._ask(author, consultations)
+            self._run_assistant(author, consultations)
         self._combine(consultations)
         outputs, self._outputs = self._outputs, []
         spent = time.perf_counter() - start - (sum(reader.seconds for reader in self._readers) - reading)
         self._host_seconds += 0.1 * (spent - self._host_seconds)
         return outputs
 
-    # Who takes part
+    # Scheduling
 
     def _schedule(self) -> None:
-        """Take back the youngest sequences that the caches have no room for, and take in those that wait for room."""
-        while len(self._active) > 1 and not self._fit(self._active.values()):
+        """Preempt the youngest sequences while the caches are too small, then admit waiting ones that fit."""
+        while len(self._active) > 1 and not self._have_room(self._active.values()):
             sequence = self._active.popitem()[1]
-            sequence.pause()
+            sequence.preempt()
             self._waiting.appendleft(sequence)
-            _LOG.debug("sequence %d waits for room in the caches", sequence.number)
+            _LOG.debug("sequence %d was preempted because the KV caches are full", sequence.number)
         while self._waiting and len(self._active) < self.max_batch:
-            if self._active and not self._fit([*self._active.values(), self._waiting[0]]):
+            if self._active and not self._have_room([*self._active.values(), self._waiting[0]]):
                 break
             sequence = self._waiting.popleft()
             self._active[sequence.number] = sequence
 
-    def _fit(self, sequences: Iterable[Sequence]) -> bool:
-        """Whether these sequences have room in every cache for what a step may add to them."""
+    def _have_room(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether every cache has room for these sequences and the tokens that a step may add."""
         if self._capacity is None:
             return True
-        ahead = self.lookahead + _ROOM
-        return sum(in_pages(min(s.cache_length + ahead, s.most_tokens)) for s in sequences) <= self._capacity
+        extra = self.lookahead + _HEADROOM
+        return sum(in_pages(min(s.cache_length + extra, s.most_tokens)) for s in sequences) <= self._capacity
 
-    # The base reads, and every position it reads is decided
+    # Run the base and choose an author for every position it reads
 
     def _read_base(self) -> dict[Sequence, AuthorOutputs]:
-        """Extend every sequence that has something unread; those whose policy asks first come back undecided."""
+        """Run the base on unread tokens. Return the outputs of sequences whose policy consults assistants first."""
         reader = self._readers[BASE]
         reading = [s for s in self._active.values() if not reader.has_read(s, s.length)]
         for sequence in reading:
-            self._look_up(sequence)
+            self._draft_lookup(sequence)
         run = self._run_length(reading)
-        heard = self._read(reader, {s: ReadSpan(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading}, run)
-        if heard is None:
+        output = self._read(reader, {s: ReadSpan(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading}, run)
+        if output is None:
             return {}
-        assert heard.hidden is not None
-        u = self.head(heard.hidden)  # (R, K)
+        assert output.hidden is not None
+        u = self.head(output.hidden)  # (R, K)
         by_author = author_logprobs(u)  # (R, K + 1)
-        followed = heard.raw.new_full((len(heard.raw),), -1) if heard.followed is None else heard.followed
-        said = self._fetch(heard, reader, followed.unsqueeze(-1), defer_probs(u).unsqueeze(-1), by_author.exp())
+        followed = output.raw.new_full((len(output.raw),), -1) if output.followed is None else output.followed
+        fetched = self._fetch(output, reader, followed.unsqueeze(-1), defer_probs(u).unsqueeze(-1), by_author.exp())
         consultations = {}
-        for sequence, rows in said.rows.items():
-            if any(math.isnan(said.numbers[row][1]) or said.draws[row].broken for row in rows):
+        for sequence, rows in fetched.rows.items():
+            if any(math.isnan(fetched.numbers[row][1]) or fetched.draws[row].invalid for row in rows):
                 self._fail_with_nan(sequence, BASE)
             elif sequence.consulted:
-                _, defer_prob, *probs = said.numbers[rows[0]]
-                logits = {BASE: heard.at(rows[0])}
+                _, defer_prob, *probs = fetched.numbers[rows[0]]
+                logits = {BASE: output.at(rows[0])}
                 consultations[sequence] = AuthorOutputs(defer_prob, probs, by_author[rows[0]], logits)
             else:
-                with self._alone(sequence):
-                    self._decide(sequence, [said.numbers[row] for row in rows], [said.draws[row] for row in rows])
+                with self._isolate_failures(sequence):
+                    self._decide(sequence, [fetched.numbers[row] for row in rows], [fetched.draws[row] for row in rows])
                     self._settle(sequence)
-                    self._go_on(sequence)
+                    self._draft_guess(sequence)
         return consultations
 
     def _decide(self, sequence: Sequence, numbers: ListOf[list[float]], draws: ListOf[Draw]) -> None:
-        """Decide the positions after the last decision, where the base has been heard.
+        """Choose authors for the positions that the base has just read.
 
         Args:
-            numbers: for each the token that was read on with, or -1; the defer prob; P(author).
-            draws: what the base writes there.
+            numbers: for each position, the token fed next in a run or -1, the defer prob, and P(author).
+            draws: the base's token at each position.
         """
         for (followed, defer_prob, *probs), guess in zip(numbers, draws, strict=True):
-            author = sequence.author_at(guess, defer_prob, probs)
+            author = sequence.next_author(guess, defer_prob, probs)
             if author is None:
                 return
             sequence.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
@@ -302,8 +310,8 @@ class Engine:
         runner, slot = self._base, sequence.slots[BASE]
         runner.confirm(slot, sequence.text[runner.length(slot) :])
 
-    def _look_up(self, sequence: Sequence) -> None:
-        """Draft what prompt lookup says, if enough of it is likely to hold."""
+    def _draft_lookup(self, sequence: Sequence) -> None:
+        """Draft tokens by prompt lookup, if they are likely enough to be accepted."""
         if not self.lookahead or sequence.consulted or sequence.draft or sequence.decisions:
             return
         draft = sequence.lookup.draft(min(self.lookahead, sequence.draft_limit))
@@ -316,8 +324,8 @@ class Engine:
                 break
             sequence.draft.append(token_id)
 
-    def _go_on(self, sequence: Sequence) -> None:
-        """Let the base read on after a position that waits for an assistant, as if its own guess were right."""
+    def _draft_guess(self, sequence: Sequence) -> None:
+        """Draft the base's own guess at a position that waits for an assistant, so that the base can continue."""
         if sequence.waits_for is None or len(sequence.draft) >= len(sequence.decisions):
             return
         last = sequence.decisions[-1]
@@ -331,144 +339,145 @@ class Engine:
             return
         sequence.draft.append(likely.token_id)
 
-    # Assistants are asked
+    # Run the assistants
 
-    def _ask(self, author: int, consultations: Mapping[Sequence, AuthorOutputs]) -> None:
-        """Let an assistant read the sequences that wait for it, if the call is worth it now, and those that consult."""
+    def _run_assistant(self, author: int, consultations: Mapping[Sequence, AuthorOutputs]) -> None:
+        """Run an assistant on sequences that wait for it, if a call pays now, and on those that consult it."""
         reader = self._readers[author]
-        self._pass_over(author)
+        self._skip_unreadable(author)
         due = [s for s in self._active.values() if s.waits_for == author and self._readers[BASE].has_read(s, s.length)]
-        if not self._worth_calling(author, due):
+        if not self._should_call(author, due):
             for sequence in due:
                 sequence.waited += 1
             due = []
-        asked = {sequence: _asked_of(author, sequence) for sequence in due}
+        asked = {sequence: _decisions_for(author, sequence) for sequence in due}
         wanted = {s: ReadSpan(s.length_of(author, at[-1]), at[-1] - at[0] + 1) for s, at in asked.items()}
         wanted |= {s: ReadSpan(s.length) for s in consultations if author in s.consulted}
-        heard = self._read(reader, wanted)
-        if heard is None:
+        output = self._read(reader, wanted)
+        if output is None:
             return
-        said = self._fetch(heard, reader)
-        for sequence, rows in said.rows.items():
-            if any(said.draws[row].broken for row in rows):
+        fetched = self._fetch(output, reader)
+        for sequence, rows in fetched.rows.items():
+            if any(fetched.draws[row].invalid for row in rows):
                 self._fail_with_nan(sequence, author)
             elif sequence in consultations:
-                consultations[sequence].hear(author, None if rows[0] in said.abstained else heard.at(rows[0]))
+                consultations[sequence].add(author, None if rows[0] in fetched.abstained else output.at(rows[0]))
             else:
-                with self._alone(sequence):
+                with self._isolate_failures(sequence):
                     for i in asked[sequence]:
                         row = rows[i - asked[sequence][0]]
-                        sequence.answer(i, None if row in said.abstained else said.draws[row])
+                        sequence.resolve(i, None if row in fetched.abstained else fetched.draws[row])
                     self._settle(sequence)
-        self._write_ahead(author, [s for s in due if s.number in self._active])
+        self._draft_with_assistant(author, [s for s in due if s.number in self._active])
 
-    def _pass_over(self, author: int) -> None:
-        """Let the base write where this assistant cannot read the text."""
+    def _skip_unreadable(self, author: int) -> None:
+        """Let the base write where this assistant cannot continue the text."""
         for sequence in list(self._active.values()):
             if sequence.waits_for == author and not sequence.can_ask(author):
-                sequence.answer(0, None)
+                sequence.resolve(0, None)
                 self._settle(sequence)
 
-    def _worth_calling(self, author: int, due: ListOf[Sequence]) -> bool:
-        """Whether some sequence has waited long enough for company, or nothing else can be done."""
+    def _should_call(self, author: int, due: ListOf[Sequence]) -> bool:
+        """Whether some sequence has waited long enough, or no sequence can continue without an assistant."""
         if not due:
             return False
         base = self._readers[BASE]
         stalled = all(s.waits_for is not None and base.has_read(s, s.length) for s in self._active.values())
         longest = max(sequence.waited for sequence in due)
-        return stalled or any(s.is_writing for s in due) or longest >= self._wait_steps(author)
+        return stalled or any(s.in_segment for s in due) or longest >= self._wait_steps(author)
 
-    def _write_ahead(self, author: int, sequences: ListOf[Sequence]) -> None:
-        """In a run of deferrals let the assistant write the next tokens too, for the base to check in one pass."""
-        lengths = {s: self._ahead_length(author, s) for s in sequences}
+    def _draft_with_assistant(self, author: int, sequences: ListOf[Sequence]) -> None:
+        """Let the assistant draft the next tokens in a run of deferrals, for the base to check in one pass."""
+        lengths = {s: self._assistant_draft_length(author, s) for s in sequences}
         while wanted := {s: ReadSpan(s.length) for s, length in lengths.items() if len(s.draft) < length}:
-            heard = self._read(self._readers[author], wanted)
-            if heard is None:
+            output = self._read(self._readers[author], wanted)
+            if output is None:
                 return
-            said = self._fetch(heard, self._readers[author])
-            lengths = {s: length for s, length in lengths.items() if s in said.rows}
-            for sequence, (row,) in said.rows.items():
-                position, drawn = len(sequence.steps) + len(sequence.draft), said.draws[row]
-                if drawn.broken:
+            fetched = self._fetch(output, self._readers[author])
+            lengths = {s: length for s, length in lengths.items() if s in fetched.rows}
+            for sequence, (row,) in fetched.rows.items():
+                position, drawn = len(sequence.steps) + len(sequence.draft), fetched.draws[row]
+                if drawn.invalid:
                     self._fail_with_nan(sequence, author)
-                if row not in said.abstained:
-                    sequence.ahead[position] = author, drawn
-                if drawn.broken or row in said.abstained or sequence.ends(drawn.token_id):
+                if row not in fetched.abstained:
+                    sequence.assistant_draft[position] = author, drawn
+                if drawn.invalid or row in fetched.abstained or sequence.ends(drawn.token_id):
                     del lengths[sequence]
                 else:
                     sequence.draft.append(drawn.token_id)
 
-    # Policies that asked everyone decide
+    # Policies that consult assistants
 
     def _combine(self, consultations: Mapping[Sequence, AuthorOutputs]) -> None:
+        """Draw the tokens of sequences whose policy has consulted assistants."""
         by_policy: dict[int, list[Sequence]] = {}
         for sequence in consultations:
             if sequence.number in self._active:
                 by_policy.setdefault(id(sequence.request.policy), []).append(sequence)
         for sequences in by_policy.values():
             policy = sequences[0].request.policy
-            of_each = [consultations[sequence] for sequence in sequences]
-            with self._alone(*sequences):
+            outputs = [consultations[sequence] for sequence in sequences]
+            with self._isolate_failures(*sequences):
                 if isinstance(policy, CombiningPolicy):
-                    written = combined(policy, sequences, of_each)
+                    written = draw_from_combination(policy, sequences, outputs)
                 else:
-                    written = chosen(sequences, of_each)
-                for sequence, said, (author, drawn) in zip(sequences, of_each, written, strict=True):
-                    if drawn.broken:
-                        raise PolicyFailure(f"{policy} made NaN of its authors' logits")
-                    abstained = author in said.abstained
-                    sequence.decisions.append(Decision(author, said.defer_prob, None, drawn, abstained))
+                    written = draw_from_chosen_author(sequences, outputs)
+                for sequence, output, (author, drawn) in zip(sequences, outputs, written, strict=True):
+                    if drawn.invalid:
+                        raise PolicyFailure(f"{policy} returned NaN logits although its authors' logits are finite")
+                    abstained = author in output.abstained
+                    sequence.decisions.append(Decision(author, output.defer_prob, None, drawn, abstained))
                     self._settle(sequence)
 
-    # Sequences come and go
+    # Reading, failures and finished sequences
 
     def _read(self, reader: Reader, wanted: Mapping[Sequence, ReadSpan], run: int = 0) -> AuthorOutput | None:
-        """The answers after what each sequence's request does to their logits."""
-        heard = reader.read(wanted, run) if wanted else None
+        """Run an author and apply each request's logits processors to its output."""
+        output = reader.read(wanted, run) if wanted else None
         while reader.failures:
             self._fail(*reader.failures.popitem())
-        if heard is None:
+        if output is None:
             return None
-        edits, processed = Edits(heard.logits.shape[-1], heard.logits.device), False
-        for sequence, rows in list(heard.rows.items()):
+        edits, processed = Edits(output.logits.shape[-1], output.logits.device), False
+        for sequence, rows in list(output.rows.items()):
             if sequence.edits_logits:
-                with self._alone(sequence):
+                with self._isolate_failures(sequence):
                     sequence.process(edits, reader.author, rows, wanted[sequence].end)
                     processed = True
-        return replace(heard, logits=edits.apply(heard.raw)) if processed else heard
+        return replace(output, logits=edits.apply(output.raw)) if processed else output
 
-    def _fetch(self, heard: AuthorOutput, reader: Reader, *others: Tensor) -> Said:
-        """What the host is to know of the answers, in one wait for the device.
+    def _fetch(self, output: AuthorOutput, reader: Reader, *others: Tensor) -> HostOutput:
+        """Draw tokens and transfer them to the host, waiting for the device once.
 
-        An assistant that may abstain does so where a request's constraints change what it says. A sequence that no
-        token may follow fails.
+        A tool abstains where a request's constraints change its token. A sequence fails if its constraints allow no
+        token.
 
         Args:
-            *others: further numbers for each row, shape (R, n) each.
+            *others: further numbers to transfer for each row, shape (R, n) each.
         """
-        edited = heard.logits is not heard.raw
+        edited = output.logits is not output.raw
         if edited:
-            best, argmax = heard.logits.max(-1)
-            others = torch.stack([best, argmax != heard.raw.argmax(-1)], dim=-1), *others
-        draws, numbers = draw_tokens(heard.logits, heard.samplings, *others, raw=heard.raw)
-        reader.clock()
-        rows = {sequence: rows for sequence, rows in heard.rows.items() if sequence.number in self._active}
+            best, argmax = output.logits.max(-1)
+            others = torch.stack([best, argmax != output.raw.argmax(-1)], dim=-1), *others
+        draws, numbers = draw_tokens(output.logits, output.samplings, *others, raw=output.raw)
+        reader.record_time()
+        rows = {sequence: rows for sequence, rows in output.rows.items() if sequence.number in self._active}
         if not edited:
-            return Said(rows, draws, numbers, heard.abstained)
-        abstained = heard.abstained
+            return HostOutput(rows, draws, numbers, output.abstained)
+        abstained = output.abstained
         if reader.runner.may_abstain:
             abstained |= {row for row, (_, changed, *_) in enumerate(numbers) if changed}
         else:
             for sequence in [one for one in rows if any(numbers[row][0] == -math.inf for row in rows[one])]:
                 if sequence.edits_logits:
                     self._fail(
-                        sequence, RequestError("the request's constraints let no token follow; loosen one of them")
+                        sequence, RequestError("the request's constraints allow no next token; loosen one of them")
                     )
                     del rows[sequence]
-        return Said(rows, draws, [row[2:] for row in numbers], abstained)
+        return HostOutput(rows, draws, [row[2:] for row in numbers], abstained)
 
     def _settle(self, sequence: Sequence) -> None:
-        """Send out what has become certain."""
+        """Emit the tokens that are final, and remove the sequence once it has finished."""
         steps = sequence.settle()
         for step in steps:
             self.authors[step.author].usage.tokens_written += 1
@@ -476,11 +485,11 @@ class Engine:
             self._outputs.append(RequestOutput(sequence.number, step, sequence.completion() if last else None))
         if sequence.finish_reason is not None:
             self._acceptance = sequence.acceptance
-            self._active.pop(sequence.number).leave()
+            self._active.pop(sequence.number).release()
 
     @contextmanager
-    def _alone(self, *sequences: Sequence) -> Iterator[None]:
-        """What goes wrong inside the block ends these sequences and no others."""
+    def _isolate_failures(self, *sequences: Sequence) -> Iterator[None]:
+        """End only these sequences if the block raises."""
         try:
             yield
         except CollmError as error:
@@ -507,28 +516,28 @@ class Engine:
         )
 
     def _fail(self, sequence: Sequence, failure: CollmError, spoiled: int | None = None) -> None:
-        self._active.pop(sequence.number).leave(spoiled)
+        self._active.pop(sequence.number).release(spoiled)
         self._outputs.append(RequestOutput(sequence.number, failure=failure))
 
-    # What pays
+    # Planning
 
     def _wait_steps(self, author: int) -> int:
         active = len(self._active)
         if active == 1 or not self.max_wait:
             return 0
-        if self._steps >= self._replan:
-            self._replan = self._steps + _PLAN_LASTS
-            self._waits.clear()
-        if author not in self._waits:
+        if self._steps >= self._next_plan_step:
+            self._next_plan_step = self._steps + _REPLAN_STEPS
+            self._planned_waits.clear()
+        if author not in self._planned_waits:
             start, run = (
                 sum(getattr(s.acceptance, of) for s in self._active.values()) / active for of in ("start", "run")
             )
             times = self._readers[BASE].times, self._readers[author].times
-            self._waits[author] = wait_steps(start, run, *times, active, self.max_wait)
-        return self._waits[author]
+            self._planned_waits[author] = wait_steps(start, run, *times, active, self.max_wait)
+        return self._planned_waits[author]
 
     def _run_length(self, reading: ListOf[Sequence]) -> int:
-        """Tokens that the base reads on with before the host looks."""
+        """Number of its own tokens that the base reads before the host inspects them."""
         if not reading or not self._base.runs_ahead:
             return 0
         for s in reading:
@@ -545,16 +554,16 @@ class Engine:
         active = len(self._active)
         return guess_depth(sequence.acceptance, base, assistant, active, min(self.lookahead, 8))
 
-    def _ahead_length(self, author: int, sequence: Sequence) -> int:
-        """Writing ahead is for a sequence alone: among others each token ahead would be a pass for few rows."""
+    def _assistant_draft_length(self, author: int, sequence: Sequence) -> int:
+        """Draft tokens to ask of an assistant. Only a single sequence drafts, as passes over few rows do not pay."""
         if len(self._active) > 1 or not self.lookahead:
             return 0
         if sequence.decisions or sequence.draft or sequence.steps[-1].author != author:
             return 0
         times = self._readers[BASE].times, self._readers[author].times
-        return ahead_length(sequence.acceptance, *times, min(self.lookahead, sequence.draft_limit))
+        return assistant_draft_length(sequence.acceptance, *times, min(self.lookahead, sequence.draft_limit))
 
 
-def _asked_of(author: int, sequence: Sequence) -> list[int]:
-    """The decisions that wait for this assistant."""
+def _decisions_for(author: int, sequence: Sequence) -> list[int]:
+    """Indices of the decisions that wait for this assistant."""
     return [i for i, decision in enumerate(sequence.decisions) if decision.author == author and decision.choice is None]

@@ -1,7 +1,7 @@
-"""Penalties, biases and constraints: what a request does to every author's logits before tokens are drawn from them.
+"""Penalties, biases and constraints that a request applies to every author's logits.
 
-A row of logits is changed by the request and the tokens before it, certain or tentative, and by nothing else; so what
-is drafted is processed as it would be if it were certain.
+The edits of a row depend only on the request and the tokens before it. Draft tokens are therefore processed exactly
+like final ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class LogitsProcessors:
-    """Those of one request, and what they remember of its text.
+    """The logits processors of one request, with their state.
 
     Args:
-        params: of the request.
-        prompt_ids: of the request.
-        tokenizer: of the author.
+        params: sampling parameters of the request.
+        prompt_ids: prompt of the request.
+        tokenizer: the author's tokenizer.
         end_ids: tokens that end the text.
-        grammar: what the text must be, at its beginning.
+        grammar: the structured output constraint, in its initial state.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class LogitsProcessors:
         self.params = params
         self._end_ids = sorted(end_ids)
         self._bad_words = _bad_words(params.bad_words, tokenizer)
-        self._counts = _Counts(prompt_ids) if params.penalises else None
+        self._counts = _TokenCounts(prompt_ids) if params.penalises else None
         self._grammar = grammar
 
-    def note(self, edits: Edits, row: int, generated: Sequence[int], *, length: int | None = None) -> None:
-        """Note what happens to the logits in `row`, which follow the tokens generated so far.
+    def add_edits(self, edits: Edits, row: int, generated: Sequence[int], *, length: int | None = None) -> None:
+        """Add the edits of `row`, whose logits follow the tokens generated so far.
 
         Args:
-            length: how many of them count towards `min_tokens`; None for all.
+            length: number of tokens that count towards `min_tokens`; defaults to all.
 
         Raises:
-            RequestError: the grammar has become too complex to follow.
+            RequestError: the grammar has become too complex.
         """
         edits.bias(row, self.params.logit_bias)
         if self._counts is not None:
@@ -69,14 +69,14 @@ class LogitsProcessors:
             edits.constrain(row, self._grammar)
 
     def permitted(self, generated: Sequence[int], draft: Sequence[int]) -> int:
-        """How many tokens of a draft the grammar lets follow."""
+        """Number of leading draft tokens that the grammar allows."""
         if self._grammar is None:
             return len(draft)
         self._grammar.go_to(generated)
         return self._grammar.allows(draft)
 
     def is_complete(self, generated: Sequence[int]) -> bool:
-        """Whether the grammar lets nothing but an end follow."""
+        """Whether the grammar allows nothing but the end of the text."""
         if self._grammar is None:
             return False
         self._grammar.go_to(generated)
@@ -91,32 +91,32 @@ class LogitsProcessors:
 
 
 def _bad_words(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each text at the beginning of a line and, where that is as long, behind a space."""
+    """Tokens of each text without and, if it has as many tokens, with a leading space, as in vLLM."""
     found = []
     for text in texts:
-        first, behind = (tokenize(tokenizer, space + text.lstrip(), special=False) for space in ("", " "))
-        found += [first] if first else []
-        if len(behind) == len(first) and behind[:1] != first[:1]:
-            found.append(behind)
+        bare, spaced = (tokenize(tokenizer, space + text.lstrip(), special=False) for space in ("", " "))
+        found += [bare] if bare else []
+        if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
+            found.append(spaced)
     return found
 
 
-class _Counts:
-    """The distinct tokens of a text, and how often each was generated; the prompt's are there with 0."""
+class _TokenCounts:
+    """The distinct tokens of prompt and output, with their counts in the output."""
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         distinct = list(dict.fromkeys(prompt_ids))
         self._places = {token_id: place for place, token_id in enumerate(distinct)}
         self._token_ids = np.array(distinct, dtype=np.int64)
         self._times = np.zeros(len(distinct), dtype=np.float32)
-        self._counted: list[int] = []
+        self._counted_ids: list[int] = []
         self._in_prompt = len(distinct)
 
     def of(self, generated: Sequence[int]) -> tuple[Array, Array]:
         """Token ids and counts after these tokens."""
-        same = common_prefix(self._counted, generated)
-        while len(self._counted) > same:
-            self._take_back()
+        same = common_prefix(self._counted_ids, generated)
+        while len(self._counted_ids) > same:
+            self._pop()
         for token_id in generated[same:]:
             self._add(token_id)
         distinct = len(self._places)
@@ -124,23 +124,23 @@ class _Counts:
 
     def _add(self, token_id: int) -> None:
         place = self._places.setdefault(token_id, len(self._places))
-        if place == len(self._token_ids):  # by doubling
+        if place == len(self._token_ids):  # double the capacity
             self._token_ids = np.concatenate([self._token_ids, np.zeros(place + 1, dtype=np.int64)])
             self._times = np.concatenate([self._times, np.zeros(place + 1, dtype=np.float32)])
         self._token_ids[place] = token_id
         self._times[place] += 1
-        self._counted.append(token_id)
+        self._counted_ids.append(token_id)
 
-    def _take_back(self) -> None:
-        token_id = self._counted.pop()
+    def _pop(self) -> None:
+        token_id = self._counted_ids.pop()
         place = self._places[token_id]
         self._times[place] -= 1
         if place >= self._in_prompt and self._times[place] == 0:
-            del self._places[token_id]  # the last place: tokens are taken back in the order in which they came
+            del self._places[token_id]  # always the last place, as tokens are removed in reverse order
 
 
 class Edits:
-    """What happens to rows of logits (R, V), gathered row by row and done at once, in vLLM's order."""
+    """Edits of logits (R, V), collected row by row and applied together in vLLM's order."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.device = device
@@ -180,7 +180,7 @@ class Edits:
         self._bits.append(bits)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """The logits after all that was noted; the given ones stay as they are."""
+        """Return a copy of the logits with all edits applied."""
         logits = logits.clone()
         if self._kept:
             rows_kept, masks = zip(*self._kept, strict=True)
@@ -191,9 +191,9 @@ class Edits:
             at = to_device([rows, token_ids], logits.device)
             logits.index_put_(tuple(at), to_device(biases, logits.device, logits.dtype), accumulate=True)
         if self._penalties:
-            of_tokens = torch.from_numpy(np.concatenate(self._penalties, axis=1)).to(logits.device)
-            at = of_tokens[:2].long()
-            counts, *penalties = of_tokens[2:].to(logits.dtype)
+            columns = torch.from_numpy(np.concatenate(self._penalties, axis=1)).to(logits.device)
+            at = columns[:2].long()
+            counts, *penalties = columns[2:].to(logits.dtype)
             logits[tuple(at)] = penalised(logits[tuple(at)], counts, *penalties)
         if self._banned:
             logits[tuple(to_device(self._banned, logits.device).T)] = -torch.inf

@@ -1,32 +1,32 @@
-"""Drafts without a model: what followed the last time the text's latest tokens stood in it."""
+"""Prompt lookup: drafts copied from an earlier occurrence of the text's last tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _NGRAMS = (3, 2)
-"""Lengths of the ending that is looked up, the longer first."""
+"""Lengths of the n-grams that are looked up, in order."""
 
 
 class PromptLookup:
-    """Finds the most recent earlier occurrence of a growing text's ending (prompt lookup decoding, Saxena 2023).
+    """Finds the most recent earlier occurrence of a text's last n-gram (prompt lookup decoding, Saxena 2023).
 
     Args:
-        token_ids: the text; it may grow at its end between calls.
+        token_ids: the text. It may be appended to between calls.
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids = token_ids
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where its last occurrence, the very end aside, ends
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> end of its last occurrence before the end of the text
         self._indexed = 0
 
     def draft(self, length: int) -> list[int]:
-        """At most `length` tokens that may come next; none if the ending is new."""
+        """Draft at most `length` tokens; none if the last n-gram is new."""
         at = self._match()
         return list(self._token_ids[at : at + length]) if at is not None else []
 
     def next_token(self) -> int | None:
-        """The first token of a draft."""
+        """The first draft token, or None."""
         at = self._match()
         return self._token_ids[at] if at is not None else None
 

@@ -1,4 +1,4 @@
-"""One author reading the texts of sequences: their slots, shared prefixes, and what to do when a model breaks down."""
+"""Runs one author on sequences: opens slots, shares prefixes and isolates failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReadSpan:
-    """What an author is to read of a sequence: its text up to `end`, answering after each of the last `keep` tokens."""
+    """The part of a sequence to read: tokens up to `end`, with output for each of the last `keep` tokens."""
 
     end: int
     keep: int = 1
@@ -30,16 +30,16 @@ class ReadSpan:
 
 @dataclass(frozen=True)
 class AuthorOutput:
-    """An author's answers.
+    """An author's output for R positions.
 
     Attributes:
         rows: sequence -> its rows; sequences that failed are missing.
-        raw: logits as the author gave them, shape (R, V), fp32.
-        logits: those after what the requests do to them, shape (R, V), fp32.
-        hidden: shape (R, H); None from an assistant that has none.
+        raw: the author's logits, shape (R, V), fp32.
+        logits: logits after the requests' logits processors, shape (R, V), fp32.
+        hidden: hidden states, shape (R, H); None for an assistant without hidden states.
         abstained: rows at which the author abstains.
-        followed: for each row the token that was read after it in a run, else -1, shape (R,); None without a run.
-        samplings: for each row how its token is drawn.
+        followed: the token that a run read after each row, else -1, shape (R,); None without a run.
+        samplings: sampling settings of each row.
     """
 
     rows: dict[Sequence, range]
@@ -56,13 +56,13 @@ class AuthorOutput:
 
 
 class Reader:
-    """Lets one author read.
+    """Runs one author.
 
     Attributes:
-        times: how long its passes take.
-        run_times: how long each further pass of a run takes.
-        seconds: spent reading, all together.
-        failures: sequences it could not read, and why; the caller takes them out.
+        times: durations of its passes.
+        run_times: durations of each further pass of a run.
+        seconds: total time spent in passes.
+        failures: sequences that failed, with the error; the caller removes them.
     """
 
     def __init__(self, author: int, runner: Assistant) -> None:
@@ -76,42 +76,42 @@ class Reader:
         self._run = 0
 
     def has_read(self, sequence: Sequence, length: int) -> bool:
-        """Whether the author has seen this much of the sequence's text."""
+        """Whether the author has read the first `length` tokens of the sequence."""
         slot = sequence.slots.get(self.author)
         return slot is not None and self.runner.length(slot) >= length
 
     def read(self, wanted: Mapping[Sequence, ReadSpan], run: int = 0) -> AuthorOutput | None:
-        """Read what is unseen of every stretch; None if nothing could be read.
+        """Read the unread tokens of every span. Return None if no span could be read.
 
-        Where several sequences begin alike and none was read yet, one goes first and the others take over what it read.
+        If several new sequences share a prefix, one is read first and the others copy its cache.
 
         Args:
-            run: tokens to read on after each stretch, as of `ModelRunner.extend`; answers follow those too.
+            run: number of further tokens to generate and read greedily, as in `ModelRunner.extend`.
         """
         self._started, self._tokens, self._run = time.perf_counter(), 0, run
         followers = self._followers(wanted)
-        parts = [self._read({s: stretch for s, stretch in wanted.items() if s not in followers})]
+        parts = [self._read({s: span for s, span in wanted.items() if s not in followers})]
         if followers:
             parts.append(self._read({s: wanted[s] for s in followers}))
-        heard = [(sequences, reading) for part in parts for sequences, reading in part]
-        if not heard:
+        outputs = [(sequences, output) for part in parts for sequences, output in part]
+        if not outputs:
             return None
         rows, samplings = dict[Sequence, range](), list[Sampling]()
-        for sequence in (sequence for sequences, _ in heard for sequence in sequences):
-            stretch = wanted[sequence]
-            first = stretch.end - stretch.keep + 1 - len(sequence.request.prompt_ids)
-            rows[sequence] = range(len(samplings), len(samplings) + stretch.keep + run)
-            samplings += [sequence.sampling_of(self.author, first + i) for i in range(stretch.keep + run)]
+        for sequence in (sequence for sequences, _ in outputs for sequence in sequences):
+            span = wanted[sequence]
+            first = span.end - span.keep + 1 - len(sequence.request.prompt_ids)
+            rows[sequence] = range(len(samplings), len(samplings) + span.keep + run)
+            samplings += [sequence.sampling_of(self.author, first + i) for i in range(span.keep + run)]
         names = ("logits", "hidden", "followed")
-        logits, hidden, followed = (_joined([getattr(reading, name) for _, reading in heard]) for name in names)
+        logits, hidden, followed = (_concat([getattr(output, name) for _, output in outputs]) for name in names)
         assert logits is not None
-        abstained = [abstains for _, reading in heard for abstains in reading.abstained]
+        abstained = [abstains for _, output in outputs for abstains in output.abstained]
         raw = logits.float()
         abstaining = frozenset(row for row, abstains in enumerate(abstained) if abstains)
         return AuthorOutput(rows, raw, raw, hidden, abstaining, followed, samplings)
 
-    def clock(self) -> None:
-        """Note how long the last `read` took; to be called when its numbers have arrived on the host."""
+    def record_time(self) -> None:
+        """Record the duration of the last `read`. Call this once its results are on the host."""
         seconds = time.perf_counter() - self._started
         self.seconds += seconds
         if self._run:
@@ -131,29 +131,29 @@ class Reader:
         return followers
 
     def _read(self, wanted: Mapping[Sequence, ReadSpan]) -> list[tuple[ListOf[Sequence], ModelOutput]]:
-        """One extend for all; if the model raises, one for each, so that only those at fault fail."""
+        """Extend all sequences at once. If the model raises, retry them one by one so that only faulty ones fail."""
         if not wanted:
             return []
         unseen, keep = {}, {}
-        for sequence, stretch in wanted.items():
-            text = sequence.text_of(self.author)[: stretch.end]
+        for sequence, span in wanted.items():
+            text = sequence.text_of(self.author)[: span.end]
             if self.author not in sequence.slots:
-                # What it may find already read ends before the first token to answer after.
-                sequence.slots[self.author] = self.runner.open(text[: stretch.end - stretch.keep + 1])
+                # A shared prefix must end before the first token that needs an output.
+                sequence.slots[self.author] = self.runner.open(text[: span.end - span.keep + 1])
             slot = sequence.slots[self.author]
-            unseen[slot], keep[slot] = text[self.runner.length(slot) :], stretch.keep
+            unseen[slot], keep[slot] = text[self.runner.length(slot) :], span.keep
         try:
-            reading = self._extend(unseen, keep)
+            output = self._extend(unseen, keep)
         except Exception as error:
             if len(wanted) > 1:
                 _LOG.warning(
-                    "%s failed on %d sequences (%r); reading them one by one", self.runner.name, len(wanted), error
+                    "%s failed on %d sequences (%r); retrying them one by one", self.runner.name, len(wanted), error
                 )
                 return [part for each in wanted for part in self._read({each: wanted[each]})]
-            self.failures[next(iter(wanted))] = self._failure(error)
+            self.failures[next(iter(wanted))] = self._wrap_failure(error)
             return []
         self._tokens += sum(map(len, unseen.values()))
-        return [(list(wanted), reading)]
+        return [(list(wanted), output)]
 
     def _extend(self, unseen: Mapping[int, ListOf[int]], keep: Mapping[int, int]) -> ModelOutput:
         if not self._run:
@@ -161,7 +161,7 @@ class Reader:
         assert isinstance(self.runner, ModelRunner)
         return self.runner.extend(unseen, keep, run=self._run)
 
-    def _failure(self, error: Exception) -> CollmError:
+    def _wrap_failure(self, error: Exception) -> CollmError:
         if isinstance(error, CollmError):
             return error
         failure = ModelFailure(f"{self.runner.name} raised {type(error).__name__}: {error}")
@@ -169,7 +169,7 @@ class Reader:
         return failure
 
 
-def _joined(tensors: ListOf[Tensor | None]) -> Tensor | None:
+def _concat(tensors: ListOf[Tensor | None]) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
         return None

@@ -1,4 +1,4 @@
-"""A request: a prompt, how its tokens are drawn, and who writes them."""
+"""Requests to the decoding loop, and checks of their prompts and parameters."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Request:
     """One prompt to continue.
 
     Attributes:
-        assistant_prompts: the prompt in the tokens of each assistant; empty where all read the same tokens.
+        assistant_prompts: the prompt in each assistant's tokens; empty if all authors share a tokenizer.
 
     Raises:
-        ConfigError: a seed where nothing is drawn.
+        ConfigError: a seed is set although nothing is random.
     """
 
     prompt_ids: list[int]
@@ -31,20 +31,20 @@ class Request:
     def __post_init__(self) -> None:
         if self.params.seed is not None and self.params.temperature == 0 and not self.policy.draws:
             raise ConfigError(
-                f"seed={self.params.seed} has no effect: at temperature 0 nothing is drawn; "
+                f"seed={self.params.seed} has no effect because nothing is random at temperature 0; "
                 "set a temperature above 0 or leave the seed out"
             )
 
 
 class PromptIds(NamedTuple):
-    """A prompt in the tokens of the base, and in those of each assistant where they have others."""
+    """A prompt in the base's tokens, and in each assistant's if tokenizers differ."""
 
     base: list[int]
     assistants: list[list[int]]
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
-    """Raise a RequestError for token ids in the parameters that are none."""
+    """Raise a RequestError if the parameters hold token ids outside the vocabulary."""
     for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
         outside = sorted(token for token in getattr(params, name) or () if not 0 <= token < vocab_size)
         if outside:
@@ -52,28 +52,26 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
 
 
 def check_names_author(policy: Policy, num_assistants: int) -> None:
-    """Raise a ConfigError for a policy that models with different tokenizers cannot follow."""
+    """Raise a ConfigError if the policy needs a vocabulary that all authors share."""
     if policy.consults(num_assistants):
         raise ConfigError(
-            f"{policy} compares the tokens of several authors, which needs one vocabulary, and these have different "
-            "tokenizers; use the threshold rule, or another policy that names an author"
+            f"{policy} compares tokens of several authors, but these have different tokenizers; "
+            "use the threshold rule or another policy that chooses an author"
         )
 
 
 def check_segment_params(params: SamplingParams) -> None:
-    """Raise a ConfigError for parameters that models with different tokenizers cannot follow."""
+    """Raise a ConfigError if a parameter needs a vocabulary that all authors share."""
     given = [name for name in ("logit_bias", "allowed_token_ids", "structured_outputs") if getattr(params, name)]
     if given:
-        raise ConfigError(
-            f"{given[0]} is about the tokens of one vocabulary, and the models have different tokenizers; leave it out"
-        )
+        raise ConfigError(f"{given[0]} needs one vocabulary, but the models have different tokenizers; leave it out")
 
 
 def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequence[int], room: int = 1) -> None:
-    """Whether all authors can read a prompt and write so many tokens after it.
+    """Check that all authors can read a prompt and write `room` tokens after it.
 
     Raises:
-        RequestError: it is empty, holds unknown token ids or leaves no room in an author's context.
+        RequestError: the prompt is empty, holds unknown token ids or leaves no room in an author's context.
     """
     if not prompt_ids:
         raise RequestError("the prompt is empty; expected at least one token")
@@ -83,16 +81,16 @@ def check_prompt(authors: Sequence[Limited], vocab_size: int, prompt_ids: Sequen
     for author in authors:
         if author.max_length is not None and len(prompt_ids) + room > author.max_length:
             raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but {author.name} reads at most {author.max_length} "
-                "including what it writes; shorten the prompt"
+                f"the prompt has {len(prompt_ids)} tokens, but the context of {author.name} is {author.max_length} "
+                "tokens including its output; shorten the prompt"
             )
 
 
 def check_cache(authors: Sequence[Assistant], prompt_ids: Sequence[int]) -> None:
-    """Raise a RequestError for a prompt that leaves no room in an author's cache, were it alone there."""
+    """Raise a RequestError if a prompt does not fit an author's KV cache even without other requests."""
     for author in authors:
         if author.capacity is not None and len(prompt_ids) >= author.capacity:
             raise RequestError(
-                f"the prompt has {len(prompt_ids):,} tokens, but the key-value cache of {author.name} holds "
-                f"{author.capacity:,} including what is written; shorten the prompt or raise cache_memory"
+                f"the prompt has {len(prompt_ids):,} tokens, but the KV cache of {author.name} holds "
+                f"{author.capacity:,} tokens including the output; shorten the prompt or raise cache_memory"
             )

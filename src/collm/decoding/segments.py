@@ -1,4 +1,4 @@
-"""A request whose authors do not share a tokenizer: a decision is about a segment of the text in place of a token."""
+"""Sequences whose authors have different tokenizers. Decisions are made per segment instead of per token."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from collm.models.runner import common_prefix
 from collm.models.text_tokenizer import GrowingIds
 
 MAX_SEGMENT_TOKENS = 64
-"""An assistant that has not come to a boundary after so many tokens is stopped, and the base goes on from there."""
+"""Longest segment of an assistant. If it reaches no boundary by then, the base continues from there."""
 
 
 class SegmentSequence(Sequence):
-    """A request in progress that models with different tokenizers write.
+    """A request in progress whose authors have different tokenizers.
 
-    What they share is the answer as bytes. The base's tokens are the ones that are sent out; every other author reads
-    the answer in its own. Both are the tokens that its tokenizer cuts the answer into, so that what is written next
-    depends on the text alone: where an author spelled its segment in other tokens, these are read again.
+    Authors share the answer as bytes. The output consists of the base's tokens, and each assistant reads the answer in
+    its own tokens. Every author reads the canonical tokens, those its tokenizer splits the answer into, so that the
+    continuation depends on the text alone. If an author wrote a segment in other tokens, it reads the segment again.
 
-    A decision is due where the base's next token begins a segment (`models.alignment`). The author that it names writes
-    until its own next token begins one too. That token is kept, should the same author be named again.
+    A decision is made where the base's next token begins a segment (`models.alignment`). The chosen author writes until
+    its own next token begins a segment. That token is kept in case the same author is chosen again.
 
     Args:
-        alignment: of all authors.
-        end_id: the base's token for the end that an assistant writes.
+        alignment: alignment of all authors.
+        end_id: the base's token that replaces an assistant's EOS.
 
     Other arguments and attributes are those of `Sequence`.
 
     Raises:
-        ConfigError: the request asks for what needs one vocabulary.
+        ConfigError: the policy or the parameters need a shared vocabulary.
     """
 
     def __init__(self, *args: Any, alignment: Alignment, end_id: int, **options: Any) -> None:
@@ -56,26 +56,26 @@ class SegmentSequence(Sequence):
         self._max_length = min(limits, default=None)
         self._answer = b""  # up to the last boundary
         self._boundaries: list[int] = []
-        self._row = ANYTHING  # at a boundary that of the opening table, else NO_BOUNDARY
-        self._writing: list[Draw] = []  # what an assistant has written of a segment
-        self._kept: tuple[int, Draw] | None = None  # an author, and what it would begin the next segment with
+        self._row = ANYTHING  # row of the opening table at a boundary, else NO_BOUNDARY
+        self._segment: list[Draw] = []  # an assistant's tokens of the current segment
+        self._next_opening: tuple[int, Draw] | None = None  # an author and its first token of the next segment
         self._seed = self._rng.getrandbits(64)
-        self._of_assistants = [
+        self._assistant_processors = [
             LogitsProcessors(self.request.params, prompt, one.tokenizer, one.eos_ids, None)
             for one, prompt in zip(alignment.tokenizers[1:], self._prompts[1:], strict=True)
             if self.processors is not None
         ]
 
-    # What authors read
+    # Text that authors read
 
     @property
     def draft_limit(self) -> int:
-        """Nothing is tentative here."""
+        """Segments are not drafted."""
         return 0
 
     @property
     def cache_length(self) -> int:
-        """Of the longest text that an author holds, and what a segment may add to it."""
+        """Length of the longest text that an author holds, plus a segment."""
         return max(self._length(author) for author in {BASE, *self.slots}) + MAX_SEGMENT_TOKENS
 
     @property
@@ -86,7 +86,7 @@ class SegmentSequence(Sequence):
     def text_of(self, author: int) -> list[int]:
         if author == BASE:
             return self.text
-        return [*self._prompts[author], *self._texts[author].ids, *(draw.token_id for draw in self._writing)]
+        return [*self._prompts[author], *self._texts[author].ids, *(draw.token_id for draw in self._segment)]
 
     def length_of(self, author: int, decision: int) -> int:
         return self._length(author)
@@ -94,13 +94,13 @@ class SegmentSequence(Sequence):
     def _length(self, author: int) -> int:
         if author == BASE:
             return self.length
-        return len(self._prompts[author]) + len(self._texts[author].ids) + len(self._writing)
+        return len(self._prompts[author]) + len(self._texts[author].ids) + len(self._segment)
 
     @property
-    def is_writing(self) -> bool:
-        return bool(self._writing)
+    def in_segment(self) -> bool:
+        return bool(self._segment)
 
-    # What their logits are worth here
+    # Logits
 
     @property
     def edits_logits(self) -> bool:
@@ -113,62 +113,62 @@ class SegmentSequence(Sequence):
             edits.ban(rows[-1], iter(self._alignment.tokenizers[author].eos_ids))
         if author == BASE:
             super().process(edits, author, rows, end)
-        elif self._of_assistants:
+        elif self._assistant_processors:
             generated = self.text_of(author)[len(self._prompts[author]) :]
-            self._of_assistants[author - 1].note(edits, rows[-1], generated, length=len(self.steps))
+            self._assistant_processors[author - 1].add_edits(edits, rows[-1], generated, length=len(self.steps))
 
     def sampling_of(self, author: int, position: int) -> Sampling:
         params = self.request.params
         if not params.temperature:
             return Sampling(params)
         opening = self._is_opening(author)
-        at = len(self._answer) + len(self._unsettled(author) or b"")
+        at = len(self._answer) + len(self._segment_bytes(author) or b"")
         return Sampling(params, random.Random(f"{self._seed} {at} {opening}").random())
 
     def _is_opening(self, author: int) -> bool:
         """Whether the author's next token must begin a segment."""
-        return self._row != NO_BOUNDARY and not (author != BASE and self._writing)
+        return self._row != NO_BOUNDARY and not (author != BASE and self._segment)
 
-    def _unsettled(self, author: int) -> bytes | None:
-        """What an author has written since the last boundary; None if it is no text."""
+    def _segment_bytes(self, author: int) -> bytes | None:
+        """Bytes that an author has written since the last boundary; None if a token has no text."""
         if author == BASE:
             own = self.token_ids[len(self._prompts[BASE]) + len(self._texts[BASE].ids) :]
         else:
-            own = [draw.token_id for draw in self._writing]
+            own = [draw.token_id for draw in self._segment]
         return self._texts[author].spell(own)
 
-    # A decision is due where the base's next token begins a segment
+    # Boundaries: decisions are made where the base's next token begins a segment
 
-    def author_at(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> int | None:
+    def next_author(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> int | None:
         if self._row == NO_BOUNDARY:
             if not self._reaches_boundary(guess.token_id):
                 return BASE
-            if not self._is_read():
+            if not self._canonicalise_base():
                 return None
-        author = self.author_of_next(defer_prob, author_probs)
+        author = self.choose_author(defer_prob, author_probs)
         if author != BASE:
-            self._prepare(author)
+            self._catch_up(author)
         return author
 
     def _reaches_boundary(self, next_id: int) -> bool:
-        """Whether a segment ends before this token of the base; then it is settled."""
-        own = self._unsettled(BASE)
+        """Whether a segment ends before this token of the base. If so, set the boundary."""
+        own = self._segment_bytes(BASE)
         if own is None:
             return False
         answer = self._answer + own
         row = self._alignment.row(answer)
         if not self._alignment.is_opening(BASE, row, next_id) or not self._texts[BASE].grow(answer, self._boundaries):
             return False
-        self._settle_at(answer)
+        self._set_boundary(answer)
         return True
 
-    def _settle_at(self, answer: bytes) -> None:
-        self._answer, self._kept = answer, None
+    def _set_boundary(self, answer: bytes) -> None:
+        self._answer, self._next_opening = answer, None
         self._boundaries.append(len(answer))
         self._row = self._alignment.row(answer)
 
-    def _is_read(self) -> bool:
-        """Whether the base has read the tokens that its tokenizer cuts the text into; else it is to read those."""
+    def _canonicalise_base(self) -> bool:
+        """Make the base's tokens canonical. Return False if they changed and the base must read them again."""
         canonical = [*self._prompts[BASE], *self._texts[BASE].ids]
         if canonical == self.token_ids:
             return True
@@ -178,8 +178,8 @@ class SegmentSequence(Sequence):
         self._roll_back(BASE, kept)
         return False
 
-    def _prepare(self, author: int) -> None:
-        """Let an assistant's tokens catch up with the text."""
+    def _catch_up(self, author: int) -> None:
+        """Retokenise the text for an assistant up to the last boundary."""
         text = self._texts[author]
         before = text.ids
         if not text.grow(self._answer, self._boundaries):
@@ -194,44 +194,44 @@ class SegmentSequence(Sequence):
     def can_ask(self, author: int) -> bool:
         return self._texts[author].spells(self._answer) and self._has_room(author)
 
-    # An assistant writes until its next token begins a segment
+    # Segments of assistants, which end where the assistant's next token begins a segment
 
     def settle(self) -> list[TokenStep]:
-        if self._kept is not None and self.waits_for == self._kept[0] and not self._writing:
-            self._write(self.decisions[0], self._kept[1])
+        if self._next_opening is not None and self.waits_for == self._next_opening[0] and not self._segment:
+            self._add_to_segment(self.decisions[0], self._next_opening[1])
         return super().settle()
 
-    def answer(self, i: int, draw: Draw | None) -> None:
+    def resolve(self, i: int, draw: Draw | None) -> None:
         decision, author = self.decisions[i], self.decisions[i].author
         self.waited = 0
-        row = self._alignment.row(self._answer + (self._unsettled(author) or b""))
-        if draw is None:  # a tool that has nothing more to say has ended its segment
-            self._end(decision, None, at_boundary=row != ONLY_ENDS)
-        elif self._writing and self._alignment.is_opening(author, row, draw.token_id):
-            self._end(decision, draw)
+        row = self._alignment.row(self._answer + (self._segment_bytes(author) or b""))
+        if draw is None:  # a tool ends its segment by abstaining
+            self._end_segment(decision, None, at_boundary=row != ONLY_ENDS)
+        elif self._segment and self._alignment.is_opening(author, row, draw.token_id):
+            self._end_segment(decision, draw)
         else:
-            self._write(decision, draw)
+            self._add_to_segment(decision, draw)
 
-    def _write(self, decision: Decision, draw: Draw) -> None:
-        self._writing.append(draw)
+    def _add_to_segment(self, decision: Decision, draw: Draw) -> None:
+        self._segment.append(draw)
         if draw.token_id in self._alignment.tokenizers[decision.author].eos_ids:
-            self._writing.clear()
+            self._segment.clear()
             decision.choice = Draw(self._end_id, draw.logprob)
-        elif len(self._writing) >= MAX_SEGMENT_TOKENS or not self._has_room(decision.author):
-            self._end(decision, None, at_boundary=False)
+        elif len(self._segment) >= MAX_SEGMENT_TOKENS or not self._has_room(decision.author):
+            self._end_segment(decision, None, at_boundary=False)
 
-    def _end(self, decision: Decision, following: Draw | None, *, at_boundary: bool = True) -> None:
-        """Let a segment become the base's tokens; where it does not end at a boundary, the base goes on within it.
+    def _end_segment(self, decision: Decision, following: Draw | None, *, at_boundary: bool = True) -> None:
+        """Convert a segment to the base's tokens. If it does not end at a boundary, the base continues it.
 
-        Where it cannot, as nothing was written or not in whole characters, the base writes instead.
+        If the segment is empty or not in whole characters, the base writes its own token instead.
 
         Args:
-            following: what the author would begin the next segment with, if that is known.
+            following: the author's first token of the next segment, if known.
         """
-        author, text = decision.author, self._unsettled(decision.author)
-        logprob = sum(draw.logprob for draw in self._writing)
-        written = [draw.token_id for draw in self._writing]
-        self._writing, self._kept = [], None
+        author, text = decision.author, self._segment_bytes(decision.author)
+        logprob = sum(draw.logprob for draw in self._segment)
+        written = [draw.token_id for draw in self._segment]
+        self._segment, self._next_opening = [], None
         answer = self._answer + (text or b"")
         encoded = self._texts[BASE].grown(answer, self._boundaries) if text else None
         before = len(self._texts[BASE].ids)
@@ -247,14 +247,14 @@ class SegmentSequence(Sequence):
             return
         self._texts[BASE].grow(answer, self._boundaries)
         self._texts[author].grow(answer, self._boundaries)
-        self._settle_at(answer)
-        mine = self._texts[author].ids
-        if following is not None and mine == [*known, *written]:
-            self._kept = author, following
-        self._roll_back(author, len(self._prompts[author]) + common_prefix(mine, [*known, *written]))
+        self._set_boundary(answer)
+        canonical = self._texts[author].ids
+        if following is not None and canonical == [*known, *written]:
+            self._next_opening = author, following
+        self._roll_back(author, len(self._prompts[author]) + common_prefix(canonical, [*known, *written]))
 
     def _roll_back(self, author: int, length: int) -> None:
-        """Let an author forget what it has read after so many tokens."""
+        """Roll the author's cache back to `length` tokens."""
         if author in self.slots:
             runner, slot = self._authors[author], self.slots[author]
             runner.rollback(slot, min(runner.length(slot), length))
@@ -266,6 +266,6 @@ class SegmentSequence(Sequence):
             drawn = replace(drawn, top=((drawn.token_id, drawn.logprob),))
         return super()._append(decision, drawn)
 
-    def pause(self) -> None:
-        super().pause()
-        self._writing = []
+    def preempt(self) -> None:
+        super().preempt()
+        self._segment = []

@@ -1,4 +1,4 @@
-"""A request while it is decoded: its certain text, what may follow, and who is to write it."""
+"""A request while it is decoded: its final tokens, its draft, and the author chosen for each position."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from collm.models.runner import Assistant
 
 @dataclass
 class Decision:
-    """Who writes one position.
+    """The author chosen for one position, and the token it writes.
 
     Attributes:
-        author: as the policy decided.
-        defer_prob: 1 - P(Z = 0) there.
-        guess: what the base would write; None where nobody will ask.
-        choice: what the author writes; None until it was asked.
-        abstained: the author had nothing to say, so the base writes its guess.
-        stood_in: it could not be asked, so the base writes.
-        rest: tokens that follow `choice` without a decision of their own.
+        author: the policy's choice.
+        defer_prob: 1 - P(Z = 0) at this position.
+        guess: the token that the base would write; None if it is not needed.
+        choice: the token that the author writes; None until the author has run.
+        abstained: whether the author abstained, so that the base's guess is used.
+        stood_in: whether the author's server was unavailable, so that the base writes.
+        rest: tokens that follow `choice` in the same segment.
     """
 
     author: int
@@ -48,23 +48,23 @@ class Decision:
 class Sequence:
     """A request in progress.
 
-    The certain text is `token_ids`. After it may stand tentative tokens, `draft`: they come from wherever a guess is
-    cheap, and leave as soon as the author that writes there is known to write something else. `decisions[i]` is about
-    the token after `token_ids + draft[:i]`, for as far as the base has read.
+    `token_ids` are final. `draft` holds tentative tokens after them, which are dropped once the author of a position
+    is known to write another token. `decisions[i]` belongs to the token after `token_ids + draft[:i]`, as far as the
+    base has read.
 
     Attributes:
         token_ids: prompt and completion.
-        draft: tokens that may follow.
-        decisions: at most one more than there are tokens in the draft.
-        ahead: completion position -> an assistant, and what it writes there if the draft before it holds.
-        slots: author -> its slot, opened when that author first reads the sequence.
-        steps: what was generated so far.
-        deferred: for how many of those an assistant was asked.
-        last_author: whom the policy named for the last of those.
+        draft: tentative tokens.
+        decisions: at most one more than there are draft tokens.
+        assistant_draft: completion position -> assistant and its token, valid if the draft up to there is accepted.
+        slots: author -> its KV slot, opened when that author first reads the sequence.
+        steps: the tokens generated so far.
+        deferred: number of these for which an assistant was asked.
+        last_author: the policy's choice for the last of these.
         waited: steps since the sequence began to wait for an assistant.
-        consulted: assistants that the policy asks before it decides; then nothing is ever tentative.
-        processors: what the request does to logits; None where it leaves them as they are.
-        acceptance: how guesses about this sequence fare.
+        consulted: assistants that the policy consults before it decides; if there are any, nothing is drafted.
+        processors: the request's logits processors, or None.
+        acceptance: acceptance rates of this sequence's drafts.
         finish_reason: set with the last token.
     """
 
@@ -83,7 +83,7 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.draft: list[int] = []
         self.decisions: list[Decision] = []
-        self.ahead: dict[int, tuple[int, Draw]] = {}
+        self.assistant_draft: dict[int, tuple[int, Draw]] = {}
         self.slots: dict[int, int] = {}
         self.steps: list[TokenStep] = []
         self.deferred = 0
@@ -99,7 +99,7 @@ class Sequence:
         self._stop_ids = frozenset(params.stop_token_ids)
         self.processors: LogitsProcessors | None = None
         if params.changes_logits:
-            ends = eos_ids | self._stop_ids  # EOS that is to be ignored could not come before min_tokens either
+            ends = eos_ids | self._stop_ids  # min_tokens forbids EOS even if EOS is ignored
             self.processors = LogitsProcessors(params, request.prompt_ids, tokenizer, ends, grammar)
         limits = [limit for one in authors for limit in (one.max_length, one.capacity) if limit is not None]
         self._max_length = min(limits, default=None)
@@ -111,70 +111,70 @@ class Sequence:
 
     @property
     def text(self) -> list[int]:
-        """The certain and the tentative tokens."""
+        """The final tokens and the draft."""
         return self.token_ids + self.draft
 
     @property
     def generated(self) -> list[int]:
-        """The certain tokens behind the prompt."""
+        """The final tokens after the prompt."""
         return self.token_ids[len(self.request.prompt_ids) :]
 
     @property
     def length(self) -> int:
-        """Of `text`."""
+        """Length of `text`."""
         return len(self.token_ids) + len(self.draft)
 
     @property
     def waits_for(self) -> int | None:
-        """The assistant that must be asked before anything more is certain."""
+        """The assistant that must run before the next token is final."""
         return self.decisions[0].author if self.decisions and self.decisions[0].choice is None else None
 
     @property
     def draft_limit(self) -> int:
-        """Longest draft after which a token is still to come."""
+        """Longest draft that leaves room for one more token."""
         limit = self.request.params.max_new_tokens - len(self.steps) - 1
         return limit if self._max_length is None else min(limit, self._max_length - len(self.token_ids) - 1)
 
     @property
     def most_tokens(self) -> int:
-        """Longest that its text can become."""
+        """Largest length that `text` can reach."""
         most = len(self.request.prompt_ids) + self.request.params.max_new_tokens
         return most if self._max_length is None else min(most, self._max_length)
 
     @property
     def cache_length(self) -> int:
-        """Positions of a cache that its text takes."""
+        """Cache positions that `text` occupies."""
         return self.length
 
     def text_of(self, author: int) -> list[int]:
-        """What an author is to read."""
+        """The tokens that an author reads."""
         return self.text
 
     def length_of(self, author: int, decision: int) -> int:
-        """How much of that comes before what the author writes at one of the decisions."""
+        """Number of these tokens that precede the given decision."""
         return len(self.token_ids) + decision
 
     @property
-    def is_writing(self) -> bool:
-        """Whether an assistant has written a part of what it is to write."""
+    def in_segment(self) -> bool:
+        """Whether an assistant has written only part of a segment."""
         return False
 
     def can_ask(self, author: int) -> bool:
-        """Whether an assistant can read the text and write on."""
+        """Whether an assistant can continue the text."""
         return True
 
     @property
     def edits_logits(self) -> bool:
-        """Whether the request does anything to logits."""
+        """Whether the request modifies logits."""
         return self.processors is not None
 
     def process(self, edits: Edits, author: int, rows: range, end: int) -> None:
-        """Note what the request does to logits of an author, of which the last follows the first `end` tokens."""
+        """Add the request's edits of an author's logits. The last row follows the first `end` tokens of the text."""
         if self.processors is None:
             return
         text, start = self.text, len(self.request.prompt_ids)
         for row, length in zip(rows, range(end - len(rows) + 1, end + 1), strict=True):
-            self.processors.note(edits, row, text[start:length])
+            self.processors.add_edits(edits, row, text[start:length])
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -186,48 +186,48 @@ class Sequence:
         return token_id in self._eos_ids or token_id in self._stop_ids
 
     def uniform(self, position: int, of: int) -> float:
-        """The draw from [0, 1) that belongs to a completion position: for its author (0) or its token (1)."""
+        """The random number from [0, 1) of a completion position: for its author (`of` = 0) or its token (1)."""
         while len(self._uniforms) <= position:
             self._uniforms.append((self._rng.random(), self._rng.random()))
         return self._uniforms[position][of]
 
     def sampling(self, position: int) -> Sampling:
-        """How the token of a completion position is drawn."""
+        """Sampling settings for the token at a completion position."""
         params = self.request.params
         return Sampling(params, self.uniform(position, 1)) if params.temperature else Sampling(params)
 
     def sampling_of(self, author: int, position: int) -> Sampling:
-        """How an author's token at a completion position is drawn."""
+        """Sampling settings for an author's token at a completion position."""
         return self.sampling(position)
 
-    def author_at(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> int | None:
-        """Who writes after the last decision; None if the base must first read the text in other tokens.
+    def next_author(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> int | None:
+        """The author after the last decision; None if the base must first read the text in other tokens.
 
         Args:
-            guess: what the base would write.
+            guess: the token that the base would write.
         """
-        return self.author_of_next(defer_prob, author_probs)
+        return self.choose_author(defer_prob, author_probs)
 
-    def answer(self, i: int, draw: Draw | None) -> None:
-        """Note what an assistant writes at decision i; None where it abstains."""
+    def resolve(self, i: int, draw: Draw | None) -> None:
+        """Set the token that an assistant writes at decision i; `draw` is None if it abstains."""
         decision = self.decisions[i]
         decision.abstained = draw is None
         decision.choice = draw or decision.guess
         self.waited = 0
         if decision.guess is not None and decision.choice is not None:
-            self.acceptance.saw_answer(decision.guess.token_id == decision.choice.token_id)
+            self.acceptance.observe_agreement(decision.guess.token_id == decision.choice.token_id)
 
-    def author_of_next(
+    def choose_author(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
     ) -> int:
-        """Whom the policy names for the position after the last decision.
+        """Ask the policy for the author after the last decision.
 
         Args:
-            top: author -> its likeliest token and that token's probability, for the base and those consulted.
+            top: author -> its most probable token and the probability, for the base and the consulted assistants.
 
         Raises:
-            ConfigError: the policy named an author that does not exist.
-            Exception: whatever the policy raises.
+            ConfigError: the policy chose an author that does not exist.
+            Exception: the policy raised it.
         """
         position = len(self.steps) + len(self.decisions)
         view = StepView(
@@ -242,16 +242,16 @@ class Sequence:
         )
         author = self.request.policy.author(view)
         if not 0 <= author < len(self._authors):
-            raise ConfigError(f"{self.request.policy} named author {author}, expected 0 to {len(self._authors) - 1}")
+            raise ConfigError(f"{self.request.policy} chose author {author}, expected 0 to {len(self._authors) - 1}")
         return author
 
     def settle(self) -> list[TokenStep]:
-        """Cut the draft where its author is known to write something else; the tokens that are certain now."""
+        """Reject draft tokens that their author does not write, and return the tokens that are now final."""
         self._check_draft()
         steps = []
         while self.decisions and (drawn := self.decisions[0].choice) and self.finish_reason is None:
             decision = self.decisions.pop(0)
-            self.ahead.pop(len(self.steps), None)
+            self.assistant_draft.pop(len(self.steps), None)
             for each in (drawn, *decision.rest):
                 if self.finish_reason is None:
                     steps.append(self._append(decision, each))
@@ -260,19 +260,19 @@ class Sequence:
 
     def _check_draft(self) -> None:
         for i, decision in enumerate(self.decisions):
-            author, drawn = self.ahead.get(len(self.steps) + i, (BASE, None))
+            author, drawn = self.assistant_draft.get(len(self.steps) + i, (BASE, None))
             if decision.choice is None and decision.author == author:
                 decision.choice = drawn
             if decision.choice and i < len(self.draft) and self.draft[i] != decision.choice.token_id:
                 del self.draft[i:], self.decisions[i + 1 :]
-                self.ahead.clear()
+                self.assistant_draft.clear()
                 for each, slot in self.slots.items():
                     runner = self._authors[each]
                     runner.rollback(slot, min(runner.length(slot), self.length))
                 return
 
     def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
-        self.acceptance.saw(self.last_author, decision.author, self.lookup.next_token(), drawn.token_id)
+        self.acceptance.observe_token(self.last_author, decision.author, self.lookup.next_token(), drawn.token_id)
         self.last_author = decision.author
         self.token_ids.append(drawn.token_id)
         self.deferred += decision.author != BASE
@@ -287,7 +287,7 @@ class Sequence:
         return step
 
     def _push(self, token_id: int) -> str:
-        """The text that became certain with the last token."""
+        """Detokenise the last token and return the text that is final."""
         params = self.request.params
         if self.ends(token_id) and not (params.include_stop_str_in_output and token_id in self._stop_ids):
             return ""
@@ -305,22 +305,22 @@ class Sequence:
             return "length"
         return None
 
-    def pause(self) -> None:
-        """Give all slots back, and forget what is not certain: it will be found again."""
-        self.leave()
+    def preempt(self) -> None:
+        """Release all slots and drop everything that is not final. It is computed again later."""
+        self.release()
         self.draft.clear()
         self.decisions.clear()
-        self.ahead.clear()
+        self.assistant_draft.clear()
         self.waited = 0
 
-    def leave(self, spoiled: int | None = None) -> None:
-        """Give all slots back, wiping that of the author that returned NaN."""
+    def release(self, spoiled: int | None = None) -> None:
+        """Close all slots. The slot of author `spoiled` holds NaN and is wiped."""
         for author, slot in self.slots.items():
             self._authors[author].close(slot, spoiled=author == spoiled)
         self.slots.clear()
 
     def completion(self) -> Completion:
-        """What was generated; only of a finished sequence."""
+        """The completion of a finished sequence."""
         assert self.finish_reason is not None
         return Completion(
             token_ids=[step.token_id for step in self.steps],
@@ -331,5 +331,5 @@ class Sequence:
             finish_reason=self.finish_reason,
             prompt_token_ids=self.request.prompt_ids,
             top_logprobs=[step.top_logprobs for step in self.steps if step.top_logprobs],
-            stood_in=[place for place, step in enumerate(self.steps) if step.stood_in],
+            stood_in=[i for i, step in enumerate(self.steps) if step.stood_in],
         )

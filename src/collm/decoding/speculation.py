@@ -1,8 +1,8 @@
-"""When work pays: how long passes take, how often guesses hold, and what follows for drafts and groups.
+"""Planning of draft lengths and waiting times from measured pass times and acceptance rates.
 
-Nothing here can change a token; it decides only what is read together. Costs are seconds per token of output, in the
-steady state of a simple throughput model. Letters: B active sequences, T(n) seconds of a forward pass over n new
-tokens, rate the share of tokens that are deferred.
+Plans affect speed only and never change a token. Costs are seconds per output token in the steady state of a simple
+throughput model. B is the number of active sequences, T(n) the seconds of a forward pass over n new tokens, and rate
+the share of deferred tokens.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 _MEMORY = 0.1  # weight of the newest observation
-_SETTLED = 3  # observations after which one slow pass no longer counts for much
-_GAIN = 0.9  # a plan must promise less than this share of the plain cost: its model is rough
+_SETTLED = 3  # observations after which a single slow pass has little weight
+_GAIN = 0.9  # a plan must cost less than this share of the default, because the cost model is rough
 
 
 class PassTimes:
-    """T(n) of one model, learnt while decoding: a running mean around each power of two, straight lines between."""
+    """T(n) of one model, measured while decoding: a moving average per power of two, with linear interpolation."""
 
     def __init__(self) -> None:
         self._points: dict[int, tuple[int, float, float]] = {}  # bucket -> observations, tokens, seconds
         self._line: list[tuple[float, float]] = []  # tokens and seconds, in order
 
     def record(self, tokens: int, seconds: float) -> None:
-        """One pass over `tokens` new tokens took `seconds`."""
+        """Record a pass over `tokens` new tokens that took `seconds`."""
         bucket = tokens.bit_length()
         count, mean_tokens, mean_seconds = self._points.get(bucket, (0, float(tokens), seconds))
-        if count < _SETTLED:  # first passes also pay for memory and kernels that are made once
+        if count < _SETTLED:  # first passes include one-time costs of memory and kernels
             mean_seconds = min(mean_seconds, seconds)
         else:
             mean_seconds += _MEMORY * (min(seconds, 2 * mean_seconds) - mean_seconds)
@@ -37,7 +37,7 @@ class PassTimes:
         self._line = [point[1:] for _, point in sorted(self._points.items())]
 
     def at(self, tokens: float) -> float:
-        """T(tokens); beyond what was seen, as the nearest that was: untried sizes look cheap, and so get tried."""
+        """T(tokens). Outside the measured range it is the nearest measurement, so that larger sizes get tried."""
         line = self._line
         if not line:
             return 0.0
@@ -50,13 +50,13 @@ class PassTimes:
 
 @dataclass
 class AcceptanceRates:
-    """How often guesses about one sequence would have held; observed on every token, whether or not one was made.
+    """Acceptance rates of draft tokens of one sequence. Every token is observed, whether or not it was drafted.
 
     Attributes:
-        start: a token is deferred if the one before it was the base's.
-        run: a token is deferred if the one before it was deferred to the same assistant.
-        agree: an assistant writes what the base would have written.
-        lookup: the text goes on as prompt lookup says, where it says something.
+        start: rate at which a token is deferred after a token of the base.
+        run: rate at which a token is deferred after a token deferred to the same assistant.
+        agree: rate at which an assistant writes the token that the base would have written.
+        lookup: rate at which a token equals the one predicted by prompt lookup.
     """
 
     start: float = 0.3
@@ -66,56 +66,56 @@ class AcceptanceRates:
 
     @property
     def rate(self) -> float:
-        """Share of tokens that are deferred in the long run, 0.01 to 1."""
+        """Long-run share of deferred tokens, 0.01 to 1."""
         return min(max(self.start / max(self.start + 1 - self.run, 0.01), 0.01), 1.0)
 
-    def saw(self, previous: int, author: int, predicted: int | None, token_id: int) -> None:
-        """`author` wrote `token_id` after a token of `previous`; lookup had predicted `predicted`, if anything."""
+    def observe_token(self, previous: int, author: int, predicted: int | None, token_id: int) -> None:
+        """Observe that `author` wrote `token_id` after a token of `previous`, where lookup predicted `predicted`."""
         if previous == 0:
-            self.start = _moved(self.start, author != 0)
+            self.start = _moving_average(self.start, author != 0)
         else:
-            self.run = _moved(self.run, author == previous)
+            self.run = _moving_average(self.run, author == previous)
         if predicted is not None:
-            self.lookup = _moved(self.lookup, predicted == token_id)
+            self.lookup = _moving_average(self.lookup, predicted == token_id)
 
-    def saw_answer(self, agreed: bool) -> None:
-        """An assistant was asked and wrote what the base would have written, or did not."""
-        self.agree = _moved(self.agree, agreed)
+    def observe_agreement(self, agreed: bool) -> None:
+        """Observe whether an assistant wrote the token that the base would have written."""
+        self.agree = _moving_average(self.agree, agreed)
 
     def copy(self) -> AcceptanceRates:
         return replace(self)
 
 
-def _moved(value: float, happened: bool) -> float:
+def _moving_average(value: float, happened: bool) -> float:
     return value + _MEMORY * (happened - value)
 
 
 def expected_run(chance: float, length: int) -> float:
-    """1 + chance + .. + chance^length: tokens that hold of a certain one and `length` guesses after it."""
+    """1 + chance + .. + chance^length: expected accepted tokens of one final token and `length` drafts after it."""
     return sum(chance**i for i in range(length + 1))
 
 
 def lookup_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
-    """Tokens of a prompt lookup draft.
+    """Choose the length r of a prompt lookup draft.
 
-    With E = E[tokens that hold], one more than the guesses that do: least (T_b(B) / B + T_b(B + r) - T_b(B) + what an
-    assistant spends on the r + 1 - E tokens that do not, if some position among them is deferred) / E.
+    With E = E[accepted tokens + 1], minimises (T_b(B) / B + T_b(B + r) - T_b(B) + the assistant's time for the
+    r + 1 - E rejected tokens, if one of them is deferred) / E.
     """
 
     def cost(r: int) -> float:
-        holding = expected_run(acceptance.lookup, r)
-        wasted = min(1.0, acceptance.rate * r) * (assistant.at(active + r + 1 - holding) - assistant.at(active))
-        longer = max(0.0, base.at(active + r) - base.at(active))  # measured, so not always monotone
-        return (base.at(active) / active + longer + wasted) / holding
+        accepted = expected_run(acceptance.lookup, r)
+        wasted = min(1.0, acceptance.rate * r) * (assistant.at(active + r + 1 - accepted) - assistant.at(active))
+        longer = max(0.0, base.at(active + r) - base.at(active))  # measured times need not be monotone
+        return (base.at(active) / active + longer + wasted) / accepted
 
     return _cheapest(cost, range(longest + 1))
 
 
 def guess_depth(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
-    """Deferred positions to gather before one assistant call, the base writing its own guess at all but the last.
+    """Choose the number r of deferred positions per assistant call; the base drafts its own guess at all but the last.
 
-    With chance q that a guess is right, a call serves E = 1 + q + .. + q^(r-1) of r positions; what was written and
-    read after the first wrong guess, (r - E) / rate tokens, is lost. Least cost per deferral served.
+    If a guess is right with probability q, a call serves E = 1 + q + .. + q^(r-1) of r positions. The
+    (r - E) / rate tokens after the first wrong guess are lost. Minimises the cost per served deferral.
     """
 
     def cost(r: int) -> float:
@@ -126,10 +126,10 @@ def guess_depth(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTim
     return _cheapest(cost, range(1, longest + 1))
 
 
-def ahead_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, longest: int) -> int:
-    """Tokens an assistant writes ahead in one sequence's run of deferrals, for the base to check in one pass.
+def assistant_draft_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, longest: int) -> int:
+    """Choose the number of tokens that an assistant drafts in a run of deferrals, for the base to check in one pass.
 
-    Saves passes of the base and risks one of the assistant for each token ahead that the base rejects.
+    A draft saves passes of the base and wastes a pass of the assistant for each rejected token.
     """
 
     def cost(r: int) -> float:
@@ -140,10 +140,10 @@ def ahead_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTi
 
 
 def run_length(start: float, first: float, further: float, host: float, longest: int) -> int:
-    """Tokens that the base reads on with, each its own argmax, before the host looks at what it said.
+    """Choose how many of its own argmax tokens the base reads before the host inspects its output.
 
-    A step takes the host's time once, the first pass and a further one for each token. Whatever follows a deferral is
-    lost: of B sequences B (1 - start)^i still write at pass i. Least seconds per token kept.
+    A step costs the host's time, the first pass and a further pass per token. Tokens after a deferral are lost: of B
+    sequences, B (1 - start)^i still write at pass i. Minimises seconds per kept token.
     """
 
     def cost(r: int) -> float:
@@ -153,16 +153,16 @@ def run_length(start: float, first: float, further: float, host: float, longest:
 
 
 def wait_steps(start: float, run: float, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:
-    """Further passes of the base, in which fewer and fewer sequences write, to make before an assistant is called.
+    """Choose how many further passes the base makes before an assistant is called.
 
-    In a cycle of k passes and a call, sequences that were just served defer with chance `run`, others with `start`;
-    those that defer stop. Least (sum over passes of T_b(sequences still writing) + T_a(tokens of the cycle)) / tokens
-    of the cycle, each token being read by the assistant once.
+    In a cycle of k passes and a call, sequences that were just served defer with probability `run`, others with
+    `start`, and a sequence that defers stops. Minimises (sum over passes of T_b(sequences still writing) +
+    T_a(tokens of the cycle)) / tokens of the cycle. The assistant reads each token once.
     """
 
     def cost(waits: int) -> float:
         served = active * start
-        for _ in range(4):  # to the fixed point: as many are served as deferred
+        for _ in range(4):  # iterate to the fixed point at which as many sequences are served as deferred
             writing, seconds, tokens = float(active), 0.0, 0.0
             for step in range(waits + 1):
                 seconds += base.at(writing)
@@ -176,6 +176,6 @@ def wait_steps(start: float, run: float, base: PassTimes, assistant: PassTimes, 
 
 
 def _cheapest(cost: Callable[[int], float], plans: range) -> int:
-    """The plan of least cost; the first unless another clearly beats it."""
+    """The plan of least cost, or the first plan if no other is clearly better."""
     best = min(plans, key=cost)
     return best if cost(best) < _GAIN * cost(plans[0]) else plans[0]

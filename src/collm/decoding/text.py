@@ -1,4 +1,4 @@
-"""Token ids to text as they arrive: whole characters only, and nothing that may still become a stop string."""
+"""Incremental detokenisation that emits whole characters and holds back possible stop strings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _CONTEXT_TOKENS = 8
 
 
 class TextStream:
-    """Incremental detokeniser of one completion, whose text continues the prompt's exactly.
+    """Incremental detokeniser of one completion.
 
     Args:
         tokenizer: any transformers tokenizer.
-        prompt_ids: what the completion follows.
+        prompt_ids: the prompt, whose last tokens may affect the spelling of the completion.
         stop: strings that end the text.
-        keep_stop: whether the string that ended it stays in it.
+        keep_stop: whether to keep the stop string in the text.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """The text that became certain with this token; sets `stopped` once a stop string is complete.
+        """Add a token and return the text that is now final. Sets `stopped` once a stop string is complete.
 
         Args:
-            may_stop: whether a stop string may begin in or before this token.
+            may_stop: whether to look for stop strings in this token.
         """
         new = self._tokens.push(token_id)
         if not may_stop:
@@ -47,7 +47,7 @@ class TextStream:
         return self._release(new) if new else ""
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come; an incomplete character is dropped."""
+        """Return the text held back for a possible stop string. An incomplete character is dropped."""
         held, self._held = self._held, ""
         return held
 
@@ -64,5 +64,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -1,1 +1,1 @@
-"""The only room that touches a model's insides: loading, guards, KV slots, runners."""
+"""Models: loading, compatibility checks, templates, KV slots and runners. Only this package uses model internals."""

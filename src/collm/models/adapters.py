@@ -1,7 +1,6 @@
-"""Adapters of strangers: which ones are loaded.
+"""Checks of untrusted adapters. Only plain LoRA is loaded.
 
-PEFT has adapters that name other adapters, models, files and modules to import, and LoRA has options that do. Loaded is
-plain LoRA, which is numbers.
+Other kinds of PEFT adapters, and some options of LoRA, refer to further models, files or modules to import.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collm.errors import DAMAGED, LoadError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_REPEATS = 4
-"""Most repetitions in a pattern of module names: the time to match one grows with its length to this power."""
+"""Largest number of repetitions in a pattern of module names. Matching time is polynomial of this degree."""
 
 _FREE = {
     "alpha_pattern",
@@ -42,27 +41,27 @@ _FREE = {
     "use_dora",
     "use_rslora",
 }
-"""Options of LoRA that say how its numbers are used."""
+"""LoRA options that may have any value, as they only affect how its weights are used."""
 
 _UNREAD = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
-"""Fields that have no say where a base and a directory are given."""
+"""Fields that have no effect if a base model and a directory are given."""
 
 _PATTERNS = ("alpha_pattern", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "target_modules")
 _INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,2})?")
 
 
 def check_adapter(directory: Path) -> None:
-    """Refuse an adapter that is not plain LoRA, or that asks for more memory than its weights take.
+    """Check that an adapter is plain LoRA and does not allocate more memory than its weights take.
 
     Raises:
-        LoadError: naming the field, or the file that is missing or damaged.
+        LoadError: a check failed; the message names the field, or the missing or damaged file.
     """
     from peft import LoraConfig
 
     path = directory / CONFIG
     content = _read(path)
     if content.get("peft_type") != "LORA":
-        raise LoadError(f"{path}: peft_type is {content.get('peft_type')!r:.80}, expected 'LORA': plain LoRA is loaded")
+        raise LoadError(f"{path}: peft_type is {content.get('peft_type')!r:.80}, expected 'LORA'")
     if content.get("task_type") not in (None, "CAUSAL_LM"):
         raise LoadError(f"{path}: task_type is {content['task_type']!r:.80}, expected 'CAUSAL_LM'")
     for option in fields(LoraConfig):
@@ -71,12 +70,12 @@ def check_adapter(directory: Path) -> None:
         default = option.default if option.default_factory is MISSING else option.default_factory()
         if content[option.name] != default:
             raise LoadError(
-                f"{path}: {option.name} is {content[option.name]!r:.80}, which plain LoRA leaves at {default!r}; "
-                "only plain LoRA is loaded"
+                f"{path}: {option.name} is {content[option.name]!r:.80}, expected the default {default!r}; "
+                "only plain LoRA is supported"
             )
     init = content.get("init_lora_weights", True)
     if not (isinstance(init, bool) or (isinstance(init, str) and _INITS.fullmatch(init))):
-        raise LoadError(f"{path}: init_lora_weights is {init!r:.80}; only plain LoRA is loaded")
+        raise LoadError(f"{path}: init_lora_weights is {init!r:.80}; only plain LoRA is supported")
     for name in _PATTERNS:
         _check_patterns(path, name, content.get(name))
     _check_ranks(path, content)
@@ -92,22 +91,22 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _check_patterns(path: Path, name: str, value: Any) -> None:
-    """Each is a name of modules, or a regular expression that is matched in no time."""
+    """Check that each entry is a module name or a regular expression that is fast to match."""
     texts = (
         [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | dict | None) else [value]
     )
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise LoadError(f"{path}: {name} holds {text!r:.80}, expected names of modules")
+            raise LoadError(f"{path}: {name} contains {text!r:.80}, expected module names")
         if re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > MAX_REPEATS:
             raise LoadError(
-                f"{path}: {name} holds {text!r:.80}, a pattern that may take for ever; write it with at most "
-                f"{MAX_REPEATS} repetitions and none of a group"
+                f"{path}: {name} contains the pattern {text!r:.80}, which may be too slow to match; use at most "
+                f"{MAX_REPEATS} repetitions and do not repeat groups"
             )
 
 
 def _check_ranks(path: Path, content: Mapping[str, Any]) -> None:
-    """PEFT makes matrices of the ranks that the config names before it reads the weights."""
+    """Check the ranks against the weights, because PEFT allocates matrices before it reads the weights."""
     weights = path.with_name(WEIGHTS)
     try:
         with safe_open(weights, framework="pt") as file:
@@ -116,7 +115,7 @@ def _check_ranks(path: Path, content: Mapping[str, Any]) -> None:
         raise LoadError(f"{weights} is missing or damaged ({error!s:.200}); restore it or train again") from error
     patterns = content.get("rank_pattern") or {}
     if not isinstance(patterns, dict):
-        raise LoadError(f"{path}: rank_pattern is {patterns!r:.80}, expected ranks by names of modules")
+        raise LoadError(f"{path}: rank_pattern is {patterns!r:.80}, expected a mapping of module names to ranks")
     for rank in (content.get("r", 8), *patterns.values()):
         if type(rank) is not int or not 0 < rank <= largest:
-            raise LoadError(f"{path}: a rank is {rank!r:.80}, but {WEIGHTS} has no such matrix")
+            raise LoadError(f"{path}: a rank is {rank!r:.80}, but {WEIGHTS} has no matrix of this rank")

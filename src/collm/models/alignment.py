@@ -1,14 +1,14 @@
-"""Where models with different tokenizers may hand over to each other: boundaries that a text alone decides.
+"""Alignment of models with different tokenizers: boundaries at which the author may change.
 
-A boundary is a place that lies inside no token of any of the vocabularies, whatever tokens the text was written in: the
-two bytes around it stand beside each other in no token. So an author knows from the first byte of its next token alone
-whether that token begins a new segment, and segments are what authors decide about in place of tokens. For a segment w
-behind a text x the law of author k is
+A boundary is a position between two bytes that are adjacent in no token of any vocabulary. It therefore lies inside no
+token, however the text is tokenised, and the first byte of an author's next token decides whether that token begins a
+new segment. Policies choose an author per segment instead of per token. For a segment w after a text x, the
+probability of author k is
 
     q_k(w | x) = P_k(t_1 | START) prod_(i >= 2) P_k(t_i) P_k(START | x w),
 
-START being the tokens that begin a segment, and those that end the text. It sums to 1 over all segments, and with START
-the whole vocabulary it is the law of a token.
+where START is the set of tokens that begin a segment or end the text. It sums to 1 over all segments. If START is the
+whole vocabulary, it is the probability of a token.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from collm.models.template import Prompt, tokenize
 from collm.models.text_tokenizer import GrowingIds, TextTokenizer
 
 ANYTHING = 256
-"""Row of the opening table at the beginning of an answer: every token begins a segment."""
+"""Row of the opening table at the beginning of an answer, where every token begins a segment."""
 ONLY_ENDS = 257
-"""Row behind two or more white-space characters: how those are cut into tokens depends on what follows."""
+"""Row after two or more white-space characters, whose tokenisation depends on the following text."""
 NO_BOUNDARY = -1
 
 _PROBES = (
@@ -45,17 +45,17 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Alignment:
-    """Authors with different tokenizers, the base first.
+    """Alignment of authors with different tokenizers.
 
     Args:
-        tokenizers: of each author.
+        tokenizers: the tokenizer of each author, the base first.
 
     Attributes:
-        opens: whether a segment begins with a byte behind a text, bool, shape (258, 256); a row is the text's last
-            byte, `ANYTHING` or `ONLY_ENDS`.
+        opens: the opening table: whether a byte begins a segment, bool, shape (258, 256). The row is the last byte of
+            the text before, `ANYTHING` or `ONLY_ENDS`.
 
     Raises:
-        MismatchError: tokenizers that cannot be aligned.
+        MismatchError: the tokenizers cannot be aligned.
     """
 
     tokenizers: Sequence[TextTokenizer]
@@ -69,7 +69,7 @@ class Alignment:
             self._check(tokenizer)
 
     def row(self, text: bytes) -> int:
-        """The row of `opens` behind an answer."""
+        """The row of `opens` after this text."""
         if not text:
             return ANYTHING
         if text[-1] >= 0x80 or text[-1:].isspace():
@@ -79,30 +79,30 @@ class Alignment:
         return text[-1]
 
     def is_opening(self, author: int, row: int, token_id: int) -> bool:
-        """Whether this token of an author begins a segment there, or ends the text."""
+        """Whether an author's token begins a segment in this row, or ends the text."""
         tokenizer = self.tokenizers[author]
         first = int(tokenizer.first_byte[token_id])
         return token_id in tokenizer.eos_ids or (first >= 0 and bool(self.opens[row, first]))
 
     def opening_mask(self, author: int, row: int, device: torch.device) -> Tensor:
-        """Which tokens of an author begin a segment there, or end the text, bool, shape (V,)."""
+        """The author's tokens that begin a segment in this row or end the text, bool, shape (V,)."""
         key = author, row, device
         if key not in self._masks:
             self._masks[key] = self.law(author).openings(torch.tensor([row]))[0].to(device)
         return self._masks[key]
 
     def law(self, author: int) -> SegmentLaw:
-        """What begins a segment in an author's tokens."""
+        """The author's tokens that begin a segment."""
         tokenizer = self.tokenizers[author]
         ends = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
         ends[list(tokenizer.eos_ids)] = True
         return SegmentLaw(self.opens, tokenizer.first_byte, ends)
 
     def assistant_prompts(self, prompt: Prompt) -> list[list[int]]:
-        """A prompt as each assistant reads it: by its own template, in its own tokens.
+        """Render a prompt with each assistant's own template and tokenizer.
 
         Raises:
-            RequestError: an assistant's template refuses it.
+            RequestError: an assistant's template rejects the prompt.
         """
         base, *assistants = self.tokenizers
         if not isinstance(prompt, str) and all(isinstance(one, int) for one in prompt):
@@ -112,7 +112,7 @@ class Alignment:
         return [one.template.encode_prompt(one.tokenizer, prompt) for one in assistants]
 
     def boundaries(self, answer: bytes) -> list[int]:
-        """Where segments of a whole answer begin: from 0, and with the end of the text for the segment that ends it."""
+        """Positions in bytes at which segments of a whole answer begin, and the end of the answer."""
         opens = self.opens.numpy()
         found = [0] if answer else []
         for at in range(1, len(answer)):
@@ -125,15 +125,15 @@ class Alignment:
         if not self.opens[letters, ord(" ")].any():
             names = " and ".join(one.name for one in self.tokenizers)
             raise MismatchError(
-                f"the tokenizers of {names} have no place in common between words: one has tokens over several words; "
-                "use another pair"
+                f"the tokenizers of {names} have no common boundaries between words, because one has tokens that span "
+                "several words; use another pair"
             )
 
     def _check(self, tokenizer: TextTokenizer) -> None:
-        """Probe texts: their bytes come back, and at every boundary a token ends and nothing before it changes.
+        """Check on probe texts that bytes are preserved, and that tokens end at boundaries and do not change later.
 
         Raises:
-            MismatchError: naming the probe.
+            MismatchError: a check failed; the message names the probe.
         """
         context = [] if tokenizer.tokenizer.bos_token_id is None else [tokenizer.tokenizer.bos_token_id]
         for probe in _PROBES:
@@ -141,8 +141,8 @@ class Alignment:
             encoded = tokenizer.encode_after(context, probe)
             if encoded is None:
                 raise MismatchError(
-                    f"the tokenizer of {tokenizer.name} changes texts ({probe[:40]!r} does not come back as it was), "
-                    "so other models would read another text; use a tokenizer that keeps texts as they are"
+                    f"the tokenizer of {tokenizer.name} changes texts (decoding does not return {probe[:40]!r}), "
+                    "so other models would read another text; use a tokenizer that preserves texts"
                 )
             boundaries = self.boundaries(answer)
             missing = set(boundaries) - {0, *encoded.ends}
@@ -153,8 +153,8 @@ class Alignment:
                 done.append(at)
             if missing or growing.ids != encoded.ids:
                 raise MismatchError(
-                    f"the tokenizer of {tokenizer.name} cuts {probe[:40]!r} differently as it grows, so it cannot be "
-                    "aligned with another; use models that share one tokenizer"
+                    f"the tokenizer of {tokenizer.name} splits {probe[:40]!r} differently as the text grows, so it "
+                    "cannot be aligned with another; use models that share one tokenizer"
                 )
 
 
@@ -162,7 +162,7 @@ def _opening_table(pairs_inside: Sequence[Tensor]) -> Tensor:
     inside = torch.stack(list(pairs_inside)).any(0)
     byte = torch.arange(256)
     letter = ((byte >= 65) & (byte < 91)) | ((byte >= 97) & (byte < 123)) | (byte >= 0x80)
-    # First bytes of CJK and Kana, where there are no words to keep whole, and of signs, general or full-width.
+    # First bytes of CJK and Kana, which have no words to keep whole, and of general and full-width punctuation.
     no_word = ((byte >= 0xE2) & (byte <= 0xE9)) | (byte == 0xEF)
     opens = torch.zeros(258, 256, dtype=torch.bool)
     opens[:256] = ~inside & ~(letter.unsqueeze(1) & (letter & ~no_word))

@@ -1,4 +1,4 @@
-"""How much memory keys and values may take."""
+"""Memory limits of KV caches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from collm.errors import ConfigError
 
 SHARES = {"cpu": 0.5, "cuda": 0.8}
-"""Of the memory that is free once the models are loaded: what their caches may take by default."""
+"""Default share of the memory that is free after loading the models."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Cached(Protocol):
-    """A model with a key-value cache of its own."""
+    """A model with its own KV cache."""
 
     @property
     def device(self) -> torch.device: ...
@@ -30,10 +30,10 @@ class Cached(Protocol):
 
 
 def cache_bytes(memory: str | int | None) -> int | float | None:
-    """The bytes, or the share of free memory, that a user asks for: 4GiB, 500MB, a number of bytes, or 50%.
+    """Parse a size (4GiB, 500MB, a number of bytes) to bytes (int) or a share of free memory (50%) to a float.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: `memory` is neither a size nor a share.
     """
     if memory is None or (isinstance(memory, int) and memory > 0):
         return memory
@@ -48,13 +48,13 @@ def cache_bytes(memory: str | int | None) -> int | float | None:
 
 
 def share_cache_memory(models: Sequence[Cached], memory: str | int | None) -> None:
-    """Give each model a cache. Those on one device share its memory, such that they hold equally many positions.
+    """Allocate each model's cache. Models on one device share its memory and get the same number of positions.
 
     Args:
-        memory: on each device, as of `cache_bytes`; None for the default share.
+        memory: limit per device, as in `cache_bytes`; None for the default share.
 
     Raises:
-        ConfigError: it is too little for anything.
+        ConfigError: the memory is too small for a cache.
     """
     wanted = cache_bytes(memory)
     by_device: dict[torch.device, list[Cached]] = {}
@@ -74,12 +74,12 @@ def _free_bytes(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     available = int(psutil.virtual_memory().available)
-    limit, used = (_number_in(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    limit, used = (_read_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     return available if limit is None or used is None else max(min(available, limit - used), 0)
 
 
-def _number_in(path: Path) -> int | None:
-    """What a control group says of itself; None outside of one, or without a limit."""
+def _read_number(path: Path) -> int | None:
+    """Read a number of a control group; None outside of a group or without a limit."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

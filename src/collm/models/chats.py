@@ -1,4 +1,4 @@
-"""Chats as people write them: OpenAI's messages, with calls of tools, text in parts, and turns that are not learned."""
+"""Chats in OpenAI's message format: tool calls, content parts and turns that are not trained on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rendering:
-    """How a chat template is run for an answer.
+    """Options for rendering a chat that is to be answered.
 
     Attributes:
-        add_generation_prompt: end with what invites the assistant's answer.
-        continue_final_message: leave the last message open, for the answer to go on with it.
+        add_generation_prompt: end with the opening of the assistant's turn.
+        continue_final_message: leave the last message open, so that the answer continues it.
         template_kwargs: further variables of the template.
 
     Raises:
-        RequestError: both came, or a variable that is not free.
+        RequestError: both options are true, or a variable is reserved.
     """
 
     add_generation_prompt: bool = True
@@ -32,12 +32,12 @@ class Rendering:
     def __post_init__(self) -> None:
         if self.add_generation_prompt and self.continue_final_message:
             raise RequestError(
-                "add_generation_prompt and continue_final_message are both true, but an answer begins a message or "
-                "goes on with one; set one of them to false"
+                "add_generation_prompt and continue_final_message are both true, but an answer either begins a "
+                "message or continues one; set one of them to false"
             )
         taken = sorted(_TAKEN & set(self.template_kwargs))
         if taken:
-            raise RequestError(f"chat_template_kwargs has {taken[0]!r}, which the request says elsewhere; leave it out")
+            raise RequestError(f"chat_template_kwargs has the reserved variable {taken[0]!r}; leave it out")
 
 
 _TAKEN = {
@@ -57,15 +57,15 @@ _TAKEN = {
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 }
-"""What the chat template is given already, or what would change what comes back."""
+"""Reserved variables, which are passed already or would change the type of the result."""
 
 
 class Chat(list[Message]):
-    """Messages, and what is shown with them.
+    """A list of messages with tools and rendering options.
 
     Attributes:
-        tools: function definitions in OpenAI's form; None without any.
-        rendering: how the template is run where an answer follows.
+        tools: function definitions in OpenAI's form, or None.
+        rendering: options for rendering the chat when an answer follows.
     """
 
     def __init__(
@@ -80,40 +80,40 @@ class Chat(list[Message]):
 
 
 def tools_of(messages: object) -> Sequence[Mapping[str, Any]] | None:
-    """The tools of a `Chat`; None of any other list of messages."""
+    """The tools of a `Chat`; None for a plain list of messages."""
     return messages.tools if isinstance(messages, Chat) else None
 
 
 def rendering_of(messages: object) -> Rendering:
-    """How a list of messages is rendered where an answer follows."""
+    """The rendering options of a `Chat`; the defaults for a plain list of messages."""
     return messages.rendering if isinstance(messages, Chat) else Rendering()
 
 
 def read_message(message: Any) -> tuple[dict[str, Any], bool]:
-    """A message of a row (`as_message`), and whether it is to be learned where an assistant says it.
+    """Normalise a message of a training row as in `as_message`. Returns it with whether it is a training target.
 
-    `weight` (OpenAI's) and `train` say whether it is learned.
+    The field `weight` (OpenAI's) or `train` disables training on the message.
 
     Raises:
-        RequestError: as of `as_message`, or an assistant's message to be learned is empty.
+        RequestError: as in `as_message`, or an assistant's message that is a target is empty.
     """
     given = dict(message) if isinstance(message, Mapping) else message
     learned = isinstance(given, dict) and _is_learned(given.pop("weight", None), given.pop("train", None))
     fields = as_message(given)
     if fields["role"] == "assistant" and learned and not (fields["content"].strip() or "tool_calls" in fields):
-        raise RequestError(": the assistant's content is empty, expected some text")
+        raise RequestError(": the assistant's content is empty, expected text")
     return fields, learned
 
 
 def as_message(message: Any) -> dict[str, Any]:
-    """A message as chat templates take it.
+    """Normalise a message for chat templates.
 
-    Text parts are joined, arguments of calls become objects, the older `function_call` becomes a call of a tool, an
+    Text parts are joined, call arguments are parsed to objects, the older `function_call` becomes a tool call, and an
     assistant's missing content becomes empty text.
 
     Raises:
-        RequestError: it has no role, no text, parts that are no text, or malformed calls. The text continues
-            "message 3".
+        RequestError: the role or text is missing, a part is not text, or a call is malformed. The error text continues
+            a prefix such as "message 3".
     """
     if not isinstance(message, Mapping):
         raise RequestError(f" is a {type(message).__name__}, expected {{'role': ..., 'content': ...}}")
@@ -135,10 +135,10 @@ def as_message(message: Any) -> dict[str, Any]:
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Function definitions, as a list or as JSON text of one; None where there are none.
+    """Read function definitions from a list or from JSON text; None if there are none.
 
     Raises:
-        RequestError: they are something else.
+        RequestError: `tools` is not a list of functions with names.
     """
     if isinstance(tools, str):
         tools = _json("tools", tools)
@@ -158,7 +158,7 @@ def tool_name(tool: Mapping[str, Any]) -> str | None:
 
 def _is_learned(weight: Any, train: Any) -> bool:
     for name, value in (("weight", weight), ("train", train)):
-        if value not in (None, 0, 1):  # false and true among them
+        if value not in (None, 0, 1):  # false equals 0, true equals 1
             raise RequestError(f": {name!r} is {value!r:.40}, expected 0 or 1")
     return 0 not in (weight, train)
 
@@ -183,11 +183,11 @@ def _part(part: Any) -> str:
         if isinstance(text, str) and kind in (None, "text", "input_text", "output_text", "refusal"):
             return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RequestError(f": 'content' has a part of type {kind!r:.40}, expected text: language models read nothing else")
+    raise RequestError(f": 'content' has a part of type {kind!r:.40}, expected text")
 
 
 def check_unicode(text: str) -> None:
-    """Raise a RequestError for text that has no UTF-8, as a lone half of a surrogate pair: no tokenizer takes it."""
+    """Raise a RequestError for text without a UTF-8 encoding, such as half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -229,7 +229,7 @@ def _plain(name: str, value: Mapping[str, Any]) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Arrow fills the fields that a row lacks but others have."""
+    """Remove the None values that Arrow adds for missing fields."""
     if isinstance(value, Mapping):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value

@@ -1,10 +1,9 @@
 """Norms and rotary embeddings as single Triton kernels, for static passes.
 
-As PyTorch runs them, an RMS norm is eight kernels and a rotary embedding twelve, each of which takes a GPU longer to
-begin than to do for a few tokens. Whether a model's own norm and rotary embedding are the ones known here is found out
-by comparing the results.
+PyTorch runs an RMS norm as eight kernels and a rotary embedding as twelve, and for a few tokens launching them takes
+longer than running them. A model uses the kernels here only if their results equal those of its own modules.
 
-Shapes: T tokens, H heads, D head dimension, N size of what is normed.
+Shapes: T tokens, H heads, D head dimension, N normalised dimension.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from collm.models.language_model import LanguageModel
 
-_AS_EXACT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @triton.jit
@@ -87,14 +86,14 @@ def _rotate(
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of halves (arXiv 2104.09864).
+    """Rotary position embedding that rotates the two halves of each head (arXiv 2104.09864).
 
     Args:
-        states: shape (1, H, T, D), any strides but 1 in the last dimension.
+        states: shape (1, H, T, D), with stride 1 in the last dimension.
         cos, sin: shape (1, T, D).
 
     Returns:
-        Shape (1, H, T, D), laid out token by token.
+        Shape (1, H, T, D), stored token by token.
     """
     _, heads, tokens, dim = states.shape
     output = torch.empty(tokens, heads, dim, dtype=states.dtype, device=states.device)
@@ -106,10 +105,10 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FusedKernels:
-    """What of a model's norms and rotary embeddings single kernels can do.
+    """Replaces a model's norms and rotary embeddings by single kernels where the results are equal.
 
     Args:
-        model: the model; it is left as it is but inside of `applied`.
+        model: the model, which is modified inside `applied` only.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -123,7 +122,7 @@ class FusedKernels:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model runs with them."""
+        """Run the model with the kernels inside the block."""
         before: Any = None if self._rotary is None else self._rotary.apply_rotary_pos_emb
         try:
             for module, fused in self._norms:
@@ -140,7 +139,7 @@ class FusedKernels:
 
 @torch.no_grad()
 def _fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The norm as one kernel; None where that gives something else."""
+    """The norm as one kernel; None if the results differ."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if (
@@ -157,13 +156,13 @@ def _fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         def fused(states: Tensor, plus_one: bool = plus_one, round_first: bool = round_first) -> Tensor:
             return rms_norm(states, weight, epsilon, plus_one=plus_one, round_first=round_first)
 
-        if _equal(fused(states), expected):
+        if _close(fused(states), expected):
             return fused
     return None
 
 
 def _rotary_of_halves(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The kernel where whole heads are rotated, the model's own function where only a part of each is."""
+    """Use the kernel if whole heads are rotated, else the model's own function."""
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if cos.ndim != 3 or {cos.shape[-1], k.shape[-1]} != {q.shape[-1]}:
@@ -175,7 +174,7 @@ def _rotary_of_halves(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[.
 
 @torch.no_grad()
 def _rotates_halves(modeling: Any, model: LanguageModel) -> bool:
-    """Whether the rotary embedding of a modeling file is the one known here."""
+    """Whether the rotary embedding of a modeling file equals `rotate`."""
     apply, dim = getattr(modeling, "apply_rotary_pos_emb", None), 16
     if apply is None:
         return False
@@ -187,7 +186,7 @@ def _rotates_halves(modeling: Any, model: LanguageModel) -> bool:
     except (TypeError, RuntimeError, IndexError):
         return False
     return len(expected) == 2 and all(
-        one.shape == states.shape and _equal(rotate(states, cos, sin), one)
+        one.shape == states.shape and _close(rotate(states, cos, sin), one)
         for states, one in zip((q, k), expected, strict=True)
     )
 
@@ -197,8 +196,8 @@ def _random(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
 
-def _equal(came: Tensor, expected: Tensor) -> bool:
-    if came.dtype != expected.dtype or came.shape != expected.shape:
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return False
-    close = _AS_EXACT.get(came.dtype, 1e-5)
-    return torch.allclose(came.float(), expected.float(), atol=close, rtol=close)
+    tolerance = _TOLERANCE.get(actual.dtype, 1e-5)
+    return torch.allclose(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)

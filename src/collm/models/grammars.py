@@ -1,4 +1,4 @@
-"""Grammars over a tokenizer's tokens: which of them may come next in a text that must have a given form."""
+"""Structured outputs: grammars that determine which tokens may follow a text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from collm.models.runner import common_prefix
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_KEPT = 64
-"""Compiled grammars that are kept for further requests."""
+_MAX_CACHED = 64
+"""Number of compiled grammars to cache."""
 _WORD_BITS = 32
 
 
 class Grammar:
-    """How far a text has come in its grammar. Tokens are taken and given back; nothing else changes it.
+    """The state of a text in its grammar.
 
     Attributes:
-        token_ids: the tokens that were taken.
+        token_ids: the tokens consumed so far.
     """
 
     def __init__(self, matcher: LLMatcher) -> None:
@@ -37,19 +37,19 @@ class Grammar:
         self._matcher = matcher
 
     def allows(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens may follow."""
+        """Number of leading tokens of `token_ids` that may follow."""
         return self._matcher.validate_tokens(list(token_ids))
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Whether only the end of the text may follow."""
         return self._matcher.is_stopped()
 
     def go_to(self, token_ids: Sequence[int]) -> None:
-        """Take and give back tokens until these, which the grammar allows, were taken.
+        """Move to the state after `token_ids`, which the grammar must allow, by consuming and rolling back tokens.
 
         Raises:
-            RequestError: the grammar has become too complex to follow.
+            RequestError: the grammar has become too complex.
         """
         same = common_prefix(self.token_ids, token_ids)
         if same < len(self.token_ids):
@@ -61,10 +61,10 @@ class Grammar:
         self._check()
 
     def fill(self, bits: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        """Write which tokens may come next into a row made by `bit_row`.
+        """Write the allowed next tokens into a row made by `bit_row`.
 
         Raises:
-            RequestError: the grammar has become too complex to follow.
+            RequestError: the grammar has become too complex.
         """
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         self._check()
@@ -72,25 +72,25 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             what = self._matcher.get_error().partition("\n")[0]
-            raise RequestError(f"the text cannot be kept to its grammar: {what}; use a simpler one")
+            raise RequestError(f"the grammar cannot be enforced: {what}; use a simpler one")
 
 
 def bit_row(vocab_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """One bit for each token, all zero, shape (V / 32 rounded up,)."""
+    """A row of one bit per token, all zero, shape (V / 32 rounded up,)."""
     return np.zeros(-(-vocab_size // _WORD_BITS), dtype=np.int32)
 
 
 def forbidden(bits: np.ndarray[Any, np.dtype[np.int32]], vocab_size: int) -> Tensor:
-    """The tokens whose bit is 0, bool, shape (count, V)."""
+    """Tokens whose bit is 0, bool, shape (count, V)."""
     return torch.from_numpy(np.unpackbits(bits.view(np.uint8), axis=-1, count=vocab_size, bitorder="little") == 0)
 
 
 class Grammars:
-    """Compiles what texts must be, over one tokenizer; from any thread.
+    """Compiles structured output constraints for one tokenizer. Thread-safe.
 
     Args:
-        tokenizer: of all models, byte-level or with byte fallback.
-        vocab_size: V, of the models.
+        tokenizer: tokenizer of all models, byte-level or with byte fallback.
+        vocab_size: V, the models' vocabulary size.
         eos_ids: tokens that end a text.
     """
 
@@ -98,50 +98,50 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = sorted(eos_ids)
-        self._lock, self._making = threading.Lock(), threading.Lock()
-        self._over: LLTokenizer | None = None
+        self._lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
+        self._llg_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def compile(self, structured: StructuredOutputs) -> Grammar:
-        """The grammar, at the beginning of a text.
+        """Compile a constraint and return its initial state.
 
         Raises:
-            RequestError: what came is no schema, regular expression or grammar, or one that is too large.
-            ConfigError: the tokenizer's tokens cannot be matched with text, or nothing ends a text.
+            RequestError: the schema, regular expression or grammar is invalid or too large.
+            ConfigError: the tokenizer is not supported, or has no EOS.
             MissingExtra: llguidance is not installed.
         """
         source = _source(structured)
         with self._lock:
             matcher = self._compiled.get(source)
         if matcher is None:
-            matcher = self._matcher(source)  # may take long, and others need not wait for it
+            matcher = self._matcher(source)  # may be slow, so do not hold the lock
         with self._lock:
             self._compiled[source] = matcher
             self._compiled.move_to_end(source)
-            if len(self._compiled) > _KEPT:
+            if len(self._compiled) > _MAX_CACHED:
                 self._compiled.popitem(last=False)
             return Grammar(matcher.deep_copy())
 
     def _matcher(self, source: str) -> LLMatcher:
         llguidance = _llguidance()
-        with self._making:
-            if self._over is None:
-                self._over = self._tokens()
-        matcher = llguidance.LLMatcher(self._over, source, log_level=0)
+        with self._tokenizer_lock:
+            if self._llg_tokenizer is None:
+                self._llg_tokenizer = self._make_tokenizer()
+        matcher = llguidance.LLMatcher(self._llg_tokenizer, source, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"structured_outputs cannot be followed: {_shortened(matcher.get_error())}")
+            raise RequestError(f"structured_outputs cannot be compiled: {_shortened(matcher.get_error())}")
         return cast("LLMatcher", matcher)
 
-    def _tokens(self) -> LLTokenizer:
+    def _make_tokenizer(self) -> LLTokenizer:
         from llguidance import hf
 
         if not self._eos_ids:
-            raise ConfigError("structured_outputs need a token that ends a text, and the tokenizer has no EOS; set one")
+            raise ConfigError("structured_outputs require an EOS token, but the tokenizer has none; set one")
         try:
             return hf.from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_ids)
-        except Exception as error:  # whatever its reader of tokenizers raises
+        except Exception as error:  # llguidance's tokenizer conversion may raise anything
             raise ConfigError(
-                "structured_outputs need a tokenizer whose tokens are bytes of text, as byte-level BPE: "
+                "structured_outputs require a tokenizer whose tokens are bytes of text, such as byte-level BPE: "
                 f"{str(error).partition(':')[0]:.100}"
             ) from error
 
@@ -155,7 +155,7 @@ def _llguidance() -> Any:
 
 
 def _source(structured: StructuredOutputs) -> str:
-    """The grammar as llguidance reads it."""
+    """Convert a constraint to llguidance's format."""
     matcher = _llguidance().LLMatcher
     if structured.json_object:
         return cast(str, matcher.grammar_from_json_schema({"type": "object"}))
@@ -181,8 +181,8 @@ def _lark(grammar: str) -> str:
 
     try:
         return gbnf_to_lark.gbnf_to_lark(grammar)
-    except Exception as error:  # a parser of a few hundred lines, fed with anything
-        raise RequestError(f"structured_outputs.grammar is no GBNF grammar: {_shortened(str(error))}") from error
+    except Exception as error:  # the parser may raise anything on invalid input
+        raise RequestError(f"structured_outputs.grammar is not a GBNF grammar: {_shortened(str(error))}") from error
 
 
 def _shortened(message: str) -> str:

@@ -1,4 +1,4 @@
-"""Do these models fit together? Checked before the first token, never discovered as nonsense output."""
+"""Compatibility checks of models and tokenizers, made before the first token."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from collm.models.language_model import LanguageModel
 from collm.models.token_ids import token_ids_of
 
 ACCEPTABLE = ("special_tokens", "eos", "chat_template")
-"""Differences a user may accept by name; a different vocabulary is never acceptable."""
+"""Differences that a user may accept by name. A different vocabulary is not among them."""
 
 PROBE = "The 3 quick-brown foxes\n\tpaid €1,234.50  (c'est ça) 日本語 🦊 {x: 'y'} ÀÉ"
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What two tokenizers must share to speak the same token ids.
+    """The properties that two tokenizers must share to be interchangeable.
 
     Attributes:
         tokens: token id -> token.
-        special_tokens: role (bos, eos, unk, ...) -> token; padding aside, which no model sees.
+        special_tokens: role (bos, eos, unk, ...) -> token, without padding, which no model reads.
         chat_template: None if the tokenizer has none.
-        probe_ids: token ids of a fixed text, where merges and normalisation show.
+        probe_ids: token ids of a fixed text, which depend on merges and normalisation.
     """
 
     tokens: dict[int, str]
@@ -67,7 +67,7 @@ def _sha256(text: str) -> str:
 
 
 def check_accepted(accept: Collection[str]) -> None:
-    """Raise a ConfigError for a name that is no acceptable difference."""
+    """Raise a ConfigError if a name is not in `ACCEPTABLE`."""
     unknown = sorted(set(accept) - set(ACCEPTABLE))
     if unknown:
         raise ConfigError(
@@ -76,12 +76,12 @@ def check_accepted(accept: Collection[str]) -> None:
 
 
 def token_difference(base: TokenizerIdentity, other: TokenizerIdentity, name: str) -> str | None:
-    """What makes a text other token ids for an assistant than for the base; None if nothing does."""
+    """Describe why an assistant's token ids differ from the base's; None if they do not."""
     for token_id in sorted(base.tokens.keys() | other.tokens.keys()):
         ours, theirs = base.tokens.get(token_id), other.tokens.get(token_id)
         if ours != theirs:
             return (
-                f"{name} has another vocabulary than the base: token {token_id} is {_shown(theirs)} there and "
+                f"the vocabulary of {name} differs from the base's: token {token_id} is {_shown(theirs)} there and "
                 f"{_shown(ours)} in the base ({len(other.tokens)} and {len(base.tokens)} tokens)"
             )
     if base.probe_ids != other.probe_ids:
@@ -95,7 +95,7 @@ def check_tokenizers(
     """Compare an assistant's tokenizer with the base's.
 
     Raises:
-        MismatchError: naming the first token, special token or template that differs.
+        MismatchError: a token, special token or template differs; the message names the first one.
     """
     difference = token_difference(base, other, name)
     if difference is not None:
@@ -103,22 +103,22 @@ def check_tokenizers(
     if base.special_tokens != other.special_tokens and "special_tokens" not in accept:
         role = _first_difference(base.special_tokens, other.special_tokens)
         raise MismatchError(
-            f"{name} has another {role}: {_shown(other.special_tokens.get(role))}, in the base "
-            f"{_shown(base.special_tokens.get(role))}; {_how_to_accept('special_tokens')}"
+            f"the {role} of {name} is {_shown(other.special_tokens.get(role))}, but "
+            f"{_shown(base.special_tokens.get(role))} in the base; {_how_to_accept('special_tokens')}"
         )
     templates = (base.chat_template, other.chat_template)
     if None not in templates and templates[0] != templates[1] and "chat_template" not in accept:
         raise MismatchError(
-            f"{name} has another chat template than the base, so it was trained on chats of another form; "
-            f"{_how_to_accept('chat_template')}, and both will read the base's"
+            f"the chat template of {name} differs from the base's, so it was trained on another chat format; "
+            f"{_how_to_accept('chat_template')}, and both will use the base's"
         )
 
 
 def check_eos(eos_sets: Sequence[tuple[str, frozenset[int]]], *, accept: Collection[str] = ()) -> frozenset[int]:
-    """The tokens that end a text: the EOS set that all models share, or with "eos" accepted the union.
+    """The tokens that end a text: the EOS set that all models share, or the union if "eos" is accepted.
 
     Args:
-        eos_sets: (model name, its EOS token ids), the base first; an empty set has nothing to compare.
+        eos_sets: pairs of model name and EOS token ids, the base first. Empty sets are not compared.
 
     Raises:
         MismatchError: the sets differ.
@@ -128,21 +128,21 @@ def check_eos(eos_sets: Sequence[tuple[str, frozenset[int]]], *, accept: Collect
         if eos and base_eos and eos != base_eos and "eos" not in accept:
             raise MismatchError(
                 f"{name} ends texts with token ids {sorted(eos)}, {base_name} with {sorted(base_eos)}; "
-                f"{_how_to_accept('eos')}, and a text ends with any of them"
+                f"{_how_to_accept('eos')}, and any of them ends a text"
             )
     return frozenset[int]().union(*(eos for _, eos in eos_sets))
 
 
 def check_vocab_sizes(models: Sequence[LanguageModel], vocab_size: int) -> None:
-    """Every model must score all of the tokenizer's ids; rows beyond them are padding.
+    """Check that every model has logits for all of the tokenizer's ids. Further logits are padding.
 
     Raises:
-        MismatchError: a model scores fewer.
+        MismatchError: a model has fewer logits.
     """
     for model in models:
         if model.padded_vocab_size < vocab_size:
             raise MismatchError(
-                f"{model.name} scores {model.padded_vocab_size} token ids, but the tokenizer has {vocab_size}; "
+                f"{model.name} has logits for {model.padded_vocab_size} token ids, but the tokenizer has {vocab_size}; "
                 "use the tokenizer the model was trained with"
             )
 

@@ -1,10 +1,10 @@
-"""Where keys and values of the slots lie: memory at fixed addresses that is never copied to grow.
+"""KV caches whose keys and values never move.
 
-On a CPU every slot has addresses for the longest sequence that the model reads, and the operating system provides
-memory as they are first written (`ReservedCache`). Other devices have no such memory: there a slot holds pages of one
-allocation (`PagedCache`). Both count positions in whole pages and hold no more of them than their capacity.
+On a CPU every slot reserves addresses for the longest sequence, and the operating system provides memory on the first
+write (`ReservedCache`). On other devices a slot holds pages of one allocation (`PagedCache`). Both count positions in
+whole pages, up to their capacity.
 
-Slots keep every position (sliding windows are a matter of the mask), so a rollback is a smaller length and no more.
+Slots keep every position, and masks implement sliding windows, so a rollback only lowers a length.
 
 Shapes: T new tokens of a pass, S slots, H key heads, L positions, D head dimension, N pages.
 """
@@ -27,30 +27,30 @@ from collm.errors import ConfigError, RequestError
 from collm.models.slots import PackedPass, Row, StaticPass
 
 PAGE = 16
-"""Positions in a page."""
+"""Positions per page."""
 MOST_SLOTS = 1024
 LONGEST = 1 << 17
-"""Positions of a slot if the model's config names no limit."""
+"""Maximum length of a slot if the model's config has no limit."""
 
 
 def in_pages(length: int) -> int:
-    """Positions of the pages that hold so many tokens."""
+    """Round a length up to whole pages."""
     return -(-length // PAGE) * PAGE
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """The cache handed to the model.
+    """Base class of the caches, passed to the model as `past_key_values`.
 
     Args:
-        num_layers: of the model.
-        capacity: most positions that all slots together hold.
-        max_length: most positions of one slot; None for the most that is supported.
+        num_layers: number of layers of the model.
+        capacity: largest number of positions of all slots together.
+        max_length: largest number of positions of one slot; None for `LONGEST`.
 
     Attributes:
-        layout: of the pass that is being made.
-        held: positions that each slot holds, in whole pages.
-        used: the sum of those.
-        slots: most slots.
+        layout: layout of the current pass.
+        held: slot -> its allocated positions, in whole pages.
+        used: the sum of `held`.
+        slots: largest number of slots.
     """
 
     layers: list[KVLayer]
@@ -67,32 +67,32 @@ class KVCache(Cache):  # type: ignore[misc]
 
     @abstractmethod
     def _layer(self) -> KVLayer:
-        """One layer, without memory yet: its shape is known when the model first writes to it."""
+        """Create a layer. Its memory is allocated on the first write, when its shape is known."""
 
     @property
     def bytes_per_position(self) -> int:
-        """Of all layers; known once the model has written something."""
+        """Memory of one position in all layers; 0 before the first write."""
         return sum(layer.bytes_per_position for layer in self.layers)
 
     @property
     def allocated_bytes(self) -> int:
-        """Memory that the slots hold."""
+        """Memory allocated to slots."""
         return self.used * self.bytes_per_position
 
     def missing(self, lengths: Mapping[int, int]) -> int:
-        """Positions that must be released before these slots can hold so many tokens; 0 or less if none."""
+        """Positions to release before the slots can hold `lengths` tokens; 0 or less if none."""
         growth = sum(max(in_pages(length) - self.held.get(slot, 0), 0) for slot, length in lengths.items())
         return self.used + growth - self.capacity
 
     def hold(self, slot: int, length: int) -> None:
-        """Make room for so many tokens in a slot.
+        """Allocate `length` positions for a slot.
 
         Raises:
-            RequestError: they are more than a slot holds.
+            RequestError: `length` exceeds the maximum length of a slot.
         """
         if length > self.max_length:
             raise RequestError(
-                f"a sequence of {length} tokens came, but the key-value cache holds at most {self.max_length} of one "
+                f"a sequence has {length} tokens, but the KV cache holds at most {self.max_length} tokens per "
                 "sequence; raise cache_memory"
             )
         before, after = self.held.get(slot, 0), in_pages(length)
@@ -102,14 +102,14 @@ class KVCache(Cache):  # type: ignore[misc]
             self._grow(slot, before, after)
 
     def release(self, slot: int, *, spoiled: bool = False) -> None:
-        """Give a slot's memory back; `spoiled` if there may be NaN in it, which nobody must see again."""
+        """Free a slot's memory. `spoiled` wipes it, because it may contain NaN."""
         held = self.held.pop(slot, 0)
         self.used -= held
         if held:
             self._release(slot, held, spoiled)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give `target`, which has room for them, the first `length` tokens of `source`."""
+        """Copy the first `length` positions of slot `source` to `target`, which must have room."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.copy(source, target, length)
@@ -121,7 +121,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def _release(self, slot: int, held: int, spoiled: bool) -> None: ...
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor | None:
-        """Absolute position of every packed token, (T,), which transformers hands to the mask; None for no mask."""
+        """Absolute position of every packed token, (T,), for the mask function; None if no mask is needed."""
         return self.layout.positions if self.layout.needs_mask else None
 
 
@@ -141,23 +141,23 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def bytes_per_position(self) -> int:
-        """Of keys and values."""
+        """Memory of one position's keys and values."""
         if not self.is_initialized:
             return 0
-        return self._of_position(self.keys) + self._of_position(self.values)
+        return self._bytes_of_position(self.keys) + self._bytes_of_position(self.values)
 
     @abstractmethod
-    def _of_position(self, memory: Tensor) -> int: ...
+    def _bytes_of_position(self, memory: Tensor) -> int: ...
 
     @abstractmethod
     def copy(self, source: int, target: int, length: int) -> None: ...
 
     @abstractmethod
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store (1, H, T, D) at the pass's slots and positions."""
+        """Store keys and values (1, H, T, D) at the slots and positions of the current layout."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store what is new; return the whole memory, of which the pass knows what to read."""
+        """Store new keys and values, and return the whole memory."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.is_initialized = True
@@ -175,7 +175,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ReservedLayer(KVLayer):
-    """Keys and values as (S, H, L, D) for the most slots and the longest sequence, in memory that fills as written."""
+    """Keys and values of shape (S, H, L, D), reserved for all slots and lengths and allocated on write."""
 
     cache: ReservedCache
 
@@ -185,7 +185,7 @@ class ReservedLayer(KVLayer):
 
     def _reserve(self, states: Tensor) -> Tensor:
         _, heads, _, dim = states.shape
-        # A slot begins on a page of the operating system's; an odd number of them keeps slots apart in CPU caches.
+        # Align slots to pages of the operating system. An odd number of them avoids conflicts in CPU caches.
         step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, heads * dim * states.element_size())
         length = (-(-self.cache.max_length // step) | 1) * step
         shape = (heads, length, dim)
@@ -194,19 +194,19 @@ class ReservedLayer(KVLayer):
     def _reserved(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         while True:
             try:
-                memory, tensor = _untouched_zeros((self.cache.slots, *shape), dtype)
+                memory, tensor = _lazy_zeros((self.cache.slots, *shape), dtype)
             except OSError as error:
                 if self.cache.slots == 1:
                     raise ConfigError(
-                        f"the system refuses the addresses of one sequence of {shape[1]:,} tokens in the key-value "
-                        f"cache ({error}); raise its limit (ulimit -v) or lower cache_memory"
+                        f"the system cannot reserve addresses for a sequence of {shape[1]:,} tokens in the KV cache "
+                        f"({error}); raise its limit (ulimit -v) or lower cache_memory"
                     ) from error
-                self.cache.slots //= 2  # the system does not promise more than it has
+                self.cache.slots //= 2  # the system does not overcommit memory
             else:
                 self._memory.append(memory)
                 return tensor
 
-    def _of_position(self, memory: Tensor) -> int:
+    def _bytes_of_position(self, memory: Tensor) -> int:
         return memory.shape[1] * memory.shape[3] * memory.element_size()
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -226,20 +226,20 @@ class ReservedLayer(KVLayer):
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """Keys and values, where there are some."""
+        """Keys and values; empty before the first write."""
         return (self.keys, self.values) if self.is_initialized else ()
 
     def release(self, slot: int, held: int) -> None:
         for memory, tensor in zip(self._memory, (self.keys, self.values), strict=True):
             if memory is not None and sys.platform == "linux":
                 size = tensor[0].nbytes
-                memory.madvise(mmap.MADV_DONTNEED, slot * size, size)  # reads as zeros again
+                memory.madvise(mmap.MADV_DONTNEED, slot * size, size)  # later reads return zeros
             else:
                 tensor[slot, :, :held] = 0
 
 
 class ReservedCache(KVCache):
-    """A cache on a CPU: addresses for all, memory for what is held."""
+    """CPU cache that reserves addresses for all slots and allocates memory on write."""
 
     layers: list[ReservedLayer]
 
@@ -252,7 +252,7 @@ class ReservedCache(KVCache):
 
     @property
     def allocated_bytes(self) -> int:
-        """Memory that the slots hold, in whole pages of the operating system."""
+        """Memory allocated to slots, in whole pages of the operating system."""
         rows = [
             (memory.shape[1], memory.stride(2) * memory.element_size()) for one in self.layers for memory in one.held
         ]
@@ -268,34 +268,34 @@ class ReservedCache(KVCache):
                 layer.release(slot, held)
 
 
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[mmap.mmap | None, Tensor]:
-    """Zeros that take memory only once they are written."""
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[mmap.mmap | None, Tensor]:
+    """Zeros whose memory is allocated on write."""
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return None, torch.zeros(shape, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
     memory = mmap.mmap(-1, size, flags=flags)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would be taken whole for the first token in it
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # the first token would allocate a whole huge page
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return memory, torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-_MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.12 on
+_MAP_NORESERVE = 0x4000  # Linux; in the mmap module since Python 3.12
 
 
 class PagedLayer(KVLayer):
-    """Keys and values as (N, page, H, D); page 0 takes what padding writes."""
+    """Keys and values of shape (N, page, H, D). Padding is written to page 0."""
 
     cache: PagedCache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: a masked column has weight 0, and 0 * NaN would reach the output.
+        # Masked columns have weight 0, and 0 * NaN would reach the output, so memory must be initialised.
         pages = self.cache.capacity // PAGE + 1
         self.keys, self.values = (
             states.new_zeros(pages, PAGE, states.shape[1], states.shape[3]) for states in (key_states, value_states)
         )
 
-    def _of_position(self, memory: Tensor) -> int:
+    def _bytes_of_position(self, memory: Tensor) -> int:
         return memory[0, 0].nbytes
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -316,11 +316,11 @@ class PagedLayer(KVLayer):
 
 
 class PagedCache(KVCache):
-    """A cache in pages of one allocation, taken at the first write.
+    """Cache in pages of one allocation, made on the first write.
 
     Attributes:
         pages: slot -> its pages, in order.
-        table: the same on the device, shape (S + 1, P), int32; its last row is that of padding.
+        table: the same on the device, shape (S + 1, P), int32; the last row is for padding.
     """
 
     layers: list[PagedLayer]
@@ -338,7 +338,7 @@ class PagedCache(KVCache):
     def _grow(self, slot: int, before: int, after: int) -> None:
         count = (after - before) // PAGE
         taken = self._free[-count:][::-1]
-        assert len(taken) == count, "the caller releases what is missing first"
+        assert len(taken) == count, "the caller must release missing pages first"
         del self._free[-count:]
         self.pages.setdefault(slot, []).extend(taken)
         self.table[slot, before // PAGE : after // PAGE] = to_device(taken, self.table.device, torch.int32)
@@ -351,6 +351,6 @@ class PagedCache(KVCache):
                 layer.wipe(pages)
 
     def places(self, row: Row) -> list[int]:
-        """Where the new tokens of a row lie among all positions of all pages."""
+        """Indices of a row's new tokens among all positions of all pages."""
         pages = self.pages[row.slot]
         return [pages[at // PAGE] * PAGE + at % PAGE for at in range(row.start, row.end)]

@@ -1,4 +1,4 @@
-"""One transformers causal LM seen as hidden states and logits: its decoder, its output layer, its limits."""
+"""A transformers causal LM as a decoder that gives hidden states and an output layer that gives logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collm.models.packing import PackedLinear
 
 
 class LanguageModel:
-    """A transformers causal LM (plain or PEFT-wrapped) split at its last hidden state.
+    """A transformers causal LM (plain or PEFT-wrapped), split at its last hidden state.
 
     Args:
         module: a `PreTrainedModel` with a language-modelling head, or a `PeftModel` around one.
-        name: what errors and counts call it.
-        vocab_size: keep only the logits of token ids below this (models pad their vocabularies); None keeps all.
+        name: name in error messages and usage counts.
+        vocab_size: keep only logits of token ids below this, as models pad their vocabularies; None keeps all.
 
     Raises:
         UnsupportedModel: the module has no decoder or no output layer.
@@ -42,7 +42,7 @@ class LanguageModel:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the output layer, which may exceed the tokenizer's ids."""
+        """Number of rows of the output layer, which may exceed the tokenizer's vocabulary."""
         return self._output_shape[0]
 
     @property
@@ -51,7 +51,7 @@ class LanguageModel:
 
     @property
     def weights_per_token(self) -> int:
-        """Weights that reading a token multiplies with: all but the input embedding; of experts all, active or not."""
+        """Number of weights in matrix products per token: all but the input embedding, with inactive experts."""
         embedding = self.decoder.get_input_embeddings().weight
         packed = sum(layer.weight.numel() for layer in self.inner.modules() if isinstance(layer, PackedLinear))
         tied = embedding is self.output_weight
@@ -60,7 +60,7 @@ class LanguageModel:
     @property
     def _output_shape(self) -> tuple[int, int]:
         weight = self.output_weight
-        rows, columns = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves a parameter empty between uses
+        rows, columns = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 empties parameters between uses
         return int(rows), int(columns)
 
     @property
@@ -69,15 +69,15 @@ class LanguageModel:
 
     @property
     def input_device(self) -> torch.device:
-        """Where token ids go: the embedding's device, another than `device` in a model split over several."""
+        """Device of the embedding. It differs from `device` in a model split over several devices."""
         return cast(torch.device, self.decoder.get_input_embeddings().weight.device)
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens in a sequence, None if the config names no limit.
+        """Largest number of tokens in a sequence, None if the config has no limit.
 
-        A RoPE whose frequencies change once a sequence outgrows its original length invalidates cached keys, so
-        there the limit is that original length.
+        A RoPE whose frequencies change beyond its original length would invalidate cached keys. The limit is then the
+        original length.
         """
         limit = getattr(self.config, "max_position_embeddings", None)
         rope = getattr(self.config, "rope_parameters", None) or {}
@@ -87,15 +87,15 @@ class LanguageModel:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The EOS set of the generation config; empty if it names none."""
+        """EOS token ids of the generation config; empty if it has none."""
         return eos_set(getattr(getattr(self.module, "generation_config", None), "eos_token_id", None), self.name)
 
     def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """The last hidden states, after the final norm: what enters the output layer.
+        """Run the decoder and return the last hidden states after the final norm.
 
         Args:
             input_ids: shape (B, T).
-            **inputs: passed to the decoder: attention_mask, position_ids, past_key_values, ...
+            **inputs: further inputs of the decoder: attention_mask, position_ids, past_key_values, ...
 
         Returns:
             Shape (B, T, H).
@@ -103,11 +103,11 @@ class LanguageModel:
         return cast(Tensor, self.decoder(input_ids=input_ids, **inputs).last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits of hidden states (..., H): shape (..., V), scaled and capped as the model does."""
+        """Map hidden states (..., H) to next-token logits (..., V), scaled and capped like the model's own."""
         return self.shape_logits(cast(Tensor, self._output_layer(hidden.to(self.device))))
 
     def shape_logits(self, values: Tensor) -> Tensor:
-        """Logits from what the output layer gives, shape (..., padded V): the same tensor where nothing is to do."""
+        """Scale, cap and truncate outputs of the output layer, shape (..., padded V). May return the same tensor."""
         if self.scale != 1:
             values = values * self.scale
         if self.softcap is not None:
@@ -116,20 +116,20 @@ class LanguageModel:
 
     @property
     def output_weight(self) -> Tensor:
-        """Of the output layer, shape (padded V, H)."""
+        """Weight of the output layer, shape (padded V, H)."""
         return cast(Tensor, self._output_layer.weight)
 
     @property
     def output_bias(self) -> Tensor | None:
-        """Of the output layer, shape (padded V,), None if it has none."""
+        """Bias of the output layer, shape (padded V,), or None."""
         return cast("Tensor | None", getattr(self._output_layer, "bias", None))
 
 
 def eos_set(eos: Any, name: str) -> frozenset[int]:
-    """The EOS ids that a generation config names: none, one or a list of them.
+    """Convert the EOS setting of a generation config (None, one id or a list) to a set.
 
     Raises:
-        LoadError: they are no token ids.
+        LoadError: the setting contains something other than token ids.
     """
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     for one in ids:
@@ -140,7 +140,7 @@ def eos_set(eos: Any, name: str) -> frozenset[int]:
 
 def _decoder(inner: Any, name: str) -> Any:
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-    if decoder is inner:  # Llama 4 answers with itself
+    if decoder is inner:  # Llama 4 returns itself
         decoder = getattr(inner, "model", None)
     if decoder is None:
         raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no decoder; expected a causal LM")

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers by their names."""
+"""Loading models and tokenizers from directories, GGUF files and the Hub."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from collm.models.token_ids import MAX_GROWTH, normalizer_growth
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Those of transformers itself; it would download and run a kernel by any name with a slash in it."""
+"""Attention implementations of transformers itself. Given a name with a slash, it would download and run a kernel."""
 
 MAX_LAYERS = 1000
-"""Layers are made before the weights are read: a config that names more of them is damaged."""
+"""Largest accepted number of layers, because layers are allocated before the weights are read."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class ModelSpec:
         device: "cpu", "cuda", "cuda:1", "auto" (spread by Accelerate), or None: the GPU if there is one.
         attention: attention implementation outside the KV slots (training, scoring), one of transformers' own; None
             lets it choose.
-        quantization: of its linear layers but the output layer, by bitsandbytes: "nf4" (4 bits, twice quantized, as in
-            QLoRA, arXiv 2305.14314) or "int8". They compute in `dtype`, bfloat16 if that is "auto".
+        quantization: quantization by bitsandbytes of all linear layers except the output layer: "nf4" (4 bits with
+            double quantization, as in QLoRA, arXiv 2305.14314) or "int8". Layers compute in `dtype`, or in bfloat16
+            if that is "auto".
 
     Raises:
-        ConfigError: an unknown dtype, attention or quantization, or a quantization of a GGUF file.
+        ConfigError: the dtype, attention or quantization is unknown, or a GGUF file has a quantization.
     """
 
     path: str
@@ -84,13 +85,13 @@ class ModelSpec:
             )
         if self.quantization is not None and names_gguf(self.path):
             raise ConfigError(
-                f"{self.path} is a GGUF file, which is not quantized again; leave {self.quantization} out, or name the "
+                f"{self.path} is a GGUF file, which collm cannot quantize; leave {self.quantization} out, or use the "
                 "original checkpoint"
             )
-        object.__setattr__(self, "path", absolute(self.path))  # an artefact must not depend on where it was made
+        object.__setattr__(self, "path", absolute(self.path))  # an artefact must not depend on the working directory
 
     def identity(self) -> dict[str, Any]:
-        """What its scores depend on."""
+        """The properties that the model's scores depend on."""
         return {
             "path": self.path,
             "revision": self.revision,
@@ -105,7 +106,7 @@ class ModelSpec:
 
 
 def _weights_digest(path: str) -> str | None:
-    """SHA-256 over a sample of a local model's weight files, by which retraining is noticed; None elsewhere."""
+    """SHA-256 over samples of a local model's weight files, to detect retraining; None for a model on the Hub."""
     found = [Path(path)] if names_gguf(path) else [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
     files = sorted(file for file in found if file.is_file())
     if not files:
@@ -127,11 +128,11 @@ def default_device() -> str:
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
-    """Load a causal LM in evaluation mode; one from a GGUF file with all its weights dequantized.
+    """Load a causal LM in evaluation mode. Weights of a GGUF file are dequantized.
 
     Raises:
-        LoadError: nothing at the path, or what is there is no causal LM that transformers can load whole.
-        MissingExtra: a package that it takes, bitsandbytes or gguf, is not installed.
+        LoadError: there is no model at the path, or transformers cannot load it completely.
+        MissingExtra: bitsandbytes or gguf is needed and not installed.
     """
     config = load_config(spec)
     options = _loading_options(spec, config)
@@ -142,12 +143,12 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
                 model, found = AutoModelForCausalLM.from_pretrained(
                     config=config, output_loading_info=True, **source, **options
                 )
-        except Exception as error:  # files of strangers: whatever the libraries raise on them
+        except Exception as error:  # the libraries may raise anything on untrusted files
             raise LoadError(_could_not_load("model", spec, report.reason or error, quantized_with(config))) from error
     if missing := sorted(found["missing_keys"]):
         raise LoadError(
-            f"the weights of {spec.path!r} lack {len(missing)} tensors that its config.json asks for, as "
-            f"{missing[0]!r}; restore the files that belong together"
+            f"the weights of {spec.path!r} lack {len(missing)} tensors that its config.json requires, such as "
+            f"{missing[0]!r}; restore matching files"
         )
     if names_gguf(spec.path):
         model.name_or_path = model.config.name_or_path = spec.path
@@ -157,16 +158,16 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _loading_options(spec: ModelSpec, config: PretrainedConfig) -> dict[str, Any]:
-    """How the weights are to be loaded: where to, in which form, with which attention."""
+    """Arguments of `from_pretrained` for device, dtype, quantization and attention."""
     options: dict[str, Any] = {"dtype": spec.dtype, "device_map": spec.device or default_device()}
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention
     if names_gguf(spec.path):
-        options["quantization_config"] = GgufConfig(dequantize=True)  # else kernels from the Hub would compute
+        options["quantization_config"] = GgufConfig(dequantize=True)  # otherwise kernels from the Hub would run
     if spec.quantization is not None:
         if (method := quantized_with(config)) is not None:
             raise LoadError(
-                f"{spec.path!r} is quantized with {method} already; leave {spec.quantization} out, or name the "
+                f"{spec.path!r} is already quantized with {method}; leave {spec.quantization} out, or use the "
                 "original checkpoint"
             )
         dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
@@ -176,29 +177,29 @@ def _loading_options(spec: ModelSpec, config: PretrainedConfig) -> dict[str, Any
 
 @contextmanager
 def _source(spec: ModelSpec) -> Iterator[dict[str, Any]]:
-    """How transformers is told of a model's files: where they are, and that no code beside them is run."""
+    """Arguments of `from_pretrained` that locate a model's files and forbid remote code."""
     source = {"pretrained_model_name_or_path": spec.path, "revision": spec.revision, "trust_remote_code": False}
     if not names_gguf(spec.path):
         check_there(spec.path)
         yield source
         return
     file = gguf_file(spec.path, spec.revision)
-    with TemporaryDirectory() as nothing:  # what lies beside the file is not read
-        yield {**source, "pretrained_model_name_or_path": nothing, "gguf_file": str(file)}
+    with TemporaryDirectory() as empty:  # so that files next to the GGUF file are not read
+        yield {**source, "pretrained_model_name_or_path": empty, "gguf_file": str(file)}
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
-    """The config beside a model's weights.
+    """Load the config of a model.
 
     Raises:
-        LoadError: there is none, it says of its weights what transformers cannot read, or it names a kernel:
-            transformers would download that and run it.
-        MissingExtra: it is in a GGUF file, and gguf is not installed.
+        LoadError: there is no config, it is not supported, or it names an attention kernel that transformers would
+            download and run.
+        MissingExtra: the model is a GGUF file, and gguf is not installed.
     """
     with _source(spec) as source:
         try:
             config = AutoConfig.from_pretrained(**source)
-        except Exception as error:  # files of strangers: whatever the libraries raise on them
+        except Exception as error:  # the libraries may raise anything on untrusted files
             raise LoadError(_could_not_load("config", spec, error)) from error
         if file := source.get("gguf_file"):
             check_gguf(spec.path, file, config)
@@ -209,29 +210,29 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for named in {getattr(part, "_attn_implementation", None) for part in parts} - {None, *ATTENTIONS}:
         raise LoadError(
-            f"the config of {spec.path!r} asks for the attention {named!r}, code that is not part of transformers; "
+            f"the config of {spec.path!r} requires the attention {named!r}, which is not part of transformers; "
             "remove attn_implementation from its config.json"
         )
     return config
 
 
 def _check_no_adapter(spec: ModelSpec) -> None:
-    """Raise a LoadError where an adapter lies beside the weights: transformers would load it unasked, of any kind."""
+    """Raise a LoadError if there is an adapter next to the weights, which transformers would load unchecked."""
     if find_spec("peft") is None or names_gguf(spec.path):
         return
     try:
         found = find_adapter_config_file(spec.path, revision=spec.revision)
-    except Exception as error:  # of the Hub
+    except Exception as error:  # errors of the Hub
         raise LoadError(_could_not_load("model", spec, error)) from error
     if found is not None:
         raise LoadError(
-            f"{spec.path!r} holds an adapter beside a model (adapter_config.json); merge them (merge_and_unload of "
-            "peft), or remove the adapter"
+            f"{spec.path!r} contains an adapter next to a model (adapter_config.json); merge them with peft's "
+            "merge_and_unload, or remove the adapter"
         )
 
 
 def empty_model(spec: ModelSpec) -> PreTrainedModel:
-    """A causal LM without weights (on the meta device), from its config alone.
+    """Create a causal LM without weights (on the meta device) from its config.
 
     Raises:
         LoadError: there is no config of a causal LM.
@@ -240,12 +241,12 @@ def empty_model(spec: ModelSpec) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except Exception as error:  # files of strangers: whatever the libraries raise on them
+    except Exception as error:  # the libraries may raise anything on untrusted files
         raise LoadError(_could_not_load("config", spec, error)) from error
 
 
 def _keep_layout(model: nn.Module) -> None:
-    """On some CPUs bitsandbytes repacks 4-bit weights at the first pass in evaluation mode; then without gradients."""
+    """Stop bitsandbytes from repacking 4-bit weights on some CPUs, after which they have no gradients."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast(Any, module).support_avx512bf16_for_cpu = False
@@ -265,51 +266,54 @@ def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
 
 
 def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
-    """The EOS set that the generation config beside a model's weights names, without loading them.
+    """The EOS token ids of a model's generation config, without loading the model.
 
     Raises:
-        LoadError: it names no token ids, or cannot be read.
+        LoadError: the config cannot be read, or its EOS setting is invalid.
     """
-    if names_gguf(spec.path):  # it holds the tokenizer's EOS alone
+    if names_gguf(spec.path):  # it has only the tokenizer's EOS
         return frozenset()
     try:
         config = GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
     except (OSError, ValueError):
         return frozenset()
-    except Exception as error:  # files of strangers: whatever the libraries raise on them
+    except Exception as error:  # the libraries may raise anything on untrusted files
         raise LoadError(_could_not_load("generation config", spec, error)) from error
     return eos_set(config.eos_token_id, spec.path)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> frozenset[int]:
-    """What decoding with this base stops at: its EOS set and the tokenizer's EOS."""
+    """Tokens at which decoding with this base stops: its EOS token ids and the tokenizer's EOS."""
     eos = cast("int | None", tokenizer.eos_token_id)
     return saved_eos_ids(spec) | (frozenset() if eos is None else {eos})
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model; that of a GGUF file is in it.
+    """Load the tokenizer of a model.
 
     Raises:
-        LoadError: there is none that transformers can load.
-        MissingExtra: it is in a GGUF file, and gguf is not installed.
+        LoadError: there is no tokenizer that transformers can load, or its normaliser may blow up texts.
+        MissingExtra: the model is a GGUF file, and gguf is not installed.
     """
     with _source(spec) as source:
         try:
             tokenizer = _tokenizer(source)
             growth = normalizer_growth(tokenizer)
-        except Exception as error:  # files of strangers: whatever the libraries raise on them
+        except Exception as error:  # the libraries may raise anything on untrusted files
             raise LoadError(_could_not_load("tokenizer", spec, error)) from error
     tokenizer.name_or_path = spec.path
     if growth > MAX_GROWTH:
-        raise LoadError(f"the tokenizer of {spec.path!r} may make a text {growth} times longer before it reads it")
+        raise LoadError(
+            f"the normaliser of the tokenizer of {spec.path!r} may make a text {growth} times longer, expected at "
+            f"most {MAX_GROWTH} times; use another tokenizer"
+        )
     return tokenizer
 
 
 def _tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase:
     if "gguf_file" not in source:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(**source))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)  # AutoTokenizer makes the same, in ten times the time
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)  # AutoTokenizer takes ten times as long
     drop_additions(tokenizer, source["gguf_file"])
     return cast(PreTrainedTokenizerBase, tokenizer)
 
@@ -319,15 +323,15 @@ def _could_not_load(what: str, spec: ModelSpec, error: Exception | str, method: 
     reason = " ".join(lines[:2] if lines[0].rstrip().endswith(":") else lines[:1])
     advice = "expected a directory written by save_pretrained, a GGUF file or a Hub repository id"
     if method is not None:
-        what, advice = f"{what} quantized with {method}", "do what this asks for, or name the original checkpoint"
+        what, advice = f"{what} quantized with {method}", "follow this advice, or use the original checkpoint"
     elif names_gguf(spec.path):
-        damaged = "" if "not supported" in reason else "the file is damaged or cut short: fetch it again, or "
-        advice = f"{damaged}name the original checkpoint"
+        damaged = "" if "not supported" in reason else "the file is damaged or truncated: download it again, or "
+        advice = f"{damaged}use the original checkpoint"
     return f"could not load the {what} of {spec.path!r}: {' '.join(reason.split()).rstrip('.'):.500}; {advice}"
 
 
 def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
-    """Load a causal LM with the PEFT adapter that lies in a directory.
+    """Load a causal LM with the PEFT adapter in a directory.
 
     Raises:
         LoadError: the model or the adapter cannot be loaded, or the adapter is more than plain LoRA.
@@ -337,16 +341,16 @@ def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtra("peft", "train") from error
-    adapter = adapter.resolve()  # a short relative path may be taken for a Hub id
+    adapter = adapter.resolve()  # a short relative path might be mistaken for a Hub id
     check_adapter(adapter)
     base = load_model(spec)
     try:
         with quiet_if_small(base), warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = cast(Any, PeftModel.from_pretrained(base, adapter)).eval()
-    except Exception as error:  # files of strangers: whatever peft raises on them
+    except Exception as error:  # peft may raise anything on untrusted files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LoadError(f"could not load the adapter {adapter}: {reason:.300}; restore it or train again") from error
     for config in model.peft_config.values():
-        config.base_model_name_or_path = spec.path  # saving looks there
+        config.base_model_name_or_path = spec.path  # read when the model is saved
     return cast(nn.Module, model)

@@ -1,4 +1,4 @@
-"""The members of a collaboration: models in memory or still to be loaded, and tools, with their names."""
+"""Members of a collaboration: models, specs of models to load, and tools."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from collm.models.tools import ToolModel
 from collm.tools.spec import ToolFunction, ToolSpec
 
 AssistantSpec = ModelSpec | ToolSpec
-"""Where an assistant comes from."""
+"""The source of an assistant."""
 Member = nn.Module | AssistantSpec
-"""A model in memory, where to load it from when it is first needed, or which program it is."""
+"""A model in memory, or the spec of a model or tool that is loaded on first use."""
 
 
 def author_name(author: int, num_assistants: int) -> str:
-    """What errors and counts call author 0, 1, .."""
+    """The name of an author in error messages and usage counts."""
     if author == 0:
         return "base"
     return "assistant" if num_assistants == 1 else f"assistant {author}"
 
 
 def as_member(given: Member | ToolFunction) -> Member:
-    """A member as it is; a function of the user's as the tool it is.
+    """Convert a Python function to the spec of a tool; return any other member unchanged.
 
     Raises:
-        ConfigError: a function that cannot be imported by a name, or something else.
+        ConfigError: the function cannot be imported by name, or `given` is no member.
     """
     if isinstance(given, nn.Module | ModelSpec | ToolSpec):
         return given
@@ -46,7 +46,7 @@ def as_member(given: Member | ToolFunction) -> Member:
 
 
 def spec_of(member: Member) -> AssistantSpec | None:
-    """Where a member came from; None if it was made in memory."""
+    """The spec of a member; None for a model created in memory."""
     if isinstance(member, ModelSpec | ToolSpec):
         return member
     inner = cast(Any, member).get_base_model() if hasattr(member, "peft_config") else member
@@ -69,16 +69,15 @@ def aligned(
     *,
     accept_differences: Collection[str] = (),
 ) -> Alignment | None:
-    """The alignment of authors that do not share a tokenizer; None where all speak the base's tokens.
+    """Align authors that do not share a tokenizer. Returns None if all of them share the base's.
 
     Args:
-        tokenizers: of each author, the base first; a tool has the base's.
-        template: of the base. An assistant with another tokenizer renders chats by its own chat template, if it has
-            one.
-        accept_differences: between models that share the base's vocabulary.
+        tokenizers: the tokenizer of each author, the base first; a tool has the base's.
+        template: the base's template. An assistant with another tokenizer uses its own chat template, if it has one.
+        accept_differences: accepted differences between models that share the base's vocabulary.
 
     Raises:
-        MismatchError: differences that are not accepted, or tokenizers that cannot be aligned.
+        MismatchError: there are differences that are not accepted, or the tokenizers cannot be aligned.
     """
     own = TokenizerIdentity.of(tokenizers[0])
     names = [author_name(number, len(assistants)) for number in range(1, len(assistants) + 1)]
@@ -91,28 +90,28 @@ def aligned(
     if not any(differences):
         return None
     try:
-        of_base = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
+        base_text = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
         others = zip(names, assistants, tokenizers[1:], differences, strict=True)
         texts = [
-            of_base if same is None else _text_tokenizer(name, member, tokenizer, template)
+            base_text if same is None else _text_tokenizer(name, member, tokenizer, template)
             for name, member, tokenizer, same in others
         ]
-        return Alignment([of_base, *texts])
+        return Alignment([base_text, *texts])
     except MismatchError as error:
         difference = next(filter(None, differences))
-        raise MismatchError(f"{difference}. Nor can their tokens be aligned: {error}") from error
+        raise MismatchError(f"{difference}. Their tokens cannot be aligned either: {error}") from error
 
 
 def _text_tokenizer(
-    name: str, member: Member, tokenizer: PreTrainedTokenizerBase, of_base: PromptTemplate
+    name: str, member: Member, tokenizer: PreTrainedTokenizerBase, base_template: PromptTemplate
 ) -> TextTokenizer:
     eos_ids, chat = _eos_ids(tokenizer, member), cast("str | None", tokenizer.chat_template)
-    template = PromptTemplate(of_base.text, chat or of_base.chat).with_turn_ends(tokenizer, eos_ids)
+    template = PromptTemplate(base_template.text, chat or base_template.chat).with_turn_ends(tokenizer, eos_ids)
     return TextTokenizer(tokenizer, name=name, template=template, eos_ids=eos_ids)
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerBase, member: Member) -> frozenset[int]:
-    """What a model's texts end with."""
+    """Tokens that end a model's texts."""
     eos = cast("int | None", tokenizer.eos_token_id)
     own = frozenset[int]() if eos is None else frozenset({eos})
     if isinstance(member, ToolSpec):
@@ -130,17 +129,17 @@ def load_members(
     alignment: Alignment | None = None,
     packed: bool = True,
 ) -> list[LanguageModel | ToolModel]:
-    """All members in memory, the base first, each cut to its tokenizer's ids.
+    """Load all members, the base first, and limit their logits to the tokenizer's vocabulary.
 
     Args:
-        tokenizer, vocab_size: of all members, or of the base where there is an alignment.
-        alignment: of members that do not share a tokenizer.
-        packed: pack the linear layers of what is loaded here, where that makes it faster.
+        tokenizer, vocab_size: of all members, or of the base if there is an alignment.
+        alignment: alignment of members that do not share a tokenizer.
+        packed: pack the linear layers of models loaded here if that is faster.
 
     Raises:
         LoadError: a model or a tool cannot be loaded.
         DataError: a tool's table cannot be read.
-        MismatchError: a model scores fewer ids than the tokenizer has.
+        MismatchError: a model's vocabulary is smaller than the tokenizer's.
     """
 
     def size_of(author: int) -> int:

@@ -1,4 +1,4 @@
-"""Linear layers in the layout that a CPU's matrix kernels want, for models that only decode."""
+"""Linear layers in the memory layout of a CPU's matrix kernels, for inference only."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LONGEST = 256
-"""Rows that a packed layer multiplies at once."""
+"""Largest number of rows that a packed layer multiplies at once."""
 
 
 class PackedLinear(nn.Module):
-    """An `nn.Linear` run by oneDNN from a weight reordered once.
+    """An `nn.Linear` that oneDNN runs with a reordered weight.
 
-    The default kernels walk a plain weight in an order that suits neither one token nor a handful; from the blocked
-    order a few tokens cost little more than one. The plain weight is not kept, so the layer can be neither trained
-    nor saved.
+    The default kernels read a plain weight in an order that is slow for a few tokens. With the blocked order a few
+    tokens cost little more than one. The plain weight is dropped, so the layer can be neither trained nor saved.
 
-    oneDNN keeps a program for each number of rows it ever saw, about a megabyte each, so rows come in few numbers:
-    more than `LONGEST` in parts, the rest filled up with zeros to the next of `fitting_rows`.
+    oneDNN caches a program of about a megabyte for each number of rows. To limit these numbers, inputs are split into
+    parts of at most `LONGEST` rows and padded with zeros to `fitting_rows`.
     """
 
     weight: Tensor
@@ -51,14 +50,13 @@ class PackedLinear(nn.Module):
 
 
 def fitting_rows(count: int) -> int:
-    """The least number of rows, not below `count`, that layers run with: up to 16 any, up to 64 multiples of 8, then
-    of 32."""
+    """Round a number of rows up: any number up to 16, multiples of 8 up to 64, then multiples of 32."""
     step = 1 if count <= 16 else 8 if count <= 64 else 32
     return -(-count // step) * step
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Whether `pack_linears` can do something for the module: all of it on a CPU, in a dtype that oneDNN multiplies."""
+    """Whether `pack_linears` supports the module: all parameters on a CPU, in one dtype that oneDNN supports."""
     if not cast(Any, torch.backends.mkldnn).is_available():
         return False
     dtypes = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
@@ -68,10 +66,10 @@ def can_pack(module: nn.Module) -> bool:
 
 @torch.inference_mode()
 def pack_linears(module: nn.Module) -> None:
-    """Replace each `nn.Linear` below `module`, in place, where the packed form is faster here.
+    """Replace each `nn.Linear` below `module` in place by a packed layer if that is faster on this machine.
 
-    Which is faster depends on the processor, the number of threads and the layer's shape. Layers of one shape are timed
-    in both forms, for a fraction of a second. Subclasses of `nn.Linear` stay: they may do more than multiply.
+    The faster form depends on the processor, the number of threads and the shape, so layers of each shape are timed for
+    a fraction of a second. Subclasses of `nn.Linear` are not replaced, as they may do more than multiply.
     """
     by_shape: dict[torch.Size, list[tuple[nn.Module, str]]] = {}
     for parent in module.modules():
@@ -85,10 +83,9 @@ def pack_linears(module: nn.Module) -> None:
 
 
 def packing_pays(layers: Sequence[nn.Linear]) -> bool:
-    """Whether layers of one shape are faster packed, a sequence alone and a batch of sixteen counting alike.
+    """Whether layers of one shape are faster packed, averaged over one row and sixteen rows.
 
-    Enough layers are timed in turn that their weights do not stay in the processor's cache, as they would not while a
-    model runs.
+    Times enough layers in turn that their weights do not fit the processor's cache, as in a running model.
     """
     weight = layers[0].weight
     if len(layers) * weight.nbytes < _LEAST_BYTES:
@@ -98,21 +95,21 @@ def packing_pays(layers: Sequence[nn.Linear]) -> bool:
     ratio = 0.0
     for rows in _TIMED_ROWS:
         inputs = weight.new_ones(rows, weight.shape[1])
-        best = [min(times) for times in zip(*_rounds(inputs, plain, packed), strict=True)]
+        best = [min(times) for times in zip(*_time_rounds(inputs, plain, packed), strict=True)]
         ratio += best[1] / best[0] / len(_TIMED_ROWS)
     return ratio < 1
 
 
 _TIMED_ROWS = (1, 16)
 _LEAST_BYTES = 1 << 20
-"""Less is multiplied in no time in either form, and a plain layer is called faster."""
+"""Smaller layers are fast in either form, and calling a plain layer costs less."""
 _COLD_BYTES = 64 << 20
 _TIMED_S = 0.05
 _LEAST_ROUNDS = 5
 
 
-def _rounds(inputs: Tensor, *forms: Sequence[nn.Module]) -> Iterator[list[float]]:
-    """Seconds that each form's layers take, one round after the other; the first, which makes programs, is left out."""
+def _time_rounds(inputs: Tensor, *forms: Sequence[nn.Module]) -> Iterator[list[float]]:
+    """Yield the seconds that each form's layers take per round, without the first round, which compiles programs."""
     end, count = time.perf_counter() + _TIMED_S, -1
     while count < _LEAST_ROUNDS or time.perf_counter() < end:
         seconds = []

@@ -1,8 +1,8 @@
-"""Attention of a few new tokens per sequence over paged keys and values, as Triton kernels.
+"""Triton kernels for attention of a few new tokens per sequence over a paged KV cache.
 
-All lengths are read on the device, so a captured CUDA graph serves a text of any length, and nothing is proportional
-to the cache's capacity. The keys of a sequence are cut into splits, which programs attend to side by side; a second
-kernel joins them (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+Lengths are read on the device, so one CUDA graph serves texts of any length, and the cost does not depend on the
+cache's capacity. Programs attend to splits of a sequence's keys in parallel, and a second kernel combines them
+(Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 
 Shapes: B rows (sequences), W queries per row, T = B * W, H heads, H_kv key heads, D and D_v head dimensions, N pages of
 `page` positions.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 32
-"""Keys that a program loads at once."""
+"""Number of keys that a program loads at once."""
 MOST_SPLITS = 32
 
 
@@ -32,16 +32,16 @@ def _attend_split(
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One split of the keys, one tile of the queries that share a key head."""
+    """Attend from one tile of queries that share a key head to one split of the keys."""
     row = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    member = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # queries of the row, those of one token side by side
+    member = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # queries of the row, token by token
     token = row * WIDTH + member // GROUP
     head = kv_head * GROUP + member % GROUP
     real = member < WIDTH * GROUP
-    position = tl.load(positions + token, mask=real, other=-1)  # -1: padding, sees nothing
+    position = tl.load(positions + token, mask=real, other=-1)  # -1: padding, which attends to nothing
     end = tl.max(position) + 1
     first = tl.min(tl.where(position < 0, 2147483647, position))
     window = tl.load(mask_kind)
@@ -79,7 +79,7 @@ def _attend_split(
         seen = seen & ((chunk <= 0) | (places[None, :] >= position[:, None] // tl.maximum(chunk, 1) * chunk))
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen yet
+        safe = tl.where(higher == -float("inf"), 0.0, higher)  # no visible key so far
         weights = tl.exp(scores - safe[:, None])
         kept = tl.exp(best - safe)
         values = tl.load(
@@ -103,7 +103,7 @@ def _join_splits(
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
     SINKS: tl.constexpr,
 ):  # fmt: skip
-    """What a head of one token attended to, from its splits."""
+    """Combine the splits of one head of one token."""
     place = tl.program_id(0)
     splits = tl.arange(0, BLOCK_S)
     dims = tl.arange(0, BLOCK_V)
@@ -140,19 +140,19 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend from W consecutive queries of each row to the keys that its slot holds.
+    """Attend from W consecutive queries of each row to the cached keys of its slot.
 
     Args:
-        query: shape (T, H, D), row after row; any strides but 1 in the last dimension.
+        query: shape (T, H, D), row by row, with stride 1 in the last dimension.
         key: shape (N, page, H_kv, D).
         value: shape (N, page, H_kv, D_v).
         table: the pages of each slot, in order, shape (S, P), int32.
         slots: the slot of each row, shape (B,), int32.
-        positions: of each query, shape (T,), int32; -1 where it is padding, whose output is 0.
-        mask_kind: the width of the sliding window, and the length of attention chunks, 0 for none, shape (2,), int32.
-        scale: what scores are multiplied by.
+        positions: position of each query, shape (T,), int32; -1 for padding, whose output is 0.
+        mask_kind: sliding window and chunk size, 0 for none, shape (2,), int32.
+        scale: factor of the scores.
         softcap: scores x become softcap * tanh(x / softcap).
-        sinks: a logit per head that takes part in the softmax and has no value, shape (H,).
+        sinks: a logit per head that takes part in the softmax without a value, shape (H,).
 
     Returns:
         Shape (T, H, D_v), in the dtype of the queries.
@@ -182,6 +182,6 @@ def paged_attention(
 
 
 def _splits(programs: int, device: torch.device) -> int:
-    """Splits of the keys such that programs fill the device about twice."""
+    """Number of splits such that the programs fill the device about twice."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return int(min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(2 * processors, programs))))

@@ -1,4 +1,4 @@
-"""What transformers shows while it loads: progress bars for models that take time, and no tables of weights."""
+"""Control of transformers' terminal output while loading: progress bars and reports about weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 SMALL_BYTES = 1 << 30
-"""Models below this are read and written in an instant: no progress bar."""
+"""Size below which no progress bar is shown."""
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
 def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
-    """No progress bars of transformers while a small model is read from a directory, or written.
+    """Disable transformers' progress bars while a small local model is read or written.
 
-    peft's question for an old name, of which transformers warns, is not passed on either.
+    Also suppresses a deprecation warning that peft causes in transformers.
     """
     shown = transformers_logging.is_progress_bar_enabled()
     if _num_bytes(model) < SMALL_BYTES:
@@ -37,10 +37,10 @@ def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
 
 
 class LoadReport(logging.Filter):
-    """Keeps transformers' table of weights that do not fit a config from the terminal, and what it says.
+    """Keeps transformers' table of mismatched weights off the terminal and extracts the first mismatch.
 
     Attributes:
-        reason: its first line about a tensor that does not fit; None if there is none.
+        reason: the first tensor that does not match the config, with the reason; None if all match.
     """
 
     reason: str | None = None
@@ -60,11 +60,11 @@ class LoadReport(logging.Filter):
 
 @contextmanager
 def load_report() -> Iterator[LoadReport]:
-    """Read what transformers reports of weights that are loaded; what is wrong with them is an error of ours."""
+    """Capture transformers' report about loaded weights, so that mismatches can be raised as errors."""
     logger = logging.getLogger("transformers.modeling_utils")
     before, report = logger.level, LoadReport(logger.getEffectiveLevel())
     logger.addFilter(report)
-    if not logger.isEnabledFor(logging.WARNING):  # there would be no report to read
+    if not logger.isEnabledFor(logging.WARNING):  # otherwise there would be no report
         logger.setLevel(logging.WARNING)
     try:
         yield report
@@ -79,5 +79,5 @@ def _num_bytes(model: str | nn.Module) -> int:
     if Path(model).is_file():
         return Path(model).stat().st_size
     if not Path(model).is_dir():
-        return SMALL_BYTES  # on the Hub: a download may take its time
+        return SMALL_BYTES  # on the Hub, where a download may take long
     return sum(file.stat().st_size for file in Path(model).iterdir() if file.is_file())

@@ -1,4 +1,4 @@
-"""A model with its KV slots: sequences read what they have not seen, and roll back by lowering a length."""
+"""Runs a language model over sequences in KV slots, which are extended and rolled back independently."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a model says after the last tokens of each sequence that was extended.
+    """Output for the last tokens of each extended sequence.
 
     Attributes:
-        logits: next-token logits, shape (R, V): sequence by sequence, for each the positions asked for.
-        hidden: last hidden states, shape (R, H); None from an assistant that has none.
-        abstained: for each row whether the assistant abstains there; empty from one that never does.
-        followed: for each row the token that was read after it in a run, else -1, shape (R,); None without a run.
+        logits: next-token logits, shape (R, V), sequence by sequence, for the requested positions.
+        hidden: last hidden states, shape (R, H); None for an assistant without hidden states.
+        abstained: whether the assistant abstains, per row; empty for an assistant that never abstains.
+        followed: the token that a run read after each row, else -1, shape (R,); None without a run.
     """
 
     logits: Tensor
@@ -43,7 +43,7 @@ class ModelOutput:
 
 
 class Limited(Protocol):
-    """Anything that reads only so much."""
+    """Anything with a maximum sequence length."""
 
     name: str
 
@@ -52,10 +52,10 @@ class Limited(Protocol):
 
 
 class Assistant(Protocol):
-    """Anything that gives a next-token distribution for a prefix: a model, or a program that may know what follows.
+    """Anything that gives a next-token distribution for a prefix: a model or a tool.
 
-    A slot is one sequence; `length` is how many of its tokens the assistant has seen. One that slept for m tokens
-    catches up with one `extend` of those m tokens. Where one that `may_abstain` has nothing to say, the base writes.
+    A slot holds one sequence, and `length` is the number of its tokens that the assistant has read. An assistant that
+    is m tokens behind catches up with one `extend` of m tokens. The base writes where an assistant abstains.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Assistant(Protocol):
 
     @property
     def capacity(self) -> int | None:
-        """Positions that all its slots together hold, in pages of `kv_cache.PAGE`; None without such a limit."""
+        """Positions that all slots together can hold, in pages of `kv_cache.PAGE`; None if unlimited."""
 
     @property
     def most_slots(self) -> int | None:
-        """Sequences that can be open at once; None without such a limit."""
+        """Number of slots that can be open at once; None if unlimited."""
 
     def open(self, token_ids: Sequence[int]) -> int: ...
 
@@ -89,24 +89,24 @@ class Assistant(Protocol):
 
 
 MIN_SHARED = 16
-"""Fewer common tokens than this are read again rather than copied from another slot."""
+"""Shortest prefix that is copied from another slot instead of being read again."""
 
 
 class ModelRunner:
-    """Drives one language model over many ragged sequences.
+    """Runs one language model over many ragged sequences.
 
-    A slot that was closed keeps what it holds until its memory is needed, so that the next turn of a chat, or another
-    completion of the same prompt, reads only what is new to it.
+    A closed slot keeps its KV cache until the memory is needed. The next turn of a chat, or another completion of the
+    same prompt, then reads only its new tokens.
 
     Args:
-        model: the model; it is left as it was found between calls.
-        max_pass_tokens: most new tokens in one forward pass; longer extends are split.
-        static: run small passes in fixed shapes, on a GPU as CUDA graphs; None where there is a GPU. A model that
-            cannot be run so runs as it is, and a warning says why.
-        cache_memory: for keys and values, as of `cache_memory.cache_bytes`; None for the default share.
+        model: the model, which is unmodified between calls.
+        max_pass_tokens: largest number of new tokens in a forward pass; longer extends are split.
+        static: run small passes in fixed shapes, on a GPU as CUDA graphs; defaults to true on a GPU. If the model
+            does not support it, a warning is logged and passes run eagerly.
+        cache_memory: memory for the KV cache, as in `cache_memory.cache_bytes`; None for the default share.
 
     Raises:
-        UnsupportedModel: the model does not reproduce its own cache-free logits through the slots.
+        UnsupportedModel: the model's logits through the slots differ from those of a forward pass without a cache.
     """
 
     may_abstain = False
@@ -128,7 +128,7 @@ class ModelRunner:
         self._paged = model.device.type != "cpu" or bool(static)
         self._is_static = can_run_static(model) and (model.device.type == "cuda" if static is None else static)
         self._static: StaticPasses | None = None
-        self._texts: list[list[int]] = []  # slot -> the tokens whose keys and values it holds
+        self._texts: list[list[int]] = []  # slot -> the tokens in its cache
         self._closed: list[int] = []  # free slots, the longest free first
         self._cache: ReservedCache | PagedCache
         self._check()
@@ -148,38 +148,38 @@ class ModelRunner:
 
     @property
     def capacity(self) -> int:
-        """Positions that all slots together hold, in whole pages (`kv_cache.in_pages`)."""
+        """Positions that all slots together can hold, in whole pages (`kv_cache.in_pages`)."""
         return self._cache.capacity
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the host can be the slower part of a pass, so that runs may pay."""
+        """Whether runs may pay, because the host can be slower than the device."""
         return self._static is not None
 
     @property
     def most_slots(self) -> int:
-        """Sequences that can be open at once."""
+        """Number of slots that can be open at once."""
         return self._cache.slots
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that each slot holds, open or closed."""
+        """Number of cached tokens of each open or closed slot."""
         return [len(text) for text in self._texts]
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that keys and values take."""
+        """Memory of keys and values."""
         return self._cache.allocated_bytes
 
     def set_capacity(self, positions: int) -> None:
-        """Make room for so many positions of all slots together; what closed slots hold is dropped.
+        """Allocate a new cache of `positions` positions. The content of closed slots is dropped.
 
         Raises:
-            ConfigError: they are too few for anything.
+            ConfigError: `positions` is less than a page.
         """
         if positions < PAGE:
             raise ConfigError(
-                f"the memory for the cache of {self.name} holds {positions} tokens of {self.bytes_per_position:,} "
+                f"the KV cache memory of {self.name} holds {positions} tokens of {self.bytes_per_position:,} "
                 f"bytes each, expected at least {PAGE}; raise cache_memory"
             )
         assert not self.open_slots
@@ -192,31 +192,29 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prepare(self, most_rows: int) -> None:
-        """Make what small passes of up to so many sequences need, ahead of the first of them."""
+        """Capture the static passes of up to `most_rows` sequences in advance."""
         if self._static is None:
             return
         try:
             self._static.prepare(most_rows)
         except UnsupportedModel as error:
-            self._run_eagerly(error)
+            self._fall_back_to_eager(error)
 
     @torch.inference_mode()
     def open(self, token_ids: Sequence[int] = ()) -> int:
-        """A slot for a new sequence that is about to read `token_ids`; it may hold a beginning of them already.
-
-        At least one of the tokens is left to read.
+        """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all.
 
         Raises:
             RequestError: all slots are open.
         """
-        source, shared = self._longest_shared(token_ids)
+        source, shared = self._longest_prefix(token_ids)
         if source in self._closed and 2 * shared >= len(self._texts[source]):
-            slot = source  # little is lost by continuing it
+            slot = source  # reuse it, as little of its content is lost
         else:
             slot = self._free_slot()
             if slot != source:
                 self._cache.release(slot)
-                shared = self._copied(source, slot, shared)
+                shared = self._copy_prefix(source, slot, shared)
         if slot in self._closed:
             self._closed.remove(slot)
         self._texts[slot] = list(token_ids[:shared])
@@ -224,14 +222,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def close(self, slot: int, *, spoiled: bool = False) -> None:
-        """Give the slot back; `spoiled` wipes what it holds, after the model returned NaN there."""
+        """Close the slot. `spoiled` wipes its cache, which is necessary after the model returned NaN."""
         self._closed.append(slot)
         if spoiled:
             self._drop(slot, spoiled=True)
 
     @torch.inference_mode()
     def forget(self) -> None:
-        """Drop what closed slots hold: needed when the model's weights have changed."""
+        """Drop the caches of closed slots. Call this when the model's weights have changed."""
         for slot in self._closed:
             self._drop(slot)
         self._closed.sort()
@@ -239,11 +237,11 @@ class ModelRunner:
             self._texts, self._closed = [], []
 
     def length(self, slot: int) -> int:
-        """How many tokens of its sequence the slot holds."""
+        """Number of tokens in the slot's cache."""
         return len(self._texts[slot])
 
     def rollback(self, slot: int, length: int) -> None:
-        """Forget everything after the first `length` tokens."""
+        """Drop everything after the first `length` tokens."""
         assert 0 <= length <= len(self._texts[slot])
         del self._texts[slot][length:]
 
@@ -251,38 +249,38 @@ class ModelRunner:
     def extend(
         self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None, *, run: int = 0
     ) -> ModelOutput:
-        """Read the tokens each slot has not seen, at least one each.
+        """Read the unread tokens of each slot, at least one per slot.
 
         Args:
-            unseen: slot -> token ids that follow what it holds.
-            keep: slot -> how many of its last new tokens to return a row for; by default the very last.
-            run: tokens to read on after those, each the argmax of what was said before it, without waiting for the
-                device. A slot holds them once `confirm` has named them.
+            unseen: slot -> token ids to append.
+            keep: slot -> number of its last new tokens to return output for; defaults to 1.
+            run: number of further tokens to generate greedily and read without waiting for the device. They enter a
+                slot's sequence only through `confirm`.
 
         Returns:
-            For each slot in the mapping's order the rows of its last tokens, in theirs. A row of a model that breaks
-            down holds NaN; its neighbours' rows do not.
+            The output of each slot's last tokens, slot by slot in the order of `unseen`. NaN in one sequence does not
+            affect the others.
 
         Raises:
-            RequestError: a sequence would outgrow the model's context or the cache.
-            Exception: what the model raised. Whatever is raised, every slot is left as before the call.
+            RequestError: a sequence would exceed the model's context or the cache.
+            Exception: the model raised it. Every slot is then as before the call.
         """
         keep = {slot: keep[slot] if keep else 1 for slot in unseen}
         with self._unchanged_on_failure(unseen):
             hidden, logits = self._extend(unseen, keep, run)
             output = ModelOutput(self.model.logits(hidden) if logits is None else logits, hidden)
-            return self._run_on(output, keep, run) if run else output
+            return self._extend_run(output, keep, run) if run else output
 
     @torch.inference_mode()
     def extend_hidden(self, unseen: Mapping[int, Sequence[int]]) -> tuple[Tensor, Callable[[list[int]], Tensor]]:
-        """Read as `extend` does, and compute logits only of the rows that need them.
+        """Read like `extend`, but compute logits on demand.
 
         Returns:
-            The hidden state after the last token of each slot, shape (R, H), and a function from n of these rows to
-            their logits, shape (n, V).
+            The hidden state after the last token of each slot, shape (R, H), and a function that maps n of these rows
+            to their logits, shape (n, V).
 
         Raises:
-            RequestError, Exception: as of `extend`.
+            RequestError, Exception: as in `extend`.
         """
         with self._unchanged_on_failure(unseen):
             hidden, logits = self._extend(unseen, dict.fromkeys(unseen, 1), 0)
@@ -302,44 +300,44 @@ class ModelRunner:
     def _extend(
         self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int], run: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (R, H) of the rows to keep; their logits (R, V) if the pass computed them anyway."""
+        """Read tokens. Returns hidden states (R, H) of the rows to keep, and logits (R, V) if a pass computed them."""
         assert all(unseen.values()), "every slot needs at least one new token"
         ends = {slot: len(self._texts[slot]) + len(new) for slot, new in unseen.items()}
         lengths = {slot: end + run for slot, end in ends.items()}
         self._check_context(lengths)
         self._make_room(lengths)
         firsts = {slot: end - keep[slot] for slot, end in ends.items()}
-        passes = [self._forward(part, firsts) for part in _passes(unseen, self.max_pass_tokens)]
-        hidden = torch.cat(_in_order(passes, list(unseen)))
+        passes = [self._forward(part, firsts) for part in _split_passes(unseen, self.max_pass_tokens)]
+        hidden = torch.cat(_gather_hidden(passes, list(unseen)))
         return hidden, passes[0].logits if len(passes) == 1 and len(hidden) == len(unseen) else None
 
     def confirm(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Name the tokens of a run that the slot is to hold."""
+        """Accept these tokens of a run into the slot."""
         self._texts[slot].extend(token_ids)
 
-    def _forward(self, part: Mapping[int, Sequence[int]], firsts: Mapping[int, int]) -> _Passed:
-        """One forward pass; each slot's hidden states from its position `firsts` on."""
+    def _forward(self, part: Mapping[int, Sequence[int]], firsts: Mapping[int, int]) -> _PassOutput:
+        """Run one forward pass and keep each slot's hidden states from position `firsts` on."""
         rows = [Row(slot, len(self._texts[slot]), len(new)) for slot, new in part.items()]
         states, logits = self._read(rows, list(part.values()))
         kept = {}
         for row, hidden in zip(rows, states, strict=True):
             self._texts[row.slot].extend(part[row.slot])
             kept[row.slot] = hidden[max(firsts[row.slot] - row.start, 0) : row.size]
-        return _Passed(kept, logits)
+        return _PassOutput(kept, logits)
 
-    def _run_on(self, reading: ModelOutput, keep: Mapping[int, int], run: int) -> ModelOutput:
-        """Read on for `run` tokens; rows of each slot stay together."""
-        assert reading.hidden is not None
+    def _extend_run(self, output: ModelOutput, keep: Mapping[int, int], run: int) -> ModelOutput:
+        """Generate and read `run` tokens greedily. The rows of each slot stay together."""
+        assert output.hidden is not None
         ends = list(itertools.accumulate(keep.values()))
-        device = reading.logits.device
-        following = reading.logits[to_device([end - 1 for end in ends], device)].argmax(-1)
-        logits, hidden, followed = [reading.logits], [reading.hidden], []
+        device = output.logits.device
+        following = output.logits[to_device([end - 1 for end in ends], device)].argmax(-1)
+        logits, hidden, followed = [output.logits], [output.hidden], []
         for step in range(run):
             followed.append(following)
             rows = [Row(slot, len(self._texts[slot]) + step, 1) for slot in keep]
-            states, said = self._read(rows, [[0]] * len(rows), following)
+            states, row_logits = self._read(rows, [[0]] * len(rows), following)
             hidden.append(torch.cat(list(states)))
-            logits.append(self.model.logits(hidden[-1]) if said is None else said)
+            logits.append(self.model.logits(hidden[-1]) if row_logits is None else row_logits)
             following = logits[-1].argmax(-1)
         count, kept = len(keep), ends[-1]
         order, after = list[int](), list[int]()
@@ -353,10 +351,10 @@ class ModelRunner:
     def _read(
         self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None
     ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """One pass: the hidden states of each row, (size or more, H), and, if it gives them, logits after each, (R, V).
+        """Run one pass. Return each row's hidden states (size or more, H) and, from a static pass, logits (R, V).
 
         Args:
-            following: as of `StaticPasses.run`.
+            following: as in `StaticPasses.run`.
         """
         self.usage.forward_passes += 1
         self.usage.tokens_read += sum(row.size for row in rows)
@@ -373,7 +371,7 @@ class ModelRunner:
         return [each for _, each in sorted(zip(order, hidden, strict=True), key=lambda one: one[0])], None
 
     def _packed_forward(self, rows: Sequence[Row], token_ids: Tensor) -> Tensor:
-        """Hidden states of packed tokens (T,): (T, H)."""
+        """Run packed tokens (T,) and return their hidden states (T, H)."""
         device, paged = self.model.input_device, {}
         if isinstance(self._cache, PagedCache):
             places = to_device([place for row in rows for place in self._cache.places(row)], device)
@@ -391,23 +389,23 @@ class ModelRunner:
     def _check_context(self, lengths: Mapping[int, int]) -> None:
         longest = max(lengths.values())
         if self.max_length is not None and longest > self.max_length:
-            raise RequestError(f"{self.name} reads at most {self.max_length} tokens, came a sequence of {longest}")
+            raise RequestError(f"{self.name} reads at most {self.max_length} tokens, got a sequence of {longest}")
 
-    def _make_room(self, lengths: Mapping[int, int], *, sparing: int = -1) -> None:
-        """Hold so many tokens in each slot, dropping what closed slots hold where that is needed.
+    def _make_room(self, lengths: Mapping[int, int], *, except_slot: int = -1) -> None:
+        """Allocate cache for `lengths` tokens of each slot, dropping caches of closed slots if necessary.
 
         Raises:
-            RequestError: open slots hold the rest.
+            RequestError: the open slots use too much of the cache.
         """
         missing = self._cache.missing(lengths)
         for slot in self._closed:
-            if missing > 0 and slot not in (*lengths, sparing):
+            if missing > 0 and slot not in (*lengths, except_slot):
                 missing -= self._cache.held.get(slot, 0)
                 self._drop(slot)
         if missing > 0:
             raise RequestError(
-                f"the key-value cache of {self.name} holds {self._cache.capacity:,} tokens of all sequences together, "
-                f"{missing:,} less than is needed now; raise cache_memory or let fewer sequences run together"
+                f"the KV cache of {self.name} holds {self._cache.capacity:,} tokens, {missing:,} too few for the "
+                "running sequences; raise cache_memory or decode fewer sequences at once"
             )
         for slot, length in lengths.items():
             self._cache.hold(slot, length)
@@ -416,53 +414,53 @@ class ModelRunner:
         self._texts[slot].clear()
         self._cache.release(slot, spoiled=spoiled)
 
-    def _copied(self, source: int, target: int, shared: int) -> int:
-        """Copy a shared beginning; how much of it, which is nothing where there is no room."""
+    def _copy_prefix(self, source: int, target: int, shared: int) -> int:
+        """Copy a shared prefix and return the number of copied tokens, which is 0 if there is no room."""
         if shared:
             try:
-                self._make_room({target: shared}, sparing=source)
+                self._make_room({target: shared}, except_slot=source)
             except RequestError:
                 return 0
             self._cache.copy(source, target, shared)
         return shared
 
-    def _longest_shared(self, token_ids: Sequence[int]) -> tuple[int, int]:
-        """The slot that holds the longest beginning of `token_ids`, its last token aside, and how long that is."""
+    def _longest_prefix(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """The slot with the longest common prefix with `token_ids[:-1]`, and its length; (-1, 0) if it is too short."""
         wanted = list(token_ids[:-1])
         shared = [common_prefix(wanted, text) for text in self._texts]
         longest = max(shared, default=0)
         return (shared.index(longest), longest) if longest >= MIN_SHARED else (-1, 0)
 
     def _free_slot(self) -> int:
-        """An empty closed slot, else the longest closed, else a new one; low numbers first keep live slots adjacent."""
+        """An empty closed slot, else the one closed first, else a new one. Low numbers keep active slots adjacent."""
         if self._closed:
             return min(self._closed, key=lambda slot: slot if not self._texts[slot] else len(self._texts))
         if len(self._texts) == self.most_slots:
-            raise RequestError(f"{self.name} has {self.most_slots} sequences open, which is all it has slots for")
+            raise RequestError(f"{self.name} has no free slot; all {self.most_slots} slots are open")
         self._texts.append([])
         return len(self._texts) - 1
 
-    # At load
+    # Checks at load
 
     def _check(self) -> None:
-        """Compare with passes without a cache, over a small one; learn what a position takes."""
+        """Compare passes over a small cache with passes without one, and measure the memory of a position."""
         self.bytes_per_position = 0
         wanted, self._is_static = self._is_static, False
-        self.set_capacity(_CHECKED)
+        self.set_capacity(_CHECK_POSITIONS)
         _check_against_plain_forward(self)
         self.bytes_per_position = self._cache.bytes_per_position
         if wanted:
             self._is_static = True
-            self.set_capacity(_CHECKED)
+            self.set_capacity(_CHECK_POSITIONS)
             try:
                 _check_against_plain_forward(self)
             except UnsupportedModel as error:
-                self._run_eagerly(error)
+                self._fall_back_to_eager(error)
         self._texts, self._closed = [], []
         self.usage = ModelUsage()
 
-    def _run_eagerly(self, error: UnsupportedModel) -> None:
-        _LOG.warning("%s runs without CUDA graphs, more slowly: %s", self.name, error)
+    def _fall_back_to_eager(self, error: UnsupportedModel) -> None:
+        _LOG.warning("%s runs without CUDA graphs, which is slower: %s", self.name, error)
         self._is_static, self._static = False, None
 
     @property
@@ -470,17 +468,17 @@ class ModelRunner:
         return int(self.model.config.num_hidden_layers)
 
 
-_CHECKED = 256
-"""Positions of the cache that a model is checked with at load."""
+_CHECK_POSITIONS = 256
+"""Cache positions for the check at load."""
 
 
 @dataclass(frozen=True)
-class _Passed:
-    """What one pass gave.
+class _PassOutput:
+    """Output of one pass.
 
     Attributes:
         hidden: slot -> hidden states, shape (kept, H).
-        logits: after the last token of each slot, shape (n, V); None where they are yet to be made.
+        logits: logits after the last token of each slot, shape (n, V); None if not computed yet.
     """
 
     hidden: dict[int, Tensor]
@@ -488,7 +486,7 @@ class _Passed:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many first entries two sequences of one type share."""
+    """Length of the common prefix of two sequences of one type."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
@@ -499,8 +497,8 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return low
 
 
-def _passes(unseen: Mapping[int, Sequence[int]], budget: int) -> list[dict[int, Sequence[int]]]:
-    """Cut extends into forward passes of at most `budget` tokens, in order."""
+def _split_passes(unseen: Mapping[int, Sequence[int]], budget: int) -> list[dict[int, Sequence[int]]]:
+    """Split an extend into forward passes of at most `budget` tokens, in order."""
     passes: list[dict[int, Sequence[int]]] = [{}]
     room = budget
     for slot, tokens in unseen.items():
@@ -516,8 +514,8 @@ def _passes(unseen: Mapping[int, Sequence[int]], budget: int) -> list[dict[int, 
     return passes
 
 
-def _in_order(passes: Sequence[_Passed], slots: Sequence[int]) -> list[Tensor]:
-    """The hidden states of each slot, gathered over passes."""
+def _gather_hidden(passes: Sequence[_PassOutput], slots: Sequence[int]) -> list[Tensor]:
+    """Concatenate each slot's hidden states over passes."""
     if len(passes) == 1:
         return [passes[0].hidden[slot] for slot in slots]
     return [torch.cat([part.hidden[slot] for part in passes if slot in part.hidden]) for slot in slots]
@@ -533,7 +531,7 @@ _RELATIVE_ERROR = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.03
 
 @torch.inference_mode()
 def _check_against_plain_forward(runner: ModelRunner) -> None:
-    """Ragged extends, a rollback and a catch-up must give the logits of a forward pass without a cache."""
+    """Check that ragged extends, a rollback and a catch-up give the logits of a forward pass without a cache."""
     model = runner.model
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(model.vocab_size, (2, 8), generator=generator).tolist()
@@ -543,7 +541,7 @@ def _check_against_plain_forward(runner: ModelRunner) -> None:
         runner.extend({long: texts[0][:6], short: texts[1][:2]})
         runner.rollback(long, 3)
         runner.extend({short: texts[1][2:3]})
-        came = runner.extend({short: texts[1][3:5], long: texts[0][3:]}).logits.flip(0)
+        actual = runner.extend({short: texts[1][3:5], long: texts[0][3:]}).logits.flip(0)
         runner.close(long)
         runner.close(short)
     except torch.OutOfMemoryError:
@@ -553,9 +551,9 @@ def _check_against_plain_forward(runner: ModelRunner) -> None:
     if not expected.isfinite().all():
         raise ModelFailure(f"{model.name} gives logits that are not finite; check its weights, config and dtype")
     scale = (expected - expected.mean(-1, keepdim=True)).norm()
-    relative = float((came.float() - expected).norm() / scale) if scale else 0.0
-    if not relative <= _RELATIVE_ERROR.get(came.dtype, 0.1):
-        raise UnsupportedModel(_unsupported(model, f"its logits are off by {relative:.2g} of their size"))
+    relative = float((actual.float() - expected).norm() / scale) if scale else 0.0
+    if not relative <= _RELATIVE_ERROR.get(actual.dtype, 0.1):
+        raise UnsupportedModel(_unsupported(model, f"its logits have a relative error of {relative:.2g}"))
 
 
 def _plain_logits(model: LanguageModel, token_ids: list[int]) -> Tensor:
@@ -566,6 +564,6 @@ def _plain_logits(model: LanguageModel, token_ids: list[int]) -> Tensor:
 
 def _unsupported(model: LanguageModel, why: str) -> str:
     return (
-        f"{model.name} ({type(model.module).__name__}) cannot run on KV slots: against its own forward pass without a "
-        f"cache {why}; use a model whose attention goes through transformers' AttentionInterface and keeps all keys"
+        f"{model.name} ({type(model.module).__name__}) cannot run on KV slots: compared with its forward pass without "
+        f"a cache, {why}; use a model whose attention uses transformers' AttentionInterface and keeps all keys"
     )

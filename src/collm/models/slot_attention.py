@@ -1,7 +1,7 @@
-"""Attention over KV slots: the packed row meets each slot's own keys, under the model's own mask.
+"""Attention of a packed row over the keys of each token's slot, with the model's own mask.
 
-Shapes: T packed tokens, S slots, n slots of one group, width its queries per slot, H heads, L cached positions, D head
-dimension.
+Shapes: T packed tokens, S slots, n slots of a group, width queries per slot of a group, H heads, L cached positions, D
+head dimension.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ STATIC_ATTENTION_NAME = "collm_static"
 def slot_mask(
     q_length: int, kv_length: int, q_offset: Tensor | None, mask_function: Any, **kwargs: Any
 ) -> Tensor | None:
-    """The model's own mask function at the position of every packed token: (1, 1, T, L), true where visible."""
+    """Evaluate the model's mask function at the position of every packed token: (1, 1, T, L), true where visible."""
     if q_offset is None:
         return None
-    zero = q_offset.new_zeros(1, 1, 1, 1)  # to the model the packed row is a batch of one
+    zero = q_offset.new_zeros(1, 1, 1, 1)  # the packed row is a batch of one
     keys = torch.arange(kv_length, device=q_offset.device)[None, None, None, :]
     mask = mask_function(zero, zero, q_offset[None, None, :, None], keys)
     return cast(Tensor, mask.expand(1, 1, q_length, kv_length))
@@ -49,7 +49,7 @@ def slot_attention(
     slot_pass: PackedPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row (1, H, T, D) over what slots hold, group by group: (1, T, H, D_v)."""
+    """Attention of a packed row (1, H, T, D) over the cached positions of slots, group by group: (1, T, H, D_v)."""
     slot_pass = _checked(module, slot_pass, position_bias)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
@@ -81,7 +81,7 @@ def static_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a static pass (1, H, T, D) over pages (N, page, H_kv, D): (1, T, H, D_v)."""
-    from collm.models.paged_attention import paged_attention  # needs Triton, which comes with PyTorch for GPUs
+    from collm.models.paged_attention import paged_attention  # requires Triton, which PyTorch for GPUs includes
 
     slot_pass = _checked(module, slot_pass, position_bias)
     assert attention_mask is not None
@@ -111,9 +111,9 @@ def _checked(module: Any, layout: Layout | None, position_bias: Tensor | None) -
 
 
 class MaskKinds:
-    """The masks that a model asks for in every pass, in its order, as numbers for the kernel.
+    """Kinds of the masks that a model creates in each pass, in order, as numbers for the kernel.
 
-    They are found out in the first pass, by asking the model's mask functions, and then repeated.
+    The first pass determines them from the model's mask functions. Later passes reuse them.
     """
 
     def __init__(self) -> None:
@@ -121,14 +121,14 @@ class MaskKinds:
         self._next = 0
 
     def start(self) -> None:
-        """A pass begins."""
+        """Begin a pass."""
         self._next = 0
 
     def next(self, mask_function: Callable[..., Tensor], size: int | None, device: torch.device) -> Tensor:
-        """Window and chunk of the next mask, shape (2,), int32.
+        """Window and chunk size of the next mask, shape (2,), int32.
 
         Raises:
-            UnsupportedModel: it is none that the kernel knows.
+            UnsupportedModel: the kernel does not support the mask.
         """
         if self._next == len(self._known):
             self._known.append(torch.tensor(mask_kind(mask_function, size, device), dtype=torch.int32, device=device))
@@ -137,14 +137,14 @@ class MaskKinds:
 
 
 def mask_kind(mask_function: Callable[..., Tensor], size: int | None, device: torch.device) -> tuple[int, int]:
-    """What a mask function says, as the width of a sliding window and the length of chunks, 0 for none.
+    """Classify a mask function by evaluating it. Returns the sliding window and the chunk size, 0 for none.
 
     Args:
-        mask_function: takes indices of batch, head, queries and keys, as transformers' do.
-        size: the window or the chunk, if there is one.
+        mask_function: takes indices of batch, head, queries and keys, as in transformers.
+        size: the size of the window or chunk, if any.
 
     Raises:
-        UnsupportedModel: it says something else at some of the positions where these differ.
+        UnsupportedModel: the mask is neither causal, nor a sliding window, nor chunked.
     """
     step = size or 16
     at = sorted({0, 1, 2, 1 << 20} | {multiple * step + off for multiple in (1, 2, 3, 10) for off in (-1, 0, 1)})
@@ -154,33 +154,33 @@ def mask_kind(mask_function: Callable[..., Tensor], size: int | None, device: to
     queries = torch.tensor(at, device=device)[:, None]
     keys = torch.tensor(sorted(key for key in near if key >= 0), device=device)[None, :]
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    said = mask_function(zero, zero, queries[None, None], keys[None, None])[0, 0]
+    mask = mask_function(zero, zero, queries[None, None], keys[None, None])[0, 0]
     causal = keys <= queries
-    if torch.equal(said, causal):
+    if torch.equal(mask, causal):
         return 0, 0
-    if size and torch.equal(said, causal & (keys > queries - size)):
+    if size and torch.equal(mask, causal & (keys > queries - size)):
         return size, 0
-    if size and torch.equal(said, causal & (keys // size == queries // size)):
+    if size and torch.equal(mask, causal & (keys // size == queries // size)):
         return 0, size
     raise UnsupportedModel("the model's attention mask is neither causal, nor a sliding window, nor chunked")
 
 
-_MASK_KINDS: ContextVar[MaskKinds] = ContextVar("mask kinds of the static pass that is being made")
+_MASK_KINDS: ContextVar[MaskKinds] = ContextVar("mask kinds of the current static pass")
 
 
 def static_mask(
     mask_function: Callable[..., Tensor], device: torch.device, local_size: int | None = None, **kwargs: Any
 ) -> Tensor:
-    """In place of a mask, what kind it is of, shape (2,)."""
+    """Return the kind of a mask, shape (2,), instead of the mask."""
     return _MASK_KINDS.get().next(mask_function, local_size, device)
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     batch, heads, length, _ = query.shape
     shared = heads // key.shape[1]
-    if mask is None and length > 1:  # a whole prefix, causal from position 0
+    if mask is None and length > 1:  # a whole prompt, causal from position 0
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared > 1)
-    # Query heads that share a key head become further queries of it, so that keys are read, not copied.
+    # Fold query heads that share a key head into more queries of that head, so that keys are not copied.
     folded = query.reshape(batch, heads // shared, shared * length, -1)
     if mask is not None and shared > 1 and length > 1:
         mask = mask.repeat(1, 1, shared, 1)
@@ -197,7 +197,7 @@ def _plain_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with capped scores (Gemma 2) or per-head sinks (GPT-OSS), which the fused kernels lack."""
+    """Attention with capped scores (Gemma 2) or per-head sinks (GPT-OSS), which fused kernels do not support."""
     shared, length = query.shape[1] // key.shape[1], query.shape[2]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     scores = query @ key.transpose(2, 3) * scale  # (n, H, t, L)
@@ -215,7 +215,7 @@ def _plain_attention(
 
 
 def register_attention() -> None:
-    """Make both kinds of attention known to transformers; repeating it changes nothing."""
+    """Register both attention implementations with transformers. Repeated calls have no effect."""
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, slot_mask)
     AttentionInterface.register(STATIC_ATTENTION_NAME, static_attention)
@@ -224,10 +224,10 @@ def register_attention() -> None:
 
 @contextmanager
 def slot_attention_of(config: Any, kinds: MaskKinds | None = None) -> Iterator[None]:
-    """Run the model of `config` with slot attention inside the block, and leave the model as it was found.
+    """Run the model of `config` with slot attention inside the block, and restore its attention afterwards.
 
     Args:
-        kinds: of a static pass; None for a packed one.
+        kinds: mask kinds for a static pass; None for a packed pass.
     """
     before = config._attn_implementation
     config._attn_implementation = ATTENTION_NAME if kinds is None else STATIC_ATTENTION_NAME

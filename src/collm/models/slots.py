@@ -1,11 +1,11 @@
-"""Layouts of forward passes over KV slots, in which every sequence advances, waits and rolls back on its own.
+"""Layouts of forward passes over KV slots.
 
-The new tokens of all sequences of one forward pass travel as a single row (1, T) with explicit positions. A packed
-pass holds no padding, so no linear layer sees any; only attention tells sequences apart. A static pass has one of few
-shapes, padded, and keeps all that changes from pass to pass on the device, so that it can be captured as a CUDA graph.
+The new tokens of all sequences form a single row (1, T) with explicit positions, so that only attention distinguishes
+sequences. A packed pass has no padding. A static pass is padded to one of a few shapes and keeps all its inputs on the
+device, so that it can be captured as a CUDA graph.
 
-Shapes: T tokens, S slots, H heads, L cached positions, D head dimension. The memory is in `kv_cache`, the attention in
-`slot_attention`.
+Shapes: T tokens, S slots, H heads, L cached positions, D head dimension. `kv_cache` holds the memory, and
+`slot_attention` the attention.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collm.core.transfers import to_device
 
 @dataclass(frozen=True)
 class Row:
-    """New tokens of one slot: `size` of them after the `start` it holds."""
+    """New tokens of one slot: `size` tokens after the `start` cached ones."""
 
     slot: int
     start: int
@@ -34,16 +34,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that share one attention call: those of neighbouring slots, padded to the same number of new tokens.
+    """Rows of neighbouring slots that share an attention call, padded to the same number of new tokens.
 
     Attributes:
-        slots: the slots from the first to the last row's; idle ones between them take part and are ignored.
-        tokens: where the rows' tokens lie in the packed row, `size` of them.
-        width: new tokens of the longest row.
-        kv_length: longest of the rows' lengths after this pass.
-        ragged: a mask is needed: lengths differ, or several new tokens follow cached ones.
-        padded: for each slot and query, the packed token that stands there, (n * width,); None if that is `tokens`.
-        kept: for each token, its place among the padded queries, (size,); None likewise.
+        slots: the slots from the first to the last row; idle slots between them take part and are ignored.
+        tokens: the rows' tokens in the packed row, `size` of them.
+        width: number of new tokens of the longest row.
+        kv_length: largest length of a row after this pass.
+        ragged: whether a mask is needed, as lengths differ or several new tokens follow cached ones.
+        padded: index of the packed token for each slot and query, (n * width,); None without padding.
+        kept: index of each token among the padded queries, (size,); None without padding.
     """
 
     slots: slice
@@ -56,14 +56,14 @@ class Group:
 
 
 class PackedPass:
-    """Layout of one forward pass: which packed token belongs to which slot and position.
+    """Layout of a packed pass: the slot and position of each packed token.
 
-    Keys and values lie as (S, H, L, D), or in pages, (N, page, H, D).
+    Keys and values have shape (S, H, L, D), or (N, page, H, D) in a paged cache.
 
     Args:
-        rows: in packed order; see `packing_order`.
+        rows: rows in packed order; see `packing_order`.
         window: the model's smallest attention window, None without one.
-        places: where each token is written among all positions of all pages, (T,); None without pages.
+        places: index of each token among all positions of all pages, (T,); None without pages.
         table: the pages of each slot, (S, P); None without pages.
     """
 
@@ -92,21 +92,21 @@ class PackedPass:
 
     @property
     def most_new(self) -> int:
-        """New tokens of the longest row."""
+        """Number of new tokens of the longest row."""
         return max(row.size for row in self.rows)
 
     def held(self, memory: Tensor, group: Group) -> Tensor:
-        """The keys or the values that a group attends to: (n, H, L, D)."""
+        """The cached keys or values that a group attends to: (n, H, L, D)."""
         if self.table is None:
             return memory[group.slots, :, : group.kv_length]
         pages = self.table[group.slots, : -(-group.kv_length // memory.shape[1])].to(memory.device)
         return memory[pages].flatten(1, 2)[:, : group.kv_length].transpose(1, 2)
 
     def mask_of(self, group: Group, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What attention adds to the scores of a group: (n, 1, width, L), 0 where visible, else -inf; None for nothing.
+        """Additive attention mask of a group, (n, 1, width, L): 0 where visible, else -inf. None if not needed.
 
         Args:
-            visible: the pass's boolean mask (1, 1, T, L). Layers of one kind share it, so it is converted once.
+            visible: the boolean mask of the pass, (1, 1, T, L). Layers of one kind share it, so it is converted once.
         """
         if visible is None or not (self.windowed or group.ragged):
             return None
@@ -115,20 +115,20 @@ class PackedPass:
             tokens = group.tokens if group.padded is None else group.padded
             seen = visible[0, 0, tokens, : group.kv_length]
             seen = seen.reshape(group.slots.stop - group.slots.start, 1, group.width, group.kv_length)
-            # The boolean mask is kept too, or another could be made at its address.
+            # Keep a reference to the boolean mask, so that its id is not reused.
             self._masks[key] = visible, torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
         return self._masks[key][1]
 
 
 class StaticPass:
-    """Layout of a pass of `width` tokens in each of `batch` rows, padded, at fixed addresses on the device.
+    """Layout of a padded pass of `batch` rows with `width` tokens each, at fixed addresses on the device.
 
     Attributes:
-        token_ids, positions: what the model reads, (1, T) and (T,).
-        places: where each token is written among all positions of all pages, (T,); padding writes to page 0.
-        queries: positions as attention sees them, (T,): -1 for padding.
-        slots: of each row, (batch,).
-        last: of each row, its last token among all, (batch,).
+        token_ids, positions: inputs of the model, (1, T) and (T,).
+        places: index of each token among all positions of all pages, (T,); padding is written to page 0.
+        queries: positions of the queries for attention, (T,); -1 for padding.
+        slots: slot of each row, (batch,).
+        last: index of each row's last token, (batch,).
         table: the pages of each slot, (S, P).
     """
 
@@ -147,11 +147,11 @@ class StaticPass:
         self.token_ids = token_ids.unsqueeze(0)
 
     def fill(self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> None:
-        """Set all that changes, in one copy to the device.
+        """Set all inputs with one copy to the device.
 
         Args:
-            rows: as many as the batch, or fewer.
-            token_ids, places: of each row.
+            rows: at most `batch` rows.
+            token_ids, places: per row.
         """
         missing = self.batch - len(rows)
         inputs = self._padded(token_ids, 0)
@@ -162,18 +162,18 @@ class StaticPass:
         inputs += [i * self.width + row.size - 1 for i, row in enumerate(rows)] + [0] * missing
         self._inputs.copy_(to_device(inputs, self._inputs.device))
 
-    def _padded(self, of_rows: Sequence[Sequence[int]], value: int) -> list[int]:
-        filled = [each for of_row in of_rows for each in (*of_row, *[value] * (self.width - len(of_row)))]
-        return filled + [value] * (self.width * (self.batch - len(of_rows)))
+    def _padded(self, by_row: Sequence[Sequence[int]], value: int) -> list[int]:
+        filled = [each for row_values in by_row for each in (*row_values, *[value] * (self.width - len(row_values)))]
+        return filled + [value] * (self.width * (self.batch - len(by_row)))
 
 
-_WIDEST = 16  # longer rows attend alone
-_ALWAYS_WORTH = 4096  # queries times keys that cost no more than a call
+_MAX_GROUP_WIDTH = 16  # longer rows have an attention call of their own
+_SMALL_CALL = 4096  # number of scores below which a call's overhead dominates
 
 
 def packing_order(rows: Sequence[Row]) -> list[int]:
-    """Indices of `rows` such that rows which may share an attention call stand together, by slot."""
-    return sorted(range(len(rows)), key=lambda i: (rows[i].size > _WIDEST, rows[i].slot))
+    """Order rows by slot, with rows that may share an attention call next to each other. Returns indices."""
+    return sorted(range(len(rows)), key=lambda i: (rows[i].size > _MAX_GROUP_WIDTH, rows[i].slot))
 
 
 def _groups(rows: Sequence[Row], device: torch.device) -> list[Group]:
@@ -181,7 +181,7 @@ def _groups(rows: Sequence[Row], device: torch.device) -> list[Group]:
     members: list[Row] = []
     at = 0
     for row in rows:
-        if members and not _fit(members, row):
+        if members and not _can_join(members, row):
             groups.append(_group(members, at, device))
             at += sum(member.size for member in members)
             members = []
@@ -189,12 +189,12 @@ def _groups(rows: Sequence[Row], device: torch.device) -> list[Group]:
     return [*groups, _group(members, at, device)]
 
 
-def _fit(members: Sequence[Row], row: Row) -> bool:
-    """Whether a row may join: at most half of the shared call is padding."""
+def _can_join(members: Sequence[Row], row: Row) -> bool:
+    """Whether a row may join a group, so that at most half of the shared call is padding."""
     rows = [*members, row]
     width, longest = max(r.size for r in rows), max(r.end for r in rows)
     whole = (row.slot - members[0].slot + 1) * width * longest
-    return width <= _WIDEST and (whole <= _ALWAYS_WORTH or whole <= 2 * sum(r.size * r.end for r in rows))
+    return width <= _MAX_GROUP_WIDTH and (whole <= _SMALL_CALL or whole <= 2 * sum(r.size * r.end for r in rows))
 
 
 def _group(rows: Sequence[Row], at: int, device: torch.device) -> Group:
@@ -209,7 +209,7 @@ def _group(rows: Sequence[Row], at: int, device: torch.device) -> Group:
 
 
 def _padding(rows: Sequence[Row], at: int, width: int) -> tuple[list[int], list[int]]:
-    """Packed token at each padded place, and place of each packed token. Padding repeats a real token of the group."""
+    """Indices `Group.padded` and `Group.kept`. Padding repeats a real token of the group."""
     first, last = rows[0].slot, rows[-1].slot
     padded = [at] * ((last - first + 1) * width)
     kept: list[int] = []

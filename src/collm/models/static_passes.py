@@ -1,7 +1,7 @@
-"""Passes of a few fixed shapes: on a GPU each is one CUDA graph, captured from the model as it is.
+"""Passes of a few fixed shapes, each captured as a CUDA graph on a GPU.
 
-A pass of a large model over a few tokens takes a GPU less time than Python needs to launch its kernels one by one. A
-graph is launched at once. It holds addresses and shapes, so everything else that changes lies in a `StaticPass`.
+For a few tokens, launching kernels from Python takes longer than running them, while a graph is launched at once. A
+graph has fixed addresses and shapes, so the inputs of a pass lie in a `StaticPass`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _LOG = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 8, 16)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 MOST_TOKENS = 256
-"""Larger passes keep a GPU busy by themselves."""
+"""Largest static pass. Larger passes keep a GPU busy without graphs."""
 
 
 def bucket_of(sizes: Sequence[int]) -> tuple[int, int] | None:
-    """The least width and batch that hold rows of so many new tokens; None if no static pass does."""
+    """The smallest width and batch for rows with `sizes` new tokens; None if no static pass is large enough."""
     width = next((width for width in WIDTHS if width >= max(sizes)), 0)
     batch = next((batch for batch in BATCHES if batch >= len(sizes)), 0)
     return (width, batch) if 0 < width * batch <= MOST_TOKENS else None
@@ -37,7 +37,7 @@ def bucket_of(sizes: Sequence[int]) -> tuple[int, int] | None:
 
 @dataclass
 class _Bucket:
-    """A pass of one shape; `graph` is None where it is run as it stands."""
+    """The static pass of one shape. Without a `graph` it runs eagerly."""
 
     layout: StaticPass
     hidden: Tensor
@@ -46,18 +46,18 @@ class _Bucket:
 
 
 class StaticPasses:
-    """The static passes of one model, made as they are first needed or by `prepare`.
+    """The static passes of one model, captured on first use or by `prepare`.
 
     Args:
-        model: on one device.
-        cache: which the passes read and write.
+        model: a model on one device.
+        cache: the KV cache that the passes read and write.
     """
 
     def __init__(self, model: LanguageModel, cache: PagedCache) -> None:
         self._model = model
         self._cache = cache
         self._buckets: dict[tuple[int, int], _Bucket] = {}
-        from collm.models.fused_kernels import FusedKernels  # needs Triton, which comes with PyTorch for GPUs
+        from collm.models.fused_kernels import FusedKernels  # requires Triton, which PyTorch for GPUs includes
 
         self._kinds = MaskKinds()
         self._fused = FusedKernels(model)
@@ -65,10 +65,10 @@ class StaticPasses:
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def prepare(self, most_rows: int) -> None:
-        """Make all passes of up to so many rows, the largest first: the others fit into its memory. Logs what it took.
+        """Capture all passes of up to `most_rows` rows, the largest first so that the others reuse its memory.
 
         Raises:
-            UnsupportedModel: the model cannot be run this way.
+            UnsupportedModel: the model cannot be captured.
         """
         start, free = time.perf_counter(), self._free_bytes()
         rows = next((batch for batch in BATCHES if batch >= most_rows), BATCHES[-1])
@@ -83,12 +83,14 @@ class StaticPasses:
     def _free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self._model.device)[0] if self._captures else 0
 
-    def run(self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None) -> Passed:
-        """One pass over rows that `bucket_of` has a shape for.
+    def run(
+        self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None
+    ) -> StaticOutput:
+        """Run one pass over rows for which `bucket_of` returns a shape.
 
         Args:
-            token_ids: of each row.
-            following: tokens to read in place of those, one a row, known on the device alone, shape (R,).
+            token_ids: the tokens of each row.
+            following: tokens on the device that replace `token_ids`, one per row, shape (R,).
         """
         shape = bucket_of([row.size for row in rows])
         assert shape is not None
@@ -103,7 +105,7 @@ class StaticPasses:
         else:
             bucket.graph.replay()
         hidden = bucket.hidden.view(layout.batch, layout.width, -1)[: len(rows)].clone()
-        return Passed(hidden, bucket.logits[: len(rows)].clone())
+        return StaticOutput(hidden, bucket.logits[: len(rows)].clone())
 
     def _bucket(self, width: int, batch: int) -> _Bucket:
         if (width, batch) not in self._buckets:
@@ -116,7 +118,7 @@ class StaticPasses:
         return self._buckets[width, batch]
 
     def _forward(self, layout: StaticPass) -> tuple[Tensor, Tensor]:
-        """Hidden states of all tokens (T, H), logits after the last of each row (batch, V)."""
+        """Run the model. Returns hidden states of all tokens (T, H) and logits after each row (batch, V)."""
         with slot_attention_of(self._model.config, self._kinds), self._fused.applied():
             hidden = self._model.hidden_states(
                 layout.token_ids,
@@ -130,21 +132,21 @@ class StaticPasses:
     def _capture(self, bucket: _Bucket) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may use the device meanwhile.
+            # Allow other threads to use the device during the capture.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 bucket.hidden, bucket.logits = self._forward(bucket.layout)
-        except RuntimeError as error:  # the model waits for the device, or makes shapes of what it computes
+        except RuntimeError as error:  # the model synchronises, or its shapes depend on its values
             raise UnsupportedModel(f"{self._model.name} cannot be captured as a CUDA graph: {error}") from error
         bucket.graph = graph
 
 
 @dataclass(frozen=True)
-class Passed:
-    """What a pass gave.
+class StaticOutput:
+    """Output of a static pass.
 
     Attributes:
-        hidden: of each row its last hidden states, shape (R, width, H).
-        logits: after the last token of each row, shape (R, V).
+        hidden: last hidden states of each row, shape (R, width, H).
+        logits: logits after the last token of each row, shape (R, V).
     """
 
     hidden: Tensor
@@ -152,7 +154,7 @@ class Passed:
 
 
 def can_run_static(model: LanguageModel) -> bool:
-    """Whether the model lies on one device, and Triton can make kernels for it."""
+    """Whether the model lies on a single device that Triton supports."""
     devices = {parameter.device for parameter in model.module.parameters()}
     if len(devices) > 1:
         return False

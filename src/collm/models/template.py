@@ -1,4 +1,4 @@
-"""The prompt template: how a prompt or a chat becomes token ids, the same in training and in decoding."""
+"""The prompt template, which converts prompts and chats to token ids for both training and decoding."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from collm.models.time_limit import time_limit
 from collm.models.token_ids import token_ids_of
 
 LONGEST_RENDERING_S = 10.0
-"""Time limit of a chat template, which is a program that came with a model."""
+"""Time limit of a chat template in seconds, because templates are untrusted programs."""
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt with its targets.
+    """Token ids of a training sequence.
 
     Attributes:
         token_ids: the whole sequence.
-        is_target: per token, whether it is to be learned.
+        is_target: whether each token is a training target.
     """
 
     token_ids: list[int]
@@ -35,13 +35,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Kept in the artefact, so that decoding renders prompts exactly as training did.
+    """Template of prompts and chats. It is saved in the artefact, so that decoding uses the template of training.
 
     Attributes:
-        text: wraps string prompts; contains `{prompt}` once.
-        chat: Jinja chat template for lists of messages; None where the collaboration takes no chats.
-        turn_ends: ids of tokens that end an assistant's turn, in training and in decoding; the first one is what
-            training appends where nothing ends a turn. Empty for the tokenizer's EOS alone.
+        text: template of string prompts; contains `{prompt}` once.
+        chat: Jinja chat template for lists of messages; None if the collaboration does not support chats.
+        turn_ends: ids of tokens that end an assistant's turn. Training appends the first one to a turn without an
+            end. Empty means the tokenizer's EOS only.
 
     Raises:
         ConfigError: `text` does not contain `{prompt}` exactly once.
@@ -53,25 +53,27 @@ class PromptTemplate:
 
     def __post_init__(self) -> None:
         if self.text.count("{prompt}") != 1:
-            raise ConfigError(f"prompt template is {self.text!r}, expected text that contains {{prompt}} exactly once")
+            raise ConfigError(
+                f"prompt template is {self.text!r}, expected a text that contains {{prompt}} exactly once"
+            )
 
     def with_turn_ends(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> PromptTemplate:
-        """This template with the tokens that end an assistant's turn, found by rendering one.
+        """This template with `turn_ends` set, determined by rendering a turn.
 
-        That is a token of `stop_ids` behind the content, else a special token that the template writes there, else the
-        special tokens that open the next message, else EOS.
+        The end of a turn is a token of `stop_ids` after the content, else a special token that the template writes
+        there, else the special tokens that open the next message, else EOS.
 
         Args:
-            stop_ids: what decoding stops at in any case: EOS of the tokenizer, and those of the base.
+            stop_ids: tokens at which decoding stops in any case: EOS of the tokenizer and of the base.
 
         Raises:
-            DataError: there is none, and the tokenizer has no EOS either.
+            DataError: no token ends a turn, and the tokenizer has no EOS.
         """
         ends = self._closing_tokens(tokenizer, stop_ids) or _eos_ids(tokenizer)
         if not ends:
             raise DataError(
                 "no token ends an assistant's turn, so decoding would not stop: the chat template writes no special "
-                "token behind the content or before the next message, and the tokenizer has no EOS; set eos_token"
+                "token after the content or before the next message, and the tokenizer has no EOS; set eos_token"
             )
         return replace(self, turn_ends=tuple(dict.fromkeys([*ends, *sorted(stop_ids)])))
 
@@ -81,7 +83,7 @@ class PromptTemplate:
         try:
             closed = self._turn(tokenizer, turn, 1)[1]
         except (DataError, RequestError):
-            return []  # the template takes no such chat; rows tell
+            return []  # the template does not support this chat; training rows will raise the error
         closing = tokenize(tokenizer, closed[closed.rfind(content) + len(content) :], special=False)
         special = _special_ids(tokenizer)
         for wanted in (stop_ids, special):
@@ -94,7 +96,7 @@ class PromptTemplate:
     def _opener(
         self, tokenizer: PreTrainedTokenizerBase, turn: list[dict[str, str]], closed: str, role: str
     ) -> int | None:
-        """The first token behind a finished turn where a message of this role follows."""
+        """The first token of a message of this role after a finished turn."""
         try:
             whole = self.render_chat(tokenizer, [*turn, {"role": role, "content": "next"}], open_turn=False)
         except RequestError:
@@ -103,10 +105,10 @@ class PromptTemplate:
         return following[0] if following else None
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-        """Token ids to decode from; ids pass unchanged, strings and chats are rendered.
+        """Convert a string, a chat or token ids, which pass unchanged, to the token ids of a prompt.
 
         Raises:
-            RequestError: an empty prompt, messages without a chat template, or something else than a prompt.
+            RequestError: the prompt is empty or of another type, or there is no chat template for messages.
         """
         if isinstance(prompt, str):
             token_ids = tokenize(tokenizer, self.text.replace("{prompt}", prompt)) if prompt else []
@@ -117,25 +119,25 @@ class PromptTemplate:
             rendered = self.render_chat(tokenizer, cast(Sequence[Message], prompt), open_turn=open_turn)
             token_ids = tokenize(tokenizer, rendered, special=False)
         else:
-            raise RequestError(f"a prompt is a string, a list of messages or a list of token ids, came {prompt!r:.80}")
+            raise RequestError(f"prompt is {prompt!r:.80}, expected a string, a list of messages or token ids")
         if not token_ids:
             raise RequestError("the prompt is empty; expected at least one token")
         return token_ids
 
     def encode_completion(self, tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-        """A prompt and its completion, which ends with EOS; only the completion is a target.
+        """Encode a prompt and its completion, followed by EOS. Only the completion is a target.
 
-        The prompt's tokens are those of `encode_prompt`.
+        The prompt's tokens equal those of `encode_prompt`.
 
         Raises:
             DataError: the tokenizer has no EOS token.
             RequestError: the prompt is empty.
         """
         if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no EOS token, so a completion cannot end; set tokenizer.eos_token")
+            raise DataError("the tokenizer has no EOS token to end a completion; set tokenizer.eos_token")
         prompt_ids = self.encode_prompt(tokenizer, prompt)
         whole = tokenize(tokenizer, self.text.replace("{prompt}", prompt) + completion)
-        encoded = _extended(tokenizer, prompt_ids, whole, completion)
+        encoded = _append_completion(tokenizer, prompt_ids, whole, completion)
         eos = int(cast(int, tokenizer.eos_token_id))
         if encoded.token_ids[-1] == eos and encoded.is_target[-1]:
             return encoded
@@ -149,24 +151,23 @@ class PromptTemplate:
         unlearned: Collection[int] = (),
         apart: bool = False,
     ) -> list[Encoded]:
-        """A chat; every assistant turn is a target, up to and with the token that ends it (`turn_ends`).
+        """Encode a chat. Every assistant turn is a target, including the token that ends it (`turn_ends`).
 
-        The tokens before a turn are those of `encode_prompt` on the messages before it. Where a template or a
-        tokenizer treats earlier turns differently once the chat goes on, one sequence cannot show all turns as
-        decoding would see them.
+        The tokens before a turn equal those of `encode_prompt` on the messages before it. If a template or tokenizer
+        renders earlier turns differently once the chat continues, each turn gets a sequence of its own.
 
         Args:
             messages: a `Chat` if it has tools.
-            unlearned: indices of messages that are no targets, whoever says them.
-            apart: give one sequence per assistant turn in any case.
+            unlearned: indices of messages that are not targets.
+            apart: return one sequence per assistant turn in any case.
 
         Returns:
-            One sequence with all turns if it can, else one sequence per assistant turn.
+            One sequence with all turns if possible, else one sequence per assistant turn.
 
         Raises:
-            DataError: no assistant turn, no token to end one, or a template that does not let a finished turn follow an
-                opened one, or does not show the tools or calls.
-            RequestError: there is no chat template, or it refuses the messages.
+            DataError: there is no assistant turn or no token to end one, a rendered turn does not start with its
+                prompt, or the template does not show tools or calls.
+            RequestError: there is no chat template, or it rejects the messages.
         """
         turns = [
             self._turn(tokenizer, messages, index)
@@ -176,41 +177,41 @@ class PromptTemplate:
         if not turns:
             raise DataError("the chat has no assistant turn; expected at least one message with role 'assistant'")
         ends = self.turn_ends or self.with_turn_ends(tokenizer, _eos_ids(tokenizer)).turn_ends
-        joined = None if apart else _joined(tokenizer, turns)
-        ended = None if joined is None else _ended(joined, ends)
+        joined = None if apart else _join_turns(tokenizer, turns)
+        ended = None if joined is None else _limit_targets(joined, ends)
         if ended is not None:
             return [ended]
-        return [cast(Encoded, _ended(_apart(tokenizer, *turn), ends)) for turn in turns]
+        return [cast(Encoded, _limit_targets(_encode_turn(tokenizer, *turn), ends)) for turn in turns]
 
     def _turn(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int) -> tuple[str, str]:
-        """The text that invites assistant message `index`, and that text with the message."""
+        """The text of the prompt for assistant message `index`, and the text that includes the message."""
         before, turn = Chat(messages[:index], tools_of(messages)), messages[index]
         opened = self.render_chat(tokenizer, before, open_turn=True)
         closed = self.render_chat(tokenizer, Chat([*before, turn], before.tools), open_turn=False)
         if not closed.startswith(opened):
             raise DataError(
                 f"the chat template opens the turn of message {index + 1} with {opened[-40:]!r}, but renders the "
-                f"finished turn as {closed[-80:]!r}; training needs a template where it goes on from the opened one"
+                f"finished turn as {closed[-80:]!r}; training needs a template in which it continues the opening"
             )
         for shown, functions in ((opened, before.tools), (closed, turn.get("tool_calls"))):
             missing = [name for name in map(tool_name, functions or ()) if name and name not in shown]
             if missing:
                 raise DataError(
                     f"the chat template does not show the function {missing[0]!r}; use a template (chat_template) that "
-                    "takes tools and calls"
+                    "supports tools and calls"
                 )
         return opened, closed
 
     def render_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool) -> str:
-        """The text of a chat, with its tools; `open_turn` adds what invites the assistant's answer.
+        """Render a chat with its tools. `open_turn` adds the generation prompt.
 
-        The role "developer" is shown as "system" by templates that do not know it.
+        The role "developer" becomes "system" if the template does not support it.
 
         Raises:
-            RequestError: there is no chat template, or it refuses the messages.
+            RequestError: there is no chat template, or it rejects the messages.
         """
         if self.chat is None:
-            raise RequestError("chat messages came, but this collaboration has no chat template; pass a string")
+            raise RequestError("the prompt is a list of messages, but there is no chat template; pass a string")
         rendering = rendering_of(messages)
         try:
             with time_limit(LONGEST_RENDERING_S):
@@ -223,9 +224,9 @@ class PromptTemplate:
                     continue_final_message=rendering.continue_final_message and not open_turn,
                     **rendering.template_kwargs,
                 )
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             raise RequestError(
-                f"the chat template refuses the messages {json.dumps(messages, default=str)[:120]}: {error}"
+                f"the chat template rejects the messages {json.dumps(messages, default=str)[:120]}: {error}"
             ) from error
         return cast(str, rendered)
 
@@ -243,34 +244,34 @@ def _is_list_of(prompt: object, kind: type) -> bool:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
-    """Token ids of a text; `special` adds what the tokenizer puts around a text (BOS), once.
+    """Tokenise a text. `special` adds BOS once, and never EOS.
 
     Raises:
-        RequestError: text that has no UTF-8 or is too long, or the tokenizer fails on it.
+        RequestError: the text is not valid Unicode or is too long, or the tokenizer fails.
     """
     token_ids = token_ids_of(tokenizer, text, special=special)
     bos = tokenizer.bos_token_id
     if special and bos is not None and token_ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
-        token_ids = token_ids[1:]  # a rendered chat brings its own
+        token_ids = token_ids[1:]  # a rendered chat already has BOS
     if not special or len(token_ids) < 2 or token_ids[-1] != tokenizer.eos_token_id:
         return token_ids
     own = text.endswith(str(tokenizer.eos_token)) and token_ids[-2] != token_ids[-1]
-    return token_ids if own else token_ids[:-1]  # some tokenizers close every text, but a prompt goes on
+    return token_ids if own else token_ids[:-1]  # some tokenizers append EOS, but a prompt continues
 
 
-def _extended(
+def _append_completion(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], whole_ids: list[int], completion: str
 ) -> Encoded:
-    """The prompt's tokens, then targets: from the text tokenised as a whole if it goes on from them."""
+    """Append the completion's tokens as targets, taken from the whole text if its tokens start with the prompt's."""
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         target_ids = whole_ids[len(prompt_ids) :]
-    else:  # a token would span the border; decoding always starts behind the prompt's own tokens
+    else:  # a token would span prompt and completion, but decoding always starts after the prompt's own tokens
         target_ids = continuation_ids(tokenizer, completion)
     return Encoded([*prompt_ids, *target_ids], [False] * len(prompt_ids) + [True] * len(target_ids))
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text that continues another: without the space some tokenizers put before a text's first word."""
+    """Tokenise a text that continues another, without the space that some tokenizers add before the first word."""
     for end in ("\n", "."):
         before, whole = (tokenize(tokenizer, part, special=False) for part in (end, end + text))
         if whole[: len(before)] == before:
@@ -278,13 +279,13 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return tokenize(tokenizer, text, special=False)
 
 
-def _apart(tokenizer: PreTrainedTokenizerBase, opened: str, closed: str) -> Encoded:
+def _encode_turn(tokenizer: PreTrainedTokenizerBase, opened: str, closed: str) -> Encoded:
     opened_ids, closed_ids = (tokenize(tokenizer, text, special=False) for text in (opened, closed))
-    return _extended(tokenizer, opened_ids, closed_ids, closed[len(opened) :])
+    return _append_completion(tokenizer, opened_ids, closed_ids, closed[len(opened) :])
 
 
-def _joined(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Encoded | None:
-    """All turns in one sequence; None unless each turn's text and tokens go on from the turn before."""
+def _join_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Encoded | None:
+    """Encode all turns in one sequence; None unless each turn's text and tokens start with those of the previous."""
     whole = tokenize(tokenizer, turns[-1][1], special=False)
     is_target: list[bool] = []
     done = ""
@@ -300,11 +301,11 @@ def _joined(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]
     return Encoded(whole, is_target)
 
 
-def _ended(encoded: Encoded, ends: Sequence[int]) -> Encoded | None:
-    """Targets up to the token that ends each turn: decoding stops there.
+def _limit_targets(encoded: Encoded, ends: Sequence[int]) -> Encoded | None:
+    """Limit targets to the token that ends each turn, because decoding stops there.
 
-    Where the turn's own tokens hold none, that is the next token; at the end of the sequence the first of `ends` is
-    appended. None where another token follows such a turn.
+    If a turn contains no such token, the token after it must be one and becomes a target. At the end of the sequence,
+    the first of `ends` is appended. Returns None if another token follows such a turn.
     """
     learned: list[bool] = []
     is_open = False

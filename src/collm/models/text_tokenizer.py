@@ -1,4 +1,4 @@
-"""A tokenizer as the bytes of its tokens, and the token ids of a text that grows."""
+"""Tokenizers as byte strings, and incremental tokenisation of a growing text."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from collm.models.template import PromptTemplate, continuation_ids, tokenize
 
 _CONTEXT_TOKENS = 8
 _WINDOW_BYTES = 32
-"""A text that grows is encoded again from a boundary at least so far back."""
+"""Distance in bytes from the end of the known text to the boundary from which it is encoded again."""
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's character for a space."""
 
 
 class TextTokenizer:
-    """A tokenizer whose tokens are strings of bytes.
+    """A tokenizer whose tokens are byte strings.
 
     Args:
         tokenizer: byte-level BPE, or SentencePiece with byte fallback.
-        name: of its model, for errors.
-        template: how its model's prompts and chats become text.
-        eos_ids: tokens that end a text besides those that end a turn by the template.
+        name: name of its model in error messages.
+        template: prompt template of its model.
+        eos_ids: tokens that end a text besides the template's `turn_ends`.
 
     Attributes:
         eos_ids: all tokens that end a text.
         token_bytes: token id -> its bytes; None for special tokens and ids without a token.
-        first_byte: the first byte of each token, -1 where it has none, int64, shape (V,).
+        first_byte: the first byte of each token, -1 if it has no bytes, int64, shape (V,).
 
     Raises:
-        MismatchError: the bytes of its tokens cannot be known.
+        MismatchError: the bytes of the tokens cannot be determined.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TextTokenizer:
 
     @cached_property
     def pairs_inside(self) -> Tensor:
-        """Whether some token holds byte b behind byte a, bool, shape (256, 256)."""
+        """Whether some token contains byte a followed by byte b, bool, shape (256, 256)."""
         present = [spelled for spelled in self.token_bytes if spelled]
         joined = np.frombuffer(b"".join(present), dtype=np.uint8)
         lasts = np.cumsum([len(spelled) for spelled in present]) - 1
@@ -77,12 +77,12 @@ class TextTokenizer:
         return torch.from_numpy(inside)
 
     def spell(self, token_ids: Sequence[int]) -> bytes | None:
-        """The bytes of these tokens; None if one has none."""
+        """The bytes of these tokens; None if a token has no bytes."""
         parts = [self.token_bytes[token_id] for token_id in token_ids]
         return None if None in parts else b"".join(cast("list[bytes]", parts))
 
     def shown(self, token_id: int) -> str:
-        """A token as text; its name where it is none, or only part of a character."""
+        """The text of a token, or its name if it has no text or is part of a character."""
         try:
             text = (self.token_bytes[token_id] or b"").decode()
         except UnicodeDecodeError:
@@ -90,21 +90,21 @@ class TextTokenizer:
         return text or str(self.tokenizer.convert_ids_to_tokens(token_id))
 
     def ends(self, token_ids: Sequence[int], start: int = 0) -> list[int]:
-        """Where each token ends, in bytes, if the first begins at `start`."""
+        """End of each token in bytes, if the first begins at `start`."""
         lengths = [len(self.token_bytes[token_id] or b"") for token_id in token_ids]
         return cast("list[int]", (start + np.cumsum(lengths, dtype=np.int64)).tolist())
 
     def encode_after(self, prompt_ids: Sequence[int], text: str) -> Encoding | None:
-        """A text behind a prompt, in tokens; None where they do not spell exactly this text."""
-        return self.encode_behind(self.context(prompt_ids), text)
+        """Tokenise a text that follows a prompt. Returns None if the tokens do not spell exactly this text."""
+        return self.encode_after_context(self.context(prompt_ids), text)
 
     def context(self, prompt_ids: Sequence[int]) -> Context:
-        """The end of a prompt."""
+        """The last tokens of a prompt, with their text."""
         ids = list(prompt_ids[-_CONTEXT_TOKENS:])
         return Context(ids, str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
 
-    def encode_behind(self, context: Context, text: str) -> Encoding | None:
-        """As `encode_after`, behind the end of the prompt."""
+    def encode_after_context(self, context: Context, text: str) -> Encoding | None:
+        """Like `encode_after`, given the prompt's context."""
         whole = self._tokenize(context.text + text)
         if whole[: len(context.ids)] == context.ids:
             token_ids = whole[len(context.ids) :]
@@ -113,12 +113,12 @@ class TextTokenizer:
         return self._checked(token_ids, text)
 
     def adds_space(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether it puts a space that is not there before the first word behind this prompt."""
+        """Whether the tokenizer adds a space before a word that follows this prompt."""
         probe = self.encode_after(prompt_ids, "a")
         return probe is not None and self.spell(probe.ids) == b" a"
 
     def encode_piece(self, text: str) -> Encoding | None:
-        """A text out of a longer one, in tokens that are right but for the first few; None as `encode_after`."""
+        """Tokenise a part of a longer text. The first few tokens may be wrong. None as in `encode_after`."""
         return self._checked(self._tokenize(text), text)
 
     def _tokenize(self, text: str) -> list[int]:
@@ -127,7 +127,7 @@ class TextTokenizer:
         return tokenize(self.tokenizer, text, special=False)
 
     def _checked(self, token_ids: list[int], text: str) -> Encoding | None:
-        """Some tokenizers put a space before a text's first word; it has no place in the text."""
+        """The encoding if it spells the text, apart from a space that some tokenizers add before the first word."""
         spelled, wanted = self.spell(token_ids), text.encode()
         if spelled == wanted:
             return Encoding(token_ids, self.ends(token_ids))
@@ -142,22 +142,22 @@ class Context(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """A text in tokens: their ids, and where each ends, in bytes."""
+    """Token ids of a text, and the end of each token in bytes."""
 
     ids: list[int]
     ends: list[int]
 
 
 class GrowingIds:
-    """The token ids of an answer that grows: always those of the whole answer, though only its end is encoded.
+    """Token ids of a growing answer. They equal those of the whole answer, but only its end is encoded again.
 
     Args:
-        tokenizer: of the author that reads it.
-        prompt_ids: what the answer follows, in that author's tokens.
+        tokenizer: the author's tokenizer.
+        prompt_ids: the prompt in the author's tokens.
 
     Attributes:
-        ids: of the answer.
-        ends: where each ends, in bytes.
+        ids: token ids of the answer.
+        ends: end of each token in bytes.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> None:
@@ -168,18 +168,18 @@ class GrowingIds:
         self._adds_space = tokenizer.adds_space(prompt_ids)
 
     def spell(self, token_ids: Sequence[int]) -> bytes | None:
-        """The bytes of tokens behind the answer so far, without a space that the tokenizer adds to its beginning."""
+        """The bytes of tokens that follow the answer, without a space that the tokenizer adds at its beginning."""
         spelled = self.tokenizer.spell(token_ids)
         if spelled and self._adds_space and not self.ids:
             return spelled.removeprefix(b" ")
         return spelled
 
     def grow(self, answer: bytes, boundaries: Sequence[int]) -> bool:
-        """Take in what the answer has grown by; False, and nothing changes, if no tokens spell it.
+        """Update to a longer answer. Returns False, without a change, if no tokens spell it.
 
         Args:
-            answer: all of it, which begins with what was taken in before.
-            boundaries: places where a token ends in every encoding, ascending.
+            answer: the whole answer, which extends the previous one.
+            boundaries: ascending positions at which a token ends in every encoding.
         """
         encoded = self.grown(answer, boundaries)
         if encoded is None:
@@ -188,17 +188,17 @@ class GrowingIds:
         return True
 
     def spells(self, answer: bytes) -> bool:
-        """Whether this is what was taken in."""
+        """Whether the ids are those of `answer`, which must extend the previous one."""
         return (self.ends[-1] if self.ends else 0) == len(answer)
 
     def grown(self, answer: bytes, boundaries: Sequence[int]) -> Encoding | None:
-        """The whole answer in tokens, which are not taken in; arguments as of `grow`."""
+        """The encoding of the whole answer, without updating; arguments as in `grow`."""
         if self.spells(answer):
             return Encoding(self.ids, self.ends)
         return self._from_window(answer, boundaries) or self._whole(answer)
 
     def _from_window(self, answer: bytes, boundaries: Sequence[int]) -> Encoding | None:
-        """Encode from a boundary some way back, if the tokens of the overlap come out as they are known."""
+        """Encode from an earlier boundary on. Returns None if the tokens of the overlap differ from the known ones."""
         known = self.ends[-1] if self.ends else 0
         at = bisect.bisect_right(boundaries, known - _WINDOW_BYTES) - 1
         if at < 0 or at + 1 >= len(boundaries) or boundaries[at + 1] >= known:
@@ -221,7 +221,7 @@ class GrowingIds:
 
     def _whole(self, answer: bytes) -> Encoding | None:
         try:
-            return self.tokenizer.encode_behind(self._context, answer.decode())
+            return self.tokenizer.encode_after_context(self._context, answer.decode())
         except UnicodeDecodeError:
             return None
 
@@ -230,7 +230,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise MismatchError(
-            f"the tokenizer of {name} has no fast version, so the bytes of its tokens cannot be known; "
+            f"the tokenizer of {name} has no fast version, so the bytes of its tokens are unknown; "
             "save it as a fast tokenizer, or use models that share one tokenizer"
         )
     steps = "".join(str(one.__getstate__()) for one in (backend.pre_tokenizer, backend.decoder) if one is not None)
@@ -240,8 +240,8 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity
         spell = _spell_sentencepiece
     else:
         raise MismatchError(
-            f"the tokenizer of {name} is neither byte-level nor SentencePiece with byte fallback, so not every text "
-            "has tokens in it; use models that share one tokenizer"
+            f"the tokenizer of {name} is neither byte-level nor SentencePiece with byte fallback, so it cannot encode "
+            "every text; use models that share one tokenizer"
         )
     added = cast("dict[int, Any]", tokenizer.added_tokens_decoder)
     special = {*cast("list[int]", tokenizer.all_special_ids), *(i for i, one in added.items() if one.special)}
@@ -257,7 +257,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity
 def _spell_byte_level(token: str) -> bytes | None:
     try:
         return token.translate(_BYTE_OF).encode("latin-1")
-    except UnicodeEncodeError:  # a character that stands for no byte
+    except UnicodeEncodeError:  # a character that represents no byte
         return None
 
 
@@ -268,11 +268,11 @@ def _spell_sentencepiece(token: str) -> bytes | None:
 
 
 def _byte_of() -> dict[int, int]:
-    """Byte-level BPE's character for each byte (Radford et al. 2019): its own if printable, others from 256 on."""
+    """Map byte-level BPE's characters to bytes: printable ones to themselves, 256 and up to the others (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    nothing = dict.fromkeys(others, 0xFFFF)  # these bytes have another character
-    return nothing | {256 + n: byte for n, byte in enumerate(others)}
+    unused = dict.fromkeys(others, 0xFFFF)  # these bytes have another character
+    return unused | {256 + n: byte for n, byte in enumerate(others)}
 
 
 _BYTE_OF = _byte_of()

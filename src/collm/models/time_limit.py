@@ -1,4 +1,4 @@
-"""A time limit for Python code of others that runs in this thread, as a chat template does."""
+"""Time limit for untrusted Python code in the current thread, such as chat templates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERVAL_S = 0.25
-"""How often the watch looks: limits are kept to this."""
+"""Interval at which deadlines are checked, and so the precision of limits."""
 
 
 class TimeIsUp(BaseException):
-    """Raised in the limited code; no `except Exception` of it can keep going."""
+    """Raised in the limited code. A BaseException, so that `except Exception` does not catch it."""
 
 
 class _Watch:
-    """One thread that interrupts others whose time is up."""
+    """A daemon thread that interrupts other threads after their deadlines."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,7 +32,7 @@ class _Watch:
                 self._thread.start()
 
     def end(self) -> bool:
-        """No more interruptions of this thread; whether one is on its way."""
+        """Cancel the deadline of this thread. Returns whether an interruption is pending."""
         with self._lock:
             return self._deadlines.pop(threading.get_ident(), None) is None
 
@@ -51,10 +51,10 @@ _WATCH = _Watch()
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block, which does not nest, after so many seconds; between two bytecodes, so not inside a C call.
+    """Interrupt the block after `seconds`. Blocks do not nest, and calls of C code are not interrupted.
 
     Raises:
-        TimeoutError: the time was up.
+        TimeoutError: the block took longer.
     """
     _WATCH.begin(seconds)
     try:
@@ -63,15 +63,15 @@ def time_limit(seconds: float) -> Iterator[None]:
         except TimeIsUp:
             raise
         except BaseException:
-            _settle()
+            _absorb_interruption()
             raise
-        _settle()
+        _absorb_interruption()
     except TimeIsUp as error:
         raise TimeoutError(f"it took longer than {seconds:g} s") from error
 
 
-def _settle() -> None:
-    """Let an interruption that is on its way arrive here, not in what follows."""
+def _absorb_interruption() -> None:
+    """Wait for a pending interruption, so that it does not hit later code."""
     if _WATCH.end():
         time.sleep(INTERVAL_S)
         raise TimeIsUp

@@ -1,4 +1,4 @@
-"""Token ids of a text, from a tokenizer that may be a stranger's."""
+"""Tokenisation with untrusted tokenizers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collm.errors import RequestError
 from collm.models.chats import check_unicode
 
 MAX_CHARACTERS = 10_000_000
-"""Longest text that is tokenised: more takes gigabytes, and no model reads so many tokens."""
+"""Largest number of characters that are tokenised. Longer texts take gigabytes and exceed any context."""
 
 MAX_GROWTH = 10_000
-"""How many times longer a tokenizer's normalisation may make a text."""
+"""Largest factor by which a tokenizer's normaliser may lengthen a text."""
 
 
 def token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    """Token ids as the tokenizer gives them; `special` adds what it puts around a text.
+    """Tokenise a text. `special` adds the tokenizer's special tokens around it.
 
     Raises:
-        RequestError: text that has no UTF-8 or is too long, or the tokenizer fails on it.
+        RequestError: the text is not valid Unicode or is too long, or the tokenizer fails.
     """
     try:
         check_unicode(text)
@@ -31,16 +31,16 @@ def token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool
     if len(text) > MAX_CHARACTERS:
         raise RequestError(f"the text has {len(text)} characters, expected at most {MAX_CHARACTERS}; shorten it")
     try:
-        # verbose=False: lengths are checked against the models, not against the tokenizer's advice
+        # verbose=False: lengths are checked against the models, not against the tokenizer's limit
         return cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, as at a pattern that takes for ever; no Exception
+        if type(error).__name__ != "PanicException":  # a Rust panic, which is not an Exception
             raise
         raise RequestError(f"the tokenizer fails on the text {text!r:.60}: {error!s:.200}") from error
 
 
 def normalizer_growth(tokenizer: PreTrainedTokenizerBase) -> int:
-    """At most so many times longer becomes a text by the replacements of the tokenizer's normalisation."""
+    """Upper bound of the factor by which the tokenizer's normaliser lengthens a text."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     growth = 1
     for step in _steps(json.loads(normalizer.__getstate__()) if normalizer is not None else {}):

@@ -1,4 +1,4 @@
-"""Calls of tools told from text while it comes."""
+"""Incremental parsing of tool calls from generated text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _CALL_ID = MISTRAL_WITH_IDS.call_id
 
 @dataclass(frozen=True)
 class Content:
-    """Text that is no call."""
+    """Text outside of tool calls."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class CallStart:
-    """A call begins: its place among the calls, an id for its result, and the tool's name."""
+    """The beginning of a call: its index, its id and the tool's name."""
 
     index: int
     id: str
@@ -42,47 +42,47 @@ Delta = Content | CallStart | CallArguments
 
 
 class ToolCallReader:
-    """Tells calls from text while an answer comes, in pieces of any length.
+    """Parses an answer into text and tool calls while it is generated.
 
-    Text that may still become a marker is held. What begins like a call but has no name is given back as text; a call
-    that breaks off keeps the arguments that came.
+    Text that may still become a marker is held back. A call without a name is returned as text, and a malformed call
+    keeps the arguments read so far.
 
     Args:
-        written: the format.
-        new_id: makes the id of a call.
+        written: the format of calls.
+        new_id: creates the id of a call.
     """
 
     def __init__(self, written: ToolFormat, new_id: Callable[[], str] | None = None) -> None:
         self._format = written
         self._new_id = new_id or (_short_id if written.opening == MISTRAL.opening else _id)
         self._buffer = ""
-        self._at: Callable[[], bool] = self._text
-        self._begun = False  # some content or call has come
-        self._raw = ""  # of a call that has no name yet
+        self._state: Callable[[], bool] = self._text
+        self._begun = False  # whether any content or call was emitted
+        self._raw = ""  # the text of a call that has no name yet
         self._object: _CallObject | None = None
         self._in_list = False
         self._count = 0
         self._found: list[Delta] = []
 
     def push(self, text: str) -> list[Delta]:
-        """Take text; what it tells."""
+        """Parse more text and return what it adds."""
         self._buffer += text
-        while self._buffer and self._at():
+        while self._buffer and self._state():
             pass
         return self._take()
 
     def finish(self) -> list[Delta]:
-        """The text is over."""
+        """End the text and return what was held back."""
         if self._object is not None and not self._object.started:
             self._object.take(" ")  # nothing else closes a null
-            self._tell(self._object)
-        if self._at == self._text or self._raw:
-            self._say(self._raw + self._buffer)
+            self._report(self._object)
+        if self._state == self._text or self._raw:
+            self._emit_text(self._raw + self._buffer)
         self._buffer = self._raw = ""
         return self._take()
 
     def _take(self) -> list[Delta]:
-        """What was found; arguments that follow each other in one piece."""
+        """Return the deltas found so far, with adjacent arguments merged."""
         found, self._found = self._found, []
         whole: list[Delta] = []
         for one in found:
@@ -93,7 +93,7 @@ class ToolCallReader:
                 whole.append(one)
         return whole
 
-    # Each of these works on the buffer's beginning; False where more must come first
+    # States of the parser. Each consumes the beginning of the buffer and returns False if it needs more text.
 
     def _text(self) -> bool:
         opening = self._format.opening
@@ -101,24 +101,24 @@ class ToolCallReader:
             text = self._buffer.lstrip(_SPACE)
             if text.startswith("{"):
                 self._raw, self._buffer = self._buffer[: len(self._buffer) - len(text)], text
-                self._at = self._call
+                self._state = self._call
                 return True
             if not text or opening.startswith(text):
                 return False
         place = self._buffer.find(opening)
         if place < 0:
             held = _held(self._buffer, opening)
-            self._say(self._buffer[: len(self._buffer) - held])
+            self._emit_text(self._buffer[: len(self._buffer) - held])
             self._buffer = self._buffer[len(self._buffer) - held :]
             return False
         before = self._buffer[:place]
         text = before.rstrip(_SPACE)
-        self._say(text)
+        self._emit_text(text)
         self._raw, self._buffer = before[len(text) :] + opening, self._buffer[place + len(opening) :]
-        self._at = self._behind_marker
+        self._state = self._after_marker
         return True
 
-    def _behind_marker(self) -> bool:
+    def _after_marker(self) -> bool:
         space = len(self._buffer) - len(self._buffer.lstrip(_SPACE))
         self._raw, self._buffer = self._raw + self._buffer[:space], self._buffer[space:]
         if not self._buffer:
@@ -126,62 +126,62 @@ class ToolCallReader:
         if self._format.kind in ("list", "named"):
             if self._buffer[0] == "[":
                 self._raw, self._buffer, self._in_list = self._raw + "[", self._buffer[1:], True
-                self._at = self._between
+                self._state = self._between
                 return True
             if self._buffer[0] != "{":
-                self._at = self._name
+                self._state = self._name
                 return True
-        self._at = self._call
+        self._state = self._call
         return True
 
     def _name(self) -> bool:
-        """A bare name, perhaps with an id, before the arguments."""
+        """A name, with an optional id, before the arguments."""
         ends = [(self._buffer.find(mark), len(mark)) for mark in (ARGUMENTS, "{")]
         found = [(place, place + length * (length > 1)) for place, length in ends if place >= 0]
         if not found:
             return False
         place, start = min(found)
         name, _, call_id = (part.strip(_SPACE) for part in self._buffer[:place].partition(_CALL_ID))
-        if not name or any(sign in _SPACE for sign in name):
+        if not name or any(char in _SPACE for char in name):
             self._give_up()
             return True
         self._object = _CallObject(self._format.arguments, name, call_id=call_id)
         self._raw, self._buffer = self._raw + self._buffer[:start], self._buffer[start:]
-        self._at = self._call
+        self._state = self._call
         return True
 
     def _call(self) -> bool:
         if self._object is None:
             self._object = _CallObject(self._format.arguments, may_be_bare=self._format.kind != "bare")
         while self._buffer:
-            sign, self._buffer = self._buffer[0], self._buffer[1:]
+            char, self._buffer = self._buffer[0], self._buffer[1:]
             if not self._object.started:
-                self._raw += sign
-            self._object.take(sign)
+                self._raw += char
+            self._object.take(char)
             if self._object.broken and not self._object.started:
                 self._give_up()
                 return True
-            self._tell(self._object)
+            self._report(self._object)
             if self._object.broken and self._format.closing:
-                self._buffer, self._at = sign + self._buffer, self._to_closing
+                self._buffer, self._state = char + self._buffer, self._to_closing
             elif self._object.done or self._object.broken:
-                self._at = self._between
+                self._state = self._between
             if self._object.done or self._object.broken:
                 self._object = None
                 return True
         return False
 
     def _to_closing(self) -> bool:
-        """Behind a call that broke off: what stands before its closing marker is nobody's."""
+        """After a malformed call: drop the text before its closing marker."""
         closing = self._format.closing
         place = self._buffer.find(closing)
         if place < 0:
             self._buffer = self._buffer[-len(closing) :]
             return False
-        self._buffer, self._at = self._buffer[place + len(closing) :], self._behind_call
+        self._buffer, self._state = self._buffer[place + len(closing) :], self._after_call
         return True
 
-    def _tell(self, read: _CallObject) -> None:
+    def _report(self, read: _CallObject) -> None:
         if not read.started and read.named and (read.arguments or read.done):
             read.started = True
             self._begun, self._raw = True, ""
@@ -193,7 +193,7 @@ class ToolCallReader:
                 self._found.append(CallArguments(self._count - 1, text))
 
     def _between(self) -> bool:
-        """Behind a call, or at the beginning of a list of them."""
+        """After a call, or at the beginning of a list of calls."""
         separators = _SPACE + {"tags": "}", "bare": ",;"}.get(self._format.kind, "," * self._in_list)
         rest = self._buffer.lstrip(separators)
         if self._raw:
@@ -203,38 +203,38 @@ class ToolCallReader:
             self._buffer = rest
             return False
         if rest[0] == "{" and (self._in_list or self._format.kind == "bare"):
-            self._buffer, self._at = rest, self._call
+            self._buffer, self._state = rest, self._call
         elif rest[0] == "]" and self._in_list:
-            self._buffer, self._at, self._in_list, self._raw = rest[1:], self._text, False, ""
+            self._buffer, self._state, self._in_list, self._raw = rest[1:], self._text, False, ""
         elif closing and rest.startswith(closing):
-            self._buffer, self._at = rest[len(closing) :].lstrip(_SPACE) or "", self._behind_call
+            self._buffer, self._state = rest[len(closing) :].lstrip(_SPACE) or "", self._after_call
         elif self._raw:
             self._give_up()
         else:
-            self._buffer, self._at, self._in_list = rest, self._text, False
+            self._buffer, self._state, self._in_list = rest, self._text, False
         return True
 
-    def _behind_call(self) -> bool:
-        """Space between a call and what follows is nobody's."""
+    def _after_call(self) -> bool:
+        """After a call's closing marker: drop white space."""
         self._buffer = self._buffer.lstrip(_SPACE)
         if self._buffer:
-            self._at = self._text
+            self._state = self._text
         return bool(self._buffer)
 
     def _give_up(self) -> None:
-        """It was no call."""
-        self._say(self._raw)
+        """Return the current call as text, because it is not a call."""
+        self._emit_text(self._raw)
         self._raw, self._object, self._in_list, self._begun = "", None, False, True
-        self._at = self._text
+        self._state = self._text
 
-    def _say(self, text: str) -> None:
+    def _emit_text(self, text: str) -> None:
         if text:
             self._begun = True
             self._found.append(Content(text))
 
 
 def _held(text: str, marker: str) -> int:
-    """Length of the longest end of a text that may become space and a marker."""
+    """Length of the longest suffix of a text that may become white space and a marker."""
     partial = next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
     before = text[: len(text) - partial]
     return partial + len(before) - len(before.rstrip(_SPACE))
@@ -245,22 +245,22 @@ def _id() -> str:
 
 
 def _short_id() -> str:
-    return uuid.uuid4().hex[:9]  # templates of Mistral take no other length
+    return uuid.uuid4().hex[:9]  # Mistral's templates require this length
 
 
 class _CallObject:
-    """A call's object as it comes: its name, and its arguments as JSON text.
+    """Incremental parser of a call's JSON object.
 
     Args:
-        key: of the arguments.
-        name: where it is known, the object is that of the arguments.
-        call_id: that the model wrote; empty if it wrote none.
+        key: key of the arguments.
+        name: the tool's name if it is known; the object then consists of the arguments.
+        call_id: the id that the model wrote, or an empty string.
         may_be_bare: whether a name without arguments is a call.
 
     Attributes:
-        done: it is closed.
-        broken: it is no object of keys and values.
-        started: somebody was told of it.
+        done: whether the object is complete.
+        broken: whether the object is malformed.
+        started: whether the call was reported.
     """
 
     def __init__(self, key: str, name: str | None = None, *, call_id: str = "", may_be_bare: bool = True) -> None:
@@ -270,69 +270,69 @@ class _CallObject:
         self.done = self.broken = self.started = False
         self.arguments = ""
         self._keys = {key, "arguments", "parameters"}
-        self._told = 0
+        self._emitted = 0
         self._key: str | None = None
         self._expects: Literal["object", "key", "colon", "value", "comma"] = "value" if name else "object"
         self._whole = name is not None
         self._value = ""
-        self._open, self._in_string, self._escaped = "", False, False  # the brackets that are to be closed
-        self._complete = False  # the arguments have come
+        self._open, self._in_string, self._escaped = "", False, False  # open brackets
+        self._complete = False  # whether the arguments are complete
 
     @property
     def named(self) -> bool:
         return self.name is not None
 
-    def take(self, sign: str) -> None:
-        """One more character."""
+    def take(self, char: str) -> None:
+        """Parse one character."""
         if self._expects == "value" or (self._expects == "key" and self._value):
-            self._take_value(sign)
-        elif sign in _SPACE:
+            self._take_value(char)
+        elif char in _SPACE:
             pass
-        elif self._expects == "object" and sign == "{":
+        elif self._expects == "object" and char == "{":
             self._expects = "key"
-        elif self._expects == "key" and sign == '"':
-            self._take_value(sign)
-        elif self._expects == "colon" and sign == ":":
+        elif self._expects == "key" and char == '"':
+            self._take_value(char)
+        elif self._expects == "colon" and char == ":":
             self._expects = "value"
-        elif self._expects == "comma" and sign == ",":
+        elif self._expects == "comma" and char == ",":
             self._expects = "key"
-        elif sign == "}" and self._expects in ("comma", "key"):
+        elif char == "}" and self._expects in ("comma", "key"):
             self._close()
         else:
             self.broken = True
 
-    def _take_value(self, sign: str) -> None:
-        if not self._value and sign in _SPACE:
+    def _take_value(self, char: str) -> None:
+        if not self._value and char in _SPACE:
             return
-        ends = not self._in_string and not self._open and self._value and sign in ",}" + _SPACE
-        if ends:  # a number or a name, which nothing closes
+        ends = not self._in_string and not self._open and self._value and char in ",}" + _SPACE
+        if ends:  # a number or a literal, which has no closing character
             self._finish_value()
             if not (self.broken or self.done):
-                self.take(sign)
+                self.take(char)
             return
-        self._value += sign
-        self._follow(sign)
+        self._value += char
+        self._track_brackets(char)
         if self._is_arguments:
-            self.arguments += sign
-        if not self.broken and not self._in_string and not self._open and sign in '"}]':
+            self.arguments += char
+        if not self.broken and not self._in_string and not self._open and char in '"}]':
             self._finish_value()
 
     @property
     def _is_arguments(self) -> bool:
-        """Whether the value that is coming is an object of arguments: text of one is decoded in the end."""
+        """Whether the current value is an object of arguments. Arguments in a string are decoded at the end."""
         return (self._whole or self._key in self._keys) and self._value[:1] == "{" and not self._complete
 
-    def _follow(self, sign: str) -> None:
+    def _track_brackets(self, char: str) -> None:
         if self._in_string:
-            if not self._escaped and sign == '"':
+            if not self._escaped and char == '"':
                 self._in_string = False
-            self._escaped = not self._escaped and sign == "\\"
-        elif sign == '"':
+            self._escaped = not self._escaped and char == "\\"
+        elif char == '"':
             self._in_string = True
-        elif sign in "{[":
-            self._open += sign
-        elif sign in "}]":
-            self.broken = self._open[-1:] != ("{" if sign == "}" else "[")
+        elif char in "{[":
+            self._open += char
+        elif char in "}]":
+            self.broken = self._open[-1:] != ("{" if char == "}" else "[")
             self._open = self._open[:-1]
 
     def _finish_value(self) -> None:
@@ -353,7 +353,7 @@ class _CallObject:
         self._expects = "comma"
 
     def _finish_arguments(self, text: str) -> None:
-        """They are an object, as it stands or as the text of a string, or null for an empty one."""
+        """Accept an object, a string that contains an object, or null for an empty object."""
         self._complete = True
         if text.startswith("{"):
             return
@@ -369,14 +369,14 @@ class _CallObject:
         self.arguments = self.arguments or "{}"
 
     def new_arguments(self) -> str:
-        """What came since the last call."""
-        text = self.arguments[self._told :]
-        self._told = len(self.arguments)
+        """The arguments added since the previous call."""
+        text = self.arguments[self._emitted :]
+        self._emitted = len(self.arguments)
         return text
 
 
 def _string(text: str) -> str | None:
-    """The text of a JSON string; None of anything else."""
+    """The value of a JSON string; None for any other JSON."""
     try:
         value = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""How models write calls of tools: the formats of common chat templates, and grammars of them."""
+"""Tool call formats of common chat templates, and their grammars."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a model writes calls.
+    """The format in which a model writes tool calls.
 
     Attributes:
-        kind: "tags" has an object between two markers, "bare" one without any, "list" a list of objects behind a
-            marker, "named" a name and an object of arguments behind it.
-        opening, closing: the markers; closing is empty where nothing closes a call.
-        arguments: the key of the arguments in an object.
-        call_id: the marker of an id between name and arguments; empty where there is none.
+        kind: "tags" is an object between two markers, "bare" an object without markers, "list" a marker and a list of
+            objects, "named" a marker, a name and an object of arguments.
+        opening, closing: the markers; `closing` is empty if nothing closes a call.
+        arguments: key of the arguments in an object.
+        call_id: marker of an id between name and arguments; empty if the format has no id.
     """
 
     kind: Literal["tags", "bare", "list", "named"]
@@ -28,7 +28,7 @@ class ToolFormat:
 
     @property
     def markers(self) -> set[str]:
-        """Texts that may be special tokens, which have no text of their own."""
+        """Markers, which may be special tokens of a tokenizer."""
         return {self.opening, self.closing, self.call_id, ARGUMENTS} - {""}
 
 
@@ -41,14 +41,14 @@ MISTRAL_WITH_IDS = ToolFormat("named", "[TOOL_CALLS]", call_id="[CALL_ID]")
 
 
 def tool_format(chat_template: str) -> ToolFormat | None:
-    """The format that a chat template teaches; None where it shows no tools, or in none that is known here.
+    """Detect the format of a chat template; None if it does not support tools or the format is unknown.
 
     <tool_call> with JSON: Hermes, Qwen 2.5 and 3, SmolLM3. JSON with "parameters": Llama 3. [TOOL_CALLS]: Mistral.
     """
     if "tools" not in chat_template:
         return None
     if HERMES.opening in chat_template:
-        tagged = "<function=" in chat_template or "<arg_key>" in chat_template  # Qwen3-Coder and GLM write no JSON
+        tagged = "<function=" in chat_template or "<arg_key>" in chat_template  # Qwen3-Coder and GLM do not write JSON
         return None if tagged else HERMES
     if MISTRAL.opening in chat_template:
         if MISTRAL_WITH_IDS.call_id in chat_template:
@@ -62,12 +62,12 @@ def tool_format(chat_template: str) -> ToolFormat | None:
 def grammar(
     written: ToolFormat, tools: Sequence[Mapping[str, Any]], *, parallel: bool, special: Mapping[str, int]
 ) -> str:
-    """A Lark grammar, for llguidance, of one call of one of the tools, or of several calls.
+    """A Lark grammar of tool calls for llguidance.
 
     Args:
-        tools: function definitions, as OpenAI has them; arguments follow their `parameters`.
-        parallel: whether several calls may come.
-        special: text -> id of the tokenizer's special tokens, which grammars name by their ids.
+        tools: function definitions in OpenAI's form; arguments must satisfy their `parameters`.
+        parallel: whether several calls are allowed.
+        special: text -> id of the tokenizer's special tokens, which grammars refer to by id.
     """
 
     def marker(text: str) -> str:
@@ -87,7 +87,7 @@ def grammar(
         with_id = f"{marker(written.call_id)} /[a-zA-Z0-9]{{9}}/ " if written.call_id else ""
         rules = [
             f"tool_{n}: {json.dumps(tool['function']['name'])} {with_id}{marker(ARGUMENTS)} arguments_{n}\n"
-            f"arguments_{n}: %json {json.dumps(_spaced(_parameters(tool['function'])))}"
+            f"arguments_{n}: %json {json.dumps(_with_template_spaces(_parameters(tool['function'])))}"
             for n, tool in enumerate(tools)
         ]
     calls = f"call ({between} call)*" if parallel else "call"
@@ -101,9 +101,9 @@ def _rule(name: str, function: Mapping[str, Any], written: ToolFormat) -> str:
         "properties": {"name": {"const": function["name"]}, written.arguments: {"$ref": _PARAMETERS}},
         "required": ["name", written.arguments],
         "additionalProperties": False,
-        "$defs": {"parameters": _moved(_parameters(function))},
+        "$defs": {"parameters": _rebased(_parameters(function))},
     }
-    return f"{name}: %json {json.dumps(_spaced(schema))}"
+    return f"{name}: %json {json.dumps(_with_template_spaces(schema))}"
 
 
 _PARAMETERS = "#/$defs/parameters"
@@ -113,18 +113,18 @@ def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", **(function.get("parameters") or {})}
 
 
-def _moved(schema: Any) -> Any:
-    """A schema whose references start where it stands in a larger one."""
+def _rebased(schema: Any) -> Any:
+    """Rebase the references of a schema that becomes part of a larger one."""
     if isinstance(schema, Mapping):
-        moved = {key: _moved(value) for key, value in schema.items()}
+        moved = {key: _rebased(value) for key, value in schema.items()}
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference.startswith("#"):
             moved["$ref"] = _PARAMETERS + reference[1:]
         return moved
-    return [_moved(one) for one in schema] if isinstance(schema, list) else schema
+    return [_rebased(one) for one in schema] if isinstance(schema, list) else schema
 
 
-def _spaced(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """With the spaces that chat templates write, and no others."""
+def _with_template_spaces(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the separators of chat templates to a schema."""
     spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     return {**schema, "x-guidance": spaces}

@@ -1,4 +1,4 @@
-"""A tool as an author: its answers as next-token distributions, scored on given texts and asked while decoding."""
+"""Tools as authors: their answers as next-token distributions, for scoring and decoding."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _LOG = logging.getLogger(__name__)
 
 
 class ToolModel:
-    """A tool over a vocabulary.
+    """A tool as a distribution over the base's vocabulary.
 
-    Where the tool knows what text follows, the next token of that text has probability 1 - eps and all others share
-    eps; where it does not, all tokens have the same. What follows is its answer to the text so far, or what is left of
-    an answer that it gives at an earlier character and that the text has begun to spell; of several the one begun last.
+    If the tool has an answer, the answer's next token has probability 1 - eps and all other tokens share eps. If it has
+    none, all tokens are equally probable. The answer is the one to the text so far, or the remainder of an answer at an
+    earlier character that the text has begun to spell. The latest such answer wins.
 
     Args:
-        spec: which tool.
-        tokenizer: of the base.
-        vocab_size: V, the base's ids.
+        spec: the tool.
+        tokenizer: the base's tokenizer.
+        vocab_size: V, the size of the base's vocabulary.
 
     Raises:
-        LoadError: a function that cannot be imported.
-        DataError: a table that cannot be read.
+        LoadError: the tool's function cannot be imported.
+        DataError: the tool's table cannot be read.
     """
 
     max_length = None
@@ -50,39 +50,39 @@ class ToolModel:
         self._tokens = lru_cache(1 << 16)(self._tokenize)
 
     def _tokenize(self, text: str) -> list[int]:
-        """The tokens that spell a text which continues another; none if the vocabulary cannot."""
+        """Tokens of a text that continues another; none if the vocabulary lacks them."""
         token_ids = continuation_ids(self.tokenizer, text)
         return [] if self.tokenizer.unk_token_id in token_ids else token_ids
 
     @property
     def logprobs(self) -> tuple[float, float, float]:
-        """Log-probability in nats of the answer's next token, of any other, and of any where there is no answer."""
+        """Log-probabilities in nats: of the answer's next token, of another token, of any token without an answer."""
         eps, others = self.spec.eps, max(self.vocab_size - 1, 1)
         return math.log1p(-eps), math.log(eps / others), -math.log(self.vocab_size)
 
     def close(self) -> None:
         self._tool.close()
 
-    def rest(self, text: str, asked: dict[int, Answer]) -> str | None:
-        """The text that follows `text`; None where the tool does not know.
+    def remainder(self, text: str, answers: dict[int, Answer]) -> str | None:
+        """The text that follows `text` according to the tool; None if it abstains.
 
         Args:
-            asked: end of a prefix of `text` -> the tool's answer there, from earlier calls; added to.
+            answers: length of a prefix of `text` -> the tool's answer to it. New answers are added.
 
         Raises:
-            ToolFailure: it raised, hung or returned no text.
+            ToolFailure: the tool raised an exception, hung or returned something other than text.
         """
-        return self._follows(text, self._answers(text, asked))
+        return self._first_match(text, self._possible_answers(text, answers))
 
-    def _answers(self, text: str, asked: dict[int, Answer]) -> Iterator[tuple[int, Answer]]:
-        """Where an answer may have begun that is not yet spelled, the last place first, and the tool's answer there."""
+    def _possible_answers(self, text: str, answers: dict[int, Answer]) -> Iterator[tuple[int, Answer]]:
+        """Yield positions at which an unfinished answer may have begun, latest first, with the tool's answers."""
         for at in range(len(text), max(len(text) - self.spec.max_answer, -1), -1):
-            if at not in asked:
-                (asked[at],) = self._tool.answers(text, [at])
-            yield at, asked[at]
+            if at not in answers:
+                (answers[at],) = self._tool.answers(text, [at])
+            yield at, answers[at]
 
-    def _follows(self, text: str, answers: Iterable[tuple[int, Answer]]) -> str | None:
-        """What is left of the first answer that the text has begun to spell."""
+    def _first_match(self, text: str, answers: Iterable[tuple[int, Answer]]) -> str | None:
+        """The remainder of the first answer that the text has begun to spell."""
         for at, answer in answers:
             if isinstance(answer, ToolFailure):
                 raise answer
@@ -91,17 +91,17 @@ class ToolModel:
                 return answer[spelled : self.spec.max_answer]
         return None
 
-    def next_token(self, read: TokenText, length: int, asked: dict[int, Answer]) -> int | None:
-        """The token after the first `length` tokens of `read`; None where the tool does not know.
+    def next_token(self, read: TokenText, length: int, answers: dict[int, Answer]) -> int | None:
+        """The token after the first `length` tokens of `read`; None if the tool abstains.
 
         Raises:
-            ToolFailure: it raised, hung or returned no text.
+            ToolFailure: the tool raised an exception, hung or returned something other than text.
         """
         whole = next(n for n in range(length, -1, -1) if read.whole(n))
-        left = self.rest(read.text[: read.end(whole)], asked)
+        left = self.remainder(read.text[: read.end(whole)], answers)
         if left is None:
             return None
-        token_ids, begun = self._tokens(left), read.token_ids[whole:length]  # those of an incomplete character
+        token_ids, begun = self._tokens(left), read.token_ids[whole:length]  # tokens of an incomplete character
         fits = len(token_ids) > len(begun) and token_ids[: len(begun)] == begun
         return token_ids[len(begun)] if fits else None
 
@@ -116,59 +116,59 @@ class ToolModel:
         return logits
 
     def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """What it says of the target tokens of one sequence.
+        """Score the target tokens of one sequence.
 
-        However a text is cut into tokens, one that spells the next characters of the answer, or all that is left of it
-        and more, is the answer's next token.
+        A token counts as the answer's next token if it spells the next characters of the answer, or all of its
+        remainder and more, regardless of how the tokenizer would split the answer.
 
         Returns:
             Log-probabilities in nats, fp32, shape (n,), and whether each token is the answer's next, bool, shape (n,).
 
         Raises:
-            ToolFailure: it raised, hung or returned no text.
+            ToolFailure: the tool raised an exception, hung or returned something other than text.
         """
         read = TokenText(self.tokenizer, token_ids)
         targets = [t for t in range(1, len(token_ids)) if is_target[t]]
         first = max(read.end(targets[0]) - self.spec.max_answer, 0)
         ends = range(first, read.end(targets[-1]) + 1)
-        asked = dict(zip(ends, self._tool.answers(read.text, ends), strict=True))
-        known = [(at, answer) for at, answer in reversed(asked.items()) if answer]
+        answers = dict(zip(ends, self._tool.answers(read.text, ends), strict=True))
+        known = [(at, answer) for at, answer in reversed(answers.items()) if answer]
         hit, miss, unknown = self.logprobs
         scores = {None: unknown, False: miss, True: hit}
-        right = [self._spelled(read, t, asked, known) for t in targets]
-        return torch.tensor([scores[each] for each in right]), torch.tensor([each is True for each in right])
+        matches = [self._matches(read, t, answers, known) for t in targets]
+        return torch.tensor([scores[each] for each in matches]), torch.tensor([each is True for each in matches])
 
     def next_tokens(self, token_ids: Sequence[int], lengths: Sequence[int]) -> list[int | None]:
-        """The token after each of these many first tokens of a sequence; None where it does not know.
+        """The token after each prefix of a sequence, given by length; None where the tool abstains.
 
         Raises:
-            ToolFailure: it raised, hung or returned no text.
+            ToolFailure: the tool raised an exception, hung or returned something other than text.
         """
-        read, asked = TokenText(self.tokenizer, token_ids), dict[int, Answer]()
-        return [self.next_token(read, length, asked) for length in lengths]
+        read, answers = TokenText(self.tokenizer, token_ids), dict[int, Answer]()
+        return [self.next_token(read, length, answers) for length in lengths]
 
-    def _spelled(
-        self, read: TokenText, t: int, asked: dict[int, Answer], known: Sequence[tuple[int, Answer]]
+    def _matches(
+        self, read: TokenText, t: int, answers: dict[int, Answer], known: Sequence[tuple[int, Answer]]
     ) -> bool | None:
-        """Whether token t is the answer's next; None where there is no answer.
+        """Whether token t is the answer's next token; None without an answer.
 
         Args:
-            asked: the tool's answer at every end of a prefix that matters.
-            known: those of them that say something, the last place first.
+            answers: length of a prefix -> the tool's answer.
+            known: the answers that are not empty, latest first.
         """
         start, end = read.end(t), read.end(t + 1)
         if read.whole(t) and read.whole(t + 1) and end > start:
             near = ((at, answer) for at, answer in known if start - self.spec.max_answer < at <= start)
-            left, spelled = self._follows(read.text[:start], near), read.text[start:end]
+            left, spelled = self._first_match(read.text[:start], near), read.text[start:end]
             return None if left is None else left.startswith(spelled) or spelled.startswith(left)
-        token_id = self.next_token(read, t, asked)
+        token_id = self.next_token(read, t, answers)
         return None if token_id is None else token_id == read.token_ids[t]
 
 
 class ToolRunner:
-    """Asks one tool about many sequences; an `Assistant` that costs no forward pass.
+    """An `Assistant` that calls a tool instead of a model.
 
-    A call that fails is logged with the text it failed on, counted, and taken as if the tool did not know.
+    A failed call is logged with its text and counted, and the tool abstains.
     """
 
     max_length = None
@@ -192,7 +192,7 @@ class ToolRunner:
         del self._slots[slot]
 
     def forget(self) -> None:
-        """Nothing outlives a slot."""
+        """Do nothing, because closed slots keep no content."""
 
     def length(self, slot: int) -> int:
         return len(self._slots[slot].read)
@@ -201,14 +201,14 @@ class ToolRunner:
         self._slots[slot].cut(length)
 
     def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> ModelOutput:
-        """Read the tokens each slot has not seen, and ask the tool after each of the last ones.
+        """Read the unread tokens of each slot, and call the tool after each of the last ones.
 
         Args:
-            unseen: slot -> token ids that follow what it holds.
-            keep: slot -> after how many of its last new tokens to ask; by default the very last.
+            unseen: slot -> token ids to append.
+            keep: slot -> number of its last new tokens to return output for; defaults to 1.
 
         Returns:
-            For each slot in the mapping's order the rows of its last tokens, in theirs.
+            The output of each slot's last tokens, slot by slot in the order of `unseen`.
         """
         next_tokens = []
         for slot, token_ids in unseen.items():
@@ -216,14 +216,14 @@ class ToolRunner:
             for token_id in token_ids:
                 state.read.push(token_id)
             length = len(state.read)
-            asked = keep[slot] if keep else 1
-            next_tokens += [self._ask(state, n) for n in range(length - asked + 1, length + 1)]
+            count = keep[slot] if keep else 1
+            next_tokens += [self._ask(state, n) for n in range(length - count + 1, length + 1)]
         return ModelOutput(self.model.logits(next_tokens), abstained=[token_id is None for token_id in next_tokens])
 
     def _ask(self, state: _Slot, length: int) -> int | None:
         self.usage.calls += 1
         try:
-            token_id = self.model.next_token(state.read, length, state.asked)
+            token_id = self.model.next_token(state.read, length, state.answers)
         except ToolFailure as failure:
             _LOG.warning("%s", failure)
             self.usage.failed += 1
@@ -233,13 +233,13 @@ class ToolRunner:
 
 
 class _Slot:
-    """One sequence: its text, and what the tool said at which of its characters."""
+    """One sequence: its text, and the tool's answers by length of the text."""
 
     def __init__(self, read: TokenText) -> None:
         self.read = read
-        self.asked: dict[int, Answer] = {}
+        self.answers: dict[int, Answer] = {}
 
     def cut(self, length: int) -> None:
         self.read.cut(length)
-        for end in [end for end in self.asked if end > len(self.read.text)]:
-            del self.asked[end]
+        for end in [end for end in self.answers if end > len(self.read.text)]:
+            del self.answers[end]

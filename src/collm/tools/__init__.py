@@ -1,1 +1,1 @@
-"""Programs that are assistants: calculator, lookup table, dates, and functions of yours."""
+"""Tools, the assistants that are programs: calculator, lookup table, dates and user functions."""

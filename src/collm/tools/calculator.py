@@ -1,4 +1,4 @@
-"""The calculator: results of expressions as GSM8K writes them, `<<48/2=24>>24` and `48 / 2 = 24`."""
+"""The calculator, which completes expressions in GSM8K's styles: `<<48/2=24>>24` and `48 / 2 = 24`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-_SEEN = 500  # characters at the end of the text that are looked at
-_LONGEST = 200  # characters of an expression
-_DEEPEST = 20  # parentheses within each other
-_MOST_DIGITS = 30  # of a number in the expression, and of a result before its point
-_MOST_PLACES = 8  # decimals of a result
+_CONTEXT_CHARS = 500  # characters at the end of the text to read
+_MAX_EXPRESSION = 200  # characters per expression
+_MAX_DEPTH = 20  # nested parentheses
+_MAX_DIGITS = 30  # digits of a number in the expression, and of a result before its decimal point
+_MAX_PLACES = 8  # decimals of a result
 
 _SIGNS = str.maketrans("\u00d7\u00b7\u00f7\u2212\u2013\u00a0\u201c\u2018", "**/-- \"'")
 _MONEY = ("$", "€", "£")
@@ -22,13 +22,13 @@ _TOKEN = re.compile(
     re.ASCII | re.DOTALL,
 )
 
-_ITEM = re.compile(r"\s{0,40}(?:[-*]|\w{1,3}\))\s+\Z")  # what begins an item of a list
+_ITEM = re.compile(r"\s{0,40}(?:[-*]|\w{1,3}\))\s+\Z")  # the beginning of a list item
 _MAY_PRECEDE = "([{:;=>|~\"'"
-_LEFT_OUT = re.compile(r"[\^√\\%]\s*\Z|[\d%)]\s*of\s+\Z")  # what the expression would belong to
-_SPLIT = re.compile(r"\d(?:,\s+\d{3}|:\d\d)(?!\d)")  # 14, 400 or a time of day
-_STACKED = re.compile(r"/\s+[$€£]?[\d.,]+/")  # 2 / 3/4 is meant as 2 / (3/4)
+_BELONGS_TO_MORE = re.compile(r"[\^√\\%]\s*\Z|[\d%)]\s*of\s+\Z")  # the expression is part of a larger one
+_SPLIT = re.compile(r"\d(?:,\s+\d{3}|:\d\d)(?!\d)")  # a split number such as 14, 400, or a time of day
+_STACKED = re.compile(r"/\s+[$€£]?[\d.,]+/")  # 2 / 3/4 means 2 / (3/4)
 
-_SAID = re.compile(rf"-?{_NUMBER}\Z", re.ASCII)
+_WRITTEN_NUMBER = re.compile(rf"-?{_NUMBER}\Z", re.ASCII)
 _MARKS = re.compile(r"<<[^<>]*>>")
 _RESULT = re.compile(rf"=[ ]?[$€£]?-?({_NUMBER})", re.ASCII)
 _AMOUNT = re.compile(rf"[$€£]({_NUMBER})", re.ASCII)
@@ -38,87 +38,87 @@ _THOUSANDS = re.compile(r"(?<![\d.,])(?:\d{1,3}((?:,\d{3})+)|\d{4,})(?!\d)", re.
 
 
 def calculator(text: str, *, plain: bool = True) -> str | None:
-    """The result of the expression with which the text ends.
+    """Compute the expression at the end of a text.
 
-    `<<48/2=` is followed by `24>>24`, `<<2/3=.66>>` by `.66`; outside of marks `48 / 2 =` by ` 24`, `48/2=` and
-    `48/2= ` by `24`, `12 / 60 = $` by `0.20`.
+    After `<<48/2=` follows `24>>24`, and after `<<2/3=.66>>` follows `.66`. Outside of marks, ` 24` follows `48 / 2 =`,
+    `24` follows `48/2=` and `48/2= `, and `0.20` follows `12 / 60 = $`.
 
-    An expression has + - * / (or x and the other usual signs), parentheses, a minus before a number or a parenthesis,
-    decimals (`.5`), thousands commas, percent (20% is 0.2), and $ € £ before a number; at most 200 characters, numbers
-    of 30 digits and 20 parentheses within each other. In a mark it may be a lone number or begin with a plus. Outside
-    it is the longest one on the line that ends before the `=`, with an operation or a percent sign; there is none where
-    what it would go on from is no number (`3 apples + 4 =`), nor right behind a word, a number or a power.
+    An expression consists of + - * / (or x and other common signs), parentheses, a minus before a number or a
+    parenthesis, decimals (`.5`), thousands commas, percent (20% is 0.2), and $ € £ before a number. It has at most 200
+    characters, numbers of 30 digits and 20 nested parentheses. In a mark it may be a single number or begin with a
+    plus. Outside of marks it is the longest one on the line before the `=` that has an operation or a percent sign. It
+    must not continue something that is not a number (`3 apples + 4 =`), nor directly follow a word, number or power.
 
-    The result is exact with up to 8 decimals; a longer one is rounded half up to two, below 0.1 to two significant
-    digits. Outside of marks it has the unit of the expression: $ for $5 * 3, none for $6 / $2; % for sums and products
-    of percents alone, a percent by a number, and a number times 100%.
+    The result is exact with up to 8 decimals. A longer one is rounded half up to two decimals, below 0.1 to two
+    significant digits. Outside of marks it has the unit of the expression: $ for $5 * 3, none for $6 / $2, and % for
+    sums and products of percents, a percent divided by a number, and a number times 100%.
 
-    Numbers are written as in the last 500 characters of the text: with thousands commas, outside of marks, if the last
-    one of four digits or more has them; `.5` or `0.5` as the last decimal below one; without needless decimals, but two
-    in money that has any, or that follows a result such as 4.50 or, if the expression has no decimals, such as $4.50.
+    Numbers have the style of the last 500 characters: thousands commas, outside of marks, if the last number of four
+    digits or more has them; `.5` or `0.5` like the last decimal below one; no trailing zeros, but two decimals for
+    money that has any, or that follows a result such as 4.50 or, if the expression has no decimals, such as $4.50.
 
-    Of GSM8K's marks, each after its question and the answer up to it, 99.2% of the results are reproduced exactly
-    (23,518 of 23,716; of the test set's 4,239 of 4,282), and 98.3% (98.2%) with the number right after the mark. The
-    rules of style were chosen by both sets.
+    Of the results in GSM8K's marks, given the question and the answer before the mark, 99.2% are reproduced exactly
+    (23,518 of 23,716; in the test set 4,239 of 4,282), and 98.3% (98.2%) including the number after the mark. The rules
+    of style were chosen on both sets.
 
     Args:
         text: the text so far.
         plain: whether to answer outside of marks too.
 
     Returns:
-        The text that follows, or None if the text does not end with an expression that can be computed.
+        The text that follows, or None if the text does not end with a valid expression.
     """
     if not text.endswith(_ENDS):
         return None
-    seen = text[-_SEEN:].translate(_SIGNS)
-    line = seen[seen.rfind("\n") + 1 :]
+    context = text[-_CONTEXT_CHARS:].translate(_SIGNS)
+    line = context[context.rfind("\n") + 1 :]
     opened = line.rfind("<<")
     if opened > line.rfind(">>") or line.endswith(">>"):
-        return _marked(seen[: len(seen) - len(line) + opened], line[opened + 2 :]) if opened >= 0 else None
-    return _after_equals(seen, line) if plain else None
+        return _marked(context[: len(context) - len(line) + opened], line[opened + 2 :]) if opened >= 0 else None
+    return _after_equals(context, line) if plain else None
 
 
 def _marked(before: str, inside: str) -> str | None:
-    """What is left of a mark and the number behind it; of a complete mark only if what it says is right."""
-    expression, equals, said = inside.removesuffix(">>").partition("=")
-    result = _computed(_tokens(expression.removeprefix("+"))) if equals and len(expression) <= _LONGEST else None
+    """The remainder of a mark and the number after it; for a complete mark only if its result is correct."""
+    expression, equals, stated = inside.removesuffix(">>").partition("=")
+    result = _evaluate(_tokens(expression.removeprefix("+"))) if equals and len(expression) <= _MAX_EXPRESSION else None
     if result is None:
         return None
     style = _Style.of(before, expression)
     if not inside.endswith(">>"):
-        written = None if said else style.write(result.value, money=before.endswith(_MONEY))
+        written = None if stated else style.write(result.value, money=before.endswith(_MONEY))
         return None if written is None else f"{written}>>{style.outside(written)}"
-    if len(said) > 2 * _MOST_DIGITS or not _SAID.match(said):
+    if len(stated) > 2 * _MAX_DIGITS or not _WRITTEN_NUMBER.match(stated):
         return None
-    number = said.replace(",", "")
+    number = stated.replace(",", "")
     places, error = len(number.partition(".")[2]), abs(Fraction(number) - result.value)
-    return style.outside(said) if error == 0 or (places >= 2 and error < Fraction(1, 10**places)) else None
+    return style.outside(stated) if error == 0 or (places >= 2 and error < Fraction(1, 10**places)) else None
 
 
-def _after_equals(seen: str, line: str) -> str | None:
-    """The result of the longest expression at the end of the line, with its unit."""
-    ahead, _, behind = line.rpartition("=")
-    before, given = ahead.rstrip(" \t"), behind.strip()
+def _after_equals(context: str, line: str) -> str | None:
+    """The result of the longest expression before the last `=` of the line, with its unit."""
+    prefix, _, suffix = line.rpartition("=")
+    before, given = prefix.rstrip(" \t"), suffix.strip()
     if not before.endswith(tuple("0123456789)%")):
         return None
-    since = max(len(before) - _LONGEST, 0)
+    since = max(len(before) - _MAX_EXPRESSION, 0)
     tokens = _tokens(before, since)
     start = _start(tokens, before)
     if start is None or (start == 0 and since > 0):
         return None
     expression = before[tokens[start].at :]
-    result = _computed(tokens[start:])
+    result = _evaluate(tokens[start:])
     alone = sum(token.quantity is not None for token in tokens[start:]) < 2
     if result is None or (alone and not result.percent) or _STACKED.search(expression):
         return None
     percent = result.percent and not alone
     if given and (percent or result.money not in ("", given)):
         return None
-    style = _Style.of(seen, expression)
+    style = _Style.of(context, expression)
     written = style.write(result.value * 100 if percent else result.value, money=bool(given or result.money))
     if written is None:
         return None
-    space = " " if ahead != before and not behind else ""
+    space = " " if prefix != before and not suffix else ""
     minus = "-" if written.startswith("-") else ""
     number = style.outside(written.removeprefix("-"))
     return f"{space}{minus}{'' if given else result.money}{number}{'%' if percent else ''}"
@@ -150,7 +150,7 @@ class _Quantity(NamedTuple):
 
 
 class _Token(NamedTuple):
-    """A number or a sign; anything else has neither."""
+    """A number, a sign, or anything else, which has neither a quantity nor a sign."""
 
     at: int
     sign: str
@@ -166,12 +166,12 @@ class _Token(NamedTuple):
 
 
 def _tokens(text: str, since: int = 0) -> list[_Token]:
-    """What the text is made of from some character on, white space aside."""
+    """Tokenise the text from position `since` on, without white space."""
     tokens = []
     for match in _TOKEN.finditer(text, since):
         number, sign = match["number"], match["sign"] or ""
         quantity = None
-        if number and len(number) <= _MOST_DIGITS and not re.match(r"0\d", number):
+        if number and len(number) <= _MAX_DIGITS and not re.match(r"0\d", number):
             value, percent = Fraction(number.replace(",", "")), match["percent"] is not None
             quantity = _Quantity(value / 100 if percent else value, (match["money"] or "").strip(), percent)
         if not match[0].isspace():
@@ -180,28 +180,28 @@ def _tokens(text: str, since: int = 0) -> list[_Token]:
 
 
 def _start(tokens: list[_Token], text: str) -> int | None:
-    """Index of the token with which the longest expression at the end begins; None if there is none."""
+    """Index of the first token of the longest expression at the end; None if there is none."""
     start = _run(tokens)
     if start is None:
         return None
     if not tokens[start].begins and _ITEM.match(text[: tokens[start + 1].at]):
         start += 1
     first = tokens[start]
-    ahead = text[: first.at]
-    if start > 0 and tokens[start - 1].ends and not _ITEM.match(ahead):
+    prefix = text[: first.at]
+    if start > 0 and tokens[start - 1].ends and not _ITEM.match(prefix):
         return None
-    attached = ahead and not ahead[-1].isspace() and ahead[-1] not in _MAY_PRECEDE
-    if attached or _LEFT_OUT.search(ahead) or _SPLIT.match(text, len(ahead.rstrip()) - 2):
+    attached = prefix and not prefix[-1].isspace() and prefix[-1] not in _MAY_PRECEDE
+    if attached or _BELONGS_TO_MORE.search(prefix) or _SPLIT.match(text, len(prefix.rstrip()) - 2):
         return None
     if first.sign == "-":
-        ahead = ahead.rstrip()
-        negative = tokens[start + 1].at == first.at + 1 and (not ahead or ahead[-1] in _MAY_PRECEDE)
+        prefix = prefix.rstrip()
+        negative = tokens[start + 1].at == first.at + 1 and (not prefix or prefix[-1] in _MAY_PRECEDE)
         return start if negative else None
     return start if first.begins else None
 
 
 def _run(tokens: list[_Token]) -> int | None:
-    """Index of the first of the last tokens that are numbers and signs, with all their parentheses."""
+    """Index of the first token of the longest run of numbers and signs at the end with balanced parentheses."""
     depth, start = 0, len(tokens)
     while start > 0:
         token = tokens[start - 1]
@@ -215,8 +215,8 @@ def _run(tokens: list[_Token]) -> int | None:
     return start if start < len(tokens) and depth <= 0 else None
 
 
-def _computed(tokens: list[_Token]) -> _Quantity | None:
-    """What the tokens come to; None unless they are one expression."""
+def _evaluate(tokens: list[_Token]) -> _Quantity | None:
+    """Evaluate the tokens; None unless they are a single expression."""
     left = [_Token(0, "", None), *reversed(tokens)]
     try:
         result = _sum(left, 0)
@@ -226,7 +226,7 @@ def _computed(tokens: list[_Token]) -> _Quantity | None:
 
 
 def _sum(left: list[_Token], depth: int) -> _Quantity:
-    """Takes a sum off the end of the tokens that are left, the last of which comes first."""
+    """Parse a sum from the end of `left`, which holds the remaining tokens in reverse order."""
     result = _product(left, depth)
     while (sign := left[-1].sign) in ("+", "-"):
         left.pop()
@@ -239,7 +239,7 @@ def _product(left: list[_Token], depth: int) -> _Quantity:
     result = _factor(left, depth)
     while (sign := left[-1].sign) in ("*", "/", "x"):
         left.pop()
-        if sign == "x" and left[-1].sign == "-":  # of 2x - 3
+        if sign == "x" and left[-1].sign == "-":  # as in 2x - 3, where x is a variable
             raise ValueError
         factor = _factor(left, depth)
         result = result.over(factor) if sign == "/" else result.times(factor)
@@ -253,7 +253,7 @@ def _factor(left: list[_Token], depth: int) -> _Quantity:
     if token.sign == "-" and left[-1].begins:
         number = _factor(left, depth)
         return number._replace(value=-number.value)
-    if token.sign == "(" and depth < _DEEPEST:
+    if token.sign == "(" and depth < _MAX_DEPTH:
         result = _sum(left, depth + 1)
         if left.pop().sign == ")":
             return result
@@ -261,7 +261,7 @@ def _factor(left: list[_Token], depth: int) -> _Quantity:
 
 
 class _Style(NamedTuple):
-    """How numbers are written."""
+    """The style of numbers."""
 
     cents: bool
     zero: bool
@@ -269,7 +269,7 @@ class _Style(NamedTuple):
 
     @classmethod
     def of(cls, text: str, expression: str) -> _Style:
-        """As the text last wrote them."""
+        """The style of the last numbers in the text."""
         outside = _MARKS.sub("", text)
         below_one, thousands = _BELOW_ONE.findall(text + expression), _THOUSANDS.findall(outside)
         amounts = _RESULT.findall(text)[-1:] + ([] if "." in expression else _AMOUNT.findall(outside)[-1:])
@@ -280,20 +280,20 @@ class _Style(NamedTuple):
         )
 
     def write(self, value: Fraction, *, money: bool) -> str | None:
-        """The number without commas; None if it has too many digits."""
-        places = next((n for n in range(_MOST_PLACES + 1) if (value * 10**n).denominator == 1), None)
+        """Format a number without commas; None if it has too many digits."""
+        places = next((n for n in range(_MAX_PLACES + 1) if (value * 10**n).denominator == 1), None)
         if places is None:
-            places = next((n for n in range(2, _MOST_PLACES) if abs(value) * 10**n >= 10), _MOST_PLACES)
+            places = next((n for n in range(2, _MAX_PLACES) if abs(value) * 10**n >= 10), _MAX_PLACES)
         if money and places < 2 and (places or self.cents):
             places = 2
         scaled = int(abs(value) * 10**places + Fraction(1, 2))
         whole, decimals = divmod(scaled, 10**places)
-        if whole >= 10**_MOST_DIGITS or (value and not scaled):
+        if whole >= 10**_MAX_DIGITS or (value and not scaled):
             return None
         digits = "" if whole == 0 and places and not self.zero else str(whole)
         return f"{'-' if value < 0 else ''}{digits}{f'.{decimals:0{places}}' if places else ''}"
 
     def outside(self, written: str) -> str:
-        """The same number as it is written outside of marks."""
+        """Add the commas that a formatted number has outside of marks."""
         whole, point, decimals = written.partition(".")
         return f"{int(whole):,}{point}{decimals}" if self.commas and whole.isdigit() else written

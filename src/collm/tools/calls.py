@@ -1,4 +1,4 @@
-"""Calling a tool: built-in ones here, a user's function in a process of its own that a time limit can end."""
+"""Calling tools: built-in ones in this process, user functions in a separate process with a time limit."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from collm.tools.lookup import Lookup
 from collm.tools.spec import HOW_TO_FIND, ToolFunction, ToolSpec
 
 START_SECONDS = 60.0
-"""Time limit for importing a user's module."""
-_SHOWN = 80  # characters of the prefix that a failure quotes
+"""Time limit for importing the module of a user function."""
+_QUOTED_CHARS = 80  # characters of the prefix in error messages
 
 Answer = str | ToolFailure | None
-"""What follows; None where the tool does not know; or why it could not say."""
+"""The text that follows, None if the tool abstains, or the failure of the call."""
 
 
 class Tool(Protocol):
     """A tool that can be called."""
 
     def answers(self, text: str, ends: Sequence[int]) -> list[Answer]:
-        """Its answer to text[:end] for each end; a call that fails leaves the others alone."""
+        """The answer to text[:end] for each end. A failed call does not affect the others."""
         ...
 
     def close(self) -> None: ...
 
 
 def open_tool(spec: ToolSpec) -> Tool:
-    """The tool, ready to be called.
+    """Create the tool of a spec.
 
     Raises:
-        LoadError: a function that cannot be imported.
-        DataError: a table that cannot be read.
+        LoadError: its function cannot be imported.
+        DataError: its table cannot be read.
     """
     if spec.foreign:
         return IsolatedTool(spec)
@@ -55,7 +55,7 @@ def open_tool(spec: ToolSpec) -> Tool:
 
 
 class BuiltInTool:
-    """A function of ours, which is bounded in time whatever the text."""
+    """A built-in function, which takes bounded time for any text."""
 
     def __init__(self, function: ToolFunction) -> None:
         self._function = function
@@ -64,17 +64,17 @@ class BuiltInTool:
         return [self._function(text[:end]) for end in ends]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing, because there are no resources to release."""
 
 
 class IsolatedTool:
-    """A user's function in another process: it cannot hang this one, nor write to its files.
+    """A user function in a separate process, so that it cannot hang this process or use its pipes.
 
     Args:
-        spec: names the function.
+        spec: the spec of the function.
 
     Raises:
-        LoadError: it cannot be imported.
+        LoadError: the function cannot be imported.
     """
 
     def __init__(self, spec: ToolSpec) -> None:
@@ -101,8 +101,8 @@ class IsolatedTool:
         self._stop()
 
     def _failure(self, why: str, prefix: str) -> ToolFailure:
-        shown = prefix if len(prefix) <= _SHOWN else "..." + prefix[-_SHOWN:]
-        return ToolFailure(f"{self.spec} {why}; the text so far ends with {shown!r}")
+        quoted = prefix if len(prefix) <= _QUOTED_CHARS else "..." + prefix[-_QUOTED_CHARS:]
+        return ToolFailure(f"{self.spec} {why}; the text so far ends with {quoted!r}")
 
     def _start(self) -> None:
         self._buffer = b""
@@ -122,16 +122,16 @@ class IsolatedTool:
             self._process.stdin.write(json.dumps(content).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # reading the reply tells
+            pass  # reading the reply reports the failure
 
     def _receive(self, seconds: float) -> Any:
-        """The next reply, or what became of it."""
+        """Read the next reply, or return `_Lost` with the reason why there is none."""
         assert self._process.stdout is not None
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                return _Lost(f"gave no answer within {seconds:g} s")
+                return _Lost(f"did not answer within {seconds:g} s")
             piece = os.read(self._process.stdout.fileno(), 1 << 16)
             if not piece:
                 return _Lost(f"ended its process with status {self._process.wait()}")
@@ -141,7 +141,7 @@ class IsolatedTool:
 
 
 class _Lost:
-    """A reply that never came."""
+    """A missing reply."""
 
     def __init__(self, why: str) -> None:
         self.why = why

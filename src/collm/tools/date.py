@@ -1,4 +1,4 @@
-"""Dates: the day before or after another, how many days lie between two, and weekdays."""
+"""The date tool: dates before or after another date, days between two dates, and weekdays."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from calendar import monthrange
 from datetime import date as Day
 from datetime import timedelta
 
-_SEEN = 160  # characters at the end of the text that are looked at
-_DIGITS_WITHIN = 40  # characters at the end of which one is a digit
+_CONTEXT_CHARS = 160  # characters at the end of the text to read
+_DIGIT_CHARS = 40  # characters at the end of the text that must include a digit
 
 _MONTHS = [
     "January",
@@ -45,7 +45,7 @@ _DISTANCE = re.compile(
     rf"\s(?P<second>{_DATE})(?:\s(?:is|are|was|were)|(?P<equals>\s?=))\s?\Z",
     re.ASCII | re.IGNORECASE,
 )
-_GOES_ON = re.compile(
+_CONTINUES = re.compile(
     r"\b(?:after|before|from|plus|minus|to|and|between|until|since)\s\Z|[-+\u2212]\s?\Z|(?:day|week|month|year)s?,\s\Z"
     r"|\b(?:days|weeks|months|years|hours|minutes|seconds)\s\Z",
     re.ASCII | re.IGNORECASE,
@@ -53,81 +53,81 @@ _GOES_ON = re.compile(
 
 
 def date(text: str) -> str | None:
-    """What follows a question about dates with which the text ends.
+    """Answer the question about dates at the end of a text.
 
-    Understood are the following, where DATE is 2024-02-29, February 29, 2024, 29 February 2024, or with Feb. The case
-    of letters does not matter before the last word.
+    The following forms are supported, where DATE is 2024-02-29, February 29, 2024, 29 February 2024, or with Feb. The
+    case of letters does not matter before the last word.
 
         N days after DATE is             the date; day, week, month, year; after, before, from; is, was, will be, :, =
         DATE plus N days is              the date; plus, minus, +, -; the rest as above
         the weekday of DATE is           `Thursday`; weekday, day of the week; DATE may be one of the forms above
-        DATE is a                        `Thursday`; is a, was a, will be a, falls on a, fell on a; DATE likewise
+        DATE is a                        `Thursday`; is a, was a, will be a, falls on a, fell on a; DATE as above
         between DATE and DATE is         `29 days`; is, are, was, were, =
         from DATE to DATE is             `29 days`; None if the second is earlier
         number of days between DATE ..   `29`; also with from
 
-    A date is written as the one that came. Months and years later or earlier it is the last day of the month where the
-    month is too short: one month after 2024-01-31 is 2024-02-29. The answer begins with a space unless the text ends
-    with one or with `=` right behind a unit or date.
+    The answer has the format of the given date. If adding months or years leads past the end of a month, it is the last
+    day of that month: one month after 2024-01-31 is 2024-02-29. The answer begins with a space unless the text ends
+    with one, or with `=` directly after a unit or date.
 
     Returns:
-        The text that follows, or None if the text ends otherwise, or with a date that does not exist or lies outside of
-        the years 1 to 9999.
+        The text that follows, or None if the text has none of these forms, or has a date that does not exist or is
+        outside of the years 1 to 9999.
     """
-    if not text.endswith(_ENDS) or not _DIGIT.search(text[-_DIGITS_WITHIN:]):
+    if not text.endswith(_ENDS) or not _DIGIT.search(text[-_DIGIT_CHARS:]):
         return None
-    seen = text[-_SEEN:]
+    context = text[-_CONTEXT_CHARS:]
     try:
-        return _point(seen) or _distance(seen)
+        return _point(context) or _distance(context)
     except (ValueError, OverflowError):  # no such date
         return None
 
 
 def _point(text: str) -> str | None:
-    """The date or weekday asked for."""
-    asked = _POINT.search(text)
-    if asked is None or not _begins(asked, text):
+    """Answer a question for a date or weekday."""
+    match = _POINT.search(text)
+    if match is None or not _is_whole_question(match, text):
         return None
-    written = asked["date"] or asked["first"]
-    moved = asked["count"] or asked["step"]
+    written = match["date"] or match["first"]
+    moved = match["count"] or match["step"]
     day = _read(written)
     if moved:
-        back = (asked["way"] or asked["sign"]).lower() in ("before", "minus", "-", "\u2212")
-        day = _moved(day, moved.lower(), -1 if back else 1)
-    if asked["weekday"] or asked["a"]:
+        back = (match["way"] or match["sign"]).lower() in ("before", "minus", "-", "\u2212")
+        day = _shift(day, moved.lower(), -1 if back else 1)
+    if match["weekday"] or match["a"]:
         answer = _WEEKDAYS[day.weekday()]
     elif moved:
         answer = _write(day, written)
     else:
         return None
-    return _spaced(asked, text, answer)
+    return _with_space(match, text, answer)
 
 
 def _distance(text: str) -> str | None:
-    """How many days lie between two dates."""
-    asked = _DISTANCE.search(text)
-    if asked is None or not _begins(asked, text):
+    """Answer a question for the days between two dates."""
+    match = _DISTANCE.search(text)
+    if match is None or not _is_whole_question(match, text):
         return None
-    days = (_read(asked["second"]) - _read(asked["first"] or asked["one"])).days
-    if (asked["from"] and days < 0) or (asked["counted"] or "days").lower() != "days":
+    days = (_read(match["second"]) - _read(match["first"] or match["one"])).days
+    if (match["from"] and days < 0) or (match["counted"] or "days").lower() != "days":
         return None
-    unit = "" if asked["number"] else " day" if abs(days) == 1 else " days"
-    return _spaced(asked, text, f"{abs(days)}{unit}")
+    unit = "" if match["number"] else " day" if abs(days) == 1 else " days"
+    return _with_space(match, text, f"{abs(days)}{unit}")
 
 
-def _begins(asked: re.Match[str], text: str) -> bool:
-    """Whether the question begins there: in no word or number, and not as a part of a longer one."""
-    ahead = text[: asked.start()]
-    attached = ahead and (ahead[-1].isalnum() or ahead[-1] in "_.,-/+$")
-    return not attached and not _GOES_ON.search(ahead)
+def _is_whole_question(match: re.Match[str], text: str) -> bool:
+    """Whether the match begins at a word boundary and is not part of a longer question."""
+    prefix = text[: match.start()]
+    attached = prefix and (prefix[-1].isalnum() or prefix[-1] in "_.,-/+$")
+    return not attached and not _CONTINUES.search(prefix)
 
 
-def _spaced(asked: re.Match[str], text: str, answer: str) -> str:
-    return answer if text[-1].isspace() or asked["equals"] == "=" else f" {answer}"
+def _with_space(match: re.Match[str], text: str, answer: str) -> str:
+    return answer if text[-1].isspace() or match["equals"] == "=" else f" {answer}"
 
 
-def _moved(day: Day, count: str, sign: int) -> Day:
-    """The day a number of units later."""
+def _shift(day: Day, count: str, sign: int) -> Day:
+    """The date `count` units (such as "3 weeks") later, or earlier if `sign` is -1."""
     digits, unit = count.split()
     number, unit = sign * int(digits.replace(",", "")), unit.rstrip("s")
     if unit in ("day", "week"):
@@ -138,7 +138,7 @@ def _moved(day: Day, count: str, sign: int) -> Day:
 
 
 def _read(written: str) -> Day:
-    """The date; a ValueError if there is no such day."""
+    """Parse a date; a ValueError if it does not exist."""
     if "-" in written:
         return Day(*map(int, written.split("-")))
     first, second, year = written.replace(",", "").split()
@@ -147,7 +147,7 @@ def _read(written: str) -> Day:
 
 
 def _write(day: Day, like: str) -> str:
-    """The date in the form of another."""
+    """Write a date in the format of another."""
     if "-" in like:
         return day.isoformat()
     first, second, _ = like.split()

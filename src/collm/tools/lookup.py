@@ -1,4 +1,4 @@
-"""A table of facts by pattern: `The capital of {country} is {capital}.` and what to fill in."""
+"""The lookup tool: a table of patterns such as `The capital of {country} is {capital}.` with their fields."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from collm.errors import DataError
 
 _PATTERN = "pattern"
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_LONGEST_TAIL = 16  # characters at the end of a text by which most are told to match nothing
+_MAX_TAIL = 16  # characters at the end of a text by which most texts without a match are recognised
 
 _Fact = tuple[str, str, dict[str, Any]]
-"""Where it stands, its pattern and its fields."""
+"""Location, pattern and fields of a fact."""
 
 
 class Lookup:
-    """The facts of a table, looked up by how a text ends.
+    """Facts of a table, looked up by the end of a text.
 
-    A fact is a pattern, a text with {field} placeholders, and the fields. Where the text ends with the pattern filled
-    in up to its last placeholder, with or without the white space just before it, the value of that field follows, and
-    what the pattern says after it. No match begins in the middle of a word; the longest one counts.
+    A fact is a pattern, a text with {field} placeholders, and the values of its fields. If the text ends with the
+    filled pattern up to its last placeholder, with or without the white space before it, the value of that field
+    follows, and then the rest of the pattern. A match does not begin within a word, and the longest match wins.
 
-    A CSV file has a header, `pattern` and the fields, and one fact a row. A JSON file has a list of such objects, or
-    {"patterns": [text, ..], "facts": [{field: value, ..}, ..]}: every pattern with every fact that has its fields.
-    Values are texts or numbers; a number stays as it is written.
+    A CSV file has a header with `pattern` and the fields, and a fact per row. A JSON file has a list of such objects,
+    or {"patterns": [text, ..], "facts": [{field: value, ..}, ..]}, which combines every pattern with every fact that
+    has its fields. Values are texts or numbers, which are kept as written.
 
     Args:
         path: the table, .csv or .json, in UTF-8.
 
     Raises:
-        DataError: it cannot be read, has no facts, or has one that cannot be used or contradicts another.
+        DataError: the table cannot be read, has no facts, or has a fact that is invalid or contradicts another.
     """
 
     def __init__(self, path: Path) -> None:
         self._following: dict[str, str] = {}
-        told: dict[str, tuple[str, str]] = {}
+        answers: dict[str, tuple[str, str]] = {}
         for where, pattern, fields in _facts(path):
-            opening, following = _filled(where, pattern, fields)
+            opening, following = _fill(where, pattern, fields)
             bare = opening.rstrip()
             answer = opening[len(bare) :] + following
-            before, other = told.setdefault(bare, (where, answer))
+            before, other = answers.setdefault(bare, (where, answer))
             if answer != other:
                 raise DataError(
-                    f"{where}: {bare!r} is followed by {answer!r}, but in {before} by {other!r}; expected one answer "
-                    "to one beginning"
+                    f"{where}: {bare!r} is followed by {answer!r}, but in {before} by {other!r}; expected the same "
+                    "answer"
                 )
             self._following[bare] = answer
             self._following[opening] = following
-        if not told:
+        if not answers:
             raise DataError(f"{path} has no facts, expected at least one")
-        self._tail = min(_LONGEST_TAIL, min(map(len, told)))
+        self._tail = min(_MAX_TAIL, min(map(len, answers)))
         lengths: dict[str, set[int]] = {}
         for opening in self._following:
             lengths.setdefault(opening[-self._tail :], set()).add(len(opening))
         self._lengths = {tail: sorted(each, reverse=True) for tail, each in lengths.items()}
 
     def __call__(self, text: str) -> str | None:
-        """The text that follows, or None if the text so far does not end as a fact begins."""
+        """The text that follows, or None if the text does not end with the beginning of a fact."""
         for length in self._lengths.get(text[-self._tail :], ()):
             following = self._following.get(text[-length:])
             start = max(len(text) - length, 0)
@@ -75,8 +75,8 @@ def _in_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _filled(where: str, pattern: str, fields: dict[str, Any]) -> tuple[str, str]:
-    """The pattern up to its last placeholder and from there on, filled in."""
+def _fill(where: str, pattern: str, fields: dict[str, Any]) -> tuple[str, str]:
+    """Fill a pattern. Returns its text before the last placeholder, and the text from there on."""
     parts = _PLACEHOLDER.split(pattern)
     for at in range(1, len(parts), 2):
         value = fields.get(parts[at], "")
@@ -87,19 +87,19 @@ def _filled(where: str, pattern: str, fields: dict[str, Any]) -> tuple[str, str]
     try:
         (opening + following).encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {opening + following!r} is no Unicode text ({error.reason})") from None
+        raise DataError(f"{where}: {opening + following!r} is not valid Unicode ({error.reason})") from None
     return opening, following
 
 
 def _facts(path: Path) -> Iterator[_Fact]:
-    """The facts of a file in their order.
+    """Read the facts of a file, in order.
 
     Raises:
-        DataError: it cannot be read or parsed, or a pattern cannot be used.
+        DataError: the file cannot be read or parsed, or a pattern is invalid.
     """
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".json"):
-        raise DataError(f"{path} ends in {path.suffix!r}, expected a table in a .csv or a .json file")
+        raise DataError(f"{path} has the suffix {path.suffix!r}, expected a .csv or .json file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -125,7 +125,7 @@ def _csv_facts(path: Path, text: str) -> Iterator[_Fact]:
                 raise DataError(f"{where}: there are {len(cells)} cells, expected {len(header)} as in the header")
             else:
                 fields = dict.fromkeys(header, "") | dict(zip(header, cells, strict=False))
-                yield _checked(where, fields)
+                yield _check_fact(where, fields)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
@@ -137,26 +137,26 @@ def _json_facts(path: Path, text: str) -> Iterator[_Fact]:
         raise DataError(f"{path}: not JSON ({error})") from error
     if isinstance(content, list):
         for number, fields in enumerate(content, start=1):
-            yield _checked(f"{path}, fact {number}", fields)
+            yield _check_fact(f"{path}, fact {number}", fields)
         return
     shape = {name: type(each) for name, each in content.items()} if isinstance(content, dict) else type(content)
     if shape != {"patterns": list, "facts": list}:
         raise DataError(f'{path}: expected a list of facts or {{"patterns": [..], "facts": [..]}}')
     for at, pattern in enumerate(content["patterns"], start=1):
         names = set(_placeholders(f"{path}, pattern {at}", pattern))
-        fits = False
+        is_used = False
         for number, fields in enumerate(content["facts"], start=1):
             where = f"{path}, pattern {at} with fact {number}"
             _require_fields(where, fields)
             if names <= fields.keys():
-                fits = True
+                is_used = True
                 yield where, pattern, fields
-        if not fits:
+        if not is_used:
             raise DataError(f"{path}, pattern {at}: no fact has all of {sorted(names)}, the fields of {pattern!r}")
 
 
-def _checked(where: str, fields: Any) -> _Fact:
-    """The fact of a row."""
+def _check_fact(where: str, fields: Any) -> _Fact:
+    """Check the pattern and fields of a row."""
     _require_fields(where, fields)
     pattern = fields.get(_PATTERN)
     for name in _placeholders(where, pattern):
@@ -167,10 +167,10 @@ def _checked(where: str, fields: Any) -> _Fact:
 
 
 def _placeholders(where: str, pattern: Any) -> list[str]:
-    """The fields that a pattern names.
+    """The field names in a pattern.
 
     Raises:
-        DataError: it is no text, names none, or has nothing before the last one.
+        DataError: the pattern is not text, has no placeholder, or has no text before the last one.
     """
     if not isinstance(pattern, str) or not pattern.strip():
         raise DataError(
@@ -181,11 +181,11 @@ def _placeholders(where: str, pattern: Any) -> list[str]:
         raise DataError(f"{where}: the pattern is {pattern!r}, expected a text with {{field}} placeholders")
     if not "".join(parts[:-2]).strip():
         raise DataError(
-            f"{where}: the pattern {pattern!r} has nothing before its last placeholder, so it fits any text"
+            f"{where}: the pattern {pattern!r} has nothing before its last placeholder, so it would match any text"
         )
     return parts[1::2]
 
 
 def _require_fields(where: str, fields: Any) -> None:
     if not isinstance(fields, dict):
-        raise DataError(f"{where}: {fields!r} came, expected an object of fields")
+        raise DataError(f"{where}: the fact is {fields!r}, expected an object of fields")

@@ -1,4 +1,4 @@
-"""ToolSpec: which program is an assistant, and how it is called."""
+"""Specs of tools."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ PREFIX = "tool:"
 BUILT_IN = ("calculator", "date", "lookup")
 
 ToolFunction = Callable[[str], "str | None"]
-"""The text so far -> the text that follows, or None where it does not know."""
+"""The text so far -> the text that follows, or None to abstain."""
 
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """A program that may know what text comes next, as an assistant.
+    """The spec of a tool: an assistant that is a program.
 
     Attributes:
-        name: "calculator", "date", "lookup", or a function of yours as "package.module:function".
-        argument: of a built-in tool: the table of "lookup" (a CSV or JSON file); "marks" for a calculator that answers
-            nothing but `<<..=` marks.
-        eps: probability that its distribution leaves to all tokens but the next one of its answer, in (0, 1).
-        seconds: time limit of one call of a function of yours.
-        max_answer: most characters of an answer; what is longer is cut there.
+        name: "calculator", "date", "lookup", or a user function as "package.module:function".
+        argument: argument of a built-in tool: the table of "lookup" (a CSV or JSON file), or "marks" for a calculator
+            that only completes `<<..=` marks.
+        eps: probability that the tool's distribution gives to all tokens but the next one of its answer, in (0, 1).
+        seconds: time limit of one call of a user function.
+        max_answer: largest number of characters of an answer; longer answers are truncated.
 
     Raises:
-        ConfigError: no such tool, a malformed name, or a value out of range.
+        ConfigError: the tool does not exist, its name is malformed, or a value is out of range.
     """
 
     name: str
@@ -52,13 +52,13 @@ class ToolSpec:
             _require(self.argument is None, "argument", self.argument, "none")
         else:
             raise ConfigError(
-                f"there is no tool {self.name!r}; expected {', '.join(BUILT_IN)}, or a function of yours as "
+                f"there is no tool {self.name!r}; expected {', '.join(BUILT_IN)}, or your own function as "
                 "package.module:function"
             )
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> ToolSpec:
-        """Read "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"."""
+        """Parse "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"."""
         name, _, rest = text.removeprefix(PREFIX).partition(":")
         if name == "lookup" and rest:
             rest = str(Path(rest).resolve())
@@ -68,16 +68,16 @@ class ToolSpec:
 
     @classmethod
     def of(cls, function: ToolFunction, **options: Any) -> ToolSpec:
-        """The spec of a function of yours, by the path that imports it.
+        """The spec of a user function, by its import path.
 
         Raises:
-            ConfigError: nothing imports it: it was made inside another function, is a lambda or stands in a script.
+            ConfigError: the function cannot be imported, as it is nested, a lambda or defined in a script.
         """
         module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
         if not module or not name or module == "__main__" or not name.isidentifier():
             raise ConfigError(
-                f"{function!r} cannot be imported by a name, so no other process can call it; define it at the top of "
-                "a module of its own"
+                f"{function!r} cannot be imported by name, so no other process can call it; define it at the top level "
+                "of a module"
             )
         return cls(f"{module}:{name}", **options)
 
@@ -86,17 +86,17 @@ class ToolSpec:
 
     @property
     def foreign(self) -> bool:
-        """Whether it is code of the user's."""
+        """Whether the tool is a user function."""
         module, _, function = self.name.partition(":")
         return all(part.isidentifier() for part in [*module.split("."), function])
 
     @property
     def table(self) -> Path | None:
-        """The file it reads."""
+        """The file that the tool reads, if any."""
         return Path(str(self.argument)) if self.name == "lookup" else None
 
     def with_table(self, path: Path) -> ToolSpec:
-        """The same tool reading another file."""
+        """This spec with another table."""
         return replace(self, argument=str(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,16 +104,16 @@ class ToolSpec:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def identity(self) -> dict[str, Any]:
-        """What its scores depend on; among it a digest of its table or source file, by which a change is noticed.
+        """The properties that the tool's scores depend on, with a digest of its table or source file.
 
         Raises:
-            LoadError: there is no such file or module.
+            LoadError: the file or module does not exist.
         """
         path = self.table or _source(self.name.partition(":")[0] if self.foreign else f"collm.tools.{self.name}")
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
-            raise LoadError(f"could not read {path} of {self}: {error}") from error
+            raise LoadError(f"could not read {path}, which {self} uses: {error}") from error
         described = f"{self} (eps {self.eps:g}, max_answer {self.max_answer})"
         return {"path": described, "revision": None, "dtype": None, "weights": digest}
 
@@ -128,13 +128,13 @@ def _source(module: str) -> Path:
     return Path(found.origin)
 
 
-HOW_TO_FIND = "check the name, or add the folder that holds it to PYTHONPATH"
+HOW_TO_FIND = "check the name, or add its directory to PYTHONPATH"
 
 
 def not_trusted(where: object, name: str) -> str:
-    """What is said where a file names a function that nobody consented to run."""
+    """Error message for a file that names a user function without the user's consent to run it."""
     return (
-        f"{where} names code that collm does not bring, {name}, and would run it; if you trust it, pass --trust-code "
+        f"{where} would run {name}, which is not part of collm; if you trust this code, pass --trust-code "
         "(trust_code=True)"
     )
 

@@ -1,6 +1,6 @@
-"""The process in which a user's function runs: requests on stdin, answers on stdout, a JSON line each.
+"""The process in which a user function runs, with requests on stdin and answers on stdout as JSON lines.
 
-Started by `calls.IsolatedTool` as a script with the name of the function; imports nothing of the package.
+`calls.IsolatedTool` starts it as a script with the name of the function. It imports nothing from collm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def main() -> None:
     """Answer requests {"text", "ends"} with one line per end, until stdin is closed."""
     requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the protocol's pipes are out of the function's reach
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # keep the function away from the protocol's pipes
     os.dup2(2, 1)
     sys.path[:] = json.loads(requests.readline())
     module, _, name = sys.argv[1].partition(":")
@@ -43,8 +43,8 @@ def _answer(function: Any, text: str) -> Any:
             answer.encode()
         return answer
     except UnicodeEncodeError as error:
-        return {"failed": f"returned text that is no Unicode ({error})"}
-    except BaseException as error:  # SystemExit too: the process must outlive the function
+        return {"failed": f"returned text that is not valid Unicode ({error})"}
+    except BaseException as error:  # including SystemExit, as the process must survive the function
         return _failed(error)
 
 

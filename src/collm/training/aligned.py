@@ -1,4 +1,4 @@
-"""Rows as examples of authors that do not share a tokenizer: the same answers and segments, each in its own tokens."""
+"""Examples for authors with different tokenizers: the same answers and segments in each author's tokens."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _NONE = -1
 
 @dataclass(frozen=True)
 class _Answer:
-    """One answer within a sequence of an author.
+    """One answer within an author's sequence.
 
     Attributes:
-        start: its first token.
-        text: what its tokens spell.
-        ends: where each token ends, in bytes.
-        finished: a token that ends the text follows.
+        start: index of its first token.
+        text: its text.
+        ends: end of each token in bytes.
+        finished: whether a token that ends the text follows.
     """
 
     start: int
@@ -39,10 +39,10 @@ class _Answer:
     finished: bool
 
     def token_at(self, boundary: int) -> int:
-        """The token that begins at a boundary: at the end of the text the one that ends it.
+        """Index of the token that begins at a boundary; at the end of the text, of the token that ends it.
 
         Raises:
-            ValueError: none does.
+            ValueError: no token begins there.
         """
         if boundary == 0:
             return self.start
@@ -60,60 +60,61 @@ def encode(
     *,
     max_length: int,
 ) -> Examples:
-    """Rows for the authors of a collaboration, whether or not they share the base's tokenizer (`encode_rows`)."""
+    """Encode rows with `encode_aligned` if there is an alignment, else with `encode_rows`."""
     if alignment is not None:
         return encode_aligned(rows, alignment, max_length=max_length)
     return encode_rows(rows, template, tokenizer, max_length=max_length)
 
 
 def encode_aligned(rows: Sequence[Row], alignment: Alignment, *, max_length: int) -> Examples:
-    """Render and tokenise rows for each author; what exceeds `max_length` tokens of any author is cut at a boundary.
+    """Render and tokenise rows for each author, truncated at a boundary if any author exceeds `max_length` tokens.
 
     Returns:
-        The base's examples; `Examples.read_by` gives those of the assistants, one for each of the base's.
+        The base's examples. `Examples.read_by` returns the corresponding examples of an assistant.
 
     Raises:
-        DataError: a row that a template refuses or whose answer is not the same text for all authors, or nothing to
-            learn.
-        ConfigError: max_length below 2.
+        DataError: a template rejects a row, an answer is not the same text for all authors, or no target is left.
+        ConfigError: `max_length` is below 2.
     """
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and one to learn")
+        raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and a target")
     examples: list[list[Example]] = []
-    cut = dropped = 0
+    truncated = dropped = 0
     for row in rows:
         for sequences in zip(*_encoded(row, alignment), strict=True):
-            made, was_cut = _aligned(row, list(sequences), alignment, max_length)
-            examples += [made] if made else []
-            cut, dropped = cut + was_cut, dropped + (not made)
+            row_examples, was_truncated = _aligned(row, list(sequences), alignment, max_length)
+            examples += [row_examples] if row_examples else []
+            truncated, dropped = truncated + was_truncated, dropped + (not row_examples)
     if not examples:
-        raise DataError(
-            f"max_length {max_length} leaves nothing to learn in any of {len(rows)} rows; set max_length higher"
-        )
-    if cut:
+        raise DataError(f"max_length {max_length} leaves no target in any of {len(rows)} rows; set max_length higher")
+    if truncated:
         _LOG.warning(
-            "%d of %d examples exceed max_length %d in the tokens of some author and were cut: %d had nothing left to "
-            "learn and were dropped, the others do not teach when to stop",
-            cut,
+            "%d of %d examples exceed max_length %d in the tokens of some author and were truncated: %d had no target "
+            "left and were dropped, the others do not train the model to stop",
+            truncated,
             len(examples) + dropped,
             max_length,
             dropped,
         )
     by_author = [list(each) for each in zip(*examples, strict=True)]
     return Examples(
-        by_author[0], num_truncated=cut, num_dropped=dropped, num_without_end=cut - dropped, of_assistants=by_author[1:]
+        by_author[0],
+        num_truncated=truncated,
+        num_dropped=dropped,
+        num_without_end=truncated - dropped,
+        assistant_examples=by_author[1:],
     )
 
 
 def aligned_example(alignment: Alignment, prompts: Sequence[list[int]], answer: str, *, end: bool = True) -> Examples:
-    """One answer behind a prompt, for each author.
+    """Encode one answer after a prompt for each author.
 
     Args:
-        prompts: of each author, in its tokens.
-        end: whether the end of the text is to be told.
+        prompts: the prompt in each author's tokens.
+        end: whether the end of the text is a target.
 
     Raises:
-        RequestError: a vocabulary that cannot spell the answer.
+        RequestError: a vocabulary cannot spell the answer.
     """
     sequences = []
     for tokenizer, prompt in zip(alignment.tokenizers, prompts, strict=True):
@@ -123,16 +124,16 @@ def aligned_example(alignment: Alignment, prompts: Sequence[list[int]], answer: 
         ids = [*encoded.ids, min(tokenizer.eos_ids)]
         sequences.append(Encoded([*prompt, *ids], [False] * len(prompt) + [True] * len(ids)))
     longest = max(len(one.token_ids) for one in sequences)
-    made, _ = _aligned(None, sequences, alignment, longest, unfinished=not end)
-    return Examples(made[:1], of_assistants=[[one] for one in made[1:]])
+    examples, _ = _aligned(None, sequences, alignment, longest, unfinished=not end)
+    return Examples(examples[:1], assistant_examples=[[one] for one in examples[1:]])
 
 
 def _encoded(row: Row, alignment: Alignment) -> list[list[Encoded]]:
-    """For each author the sequences of a row, as many of each."""
-    made = [_encode(row, tokenizer, apart=False) for tokenizer in alignment.tokenizers]
-    if len({len(sequences) for sequences in made}) > 1:
-        made = [_encode(row, tokenizer, apart=True) for tokenizer in alignment.tokenizers]
-    return made
+    """Each author's sequences of a row, the same number for all authors."""
+    encoded = [_encode(row, tokenizer, apart=False) for tokenizer in alignment.tokenizers]
+    if len({len(sequences) for sequences in encoded}) > 1:
+        encoded = [_encode(row, tokenizer, apart=True) for tokenizer in alignment.tokenizers]
+    return encoded
 
 
 def _encode(row: Row, author: TextTokenizer, *, apart: bool) -> list[Encoded]:
@@ -145,13 +146,13 @@ def _encode(row: Row, author: TextTokenizer, *, apart: bool) -> list[Encoded]:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """The segments of one answer that are kept.
+class _KeptSegments:
+    """The segments of an answer that remain after truncation.
 
     Attributes:
-        tokens: for each author the token that begins each of them.
-        rows: of the opening table there.
-        whole: the answer was not cut; else the last segment is there for where it begins alone.
+        tokens: for each author, index of the token that begins each segment.
+        rows: row of the opening table of each segment.
+        whole: whether the answer is complete. If not, only the beginning of the last segment is used.
     """
 
     tokens: list[list[int]]
@@ -162,19 +163,19 @@ class _Span:
 def _aligned(
     row: Row | None, sequences: list[Encoded], alignment: Alignment, max_length: int, *, unfinished: bool = False
 ) -> tuple[list[Example], bool]:
-    """An example for each author, and whether something was cut; no example if nothing is left."""
+    """An example for each author (none if no target is left), and whether it was truncated."""
     where = "the answer" if row is None else row.where
     authors = zip(alignment.tokenizers, sequences, strict=True)
     answers = [_answers(author, sequence, where) for author, sequence in authors]
     for author, theirs in zip(alignment.tokenizers[1:], answers[1:], strict=True):
         if [one.text for one in theirs] != [one.text for one in answers[0]]:
             raise DataError(
-                f"{where}: {author.name} reads another answer than the base; chat templates must leave the "
-                "assistant's messages as they are"
+                f"{where}: {author.name} reads another answer than the base; chat templates must not change the "
+                "assistant's messages"
             )
-    spans = list[_Span]()
-    for of_all in zip(*answers, strict=True):
-        span = _span(list(of_all), alignment, max_length, where, unfinished=unfinished)
+    spans = list[_KeptSegments]()
+    for versions in zip(*answers, strict=True):
+        span = _kept_segments(list(versions), alignment, max_length, where, unfinished=unfinished)
         spans += [] if span is None else [span]
         if span is None or not span.whole:
             break
@@ -190,10 +191,10 @@ def _aligned(
     return examples, len(spans) < len(answers[0]) or not (spans[-1].whole or unfinished)
 
 
-def _span(
+def _kept_segments(
     answers: list[_Answer], alignment: Alignment, max_length: int, where: str, *, unfinished: bool
-) -> _Span | None:
-    """The segments of an answer that all authors can read; None if there is none."""
+) -> _KeptSegments | None:
+    """The segments of an answer that fit `max_length` for all authors; None if there is none."""
     text = answers[0].text
     boundaries = alignment.boundaries(text)
     tokens = [[_token_at(answer, at, where) for at in boundaries] for answer in answers]
@@ -202,10 +203,10 @@ def _span(
     if not whole and count < 2:
         return None
     rows = [alignment.row(text[:at]) for at in boundaries[:count]]
-    return _Span([each[:count] for each in tokens], rows, whole)
+    return _KeptSegments([each[:count] for each in tokens], rows, whole)
 
 
-def _example(sequence: Encoded, spans: list[_Span], author: int, alignment: Alignment, digest: str) -> Example:
+def _example(sequence: Encoded, spans: list[_KeptSegments], author: int, alignment: Alignment, digest: str) -> Example:
     length = spans[-1].tokens[author][-1] + 1
     opens, is_target = [_NONE] * length, [False] * length
     for span in spans:
@@ -221,11 +222,11 @@ def _token_at(answer: _Answer, boundary: int, where: str) -> int:
     try:
         return answer.token_at(boundary)
     except ValueError:
-        raise DataError(f"{where}: no token ends at byte {boundary} of the answer, where segments begin") from None
+        raise DataError(f"{where}: no token ends at byte {boundary} of the answer, where a segment begins") from None
 
 
 def _answers(author: TextTokenizer, sequence: Encoded, where: str) -> list[_Answer]:
-    """The stretches of targets; each ends with a token that ends the text, unless the row lacks one."""
+    """The runs of target tokens. Each ends with a token that ends the text, unless the row lacks one."""
     answers, start = list[_Answer](), None
     for place, target in enumerate([*sequence.is_target, False]):
         if target and start is None:
@@ -242,7 +243,7 @@ def _answer(author: TextTokenizer, token_ids: list[int], start: int, where: str)
     text = author.spell(ids)
     if text is None:
         raise DataError(
-            f"{where}: the answer holds a special token of {author.name}, which no other model can read; take it out"
+            f"{where}: the answer has a special token of {author.name}, which other models cannot read; remove it"
         )
     added = author.adds_space(token_ids[:start]) and text.startswith(b" ")
     return _Answer(start, text[added:], author.ends(ids, -added), finished)

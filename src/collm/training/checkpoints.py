@@ -1,4 +1,4 @@
-"""Tuned weights on disk: the head's own file beside a plain base model or an adapter."""
+"""Tuned weights on disk: a file for the head, and a directory for the base model or adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from collm.training.module import JointModule
 
 HEAD = "head.safetensors"
 FOLDERS = {"full": "base", "lora": "adapter", "head": None}
-"""Where the tuned base goes, by method; a frozen one goes nowhere."""
+"""Method -> directory of the tuned base; None for a frozen base."""
 
 STATE = "trainer_state.json"
 _PREFIX = "checkpoint-"
@@ -32,25 +32,25 @@ def save_tuned(directory: Path, joint: JointModule, method: str, state: Mapping[
     """Write head.safetensors, and the tuned base as a plain model (`base/`) or an adapter (`adapter/`).
 
     Args:
-        state: the joint module's weights where they had to be gathered from several devices.
+        state: the joint module's weights, if they were gathered from several devices.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = joint.state_dict() if state is None else state
     head = {name: state[f"head.{name}"].detach().cpu().contiguous() for name in ("weight", "bias")}
     save_file(head, directory / HEAD)
     if folder := FOLDERS[method]:
-        of_base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
-        # peft would look up the Hub to see whether the vocabulary grew; it never does here
+        base_state = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
+        # otherwise peft would query the Hub to check whether the vocabulary grew, which never happens here
         options = {"save_embedding_layers": False} if method == "lora" else {}
         with quiet_if_small(joint.base):
-            cast(Any, joint.base).save_pretrained(directory / folder, state_dict=of_base, **options)
+            cast(Any, joint.base).save_pretrained(directory / folder, state_dict=base_state, **options)
 
 
 def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
-    """Read what `save_tuned` wrote into the joint model.
+    """Load weights written by `save_tuned` into the joint model.
 
     Raises:
-        ArtefactError: it is incomplete, damaged, or of another model or method.
+        ArtefactError: the weights are incomplete, damaged, or of another model or method.
     """
     base = cast(Any, joint.base)
     try:
@@ -64,18 +64,18 @@ def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ArtefactError(
             f"the weights in {directory} cannot be read for method {method!r}: {error}; "
-            "they are damaged, or of another model or method"
+            "they are damaged or belong to another model or method"
         ) from error
 
 
 def _plain(base: Any, directory: Path) -> nn.Module:
-    """The tuned base in a directory, as a model of the same class and dtype."""
+    """Load the tuned base as a model of the same class and dtype."""
     with quiet_if_small(base):
         return cast(nn.Module, type(base).from_pretrained(directory / "base", dtype=base.dtype))
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into a module, of whose parameters this process may hold a part."""
+    """Load full tensors into a module whose parameters may be sharded over processes."""
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
     else:
@@ -83,10 +83,10 @@ def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Module, DeferralHead]:
-    """What `save_tuned` wrote as models of their own, on the CPU; of a frozen base, the joint model's.
+    """Load weights written by `save_tuned` as new models on the CPU. A frozen base is returned as it is.
 
     Raises:
-        ArtefactError: it is incomplete or damaged.
+        ArtefactError: the weights are incomplete or damaged.
     """
     base = cast(Any, joint.base)
     head = DeferralHead(joint.head.hidden_size, joint.head.num_assistants)
@@ -99,14 +99,14 @@ def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Mod
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None if there is none; one that a kill left half-written does not count."""
+    """The newest complete checkpoint of a run, or None. Checkpoints that were interrupted are ignored."""
     found = [path for path in directory.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     whole = [path for path in found if is_whole(path)]
     return max(whole, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint was written: Trainer writes its state last."""
+    """Whether a checkpoint is complete, which its state shows because Trainer writes it last."""
     try:
         return bool(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):

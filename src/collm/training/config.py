@@ -1,4 +1,4 @@
-"""CoLLMConfig: everything a training run can be told, on top of transformers' TrainingArguments."""
+"""Training options, based on transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEPENDENT: dict[str, tuple[str, object, object]] = {
     "positive_weight": ("warm_start", True, 8.0),
     "pseudo_label_variant": ("warm_start", True, "a"),
 }
-"""Fields that mean something only where another field has a value: that field, the value, the default then."""
+"""Fields that require a value of another field -> that field, its value, and the default in that case."""
 
 _WITHOUT_EFFECT = {
     "label_smoothing_factor": "the objective is a likelihood over authors",
@@ -46,31 +46,31 @@ _WITHOUT_EFFECT = {
 
 @dataclass
 class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
-    """Options of a training run; defaults are the authors' (arXiv 2403.03870) where they state one.
+    """Options of a training run. Defaults follow arXiv 2403.03870 where it states them.
 
-    Every field of `transformers.TrainingArguments` may be set too. Fields that depend on another one (LoRA's on
-    `method`, the warm start's on `warm_start`) are None until set, so that one without effect is refused;
-    `resolved` gives their value.
+    All fields of `transformers.TrainingArguments` may be set too. Fields that depend on another field (LoRA's on
+    `method`, the warm start's on `warm_start`) default to None, so that options without effect can be rejected.
+    `resolved` returns their values.
 
     Attributes:
-        method: "full" tunes base and head; "lora" an adapter and the head; "head" the head alone.
-        max_length: most tokens of an example.
-        learning_rate: of the base: 2e-5 by default, 1e-4 for LoRA; none where the base is frozen.
-        head_learning_rate: of the head; by default 0.1 / hidden size, with which one AdamW step moves a defer
-            logit by about 0.1 at any width (2.4e-5 at width 4096, 2e-3 at width 48).
-        lora_r, lora_alpha, lora_dropout: 64, 16 and 0.1 by default, as in the authors' QLoRA runs.
+        method: "full" tunes base and head, "lora" an adapter and the head, "head" only the head.
+        max_length: largest number of tokens per example.
+        learning_rate: learning rate of the base: 2e-5 by default, 1e-4 for LoRA, not allowed for a frozen base.
+        head_learning_rate: learning rate of the head, 0.1 / hidden size by default. One AdamW step then changes a
+            defer logit by about 0.1 at any width (2.4e-5 at width 4096, 2e-3 at width 48).
+        lora_r, lora_alpha, lora_dropout: 64, 16 and 0.1 by default, as in the paper's QLoRA runs.
         lora_target_modules: names of modules, "all-linear" by default; never the output layer.
-        padding_free: put the examples of a batch behind each other in one row instead of padding them; each attends to
-            itself alone, so the loss is the same. Where attention is SDPA or FlashAttention.
-        early_stopping_patience: stop after so many evaluations in which the marginal NLL did not improve; needs an
-            eval_strategy, and load_best_model_at_end to keep the best.
+        padding_free: concatenate the examples of a batch to one row instead of padding them. Each example attends to
+            itself only, so the loss is the same. Requires SDPA or FlashAttention.
+        early_stopping_patience: stop after this number of evaluations without improvement of the marginal NLL.
+            Requires an eval_strategy and load_best_model_at_end.
         warm_start: fit the head to pseudo-labels before training.
-        warm_start_tokens: most target tokens to fit it to, 65,536 by default.
+        warm_start_tokens: largest number of target tokens for that fit, 65,536 by default.
         positive_weight: weight of tokens labelled with an assistant, 8 by default.
         pseudo_label_variant: "a" (default) or "b", see `core.objective.pseudo_labels`.
 
     Raises:
-        ConfigError: an option out of range or without effect.
+        ConfigError: an option is out of range or has no effect.
     """
 
     method: str = "full"
@@ -109,16 +109,16 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
                 self.learning_rate = _LEARNING_RATES[self.method]
             super().__post_init__()
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"the training options do not fit: {error}") from error
+            raise ConfigError(f"the training options are invalid: {error}") from error
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CoLLMConfig:
-        """A config from a mapping, such as a YAML file.
+        """Create a config from a mapping, such as a YAML file.
 
-        Numbers may come as text: YAML reads 2e-5 as a string.
+        Numbers may be strings, because YAML reads 2e-5 as a string.
 
         Raises:
-            ConfigError: an unknown key, an option out of range or without effect.
+            ConfigError: a key is unknown, or an option is out of range or has no effect.
         """
         known = {one.name for one in fields(cls) if one.init}
         for key in options:
@@ -130,12 +130,12 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         return cls(**{key: _as_number(key, value, hints[key]) for key, value in options.items()})
 
     def resolved(self, name: str) -> Any:
-        """The value of a dependent field: as set, else its default."""
+        """The value of a dependent field, or its default."""
         value = getattr(self, name)
         return _DEPENDENT[name][2] if value is None else value
 
     def resolved_head_learning_rate(self, hidden_size: int) -> float:
-        """The head's learning rate for a base of this width."""
+        """The head's learning rate for a base of this hidden size."""
         return 0.1 / hidden_size if self.head_learning_rate is None else self.head_learning_rate
 
 
@@ -168,7 +168,7 @@ def _check_effects(config: CoLLMConfig) -> None:
             )
     if config.early_stopping_patience is not None and not config.load_best_model_at_end:
         raise ConfigError(
-            "early_stopping_patience without load_best_model_at_end would keep a worse model than it found; set both"
+            "early_stopping_patience without load_best_model_at_end would not keep the best model; set both"
         )
     if config.method == "head" and config.learning_rate not in (None, 0.0):
         raise ConfigError(

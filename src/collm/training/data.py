@@ -1,4 +1,4 @@
-"""Rows of training data: prompts with completions, or chats, from files, directories and the Hub."""
+"""Reading rows of training data (prompts with completions, or chats) from files, directories and the Hub."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from collm.training.formats import Format, format_named, text_field
 logger = logging.getLogger(__name__)
 
 Record = tuple[str, Any]
-"""Where a row stands, and what was read there: fields, or the DataError that says why nothing was."""
+"""Location of a row, and its fields or the DataError that explains why it could not be read."""
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-"""Kinds of files of rows."""
+"""Suffixes of files with rows."""
 
 BAD_ROWS = ("stop", "skip")
-"""What may be done with a bad row."""
+"""Ways to handle a bad row."""
 
 MAX_MESSAGES = 1000
-"""Longest chat of a row: each of its turns is rendered with all that stands before it."""
+"""Largest number of messages in a row, because each turn is rendered with all messages before it."""
 
 MAX_REPORTED = 10
-"""Bad rows that are reported one by one where they are skipped."""
+"""Number of skipped rows that are reported individually."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Row:
     """One row of data.
 
     Attributes:
-        prompt: the text before the completion; for a chat the messages before its last assistant turn.
-        completion: what should follow; for a chat its last assistant turn.
+        prompt: the text before the completion; for a chat, the messages before its last assistant turn.
+        completion: the expected text; for a chat, its last assistant turn.
         messages: the chat up to its last assistant turn; None for a plain prompt.
-        where: file and line, for messages about this row.
-        unlearned: indices of messages that are not learned though an assistant says them.
+        where: file and line, for error messages.
+        unlearned: indices of assistant messages that are not training targets.
     """
 
     prompt: str | Chat
@@ -56,7 +56,7 @@ class Rows(list[Row]):
     """Rows of one source.
 
     Attributes:
-        num_bad: how many bad rows were skipped.
+        num_bad: number of skipped bad rows.
     """
 
     def __init__(self, rows: Iterable[Row] = (), num_bad: int = 0) -> None:
@@ -73,39 +73,39 @@ def load_rows(
     completion_field: str = "completion",
     bad_rows: str = "stop",
 ) -> Rows:
-    """Read prompt/completion rows or chats.
+    """Read rows with prompts and completions, or chats.
 
     A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
-    form is read where a row has both. Prompt and completion may be lists of messages (TRL), of which the completion's
-    are learned. Messages are OpenAI's: with calls of tools, text in parts and `weight` (`models.chats`); `tools` stand
-    beside them. ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` are known by their columns.
+    form wins if a row has both. Prompt and completion may also be lists of messages (TRL), of which the completion is
+    the target. Messages have OpenAI's format with tool calls, text parts and `weight` (`models.chats`), next to an
+    optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` are recognised.
 
     Args:
-        source: a JSON file (a list of rows), a JSONL, CSV, Parquet or Arrow file, a directory written by
-            `datasets.save_to_disk` or full of such files, or the name of a Hub data set, with ":configuration" behind
-            it where it has several ("openai/gsm8k:main"). In an official format also a directory as its publishers
-            lay it out, or a copy of one on the Hub.
-        split: which split of a data set or directory, "train" by default; a file has none.
-        format: "rows" as above, or an official format: `collm.training.formats` says what each becomes.
-        prompt_field, completion_field: what the two fields of "rows" are called.
-        bad_rows: "stop" at the first, or "skip" all: each is then a warning with its file and line, the first 10 in
-            full, and `num_bad` of the result counts them. A file that cannot be read as a whole stops in any case.
+        source: a JSON file (a list of rows), a JSONL, CSV, Parquet or Arrow file, a directory of such files or one
+            written by `datasets.save_to_disk`, or the name of a Hub data set, followed by ":configuration" if it has
+            several ("openai/gsm8k:main"). In an official format also a directory with its publishers' layout, or a
+            copy of one on the Hub.
+        split: split of a data set or directory, "train" by default; a file has none.
+        format: "rows" as above, or an official format of `collm.training.formats`.
+        prompt_field, completion_field: names of the two fields of "rows".
+        bad_rows: "stop" at the first bad row, or "skip" bad rows, of which the first 10 are logged with file and line
+            and `num_bad` of the result counts all. A file that cannot be parsed is an error in any case.
 
     Raises:
-        DataError: nothing usable at `source`, no such split, or a malformed row: its file and line, and what is wrong;
-            with "skip" if every row is.
-        ConfigError: an unknown format or `bad_rows`, a split of a file, or names of fields of an official format.
+        DataError: there are no rows at `source`, the split does not exist, or a row is malformed (with its file and
+            line); with "skip", if every row is malformed.
+        ConfigError: `format` or `bad_rows` is unknown, a file has a split, or an official format has field names.
     """
-    chosen = format_named(format)
+    layout = format_named(format)
     if bad_rows not in BAD_ROWS:
         raise ConfigError(f"bad_rows is {bad_rows!r}, expected {' or '.join(BAD_ROWS)}")
     if format != "rows" and (prompt_field, completion_field) != ("prompt", "completion"):
         raise ConfigError(f"prompt_field and completion_field have no effect with format {format!r}; leave them out")
 
     def to_row(where: str, record: Any) -> Row:
-        return _row(where, record, chosen, prompt_field, completion_field)
+        return _row(where, record, layout, prompt_field, completion_field)
 
-    rows = _collect(_records(source, split, chosen), to_row, str(source), skip=bad_rows == "skip")
+    rows = _collect(_records(source, split, layout), to_row, str(source), skip=bad_rows == "skip")
     if not rows:
         raise DataError(f"{source} has no rows; expected at least one")
     return rows
@@ -117,11 +117,11 @@ def load_records(
     split: str | None = None,
     format: str = "rows",  # noqa: A002
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The fields of every row as its publishers wrote them, with its place; sources as in `load_rows`.
+    """Read the unconverted fields of every row, with its location; sources as in `load_rows`.
 
     Raises:
-        DataError: nothing usable at `source`, no such split, or a row without named fields.
-        ConfigError: an unknown format, or a split of a file.
+        DataError: there are no rows at `source`, the split does not exist, or a row has no named fields.
+        ConfigError: `format` is unknown, or a file has a split.
     """
     records = [(where, _fields(where, record)) for where, record in _records(source, split, format_named(format))]
     if not records:
@@ -142,13 +142,13 @@ def _collect(records: Iterator[Record], to_row: Callable[[str, Any], Row], sourc
             if rows.num_bad <= MAX_REPORTED:
                 logger.warning("skipped a bad row: %s", error)
     if first is not None and not rows:
-        raise DataError(f"{source}: all {rows.num_bad} rows are bad; the first: {first}") from first
+        raise DataError(f"{source}: all {rows.num_bad} rows are bad. The first: {first}") from first
     if rows.num_bad:
         logger.warning("skipped %d bad rows of %d in %s", rows.num_bad, rows.num_bad + len(rows), source)
     return rows
 
 
-def _records(source: str | Path, split: str | None, chosen: Format) -> Iterator[Record]:
+def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[Record]:
     path = Path(source)
     try:
         is_file = path.is_file()
@@ -157,35 +157,35 @@ def _records(source: str | Path, split: str | None, chosen: Format) -> Iterator[
     if is_file:
         if split is not None:
             raise ConfigError(f"split {split!r} has no effect on the file {path}; leave it out")
-        return _read_file(path, chosen)
-    if path.is_dir() and chosen.files:
-        files = chosen.files_in(path, split)
+        return _read_file(path, layout)
+    if path.is_dir() and layout.files:
+        files = layout.files_in(path, split)
         if files:
-            return (record for file in files for record in _read_file(file, chosen))
+            return (record for file in files for record in _read_file(file, layout))
         if not _is_saved(path) and next(path.rglob("*.parquet"), None) is None:
-            patterns = " or ".join(chosen.files.values())
-            raise DataError(f"{path} holds no {chosen.name} data; expected {patterns}, or a copy of a Hub data set")
+            patterns = " or ".join(layout.files.values())
+            raise DataError(f"{path} has no {layout.name} data; expected {patterns}, or a copy of a Hub data set")
     if path.is_dir() or not _looks_like_path(str(source)):
-        return _read_dataset(str(source), split, chosen)
+        return _read_dataset(str(source), split, layout)
     raise DataError(
         f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a data set directory or a Hub name"
     )
 
 
-def _read_file(path: Path, chosen: Format) -> Iterator[Record]:
+def _read_file(path: Path, layout: Format) -> Iterator[Record]:
     if path.suffix in (".parquet", ".arrow"):
         return _read_columns(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error}); expected a JSON or JSONL file") from error
+        raise DataError(f"{path} is not UTF-8 text ({error}); expected a JSON or JSONL file") from error
     if path.suffix == ".csv":
         return _read_csv(text, path)
     if text.lstrip().startswith("["):
         return _read_list(text, path, text.index("["))
-    if path.suffix == ".json" and chosen.key is not None:
-        return _read_object(text, path, chosen.key)
-    if path.suffix == ".json" and chosen.row_files:
+    if path.suffix == ".json" and layout.key is not None:
+        return _read_object(text, path, layout.key)
+    if path.suffix == ".json" and layout.row_files:
         return iter([(f"{path}:1", _parse(text, path))])
     return _read_lines(text, path)
 
@@ -212,19 +212,19 @@ def _read_columns(path: Path) -> Iterator[Record]:
                 yield f"{path}:{number}", record
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"{path} is no {path.suffix[1:]} file, or damaged behind row {number}: {' '.join(str(error).split()):.200}"
+            f"{path} is not {path.suffix[1:]}, or damaged after row {number}: {' '.join(str(error).split()):.200}"
         ) from error
 
 
 def _read_csv(text: str, path: Path) -> Iterator[Record]:
-    """Rows under a header; the line is the one where a row ends."""
+    """Rows of a CSV file with a header. The location is the line on which a row ends."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     before = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
         for record in reader:
             where = f"{path}:{reader.line_num}"
             if None in record or None in record.values():
-                yield where, DataError(f"{where}: not as many values as the header has names")
+                yield where, DataError(f"{where}: the number of values differs from the header's")
             else:
                 yield where, record
     except csv.Error as error:
@@ -241,15 +241,15 @@ def _read_lines(text: str, path: Path) -> Iterator[Record]:
 
 
 def _read_object(text: str, path: Path, key: str) -> Iterator[Record]:
-    """Rows of the list under one key of a JSON object."""
+    """Rows of the list at one key of a JSON object."""
     found = _parse(text, path)
     if isinstance(found, DataError):
         raise found
     if not isinstance(found, Mapping) or not isinstance(found.get(key), list):
-        raise DataError(f'{path}: no list of rows; expected {{"{key}": [...]}}')
+        raise DataError(f'{path} has no list of rows; expected {{"{key}": [...]}}')
     decoder = json.JSONDecoder()
     position = text.index("{") + 1
-    while True:  # ends: the text is JSON, and the key is in it
+    while True:  # terminates, as the text is valid JSON with this key
         name, position = decoder.raw_decode(text, _skip_space(text, position))
         position = _skip_space(text, text.index(":", position) + 1)
         if name == key and text[position] == "[":
@@ -259,18 +259,18 @@ def _read_object(text: str, path: Path, key: str) -> Iterator[Record]:
 
 
 def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
-    """What a JSON text holds, or the DataError that says why it cannot be read."""
+    """Parse JSON, or return the DataError that explains why it is invalid."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         return DataError(f"{path}:{line}: bad JSON: {error.msg} at column {error.colno}{advice}")
-    except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
         return DataError(f"{path}:{first_line}: bad JSON: {error}{advice}")
 
 
 def _read_list(text: str, path: Path, start: int, *, nested: bool = False) -> Iterator[Record]:
-    """Rows of the JSON list that starts there, each with the line it starts on; a nested one need not end the text."""
+    """Rows of the JSON list at `start`, with the lines they start on. A nested list need not end the text."""
     decoder = json.JSONDecoder()
     position, line, counted = _skip_space(text, start + 1), 1, 0
     separator = ","
@@ -289,7 +289,7 @@ def _read_list(text: str, path: Path, start: int, *, nested: bool = False) -> It
         separator = text[end : end + 1]
         position = _skip_space(text, end + 1)
     if separator != "]" or (text[position:].strip() and not nested):
-        raise DataError(f"{path}:{line}: bad JSON: expected , or ] after the row that starts here, and nothing after ]")
+        raise DataError(f"{path}:{line}: bad JSON: expected , or ] after the row that starts here and nothing after ]")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -306,14 +306,14 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
-def _read_dataset(source: str, split: str | None, chosen: Format) -> Iterator[Record]:
+def _read_dataset(source: str, split: str | None, layout: Format) -> Iterator[Record]:
     import datasets
 
     try:
         if _is_saved(Path(source)):
             tables = {source: _pick_split(datasets.load_from_disk(source), source, split)}
         else:
-            tables = _load_tables(source, split or "train", chosen)
+            tables = _load_tables(source, split or "train", layout)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
@@ -323,23 +323,23 @@ def _read_dataset(source: str, split: str | None, chosen: Format) -> Iterator[Re
     return ((f"{name}:{number}", record) for name, table in tables.items() for number, record in enumerate(table, 1))
 
 
-def _load_tables(source: str, split: str, chosen: Format) -> dict[str, Any]:
-    """One split of a data set, of each configuration to be read."""
+def _load_tables(source: str, split: str, layout: Format) -> dict[str, Any]:
+    """Load one split of a Hub data set, from each configuration to read."""
     import datasets
 
     name, _, configuration = source.partition(":")
-    if not configuration and chosen.configurations:
-        there = datasets.get_dataset_config_names(name)
-        usual = [known for known in chosen.configurations if known in there]
-        if usual:
-            return {f"{name}:{known}": datasets.load_dataset(name, known, split=split) for known in usual}
+    if not configuration and layout.configurations:
+        available = datasets.get_dataset_config_names(name)
+        configurations = [one for one in layout.configurations if one in available]
+        if configurations:
+            return {f"{name}:{one}": datasets.load_dataset(name, one, split=split) for one in configurations}
     return {source: datasets.load_dataset(name, configuration or None, split=split)}
 
 
 def _pick_split(found: Any, source: str, split: str | None) -> Any:
     if not isinstance(found, Mapping):
         if split is not None:
-            raise ConfigError(f"split {split!r} has no effect on {source}, which holds one table; leave it out")
+            raise ConfigError(f"split {split!r} has no effect on {source}, which has a single table; leave it out")
         return found
     if (split or "train") not in found:
         raise DataError(f"{source} has no split {split or 'train'!r}, only {', '.join(found)}")
@@ -354,35 +354,35 @@ def _fields(where: str, record: Any) -> Mapping[str, Any]:
     return record
 
 
-def _row(where: str, record: Any, chosen: Format, prompt_field: str, completion_field: str) -> Row:
-    fields = chosen.render(where, _fields(where, record))
+def _row(where: str, record: Any, layout: Format, prompt_field: str, completion_field: str) -> Row:
+    fields = layout.render(where, _fields(where, record))
     if "messages" in fields and not (prompt_field in fields and completion_field in fields):
         return _chat_row(where, fields["messages"], fields.get("tools"))
     asked, answer = fields.get(prompt_field), fields.get(completion_field)
     if isinstance(asked, list) and isinstance(answer, list | Mapping):
-        return _chat_row(where, _conversational(asked, answer), fields.get("tools"))
+        return _chat_row(where, _merge_trl(asked, answer), fields.get("tools"))
     prompt, completion = (
         text_field(where, fields, name, "name the fields to read") for name in (prompt_field, completion_field)
     )
     return Row(prompt, completion, None, where)
 
 
-def _conversational(prompt: Any, completion: Any) -> list[Any]:
-    """TRL's form: what is learned is the completion."""
-    learned = [completion] if isinstance(completion, Mapping) else completion
-    return [*({**message, "train": False} if isinstance(message, Mapping) else message for message in prompt), *learned]
+def _merge_trl(prompt: Any, completion: Any) -> list[Any]:
+    """Join TRL's prompt and completion to one chat, in which only the completion is a target."""
+    targets = [completion] if isinstance(completion, Mapping) else completion
+    return [*({**message, "train": False} if isinstance(message, Mapping) else message for message in prompt), *targets]
 
 
 def _chat_row(where: str, messages: Any, tools: Any) -> Row:
     if not isinstance(messages, list):
         raise DataError(f"{where}: 'messages' is a {type(messages).__name__}, expected a list of messages")
     if len(messages) > MAX_MESSAGES:
-        raise DataError(f"{where}: a chat of {len(messages)} messages, expected at most {MAX_MESSAGES}; split it")
+        raise DataError(f"{where}: the chat has {len(messages)} messages, expected at most {MAX_MESSAGES}; split it")
     read = [_message(f"{where}: message {number}", message) for number, message in enumerate(messages, start=1)]
     turns = [index for index, (message, learned) in enumerate(read) if message["role"] == "assistant" and learned]
     if not turns:
-        roles = ", ".join(message["role"] for message, _ in read) or "no message at all"
-        raise DataError(f"{where}: no assistant turn to learn, the roles are: {roles}")
+        roles = ", ".join(message["role"] for message, _ in read) or "none"
+        raise DataError(f"{where}: no assistant turn to train on, the roles are: {roles}")
     try:
         functions = read_tools(tools)
     except RequestError as error:
@@ -390,7 +390,7 @@ def _chat_row(where: str, messages: Any, tools: Any) -> Row:
     last = turns[-1]
     chat = Chat([message for message, _ in read[: last + 1]], functions)
     unlearned = frozenset(index for index, message in enumerate(chat) if message["role"] == "assistant") - set(turns)
-    return Row(Chat(chat[:last], functions), _written(chat[last]), chat, where, unlearned)
+    return Row(Chat(chat[:last], functions), _completion_text(chat[last]), chat, where, unlearned)
 
 
 def _message(where: str, message: Any) -> tuple[Message, bool]:
@@ -400,7 +400,7 @@ def _message(where: str, message: Any) -> tuple[Message, bool]:
         raise DataError(f"{where}{error}") from error
 
 
-def _written(message: Message) -> str:
-    """What an answer is compared with: its text, and calls as JSON."""
+def _completion_text(message: Message) -> str:
+    """The text of a message followed by its calls as JSON."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join([*([message["content"]] if message["content"] else []), *calls])

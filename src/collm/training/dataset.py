@@ -1,4 +1,4 @@
-"""What training reads: examples with the assistants' scores, and how they become a batch."""
+"""The training set, which joins examples with scores, and its collators."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from collm.training.targets import Shifted, pad, shift
 
 
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """Examples with the scores of the assistants 1..K, which are not needed themselves any more.
+    """Examples with the scores of assistants 1..K. The assistants themselves are not needed for training.
 
     Args:
-        examples: what was scored.
-        assistant_scores: one for each assistant.
-        base_scores: of the base before training; a warm start needs them.
-        from_hidden_states: give the hidden states kept with the base's scores instead of tokens. For a frozen base.
+        examples: the scored examples.
+        assistant_scores: scores of each assistant.
+        base_scores: scores of the base before training, required for a warm start.
+        from_hidden_states: return the hidden states stored with the base's scores instead of tokens; for a frozen base.
 
     Raises:
-        ConfigError: no assistant's scores, scores of other examples, or no hidden states where they are wanted.
+        ConfigError: there are no assistant scores, the scores are of other examples, or hidden states are missing.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         from_hidden_states: bool = False,
     ) -> None:
         if not assistant_scores:
-            raise ConfigError("a training set needs the scores of at least one assistant, none came")
+            raise ConfigError("a training set needs the scores of at least one assistant, got none")
         if from_hidden_states and (base_scores is None or base_scores.hidden is None):
-            raise ConfigError("the base's scores hold no hidden states; score it with hidden_states=True")
+            raise ConfigError("the base's scores have no hidden states; score it with hidden_states=True")
         self.examples = examples
         self.from_hidden_states = from_hidden_states
         self.assistant_scores = list(assistant_scores)
@@ -49,13 +49,13 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         for scores in [*self.assistant_scores, *([] if base_scores is None else [base_scores])]:
             if scores.fingerprint != self.fingerprint:
                 raise ConfigError(
-                    f"the scores are of other examples ({scores.fingerprint[:12]}) than came here "
-                    f"({self.fingerprint[:12]}); score this data"
+                    f"the scores belong to other examples ({scores.fingerprint[:12]}, expected "
+                    f"{self.fingerprint[:12]}); score this data"
                 )
 
     @property
     def law(self) -> SegmentLaw | None:
-        """What begins a segment in the base's tokens, where models have different tokenizers."""
+        """The base's tokens that begin a segment; None if models share a tokenizer."""
         segments = self.examples[0].segments
         return None if segments is None else segments.law
 
@@ -71,9 +71,9 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
         Returns:
             input_ids, gold, target_mask, shape (T,); assistant_logprobs and assistant_correct, shape (T, K), 0 and
-            false off the targets. For models with different tokenizers also scored and rows, as of `Shifted`; then
-            target_mask is true where a segment begins. From hidden states T is the number of targets, and there are
-            hidden, shape (T, H), base_logprob and base_correct, shape (T,), in place of input_ids and gold.
+            false outside of targets. For models with different tokenizers also scored and rows, as in `Shifted`, and
+            target_mask is true where a segment begins. From hidden states, T is the number of targets, and hidden,
+            shape (T, H), base_logprob and base_correct, shape (T,), replace input_ids and gold.
         """
         if self.from_hidden_states:
             return self._targets(index)
@@ -110,7 +110,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch padded on the right, with the arguments of `JointModule.forward`."""
+    """Collate examples, padded on the right, to the arguments of `JointModule.forward`."""
     if "hidden" in items[0]:
         return {name: pad_sequence([item[name] for item in items], batch_first=True) for name in items[0]}
     shifted = [
@@ -132,7 +132,7 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def collate_padding_free(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of one row, example behind example, whose position ids begin anew with each; no attention mask."""
+    """Concatenate examples to one row with position ids that restart at each example, without an attention mask."""
     batch = {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in items[0]}
     if "input_ids" in batch:
         positions = [torch.arange(len(item["input_ids"])) for item in items]

@@ -1,4 +1,4 @@
-"""Examples: token ids with their targets, as the models read them."""
+"""Examples: token ids with target marks, made from rows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Segments:
-    """How an answer is cut into segments, in the tokens of one author.
+    """Segments of an answer in the tokens of one author.
 
     Attributes:
-        opens: per token the row of the opening table at which it begins a segment, else -1. The last token may begin
-            one that is no target: the answer was cut there.
-        law: of the author.
-        digest: of the sequence in the tokens of all authors.
+        opens: row of the opening table for each token that begins a segment, else -1. The last token may begin a
+            segment that is not a target, because the answer was truncated there.
+        law: the author's tokens that begin a segment.
+        digest: digest of the sequence in the tokens of all authors.
     """
 
     opens: Sequence[int]
@@ -38,15 +38,15 @@ class Segments:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence.
+    """One training sequence.
 
     Attributes:
         token_ids: all tokens.
-        is_target: per token, whether it is to be learned. The first token has no context, so it is never a target.
-        segments: where models with different tokenizers decide; None where every target is decided about.
+        is_target: whether each token is a training target. The first token has no context, so it is never a target.
+        segments: segments of models with different tokenizers; None if every target has a decision of its own.
 
     Raises:
-        DataError: no target, or lists of different lengths.
+        DataError: there is no target, or the lists have different lengths.
     """
 
     token_ids: Sequence[int]
@@ -56,14 +56,15 @@ class Example:
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.is_target):
             raise DataError(
-                f"an example has {len(self.token_ids)} token ids but {len(self.is_target)} target marks; give one each"
+                f"an example has {len(self.token_ids)} token ids but {len(self.is_target)} target marks; "
+                "expected the same number"
             )
         if not any(self.is_target[1:]):
             raise DataError("an example has no target token after its first token; expected at least one")
 
     @property
     def num_targets(self) -> int:
-        """What is decided about: target tokens, or segments of them."""
+        """Number of decisions: target tokens, or segments of them."""
         if self.segments is None:
             return sum(self.is_target[1:])
         opened = zip(self.is_target[1:], self.segments.opens[1:], strict=True)
@@ -71,12 +72,12 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples made from rows, and what did not fit.
+    """Examples made from rows, with counts of truncated ones.
 
     Attributes:
-        num_truncated: how many were cut at max_length.
-        num_dropped: how many were left out because the cut left no target token.
-        num_without_end: how many others were cut inside a target, so that they do not show where it ends.
+        num_truncated: number of examples truncated at max_length.
+        num_dropped: number of truncated examples that were dropped because no target token remained.
+        num_without_end: number of other examples truncated within a target, which therefore lack its end.
     """
 
     def __init__(
@@ -86,22 +87,22 @@ class Examples(Sequence[Example]):
         num_truncated: int = 0,
         num_dropped: int = 0,
         num_without_end: int = 0,
-        of_assistants: Sequence[Sequence[Example]] = (),
+        assistant_examples: Sequence[Sequence[Example]] = (),
     ) -> None:
         self._items = list(items)
-        self._of_assistants = of_assistants
+        self._assistant_examples = assistant_examples
         self.num_truncated = num_truncated
         self.num_dropped = num_dropped
         self.num_without_end = num_without_end
 
     def read_by(self, author: int) -> Sequence[Example]:
-        """The same rows in the tokens of an author: these, unless it has another tokenizer."""
-        return self._of_assistants[author - 1] if author and self._of_assistants else self
+        """The examples in the tokens of an author; self if the author shares the base's tokenizer."""
+        return self._assistant_examples[author - 1] if author and self._assistant_examples else self
 
     def part(self, indices: Sequence[int]) -> Examples:
-        """Some of them."""
-        others = [[each[index] for index in indices] for each in self._of_assistants]
-        return Examples([self._items[index] for index in indices], of_assistants=others)
+        """The examples with these indices."""
+        others = [[each[index] for index in indices] for each in self._assistant_examples]
+        return Examples([self._items[index] for index in indices], assistant_examples=others)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -120,28 +121,28 @@ class Examples(Sequence[Example]):
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
-    """One set of several; each with the same authors."""
-    others = zip(*(part._of_assistants for part in parts), strict=True)
+    """Concatenate sets of examples of the same authors."""
+    others = zip(*(part._assistant_examples for part in parts), strict=True)
     return Examples(
         [example for part in parts for example in part],
-        of_assistants=[[example for each in of_one for example in each] for of_one in others],
+        assistant_examples=[[example for each in by_part for example in each] for by_part in others],
     )
 
 
 def encode_rows(
     rows: Sequence[Row], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Examples:
-    """Render and tokenise rows; what exceeds `max_length` tokens is cut from the right.
+    """Render and tokenise rows, truncated on the right at `max_length` tokens.
 
-    A chat whose turns one sequence cannot show as decoding would see them gives one example per assistant turn.
-    Examples left without a target token are dropped; their number is logged and returned.
+    A chat becomes one example, or one per assistant turn if its template renders earlier turns differently later on.
+    Examples without a target token are dropped, and their number is logged and returned.
 
     Raises:
-        DataError: a row the template refuses, or no target token in the whole set.
-        ConfigError: max_length below 2.
+        DataError: the template rejects a row, or no target token is left.
+        ConfigError: `max_length` is below 2.
     """
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and one to learn")
+        raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and a target")
     encoded = [sequence for row in rows for sequence in _encode_row(row, template, tokenizer)]
     _report_special_tokens(rows, tokenizer)
     kept = [one for one in encoded if any(one.is_target[1:max_length])]
@@ -153,7 +154,7 @@ def encode_rows(
             all(one.is_target[max_length - 1 : max_length + 1]) for one in kept if len(one.token_ids) > max_length
         ),
     )
-    _report(examples, encoded, max_length)
+    _report_truncation(examples, encoded, max_length)
     return examples
 
 
@@ -168,31 +169,31 @@ def _encode_row(row: Row, template: PromptTemplate, tokenizer: PreTrainedTokeniz
 
 
 def _report_special_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say how many rows write out a special token: it is tokenised as that token, as in decoding."""
+    """Log how many rows contain the text of a special token, which is tokenised as that token, as in decoding."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = Counter(text for row in rows for text in special if text in row.completion)
     if found:
         count = sum(any(text in row.completion for text in special) for row in rows)
         logger.warning(
-            "%d of %d rows have the text of a special token in their completion, most often %r; it is learned as that "
-            "token, and a token that ends texts ends the completion there",
+            "%d of %d rows have the text of a special token in their completion, most often %r; it is tokenised as "
+            "that token, and an EOS token ends the completion there",
             count,
             len(rows),
             found.most_common(1)[0][0],
         )
 
 
-def _report(examples: Examples, encoded: Sequence[Encoded], max_length: int) -> None:
+def _report_truncation(examples: Examples, encoded: Sequence[Encoded], max_length: int) -> None:
     if not examples:
         longest = max((_prompt_length(one) for one in encoded), default=0)
         raise DataError(
-            f"max_length {max_length} leaves no target token in any of {len(encoded)} examples, whose prompts have "
+            f"max_length {max_length} leaves no target token in any of {len(encoded)} examples, as their prompts have "
             f"up to {longest} tokens; set max_length above that, or shorten the prompts"
         )
     if examples.num_truncated:
         logger.warning(
-            "%d of %d examples exceed max_length %d and were cut: %d had no target token left and were dropped, "
-            "%d lost the token that ends their last target, so they do not teach when to stop",
+            "%d of %d examples exceed max_length %d and were truncated: %d had no target token left and were dropped, "
+            "%d lost the token that ends their last target, so they do not train the model to stop",
             examples.num_truncated,
             len(encoded),
             max_length,
@@ -206,7 +207,7 @@ def _prompt_length(encoded: Encoded) -> int:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 over all token ids and target marks, in hex: the identity of what models were scored on."""
+    """SHA-256 of all token ids and target marks in hex, which identifies scored examples."""
     digest = hashlib.sha256()
     for example in examples:
         if example.segments is not None:

@@ -1,33 +1,32 @@
-"""Official formats of data sets: what a row of each becomes, and how its publishers lay out its files.
+"""Official formats of data sets: the conversion of their rows, and the layout of their files.
 
-This is the one place that says so. A prompt is the question alone; words around it are the prompt template's, which
-training and decoding share.
+A prompt is the question alone. Text around it belongs to the prompt template, which training and decoding share.
 
-`rows`: collm's own, see `data.load_rows`; and what their columns tell: ShareGPT's `conversations`, and Alpaca's
-    `instruction`, `input`, `output`.
+`rows`: collm's own format, see `data.load_rows`, and formats recognised by their columns: ShareGPT's `conversations`,
+    and Alpaca's `instruction`, `input`, `output`.
 
 `tulu`: Tulu v2 mixture (allenai/tulu-v2-sft-mixture; fields `dataset`, `id`, `messages`). Split: train.
-    The chat as it is, rendered by the chat template; every assistant turn is learned.
+    The chat, rendered by the chat template; every assistant turn is a target.
 
 `gsm8k`: GSM8K (openai/gsm8k; fields `question`, `answer`). Splits: train, test.
     Prompt: the question. Completion: the answer, with its calculator marks such as <<48/2=24>> and its last line
     "#### 72". `gsm8k-plain` is the same without the marks. The Hub's configuration is `main` unless another is named.
 
 `math`: Hendrycks MATH (fields `problem`, `level`, `type`, `solution`). Splits: train, test.
-    Prompt: the problem. Completion: the solution. A directory is read by subject and then by number; the Hub's
-    configurations, one per subject (EleutherAI/hendrycks_math), one after the other unless one is named.
+    Prompt: the problem. Completion: the solution. A directory is read by subject and then by number. All of the Hub's
+    configurations, one per subject (EleutherAI/hendrycks_math), are read unless one is named.
 
 `bioasq`: BioASQ task B (fields `body`, `type`, `ideal_answer`, `exact_answer`). Splits: train (training11b.json), test
     (11B1_golden.json and its like); a directory holds one edition.
-    Prompt: the question (`body`), without snippets: what the base does not know is the assistant's to say.
-    Completion: the ideal answer; where there are several, any of which would do, the first. Unless the question is a
-    summary, the exact answer follows on a line of its own, all texts without white space around them:
+    Prompt: the question (`body`), without snippets, because the assistant supplies the missing knowledge.
+    Completion: the first of the ideal answers. Unless the question is a summary, the exact answer follows on its own
+    line, with texts stripped of surrounding white space:
 
         factoid   The final answer is:\\n- name\\n- another name of the same
-        list      The final answer is:\\n- first entity\\n- second entity       (of each entity its first name)
+        list      The final answer is:\\n- first entity\\n- second entity       (the first name of each entity)
         yesno     The final answer is: yes                                    (or no)
 
-    A question without an ideal answer, or without the exact answer that its type asks for, is a bad row.
+    A question without an ideal answer, or without the exact answer that its type requires, is a bad row.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from collm.errors import ConfigError, DataError, RequestError
 from collm.models.chats import check_unicode
 
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
-"""What GSM8K writes where a calculator did the sum, as in 48/2 = <<48/2=24>>24."""
+"""GSM8K's calculator annotations, as in 48/2 = <<48/2=24>>24."""
 
 _QUESTION_TYPES = ("factoid", "list", "yesno", "summary")
 _FINAL_ANSWER = "The final answer is:"
@@ -51,16 +50,16 @@ _FINAL_ANSWER = "The final answer is:"
 
 @dataclass(frozen=True)
 class Format:
-    """What one official format holds.
+    """An official format.
 
     Attributes:
-        name: what it is called in `load_rows`.
-        render: place and fields of a row -> the same as a row of collm's own format.
-        files: by split, the pattern of its files in a directory as published.
-        key: in a .json file that holds an object, where the list of rows is; None if the object is a row.
-        row_files: whether a .json file may hold one row alone.
-        configurations: of a Hub data set, those to read if it has them and its name says none.
-        edition: what in a file's name tells the edition; a directory that holds several is refused.
+        name: name in `load_rows`.
+        render: converts a row, given its location and fields, to collm's own format.
+        files: split -> pattern of its files in the published directory.
+        key: key of the list of rows in a .json file that contains an object; None if the object is a row.
+        row_files: whether a .json file may contain a single row.
+        configurations: configurations of a Hub data set to read, unless its name includes one.
+        edition: pattern of the edition in file names; a directory with several editions is an error.
     """
 
     name: str
@@ -72,12 +71,12 @@ class Format:
     edition: str = ""
 
     def files_in(self, directory: Path, split: str | None) -> list[Path]:
-        """The files of a split, train by default, in their order; none if no split has files here.
+        """The ordered files of a split, "train" by default; none if no split has files in the directory.
 
         Raises:
-            DataError: other splits have files here, but this one has none; or they are of several editions.
+            DataError: only other splits have files, or the files belong to several editions.
         """
-        found = {name: sorted(directory.glob(pattern), key=_numbers_by_value) for name, pattern in self.files.items()}
+        found = {name: sorted(directory.glob(pattern), key=_natural_key) for name, pattern in self.files.items()}
         found = {name: files for name, files in found.items() if files}
         if not found:
             return []
@@ -89,18 +88,18 @@ class Format:
 
     def _check_edition(self, directory: Path, names: list[str]) -> None:
         editions = {match[0].lower() for name in names if (match := re.search(self.edition, name))}
-        if len(editions) > 1:  # training data of an edition contains the tests of those before
+        if len(editions) > 1:  # the training data of an edition contains earlier test sets
             raise DataError(
-                f"{directory} holds {len(editions)} editions ({', '.join(sorted(editions))}) of {self.name}; "
-                "expected one, name its directory or a file"
+                f"{directory} has {len(editions)} editions ({', '.join(sorted(editions))}) of {self.name}, "
+                "expected one; pass the directory of an edition or a file"
             )
 
 
 def format_named(name: str) -> Format:
-    """A format of FORMATS.
+    """Look up a format by name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the name is unknown.
     """
     if name not in FORMATS:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(FORMATS)}")
@@ -110,10 +109,10 @@ def format_named(name: str) -> Format:
 def text_field(
     where: str, record: Mapping[str, Any], name: str, advice: str = "expected the official format's fields"
 ) -> str:
-    """A field that holds text.
+    """Read a text field of a row.
 
     Raises:
-        DataError: it is missing, no string or empty.
+        DataError: the field is missing, not a string or empty.
     """
     if name not in record:
         raise DataError(f"{where}: no field {name!r}, the row has {', '.join(map(repr, record))}; {advice}")
@@ -125,12 +124,12 @@ def text_field(
     except RequestError as error:
         raise DataError(f"{where}: {name!r}{error}") from error
     if not value.strip():
-        raise DataError(f"{where}: {name!r} is empty, expected some text")
+        raise DataError(f"{where}: {name!r} is empty, expected text")
     return value
 
 
 def _rows(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row of ours, or of a form that its columns tell: ShareGPT's or Alpaca's."""
+    """Convert a row of collm's own format, of ShareGPT or of Alpaca, recognised by its columns."""
     if record.get("messages") is not None or ("prompt" in record and "completion" in record):
         return record
     if record.get("conversations") is not None:
@@ -153,7 +152,7 @@ _SHAREGPT_ROLES = {
 
 
 def _sharegpt(where: str, record: Mapping[str, Any]) -> list[Any]:
-    """The conversation as OpenAI's messages; the roles of some are in those words already."""
+    """Convert a conversation to OpenAI's messages. Roles that are OpenAI's already are kept."""
     turns = record["conversations"]
     if not isinstance(turns, list):
         raise DataError(f"{where}: 'conversations' is a {type(turns).__name__}, expected a list of turns")
@@ -173,14 +172,13 @@ def _sharegpt_turn(where: str, number: int, turn: Any) -> Any:
         call = json.loads(str(turn.get("value")))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: message {number}: the call {turn.get('value')!r:.60} is no JSON ({error})"
+            f"{where}: message {number}: the call {turn.get('value')!r:.60} is not JSON ({error})"
         ) from error
     return {**message, "content": None, "tool_calls": call if isinstance(call, list) else [call]}
 
 
 def _alpaca(where: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Prompt: instruction and, where there is one, the input on lines of its own; the words around them are the
-    template's."""
+    """Use the instruction as the prompt, followed by the input on its own lines if there is one."""
     if record.get("history"):
         raise DataError(f"{where}: the row has a 'history', expected a single turn; write it as 'messages'")
     given = record.get("input")
@@ -215,8 +213,8 @@ class BioasqQuestion:
     Attributes:
         kind: factoid, list, yesno or summary.
         body: the question.
-        ideal: ideal answers, any of which would do; at least one.
-        entities: the exact answer: the names of each entity; [["yes"]] or [["no"]]; nothing for a summary.
+        ideal: equivalent ideal answers, at least one.
+        entities: the exact answer: the names of each entity, [["yes"]] or [["no"]], or nothing for a summary.
     """
 
     kind: str
@@ -226,10 +224,10 @@ class BioasqQuestion:
 
 
 def bioasq_question(where: str, record: Mapping[str, Any]) -> BioasqQuestion:
-    """Read a question as its publishers write it.
+    """Read a question in its published form.
 
     Raises:
-        DataError: an unknown type, no ideal answer, or not the exact answer that the type asks for.
+        DataError: the type is unknown, or the ideal answer or the exact answer that the type requires is missing.
     """
     kind = record.get("type")
     if kind not in _QUESTION_TYPES:
@@ -237,7 +235,7 @@ def bioasq_question(where: str, record: Mapping[str, Any]) -> BioasqQuestion:
     body = text_field(where, record, "body").strip()
     ideal = _names(where, "ideal_answer", record.get("ideal_answer"))
     if not ideal:
-        raise DataError(f"{where}: no 'ideal_answer', expected a text or a list of them")
+        raise DataError(f"{where}: no 'ideal_answer', expected a text or a list of texts")
     return BioasqQuestion(kind, body, ideal, [] if kind == "summary" else _entities(where, kind, record))
 
 
@@ -246,7 +244,7 @@ def _entities(where: str, kind: str, record: Mapping[str, Any]) -> list[list[str
     entities = [_names(where, "exact_answer", entity) for entity in (exact if isinstance(exact, list) else [exact])]
     entities = [names for names in entities if names]
     if not entities:
-        raise DataError(f"{where}: no 'exact_answer', which a {kind} question has")
+        raise DataError(f"{where}: no 'exact_answer', expected one for a {kind} question")
     if kind != "yesno":
         return entities
     answers = {name.lower().rstrip(".") for names in entities for name in names}
@@ -261,7 +259,7 @@ def _bioasq(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def bioasq_completion(question: BioasqQuestion) -> str:
-    """The first ideal answer, and behind a fixed sentence the exact one where there is one."""
+    """The first ideal answer, followed by "The final answer is:" and the exact answer if there is one."""
     lines = [question.ideal[0]]
     if question.kind == "factoid":
         lines.append(_bullets([name for names in question.entities for name in names]))
@@ -277,17 +275,17 @@ def _bullets(names: list[str]) -> str:
 
 
 def _names(where: str, name: str, value: Any) -> list[str]:
-    """The texts in a field that holds none, one or a list of them, without the empty ones."""
+    """The non-empty texts of a field that is missing, a text or a list of texts."""
     texts = value if isinstance(value, list) else [] if value is None else [value]
     for text in texts:
         if not isinstance(text, str):
-            raise DataError(f"{where}: {name!r} holds a {type(text).__name__}, expected text")
+            raise DataError(f"{where}: {name!r} contains a {type(text).__name__}, expected text")
     return [text.strip() for text in texts if text.strip()]
 
 
-def _numbers_by_value(path: Path) -> list[str | int]:
-    """Sorts 2.json before 10.json."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", path.as_posix()))]
+def _natural_key(path: Path) -> list[str | int]:
+    """Sort key that orders 2.json before 10.json."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", path.as_posix()))]
 
 
 _GSM8K_FILES = {"train": "train.jsonl", "test": "test.jsonl"}

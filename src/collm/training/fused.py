@@ -1,4 +1,4 @@
-"""The marginal likelihood and its gradient through the output layer, without a (B, T, V) tensor."""
+"""The marginal likelihood and its gradient through the output layer, computed in chunks without a (B, T, V) tensor."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from collm.errors import UnsupportedModel
 from collm.models.language_model import LanguageModel
 
 MIN_ROWS = 64
-"""Fewest target positions to a chunk; fewer would leave the matrix products idle."""
+"""Smallest number of target positions per chunk. Matrix products over fewer rows are inefficient."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def marginal_nll_sum(
     model: LanguageModel, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
 ) -> Tensor:
-    """Negative log marginal likelihood of N gold tokens, summed (`core.objective.marginal_logprobs`).
+    """Sum of the negative log marginal likelihood of N gold tokens (`core.objective.marginal_logprobs`).
 
-    The forward pass goes over the positions in chunks whose logits take no more memory than all the hidden states (but
-    at least `MIN_ROWS` positions). While a chunk's logits are there it also takes their gradient, on to the hidden
-    states and the output layer: d NLL / d logit_v = P(Z = base | x_<=t) (P_0(v) - [v = gold]). So nothing is computed
-    twice, and the backward pass only scales. In autocast the products run in its dtype, the likelihood in fp32.
+    The forward pass processes positions in chunks whose logits take no more memory than all hidden states (but at
+    least `MIN_ROWS` positions). It also computes each chunk's gradient, through the output layer to the hidden states:
+    d NLL / d logit_v = P(Z = base | x_<=t) (P_0(v) - [v = gold]). Nothing is recomputed, and the backward pass only
+    scales. Under autocast the matrix products use its dtype, and the likelihood fp32.
 
     Args:
-        model: its output layer reads the hidden states.
+        model: the model with the output layer.
         hidden: last hidden states at target positions, shape (N, H).
-        gold: the tokens that follow, shape (N,).
-        assistant_logprobs: nats, shape (N, K).
+        gold: gold tokens, shape (N,).
+        assistant_logprobs: log-probabilities of the gold tokens, nats, shape (N, K).
         defer_logits: u, shape (N, K).
 
     Returns:
@@ -43,7 +43,9 @@ def marginal_nll_sum(
     """
     weight, bias = model.output_weight, model.output_bias
     if not weight.is_floating_point():
-        raise UnsupportedModel(f"the output layer of {model.name} holds {weight.dtype}; leave it unquantized to train")
+        raise UnsupportedModel(
+            f"the output layer of {model.name} has weights of {weight.dtype}; leave it unquantized for training"
+        )
     values = (hidden.to(weight.device), gold.to(weight.device), assistant_logprobs, defer_logits)
     return cast(Tensor, _MarginalNLL.apply(model, weight, bias, *values))  # type: ignore[no-untyped-call]
 
@@ -72,14 +74,14 @@ class _MarginalNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("the gradient of this loss was taken already; compute the loss again")
+            raise RuntimeError("the gradient of this loss was already computed; compute the loss again")
         weight, bias, hidden, defer_logits = (None if grad is None else grad.mul_(upstream) for grad in ctx.grads)
         ctx.grads = None
         return None, weight, bias, hidden, None, None, defer_logits
 
 
 class _Chunks:
-    """The loop over chunks, with the sums that its gradients go to."""
+    """The loop over chunks, with accumulated gradients."""
 
     def __init__(
         self,
@@ -94,14 +96,14 @@ class _Chunks:
         self.bias = None if bias is None else bias.to(dtype)
         self.dtype = dtype
         needs_weight, needs_bias, self.needs_hidden = needed
-        # sums over chunks: exact enough only in fp32
+        # sums over chunks need the precision of fp32
         self.weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         self.bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
 
     def run(
         self, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The sum, and its gradients by output weight, output bias, hidden states and defer logits."""
+        """The sum and its gradients with respect to output weight, output bias, hidden states and defer logits."""
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if self.needs_hidden else None
         defer_grad = torch.empty_like(defer_logits)
@@ -129,11 +131,11 @@ class _Chunks:
     def _likelihood(
         self, raw: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum over a chunk, and its gradients by the output layer's values and by the defer logits."""
+        """The sum over a chunk and its gradients with respect to the output layer's values and the defer logits."""
         with torch.enable_grad():
             raw.requires_grad_()
             logits = self.model.shape_logits(raw)
-        probs = logits.detach().float()  # overwritten from here on: its own memory, or nothing else reads it
+        probs = logits.detach().float()  # overwritten below, as it is a copy or nothing else reads it
         gold_logit = probs.gather(-1, gold.unsqueeze(-1))  # (n, 1)
         largest = probs.amax(-1, keepdim=True)
         norm = probs.sub_(largest).exp_().sum(-1, keepdim=True)
@@ -142,14 +144,14 @@ class _Chunks:
         with torch.enable_grad():
             base, defer = base_logprob.requires_grad_(), defer_logits.detach().requires_grad_()
             nll = -marginal_logprobs(base, assistant_logprobs, defer).sum()
-        of_base, of_defer = torch.autograd.grad(nll, (base, defer))  # of_base: minus the posterior of the base
-        grad = probs.mul_(-of_base.unsqueeze(-1)).scatter_add_(-1, gold.unsqueeze(-1), of_base.unsqueeze(-1))
+        base_grad, defer_grad = torch.autograd.grad(nll, (base, defer))  # base_grad: minus the posterior of the base
+        grad = probs.mul_(-base_grad.unsqueeze(-1)).scatter_add_(-1, gold.unsqueeze(-1), base_grad.unsqueeze(-1))
         (raw_grad,) = torch.autograd.grad(logits, raw, grad.to(logits.dtype)) if logits is not raw else (grad,)
-        return nll.detach(), raw_grad.to(self.dtype), of_defer
+        return nll.detach(), raw_grad.to(self.dtype), defer_grad
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a temporary where the dtypes allow it."""
+    """total += left @ right, without a temporary if the dtypes are equal."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

@@ -1,4 +1,4 @@
-"""Pseudo-labels of a scored set: a guess at each target token's author, and what their share says."""
+"""Pseudo-labels: a guess of each target token's author from scores, with a report of their shares."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LOW_SHARE = 0.01
 
 @dataclass(frozen=True)
 class LabelReport:
-    """How many target tokens the pseudo-labels give to assistants.
+    """Shares of target tokens that are labelled with each assistant.
 
     Attributes:
-        num_tokens: target tokens in all.
-        shares: share of them labelled 1, 2, .. K.
+        num_tokens: number of target tokens.
+        shares: shares labelled 1, 2, .. K.
     """
 
     num_tokens: int
@@ -29,7 +29,7 @@ class LabelReport:
 
     @property
     def share(self) -> float:
-        """Share of target tokens that go to any assistant: the positives."""
+        """Share of positives: target tokens labelled with any assistant."""
         return sum(self.shares)
 
     def __str__(self) -> str:
@@ -42,24 +42,24 @@ class LabelReport:
     def _meaning(self) -> str:
         if self.share == 0:
             return (
-                "no assistant knows a token that the base does not, so there is nothing to defer for; check that the "
+                "no assistant predicts a token that the base does not, so deferring has no benefit; check that the "
                 "assistant reads the same prompts and tokens, or choose another one"
             )
         if self.share < LOW_SHARE:
-            return "the assistants rarely know what the base does not, so expect few deferrals"
+            return "the assistants rarely predict tokens that the base does not, so expect few deferrals"
         idle = [str(k) for k, share in enumerate(self.shares, start=1) if share == 0]
         if idle:
-            return f"nothing goes to assistant {' and '.join(idle)}, so expect it not to be called"
-        return "a few per cent is normal (users of the authors' code saw 3 % on GSM8K)"
+            return f"no token is labelled with assistant {' and '.join(idle)}, so expect no deferrals to it"
+        return "a few per cent is normal (users of the paper's code report 3 % on GSM8K)"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The author guessed for every target token, example by example.
+    """Pseudo-labels of all target tokens, example by example.
 
     Attributes:
         values: 0 for the base, 1..K for the assistants, int64, shape (M,).
-        offsets: example i owns entries offsets[i] to offsets[i + 1], shape (N + 1,).
+        offsets: example i has entries offsets[i] to offsets[i + 1], shape (N + 1,).
         num_assistants: K.
     """
 
@@ -80,18 +80,18 @@ class Labels:
 
 
 def label_tokens(base: Scores, assistants: Sequence[Scores], variant: PseudoLabelVariant = "a") -> Labels:
-    """Pseudo-labels from the scores of the base and of the assistants 1..K (`core.objective.pseudo_labels`).
+    """Compute pseudo-labels from the scores of the base and assistants 1..K (`core.objective.pseudo_labels`).
 
     Raises:
-        ConfigError: no assistant, scores of different examples, or an unknown variant.
+        ConfigError: there is no assistant, the scores are of different examples, or the variant is unknown.
     """
     if not assistants:
-        raise ConfigError("pseudo-labels need the scores of at least one assistant, none came")
+        raise ConfigError("pseudo-labels need the scores of at least one assistant, got none")
     for number, scores in enumerate(assistants, start=1):
         if scores.fingerprint != base.fingerprint:
             raise ConfigError(
-                f"assistant {number} was scored on other examples than the base "
-                f"({scores.fingerprint[:12]}, {base.fingerprint[:12]}); score both on the same data"
+                f"assistant {number} was scored on other examples ({scores.fingerprint[:12]}) than the base "
+                f"({base.fingerprint[:12]}); score both on the same data"
             )
     values = pseudo_labels(
         base.corrects,

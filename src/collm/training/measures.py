@@ -1,4 +1,4 @@
-"""How well a head knows whom to ask, and what base and assistants make of the gold tokens together."""
+"""Measures of a head's choice of author, and of the joint model's predictions of gold tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVEN_ODDS = 0.5
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counting half; NaN if either is missing.
+    """Area under the ROC curve, with ties counting half. NaN without positives or without negatives.
 
     Args:
         scores: shape (M,).
@@ -30,23 +30,23 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def author_accuracy(defer_logits: Tensor, labels: Tensor) -> float:
-    """Share of tokens whose most probable author is the label."""
+    """Share of tokens whose most probable author equals the label."""
     return (author_logprobs(defer_logits).argmax(-1) == labels).float().mean().item()
 
 
 def deferral_auc(defer_logits: Tensor, labels: Tensor) -> float:
-    """AUC of the defer prob for the tokens that belong to an assistant."""
+    """AUC of the defer prob as a classifier of the tokens labelled with an assistant."""
     return auc(defer_probs(defer_logits), labels != 0)
 
 
 @dataclass(frozen=True)
 class TokenViews:
-    """What all authors say of some gold tokens.
+    """Predictions of all authors for N gold tokens.
 
     Attributes:
-        base_logprob: nats, shape (N,).
-        base_correct: the base's argmax is the gold token, bool, shape (N,).
-        assistant_logprobs, assistant_correct: likewise, shape (N, K).
+        base_logprob: log-probability of the gold token, nats, shape (N,).
+        base_correct: whether the base's argmax is the gold token, bool, shape (N,).
+        assistant_logprobs, assistant_correct: the same for each assistant, shape (N, K).
         defer_logits: u, shape (N, K).
     """
 
@@ -57,7 +57,7 @@ class TokenViews:
     defer_logits: Tensor
 
     def split(self, sizes: Sequence[int]) -> list[TokenViews]:
-        """The first tokens, those that follow, ..: so many each."""
+        """Split into consecutive parts of these sizes."""
         parts = (torch.split(getattr(self, field.name), list(sizes)) for field in fields(self))
         return [TokenViews(*one) for one in zip(*parts, strict=True)]
 
@@ -65,11 +65,11 @@ class TokenViews:
         """Means over the tokens.
 
         Returns:
-            loss: marginal NLL in nats. base_nll, and assistant_nll (assistant_1_nll, ..): those of each alone.
-            defer_prob; deferral_rate: share of tokens deferred at threshold 0.5. pseudo_label_share: tokens that an
-            assistant's argmax has right and the base's has not, by the base as it is now; pseudo_label_agreement:
-            share of all tokens whose most probable author is the pseudo-label; head_auc: of the defer prob, for
-            pseudo-labels that name an assistant.
+            loss: marginal NLL in nats. base_nll and assistant_nll (assistant_1_nll, ..): NLL of each model alone.
+            defer_prob. deferral_rate: share of tokens deferred at threshold 0.5. pseudo_label_share: share of tokens
+            that an assistant's argmax predicts and the current base's does not. pseudo_label_agreement: share of
+            tokens whose most probable author is the pseudo-label. head_auc: AUC of the defer prob for tokens whose
+            pseudo-label is an assistant.
         """
         marginal = marginal_logprobs(self.base_logprob, self.assistant_logprobs, self.defer_logits)
         labels = pseudo_labels(self.base_correct, self.assistant_correct, self.assistant_logprobs)

@@ -1,4 +1,4 @@
-"""The joint model as one torch module: base, deferral head and the loss between them."""
+"""The joint model as one torch module: base, deferral head and loss."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from collm.training.targets import read_segments, read_targets
 class JointModule(nn.Module):
     """Base and head, with the marginal likelihood of gold tokens as loss (arXiv 2403.03870).
 
-    The loss is computed inside `forward`, where wrappers for several devices have their hooks; nothing else of the
-    base's forward pass is used than its hidden states, so logits exist only at target positions.
+    The loss is computed inside `forward`, because wrappers for several devices hook into it. The base computes hidden
+    states only, and logits exist only at target positions.
 
     Args:
         base: a transformers causal LM, or a PEFT model around one.
         head: the deferral head.
-        frozen: the base takes no gradient and never enters training mode.
+        frozen: whether the base stays in evaluation mode without gradients.
         vocab_size: as in `LanguageModel`.
-        law: of the base's segments, where models have different tokenizers.
+        law: the base's tokens that begin a segment, if models have different tokenizers.
 
     Raises:
-        MismatchError: the head is for another hidden size.
+        MismatchError: the head has another hidden size than the base.
     """
 
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
@@ -55,17 +55,17 @@ class JointModule(nn.Module):
         self._model = LanguageModel(base, name="base", vocab_size=vocab_size)
         if head.hidden_size != self._model.hidden_size:
             raise MismatchError(
-                f"the head reads hidden states of size {head.hidden_size}, the base has {self._model.hidden_size}"
+                f"the head expects hidden states of size {head.hidden_size}, the base has {self._model.hidden_size}"
             )
         if frozen:
             base.requires_grad_(False)
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """The base's layers, by which FSDP cuts the model."""
+        """The base's layer classes, which FSDP wraps."""
         return list(getattr(self._model.inner, "_no_split_modules", None) or [])
 
-    # Compiled is what it calls of the base: the number of targets, which all else depends on, differs by batch.
+    # Only the base is compiled, because the number of targets differs between batches.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def forward(
         self,
@@ -77,21 +77,21 @@ class JointModule(nn.Module):
         per_token: bool = False,
         **inputs: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss of a batch; position t speaks of the token after position t.
+        """Compute the loss of a batch. Values at position t belong to the token that follows position t.
 
         Args:
             target_mask: true at target positions, shape (B, T).
-            assistant_logprobs: of the gold tokens at target positions, nats, shape (B, T, K).
-            assistant_correct: plays no part in the loss.
-            num_items_in_batch: target tokens to divide by; by default those of this batch.
-            per_token: also return what the tokens' measures need; the loss then has no gradient in the base.
-            **inputs: gold, the tokens that follow, shape (B, T), and what the base reads: input_ids and
-                attention_mask, shape (B, T); with segments also scored and rows, as of `targets.Batch`. Or, of a frozen
-                base, what it said: hidden, shape (B, T, H), base_logprob and base_correct, shape (B, T).
+            assistant_logprobs: log-probabilities of the gold tokens at target positions, nats, shape (B, T, K).
+            assistant_correct: ignored.
+            num_items_in_batch: number of target tokens to divide by; by default those of this batch.
+            per_token: also return the values that `TokenViews` needs; the loss then has no gradient in the base.
+            **inputs: gold, the gold tokens, shape (B, T), with the base's inputs: input_ids and attention_mask, shape
+                (B, T), and for segments scored and rows, as in `targets.Batch`. For a frozen base its outputs instead:
+                hidden, shape (B, T, H), base_logprob and base_correct, shape (B, T).
 
         Returns:
             loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
-            defer_logits, shape (B, T, K), all 0 off the targets.
+            defer_logits, shape (B, T, K), all 0 outside of targets.
         """
         assistant_logprobs = assistant_logprobs[target_mask]
         if "rows" in inputs:
@@ -108,7 +108,7 @@ class JointModule(nn.Module):
             views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
         result = {"loss": nll / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
-            result |= {name: _spread(values, target_mask) for name, values in views.items()}
+            result |= {name: _scatter(values, target_mask) for name, values in views.items()}
         return result
 
     def _segments(
@@ -120,13 +120,13 @@ class JointModule(nn.Module):
         rows: Tensor,
         **inputs: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of segments, summed, and what their measures need."""
+        """The summed loss of segments, and the values that `TokenViews` needs."""
         assert self._law is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             hidden = self._hidden_states(**inputs)
             read = scored | (rows >= 0)
-            of_read = gold[read], rows[read], scored[read]
-            base_logprob, base_correct, _ = read_segments(self._model, hidden[read], *of_read, self._law)
+            inputs_read = gold[read], rows[read], scored[read]
+            base_logprob, base_correct, _ = read_segments(self._model, hidden[read], *inputs_read, self._law)
         defer_logits = self._defer_logits(hidden[target_mask])
         nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
         views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
@@ -141,7 +141,7 @@ class JointModule(nn.Module):
 
     @torch.no_grad()
     def _read(self, target_mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (N, H), and log-probability and argmax (N,) of the gold tokens at the targets."""
+        """Hidden states (N, H) at the targets, with log-probabilities and correctness (N,) of the gold tokens."""
         if "hidden" in inputs:
             hidden, base_logprob, base_correct = (inputs[name] for name in ("hidden", "base_logprob", "base_correct"))
             return hidden[target_mask], base_logprob[target_mask], base_correct[target_mask]
@@ -150,30 +150,30 @@ class JointModule(nn.Module):
         return hidden, *read_targets(self._model, hidden, gold)
 
     def train(self, mode: bool = True) -> JointModule:
-        """A frozen base stays in evaluation mode: its dropout would make it another model than the one decoded."""
+        """Set the training mode, but keep a frozen base in evaluation mode, without dropout, as in decoding."""
         super().train(mode)
         if self.frozen:
             self.base.eval()
         return self
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Passed to the base; called by Trainer."""
+        """Enable activation checkpointing of the base. Trainer calls this."""
         cast(Any, self.base).activation_checkpointing_enable(**options)
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Values of the target positions (N, ...) at their places: (B, T, ...), 0 elsewhere."""
-    spread = values.new_zeros(*mask.shape, *values.shape[1:])
-    spread[mask] = values
-    return spread
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Scatter values of target positions (N, ...) to (B, T, ...), with 0 elsewhere."""
+    scattered = values.new_zeros(*mask.shape, *values.shape[1:])
+    scattered[mask] = values
+    return scattered
 
 
 def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
-    """Wrap the base with a fresh LoRA adapter.
+    """Wrap the base with a new LoRA adapter.
 
     Raises:
         MissingExtra: peft is not installed.
-        ConfigError: the adapter would sit on the output layer, or on no layer.
+        ConfigError: the adapter would modify the output layer, or no layer.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -188,16 +188,16 @@ def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
         target_modules=config.resolved("lora_target_modules"),
     )
     try:
-        with torch.random.fork_rng():  # the adapter's random start depends on the seed and on nothing before
+        with torch.random.fork_rng():  # the adapter's initial weights depend on the seed only
             torch.manual_seed(config.seed)
             with quiet_if_small(base):
                 wrapped = get_peft_model(base, settings)
     except ValueError as error:
-        raise ConfigError(f"LoRA does not fit the base: {error}") from error
+        raise ConfigError(f"LoRA cannot be applied to the base: {error}") from error
     if isinstance(wrapped.get_base_model().get_output_embeddings(), BaseTunerLayer):
         wrapped.unload()
         raise ConfigError(
-            f"lora_target_modules {config.resolved('lora_target_modules')!r} includes the output layer, which models "
-            "tie to their embedding and serving engines leave out of adapters; name layers below it"
+            f"lora_target_modules {config.resolved('lora_target_modules')!r} includes the output layer, which may be "
+            "tied to the embedding and is not supported in adapters by serving engines; name other layers"
         )
     return cast(nn.Module, wrapped)

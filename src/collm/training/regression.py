@@ -14,7 +14,7 @@ def weighted_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -
 
     Args:
         defer_logits: u, shape (M, K).
-        labels: y, in 0..K, shape (M,).
+        labels: author numbers y in 0..K, shape (M,).
 
     Returns:
         A scalar in nats.
@@ -27,12 +27,12 @@ def weighted_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -
 def fit_authors(
     features: Tensor, labels: Tensor, start: tuple[Tensor, Tensor], *, positive_weight: float, penalty: float
 ) -> tuple[Tensor, Tensor]:
-    """Minimise weighted_nll(x W^T + b) + penalty / 2 |W|^2 by L-BFGS; the bias is not penalised.
+    """Minimise weighted_nll(x W^T + b) + penalty / 2 |W|^2 by L-BFGS. The bias is not penalised.
 
     Args:
         features: x, standardised, fp32, shape (M, H).
-        labels: in 0..K, shape (M,).
-        start: weight (K, H) and bias (K,) to start from.
+        labels: author numbers in 0..K, shape (M,).
+        start: initial weight (K, H) and bias (K,).
 
     Returns:
         Weight and bias.

@@ -1,4 +1,4 @@
-"""The scores of one model in memory."""
+"""Scores of one model in memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ScoreSummary:
     """How well a model predicts the target tokens.
 
     Attributes:
-        mean_nll_nats: per target token.
+        mean_nll_nats: mean negative log-likelihood per target token.
         accuracy: share of target tokens that are the model's argmax.
-        num_targets: how many target tokens.
+        num_targets: number of target tokens.
     """
 
     mean_nll_nats: float
@@ -28,16 +28,16 @@ class ScoreSummary:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Last hidden states of a frozen model at target tokens, left on disk and read as they are asked for.
+    """Last hidden states of a frozen model at target tokens, read from disk on demand.
 
     Attributes:
-        places: by example, the file it lies in, and its first row there and the one behind its last.
+        places: example -> its file, with the start and end of its rows.
     """
 
     places: Mapping[int, tuple[Path, int, int]]
 
     def of(self, index: int) -> Tensor:
-        """Of one example's target tokens, in order, shape (n, H), in the dtype they were computed in."""
+        """Hidden states of one example's target tokens, in order, shape (n, H), in their original dtype."""
         path, start, end = self.places[index]
         with safe_open(path, framework="pt") as file:
             return cast(Tensor, file.get_slice("hidden")[start:end])
@@ -45,14 +45,14 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one frozen model says about every target token, example by example.
+    """Scores of one frozen model for the M target tokens of N examples.
 
     Attributes:
-        logprobs: of the gold tokens, nats, fp32, shape (M,), M being the target tokens of all examples.
-        corrects: the model's argmax is the gold token, bool, shape (M,).
-        offsets: example i owns M-entries offsets[i] to offsets[i + 1], int64, shape (N + 1,).
-        fingerprint: of the examples.
-        hidden: the model's last hidden states at the target tokens, where they were kept.
+        logprobs: log-probabilities of the gold tokens, nats, fp32, shape (M,).
+        corrects: whether the model's argmax is the gold token, bool, shape (M,).
+        offsets: example i has entries offsets[i] to offsets[i + 1], int64, shape (N + 1,).
+        fingerprint: fingerprint of the examples.
+        hidden: the model's last hidden states at the target tokens, if they were stored.
     """
 
     logprobs: Tensor

@@ -1,4 +1,4 @@
-"""Scoring: what one frozen model says about every target token of a set of examples."""
+"""Scoring: log-probability and correctness of every target token under a frozen model."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from collm.training.targets import (
 logger = logging.getLogger(__name__)
 
 Scored = LanguageModel | ToolModel | RemoteModel
-"""What can be scored: a model in memory, a tool, or a model behind a server."""
+"""Anything that can score examples: a model in memory, a tool, or a model behind a server."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with tokens done and tokens in all."""
+"""Called with the number of finished tokens and the total."""
 
 LOW_STOP = -2.0
-"""Mean log P(START) behind segments, in nats, below which an assistant is warned of."""
+"""Mean log P(START) after segments, in nats, below which a warning about an assistant is logged."""
 
 SHARD_SIZE = 256
-"""Examples to a shard: what a kill can cost."""
+"""Examples per shard, and so the most work that an interrupt can lose."""
 
 
 @contextmanager
 def progress_bar(description: str, *, enabled: bool = True) -> Iterator[OnProgress]:
-    """A progress bar on stderr, as the callback that drives it; silent where not enabled."""
+    """Show a progress bar on stderr, if enabled, and yield the callback that updates it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
         task = bar.add_task(description, total=None)
@@ -59,7 +59,7 @@ def progress_bar(description: str, *, enabled: bool = True) -> Iterator[OnProgre
 def score_examples(
     model: Scored, examples: Sequence[Example], out_dir: Path, *, spec: AssistantSpec, **options: Any
 ) -> Scores:
-    """Score every target token as `write_scores` does, which takes the options, and read the scores."""
+    """Run `write_scores` with `options`, and load the scores."""
     write_scores(model, examples, out_dir, spec=spec, **options)
     return load_scores(out_dir, examples, spec)
 
@@ -79,51 +79,51 @@ def write_scores(
 ) -> None:
     """Score every target token: its log-probability, and whether it is the model's argmax.
 
-    Examples are batched by length. What is done is kept in shards, so a run that was killed goes on after its last
-    whole shard, with the batches it would have had, and ends with the same bytes.
+    Examples are batched by length, and scores are written in shards. An interrupted run continues after its last
+    complete shard with the same batches, and ends with the same bytes.
 
     Args:
         model: the frozen model, a tool, or a model behind a server.
-        examples: what to score.
-        out_dir: where the scores lie; may hold the beginning of the same run.
-        spec: where the model came from, the part of its identity that is compared.
-        max_batch_tokens: most tokens in a batch, padding included; by default 512 on a CPU, 16,384 elsewhere.
-        shard_size: examples to a shard.
-        hidden_states: also keep the model's last hidden states at the target tokens: H numbers for each, in the
-            model's dtype. Only of a model in memory.
-        process, num_processes: write every `num_processes`-th shard, from number `process` on.
+        examples: the examples to score.
+        out_dir: directory of the scores; may contain the beginning of the same run.
+        spec: source of the model, which identifies its scores.
+        max_batch_tokens: largest number of tokens per batch with padding; by default 512 on a CPU, 16,384 elsewhere.
+        shard_size: examples per shard.
+        hidden_states: also store the model's last hidden states at the target tokens, H numbers each in the model's
+            dtype. Requires a model in memory.
+        process, num_processes: write every `num_processes`-th shard, starting with number `process`.
         progress: called after each batch, with the tokens of these shards.
 
     Raises:
-        ConfigError: `out_dir` holds scores of other examples or another model; the field that differs is named. Or
-            an example is longer than the model reads, or hidden states are asked of what shows none.
-        MismatchError: a token id the model does not have.
-        ModelFailure: NaN logits, naming the model and the example.
-        ToolFailure: a tool raised, hung or returned no text; with the text it failed on.
-        WriteError: the disk refused; whole shards remain.
+        ConfigError: `out_dir` has scores of other examples or another model (the message names the field), an example
+            exceeds the model's context, or the model has no hidden states to store.
+        MismatchError: the model does not have a token id.
+        ModelFailure: the model returned NaN logits; the message names the model and the example.
+        ToolFailure: a tool raised an exception, hung or returned something other than text; with its input.
+        WriteError: a write failed; complete shards remain.
     """
     _check_fits(model, examples)
     if hidden_states and not isinstance(model, LanguageModel):
-        raise ConfigError(f"{model.name} shows no hidden states; keep those of a model in memory")
+        raise ConfigError(f"{model.name} returns no hidden states to store; use a model in memory")
     header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=shard_size, hidden_states=hidden_states)
     store = _store(out_dir, header, examples)
     store.begin()
-    mine = list(enumerate(store.shards))[process::num_processes]
-    advance = _advancing(examples, [index for _, indices in mine for index in indices], progress)
-    stops = [_fill_shard(model, examples, store, shard, max_batch_tokens, advance) for shard, _ in mine]
+    assigned = list(enumerate(store.shards))[process::num_processes]
+    advance = _progress_counter(examples, [index for _, indices in assigned for index in indices], progress)
+    stops = [_fill_shard(model, examples, store, shard, max_batch_tokens, advance) for shard, _ in assigned]
     _check_stops(model.name, [one for one in stops if one is not None])
 
 
-def _advancing(
+def _progress_counter(
     examples: Sequence[Example], indices: Sequence[int], progress: OnProgress | None
 ) -> Callable[[Sequence[int]], None]:
-    """To be called with examples that are done: reports the tokens done so far of all that are to be done."""
+    """Return a function that takes finished examples and reports the number of finished tokens and the total."""
     total = sum(len(examples[index].token_ids) - 1 for index in indices)
     done = 0
 
-    def advance(some: Sequence[int]) -> None:
+    def advance(finished: Sequence[int]) -> None:
         nonlocal done
-        done += sum(len(examples[index].token_ids) - 1 for index in some)
+        done += sum(len(examples[index].token_ids) - 1 for index in finished)
         if progress is not None:
             progress(done, total)
 
@@ -138,9 +138,9 @@ def _fill_shard(
     max_batch_tokens: int | None,
     advance: Callable[[Sequence[int]], None],
 ) -> Tensor | None:
-    """Score a shard unless it is whole; of segments, how likely their author stops behind each that was scored."""
+    """Score a shard unless it is complete. Returns log P(START) after each newly scored segment, or None."""
     indices = store.shards[shard]
-    if _is_whole(store, shard):
+    if _is_intact(store, shard):
         advance(indices)
         return None
     found, stops = _score_shard(model, examples, indices, max_batch_tokens, advance, store.header.hidden_states)
@@ -149,14 +149,14 @@ def _fill_shard(
 
 
 def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> list[Tensor]:
-    """What `write_scores` would write, left in memory.
+    """Score like `write_scores`, but in memory.
 
     Returns:
-        Of all target tokens, example by example: log-probabilities in nats, shape (M,), whether each is the model's
-        argmax, shape (M,), and if wanted its last hidden states, shape (M, H).
+        For all target tokens, example by example: log-probabilities in nats, shape (M,), whether each is the model's
+        argmax, shape (M,), and optionally the last hidden states, shape (M, H).
 
     Raises:
-        ConfigError, MismatchError, ModelFailure, ToolFailure: as `write_scores`.
+        ConfigError, MismatchError, ModelFailure, ToolFailure: as in `write_scores`.
     """
     _check_fits(model, examples)
     return _score_shard(model, examples, range(len(examples)), None, lambda indices: None, hidden_states)[0]
@@ -170,23 +170,26 @@ def _score_shard(
     advance: Callable[[Sequence[int]], None],
     hidden_states: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Log-probabilities and flags of these examples' target tokens, and hidden states if wanted, in their order; of
-    segments also how likely their author stops behind each."""
+    """Score examples in batches, returning results in the order of `indices`.
+
+    Returns:
+        Log-probabilities, correctness and optionally hidden states; and for segments log P(START) after each, or None.
+    """
     results: dict[int, tuple[Tensor, ...]] = {}
-    for chosen in _batches(model, examples, indices, max_batch_tokens):
-        results.update(zip(chosen, _score_batch(model, examples, chosen, hidden_states), strict=True))
-        advance(chosen)
+    for batch in _batches(model, examples, indices, max_batch_tokens):
+        results.update(zip(batch, _score_batch(model, examples, batch, hidden_states), strict=True))
+        advance(batch)
     found = [torch.cat(values) for values in zip(*(results[index] for index in indices), strict=True)]
     return found, found.pop(2) if examples[indices[0]].segments is not None else None
 
 
 def _check_stops(name: str, stops: Sequence[Tensor]) -> None:
-    """Warn about an assistant that writes on where segments end: asked for one, it would write others behind it."""
+    """Log a warning about an assistant that tends to continue past the end of segments."""
     logprobs = torch.cat([torch.zeros(0), *stops])
     if len(logprobs) and logprobs.mean() < LOW_STOP:
         logger.warning(
             "%s gives the end of a segment a log-probability of %.1f nats on average, expected more than %.0f: "
-            "where it is asked it will often write on past the end; train it on such texts or take another assistant",
+            "it will often write past the end of a segment; train it on such texts or use another assistant",
             name,
             logprobs.mean(),
             LOW_STOP,
@@ -196,14 +199,14 @@ def _check_stops(name: str, stops: Sequence[Tensor]) -> None:
 def find_scores(
     directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None, *, hidden_states: bool = False
 ) -> Scores | None:
-    """The scores in a directory if they are complete; None if there is something left to score.
+    """Load the scores in a directory, or return None if they are incomplete.
 
     Args:
-        spec: compared with where the scored model came from, if given.
-        hidden_states: they must hold hidden states too.
+        spec: expected source of the scored model, if given.
+        hidden_states: whether the scores must include hidden states.
 
     Raises:
-        ConfigError: they are of other examples or another model, or without hidden states; what differs is named.
+        ConfigError: the scores are of other examples or another model, or lack hidden states.
         ArtefactError: scores.json is damaged.
     """
     header = read_header(directory)
@@ -216,16 +219,16 @@ def find_scores(
         wanted["hidden_states"] = True
     header.check_same(wanted, directory)
     store = _store(directory, header, examples)
-    whole = all(_is_whole(store, shard) for shard in range(len(store.shards)))
+    whole = all(_is_intact(store, shard) for shard in range(len(store.shards)))
     return store.collect() if whole else None
 
 
 def load_scores(directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None) -> Scores:
-    """The complete scores in a directory, checked against the examples.
+    """Load the complete scores in a directory, checked against the examples.
 
     Raises:
-        ConfigError: as `find_scores`.
-        ArtefactError: there are none, or they are incomplete or damaged.
+        ConfigError: as in `find_scores`.
+        ArtefactError: the scores are missing, incomplete or damaged.
     """
     if read_header(directory) is None:
         raise ArtefactError(f"there are no scores in {directory}: no {HEADER}; run 'collm score' first")
@@ -233,7 +236,7 @@ def load_scores(directory: Path, examples: Sequence[Example], spec: AssistantSpe
     if scores is None:
         raise ArtefactError(
             f"the scores in {directory} are incomplete or damaged; run the same 'collm score' again with the same "
-            "--out: it computes what is missing"
+            "--out, which computes the missing ones"
         )
     return scores
 
@@ -243,7 +246,7 @@ def _store(directory: Path, header: Header, examples: Sequence[Example]) -> Scor
     return ScoreStore(directory, header, order, [example.num_targets for example in examples])
 
 
-def _is_whole(store: ScoreStore, shard: int) -> bool:
+def _is_intact(store: ScoreStore, shard: int) -> bool:
     try:
         return store.read(shard) is not None
     except ArtefactError as error:
@@ -256,12 +259,12 @@ def _check_fits(model: Scored, examples: Sequence[Example]) -> None:
         length, largest = len(example.token_ids) - 1, max(example.token_ids)
         if model.max_length is not None and length > model.max_length:
             raise ConfigError(
-                f"example {index} has {length} tokens to read, {model.name} reads at most {model.max_length}; "
+                f"example {index} has {length} tokens to read, but {model.name} reads at most {model.max_length}; "
                 "lower max_length"
             )
         if largest >= model.vocab_size:
             raise MismatchError(
-                f"example {index} holds token id {largest}, {model.name} has ids below {model.vocab_size}; "
+                f"example {index} has token id {largest}, but {model.name} has ids below {model.vocab_size}; "
                 "the examples were made with another tokenizer"
             )
 
@@ -269,7 +272,7 @@ def _check_fits(model: Scored, examples: Sequence[Example]) -> None:
 def _batches(
     model: Scored, examples: Sequence[Example], indices: Sequence[int], max_batch_tokens: int | None
 ) -> list[list[int]]:
-    """A server makes its own batches of what is in flight; a tool reads example by example."""
+    """Batches by length for a model in memory; a single one for servers and tools, which do not need batches."""
     if not isinstance(model, LanguageModel):
         return [list(indices)]
     max_batch_tokens = max_batch_tokens or batch_tokens_on(model.device)
@@ -280,7 +283,7 @@ def _batches(
 def _score_batch(
     model: Scored, examples: Sequence[Example], indices: Sequence[int], hidden_states: bool = False
 ) -> list[tuple[Tensor, ...]]:
-    """Log-probabilities and flags of each example's target tokens, and hidden states if wanted, on the CPU."""
+    """Scores of each example, on the CPU: log-probabilities, correctness and optionally hidden states."""
     if isinstance(model, RemoteModel):
         return [*model.score([examples[index] for index in indices], numbers=indices)]
     if isinstance(model, ToolModel):
@@ -294,7 +297,7 @@ def _score_batch(
         if values.isnan().any():
             raise ModelFailure(
                 f"{model.name} returned NaN logits for example {index} (at its target token "
-                f"{int(values.isnan().nonzero()[0])}); check its weights and its dtype"
+                f"{int(values.isnan().nonzero()[0])}); check its weights and dtype"
             )
     return by_example
 
@@ -309,9 +312,11 @@ def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, ...]:
     logits = model.logits(model.next_tokens(example.token_ids, (at + 1).tolist()))
     spans = Spans.of(gold, rows, shifted.scored[at], law)
     terms = token_terms(logits, gold, rows, law)
-    silent = logits.amax(-1) == logits.amin(-1)
-    terms = terms._replace(  # a tool with nothing more to say has ended its segment
-        correct=terms.correct & ~silent, stops=terms.stops | silent, log_start=terms.log_start.masked_fill(silent, 0.0)
+    abstains = logits.amax(-1) == logits.amin(-1)
+    terms = terms._replace(  # a tool ends its segment by abstaining
+        correct=terms.correct & ~abstains,
+        stops=terms.stops | abstains,
+        log_start=terms.log_start.masked_fill(abstains, 0.0),
     )
     return segment_logprobs(terms, spans), segments_correct(terms, spans), stop_logprobs(terms, spans)
 
@@ -330,8 +335,8 @@ def _read_batch(
                 read = read_targets(model, hidden, batch.gold[batch.mask])
             else:
                 at = batch.read
-                of_read = batch.gold[at], batch.rows[at], batch.scored[at]
-                read = read_segments(model, states[at.to(states.device)], *of_read, law)
+                inputs_read = batch.gold[at], batch.rows[at], batch.scored[at]
+                read = read_segments(model, states[at.to(states.device)], *inputs_read, law)
             return [values.cpu() for values in (*read, *([hidden] if hidden_states else []))]
     finally:
         model.module.train(training)

@@ -1,4 +1,4 @@
-"""Scores on disk: shards that are whole or absent, tied to the examples and the model they were made from."""
+"""Scores on disk, in atomically written shards that are tied to their examples and model."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _FIELDS = {
     "hidden_states": "kind (with or without hidden states)",
 }
 
-_AGAIN = "run the same scoring again with the same --out: it recomputes what is missing"
+_ADVICE = "run the same scoring again with the same --out, which recomputes the missing ones"
 
 
 @dataclass(frozen=True)
 class Header:
-    """The content of scores.json: what the scores depend on, and with which versions they were begun.
+    """The content of scores.json: everything the scores depend on, and library versions.
 
     Attributes:
-        hidden_states: whether the shards also hold the model's last hidden states at the target tokens.
+        hidden_states: whether the shards include the model's last hidden states at the target tokens.
     """
 
     fingerprint: str
@@ -83,24 +83,24 @@ class Header:
         )
 
     def check_same(self, wanted: dict[str, Any], directory: Path) -> None:
-        """Raise ConfigError at the first field that is not as wanted."""
+        """Raise a ConfigError that names the first differing field."""
         for name, value in wanted.items():
-            mine = getattr(self, name)
-            if mine != value:
+            own = getattr(self, name)
+            if own != value:
                 raise ConfigError(
-                    f"{directory} holds scores of another {_FIELDS[name]}: {name} is {mine!r}, now {value!r}; "
+                    f"{directory} has scores of another {_FIELDS[name]}: {name} is {own!r}, now {value!r}; "
                     "choose another --out, or delete that directory"
                 )
 
 
 class ScoreStore:
-    """A directory of shards; example `order[j]` is the j-th that is scored, `shard_size` of them to a shard.
+    """A directory of shards with `shard_size` examples each.
 
     Args:
-        directory: where the shards lie; made if absent.
-        header: what they are made from.
+        directory: directory of the shards, created if it does not exist.
+        header: identity of the scores.
         order: indices of the examples, in the order of scoring.
-        counts: target tokens of each example.
+        counts: number of target tokens of each example.
     """
 
     def __init__(self, directory: Path, header: Header, order: Sequence[int], counts: Sequence[int]) -> None:
@@ -112,10 +112,10 @@ class ScoreStore:
 
     @classmethod
     def opened(cls, directory: Path) -> ScoreStore:
-        """The store that lies in a directory, by what its own shards say of their examples.
+        """Open an existing store, and take the order of its examples from its shards.
 
         Raises:
-            ArtefactError: there is none, or it is incomplete or damaged.
+            ArtefactError: the store is missing, incomplete or damaged.
         """
         header = read_header(directory)
         if header is None:
@@ -124,7 +124,7 @@ class ScoreStore:
         order: list[int] = []
         counts = [0] * header.num_examples
         for shard in range(-(-header.num_examples // header.shard_size)):
-            tensors = store._whole(shard)
+            tensors = store._read_existing(shard)
             order += tensors["examples"].tolist()
             for index, count in zip(tensors["examples"].tolist(), tensors["offsets"].diff().tolist(), strict=True):
                 counts[index] = count
@@ -134,11 +134,11 @@ class ScoreStore:
         return self.directory / f"scores-{shard:05d}.safetensors"
 
     def begin(self) -> None:
-        """Write scores.json, or check the one that is there.
+        """Write scores.json, or check an existing one.
 
         Raises:
-            ConfigError: the directory holds scores of something else.
-            ArtefactError: its scores.json is damaged.
+            ConfigError: the directory has scores of other examples or another model.
+            ArtefactError: the existing scores.json is damaged.
         """
         if (found := read_header(self.directory)) is not None:
             wanted = asdict(self.header)
@@ -148,10 +148,10 @@ class ScoreStore:
             temporary.write_text(json.dumps(asdict(self.header), indent=2) + "\n", encoding="utf-8")
 
     def write(self, shard: int, logprob: Tensor, correct: Tensor, hidden: Tensor | None = None) -> None:
-        """Write one shard: float32 and bool of its target tokens, in the shard's order of examples.
+        """Write the log-probabilities and correctness of one shard's target tokens, in the shard's order.
 
         Args:
-            hidden: last hidden states, shape (n, H), where the header says that the store holds them.
+            hidden: last hidden states, shape (n, H), if the store includes them.
         """
         assert (hidden is not None) == self.header.hidden_states
         tensors = {
@@ -166,41 +166,41 @@ class ScoreStore:
             temporary.write_bytes(content)
 
     def read(self, shard: int) -> dict[str, Tensor] | None:
-        """The tensors of one shard; None if it is absent.
+        """Read the tensors of one shard; None if it does not exist.
 
         Raises:
-            ArtefactError: it is damaged, or was made from something else.
+            ArtefactError: the shard is damaged or belongs to other examples.
         """
         if not self.path(shard).exists():
             return None
-        tensors = self._sound(shard)
+        tensors = self._read_verified(shard)
         layout = self._layout(shard)
         if any(not torch.equal(tensors[name], layout[name]) for name in layout):
-            raise ArtefactError(f"{self.path(shard)} is damaged: it is of other examples; {_AGAIN}")
+            raise ArtefactError(f"{self.path(shard)} is damaged: it belongs to other examples; {_ADVICE}")
         return tensors
 
-    def _whole(self, shard: int) -> dict[str, Tensor]:
+    def _read_existing(self, shard: int) -> dict[str, Tensor]:
         if not self.path(shard).exists():
             raise ArtefactError(
-                f"the scores in {self.directory} are incomplete: {self.path(shard).name} is missing; {_AGAIN}"
+                f"the scores in {self.directory} are incomplete: {self.path(shard).name} is missing; {_ADVICE}"
             )
-        return self._sound(shard)
+        return self._read_verified(shard)
 
-    def _sound(self, shard: int) -> dict[str, Tensor]:
-        """The tensors of a shard that is there, checked against their checksum."""
+    def _read_verified(self, shard: int) -> dict[str, Tensor]:
+        """Read the tensors of an existing shard and verify their checksum."""
         path = self.path(shard)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                sound = (file.metadata() or {}).get("sha256") == self._digest(tensors)
+                intact = (file.metadata() or {}).get("sha256") == self._digest(tensors)
         except (SafetensorError, OSError) as error:
-            raise ArtefactError(f"{path} is damaged ({error}); {_AGAIN}") from error
-        if not sound:
-            raise ArtefactError(f"{path} is damaged: its content does not match its checksum; {_AGAIN}")
+            raise ArtefactError(f"{path} is damaged ({error}); {_ADVICE}") from error
+        if not intact:
+            raise ArtefactError(f"{path} is damaged: its content does not match its checksum; {_ADVICE}")
         return tensors
 
     def collect(self) -> Scores:
-        """All scores, in the order of the examples.
+        """Load all scores, in the order of the examples.
 
         Raises:
             ArtefactError: a shard is missing or damaged.
@@ -210,7 +210,7 @@ class ScoreStore:
         logprobs = torch.empty(int(offsets[-1]), dtype=torch.float32)
         corrects = torch.empty(int(offsets[-1]), dtype=torch.bool)
         for shard, indices in enumerate(self.shards):
-            tensors = self._whole(shard)
+            tensors = self._read_existing(shard)
             pieces = zip(indices, tensors["offsets"].tolist(), tensors["offsets"][1:].tolist(), strict=False)
             for index, start, end in pieces:
                 places[index] = (self.path(shard), start, end)
@@ -234,10 +234,10 @@ class ScoreStore:
 
 
 def read_header(directory: Path) -> Header | None:
-    """The content of scores.json, None if there is none.
+    """Read scores.json; None if it does not exist.
 
     Raises:
-        ArtefactError: it is damaged or of another format.
+        ArtefactError: the file is damaged or has another format.
     """
     path = directory / HEADER
     if not path.exists():

@@ -1,4 +1,4 @@
-"""From examples to tensors, and from hidden states to log-probabilities at the target positions."""
+"""Conversion of examples to tensors, and of hidden states to log-probabilities at target positions."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
 
 MAX_LOGITS = 2**25
-"""Most logits in memory at once, in numbers; 128 MB in fp32."""
+"""Largest number of logits in memory at once; 128 MB in fp32."""
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """An example of N tokens as N - 1 predictions: position t speaks of the token after position t.
+    """An example of N tokens as N - 1 predictions. Values at position t belong to the token after position t.
 
     Attributes:
-        input_ids: what is read, int64, shape (N - 1,).
-        gold: the token that follows, int64, shape (N - 1,).
-        mask: true where something is decided, bool, shape (N - 1,): who writes that target, or the segment that it
-            begins.
-        scored: true where that token is a target, bool, shape (N - 1,).
-        rows: of the opening table where that token begins a segment, else -1, int64, shape (N - 1,); None for models
-            that share a tokenizer, where `scored` is `mask`.
+        input_ids: input tokens, int64, shape (N - 1,).
+        gold: gold tokens, int64, shape (N - 1,).
+        mask: whether an author is chosen for the gold token or for the segment it begins, bool, shape (N - 1,).
+        scored: whether the gold token is a target, bool, shape (N - 1,).
+        rows: row of the opening table if the gold token begins a segment, else -1, int64, shape (N - 1,); None for
+            models that share a tokenizer, for which `scored` equals `mask`.
     """
 
     input_ids: Tensor
@@ -49,7 +48,7 @@ class Shifted:
 
 
 def shift(example: Example) -> Shifted:
-    """The one shift: everything that scores or trains reads an example through this function."""
+    """Shift an example by one token. All scoring and training reads examples through this function."""
     token_ids = torch.tensor(example.token_ids, dtype=torch.int64)
     scored = torch.tensor(example.is_target, dtype=torch.bool)[1:]
     if example.segments is None:
@@ -66,7 +65,7 @@ class Batch:
         input_ids: int64, shape (B, T).
         attention_mask: 1 at real tokens, int64, shape (B, T).
         gold: int64, shape (B, T).
-        mask, scored, rows: as of `Shifted`, shape (B, T).
+        mask, scored, rows: as in `Shifted`, shape (B, T).
     """
 
     input_ids: Tensor
@@ -78,7 +77,7 @@ class Batch:
 
     @property
     def read(self) -> Tensor:
-        """Positions at which something is to be known of the next token, bool, shape (B, T)."""
+        """Positions whose logits are needed, bool, shape (B, T)."""
         return self.scored if self.rows is None else self.scored | (self.rows >= 0)
 
     def to(self, device: torch.device) -> Batch:
@@ -93,7 +92,7 @@ class Batch:
 
 
 def pad(shifted: Sequence[Shifted]) -> Batch:
-    """Pad to the longest; padding holds token 0, is not attended to and is no target."""
+    """Pad to the longest example with token 0, which is neither attended to nor a target."""
     rows = [one.rows for one in shifted if one.rows is not None]
     return Batch(
         input_ids=pad_sequence([one.input_ids for one in shifted], batch_first=True),
@@ -106,12 +105,12 @@ def pad(shifted: Sequence[Shifted]) -> Batch:
 
 
 def batch_tokens_on(device: torch.device) -> int:
-    """Tokens to a batch that keep a device busy; on a CPU more of them would fall out of its caches."""
+    """Number of tokens per batch that uses a device well. On a CPU, larger batches do not fit its caches."""
     return 512 if device.type == "cpu" else 16384
 
 
 def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
-    """Indices in batches of at most `max_batch_tokens` tokens with padding (or a single example), longest first."""
+    """Group indices into batches of at most `max_batch_tokens` tokens with padding (or one example), longest first."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
     for index in order:
@@ -126,17 +125,16 @@ def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[lis
 def read_segments(
     model: LanguageModel, hidden: Tensor, gold: Tensor, rows: Tensor, is_target: Tensor, law: SegmentLaw
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each segment, whether greedy decoding writes it, and how likely its author stops behind it.
-
-    With gradients the logits are made again for them, so that at most `MAX_LOGITS` of them are held at a time.
+    """Score segments. At most `MAX_LOGITS` logits are in memory; gradients recompute them.
 
     Args:
-        hidden: last hidden states where something is to be known of the next token, shape (N, H).
-        gold, rows, is_target: of that token, as of `Shifted`, shape (N,).
-        law: of the model's tokens.
+        hidden: last hidden states at the positions of `Batch.read`, shape (N, H).
+        gold, rows, is_target: as in `Shifted` (`is_target` is `scored`), shape (N,).
+        law: the model's tokens that begin a segment.
 
     Returns:
-        Shape (D,) each: logprob in nats, fp32; correct, bool; log P(START) behind the segment, nats (`core.segments`).
+        Shape (D,) each: log-probability of the segment in nats, fp32; whether greedy decoding writes it, bool;
+        log P(START) after it, nats (`core.segments`).
     """
     gold, rows, is_target = (values.to(model.device) for values in (gold, rows, is_target))
     law = law.to(model.device)
@@ -159,15 +157,14 @@ def read_segments(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def read_targets(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the gold tokens, and whether each is the model's argmax; without gradients.
+    """Score gold tokens without gradients. At most `MAX_LOGITS` logits are in memory at once.
 
     Args:
         hidden: last hidden states at target positions, shape (N, H).
-        gold: the tokens that follow, shape (N,).
+        gold: gold tokens, shape (N,).
 
     Returns:
-        logprob in nats, fp32, shape (N,), and correct, bool, shape (N,). At most `MAX_LOGITS` logits are held at a
-        time.
+        Log-probabilities in nats, fp32, shape (N,), and whether each token is the model's argmax, bool, shape (N,).
     """
     gold = gold.to(model.device)
     rows = max(1, MAX_LOGITS // model.vocab_size)

@@ -1,4 +1,4 @@
-"""CoLLMTrainer: transformers' Trainer on the joint model, with the assistants' scores in place of the assistants."""
+"""A transformers Trainer for the joint model, which reads scores instead of running the assistants."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ logger = logging.getLogger(__name__)
 class CoLLMTrainer(Trainer):  # type: ignore[misc]
     """Trains a base and its deferral head on the marginal likelihood (arXiv 2403.03870).
 
-    After `train`, `base` and `head` are the tuned ones; with method "lora", `base` is a `PeftModel`.
+    After `train`, `base` and `head` are tuned. With method "lora", `base` is a `PeftModel`.
 
     Args:
-        base: the causal LM to tune; changed in place.
-        head: the deferral head; changed in place.
-        args: the options.
-        train_dataset: examples with the assistants' scores, and the base's where there is a warm start.
-        eval_dataset: likewise, for `evaluate`.
-        vocab_size: as in `LanguageModel`: the ids of the base's tokenizer.
+        base: the causal LM to tune, in place.
+        head: the deferral head to tune, in place.
+        args: training options.
+        train_dataset: examples with the assistants' scores, and for a warm start the base's.
+        eval_dataset: examples with scores for `evaluate`.
+        vocab_size: as in `LanguageModel`: the vocabulary size of the base's tokenizer.
         callbacks: transformers callbacks.
 
     Attributes:
-        label_report: share of pseudo-labels, once the warm start has run.
-        warm_start_report: what it reached.
+        label_report: shares of pseudo-labels; None before the warm start.
+        warm_start_report: results of the warm start; None before it.
 
     Raises:
-        ConfigError: options that do not fit the data or the base.
-        MismatchError: base, head and scores do not fit.
-        MissingExtra: LoRA without peft.
+        ConfigError: the options do not match the data or the base.
+        MismatchError: base, head and scores do not match.
+        MissingExtra: method "lora" without peft installed.
     """
 
     optimizer: Any
@@ -82,7 +82,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=eval_dataset,
             callbacks=[*callbacks, *_early_stopping(args)],
         )
-        if is_deepspeed_zero3_enabled():  # the loss reads this weight outside its layer
+        if is_deepspeed_zero3_enabled():  # the loss uses this weight outside of its layer
             import deepspeed
 
             deepspeed.zero.register_external_parameter(self.joint, LanguageModel(tuned, name="base").output_weight)
@@ -106,7 +106,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         return self.joint.head
 
     def gathered(self) -> tuple[nn.Module, DeferralHead]:
-        """Base and head in whole, wherever their parameters lie; every process must call it."""
+        """Gather base and head from all devices. Every process must call it."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return self.base, self.head
         place = Path(self.args.output_dir) / "gathered"
@@ -115,21 +115,21 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         return read_tuned(place, self.joint, self.args.method)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
-        """Warm-start the head if the options say so, then train.
+        """Warm-start the head if configured, then train.
 
         Args:
-            resume_from_checkpoint: a checkpoint, or True for the last whole one in the output directory; the run goes
-                on as if it had not been interrupted.
+            resume_from_checkpoint: a checkpoint, or True for the last complete one in the output directory. The run
+                continues as if it had not been interrupted.
 
         Raises:
-            ConfigError: nothing to resume from; or checkpoints of another run in the output directory.
+            ConfigError: there is no checkpoint to resume from, or the output directory has checkpoints of another run.
             ArtefactError: the checkpoint is incomplete or damaged.
-            ModelFailure: the loss is not a number.
+            ModelFailure: the loss is not finite.
         """
         found = last_checkpoint(Path(self.args.output_dir))
         if resume_from_checkpoint is True and found is None:
             raise ConfigError(
-                f"{self.args.output_dir} holds no whole checkpoint to resume from; start without resuming"
+                f"{self.args.output_dir} has no complete checkpoint to resume from; start without resuming"
             )
         if not resume_from_checkpoint:
             if found is not None:
@@ -142,7 +142,9 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         checkpoint = found if resume_from_checkpoint is True else Path(resume_from_checkpoint)
         assert checkpoint is not None
         if not is_whole(checkpoint):
-            raise ArtefactError(f"{checkpoint} is no whole checkpoint: no readable {STATE}; resume from an earlier one")
+            raise ArtefactError(
+                f"{checkpoint} is not a complete checkpoint: no readable {STATE}; resume from an earlier one"
+            )
         return super().train(str(checkpoint), **options)
 
     def _warm_start(self) -> None:
@@ -166,7 +168,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
     # Loss and optimiser
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, which passes the number of target tokens of the whole effective batch to the module.
+        """Compute the loss with Trainer, which passes the number of target tokens of the effective batch.
 
         Raises:
             ModelFailure: the loss is NaN or infinite.
@@ -181,7 +183,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         return result
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
-        """Target tokens of one optimiser step, over all its batches and processes."""
+        """Number of target tokens of an optimiser step, over all its batches and processes."""
         if not batch_samples:
             return None
         number = torch.stack([batch["target_mask"].sum() for batch in batch_samples]).sum().to(device)
@@ -190,17 +192,17 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         return number
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Parameter groups: base with and without weight decay, and the head with its own learning rate."""
+        """Create parameter groups for the base with and without weight decay, and for the head."""
         if self.optimizer is None:
             model = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decayed = set(self.get_decay_parameter_names(model))
             head_rate = self.args.resolved_head_learning_rate(self.head.hidden_size)
             trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            of_base = [(name, p) for name, p in trained if not _is_head(name)]
+            base_parameters = [(name, p) for name, p in trained if not _is_head(name)]
             groups = [
-                {"params": [p for n, p in of_base if n in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [p for n, p in of_base if n not in decayed], "weight_decay": 0.0},
+                {"params": [p for n, p in base_parameters if n in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in base_parameters if n not in decayed], "weight_decay": 0.0},
                 {"params": [p for n, p in trained if _is_head(n)], "weight_decay": 0.0, "lr": head_rate},
             ]
             self.optimizer = kind([group for group in groups if group["params"]], **options)
@@ -214,10 +216,10 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Means over all target tokens of a set.
+        """Compute means over all target tokens of a set.
 
         Returns:
-            `eval_loss`, `eval_base_nll`, .. : the names of `TokenViews.measures` behind the prefix.
+            `eval_loss`, `eval_base_nll`, ..: the names of `TokenViews.measures` with the prefix.
 
         Raises:
             ConfigError: there is no evaluation set.
@@ -236,7 +238,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Padded in any case: rows are examples, which is how they are counted over processes."""
+        """Use padded batches in any case, because examples are counted by rows over processes."""
         training, self.data_collator = self.data_collator, collate
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -251,9 +253,9 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         out = {name: values for name, values in out.items() if name != "loss"}
         out |= {name: inputs[name] for name in ("assistant_logprobs", "assistant_correct", "target_mask")}
         flags = [name for name, values in out.items() if values.dtype == torch.bool]
-        out |= {name: out[name].to(torch.uint8) for name in flags}  # padding would make int64 of a bool
+        out |= {name: out[name].to(torch.uint8) for name in flags}  # padding would convert bool to int64
         padded = self.accelerator.pad_across_processes(out, dim=1)
-        gathered = self.accelerator.gather_for_metrics(padded)  # without the rows that only fill the last batch
+        gathered = self.accelerator.gather_for_metrics(padded)  # drops rows that only fill up the last batch
         gathered |= {name: gathered[name].bool() for name in flags}
         mask = gathered.pop("target_mask")
         return {name: values[mask].cpu() for name, values in gathered.items()}
@@ -262,12 +264,12 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        (checkpoint / STATE).unlink(missing_ok=True)  # what marks it as whole
+        (checkpoint / STATE).unlink(missing_ok=True)  # marks a checkpoint as complete
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             raise WriteError(
-                f"could not write {checkpoint}: {error}; free some space and resume from the last whole checkpoint"
+                f"could not write {checkpoint}: {error}; free some space and resume from the last complete checkpoint"
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -288,10 +290,10 @@ def _early_stopping(args: CoLLMConfig) -> list[TrainerCallback]:
 
 @torch.no_grad()
 def _check_padding_free(base: LanguageModel) -> None:
-    """Whether sequences behind each other in one row keep to themselves, which some attention ignores without a word.
+    """Check that sequences concatenated to one row do not attend to each other, as some attention silently does.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do.
     """
     training = base.module.training
     base.module.eval()
@@ -302,14 +304,14 @@ def _check_padding_free(base: LanguageModel) -> None:
     base.module.train(training)
     if not torch.allclose(together, alone, rtol=0.05, atol=0.05 * alone.abs().max().item()):
         raise ConfigError(
-            f"padding_free does not fit {type(base.inner).__name__} with attention "
-            f"{base.config._attn_implementation!r}: sequences in one row see each other; use sdpa or "
+            f"padding_free does not work with {type(base.inner).__name__} and attention "
+            f"{base.config._attn_implementation!r}, because sequences in one row attend to each other; use sdpa or "
             "flash_attention_2, or leave padding_free out"
         )
 
 
 def _is_head(parameter_name: str) -> bool:
-    """Whether a parameter of the joint module, wrapped or not, is the head's."""
+    """Whether a parameter of the joint module, wrapped or not, belongs to the head."""
     return next(part for part in parameter_name.split(".") if part in ("base", "head")) == "head"
 
 
@@ -321,18 +323,18 @@ def _check(
     eval_dataset: TrainingSet | None,
 ) -> None:
     if hasattr(base, "peft_config"):
-        raise ConfigError("the base already has an adapter; pass the plain model, method 'lora' adds a fresh one")
+        raise ConfigError("the base already has an adapter; pass the plain model, as method 'lora' adds a new one")
     for data in [train_dataset, *([] if eval_dataset is None else [eval_dataset])]:
         if data.num_assistants != head.num_assistants:
             raise MismatchError(
-                f"the head chooses among {head.num_assistants} assistants, the data has scores of {data.num_assistants}"
+                f"the head has {head.num_assistants} assistants, but the data has scores of {data.num_assistants}"
             )
         if data.from_hidden_states and args.method != "head":
-            raise ConfigError(f"hidden states are kept of a frozen base only; method {args.method!r} changes it")
+            raise ConfigError(f"stored hidden states require a frozen base, but method {args.method!r} changes it")
     longest = max(len(example.token_ids) for example in train_dataset.examples)
     if longest > args.max_length:
         raise DataError(
-            f"an example has {longest} tokens, max_length is {args.max_length}; encode with that max_length"
+            f"an example has {longest} tokens, but max_length is {args.max_length}; encode with that max_length"
         )
     if args.warm_start and train_dataset.base_scores is None:
         raise ConfigError("a warm start needs the base's scores; pass base_scores, or set warm_start to False")
@@ -340,11 +342,11 @@ def _check(
         raise ConfigError(f"eval_strategy {args.eval_strategy} has no effect without an evaluation set; pass one")
     if args.n_gpu > 1:
         raise ConfigError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process each (torchrun), or make one visible"
+            f"{args.n_gpu} GPUs are visible to one process; start a process per GPU (torchrun), or make one GPU visible"
         )
     if args.method == "full" and base.dtype != torch.float32:
         logger.warning(
-            "the base's weights are %s, in which most updates of a learning rate of %g round to nothing; load it with "
+            "the base's weights are %s, in which most updates with learning rate %g round to zero; load it with "
             "dtype float32 and set bf16 for speed",
             base.dtype,
             args.learning_rate,

@@ -1,4 +1,4 @@
-"""Warm start: fit the deferral head to pseudo-labels on hidden states of the frozen base."""
+"""Warm start: fit the deferral head to pseudo-labels, on hidden states of the frozen base."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from collm.training.scoring import OnProgress
 from collm.training.targets import batch_tokens_on, batches_by_length, pad, shift
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
-"""L2 penalties tried on standardised features, strongest first."""
+"""L2 penalties to try on standardised features, strongest first."""
 
 HELD_OUT = 0.2
-"""Share of the examples that choose the penalty and measure the fit."""
+"""Share of examples held out to choose the penalty and to measure the fit."""
 
 
 @dataclass(frozen=True)
 class WarmStartReport:
-    """What the fit reached on examples held out of it (on the same ones where they are too few to hold any out).
+    """Quality of the fit on held-out examples, or on all examples if there are too few to hold any out.
 
     Attributes:
         loss_nats: weighted negative log-likelihood of the pseudo-labels.
-        accuracy: share of tokens whose most probable author is the label.
-        auc: of the defer prob, for tokens that belong to an assistant.
-        share: of positives among the tokens used.
-        num_tokens: tokens used, held out or not.
-        penalty: the L2 penalty chosen.
+        accuracy: share of tokens whose most probable author equals the label.
+        auc: AUC of the defer prob as a classifier of tokens labelled with an assistant.
+        share: share of positives among all used tokens.
+        num_tokens: number of used tokens, held out or not.
+        penalty: the chosen L2 penalty.
     """
 
     loss_nats: float
@@ -61,35 +61,35 @@ def warm_start(
     max_batch_tokens: int | None = None,
     progress: OnProgress | None = None,
 ) -> WarmStartReport:
-    """Set the head to the weighted logistic regression of the pseudo-labels on the base's hidden states.
+    """Set the head by a weighted logistic regression of the pseudo-labels on the base's hidden states.
 
-    The paper fits by a pass of AdamW with weight 8 on positives (arXiv 2403.03870); this is the same objective's
-    optimum, by L-BFGS on standardised features, with the L2 penalty that predicts held-out examples best.
+    The paper uses one pass of AdamW with weight 8 on positives (arXiv 2403.03870). This finds the optimum of the same
+    objective with L-BFGS on standardised features, and chooses the L2 penalty on held-out examples.
 
     Args:
-        base: frozen; its weights are only read.
-        head: overwritten.
-        examples: what the labels speak of.
-        max_tokens: most target tokens to use, from examples in random order.
-        positive_weight: weight of tokens labelled with an assistant, against 1.
-        seed: of that order.
-        hidden: the base's hidden states, where they were kept; it is not run then.
+        base: the frozen base, which is not modified.
+        head: the head to overwrite.
+        examples: the labelled examples.
+        max_tokens: largest number of target tokens to use, from examples in random order.
+        positive_weight: weight of tokens labelled with an assistant; others have weight 1.
+        seed: seed of the random order.
+        hidden: stored hidden states of the base, which replace running it.
         max_batch_tokens: as in `scoring.write_scores`.
-        progress: called with target tokens read and to be read.
+        progress: called with the number of target tokens read and the total.
 
     Raises:
-        DataError: no token belongs to an assistant, so there is nothing to fit.
-        MismatchError: the head does not fit the base or the labels.
-        ConfigError: labels of other examples, or an option out of range.
+        DataError: no token is labelled with an assistant.
+        MismatchError: the head does not match the base or the labels.
+        ConfigError: the labels are of other examples, or an option is out of range.
     """
     _check(base, head, examples, labels, max_tokens, positive_weight)
-    chosen = _choose(labels, max_tokens, seed)
-    targets = torch.cat([labels.of(index) for index in chosen])[:max_tokens].to(base.device)
+    indices = _choose_examples(labels, max_tokens, seed)
+    targets = torch.cat([labels.of(index) for index in indices])[:max_tokens].to(base.device)
     if not (targets != 0).any():
-        raise DataError(f"the warm start finds no positive among the {len(targets)} tokens it reads; {labels.report()}")
-    features = _features(base, examples, chosen, hidden, max_batch_tokens, progress)[:max_tokens]
+        raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {labels.report()}")
+    features = _features(base, examples, indices, hidden, max_batch_tokens, progress)[:max_tokens]
     mean, scale = _standardise(features)
-    cut = sum(len(labels.of(index)) for index in chosen[: round((1 - HELD_OUT) * len(chosen))])
+    cut = sum(len(labels.of(index)) for index in indices[: round((1 - HELD_OUT) * len(indices))])
     trial = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
     weight, bias = fit_authors(
         features, targets, trial.fit, positive_weight=positive_weight, penalty=trial.report.penalty
@@ -114,53 +114,53 @@ def _check(
 ) -> None:
     if max_tokens < 1 or not positive_weight > 0:
         raise ConfigError(
-            f"a warm start needs max_tokens >= 1 and positive_weight > 0, came {max_tokens} and {positive_weight}"
+            f"a warm start needs max_tokens >= 1 and positive_weight > 0, got {max_tokens} and {positive_weight}"
         )
     if len(examples) != len(labels):
-        raise ConfigError(f"{len(labels)} examples were labelled, {len(examples)} came; label the same examples")
+        raise ConfigError(f"the labels are for {len(labels)} examples, got {len(examples)}; label the same examples")
     if (head.hidden_size, head.num_assistants) != (base.hidden_size, labels.num_assistants):
         raise MismatchError(
-            f"the head is for hidden size {head.hidden_size} and {head.num_assistants} assistants; {base.name} has "
-            f"{base.hidden_size}, the labels have {labels.num_assistants}"
+            f"the head has hidden size {head.hidden_size} and {head.num_assistants} assistants, but {base.name} has "
+            f"hidden size {base.hidden_size} and the labels have {labels.num_assistants} assistants"
         )
 
 
-def _choose(labels: Labels, max_tokens: int, seed: int) -> list[int]:
-    """Examples in random order, until they hold `max_tokens` target tokens."""
+def _choose_examples(labels: Labels, max_tokens: int, seed: int) -> list[int]:
+    """Examples in random order, until they have `max_tokens` target tokens."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen: list[int] = []
+    indices: list[int] = []
     total = 0
     for index in order:
         if total >= max_tokens:
             break
-        chosen.append(index)
+        indices.append(index)
         total += len(labels.of(index))
-    return chosen
+    return indices
 
 
 def _features(
     base: LanguageModel,
     examples: Sequence[Example],
-    chosen: Sequence[int],
+    indices: Sequence[int],
     hidden: HiddenStates | None,
     max_batch_tokens: int | None,
     progress: OnProgress | None,
 ) -> Tensor:
-    """What the head reads at the target positions of the chosen examples, in their order: fp32, shape (M, H)."""
+    """Hidden states at the target positions of the chosen examples, in order: fp32, shape (M, H)."""
     if hidden is None:
-        return _read_features(base, examples, chosen, max_batch_tokens, progress)
-    return torch.cat([hidden.of(index) for index in chosen]).to(base.device, torch.float32)
+        return _read_features(base, examples, indices, max_batch_tokens, progress)
+    return torch.cat([hidden.of(index) for index in indices]).to(base.device, torch.float32)
 
 
 def _read_features(
     base: LanguageModel,
     examples: Sequence[Example],
-    chosen: Sequence[int],
+    indices: Sequence[int],
     max_batch_tokens: int | None,
     progress: OnProgress | None,
 ) -> Tensor:
-    """Run the base for them, in batches by length."""
-    shifted = [shift(examples[index]) for index in chosen]
+    """Compute the hidden states with the base, in batches by length."""
+    shifted = [shift(examples[index]) for index in indices]
     counts = [int(one.mask.sum()) for one in shifted]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
     features = torch.empty(starts[-1], base.hidden_size, device=base.device)
@@ -185,7 +185,7 @@ def _read_features(
 
 
 def _standardise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise in place; the mean and the factor of each feature, 0 for one that never varies."""
+    """Standardise in place. Returns each feature's mean and scale, which is 0 for a constant feature."""
     variance, mean = torch.var_mean(features, dim=0, correction=0)
     std = variance.sqrt()
     scale = torch.where(std > 1e-6 * mean.abs(), 1 / std, 0.0)
@@ -194,9 +194,9 @@ def _standardise(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants: int, positive_weight: float) -> _Trial:
-    """Fit the tokens before `cut` with ever weaker penalties, as long as those after it are predicted better.
+    """Fit the tokens before `cut` with decreasing penalties until the loss on the tokens after it increases.
 
-    Where one of the parts has no positive, both are the whole.
+    If one of the parts has no positive label, all tokens are used for both.
     """
     whole, before, after = slice(None), slice(None, cut), slice(cut, None)
     parts = (before, after) if all((targets[part] != 0).any() for part in (before, after)) else (whole, whole)
@@ -214,7 +214,7 @@ def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants:
             penalty=penalty,
         )
         if best is not None and report.loss_nats > best.report.loss_nats:
-            break  # weaker penalties fit the noise further, and take longest
+            break  # weaker penalties overfit more, and take longest
         best = _Trial(fit, report)
     assert best is not None
     return best
