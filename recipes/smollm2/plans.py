@@ -56,6 +56,7 @@ class PairPlan(Plan):
         heal_texts: paragraphs of Python's documentation likewise.
         heal_learning_rate: of that.
         expert_rows: solutions from which the assistant learns. No row is in two of the three sets.
+        frozen: also train a head alone, on the tuned base.
     """
 
     layers: int
@@ -63,14 +64,15 @@ class PairPlan(Plan):
     heal_texts: int
     heal_learning_rate: float
     expert_rows: int
+    frozen: bool
 
 
 PAIR_PLANS = {
     "cpu": PairPlan(
-        240, 8, 120, 32, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 10, 640, 320, 5e-4, 200
+        240, 8, 120, 32, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 10, 640, 320, 5e-4, 200, True
     ),
     "cpu-deep": PairPlan(
-        240, 8, 120, 0, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 24, 240, 60, 2e-4, 200
+        240, 8, 120, 0, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 24, 240, 60, 2e-4, 200, False
     ),
     "gpu": PairPlan(
         1000,
@@ -92,5 +94,6 @@ PAIR_PLANS = {
         1600,
         5e-4,
         3000,
+        True,
     ),
 }

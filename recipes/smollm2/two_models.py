@@ -109,11 +109,11 @@ class PairRun(Stages):
 
     def measure(self) -> dict[str, Any]:
         """What the rules make of given solutions, and what is right of solutions written freely."""
-        together, frozen = self.together(), self.frozen()
-        given = {
-            TOGETHER: self.kept("given, together", lambda: self._given(together)),
-            FROZEN: self.kept("given, frozen", lambda: self._given(frozen)),
-        }
+        together = self.together()
+        given = {TOGETHER: self.kept("given, together", lambda: self._given(together))}
+        if self.plan.frozen:
+            frozen = self.frozen()
+            given[FROZEN] = self.kept("given, frozen", lambda: self._given(frozen))
         if not self.plan.written_rows:
             return {"given": given}
         return {"given": given, "written": self.kept("written", lambda: self._written(given[TOGETHER]))}
