@@ -23,10 +23,12 @@ MAY_IMPORT = {
     "artefact": {"core", "tools", "models"},
     "vllm": {"core", "tools", "models", "decoding", "artefact", "vllm"},
     "engines": {"core", "tools", "models", "decoding", "vllm"},
-    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines"},
+    "storage": {"core", "tools", "models", "artefact"},
+    "completions": {"core", "models", "decoding"},
+    "collaboration": {"core", "tools", "models", "decoding", "vllm", "engines", "storage", "completions"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
-MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}
+MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "artefact", "collaboration", "serving"}
 MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"], "run"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "vllm", "serving", "cli"}

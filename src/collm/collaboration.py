@@ -2,61 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from collm import artefact
-from collm.artefact import Manifest, SavedBase
-from collm.atomic import atomic_directory
+from collm.completions import Completions, OnCompletion, as_prompts, complete, params_for_each, steps
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
-from collm.core.types import BASE, Completion, ModelUsage, PromptLogprob, TokenStep, deferral_rate
+from collm.core.types import BASE, PromptLogprob, TokenStep
 from collm.decoding.candidates import Candidates, aligned_candidates
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request, check_names_author, check_prompt
 from collm.engines import Backend, EngineName, InMemory, InOneEngine, OnServers, check_engine
-from collm.errors import ArtefactError, ConfigError, MismatchError
-from collm.models.adapters import check_adapter
+from collm.errors import ConfigError, MismatchError
+from collm.models.alignment import Alignment
 from collm.models.guards import TokenizerIdentity, check_accepted
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_tokenizer
-from collm.models.members import AssistantSpec, Member, aligned, as_member, author_name, spec_of
-from collm.models.progress import quiet_if_small
+from collm.models.members import Member, aligned, as_member
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
+from collm.storage import Parts, default_threshold, load_parts, push_to_hub, save_calibration, save_parts
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.export import export_base
 from collm.vllm.servers import Servers
-
-
-class Completions(list[Completion]):
-    """Completions of several prompts, and what each model did for them.
-
-    Attributes:
-        usage: model name -> forward passes, tokens read and written, of this call.
-    """
-
-    def __init__(self, completions: Sequence[Completion], usage: dict[str, ModelUsage]) -> None:
-        super().__init__(completions)
-        self.usage = usage
-
-    @property
-    def deferral_rate(self) -> float:
-        """Share of all generated tokens that assistants wrote."""
-        return deferral_rate([author for completion in self for author in completion.authors])
 
 
 class CoLLM:
@@ -100,14 +77,8 @@ class CoLLM:
         servers: Servers | None = None,
     ) -> None:
         check_accepted(accept_differences)
-        if servers is not None and (eager or cache_memory is not None):
-            given = "eager" if eager else "cache_memory"
-            raise ConfigError(f"{given} has no effect across servers; leave it out")
-        if len(assistants) != head.num_assistants:
-            raise MismatchError(
-                f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
-                "give one model for each of its outputs"
-            )
+        _check_local_options(servers, eager=eager, cache_memory=cache_memory)
+        _check_count(assistants, head)
         if isinstance(base, ToolSpec):
             raise ConfigError(f"the base is {base}, expected a language model: the head reads its hidden states")
         self.base = base
@@ -121,27 +92,14 @@ class CoLLM:
         self.training = training or {}
         self.servers = servers
         self._source: Path | None = None
-        members, accepted = [self.base, *self.assistants], self.accept_differences
-        stop_ids = self.template.turn_ends
-        own = [load_tokenizer(one) if isinstance(one, ModelSpec) else tokenizer for one in self.assistants]
-        self.alignment = aligned(
-            self.base,
-            self.assistants,
-            [tokenizer, *(own if tokenizers is None else tokenizers)],
-            self.template,
-            accept_differences=accepted,
-        )
-        if self.alignment is not None and servers is not None:
-            raise ConfigError(
-                "the models have different tokenizers, which needs their logits at every token; servers give only the "
-                "most probable tokens, so use engine 'local'"
-            )
+        self.alignment = self._aligned(tokenizers)
+        members, stop_ids = [self.base, *self.assistants], self.template.turn_ends
         self._in_memory = InMemory(
             members,
             head,
             tokenizer,
             stop_ids=stop_ids,
-            accept_differences=accepted,
+            accept_differences=self.accept_differences,
             alignment=self.alignment,
             eager=eager,
             cache_memory=cache_memory,
@@ -149,7 +107,29 @@ class CoLLM:
         self.backend: Backend = self._in_memory
         if servers is not None:
             kind = InOneEngine if servers.are_one(head.num_assistants) else OnServers
-            self.backend = kind(servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted)
+            self.backend = kind(
+                servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=self.accept_differences
+            )
+
+    def _aligned(self, tokenizers: Sequence[PreTrainedTokenizerBase] | None) -> Alignment | None:
+        """The alignment of the authors' tokenizers, by default those of the models; None if they share one."""
+        if tokenizers is None:
+            tokenizers = [
+                load_tokenizer(one) if isinstance(one, ModelSpec) else self.tokenizer for one in self.assistants
+            ]
+        alignment = aligned(
+            self.base,
+            self.assistants,
+            [self.tokenizer, *tokenizers],
+            self.template,
+            accept_differences=self.accept_differences,
+        )
+        if alignment is not None and self.servers is not None:
+            raise ConfigError(
+                "the models have different tokenizers, which needs their logits at every token; servers give only the "
+                "most probable tokens, so use engine 'local'"
+            )
+        return alignment
 
     # Loading and saving
 
@@ -188,41 +168,36 @@ class CoLLM:
             ConfigError: servers for the local engine, or none for the other.
             MismatchError: the models do not fit each other.
         """
-        directory = artefact.local_directory(path, revision)
-        manifest = artefact.read_manifest(directory)
-        artefact.check_contained(directory)
-        if not trust_code and assistants is None:
-            artefact.check_trusted(manifest, directory)
-        head = artefact.read_head(directory, manifest.head)
         check_engine(engine, servers)
-        placed = _placements(device, dtype, 1 + len(manifest.assistants))
-        if servers is not None and placed[0]:
-            raise ConfigError(f"{', '.join(placed[0])} has no effect on servers; leave it out, or use engine 'local'")
-        base_spec = artefact.base_of(manifest, directory)
-        tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else base_spec)
-        artefact.check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
-        base_spec = replace(base_spec, **placed[0])
-        is_own = base is None
-        if is_own and servers is None:
-            base = artefact.with_adapter(base_spec, manifest, directory)
+        _check_local_options(servers, device=device, dtype=dtype)
+        parts = load_parts(
+            path,
+            revision=revision,
+            base=base,
+            assistants=assistants,
+            device=device,
+            dtype=dtype,
+            trust_code=trust_code,
+            load_adapter=servers is None,
+        )
+        return cls._of(parts, eager=eager, cache_memory=cache_memory, servers=servers)
+
+    @classmethod
+    def _of(cls, parts: Parts, *, eager: bool, cache_memory: str | int | None, servers: Servers | None) -> CoLLM:
         model = cls(
-            base or base_spec,
-            assistants
-            or [
-                artefact.placed(spec, directory, **options)
-                for spec, options in zip(manifest.assistants, placed[1:], strict=True)
-            ],
-            head,
-            tokenizer,
-            template=manifest.template,
-            calibration=artefact.read_calibration(directory),
-            accept_differences=manifest.accept_differences,
-            training=manifest.training,
+            parts.base,
+            parts.assistants,
+            parts.head,
+            parts.tokenizer,
+            template=parts.template,
+            calibration=parts.calibration,
+            accept_differences=parts.accept_differences,
+            training=parts.training,
             eager=eager,
             cache_memory=cache_memory,
             servers=servers,
         )
-        model._source = directory if is_own else None
+        model._source = parts.source
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -235,35 +210,17 @@ class CoLLM:
             LoadError: the base's adapter is not LoRA, so it could not be loaded again.
             WriteError: the disk refused; what was at `path` is untouched.
         """
-        path = Path(path)
-        if path.exists() and not (path.is_dir() and ((path / artefact.CONFIG).exists() or not any(path.iterdir()))):
-            raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
-        with atomic_directory(path.resolve()) as directory:
-            saved = self._save_base(directory)
-            artefact.write_head(directory, self.head)
-            manifest = self._manifest(saved)
-            manifest = replace(manifest, assistants=artefact.save_tables(directory, manifest.assistants))
-            artefact.write_text_files(directory, manifest, self.calibration)
+        save_parts(self._parts, path)
 
     def save_calibration(self, path: str | Path) -> None:
         """Write the calibration, the default threshold and the model card into an existing artefact."""
-        manifest = artefact.read_manifest(Path(path))
-        threshold = self._manifest(manifest.saved_base).default_threshold
-        artefact.write_text_files(Path(path), replace(manifest, default_threshold=threshold), self.calibration)
+        save_calibration(self.calibration, path)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, commit_message: str = "Add collaboration"
     ) -> str:
         """Upload the artefact to the Hub; returns its address there."""
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        with tempfile.TemporaryDirectory() as temporary:
-            directory = Path(temporary) / "collaboration"
-            self.save_pretrained(directory)
-            address = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
-        return str(address)
+        return push_to_hub(self._parts, repo_id, private=private, commit_message=commit_message)
 
     def export_vllm(self, path: str | Path) -> None:
         """Write the base with the head as rows of its output layer, for vLLM (`vllm.export.export_base`).
@@ -273,50 +230,21 @@ class CoLLM:
             ConfigError, UnsupportedModel: no row can hold the head.
             WriteError: the disk refused.
         """
-        threshold = self.calibration.best().threshold if self.calibration else None
+        threshold = default_threshold(self.calibration)
         export_base(self.base, self.head, self.tokenizer, Path(path), default_threshold=threshold)
 
-    def _save_base(self, directory: Path) -> SavedBase | None:
-        folder: SavedBase = "adapter" if hasattr(self.base, "peft_config") else "base"
-        if isinstance(self.base, nn.Module):
-            # peft would look for the config of a base that is no directory, to see whether its vocabulary grew
-            options = {"save_embedding_layers": False} if folder == "adapter" else {}
-            with quiet_if_small(self.base):
-                cast(Any, self.base).save_pretrained(directory / folder, **options)
-        else:
-            here = [one for one in get_args(SavedBase) if self._source is not None and (self._source / one).exists()]
-            if not here:
-                return None
-            (folder,) = here
-            shutil.copytree(cast(Path, self._source) / folder, directory / folder)
-        if folder == "base":
-            self.tokenizer.save_pretrained(directory / folder)
-        else:
-            check_adapter(directory / folder)  # what could not be loaded is not saved
-        return folder
-
-    def _manifest(self, saved: SavedBase | None) -> Manifest:
-        base = spec_of(self.base)
-        if base is None and saved == "adapter":
-            raise ArtefactError("the base under the adapter has no path to reference; load it with from_pretrained")
-        specs = [spec_of(member) for member in self.assistants]
-        for number, spec in enumerate(specs, start=1):
-            if spec is None:
-                raise ArtefactError(
-                    f"{author_name(number, len(specs))} was made in memory and has no path to reference; save it with "
-                    "save_pretrained and load it from there"
-                )
-        return Manifest(
-            base=cast("ModelSpec | None", base) or ModelSpec(path="base"),
-            assistants=cast("list[AssistantSpec]", specs),
-            saved_base=saved,
-            head={"hidden_size": self.head.hidden_size, "num_assistants": self.head.num_assistants},
-            tokenizer_hash=self.identity.hash,
-            chat_template_hash=self.identity.chat_template_hash,
-            template=self.template,
-            accept_differences=list(self.accept_differences),
-            default_threshold=self.calibration.best().threshold if self.calibration else None,
-            training=self.training,
+    @property
+    def _parts(self) -> Parts:
+        return Parts(
+            self.base,
+            self.assistants,
+            self.head,
+            self.tokenizer,
+            self.template,
+            self.calibration,
+            self.accept_differences,
+            self.training,
+            self._source,
         )
 
     # Decoding
@@ -332,7 +260,7 @@ class CoLLM:
         max_batch: int = 16,
         lookahead: int | None = None,
         max_wait: int | None = None,
-        on_completion: Callable[[int, Completion], None] | None = None,
+        on_completion: OnCompletion | None = None,
     ) -> Completions:
         """Continue each prompt.
 
@@ -357,32 +285,20 @@ class CoLLM:
             ModelFailure: a model raised or returned NaN.
             PolicyFailure: a policy raised.
         """
-        listed = _as_prompts(prompts)
-        drawing = _each(params or SamplingParams(), len(listed))
+        listed = as_prompts(prompts)
+        drawing = params_for_each(params or SamplingParams(), len(listed))
         policies = self._policies(policy, threshold, budget, len(listed))
         self._check_lookahead(lookahead, policies)
         before = {author.name: copy(author.usage) for author in self.runners}
         engine = self.engine(max_batch, lookahead, max_wait)
-        done: dict[int, Completion] = {}
-        try:
-            for prompt, drawn, chosen in zip(listed, drawing, policies, strict=True):
-                engine.add(self.request(prompt, drawn, chosen))
-            while engine.has_work:
-                for output in engine.step():
-                    if output.failure is not None:
-                        raise output.failure
-                    if output.completion is not None:
-                        done[output.number] = output.completion
-                        if on_completion is not None:
-                            on_completion(output.number, output.completion)
-        finally:
-            engine.close()
-        for completion, drawn, chosen in zip(map(done.__getitem__, sorted(done)), drawing, policies, strict=True):
+        requests = map(self.request, listed, drawing, policies)
+        completions = complete(engine, requests, on_completion)
+        for completion, drawn, chosen in zip(completions, drawing, policies, strict=True):
             if drawn.prompt_logprobs is not None:
                 read = completion.prompt_token_ids
                 completion.prompt_logprobs = self.prompt_logprobs(read, drawn.prompt_logprobs, policy=chosen)
         usage = {author.name: author.usage - before[author.name] for author in self.runners}
-        return Completions([done[number] for number in sorted(done)], usage)
+        return Completions(completions, usage)
 
     def stream(
         self,
@@ -401,7 +317,7 @@ class CoLLM:
             raise ConfigError("prompt_logprobs has no effect on a stream; use generate, or the method prompt_logprobs")
         engine = self.engine(1, lookahead)
         engine.add(self.request(prompt, params or SamplingParams(), chosen))
-        return _steps(engine)
+        return steps(engine)
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
@@ -554,47 +470,15 @@ def _check_alone(threshold: float | None, budget: float | None) -> None:
         raise ConfigError("threshold and budget have no effect with another policy than 'threshold'; drop them")
 
 
-def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    """One for each prompt; of a single one with a seed, with seeds that follow it."""
-    if isinstance(params, SamplingParams):
-        seed = params.seed
-        return [params if seed is None else replace(params, seed=seed + index) for index in range(count)]
-    if len(params) != count:
-        raise ConfigError(f"{len(params)} sampling parameters came for {count} prompts; give one for each, or one")
-    return list(params)
+def _check_local_options(servers: Servers | None, **options: str | int | None) -> None:
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if servers is not None and given:
+        raise ConfigError(f"{', '.join(given)} has no effect across servers; leave it out, or use engine 'local'")
 
 
-def _steps(engine: DecodingLoop) -> Generator[TokenStep, None, None]:
-    try:
-        while engine.has_work:
-            for output in engine.step():
-                if output.failure is not None:
-                    raise output.failure
-                assert output.step is not None
-                yield output.step
-    finally:
-        engine.close()
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt (text, messages, token ids) as a list of one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
-        return [cast(Prompt, prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def _placements(device: str | None, dtype: str | None, models: int) -> list[dict[str, str]]:
-    """For each model what replaces what the artefact says of its place.
-
-    Raises:
-        ConfigError: devices for another number of models.
-    """
-    devices = [None] * models if device is None else device.split(",")
-    if len(devices) == 1:
-        devices *= models
-    if len(devices) != models:
-        raise ConfigError(
-            f"device names {len(devices)} devices ({device}), expected one, or one for each of {models} models"
+def _check_count(assistants: Sequence[object], head: DeferralHead) -> None:
+    if len(assistants) != head.num_assistants:
+        raise MismatchError(
+            f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
+            "give one model for each of its outputs"
         )
-    given = [{"device": each, "dtype": dtype} for each in devices]
-    return [{key: value for key, value in options.items() if value is not None} for options in given]
