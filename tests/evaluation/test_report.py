@@ -110,9 +110,10 @@ def report() -> Report:
             Chart("cost", "Accuracy against cost", "", "GFLOP", "Accuracy", CURVE, in_use=0.7, unit="GFLOP"),
         ],
         examples=[
-            Example("Tell me about Kenya.", "It is right.", TOKENS, True),
-            Example("And Chad?", "It is wrong.", [Token("No", 1, 0.7)], False),
+            Example("Tell me about Kenya.", "It is right.", TOKENS, 1.0),
+            Example("And Chad?", "It is wrong.", [Token("No", 1, 0.7)], 0.0),
             Example("And Peru?", "It is unjudged.", [], None),
+            Example("And Togo?", "It is half right.", [], 0.5),
         ],
         authors=["generalist", "geography expert", "chemistry expert"],
         details={"command": "collm demo --out demo", "torch": "2.13.0"},
@@ -194,7 +195,7 @@ def test_a_token_shows_what_each_author_would_have_written(report):
 
 def test_verdicts_are_words_and_only_where_somebody_judged(page):
     verdicts = [[v.text for v in article.every("span", "verdict")] for article in page.every("article")]
-    assert verdicts == [["✓ right"], ["✗ wrong"], []]
+    assert verdicts == [["✓ right"], ["✗ wrong"], [], ["score 0.5"]]
 
 
 def test_assistants_are_told_apart_without_colour(page, report):

@@ -17,18 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from collm.artefact import library_versions
-from collm.atomic import atomic_directory, atomic_file
+from collm.atomic import atomic_directory, write_text
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
-from collm.core.types import Completion, deferral_rate
+from collm.core.types import Completion
 from collm.demo.arithmetic import KINDS, UNSEEN, Sum, chats, sums
-from collm.errors import ConfigError, LoadError
-from collm.evaluation.intervals import bootstrap_interval
+from collm.demo.files import check_own, write_rows
+from collm.demo.results import scored_row, tokens_of
+from collm.errors import LoadError
 from collm.evaluation.metrics import last_number
 from collm.evaluation.page import write_report
-from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Example, Report, Row
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.config import CoLLMConfig
@@ -57,7 +59,8 @@ def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lamb
         LoadError: the package cannot be had, or is not what it was.
         CollmError: whatever a step raises.
     """
-    _check(out)
+    check_own(out, "model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html")
+    out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -87,9 +90,8 @@ def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lamb
         details={"command": f"collm demo --real --seed {seed}", "seconds": json.dumps(seconds), **library_versions()},
     )
     write_report(out / "report.html", report)
-    with atomic_file(out / "results.json") as temporary:
-        results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
-        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     return report
 
 
@@ -140,10 +142,8 @@ def _train(out: Path, base: Path, seed: int) -> Path:
     directory = out / "run" / "collaboration"
     if directory.exists():
         return directory
-    rows = {"train": chats(TRAINED, seed), "validation": [one.chat for one in sums(KINDS, VALIDATED, seed + 2)]}
-    for split, listed in rows.items():
-        with atomic_file(out / f"{split}.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    write_rows(out / "train.jsonl", chats(TRAINED, seed))
+    write_rows(out / "validation.jsonl", [one.chat for one in sums(KINDS, VALIDATED, seed + 2)])
     config = RunConfig(
         base=str(base),
         assistant=["tool:calculator"],
@@ -179,18 +179,9 @@ def _measured(name: str, model: CoLLM, threshold: float | None, tests: Sequence[
     answers = _answers(model, [one.question for one in asked], threshold)
     taken = time.monotonic() - started
     right = [last_number(answer.text, one.answer) for answer, one in zip(answers, asked, strict=True)]
-    seen, unseen = (bootstrap_interval(right[at : at + TESTED]).mean for at in (0, TESTED))
-    authors = [author for answer in answers for author in answer.authors]
-    whole = bootstrap_interval(right)
-    return Row(
-        name,
-        whole.mean,
-        whole.low,
-        whole.high,
-        deferral_rate=deferral_rate(authors),
-        tokens_per_s=len(authors) / taken,
-        note=f"{seen:.0%} on forms of questions it learned from, {unseen:.0%} on others",
-    )
+    seen, unseen = (fmean(right[at : at + TESTED]) for at in (0, TESTED))
+    note = f"{seen:.0%} on forms of questions it learned from, {unseen:.0%} on others"
+    return scored_row(name, right, answers, taken, note)
 
 
 def _answers(model: CoLLM, questions: Sequence[str], threshold: float | None) -> list[Completion]:
@@ -204,8 +195,8 @@ def _examples(model: CoLLM, tests: Sequence[Sequence[Sum]]) -> list[Example]:
         Example(
             question,
             reference,
-            [Token(*each) for each in zip(c.token_texts, c.authors, c.defer_probs, strict=True) if each[0]],
-            bool(last_number(c.text, reference)) if any(map(str.isdigit, reference)) else None,
+            tokens_of(c),
+            last_number(c.text, reference) if any(map(str.isdigit, reference)) else None,
         )
         for (question, reference), c in zip(asked, answers, strict=True)
     ]
@@ -221,11 +212,3 @@ def _summary(rows: Sequence[Row]) -> str:
         "The questions are made by a program, half of them in forms that were not trained on: the numbers show that "
         "the place to ask was learned, not that the model reasons."
     )
-
-
-def _check(out: Path) -> None:
-    known = {"model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html"}
-    foreign = sorted(one.name for one in out.iterdir() if one.name not in known) if out.exists() else []
-    if foreign:
-        raise ConfigError(f"{out} holds {foreign[0]}, which this demo did not write; choose another directory")
-    out.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from collm.atomic import atomic_file
+from collm.atomic import write_text
 from collm.demo import two_tokenizers
+from collm.demo.files import check_own, write_rows
 from collm.demo.results import SeedResult, to_json, to_report, to_rows
 from collm.demo.systems import MAX_BATCH, PARAMS, measure_all, measure_curve
 from collm.demo.tiny_models import ModelPaths, fine_tune, make_models
@@ -59,8 +60,7 @@ def run_demo(
     command = f"collm demo --assistants {num_assistants}{different} --seeds {len(seeds)} --seed {seeds[0]}"
     report = to_report(results, rows, command, seconds)
     write_report(out / "report.html", report)
-    with atomic_file(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(to_json(results, rows, command, seconds), indent=2) + "\n", encoding="utf-8")
+    write_text(out / "results.json", json.dumps(to_json(results, rows, command, seconds), indent=2) + "\n")
     return report
 
 
@@ -70,11 +70,8 @@ def clear(out: Path) -> None:
     Raises:
         ConfigError: `out` holds something that no demo writes.
     """
-    entries = list(out.iterdir()) if out.exists() else []
-    foreign = [e.name for e in entries if not (e.name.startswith("seed-") or e.name in ("results.json", "report.html"))]
-    if foreign:
-        raise ConfigError(f"{out} holds {foreign[0]}, which no demo wrote; choose another directory")
-    for entry in entries:
+    check_own(out, "seed-*", "results.json", "report.html")
+    for entry in list(out.iterdir()) if out.exists() else []:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
@@ -85,7 +82,7 @@ def _run_seed(directory: Path, num_assistants: int, tokenizers: str, seed: int, 
     with progress_bar("making tiny models", enabled=not quiet) as progress:
         models = make(world, directory / "models", seed=seed, on_step=progress)
     for split in ("train", "validation", "test"):
-        _write_rows(directory / f"{split}.jsonl", getattr(world, split))
+        write_rows(directory / f"{split}.jsonl", getattr(world, split))
     results = {method: _train(directory, models, method, seed, quiet) for method in EPOCHS}
     tuned = fine_tune(models.base, world.train, directory / "fine-tuned", seed=seed, epochs=EPOCHS["full"])
     measured = measure_all(world, tuned, results)
@@ -121,8 +118,3 @@ def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: b
         **LEARNING_RATES[method],
     )
     return train_collaboration(config, args, quiet=quiet)
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

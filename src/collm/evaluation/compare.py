@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.artefact import library_versions
-from collm.atomic import atomic_file
+from collm.atomic import write_text
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
 from collm.core.types import deferral_rate
@@ -146,8 +146,7 @@ def _settings(asking: Generation) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from collm.atomic import atomic_file
+from collm.atomic import write_text
 from collm.core.types import BASE, deferral_rate
 from collm.evaluation import chart
 from collm.evaluation.report import Report, Token
@@ -30,9 +30,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     Raises:
         WriteError: the file cannot be written. An existing file stays as it was.
     """
-    page = render_page(report)
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
+    write_text(Path(path), render_page(report))
 
 
 def render_page(report: Report) -> str:

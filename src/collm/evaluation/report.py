@@ -60,14 +60,12 @@ class Example:
     """One answer.
 
     Attributes:
-        correct: None where nobody judged it, or where it is neither right nor wrong.
-        score: in [0, 1], of the latter.
+        score: in [0, 1]: 1 for a right answer, 0 for a wrong one. None if there is no score.
     """
 
     prompt: str
     reference: str
     tokens: list[Token]
-    correct: bool | None = None
     score: float | None = None
 
 

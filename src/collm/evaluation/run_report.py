@@ -83,16 +83,13 @@ def _row(row: Mapping[str, Any], measure: str | None) -> Row:
 def _example(
     answer: Answer, item: Mapping[str, Any], candidates: Sequence[Sequence[Candidates]], measure: str | None
 ) -> Example:
-    score = answer.scores.get(measure or "")
-    judged = score in (0.0, 1.0)
     known = candidates or [()] * len(answer.authors)
     tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, known, strict=True)
     return Example(
         prompt=_text(item["prompt"]),
         reference=_text(item["reference"]),
         tokens=[Token(*token) for token in tokens],
-        correct=score == 1.0 if judged else None,
-        score=None if judged else score,
+        score=answer.scores.get(measure or ""),
     )
 
 

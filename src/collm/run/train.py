@@ -15,7 +15,7 @@ import yaml
 from accelerate import PartialState
 
 from collm.artefact import library_versions
-from collm.atomic import atomic_file
+from collm.atomic import write_text
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
@@ -84,7 +84,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     processes.wait_for_everyone()  # all have looked before one writes
     if processes.is_main_process:
         claim_directory(directory, config, args)
-        _write(directory / "example.txt", prepared.rendered())
+        write_text(directory / "example.txt", prepared.rendered())
         if not quiet:
             sys.stderr.write(visible(prepared.rendered()))
     root = scores_directory(config, directory)
@@ -148,7 +148,7 @@ def _save(
         calibration = Validation.of(config, prepared.validation).calibrate(model, quiet=quiet)
         model.save_calibration(directory / "collaboration")
         kept["calibration"] = calibration.to_dict()
-    _write(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
+    write_text(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
 
 
 def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
@@ -173,14 +173,14 @@ def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
 
 def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
     """Keep the options, the command line and the versions."""
-    _write(directory / "run.yaml", to_yaml(config, args))
+    write_text(directory / "run.yaml", to_yaml(config, args))
     about = {
         "command": redacted_command(sys.argv),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": args.seed,
         "versions": {**library_versions(), "python": sys.version.split()[0]},
     }
-    _write(directory / "run.json", json.dumps(about, indent=2) + "\n")
+    write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
 
 
 def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
@@ -231,8 +231,3 @@ def fit(
         accept_differences=config.accept_differences,
     )
     return model, metrics
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
