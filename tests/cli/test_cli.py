@@ -283,7 +283,7 @@ def test_ctrl_c_while_scoring_leaves_a_run_that_resumes(pair: dict[str, Path], t
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
-    assert "collm: interrupted; what is written is kept" in errors
+    assert "collm: interrupted; run the same command again" in errors
     first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 2 <= len(first) < 12_000 / 256
     assert collm(*options, cwd=tmp_path).returncode == 0

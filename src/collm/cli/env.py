@@ -1,10 +1,10 @@
-"""`collm env`: what a bug report needs."""
+"""`collm env`: versions and devices, for bug reports."""
 
 from __future__ import annotations
 
 
 def env() -> None:
-    """Print versions, devices and which extras are installed."""
+    """Print versions and devices."""
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, version
