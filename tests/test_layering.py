@@ -25,10 +25,10 @@ MAY_IMPORT = {
     "engines": {"core", "tools", "models", "decoding", "vllm"},
     "storage": {"core", "tools", "models", "artefact"},
     "completions": {"core", "models", "decoding"},
-    "collaboration": {"core", "tools", "models", "decoding", "vllm", "engines", "storage", "completions"},
+    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines", "storage", "completions"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
-MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "artefact", "collaboration", "serving"}
+MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}
 MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"], "run"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "vllm", "serving", "cli"}

@@ -92,5 +92,7 @@ def params_for_each(params: SamplingParams | Sequence[SamplingParams], count: in
         seed = params.seed
         return [params if seed is None else replace(params, seed=seed + index) for index in range(count)]
     if len(params) != count:
-        raise ConfigError(f"{len(params)} sampling parameters came for {count} prompts; give one for each, or one")
+        raise ConfigError(
+            f"got {len(params)} sampling parameters for {count} prompts; give one for each, or one for all"
+        )
     return list(params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +28,7 @@ from collm.tools.spec import ToolFunction
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a collaboration that an artefact stores; each is described at `CoLLM`.
-
-    Attributes:
-        source: the artefact that the base was loaded from; None if the base is another one.
-    """
+    """The parts of a collaboration that an artefact stores. They are arguments and attributes of `CoLLM`."""
 
     base: Member
     assistants: Sequence[Member | ToolFunction]
@@ -43,13 +38,11 @@ class Parts:
     calibration: Calibration | None = None
     accept_differences: Sequence[str] = ()
     training: dict[str, Any] = field(default_factory=dict)
-    source: Path | None = None
 
 
 def load_parts(
-    path: str | Path,
+    directory: Path,
     *,
-    revision: str | None = None,
     base: Member | None = None,
     assistants: Sequence[Member | ToolFunction] | None = None,
     device: str | None = None,
@@ -62,7 +55,6 @@ def load_parts(
     Args:
         load_adapter: load a base that has an adapter; without it such a base stays a spec.
     """
-    directory = artefact.local_directory(path, revision)
     manifest = artefact.read_manifest(directory)
     artefact.check_contained(directory)
     if not trust_code and assistants is None:
@@ -81,7 +73,6 @@ def load_parts(
         artefact.read_calibration(directory),
         manifest.accept_differences,
         manifest.training,
-        source=directory if base is None else None,
     )
 
 
@@ -115,13 +106,17 @@ def _placements(device: str | None, dtype: str | None, models: int) -> list[dict
     return [{key: value for key, value in options.items() if value is not None} for options in given]
 
 
-def save_parts(parts: Parts, path: str | Path) -> None:
-    """Write an artefact, as `CoLLM.save_pretrained` describes it."""
+def save_parts(parts: Parts, path: str | Path, source: Path | None = None) -> None:
+    """Write an artefact, as `CoLLM.save_pretrained` describes it.
+
+    Args:
+        source: the artefact that the base was loaded from, whose weights are copied.
+    """
     path = Path(path)
     if path.exists() and not (path.is_dir() and ((path / artefact.CONFIG).exists() or not any(path.iterdir()))):
         raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
     with atomic_directory(path.resolve()) as directory:
-        saved = _save_base(parts, directory)
+        saved = _save_base(parts, directory, source)
         artefact.write_head(directory, parts.head)
         manifest = _manifest(parts, saved)
         manifest = replace(manifest, assistants=artefact.save_tables(directory, manifest.assistants))
@@ -134,25 +129,12 @@ def save_calibration(calibration: Calibration | None, path: str | Path) -> None:
     artefact.write_text_files(Path(path), manifest, calibration)
 
 
-def push_to_hub(parts: Parts, repo_id: str, *, private: bool | None, commit_message: str) -> str:
-    """Upload an artefact to the Hub and return its address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "collaboration"
-        save_parts(parts, directory)
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
-    return str(address)
-
-
 def default_threshold(calibration: Calibration | None) -> float | None:
     """The best threshold of a calibration."""
     return calibration.best().threshold if calibration else None
 
 
-def _save_base(parts: Parts, directory: Path) -> SavedBase | None:
+def _save_base(parts: Parts, directory: Path, source: Path | None) -> SavedBase | None:
     """Write the base's weights or its adapter, unless the base is a reference to a model elsewhere."""
     base: Any = parts.base
     folder: SavedBase = "adapter" if hasattr(base, "peft_config") else "base"
@@ -162,11 +144,11 @@ def _save_base(parts: Parts, directory: Path) -> SavedBase | None:
         with quiet_if_small(base):
             cast(Any, base).save_pretrained(directory / folder, **options)
     else:
-        here = [one for one in get_args(SavedBase) if parts.source is not None and (parts.source / one).exists()]
+        here = [one for one in get_args(SavedBase) if source is not None and (source / one).exists()]
         if not here:
             return None
         (folder,) = here
-        shutil.copytree(cast(Path, parts.source) / folder, directory / folder)
+        shutil.copytree(cast(Path, source) / folder, directory / folder)
     if folder == "base":
         parts.tokenizer.save_pretrained(directory / folder)
     else:
