@@ -1,4 +1,4 @@
-"""Chats about sums, made by a program: what a real base learns to leave to the calculator."""
+"""Generated chats about sums, for a base that learns to use the calculator."""
 
 from __future__ import annotations
 

