@@ -41,9 +41,7 @@ def evaluate(
     format_: Annotated[str | None, typer.Option("--format", help="For task gsm8k: gsm8k or gsm8k-plain.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="For task rows: name of the prompt field.")] = None,
     completion_field: Annotated[str | None, typer.Option(help="For task rows: name of the completion field.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="For task rows: maximum number of tokens of an answer.")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="For task rows: maximum tokens of an answer.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="For task rows: text that ends an answer. Can be given several times.")
     ] = None,

@@ -22,9 +22,7 @@ def score(
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model: directory, GGUF file or Hub id (with @revision), or tool:..")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Directory, GGUF file, Hub id (with @revision) or tool:..")] = None,
     out: Annotated[Path | None, typer.Option(help="Output directory. An interrupted run resumes from it.")] = None,
     inspect: Annotated[
         Path | None,
@@ -60,20 +58,12 @@ def score(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = None,
     quantization: Annotated[str | None, typer.Option(help="nf4 or int8, with bitsandbytes.")] = None,
-    server: Annotated[
-        str | None, typer.Option(help="Score on an OpenAI-compatible server, such as vLLM, with this base URL.")
-    ] = None,
+    server: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible server to score on.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Maximum number of concurrent requests. Default: 16.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's API key.")] = None,
-    tool_eps: Annotated[
-        float | None, typer.Option(help="Probability that a tool gives to all other tokens together.")
-    ] = None,
-    tool_seconds: Annotated[
-        float | None, typer.Option(help="Time limit of a call to a Python function, seconds.")
-    ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="With --config: run the functions that it names.")
-    ] = False,
+    tool_eps: Annotated[float | None, typer.Option(help="Probability that a tool gives to other tokens.")] = None,
+    tool_seconds: Annotated[float | None, typer.Option(help="Time limit of a Python function, seconds.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the functions that --config names.")] = False,
 ) -> None:
     """Score a data set with one model: per target token its log-probability, and whether it is the argmax.
 

@@ -30,19 +30,13 @@ def serve(
     port: Annotated[int, typer.Option(help="Port, 0 for a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="COLLM_API_KEY", help="API key that clients must send.")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Allow requests without an API key on any host.")] = False,
-    max_batch: Annotated[
-        int, typer.Option(help="Maximum number of completions of a collaboration decoded at once.")
-    ] = 16,
-    max_waiting: Annotated[
-        int, typer.Option(help="Maximum number of waiting completions. Further requests get status 429.")
-    ] = 256,
+    max_batch: Annotated[int, typer.Option(help="Maximum completions of a collaboration decoded at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Maximum waiting completions. Others get status 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a completion.")] = 4096,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Maximum number of tokens of a prompt. Default: the models' context.")
     ] = None,
-    max_choices: Annotated[
-        int, typer.Option(help="Maximum number of completions of a request: its prompts times n.")
-    ] = 16,
+    max_choices: Annotated[int, typer.Option(help="Maximum completions of a request: its prompts times n.")] = 16,
     max_body_bytes: Annotated[int, typer.Option("--max-body", help="Maximum size of a request body, bytes.")] = 4 << 20,
     time_limit_s: Annotated[
         float, typer.Option("--time-limit", help="Maximum time of a request including its waiting time, seconds.")
@@ -58,9 +52,7 @@ def serve(
         float | None,
         typer.Option(help="Threshold of requests that have none. Default: the calibrated threshold."),
     ] = None,
-    ignore_unknown: Annotated[
-        bool, typer.Option("--ignore-unknown", help="Ignore unknown fields of requests.")
-    ] = False,
+    ignore_unknown: Annotated[bool, typer.Option("--ignore-unknown", help="Ignore unknown request fields.")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
