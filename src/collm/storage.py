@@ -64,9 +64,15 @@ def load_parts(
     saved_base = artefact.base_of(manifest, directory)
     tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else saved_base)
     artefact.check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
+    if base is None:
+        base = replace(saved_base, **placements[0])
+        base = artefact.with_adapter(base, manifest, directory) if load_adapter else base
+    if assistants is None:
+        pairs = zip(manifest.assistants, placements[1:], strict=True)
+        assistants = [artefact.placed(spec, directory, **placement) for spec, placement in pairs]
     return Parts(
-        base or _saved_base(replace(saved_base, **placements[0]), manifest, directory, load_adapter=load_adapter),
-        assistants or _saved_assistants(manifest, directory, placements[1:]),
+        base,
+        assistants,
         head,
         tokenizer,
         manifest.template,
@@ -74,19 +80,6 @@ def load_parts(
         manifest.accept_differences,
         manifest.training,
     )
-
-
-def _saved_base(spec: ModelSpec, manifest: Manifest, directory: Path, *, load_adapter: bool) -> Member:
-    return artefact.with_adapter(spec, manifest, directory) if load_adapter else spec
-
-
-def _saved_assistants(
-    manifest: Manifest, directory: Path, placements: Sequence[dict[str, str]]
-) -> list[Member | ToolFunction]:
-    return [
-        artefact.placed(spec, directory, **placement)
-        for spec, placement in zip(manifest.assistants, placements, strict=True)
-    ]
 
 
 def _placements(device: str | None, dtype: str | None, models: int) -> list[dict[str, str]]:
