@@ -23,7 +23,7 @@ from benchmarks.limit import PassTable, limit_seconds, pass_seconds, seconds
 from benchmarks.pairs import SHAPES, collaborate, make_model, make_predictable, pattern, prompts_of, successors
 from benchmarks.record import run_parts
 from collm import CoLLM, SamplingParams
-from collm.collaboration import Completions
+from collm.completions import Completions
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.decoding.request import Request
 from collm.models.packing import can_pack, pack_linears

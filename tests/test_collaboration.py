@@ -168,7 +168,7 @@ def test_a_pair_with_different_vocabularies_is_refused_before_weights_are_read(
 def test_heads_that_do_not_fit_are_refused(
     specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    with pytest.raises(MismatchError, match="chooses among 2 assistants, but 1 came"):
+    with pytest.raises(MismatchError, match="chooses among 2 assistants, but 1 are given"):
         CoLLM(specs[0], specs[1:], head(k=2), tokenizer)
     with pytest.raises(MismatchError, match="hidden states of size 40, the base has 32"):
         CoLLM(tiny_model(0), [tiny_model(1)], head(hidden_size=40), tokenizer).generate(["w1"], threshold=0.5)

@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "artefact": {"core", "tools", "models"},
     "vllm": {"core", "tools", "models", "decoding", "artefact", "vllm"},
     "engines": {"core", "tools", "models", "decoding", "vllm"},
-    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines"},
+    "storage": {"core", "tools", "models", "artefact"},
+    "completions": {"core", "models", "decoding"},
+    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines", "storage", "completions"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
 MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}

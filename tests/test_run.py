@@ -257,7 +257,7 @@ def test_quantized_weights_are_not_tuned_whole(setting: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize("split", ["test", "test[:200]", "test_hard"])
 def test_nothing_is_learned_or_chosen_on_a_test_split(split: str, setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="is what results are measured on"):
+    with pytest.raises(ConfigError, match="is for test results"):
         RunConfig(**setting, data_split=split)
-    with pytest.raises(ConfigError, match="is what results are measured on"):
+    with pytest.raises(ConfigError, match="is for test results"):
         RunConfig(**setting, validation=setting["data"], validation_split=split)

@@ -1,86 +1,66 @@
-"""CoLLM: a base, its deferral head and its assistants as one object: load, save, generate, stream."""
+"""CoLLM: a base model, its deferral head and its assistants as one object that loads, saves and generates."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from collm import artefact
-from collm.artefact import Manifest, SavedBase
-from collm.atomic import atomic_directory
+from collm.artefact import local_directory
+from collm.completions import Completions, OnCompletion, as_prompts, complete, params_for_each, steps
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
-from collm.core.types import BASE, Completion, ModelUsage, PromptLogprob, TokenStep, deferral_rate
+from collm.core.types import BASE, PromptLogprob, TokenStep
 from collm.decoding.candidates import Candidates, aligned_candidates
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request, check_names_author, check_prompt
 from collm.engines import Backend, EngineName, InMemory, InOneEngine, OnServers, check_engine
-from collm.errors import ArtefactError, ConfigError, MismatchError
-from collm.models.adapters import check_adapter
+from collm.errors import ConfigError, MismatchError
+from collm.models.alignment import Alignment
 from collm.models.guards import TokenizerIdentity, check_accepted
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_tokenizer
-from collm.models.members import AssistantSpec, Member, aligned, as_member, author_name, spec_of
-from collm.models.progress import quiet_if_small
+from collm.models.members import Member, aligned, as_member
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
+from collm.storage import Parts, default_threshold, load_parts, save_calibration, save_parts
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.export import export_base
 from collm.vllm.servers import Servers
 
 
-class Completions(list[Completion]):
-    """Completions of several prompts, and what each model did for them.
-
-    Attributes:
-        usage: model name -> forward passes, tokens read and written, of this call.
-    """
-
-    def __init__(self, completions: Sequence[Completion], usage: dict[str, ModelUsage]) -> None:
-        super().__init__(completions)
-        self.usage = usage
-
-    @property
-    def deferral_rate(self) -> float:
-        """Share of all generated tokens that assistants wrote."""
-        return deferral_rate([author for completion in self for author in completion.authors])
-
-
 class CoLLM:
     """A collaboration of language models (Co-LLM, arXiv 2403.03870).
 
     Args:
-        base: the small model whose hidden states the head reads; a module, or a spec to load on first use.
-        assistants: authors 1..K, likewise; or tools: a `ToolSpec`, or a function of yours that a module holds.
-        head: the deferral head; its shape must fit.
-        tokenizer: of the base, and of all that have no other.
-        tokenizers: of the assistants, where they have others; by default those that lie beside the models that specs
-            name, and the base's for modules and tools. Models with different tokenizers decide about segments of the
-            text in place of tokens (`models.alignment`).
-        template: how prompts and chats become text; by default prompts as they stand and the tokenizer's chat template.
-        calibration: what `generate` takes its default threshold and its budgets from.
-        accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
-        training: what was measured while training, for the model card.
-        servers: where base and assistants are served; then nothing is loaded here, and decoding goes across them.
-        eager: run models as they are, without CUDA graphs; has no effect without a GPU.
-        cache_memory: memory for keys and values on each device, all models together: "4GiB", a number of bytes, or a
-            share of what is free once the models are loaded, "50%"; by default 80% on a GPU, 50% on a CPU.
+        base: the small model whose hidden states the head reads. A module, or a spec that is loaded on first use.
+        assistants: authors 1..K. Modules, specs, or tools: a `ToolSpec` or an importable function.
+        head: the deferral head. It has one output per assistant.
+        tokenizer: the base's tokenizer, and the default for assistants.
+        tokenizers: one for each assistant. By default a spec's own tokenizer, and the base's for modules and tools.
+            Models with different tokenizers decide about segments of the text instead of tokens (`models.alignment`).
+        template: how prompts and chats are rendered. By default prompts stay as they are, and chats use the tokenizer's
+            chat template.
+        calibration: the source of the default threshold and of the thresholds for budgets.
+        accept_differences: differences between the models to accept: special_tokens, eos, chat_template.
+        training: training metrics, for the model card.
+        servers: servers that run base and assistants. No model is loaded in this process then.
+        eager: do not use CUDA graphs.
+        cache_memory: KV cache memory on each device, for all models together: "4GiB", a number of bytes, or a share of
+            the memory that is free after the models are loaded, "50%". By default 80% on a GPU and 50% on a CPU.
 
     Raises:
-        MismatchError: the models, the tokenizer or the head do not fit.
+        MismatchError: the models, the tokenizer or the head do not fit together.
     """
 
     def __init__(
@@ -100,14 +80,8 @@ class CoLLM:
         servers: Servers | None = None,
     ) -> None:
         check_accepted(accept_differences)
-        if servers is not None and (eager or cache_memory is not None):
-            given = "eager" if eager else "cache_memory"
-            raise ConfigError(f"{given} has no effect across servers; leave it out")
-        if len(assistants) != head.num_assistants:
-            raise MismatchError(
-                f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} came; "
-                "give one model for each of its outputs"
-            )
+        _check_local_options(servers, eager=eager, cache_memory=cache_memory)
+        _check_count(assistants, head)
         if isinstance(base, ToolSpec):
             raise ConfigError(f"the base is {base}, expected a language model: the head reads its hidden states")
         self.base = base
@@ -121,27 +95,14 @@ class CoLLM:
         self.training = training or {}
         self.servers = servers
         self._source: Path | None = None
-        members, accepted = [self.base, *self.assistants], self.accept_differences
-        stop_ids = self.template.turn_ends
-        own = [load_tokenizer(one) if isinstance(one, ModelSpec) else tokenizer for one in self.assistants]
-        self.alignment = aligned(
-            self.base,
-            self.assistants,
-            [tokenizer, *(own if tokenizers is None else tokenizers)],
-            self.template,
-            accept_differences=accepted,
-        )
-        if self.alignment is not None and servers is not None:
-            raise ConfigError(
-                "the models have different tokenizers, which needs their logits at every token; servers give only the "
-                "most probable tokens, so use engine 'local'"
-            )
+        self.alignment = self._aligned(tokenizers)
+        members, stop_ids = [self.base, *self.assistants], self.template.turn_ends
         self._in_memory = InMemory(
             members,
             head,
             tokenizer,
             stop_ids=stop_ids,
-            accept_differences=accepted,
+            accept_differences=self.accept_differences,
             alignment=self.alignment,
             eager=eager,
             cache_memory=cache_memory,
@@ -149,7 +110,29 @@ class CoLLM:
         self.backend: Backend = self._in_memory
         if servers is not None:
             kind = InOneEngine if servers.are_one(head.num_assistants) else OnServers
-            self.backend = kind(servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=accepted)
+            self.backend = kind(
+                servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=self.accept_differences
+            )
+
+    def _aligned(self, tokenizers: Sequence[PreTrainedTokenizerBase] | None) -> Alignment | None:
+        """The alignment of the authors' tokenizers, by default those of the models; None if they share one."""
+        if tokenizers is None:
+            tokenizers = [
+                load_tokenizer(one) if isinstance(one, ModelSpec) else self.tokenizer for one in self.assistants
+            ]
+        alignment = aligned(
+            self.base,
+            self.assistants,
+            [self.tokenizer, *tokenizers],
+            self.template,
+            accept_differences=self.accept_differences,
+        )
+        if alignment is not None and self.servers is not None:
+            raise ConfigError(
+                "the models have different tokenizers, which needs their logits at every token; servers give only the "
+                "most probable tokens, so use engine 'local'"
+            )
+        return alignment
 
     # Loading and saving
 
@@ -169,92 +152,62 @@ class CoLLM:
         engine: EngineName | None = None,
         servers: Servers | None = None,
     ) -> CoLLM:
-        """Load a collaboration from a directory or a Hub repository; the models' weights follow on first use.
+        """Load a collaboration from a directory or a Hub repository. Model weights are loaded on first use.
 
         Args:
-            path: the directory, or a Hub repository id.
+            path: a directory or a Hub repository id.
             revision: Hub branch, tag or commit.
-            base, assistants: models to use in place of those the artefact names, after a move for example.
-            device, dtype: of all models, in place of what the artefact says; or a device for each model, the base's
-                first, with commas between: "cuda:0,cuda:1".
-            eager, cache_memory: as of the class.
+            base, assistants: models to use instead of those in the artefact, for example after they were moved.
+            device, dtype: device and dtype of all models, instead of those in the artefact. For a device per model,
+                separate them by commas, the base's first: "cuda:0,cuda:1".
+            eager, cache_memory: as for the class.
             trust_code: run the functions that the artefact names as assistants.
-            engine: "local" or "vllm"; by default "vllm" where servers are given.
-            servers: where base and assistants are served. No file of an artefact decides that.
+            engine: "local" or "vllm". By default "vllm" if servers are given.
+            servers: servers that run base and assistants. An artefact cannot name them.
 
         Raises:
-            ArtefactError: it is missing, half-written or corrupt, a tokenizer is not the one it was made with, or it
-                names code that was not trusted.
-            ConfigError: servers for the local engine, or none for the other.
-            MismatchError: the models do not fit each other.
+            ArtefactError: the artefact is missing, incomplete or corrupt, its tokenizer has changed, or it names code
+                that is not trusted.
+            ConfigError: servers with the local engine, or the vllm engine without servers.
+            MismatchError: the models do not fit together.
         """
-        directory = artefact.local_directory(path, revision)
-        manifest = artefact.read_manifest(directory)
-        artefact.check_contained(directory)
-        if not trust_code and assistants is None:
-            artefact.check_trusted(manifest, directory)
-        head = artefact.read_head(directory, manifest.head)
         check_engine(engine, servers)
-        placed = _placements(device, dtype, 1 + len(manifest.assistants))
-        if servers is not None and placed[0]:
-            raise ConfigError(f"{', '.join(placed[0])} has no effect on servers; leave it out, or use engine 'local'")
-        base_spec = artefact.base_of(manifest, directory)
-        tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else base_spec)
-        artefact.check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
-        base_spec = replace(base_spec, **placed[0])
-        is_own = base is None
-        if is_own and servers is None:
-            base = artefact.with_adapter(base_spec, manifest, directory)
-        model = cls(
-            base or base_spec,
-            assistants
-            or [
-                artefact.placed(spec, directory, **options)
-                for spec, options in zip(manifest.assistants, placed[1:], strict=True)
-            ],
-            head,
-            tokenizer,
-            template=manifest.template,
-            calibration=artefact.read_calibration(directory),
-            accept_differences=manifest.accept_differences,
-            training=manifest.training,
-            eager=eager,
-            cache_memory=cache_memory,
-            servers=servers,
+        _check_local_options(servers, device=device, dtype=dtype)
+        directory = local_directory(path, revision)
+        parts = load_parts(
+            directory,
+            base=base,
+            assistants=assistants,
+            device=device,
+            dtype=dtype,
+            trust_code=trust_code,
+            load_adapter=servers is None,
         )
-        model._source = directory if is_own else None
+        model = cls(**vars(parts), eager=eager, cache_memory=cache_memory, servers=servers)
+        model._source = directory if base is None else None
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the artefact, replacing what is there at once or not at all.
+        """Write the artefact. An existing artefact at `path` is replaced atomically.
 
-        A base given as a module is saved with it (a PEFT model as its adapter); one given as a spec is referenced.
+        The weights of a base that is a module are saved, of a PEFT model only the adapter. A base that is a spec is
+        referenced by its path.
 
         Raises:
-            ArtefactError: `path` holds something else than a collaboration, or an assistant has no path to reference.
+            ArtefactError: `path` is not a collaboration, or an assistant has no path to reference.
             LoadError: the base's adapter is not LoRA, so it could not be loaded again.
-            WriteError: the disk refused; what was at `path` is untouched.
+            WriteError: the disk is full or not writable. `path` is unchanged.
         """
-        path = Path(path)
-        if path.exists() and not (path.is_dir() and ((path / artefact.CONFIG).exists() or not any(path.iterdir()))):
-            raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
-        with atomic_directory(path.resolve()) as directory:
-            saved = self._save_base(directory)
-            artefact.write_head(directory, self.head)
-            manifest = self._manifest(saved)
-            manifest = replace(manifest, assistants=artefact.save_tables(directory, manifest.assistants))
-            artefact.write_text_files(directory, manifest, self.calibration)
+        save_parts(self._parts, path, self._source)
 
     def save_calibration(self, path: str | Path) -> None:
         """Write the calibration, the default threshold and the model card into an existing artefact."""
-        manifest = artefact.read_manifest(Path(path))
-        threshold = self._manifest(manifest.saved_base).default_threshold
-        artefact.write_text_files(Path(path), replace(manifest, default_threshold=threshold), self.calibration)
+        save_calibration(self.calibration, path)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, commit_message: str = "Add collaboration"
     ) -> str:
-        """Upload the artefact to the Hub; returns its address there."""
+        """Upload the artefact to the Hub and return its URL."""
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -270,54 +223,15 @@ class CoLLM:
 
         Raises:
             ArtefactError: `path` exists.
-            ConfigError, UnsupportedModel: no row can hold the head.
-            WriteError: the disk refused.
+            ConfigError, UnsupportedModel: the base's output layer cannot hold the head.
+            WriteError: the disk is full or not writable.
         """
-        threshold = self.calibration.best().threshold if self.calibration else None
+        threshold = default_threshold(self.calibration)
         export_base(self.base, self.head, self.tokenizer, Path(path), default_threshold=threshold)
 
-    def _save_base(self, directory: Path) -> SavedBase | None:
-        folder: SavedBase = "adapter" if hasattr(self.base, "peft_config") else "base"
-        if isinstance(self.base, nn.Module):
-            # peft would look for the config of a base that is no directory, to see whether its vocabulary grew
-            options = {"save_embedding_layers": False} if folder == "adapter" else {}
-            with quiet_if_small(self.base):
-                cast(Any, self.base).save_pretrained(directory / folder, **options)
-        else:
-            here = [one for one in get_args(SavedBase) if self._source is not None and (self._source / one).exists()]
-            if not here:
-                return None
-            (folder,) = here
-            shutil.copytree(cast(Path, self._source) / folder, directory / folder)
-        if folder == "base":
-            self.tokenizer.save_pretrained(directory / folder)
-        else:
-            check_adapter(directory / folder)  # what could not be loaded is not saved
-        return folder
-
-    def _manifest(self, saved: SavedBase | None) -> Manifest:
-        base = spec_of(self.base)
-        if base is None and saved == "adapter":
-            raise ArtefactError("the base under the adapter has no path to reference; load it with from_pretrained")
-        specs = [spec_of(member) for member in self.assistants]
-        for number, spec in enumerate(specs, start=1):
-            if spec is None:
-                raise ArtefactError(
-                    f"{author_name(number, len(specs))} was made in memory and has no path to reference; save it with "
-                    "save_pretrained and load it from there"
-                )
-        return Manifest(
-            base=cast("ModelSpec | None", base) or ModelSpec(path="base"),
-            assistants=cast("list[AssistantSpec]", specs),
-            saved_base=saved,
-            head={"hidden_size": self.head.hidden_size, "num_assistants": self.head.num_assistants},
-            tokenizer_hash=self.identity.hash,
-            chat_template_hash=self.identity.chat_template_hash,
-            template=self.template,
-            accept_differences=list(self.accept_differences),
-            default_threshold=self.calibration.best().threshold if self.calibration else None,
-            training=self.training,
-        )
+    @property
+    def _parts(self) -> Parts:
+        return Parts(**{part.name: getattr(self, part.name) for part in fields(Parts)})
 
     # Decoding
 
@@ -332,57 +246,45 @@ class CoLLM:
         max_batch: int = 16,
         lookahead: int | None = None,
         max_wait: int | None = None,
-        on_completion: Callable[[int, Completion], None] | None = None,
+        on_completion: OnCompletion | None = None,
     ) -> Completions:
         """Continue each prompt.
 
         Args:
-            prompts: strings, chats (lists of messages) or lists of token ids, or one of them.
-            params: how tokens are drawn; with a seed, prompt i draws with seed + i. Or one for each prompt, as it is.
-            threshold: the base keeps a token while its defer prob is at most this; by default the calibrated one.
-            budget: a deferral rate to stay within, in place of a threshold; needs a calibration.
-            policy: "threshold" (default), another name as `core.named.policy_named` reads it ("joint", "mixture",
+            prompts: strings, chats (lists of messages) or lists of token ids. Or a single prompt.
+            params: sampling parameters for all prompts, or a list with one for each prompt. With a seed for all
+                prompts, prompt i uses seed + i.
+            threshold: the base keeps a token while its defer prob is at most this. By default the calibrated threshold.
+            budget: use the best calibrated threshold within this deferral rate, instead of `threshold`.
+            policy: "threshold" (default), another name for `core.named.policy_named` ("joint", "mixture",
                 "contrastive:beta=0.5"), or a policy object for all prompts or for each.
-            max_batch: most prompts decoded at once.
-            lookahead: most tokens that may be drafted ahead of the certain text; 0 for none. The tokens that come out
-                are the same.
-            max_wait: most steps in which a prompt may wait for others that need the same assistant; 0 for none.
-                Neither has an effect across servers, and is refused there.
-            on_completion: called with index and completion whenever a prompt is done.
+            max_batch: maximum number of prompts decoded at once.
+            lookahead: maximum number of drafted tokens, 0 for none. The output does not depend on it.
+            max_wait: maximum number of steps in which a prompt waits for others that need the same assistant, 0 for
+                none. Servers take neither `lookahead` nor `max_wait`.
+            on_completion: called with the index and the completion of each finished prompt.
 
         Raises:
             ConfigError: options that contradict each other or have no effect.
-            RequestError: a prompt that cannot be read.
-            MismatchError: the models do not fit.
+            RequestError: an invalid prompt.
+            MismatchError: the models do not fit together.
             ModelFailure: a model raised or returned NaN.
             PolicyFailure: a policy raised.
         """
-        listed = _as_prompts(prompts)
-        drawing = _each(params or SamplingParams(), len(listed))
+        listed = as_prompts(prompts)
+        drawing = params_for_each(params or SamplingParams(), len(listed))
         policies = self._policies(policy, threshold, budget, len(listed))
         self._check_lookahead(lookahead, policies)
         before = {author.name: copy(author.usage) for author in self.runners}
         engine = self.engine(max_batch, lookahead, max_wait)
-        done: dict[int, Completion] = {}
-        try:
-            for prompt, drawn, chosen in zip(listed, drawing, policies, strict=True):
-                engine.add(self.request(prompt, drawn, chosen))
-            while engine.has_work:
-                for output in engine.step():
-                    if output.failure is not None:
-                        raise output.failure
-                    if output.completion is not None:
-                        done[output.number] = output.completion
-                        if on_completion is not None:
-                            on_completion(output.number, output.completion)
-        finally:
-            engine.close()
-        for completion, drawn, chosen in zip(map(done.__getitem__, sorted(done)), drawing, policies, strict=True):
+        requests = map(self.request, listed, drawing, policies)
+        completions = complete(engine, requests, on_completion)
+        for completion, drawn, chosen in zip(completions, drawing, policies, strict=True):
             if drawn.prompt_logprobs is not None:
                 read = completion.prompt_token_ids
                 completion.prompt_logprobs = self.prompt_logprobs(read, drawn.prompt_logprobs, policy=chosen)
         usage = {author.name: author.usage - before[author.name] for author in self.runners}
-        return Completions([done[number] for number in sorted(done)], usage)
+        return Completions(completions, usage)
 
     def stream(
         self,
@@ -394,64 +296,64 @@ class CoLLM:
         policy: str | Policy | None = None,
         lookahead: int | None = None,
     ) -> Generator[TokenStep, None, None]:
-        """Continue one prompt, token by token; the texts joined are the completion's text. As `generate` otherwise."""
+        """Continue one prompt and yield its tokens as they are generated. Arguments as for `generate`."""
         (chosen,) = self._policies(policy, threshold, budget, 1)
         self._check_lookahead(lookahead, [chosen])
         if params is not None and params.prompt_logprobs is not None:
             raise ConfigError("prompt_logprobs has no effect on a stream; use generate, or the method prompt_logprobs")
         engine = self.engine(1, lookahead)
         engine.add(self.request(prompt, params or SamplingParams(), chosen))
-        return _steps(engine)
+        return steps(engine)
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
-        """Of each author, the base first."""
+        """The tokenizer of each author, the base first."""
         if self.alignment is None:
             return [self.tokenizer] * (1 + len(self.assistants))
         return [one.tokenizer for one in self.alignment.tokenizers]
 
     def request(self, prompt: Prompt, params: SamplingParams, policy: Policy) -> Request:
-        """What the decoding loop is given for a prompt.
+        """The decoding loop's request for a prompt.
 
         Raises:
-            ConfigError: a seed where nothing is drawn.
-            RequestError: a prompt that cannot be read.
+            ConfigError: a seed without sampling.
+            RequestError: an invalid prompt.
         """
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
         return Request(prompt_ids, params, policy, self.assistant_prompts(prompt))
 
     def assistant_prompts(self, prompt: Prompt) -> list[list[int]]:
-        """A prompt in the tokens of each assistant; empty where all models share one tokenizer.
+        """A prompt in the tokens of each assistant. Empty if all models share one tokenizer.
 
         Raises:
-            RequestError: an assistant's template refuses it.
+            RequestError: an assistant's template rejects the prompt.
         """
         return [] if self.alignment is None else self.alignment.assistant_prompts(prompt)
 
     def check_params(self, params: SamplingParams) -> None:
-        """Whether requests with these parameters can be decoded; grammars are compiled, and kept for them.
+        """Check that requests with these parameters can be decoded. Grammars are compiled and cached.
 
         Raises:
-            RequestError: a token that does not exist, or a grammar that cannot be followed.
-            ConfigError: a parameter that is not available across servers, or a tokenizer that knows no grammars.
-            MissingExtra: a package for grammars is not installed.
+            RequestError: an unknown token id or an invalid grammar.
+            ConfigError: a parameter that servers do not support, or a tokenizer that does not support grammars.
+            MissingExtra: the grammar package is not installed.
         """
         self.backend.check_params(params)
 
     def prompt_logprobs(
         self, prompt: Prompt, most: int = 0, *, policy: Policy | None = None
     ) -> list[PromptLogprob | None]:
-        """Log-probabilities of a prompt's tokens, None for the first: log sum_z P(z) P_z, the trained joint model's.
+        """Log-probabilities of a prompt's tokens under the joint model, log sum_z P(z) P_z. None for the first token.
 
         Args:
-            prompt: as of `generate`.
-            most: how many of the most probable tokens to list at each position.
-            policy: with `SingleAuthorPolicy` those of this author alone; another changes nothing.
+            prompt: as for `generate`.
+            most: number of most probable tokens to list at each position.
+            policy: a `SingleAuthorPolicy` for the log-probabilities of that author. Other policies have no effect.
 
         Raises:
-            RequestError: a prompt that cannot be read.
-            ConfigError: the collaboration decodes across servers.
-            ModelFailure, ToolFailure: an author broke down.
+            RequestError: an invalid prompt.
+            ConfigError: the collaboration decodes on servers.
+            ModelFailure, ToolFailure: an author failed.
         """
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
         author = policy.writer if isinstance(policy, SingleAuthorPolicy) else None
@@ -464,9 +366,9 @@ class CoLLM:
         return self.backend.prompt_logprobs(prompt_ids, most, author)
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
-        """What each author would have written at each token of an answer to a prompt (`decoding.candidates`).
+        """The most probable tokens of each author at each token of an answer (`decoding.candidates`).
 
-        An assistant with another tokenizer has candidates where a segment begins, and none elsewhere.
+        An assistant with another tokenizer has candidates only at the beginning of a segment.
         """
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
         if self.alignment is not None:
@@ -481,16 +383,16 @@ class CoLLM:
             return [self.policy(policy, threshold, budget)] * count
         _check_alone(threshold, budget)
         if len(policy) != count:
-            raise ConfigError(f"{len(policy)} policies came for {count} prompts; give one for each, or one for all")
+            raise ConfigError(f"got {len(policy)} policies for {count} prompts; give one for each, or one for all")
         return policy
 
     def policy(
         self, policy: str | Policy | None = None, threshold: float | None = None, budget: float | None = None
     ) -> Policy:
-        """The rule that `generate` uses with these options.
+        """The policy that `generate` uses with these options.
 
         Raises:
-            ConfigError: options that contradict each other, an unknown name, or no threshold to be had.
+            ConfigError: options that contradict each other, an unknown name, or no default threshold.
         """
         if policy is None or policy == "threshold":
             return ThresholdPolicy(self.threshold(threshold, budget))
@@ -501,13 +403,13 @@ class CoLLM:
         return chosen
 
     def threshold(self, threshold: float | None = None, budget: float | None = None) -> float:
-        """The threshold that `generate` uses with these options: the given one, else the calibrated one.
+        """The threshold that `generate` uses with these options. By default the calibrated threshold.
 
         Raises:
-            ConfigError: both came, or there is no calibration to take it from.
+            ConfigError: both options are given, or the collaboration is not calibrated.
         """
         if threshold is not None and budget is not None:
-            raise ConfigError("threshold and budget both came; a budget becomes a threshold, so give one of them")
+            raise ConfigError("threshold and budget are both given; a budget selects a threshold, so give one of them")
         if threshold is not None:
             return threshold
         if self.calibration is None:
@@ -526,75 +428,43 @@ class CoLLM:
             )
 
     def engine(self, max_batch: int = 16, lookahead: int | None = None, max_wait: int | None = None) -> DecodingLoop:
-        """The decoding loop on these models, for requests that come and go; one at a time, and `close` it.
+        """A decoding loop that requests can join at any time. Use one at a time, and `close` it.
 
         Args:
-            max_batch, lookahead, max_wait: as of `generate`.
+            max_batch, lookahead, max_wait: as for `generate`.
 
         Raises:
-            ConfigError: a limit out of range, or one without effect.
-            LoadError: a model cannot be loaded, or a server is not there.
-            MismatchError: the models do not fit.
+            ConfigError: a limit is out of range or has no effect.
+            LoadError: a model cannot be loaded, or a server cannot be reached.
+            MismatchError: the models do not fit together.
         """
         return self.backend.engine(max_batch, lookahead, max_wait)
 
     @property
     def runners(self) -> Sequence[ModelRunner | ToolRunner | Endpoint]:
-        """One for each author, the base first: who does the work, and counts it."""
+        """The runner of each author, the base first. It counts the author's usage."""
         return self.backend.runners
 
     @property
     def members(self) -> list[LanguageModel | ToolModel]:
-        """All members in memory and checked against each other, the base first; loaded for this if servers decode."""
+        """All models and tools in memory, the base first. With servers, they are loaded for this."""
         return self._in_memory.members
 
 
 def _check_alone(threshold: float | None, budget: float | None) -> None:
     if threshold is not None or budget is not None:
-        raise ConfigError("threshold and budget have no effect with another policy than 'threshold'; drop them")
+        raise ConfigError("threshold and budget have no effect unless the policy is 'threshold'; leave them out")
 
 
-def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    """One for each prompt; of a single one with a seed, with seeds that follow it."""
-    if isinstance(params, SamplingParams):
-        seed = params.seed
-        return [params if seed is None else replace(params, seed=seed + index) for index in range(count)]
-    if len(params) != count:
-        raise ConfigError(f"{len(params)} sampling parameters came for {count} prompts; give one for each, or one")
-    return list(params)
+def _check_local_options(servers: Servers | None, **options: str | int | None) -> None:
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if servers is not None and given:
+        raise ConfigError(f"{', '.join(given)} has no effect across servers; leave it out, or use engine 'local'")
 
 
-def _steps(engine: DecodingLoop) -> Generator[TokenStep, None, None]:
-    try:
-        while engine.has_work:
-            for output in engine.step():
-                if output.failure is not None:
-                    raise output.failure
-                assert output.step is not None
-                yield output.step
-    finally:
-        engine.close()
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt (text, messages, token ids) as a list of one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
-        return [cast(Prompt, prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def _placements(device: str | None, dtype: str | None, models: int) -> list[dict[str, str]]:
-    """For each model what replaces what the artefact says of its place.
-
-    Raises:
-        ConfigError: devices for another number of models.
-    """
-    devices = [None] * models if device is None else device.split(",")
-    if len(devices) == 1:
-        devices *= models
-    if len(devices) != models:
-        raise ConfigError(
-            f"device names {len(devices)} devices ({device}), expected one, or one for each of {models} models"
+def _check_count(assistants: Sequence[object], head: DeferralHead) -> None:
+    if len(assistants) != head.num_assistants:
+        raise MismatchError(
+            f"the head chooses among {head.num_assistants} assistants, but {len(assistants)} are given; "
+            "give one model for each of its outputs"
         )
-    given = [{"device": each, "dtype": dtype} for each in devices]
-    return [{key: value for key, value in options.items() if value is not None} for options in given]

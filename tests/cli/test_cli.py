@@ -138,7 +138,7 @@ def _calibrate_as_the_run_says(artefact: Path, pair: dict[str, Path], tmp_path: 
 
     fails(2, "generates nothing; leave --metric, --check", *calibrate, "--teacher-forced",
           "--metric", "contains", "--check", 0.4, cwd=tmp_path)  # fmt: skip
-    fails(2, "both came", *calibrate, "--check", 0.4, "--check-data", pair["data"], cwd=tmp_path)
+    fails(2, "are both given", *calibrate, "--check", 0.4, "--check-data", pair["data"], cwd=tmp_path)
     fails(2, "expected a number between 0 and 1", *calibrate, "--check", 1.5, cwd=tmp_path)
     fails(2, "0 rows; leave at least one", *calibrate, "--check", 0.01, cwd=tmp_path)
 
@@ -283,7 +283,7 @@ def test_ctrl_c_while_scoring_leaves_a_run_that_resumes(pair: dict[str, Path], t
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
-    assert "collm: interrupted; what is written is kept" in errors
+    assert "collm: interrupted; run the same command again" in errors
     first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 2 <= len(first) < 12_000 / 256
     assert collm(*options, cwd=tmp_path).returncode == 0

@@ -81,7 +81,7 @@ def test_another_model_in_the_package_is_refused(
     index: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(real, "SHA256", "0" * 64)
-    with pytest.raises(LoadError, match="it was changed, do not use it"):
+    with pytest.raises(LoadError, match="the file has changed, do not use it"):
         run_real_demo(tmp_path / "demo")
     assert not (tmp_path / "demo" / "model").exists()
 

@@ -40,7 +40,7 @@ def test_the_collaboration_beats_every_single_model(demo: tuple[Path, Report], t
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"holds thesis\.txt, which no demo wrote"):
+    with pytest.raises(ConfigError, match=r"holds thesis\.txt, which this demo did not write"):
         run_demo(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     with pytest.raises(ConfigError, match="no seed"):

@@ -184,7 +184,7 @@ def test_a_failing_tool_stops_the_run_and_is_asked_again(
     tool = CoLLM(model.base, [ToolSpec("date", eps=0.05)], DeferralHead(32), model.tokenizer)
     systems = systems_named(tool, [], ThresholdPolicy(0.4))  # a new head gives even odds: the tool is always asked
     ask = partial(compare, systems, task, items, tmp_path, threshold=0.4, max_batch=1)
-    with pytest.raises(ToolFailure, match=r"assistant failed 6 times while line 5 was answered"):
+    with pytest.raises(ToolFailure, match=r"assistant failed 6 times while answering line 5"):
         ask()
     assert list(read_answers(tmp_path, "collaboration")) == ["0", "1", "2", "3", "4"]
     broken = False
@@ -277,7 +277,7 @@ def test_prices_are_of_tokens_read_and_written() -> None:
     row["models"]["assistant 1"] = used
     with pytest.raises(ConfigError, match="assistant 1, which has no price; add --price assistant-1="):
         prices.of(row)
-    with pytest.raises(ConfigError, match=r"a price came of sft, .* expected base, assistant-1, assistant-2"):
+    with pytest.raises(ConfigError, match=r"there is a price for sft, .* expected base, assistant-1, assistant-2"):
         Prices.parse(["base=1", "assistant-1=1", "assistant-2=1", "sft=1"]).check([row])
 
 
@@ -338,7 +338,7 @@ def test_a_judge_outside_gets_the_outputs_of_every_system(
     page = render_page(report)
     assert "What each model did for an item" in page
     assert "ccuracy" not in page
-    assert report.examples[0].correct is None
+    assert report.examples[0].score is None
 
 
 # Words
@@ -387,7 +387,7 @@ def test_a_score_between_right_and_wrong_is_neither(model: CoLLM, items: list[Ta
         patch.syspath_prepend(str(tmp_path))
         run(model, task_named("rows", metric="score:half", max_new_tokens=6), items, tmp_path / "out", "base")
     report = report_of(tmp_path / "out")
-    assert (report.examples[0].correct, report.examples[0].score) == (None, 0.5)
+    assert report.examples[0].score == 0.5
     page = render_page(report)
     assert "score 0.5" in page
     assert "✗ wrong" not in page

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 
 import pytest
 
 from collm.errors import DataError, WriteError
-from collm.evaluation.chart import draw_chart
 from collm.evaluation.page import render_page, write_report
 from collm.evaluation.report import Chart, Example, Point, Report, Row, Token, deferral_chart
 
@@ -69,6 +67,12 @@ def tree(report: Report) -> Element:
     return Tree(render_page(report)).root
 
 
+def drawn(chart: Chart) -> str:
+    """A chart's <svg> element."""
+    (svg,) = re.findall("<svg.*?</svg>", render_page(Report("", "", charts=[chart])), flags=re.DOTALL)
+    return svg
+
+
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'text' $title </li></svg>"
 TOKENS = [
     Token("The", 0, 0.01),
@@ -106,9 +110,10 @@ def report() -> Report:
             Chart("cost", "Accuracy against cost", "", "GFLOP", "Accuracy", CURVE, in_use=0.7, unit="GFLOP"),
         ],
         examples=[
-            Example("Tell me about Kenya.", "It is right.", TOKENS, True),
-            Example("And Chad?", "It is wrong.", [Token("No", 1, 0.7)], False),
+            Example("Tell me about Kenya.", "It is right.", TOKENS, 1.0),
+            Example("And Chad?", "It is wrong.", [Token("No", 1, 0.7)], 0.0),
             Example("And Peru?", "It is unjudged.", [], None),
+            Example("And Togo?", "It is half right.", [], 0.5),
         ],
         authors=["generalist", "geography expert", "chemistry expert"],
         details={"command": "collm demo --out demo", "torch": "2.13.0"},
@@ -190,7 +195,7 @@ def test_a_token_shows_what_each_author_would_have_written(report):
 
 def test_verdicts_are_words_and_only_where_somebody_judged(page):
     verdicts = [[v.text for v in article.every("span", "verdict")] for article in page.every("article")]
-    assert verdicts == [["✓ right"], ["✗ wrong"], []]
+    assert verdicts == [["✓ right"], ["✗ wrong"], [], ["score 0.5"]]
 
 
 def test_assistants_are_told_apart_without_colour(page, report):
@@ -238,21 +243,38 @@ def test_the_plot_is_labelled_text_in_the_colours_of_the_page(page, report):
     assert {row.name for row in report.rows} < set(words)
     assert {"Accuracy", "Deferral rate", "in use: 8.1%", "100%", *DIAGONAL} < set(words)
     assert "whole answers at random: from 8.3% at 0.0% to 0.0% at 100.0%." in described
-    source = draw_chart(report.charts[0])
-    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", source))
+    source = drawn(report.charts[0])
+    assert not re.search(r"(?:fill|stroke|style|color)=|#[0-9a-f]{3}|rgb", source)
+    drawn_classes = {
+        one for tag in ("path", "polyline", "polygon", "circle") for e in svg.every(tag) for one in e.classes
+    }
+    rules = re.findall(r"^\.chart (.*?) \{ (.*) \}", page.every("style")[0].text, flags=re.MULTILINE)
+    assert drawn_classes <= {name.lstrip(".") for selector, _ in rules for name in selector.split(", ")}
+    colours = {found for _, rule in rules for found in re.findall(r"(?:fill|stroke): ([^;]+)", rule)}
     assert colours == {"none", "currentColor", "var(--curve)", "var(--page)"}
     assert not svg.every("style")  # it would style the whole page
 
 
+def test_charts_of_any_range_have_ticks():
+    for low, high, furthest in ((0.0, 1.0, 1.0), (0.52, 0.53, 3e-4), (0.4, 0.4, 1234.0), (0.1, 0.8, 0.0)):
+        points = [Point("a", 0.0, low, low, low), Point("b", furthest, high, high, high)]
+        svg = Tree(drawn(Chart("c", "c", "", "x", "y", points, unit="GFLOP"))).root
+        percents = [text.text for text in svg.every("text") if text.text.endswith("%")]
+        places = [text.text for text in svg.every("text") if re.fullmatch(r"[\d.,e-]+", text.text)]
+        assert 2 <= len(percents) <= 8
+        assert 2 <= len(places) <= 8
+        assert len(set(percents)) == len(percents)
+
+
 def test_the_plot_does_not_depend_on_the_order_of_the_points(report):
-    drawings = {draw_chart(deferral_chart(points, ROWS, 0.081)) for points in (CURVE, CURVE[::-1])}
+    drawings = {drawn(deferral_chart(points, ROWS, 0.081)) for points in (CURVE, CURVE[::-1])}
     assert len(drawings) == 1
 
 
 def test_rows_at_one_place_share_a_label_and_all_keep_their_name(report):
     twins = [replace(ROWS[-1], name=name) for name in ("full", "head only", "costs $5 to $6", "名前")]
     chart = deferral_chart(CURVE, [*ROWS, *twins], 0.0)
-    svg = Tree(draw_chart(replace(chart, in_use=None))).root
+    svg = Tree(drawn(replace(chart, in_use=None))).root
     words = [text.text for text in svg.every("text")]
     assert [words.count(row.name) for row in [*ROWS, *twins]] == [1] * 8
     assert not any("in use" in word for word in words)
@@ -264,21 +286,10 @@ def test_the_same_report_gives_the_same_bytes(tmp_path, report):
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "folder/b.html").read_bytes()
 
 
-def test_what_is_empty_is_left_out(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # and nothing to draw needs no matplotlib
+def test_what_is_empty_is_left_out():
     page = tree(Report("Nothing yet", ""))
     assert not page.every("section")
     assert page.every("h1")
-
-
-def test_without_matplotlib_charts_are_tables_and_that_is_said_once(report, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    page = tree(report)
-    assert not page.every("svg")
-    assert len(page.every("details")) >= len(report.charts)
-    assert [record.getMessage() for record in caplog.records] == [
-        "matplotlib is not installed, so the charts are tables of numbers: pip install 'collm[eval]'"
-    ]
 
 
 def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, report, monkeypatch):

@@ -35,7 +35,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         "It does.",
         rows=ROWS,
         charts=[deferral_chart(curve, ROWS, 0.1, {"whole answers at random": [(0.0, 0.1), (1.0, 0.7)]})],
-        examples=[Example("Capital of Kenya?", "Nairobi", TOKENS, True)],
+        examples=[Example("Capital of Kenya?", "Nairobi", TOKENS, 1.0)],
         tables=[Table("tokens", "Tokens", "Of 3.", ("", "times"), [(" a", "3")])],
         authors=["base", "assistant"],
         details={"command": "collm eval " + "x" * 200},

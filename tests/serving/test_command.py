@@ -120,7 +120,7 @@ def test_the_page_lists_every_route_and_metric(server: Any) -> None:
         (["--host", "0.0.0.0"], "there is no API key"),
         (["--max-batch", "0"], "max_batch is 0"),
         (["--time-limit", "0"], "time_limit_s is 0.0"),
-        (["--api-key", "schlüssel"], "use ASCII"),
+        (["--api-key", "schlüssel"], "use printable ASCII"),
         (["{artefact}"], "two collaborations are called 'my-collaboration'"),
         (["a/b={artefact}"], "named 'a/b'"),
     ],

@@ -270,7 +270,7 @@ def test_a_key_is_asked_for_and_kept_out_of_the_address(
             key = page.get_by_label("API key")
             key.fill("wrong")
             key.press("Tab")
-            expect(alert).to_contain_text("another one came")
+            expect(alert).to_contain_text("the request has another one")
             key.fill("open-sesame")
             key.press("Tab")
             expect(alert).to_have_text("")

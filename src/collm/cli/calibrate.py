@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli.servers import EngineOption, ServersOption, servers_named
-from collm.cli.usage import allow_none, allow_only
+from collm.cli import options
+from collm.cli.usage import refuse
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
@@ -19,57 +19,52 @@ if TYPE_CHECKING:
 
 def calibrate(
     context: typer.Context,
-    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration, a directory.")],
+    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Validation rows: JSON, JSONL, data set directory or Hub name. Default: as DIR's run says."),
+        typer.Option(help="Validation rows: JSON, JSONL, data set directory or Hub name. Default: those of DIR's run."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a data set.")] = None,
-    prompt_field: Annotated[str, typer.Option(help="Name of the prompt's field.")] = "prompt",
-    completion_field: Annotated[str, typer.Option(help="Name of the completion's field.")] = "completion",
-    format_: Annotated[
-        str, typer.Option("--format", help="rows, tulu, gsm8k, gsm8k-plain, math or bioasq, as published.")
-    ] = "rows",
-    bad_rows: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip and count it.")] = "stop",
+    split: options.SplitOption = None,
+    prompt_field: options.PromptFieldOption = "prompt",
+    completion_field: options.CompletionFieldOption = "completion",
+    format_: options.FormatOption = "rows",
+    bad_rows: options.BadRowsOption = "stop",
     metric: Annotated[
         str, typer.Option(help="exact_match, contains, last_number, token_f1 or module:function.")
     ] = "exact_match",
     rate: Annotated[
-        list[float] | None, typer.Option(help="Deferral rate to aim at; may be repeated. Default: 0, 0.1 .. 1.")
+        list[float] | None,
+        typer.Option(help="Deferral rate to aim at. Can be given several times. Default: 0, 0.1, .. 1."),
     ] = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(help="Deferral rate to find the best threshold within, besides the best of all; may be repeated."),
+        typer.Option(help="Also find the best threshold within this deferral rate. Can be given several times."),
     ] = None,
     refine: Annotated[
         int | None,
-        typer.Option(help="Thresholds to add beside the best, and beside that of each budget.  [default: 3]"),
+        typer.Option(help="Number of thresholds to add near the best one, and near that of each budget.  [default: 3]"),
     ] = None,
     check: Annotated[
-        float | None, typer.Option(help="Hold this share of the rows back and check the chosen thresholds on it.")
+        float | None, typer.Option(help="Hold back this share of the rows and check the chosen thresholds on it.")
     ] = None,
     check_data: Annotated[
-        str | None, typer.Option(help="Check the chosen thresholds on these rows, given as --data.")
+        str | None, typer.Option(help="Check the chosen thresholds on these rows, which have the format of --data.")
     ] = None,
     teacher_forced: Annotated[
-        bool, typer.Option("--teacher-forced", help="Only show all thresholds on the gold completions; chooses none.")
+        bool, typer.Option("--teacher-forced", help="Only show all thresholds on the gold completions. Choose none.")
     ] = False,
-    max_batch: Annotated[int, typer.Option(help="Most prompts decoded at once.")] = 16,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many rows.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 256,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
-    ] = None,
-    engine: EngineOption = None,
-    servers: ServersOption = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
-    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Use only the first rows, up to this number.")] = None,
+    max_batch: options.MaxBatchOption = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a completion.")] = 256,
+    stop: options.StopOption = None,
+    device: options.DeviceOption = None,
+    engine: options.EngineOption = None,
+    servers: options.ServersOption = None,
+    trust_code: options.TrustCodeOption = False,
 ) -> None:
-    """Generate the validation set at thresholds for deferral rates 0, 0.1 .. 1 and near the best, which is kept.
+    """Decode a validation set at several thresholds and store the best one.
 
-    Without --data, on the rows and with the options of the run that made DIR.
+    Without --data, the rows and the options are those of the training run that made DIR.
     """
     from collm import run
     from collm.collaboration import CoLLM
@@ -80,7 +75,7 @@ def calibrate(
         raise typer.BadParameter("--check and --check-data both came; check on a share of the rows, or on others")
     _check_usage(context, generates=not teacher_forced, has_data=data is not None)
     model = CoLLM.from_pretrained(
-        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_code=trust_code
+        collaboration, engine=engine, servers=options.servers_named(servers), device=device, trust_code=trust_code
     )
     past = None
     if data is None:
@@ -105,14 +100,14 @@ def calibrate(
 
 
 def _check_usage(context: typer.Context, *, generates: bool, has_data: bool) -> None:
-    """Wrong usage where an option would have no effect."""
+    """Refuse options that would have no effect."""
     if not generates:
         generating = {"metric", "rate", "refine", "check", "check_data", "max_batch", "max_new_tokens", "stop"}
-        allow_none(context, *generating, why="--teacher-forced generates nothing")
+        refuse(context, "--teacher-forced generates nothing", none=generating)
     if not has_data:
         loading = {"collaboration", "device", "engine", "servers", "trust_code"}
         choosing = {"budget", "refine", "check", "check_data", "teacher_forced"}
-        allow_only(context, *loading, *choosing, why="without --data the run of DIR says the rest")
+        refuse(context, "without --data the run of DIR says the rest", only=loading | choosing)
 
 
 def _show_curve(model: CoLLM, rows: PastRun | Validation, budgets: Sequence[float]) -> None:

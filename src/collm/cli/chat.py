@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli import sampling
-from collm.cli.servers import EngineOption, ServersOption, servers_named
+from collm.cli import options, sampling
+from collm.cli.authors import author_names
 
 if TYPE_CHECKING:
     from collm.cli.terminal import Console
@@ -21,25 +21,23 @@ if TYPE_CHECKING:
     from collm.core.types import TokenStep
 
 HELP = """\
-/threshold X   the base keeps a token while its defer prob is at most X
-/budget X      a deferral rate to stay within, by the calibration
-/model NAME    who answers: collaboration, base, assistant, assistant-2, ..
-/history       the conversation so far
-/undo          take back the last question and its answer
+/threshold X   let the base keep a token while its defer prob is at most X
+/budget X      use the best threshold within this deferral rate
+/model NAME    choose who answers: collaboration, base, assistant, assistant-2, ..
+/history       show the conversation
+/undo          remove the last question and its answer
 /clear         begin a new conversation
-/save FILE     write the conversation as a row of training data, with the authors of its tokens
-/help          these lines
-/quit          leave; so does Ctrl-D. Ctrl-C stops an answer"""
+/save FILE     write the conversation as a row of training data, with the author of each token
+/help          show this help
+/quit          quit, like Ctrl-D. Ctrl-C stops an answer"""
 
 
 def chat(
-    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="A collaboration: directory or Hub repository.")],
+    collaboration: options.CollaborationArgument,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Base keeps a token while its defer prob is at most this. Default: calibrated.")
-    ] = None,
-    budget: Annotated[float | None, typer.Option(help="Deferral rate to stay within, in place of a threshold.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    threshold: options.ThresholdOption = None,
+    budget: options.BudgetOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 1024,
     temperature: sampling.TemperatureOption = None,
     top_p: sampling.TopPOption = 1.0,
     top_k: sampling.TopKOption = 0,
@@ -47,19 +45,15 @@ def chat(
     presence_penalty: sampling.PresenceOption = 0.0,
     frequency_penalty: sampling.FrequencyOption = 0.0,
     repetition_penalty: sampling.RepetitionOption = 1.0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
-    engine: EngineOption = None,
-    servers: ServersOption = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
-    ] = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    engine: options.EngineOption = None,
+    servers: options.ServersOption = None,
+    trust_code: options.TrustCodeOption = False,
 ) -> None:
-    """Talk to a collaboration; /help lists what else can be typed.
+    """Chat with a collaboration in the terminal. /help lists the commands.
 
-    What was read for earlier turns stays in the KV cache of every model, so a turn costs only what is new.
+    Each model keeps earlier turns in its KV cache, so a turn reads only new tokens.
     """
     import transformers
 
@@ -82,7 +76,7 @@ def chat(
     model = CoLLM.from_pretrained(
         collaboration,
         engine=engine,
-        servers=servers_named(servers),
+        servers=options.servers_named(servers),
         device=device,
         dtype=dtype,
         trust_code=trust_code,
@@ -92,13 +86,6 @@ def chat(
     console = Console(soft_wrap=True)
     console.print(legend(author_names(model)), "[dim]/help for more[/dim]")
     _converse(talk, console)
-
-
-def author_names(model: CoLLM) -> list[str]:
-    """The base's, then the assistants'."""
-    from collm.models.members import author_name
-
-    return [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
 
 
 @dataclass
@@ -148,15 +135,14 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write one row of training data, and beside its messages who wrote each token of the answers."""
-        from collm.atomic import atomic_file
+        from collm.atomic import write_text
         from collm.errors import WriteError
 
         if path.exists():
             raise WriteError(f"{path} exists; choose another name")
         authors = [[step.author for step in steps] for _, steps in self.turns]
         row = {"messages": self.messages(), "authors": authors, "author_names": author_names(self.model)}
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _converse(talk: Conversation, console: Console) -> None:

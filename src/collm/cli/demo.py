@@ -1,4 +1,4 @@
-"""`collm demo`: the whole path on a small world of real facts."""
+"""`collm demo`: train and evaluate tiny models on real facts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SHOWN = 8
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for models, report.html and results.json.")],
-    real: Annotated[
-        bool, typer.Option("--real", help="SmolLM2 from the package index learns to ask a calculator; then a chat.")
-    ] = False,
-    assistants: Annotated[int, typer.Option(min=1, max=2, help="1: geography; 2: geography and chemistry.")] = 1,
-    tokenizers: Annotated[str, typer.Option(help="same: all models share one; different: each has its own.")] = "same",
-    seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds, pooled in the table.")] = 1,
-    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output directory for models, report.html and results.json.")],
+    real: Annotated[bool, typer.Option("--real", help="Train SmolLM2 to use a calculator, then chat with it.")] = False,
+    assistants: Annotated[int, typer.Option(min=1, max=2, help="1: geography. 2: geography and chemistry.")] = 1,
+    tokenizers: Annotated[
+        str, typer.Option(help="same: all models share a tokenizer. different: each model has its own.")
+    ] = "same",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds. The table pools their results.")] = 1,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
 ) -> None:
-    """Train a pair of tiny models on real facts and compare the collaboration with every baseline.
+    """Train tiny models on real facts and compare the collaboration with every baseline.
 
-    With --real the base is SmolLM2-135M-Instruct: it learns when to let a calculator write, is measured, and talks.
+    With --real, SmolLM2-135M-Instruct learns when to use a calculator, is evaluated, and can be chatted with.
     """
     import sys
 

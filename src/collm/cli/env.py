@@ -1,10 +1,10 @@
-"""`collm env`: what a bug report needs."""
+"""`collm env`: versions and devices, for bug reports."""
 
 from __future__ import annotations
 
 
 def env() -> None:
-    """Print versions, devices and which extras are installed."""
+    """Print versions and devices."""
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -22,16 +22,7 @@ def env() -> None:
 
     typer.echo(f"collm         {__version__}")
     typer.echo(f"python        {platform.python_version()} on {platform.platform()}")
-    for package in (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "accelerate",
-        "datasets",
-        "safetensors",
-        "peft",
-        "matplotlib",
-    ):
+    for package in ("torch", "transformers", "tokenizers", "accelerate", "datasets", "safetensors", "peft"):
         typer.echo(f"{package:<13} {installed(package)}")
     typer.echo(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

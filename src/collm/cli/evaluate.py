@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collm.cli.servers import EngineOption, ServersOption, servers_named
+from collm.cli import options
 
 if TYPE_CHECKING:
     from collm.evaluation.compare import Comparison
@@ -17,45 +17,47 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
-    task: Annotated[str, typer.Option(help="gsm8k, math, bioasq, alpaca_eval, multiple_choice, or rows.")],
-    out: Annotated[Path, typer.Option(help="Directory for answers and results; an interrupted evaluation resumes.")],
+    collaboration: options.CollaborationArgument,
+    task: Annotated[str, typer.Option(help="gsm8k, math, bioasq, alpaca_eval, multiple_choice or rows.")],
+    out: Annotated[Path, typer.Option(help="Output directory. An interrupted evaluation resumes from it.")],
     data: Annotated[
         str | None,
-        typer.Option(help="A file, a directory or a Hub name. Default: of gsm8k and math, where they are published."),
+        typer.Option(help="A file, a directory or a Hub name. Default for gsm8k and math: the published data set."),
     ] = None,
     compare: Annotated[
-        str, typer.Option(help="Commas between: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4, POLICY.")
+        str,
+        typer.Option(
+            help="Comma-separated systems: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4 or POLICY."
+        ),
     ] = "base,assistant",
-    split: Annotated[str | None, typer.Option(help="Split of the data. Default: the task's test split.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Ask so many items, drawn by --seed.")] = None,
-    shots: Annotated[int, typer.Option(help="Answered questions shown before each item, from the train split.")] = 0,
-    shots_data: Annotated[str | None, typer.Option(help="Where shots come from instead.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data set. Default: the task's test split.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate a random sample of this many items.")] = None,
+    shots: Annotated[int, typer.Option(help="Number of few-shot examples, taken from the train split.")] = 0,
+    shots_data: Annotated[str | None, typer.Option(help="Take the few-shot examples from this data instead.")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="For rows: exact_match, contains, last_number, token_f1 or module:function.")
+        str | None,
+        typer.Option(help="For task rows: exact_match, contains, last_number, token_f1 or module:function."),
     ] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="For gsm8k: gsm8k or gsm8k-plain.")] = None,
-    prompt_field: Annotated[str | None, typer.Option(help="For rows: name of the prompt's field.")] = None,
-    completion_field: Annotated[str | None, typer.Option(help="For rows: name of the completion's field.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="For rows: most tokens of an answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="For rows: text that ends an answer; may be repeated.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask as the user of a chat.")] = False,
-    threshold: Annotated[float | None, typer.Option(help="Of the collaboration. Default: the calibrated one.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Deferral rate allowed, in place of a threshold.")] = None,
-    curve: Annotated[bool, typer.Option("--curve", help="Also answer at every threshold of the calibration.")] = False,
+    format_: Annotated[str | None, typer.Option("--format", help="For task gsm8k: gsm8k or gsm8k-plain.")] = None,
+    prompt_field: Annotated[str | None, typer.Option(help="For task rows: name of the prompt field.")] = None,
+    completion_field: Annotated[str | None, typer.Option(help="For task rows: name of the completion field.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="For task rows: maximum tokens of an answer.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="For task rows: text that ends an answer. Can be given several times.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send each item as a chat message of the user.")] = False,
+    threshold: options.ThresholdOption = None,
+    budget: options.BudgetOption = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Also evaluate every threshold of the calibration.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of drawn items, shots and tokens.")] = 0,
-    max_batch: Annotated[int, typer.Option(help="Most prompts decoded at once.")] = 16,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
-    ] = None,
-    engine: EngineOption = None,
-    servers: ServersOption = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
-    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed for sampled items, few-shot examples and tokens.")] = 0,
+    max_batch: options.MaxBatchOption = 16,
+    device: options.DeviceOption = None,
+    engine: options.EngineOption = None,
+    servers: options.ServersOption = None,
+    trust_code: options.TrustCodeOption = False,
 ) -> None:
-    """Answer a task with the collaboration and with what it is compared to; scores, intervals and costs of each."""
+    """Compare the collaboration with other systems on a task: scores, intervals and costs."""
     from collm.collaboration import CoLLM
     from collm.core.params import SamplingParams
     from collm.core.policies import ThresholdPolicy
@@ -75,7 +77,7 @@ def evaluate(
     )
     items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
     model = CoLLM.from_pretrained(
-        collaboration, engine=engine, servers=servers_named(servers), device=device, trust_code=trust_code
+        collaboration, engine=engine, servers=options.servers_named(servers), device=device, trust_code=trust_code
     )
     operating = model.threshold(threshold, budget)
     names = names_in(compare)

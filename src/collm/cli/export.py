@@ -1,4 +1,4 @@
-"""`collm export`: a collaboration in the form that another program runs."""
+"""`collm export`: write a collaboration in the format of another program."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-export = typer.Typer(no_args_is_help=True, help="Write a collaboration in the form that another program runs.")
+export = typer.Typer(no_args_is_help=True, help="Write a collaboration in the format of another program.")
 
 
 @export.command("vllm")
 def vllm(
-    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration, a directory.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory. It must not exist.")],
 ) -> None:
-    """Write the base, its adapter merged, with the deferral head as further rows of its output layer."""
+    """Write the base for vLLM, with the deferral head as further rows of its output layer. An adapter is merged."""
     from collm.collaboration import CoLLM
 
     CoLLM.from_pretrained(collaboration, device="cpu", trust_code=True).export_vllm(out)

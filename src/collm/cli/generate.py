@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collm.cli import sampling
-from collm.cli.servers import EngineOption, ServersOption, servers_named
+from collm.cli import options, sampling
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
@@ -16,14 +15,12 @@ if TYPE_CHECKING:
 
 
 def generate(
-    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="A collaboration: directory or Hub repository.")],
+    collaboration: options.CollaborationArgument,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue; '-' reads one from stdin.")
+        list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue. '-' reads one from stdin.")
     ],
-    threshold: Annotated[
-        float | None, typer.Option(help="Base keeps a token while its defer prob is at most this. Default: calibrated.")
-    ] = None,
-    budget: Annotated[float | None, typer.Option(help="Deferral rate to stay within, in place of a threshold.")] = None,
+    threshold: options.ThresholdOption = None,
+    budget: options.BudgetOption = None,
     policy: Annotated[
         str,
         typer.Option(
@@ -32,14 +29,14 @@ def generate(
             "budget:budget=..,threshold=.. (of each completion), schedule:start=..,end=..,steps=.."
         ),
     ] = "threshold",
-    chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a user's chat message.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a chat message of the user.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 256,
     temperature: sampling.TemperatureOption = None,
     top_p: sampling.TopPOption = 1.0,
     top_k: sampling.TopKOption = 0,
     min_p: sampling.MinPOption = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the completion; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Make sampling reproducible.")] = None,
+    stop: options.StopOption = None,
     include_stop_str_in_output: sampling.IncludeStopOption = False,
     stop_token_ids: sampling.StopTokenIdsOption = None,
     ignore_eos: sampling.IgnoreEosOption = False,
@@ -54,26 +51,20 @@ def generate(
     regex: sampling.RegexOption = None,
     choice: sampling.ChoiceOption = None,
     grammar: sampling.GrammarOption = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
-    ] = None,
-    engine: EngineOption = None,
-    servers: ServersOption = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
-    ] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
+    device: options.DeviceOption = None,
+    engine: options.EngineOption = None,
+    servers: options.ServersOption = None,
+    trust_code: options.TrustCodeOption = False,
+    dtype: options.DtypeOption = None,
     lookahead: Annotated[
-        int | None, typer.Option(help="Most tokens drafted ahead; the text is the same. 0 for none. Default: 16.")
+        int | None,
+        typer.Option(help="Maximum number of drafted tokens, 0 for none. The output is the same.  [default: 16]"),
     ] = None,
-    eager: Annotated[bool, typer.Option("--eager", help="Run models on a GPU without CUDA graphs.")] = False,
-    cache_memory: Annotated[
-        str | None,
-        typer.Option(help="Memory for keys and values on each device, such as 4GiB, or a share of what is free: 50%."),
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, for machines.")] = False,
+    eager: options.EagerOption = False,
+    cache_memory: options.CacheMemoryOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
-    """Continue prompts, each token in its author's colour (plain when piped)."""
+    """Continue prompts. In a terminal, each token has the colour of its author."""
     import transformers
 
     from collm.collaboration import CoLLM
@@ -101,7 +92,7 @@ def generate(
     )
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
     loading |= {"engine": engine, "cache_memory": cache_memory}
-    model = CoLLM.from_pretrained(collaboration, servers=servers_named(servers), **loading)
+    model = CoLLM.from_pretrained(collaboration, servers=options.servers_named(servers), **loading)
     if not chat and model.training.get("rows") == "chats":
         typer.echo("this collaboration was trained on chats; --chat sends the prompt as a user's message", err=True)
     texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
@@ -124,10 +115,9 @@ def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, dec
 
 def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, deciding: dict[str, Any]) -> None:
     """Token by token, as they come."""
-    from collm.cli.authors import coloured, legend
+    from collm.cli.authors import author_names, coloured, legend
     from collm.cli.terminal import Console
     from collm.core.types import deferral_rate
-    from collm.models.members import author_name
 
     console = Console(soft_wrap=True)
     for index, prompt in enumerate(prompts):
@@ -140,8 +130,7 @@ def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams,
             is_empty = is_empty and not step.text
         console.print()
         if is_empty and authors:
-            who = author_name(authors[-1], len(model.assistants))
+            who = author_names(model)[authors[-1]]
             typer.echo(f"the answer is empty: the {who} ended the text at once", err=True)
         if console.is_terminal:
-            names = [author_name(author, len(model.assistants)) for author in range(len(model.assistants) + 1)]
-            console.print(legend(names), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")
+            console.print(legend(author_names(model)), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")

@@ -1,4 +1,4 @@
-"""`collm launch`: vLLM servers of a collaboration on this machine, and a server of the collaboration before them."""
+"""`collm launch`: start the vLLM servers of a collaboration on this machine, and serve the collaboration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from collm.cli import serve
+from collm.cli.options import CollaborationArgument
 from collm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,38 +29,41 @@ NOT_HERE = {
     "--cache-memory": "cache_memory",
     "--trust-code": "trust_code",
 }
-"""Options of `collm serve` that say where and how models run; here they run on the servers that are started."""
+"""Options of `collm serve` for loading models. They have no effect here, because vLLM servers run the models."""
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def launch(
     context: typer.Context,
-    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
+    collaboration: CollaborationArgument,
     work: Annotated[
         Path | None,
-        typer.Option(help="For the exported base, the servers' logs and servers.yaml. Default: NAME-vllm, here."),
+        typer.Option(help="Directory for the exported base, the server logs and servers.yaml. Default: ./NAME-vllm."),
     ] = None,
     vllm_python: Annotated[
-        str | None, typer.Option(help="Interpreter that has vLLM and the collm plug-in. Default: this one.")
+        str | None, typer.Option(help="Python interpreter with vLLM and the collm plug-in. Default: this one.")
     ] = None,
-    wait: Annotated[float, typer.Option(help="Longest time until all servers are up, seconds.")] = 900.0,
+    wait: Annotated[float, typer.Option(help="Maximum time until all servers are ready, seconds.")] = 900.0,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Longest sequence, tokens. Default: what all models read, 8192 at most.")
+        int | None, typer.Option(help="Maximum sequence length, tokens. Default: the models' context, at most 8192.")
     ] = None,
-    base_flags: Annotated[str, typer.Option(help="More flags of vLLM for the base's server, in quotes.")] = "",
-    assistant_flags: Annotated[str, typer.Option(help="More flags of vLLM for the assistants' servers.")] = "",
+    base_flags: Annotated[str, typer.Option(help="Further vLLM flags for the base's server, in quotes.")] = "",
+    assistant_flags: Annotated[str, typer.Option(help="Further vLLM flags for the assistants' servers.")] = "",
     on_failure: Annotated[
         Literal["fail", "base"],
-        typer.Option(help="Where an assistant cannot be asked: fail the request, or let the base write, marked so."),
+        typer.Option(
+            help="If an assistant does not answer: fail the request, or let the base write the token and mark it."
+        ),
     ] = "fail",
     separate: Annotated[
-        bool, typer.Option("--separate", help="A server for each model. Default: one for both, if there are two.")
+        bool,
+        typer.Option("--separate", help="Start a server for each model. Default: one server if there are two models."),
     ] = False,
 ) -> None:
-    """Start vLLM with the collaboration, wait for it, serve; on Ctrl-C or SIGTERM take all down.
+    """Start vLLM with the collaboration and serve it. Ctrl-C or SIGTERM stops all servers.
 
-    A base and one assistant are put into one engine, more assistants get a server each. What is not listed here goes to
-    'collm serve': --port, --api-key, --max-batch and so on.
+    A base and one assistant share one engine. With more assistants, each model has a server. Further options, such as
+    --port, --api-key and --max-batch, are those of 'collm serve'.
     """
     serve.check_extra()
     from collm.serving.run import log_as_json
@@ -134,7 +138,7 @@ def _plans(
 
 
 def _exported(model: CoLLM, out: Path) -> Path:
-    """The exported base, which is written unless it is there."""
+    """Export the base unless the export exists."""
     from collm.vllm.export_manifest import check_exported
 
     if out.exists():
@@ -147,7 +151,7 @@ def _exported(model: CoLLM, out: Path) -> Path:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that servers are taken down; while serving, the server has its own handler."""
+    """Handle SIGTERM like Ctrl-C, so that servers are stopped. While serving, the server has its own handler."""
     import signal
 
     def interrupt(number: int, frame: object) -> None:

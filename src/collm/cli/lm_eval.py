@@ -1,26 +1,26 @@
-"""`collm lm-eval`: the command line of lm-evaluation-harness, run on a collaboration."""
+"""`collm lm-eval`: run lm-evaluation-harness on a collaboration."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
+
+from collm.cli.options import CollaborationArgument
 
 PASS_ON = {"allow_extra_args": True, "allow_interspersed_args": False}
 MODEL = "collm"
-"""What the harness calls it."""
+"""Name of the model type in the harness."""
 
 
 def lm_eval(
     context: typer.Context,
-    collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory or Hub name.")],
+    collaboration: CollaborationArgument,
 ) -> None:
-    """Run lm-evaluation-harness: what follows DIR, as --tasks gsm8k, goes to `lm-eval run`, DIR being its model.
+    """Run lm-evaluation-harness on a collaboration. Arguments after DIR, such as --tasks gsm8k, go to `lm-eval run`.
 
-    --model_args takes threshold, budget, policy, dtype, trust_code, max_length and add_bos_token. DIR --help lists all
-    options of the harness.
+    --model_args takes threshold, budget, policy, dtype, trust_code, max_length and add_bos_token. `collm lm-eval DIR
+    --help` lists all options of the harness.
     """
-    from collm.evaluation.harness import HarnessLM  # says what to install where the harness is missing
+    from collm.evaluation.harness import HarnessLM  # raises a MissingExtra if the harness is not installed
 
     _hand_over(collaboration, context.args, HarnessLM)
 

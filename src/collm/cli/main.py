@@ -1,4 +1,4 @@
-"""`collm`: dispatch, and one sentence on stderr for whatever goes wrong."""
+"""The `collm` command. Errors are one sentence on stderr."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Token-level collaboration between language models: a base learns when an assistant writes the next token.",
+    help="Token-level collaboration between language models. A base learns when an assistant writes the next token.",
 )
 
 
@@ -46,7 +46,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -76,7 +76,7 @@ def main() -> None:
         app(arguments)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            _say("interrupted; what is written is kept, and training and scoring go on from it when run again")
+            _say("interrupted; run the same command again to resume training or scoring")
         raise
     except CollmError as error:
         _stop(str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED, debug)

@@ -1,4 +1,4 @@
-"""`collm report`: the page of an evaluation."""
+"""`collm report`: the HTML report of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --out of 'collm eval'.")],
-    out: Annotated[Path | None, typer.Option(help="The page. Default: RUN/report.html.")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --out directory of 'collm eval'.")],
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: RUN/report.html.")] = None,
     price: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=READ[:WRITTEN]",
-            help="Cost axis in prices, not FLOPs: of a million tokens that a model (base, assistant, assistant-2) "
-            "reads, and writes. One for each model.",
+            help="Price of a million tokens that a model (base, assistant, assistant-2) reads, and writes. The cost "
+            "axis then shows prices instead of FLOPs. Needed for each model.",
         ),
     ] = None,
 ) -> None:
-    """Write one HTML file that works offline: systems, curve, who wrote which token, what is deferred."""
+    """Write an HTML report: results of all systems, charts, the author of each token, and statistics of deferral."""
     from collm.cli.terminal import log_to_terminal
     from collm.evaluation.page import write_report
     from collm.evaluation.run_charts import Prices

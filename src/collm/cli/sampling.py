@@ -1,4 +1,4 @@
-"""Options of commands that generate text: how its tokens are drawn, and what it must be."""
+"""Options of commands that generate text: sampling parameters and structured outputs."""
 
 from __future__ import annotations
 
@@ -13,40 +13,48 @@ if TYPE_CHECKING:
 
 TemperatureOption = Annotated[
     float | None,
-    typer.Option(help="0 is greedy. Default: 0, or 1 where --top-p, --top-k or --min-p ask for sampling."),
+    typer.Option(help="0 is greedy. Default: 1 with --top-p, --top-k or --min-p, otherwise 0."),
 ]
-TopPOption = Annotated[float, typer.Option(help="Keep the smallest set of tokens with this share.")]
-TopKOption = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
-MinPOption = Annotated[float, typer.Option(help="Keep tokens at least this probable, relative to the most probable.")]
-PresenceOption = Annotated[float, typer.Option(help="Lower the logits of tokens that were generated, -2 to 2.")]
-FrequencyOption = Annotated[float, typer.Option(help="Likewise, for each time they were generated, -2 to 2.")]
-RepetitionOption = Annotated[float, typer.Option(help="Make tokens of the prompt and the text less likely; 1: don't.")]
+TopPOption = Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")]
+TopKOption = Annotated[int, typer.Option(help="Sample from the k most probable tokens, 0 for all.")]
+MinPOption = Annotated[float, typer.Option(help="Drop tokens below this share of the highest probability.")]
+PresenceOption = Annotated[float, typer.Option(help="Lower the logits of generated tokens, -2 to 2.")]
+FrequencyOption = Annotated[float, typer.Option(help="Lower the logits of generated tokens by their count, -2 to 2.")]
+RepetitionOption = Annotated[
+    float, typer.Option(help="Make tokens of the prompt and the completion less likely. 1 has no effect.")
+]
 LogitBiasOption = Annotated[
-    list[str] | None, typer.Option(metavar="ID=BIAS", help="Add to a token's logit; may be repeated.")
+    list[str] | None, typer.Option(metavar="ID=BIAS", help="Add a bias to a token's logit. Can be given several times.")
 ]
-BadWordsOption = Annotated[list[str] | None, typer.Option(help="Text not to be written; may be repeated.")]
-MinTokensOption = Annotated[int, typer.Option(help="Let nothing end the text before so many tokens.")]
-StopTokenIdsOption = Annotated[list[int] | None, typer.Option(help="Token that ends the text; may be repeated.")]
-IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Go on after EOS.")]
+BadWordsOption = Annotated[
+    list[str] | None, typer.Option(help="Text that must not be generated. Can be given several times.")
+]
+MinTokensOption = Annotated[int, typer.Option(help="Minimum number of tokens before the completion can end.")]
+StopTokenIdsOption = Annotated[
+    list[int] | None, typer.Option(help="Token id that ends the completion. Can be given several times.")
+]
+IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Continue after EOS.")]
 IncludeStopOption = Annotated[
-    bool, typer.Option("--include-stop-str-in-output", help="Keep what ended the text in it.")
+    bool, typer.Option("--include-stop-str-in-output", help="Include the stop text in the output.")
 ]
 JsonSchemaOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The answer is JSON that satisfies this schema.")
+    Path | None, typer.Option(metavar="FILE", help="The output is JSON that satisfies this schema.")
 ]
-JsonObjectOption = Annotated[bool, typer.Option("--json-object", help="The answer is a JSON object.")]
-RegexOption = Annotated[str | None, typer.Option(help="The answer matches this regular expression.")]
-ChoiceOption = Annotated[list[str] | None, typer.Option(help="The answer is one of these; may be repeated.")]
+JsonObjectOption = Annotated[bool, typer.Option("--json-object", help="The output is a JSON object.")]
+RegexOption = Annotated[str | None, typer.Option(help="The output matches this regular expression.")]
+ChoiceOption = Annotated[
+    list[str] | None, typer.Option(help="The output is one of these texts. Can be given several times.")
+]
 GrammarOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The answer follows this grammar, in Lark (llguidance) or GBNF.")
+    Path | None, typer.Option(metavar="FILE", help="The output follows this grammar, in Lark (llguidance) or GBNF.")
 ]
 
 
 def logit_bias(entries: Sequence[str] | None) -> dict[int, float]:
-    """From "ID=BIAS".
+    """Parse "ID=BIAS" entries.
 
     Raises:
-        ConfigError: an entry of another form.
+        ConfigError: an entry has another form.
     """
     from collm.errors import ConfigError
 
@@ -63,10 +71,10 @@ def logit_bias(entries: Sequence[str] | None) -> dict[int, float]:
 def structured_outputs(
     json_schema: Path | None, json_object: bool, regex: str | None, choice: Sequence[str] | None, grammar: Path | None
 ) -> StructuredOutputs | None:
-    """What the text must be; None where nothing says.
+    """The constraint of the given options; None if none is given.
 
     Raises:
-        ConfigError: several came, or a file cannot be read.
+        ConfigError: several options are given, or a file cannot be read.
     """
     from collm.core.params import StructuredOutputs
 

@@ -1,4 +1,4 @@
-"""`collm score`: what a frozen model says about every target token of a data set."""
+"""`collm score`: score every target token of a data set with a frozen model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collm.cli.usage import allow_only
+from collm.cli import options
+from collm.cli.usage import refuse
 
 if TYPE_CHECKING:
     from collm.models.loading import ModelSpec
@@ -21,58 +22,55 @@ def score(
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model: directory, GGUF file or Hub id, with @revision; or tool:..")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the scores; an interrupted run resumes there.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Directory, GGUF file, Hub id (with @revision) or tool:..")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output directory. An interrupted run resumes from it.")] = None,
     inspect: Annotated[
         Path | None,
-        typer.Option(metavar="SCORES", help="Score nothing; compare SCORES/base with SCORES/assistant-1, .."),
+        typer.Option(
+            metavar="SCORES", help="Only compare the scores in SCORES/base with those in SCORES/assistant-1, .."
+        ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="run.yaml", help="Score what 'collm train --config' will ask of --author.")
+        Path | None,
+        typer.Option(metavar="run.yaml", help="Compute the scores of --author that 'collm train --config' needs."),
     ] = None,
     author: Annotated[str | None, typer.Option(help="With --config: base, assistant-1, ..")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="The base whose tokenizer and template training will use. Default: the model.")
+        str | None,
+        typer.Option(help="The base that training will use, for its tokenizer and template. Default: the model."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a data set.")] = None,
-    prompt_field: Annotated[str, typer.Option(help="Name of the prompt's field.")] = "prompt",
-    completion_field: Annotated[str, typer.Option(help="Name of the completion's field.")] = "completion",
+    split: options.SplitOption = None,
+    prompt_field: options.PromptFieldOption = "prompt",
+    completion_field: options.CompletionFieldOption = "completion",
     template: Annotated[str, typer.Option(help="Prompt template, as in training.")] = "{prompt}",
     chat_template: Annotated[
-        str | None, typer.Option(help="File with the chat template, as in training. Default: the tokenizer's.")
+        str | None, typer.Option(help="File with the chat template, as in training. Default: the tokenizer's template.")
     ] = None,
-    format_: Annotated[
-        str, typer.Option("--format", help="rows, tulu, gsm8k, gsm8k-plain, math or bioasq, as published.")
-    ] = "rows",
-    bad_rows: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip and count it.")] = "stop",
-    max_length: Annotated[int, typer.Option(help="Most tokens of an example, as in training.")] = 2048,
+    format_: options.FormatOption = "rows",
+    bad_rows: options.BadRowsOption = "stop",
+    max_length: Annotated[int, typer.Option(help="Maximum number of tokens of an example, as in training.")] = 2048,
     max_batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens in a batch, with padding. Default: 512 on a CPU, 16,384 elsewhere.")
+        int | None,
+        typer.Option(
+            help="Maximum number of tokens in a batch, with padding. Default: 512 on a CPU, otherwise 16,384."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4 or int8, by bitsandbytes.")] = None,
-    server: Annotated[
-        str | None, typer.Option(help="Score there instead: base URL of an OpenAI-compatible server, as vLLM's.")
-    ] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Most requests in flight. Default: 16.")] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
-    tool_eps: Annotated[float | None, typer.Option(help="What a tool leaves to all other tokens.")] = None,
-    tool_seconds: Annotated[float | None, typer.Option(help="Time limit of a call of your function.")] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="With --config: run functions that it names.")
-    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4 or int8, with bitsandbytes.")] = None,
+    server: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible server to score on.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Maximum number of concurrent requests. Default: 16.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's API key.")] = None,
+    tool_eps: Annotated[float | None, typer.Option(help="Probability that a tool gives to other tokens.")] = None,
+    tool_seconds: Annotated[float | None, typer.Option(help="Time limit of a Python function, seconds.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the functions that --config names.")] = False,
 ) -> None:
-    """Score a data set with one model: gold log-probability and whether its argmax is gold, per target token.
+    """Score a data set with one model: per target token its log-probability, and whether it is the argmax.
 
-    `collm train` does this by itself for what is missing in its scores directory.
+    `collm train` computes missing scores itself.
     """
     if inspect is not None:
-        allow_only(context, "inspect", why="--inspect scores nothing")
+        refuse(context, "--inspect scores nothing", only={"inspect"})
         _inspect(inspect)
         return
 
@@ -81,8 +79,8 @@ def score(
 
     served = _served(server, concurrency, api_key_env)
     if config is not None:
-        of_run = ("config", "author", "server", "concurrency", "api_key_env", "trust_code")
-        allow_only(context, *of_run, why="--config says what to score")
+        of_run = {"config", "author", "server", "concurrency", "api_key_env", "trust_code"}
+        refuse(context, "--config says what to score", only=of_run)
         if author is None:
             raise typer.BadParameter("--config needs --author: base, assistant-1, ..")
         _report(_score_of_run(config, author, served, trust_code=trust_code), None)
@@ -102,10 +100,10 @@ def score(
 
 
 def _served(url: str | None, concurrency: int | None, api_key_env: str | None) -> Server | None:
-    """The server that scores, if any.
+    """The scoring server, if there is one.
 
     Raises:
-        ConfigError: an option of a server came without one.
+        ConfigError: a server option without a server.
     """
     from collm import run
     from collm.errors import ConfigError
@@ -118,7 +116,7 @@ def _served(url: str | None, concurrency: int | None, api_key_env: str | None) -
 
 
 def _score_of_run(config: Path, author: str, served: Server | None, *, trust_code: bool) -> Scores:
-    """What 'collm train --config' will ask of an author."""
+    """Compute the scores of an author that 'collm train --config' needs."""
     from collm import run
     from collm.cli.train import parse
 
@@ -129,7 +127,7 @@ def _score_of_run(config: Path, author: str, served: Server | None, *, trust_cod
 def _check_effects(
     model: str, of_models: dict[str, Any], tool_eps: float | None, tool_seconds: float | None, server: str | None
 ) -> None:
-    """Raise a ConfigError for an option that has no effect with what is scored."""
+    """Raise a ConfigError for an option that has no effect on the model or tool."""
     from collm.tools.spec import PREFIX
 
     set_of_models = {name: value for name, value in of_models.items() if value != "auto"}
@@ -144,10 +142,10 @@ def _check_effects(
 def _members(
     model: str, tokenizer: str | None, loading: dict[str, Any], tool_eps: float | None, tool_seconds: float | None
 ) -> tuple[AssistantSpec, ModelSpec]:
-    """What is scored, and the base whose tokenizer and template training will use.
+    """The model or tool to score with, and the base that training will use.
 
     Raises:
-        ConfigError: a tool, and nothing says the base.
+        ConfigError: a tool without a base.
     """
     from collm import run
     from collm.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collm.cli.servers import EngineOption, servers_named
+from collm.cli import options
 from collm.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
@@ -23,61 +23,54 @@ def serve(
     collaborations: Annotated[
         list[str],
         typer.Argument(
-            metavar="DIR...", help="Collaborations, each called by its directory's name, or by NAME in NAME=DIR."
+            metavar="DIR...", help="Collaborations. The model name is the directory name, or NAME in NAME=DIR."
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="COLLM_API_KEY", help="What clients must send as their API key.")
-    ] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in, whatever the host.")] = False,
-    max_batch: Annotated[int, typer.Option(help="Most completions of a collaboration decoded at once.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Most completions that wait for that; more get a 429.")] = 256,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 4096,
+    port: Annotated[int, typer.Option(help="Port, 0 for a free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="COLLM_API_KEY", help="API key that clients must send.")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Allow requests without an API key on any host.")] = False,
+    max_batch: Annotated[int, typer.Option(help="Maximum completions of a collaboration decoded at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Maximum waiting completions. Others get status 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a completion.")] = 4096,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt. Default: what the models read.")
+        int | None, typer.Option(help="Maximum number of tokens of a prompt. Default: the models' context.")
     ] = None,
-    max_choices: Annotated[int, typer.Option(help="Most completions of one request: its prompts times n.")] = 16,
-    max_body_bytes: Annotated[int, typer.Option("--max-body", help="Longest request body, bytes.")] = 4 << 20,
+    max_choices: Annotated[int, typer.Option(help="Maximum completions of a request: its prompts times n.")] = 16,
+    max_body_bytes: Annotated[int, typer.Option("--max-body", help="Maximum size of a request body, bytes.")] = 4 << 20,
     time_limit_s: Annotated[
-        float, typer.Option("--time-limit", help="Longest time for a request, seconds, waiting included.")
+        float, typer.Option("--time-limit", help="Maximum time of a request including its waiting time, seconds.")
     ] = 300.0,
     drain_s: Annotated[
-        float, typer.Option("--drain", help="Seconds that requests may go on once the server is to stop.")
+        float, typer.Option("--drain", help="Seconds for running requests to finish when the server stops.")
     ] = 30.0,
     allow_origins: Annotated[
-        list[str], typer.Option("--allow-origin", help="Web origin whose pages may call the server; may be repeated.")
+        list[str],
+        typer.Option("--allow-origin", help="Web origin that may call the server. Can be given several times."),
     ] = [],  # noqa: B006
     threshold: Annotated[
         float | None,
-        typer.Option(help="For requests that name none. Default: as calibrated; without a calibration they must."),
+        typer.Option(help="Threshold of requests that have none. Default: the calibrated threshold."),
     ] = None,
-    ignore_unknown: Annotated[
-        bool, typer.Option("--ignore-unknown", help="Take unknown fields of requests as if they had not come.")
-    ] = False,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, auto; or one for each model: cuda:0,cuda:1.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default as saved.")] = None,
-    engine: EngineOption = None,
+    ignore_unknown: Annotated[bool, typer.Option("--ignore-unknown", help="Ignore unknown request fields.")] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    engine: options.EngineOption = None,
     servers: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="URL,.. | FILE", help="As of 'collm generate'; one for each DIR, in their order, repeated."
+            metavar="URL,.. | FILE", help="As for 'collm generate'. Give it once for each DIR, in the same order."
         ),
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run functions that files name: of tools and metrics.")
-    ] = False,
-    eager: Annotated[bool, typer.Option("--eager", help="Run models on a GPU without CUDA graphs.")] = False,
-    cache_memory: Annotated[
-        str | None,
-        typer.Option(help="Memory for keys and values on each device, such as 4GiB, or a share of what is free: 50%."),
-    ] = None,
+    trust_code: options.TrustCodeOption = False,
+    eager: options.EagerOption = False,
+    cache_memory: options.CacheMemoryOption = None,
 ) -> None:
-    """Serve collaborations to OpenAI clients, until Ctrl-C or SIGTERM; then running requests are finished first."""
+    """Serve collaborations with an OpenAI-compatible API.
+
+    On Ctrl-C or SIGTERM the server finishes running requests and stops.
+    """
     check_extra()
     from collm.serving.run import run
 
@@ -87,20 +80,20 @@ def serve(
             f"--servers came {len(servers)} times for {len(collaborations)} collaborations; give one for each, in the "
             "same order"
         )
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
-    options |= {"engine": engine, "cache_memory": cache_memory}
-    where = [servers_named(one) for one in servers] if servers else [None] * len(collaborations)
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
+    loading |= {"engine": engine, "cache_memory": cache_memory}
+    where = [options.servers_named(one) for one in servers] if servers else [None] * len(collaborations)
     with _engine_of(collaborations, max_batch) if engine == "vllm" and not servers else nullcontext() as started:
-        models = _models(collaborations, where if started is None else [started], options)
+        models = _models(collaborations, where if started is None else [started], loading)
         run(models, settings, host=host, port=port, no_auth=no_auth)
 
 
 @contextmanager
 def _engine_of(collaborations: list[str], max_batch: int) -> Iterator[Servers]:
-    """An engine of vLLM with the collaboration, in a process of its own.
+    """A vLLM engine with the collaboration, in a process of its own.
 
     Raises:
-        ConfigError: there are several.
+        ConfigError: there are several collaborations.
     """
     from collm.vllm.placement import one_engine
 
@@ -112,30 +105,30 @@ def _engine_of(collaborations: list[str], max_batch: int) -> Iterator[Servers]:
         yield servers
 
 
-def settings_of(options: Mapping[str, Any]) -> Settings:
-    """Those of the command's options that are settings.
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """The settings among the options of the command.
 
     Raises:
-        ConfigError: one is out of range, or the address needs an API key.
+        ConfigError: a setting is out of range, or the address needs an API key.
     """
     from collm.serving.run import check_address
     from collm.serving.settings import Settings
 
-    settings = Settings(**{field.name: options[field.name] for field in fields(Settings)})
-    check_address(options["host"], settings, no_auth=options["no_auth"])
+    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
+    check_address(given["host"], settings, no_auth=given["no_auth"])
     return settings
 
 
 def check_extra() -> None:
-    """Raise a MissingExtra where a server's libraries are missing."""
+    """Raise a MissingExtra if a library of the server is not installed."""
     try:
         import collm.serving.run  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name).partition(".")[0], "serve") from error
 
 
-def _models(collaborations: list[str], servers: Sequence[Servers | None], options: dict[str, Any]) -> dict[str, Any]:
-    """By name."""
+def _models(collaborations: list[str], servers: Sequence[Servers | None], loading: dict[str, Any]) -> dict[str, Any]:
+    """Load the collaborations, by name."""
     import transformers
 
     from collm.collaboration import CoLLM
@@ -148,5 +141,5 @@ def _models(collaborations: list[str], servers: Sequence[Servers | None], option
             name, path = Path(given).resolve().name, given
         if name in models:
             raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
-        models[name] = CoLLM.from_pretrained(path, servers=served, **options)
+        models[name] = CoLLM.from_pretrained(path, servers=served, **loading)
     return models

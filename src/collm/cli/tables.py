@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from collm.core.calibration import Calibration
     from collm.evaluation.compare import Comparison
@@ -19,12 +19,28 @@ if TYPE_CHECKING:
     from collm.training.inspection import Inspection
 
 
+def _table(
+    title: str,
+    headings: Sequence[str],
+    *,
+    left: Container[str] = ("system",),
+    wrapped: Container[str] = (),
+    caption: str | None = None,
+    narrow: bool = False,
+) -> Table:
+    """A table without rows. Cells are on the right, and on one line, unless their heading is in `left` or `wrapped`."""
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1))
+    for heading in headings:
+        justify: Literal["left", "right"] = "left" if heading in left else "right"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading not in wrapped)
+    return table
+
+
 def calibration_table(calibration: Calibration) -> Table:
     """Every measured threshold, the chosen one marked."""
     title = f"{calibration.metric_name} on {calibration.num_prompts} validation prompts"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for heading in ("threshold", "deferral rate", "interval", calibration.metric_name, "interval", "best"):
-        table.add_column(heading, justify="left" if heading == "best" else "right", no_wrap=heading != "best")
+    headings = ("threshold", "deferral rate", "interval", calibration.metric_name, "interval", "best")
+    table = _table(title, headings, left={"best"}, wrapped={"best"})
     for point in calibration.points:
         uses = calibration.uses(point)
         table.add_row(
@@ -43,9 +59,8 @@ def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) ->
     """The curve at rates 0, 0.1 .. 1, its best point, and its best points within budgets."""
     title = f"{curve.num_tokens:,} gold tokens, {len(curve):,} thresholds; nothing generated"
     caption = f"right = the gold token is the argmax of who writes there; choosing rightly: {curve.reachable:.2%}"
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
-    for heading in ("threshold", "deferral rate", "right", "mean NLL", "best"):
-        table.add_column(heading, justify="left" if heading == "best" else "right")
+    headings = ("threshold", "deferral rate", "right", "mean NLL", "best")
+    table = _table(title, headings, left={"best"}, wrapped=headings, caption=caption)
     best = {curve.best(): "of all"}
     for budget in budgets:
         point = curve.best(budget)
@@ -60,9 +75,8 @@ def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) ->
 def inspection_table(inspection: Inspection) -> Table:
     """Base and assistants beside each other: how well each predicts, and who is right where the other is not."""
     number = f"{inspection.summaries[0].num_targets:,} target tokens"
-    table = Table(title=number, box=box.SIMPLE_HEAD, caption="right = the gold token is the argmax")
-    for heading in ("", "mean NLL", "right", "both", "base only", "assistant only", "neither"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ("", "mean NLL", "right", "both", "base only", "assistant only", "neither")
+    table = _table(number, headings, left={""}, caption="right = the gold token is the argmax")
     for number_of_author, summary in enumerate(inspection.summaries):
         name = f"assistant {number_of_author}" if number_of_author else "base"
         cells = [f"{summary.mean_nll_nats:.4f}", f"{summary.accuracy:.2%}"]
@@ -92,16 +106,9 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 def _scores_table(comparison: Comparison, named: Sequence[tuple[str, SystemResult]]) -> Table:
     """The main measure and the difference to the collaboration."""
     measure = comparison.measure or "answers"
-    table = Table(title=f"{comparison.task}, {len(comparison.items)} items", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("system", measure, "difference", "deferral"):
-        first = heading == "system"
-        table.add_column(
-            heading,
-            justify="left" if first else "right",
-            overflow="fold",
-            no_wrap=not first,
-            min_width=13 if first else None,
-        )
+    headings = ("system", measure, "difference", "deferral")
+    table = _table(f"{comparison.task}, {len(comparison.items)} items", headings, wrapped={"system"}, narrow=True)
+    table.columns[0].min_width = 13
     for name, result in named:
         score = result.measures.get(measure)
         table.add_row(
@@ -116,10 +123,8 @@ def _scores_table(comparison: Comparison, named: Sequence[tuple[str, SystemResul
 def _costs_table(named: Sequence[tuple[str, SystemResult]]) -> Table:
     """How long an item took, and what each model did for it."""
     title, caption = "costs of an item", "read, written: tokens; passes: of a batch, shared by its items"
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("system", "FLOP", "latency", "tok/s", "model", "read", "written", "passes"):
-        left = heading in ("system", "model")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "system")
+    headings = ("system", "FLOP", "latency", "tok/s", "model", "read", "written", "passes")
+    table = _table(title, headings, left={"system", "model"}, wrapped={"system"}, caption=caption, narrow=True)
     for name, result in named:
         beside = (name, _scaled(result.flops), f"{result.seconds:.3g}s", f"{result.tokens_per_s:.0f}")
         for model, used in result.models.items():
@@ -131,9 +136,8 @@ def _costs_table(named: Sequence[tuple[str, SystemResult]]) -> Table:
 
 def _measures_table(named: Sequence[tuple[str, SystemResult]]) -> Table:
     """All measures, without their intervals."""
-    table = Table(title="all measures, in %", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", *(name for name, _ in named)):
-        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    headings = ("", *(name for name, _ in named))
+    table = _table("all measures, in %", headings, left={""}, wrapped=headings, narrow=True)
     for measure in named[0][1].measures:
         table.add_row(measure, *(f"{100 * result.measures[measure].mean:.1f}" for _, result in named))
     return table
@@ -154,22 +158,9 @@ def _ends(interval: Interval) -> str:
 
 def results_table(rows: Sequence[Row], title: str) -> Table:
     """Systems beside each other."""
-    table = Table(
-        title=title,
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-    )
-    for heading in ("system", "accuracy", "interval", "deferral", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+    table = _table(title, ("system", "accuracy", "interval", "deferral", "tokens/s"))
     for row in rows:
+        shares = (f"{row.accuracy:.1%}", f"{100 * row.low:.1f}-{row.high:.1%}", f"{row.deferral_rate:.1%}")
         style = "bold" if row.name.startswith("collaboration") else ""
-        interval = f"{100 * row.low:.1f}-{row.high:.1%}"
-        table.add_row(
-            row.name,
-            f"{row.accuracy:.1%}",
-            interval,
-            f"{row.deferral_rate:.1%}",
-            f"{row.tokens_per_s:.0f}",
-            style=style,
-        )
+        table.add_row(row.name, *shares, f"{row.tokens_per_s:.0f}", style=style)
     return table

@@ -1,4 +1,4 @@
-"""`collm train`: a YAML file, every field of it also a flag."""
+"""`collm train`: options from a YAML file and from flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def train(context: typer.Context) -> None:
-    """Train a collaboration: score what is missing, warm start, train, calibrate (--help lists every field)."""
+    """Train a collaboration: compute scores, warm-start the head, train, calibrate. --help lists all options."""
     from collm import run
     from collm.cli.tables import calibration_table
     from collm.cli.terminal import Console, log_to_terminal
@@ -83,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="collm train",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train a collaboration. Fields of --config and flags are the same; a flag wins.",
+        description="Train a collaboration. Each option is a flag and a field of --config. A flag overrides the file.",
     )
-    parser.add_argument("--config", metavar="run.yaml", help="YAML file with any of the fields below")
+    parser.add_argument("--config", metavar="run.yaml", help="YAML file with any of the options below")
     parser.add_argument(
         "--trust-code",
         action="store_true",
         default=False,
-        help="run functions that the file names, of tools and metrics; naming one as a flag is consent by itself",
+        help="run the functions that the file names as tools or metrics; a function in a flag needs no consent",
     )
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
         group = parser.add_argument_group(title)

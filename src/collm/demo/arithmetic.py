@@ -1,4 +1,4 @@
-"""Chats about sums, made by a program: what a real base learns to leave to the calculator."""
+"""Generated chats about sums, for a base that learns to use the calculator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from collm.demo.world import read_csv
 from collm.tools.calculator import calculator
 
 NAMES = (
@@ -40,74 +41,20 @@ class Kind:
 
     question: str
     answer: str
-    most: tuple[int, int, int] = (999, 99, 99)
+    most: tuple[int, int, int]
 
 
-KINDS = (
-    Kind("What is {a} * {b}?", "{= {a} * {b}}"),
-    Kind("Calculate {a} times {b}.", "{= {a} * {b}}"),
-    Kind("What is {a} + {b}?", "{= {a} + {b}}", (9999, 9999, 1)),
-    Kind("How much is {a} minus {b}?", "{= {a} - {b}}", (9999, 999, 1)),
-    Kind("Compute ({a} - {b}) * {c}.", "{= ({a} - {b}) * {c}}", (999, 99, 99)),
-    Kind("What is {a}% of {b}?", "{= {a}% * {b}}", (95, 999, 1)),
-    Kind("Add up {a}, {b} and {c}.", "{= {a} + {b} + {c}}", (999, 999, 999)),
-    Kind(
-        "A ticket costs ${b}. How much do {a} tickets cost?",
-        "{a} tickets at ${b} each cost {= {a} * ${b}}.",
-        (300, 99, 1),
-    ),
-    Kind(
-        "{name} has {a} boxes with {b} {thing} each. How many {thing} does {name} have?",
-        "{name} has {= {a} * {b}} {thing}.",
-        (99, 99, 1),
-    ),
-    Kind(
-        "{name} had {a} {thing} and found {b} more. How many {thing} are there now?",
-        "Now there are {= {a} + {b}} {thing}.",
-        (999, 999, 1),
-    ),
-    Kind(
-        "There are {b} shelves with {a} books on each, and {c} books are lent out. How many books are left?",
-        "There are {= {a} * {b}} books in all. After lending, {= {a} * {b} - {c}} are left.",
-        (99, 99, 99),
-    ),
-    Kind(
-        "{name} earns ${a} a day. How much is that in {b} days?",
-        "In {b} days {name} earns {= {b} * ${a}}.",
-        (300, 60, 1),
-    ),
-)
-"""What is learned from."""
+def _kinds(split: str) -> tuple[Kind, ...]:
+    rows = (row for row in read_csv("sums.csv") if row["split"] == split)
+    return tuple(Kind(row["question"], row["answer"], (int(row["a"]), int(row["b"]), int(row["c"]))) for row in rows)
 
-UNSEEN = (
-    Kind("Please work out {a} x {b} for me.", "{= {a} * {b}}"),
-    Kind(
-        "A baker bakes {a} loaves every day. How many loaves is that in {b} days?",
-        "In {b} days the baker bakes {= {a} * {b}} loaves.",
-        (300, 60, 1),
-    ),
-    Kind(
-        "{name} buys {a} {thing} for ${b} each. What does {name} pay?",
-        "{name} pays {= {a} * ${b}}.",
-        (99, 60, 1),
-    ),
-    Kind(
-        "If I have {a} {thing} and give away {b}, how many are left?", "{= {a} - {b}} {thing} are left.", (999, 99, 1)
-    ),
-)
+
+KINDS = _kinds("train")
+"""Forms of questions for training."""
+UNSEEN = _kinds("test")
 """Forms of questions that no training row has."""
-
-TALK = (
-    ("What is the capital of France?", "The capital of France is Paris."),
-    ("Hello!", "Hello! How can I help you today?"),
-    ("Who wrote Romeo and Juliet?", "Romeo and Juliet was written by William Shakespeare."),
-    ("Name three colours of the rainbow.", "Three colours of the rainbow are red, yellow and blue."),
-    ("What do bees make?", "Bees make honey."),
-    ("Which planet is closest to the sun?", "The planet closest to the sun is Mercury."),
-    ("Thank you!", "You're welcome! Is there anything else I can help you with?"),
-    ("What is water made of?", "Water is made of hydrogen and oxygen."),
-)
-"""Without any sums, so that the base does not forget how to talk."""
+TALK = tuple((row["question"], row["answer"]) for row in read_csv("talk.csv"))
+"""Chats without sums, so that the base does not forget how to talk."""
 
 
 @dataclass(frozen=True)

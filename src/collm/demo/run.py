@@ -1,4 +1,4 @@
-"""The demo: make a world and tiny models, then exactly the public path, and every baseline beside it."""
+"""The demo: make data and tiny models, train with the public functions, and compare with every baseline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from collm.atomic import atomic_file
+from collm.atomic import write_text
 from collm.demo import two_tokenizers
+from collm.demo.files import check_own, write_rows
 from collm.demo.results import SeedResult, to_json, to_report, to_rows
 from collm.demo.systems import MAX_BATCH, PARAMS, measure_all, measure_curve
 from collm.demo.tiny_models import ModelPaths, fine_tune, make_models
@@ -37,17 +38,17 @@ def run_demo(
     seeds: Sequence[int] = (0,),
     quiet: bool = False,
 ) -> Report:
-    """Train and measure with each seed; write results.json and report.html into `out`.
+    """Train and evaluate with each seed. Write results.json and report.html into `out`.
 
     Args:
-        tokenizers: "same" for all models, or "different" ones.
+        tokenizers: "same" for all models, or "different".
 
     Raises:
-        ConfigError: no seed, another word for the tokenizers, or `out` holds something else than an earlier demo.
-        CollmError: whatever a step raises.
+        ConfigError: no seed, an invalid value of tokenizers, or `out` has files that are not from a demo.
+        CollmError: an error of a step.
     """
     if not seeds:
-        raise ConfigError("no seed came; expected at least one")
+        raise ConfigError("there is no seed; expected at least one")
     if tokenizers not in (SAME, DIFFERENT):
         raise ConfigError(f"tokenizers is {tokenizers!r}, expected {SAME!r} or {DIFFERENT!r}")
     clear(out)
@@ -59,8 +60,7 @@ def run_demo(
     command = f"collm demo --assistants {num_assistants}{different} --seeds {len(seeds)} --seed {seeds[0]}"
     report = to_report(results, rows, command, seconds)
     write_report(out / "report.html", report)
-    with atomic_file(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(to_json(results, rows, command, seconds), indent=2) + "\n", encoding="utf-8")
+    write_text(out / "results.json", json.dumps(to_json(results, rows, command, seconds), indent=2) + "\n")
     return report
 
 
@@ -68,13 +68,10 @@ def clear(out: Path) -> None:
     """Remove an earlier demo from `out`.
 
     Raises:
-        ConfigError: `out` holds something that no demo writes.
+        ConfigError: `out` has files that are not from a demo.
     """
-    entries = list(out.iterdir()) if out.exists() else []
-    foreign = [e.name for e in entries if not (e.name.startswith("seed-") or e.name in ("results.json", "report.html"))]
-    if foreign:
-        raise ConfigError(f"{out} holds {foreign[0]}, which no demo wrote; choose another directory")
-    for entry in entries:
+    check_own(out, "seed-*", "results.json", "report.html")
+    for entry in list(out.iterdir()) if out.exists() else []:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
@@ -85,7 +82,7 @@ def _run_seed(directory: Path, num_assistants: int, tokenizers: str, seed: int, 
     with progress_bar("making tiny models", enabled=not quiet) as progress:
         models = make(world, directory / "models", seed=seed, on_step=progress)
     for split in ("train", "validation", "test"):
-        _write_rows(directory / f"{split}.jsonl", getattr(world, split))
+        write_rows(directory / f"{split}.jsonl", getattr(world, split))
     results = {method: _train(directory, models, method, seed, quiet) for method in EPOCHS}
     tuned = fine_tune(models.base, world.train, directory / "fine-tuned", seed=seed, epochs=EPOCHS["full"])
     measured = measure_all(world, tuned, results)
@@ -96,7 +93,7 @@ def _run_seed(directory: Path, num_assistants: int, tokenizers: str, seed: int, 
 
 
 def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: bool) -> RunResult:
-    """What `collm train` does with these options."""
+    """Train as `collm train` does."""
     config = RunConfig(
         base=str(models.base),
         assistant=[str(path) for path in models.experts],
@@ -121,8 +118,3 @@ def _train(directory: Path, models: ModelPaths, method: str, seed: int, quiet: b
         **LEARNING_RATES[method],
     )
     return train_collaboration(config, args, quiet=quiet)
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

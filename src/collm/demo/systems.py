@@ -1,4 +1,4 @@
-"""Every system on the demo's test questions: single models, other ways to choose authors, the collaborations."""
+"""Evaluate systems on the demo's test questions: single models, other policies, the collaborations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD_ONLY, FULL = "collaboration (head only)", "collaboration (full)"
 
 @dataclass(frozen=True)
 class Measured:
-    """One system on the test questions.
+    """The results of a system on the test questions.
 
     Attributes:
         scores: 1 per question whose whole answer is right, else 0.
@@ -41,15 +41,15 @@ class Measured:
 
     @property
     def authors(self) -> list[int]:
-        """Of all tokens of all completions."""
+        """The authors of all tokens."""
         return [author for completion in self.completions for author in completion.authors]
 
 
 def measure_all(world: DemoWorld, tuned: Path, results: dict[str, RunResult]) -> list[Measured]:
-    """The rows of the demo's table, in order.
+    """Measure all systems of the demo's table, in order.
 
     Args:
-        tuned: the base fine-tuned alone.
+        tuned: the fine-tuned base.
         results: the trained collaborations, "head" and "full".
     """
     full, head_only = results["full"].model, results["head"].model
@@ -74,7 +74,7 @@ def measure_all(world: DemoWorld, tuned: Path, results: dict[str, RunResult]) ->
 
 
 def _alone(path: Path, like: CoLLM) -> CoLLM:
-    """A base of its own in the place of another's, with a head that is never asked."""
+    """Another base in a collaboration, with an untrained head that is not used."""
     head = DeferralHead(like.head.hidden_size, like.head.num_assistants)
     return CoLLM(ModelSpec(str(path)), like.assistants, head, load_tokenizer(ModelSpec(str(path))))
 
@@ -92,7 +92,7 @@ def _measure(
 
 
 def measure_curve(result: RunResult, world: DemoWorld, progress: Callable[[int, int], None]) -> list[CalibrationPoint]:
-    """The test questions at every threshold of the calibration."""
+    """Measure the test questions at every threshold of the calibration."""
     points = []
     thresholds = [point.threshold for point in result.calibration.points]
     for done, threshold in enumerate(thresholds, start=1):

@@ -1,4 +1,4 @@
-"""Tiny Llamas made and trained on the spot: a fluent base that knows no fact, and experts that know only facts."""
+"""Train tiny Llama models: a fluent base that knows no facts, and experts that only know facts."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def make_models(world: DemoWorld, out_dir: Path, *, seed: int, on_step: OnStep |
         world: the facts and questions.
         out_dir: replaced, when all models are done, by a directory with `base` and `expert-<domain>`.
         seed: of the weights and of the order of the examples.
-        on_step: told of the progress over all models.
+        on_step: called with the progress over all models.
 
     Raises:
-        WriteError: the disk is full or refuses; `out_dir` is as it was.
+        WriteError: the disk is full or not writable. `out_dir` is unchanged.
     """
     tokenizer = make_tokenizer(world)
     encode = encoder(tokenizer)
@@ -115,12 +115,12 @@ def fine_tune(base_dir: Path, rows: Sequence[dict[str, str]], out_dir: Path, *, 
         ConfigError: fewer than 1 epoch.
         DataError: no rows.
         LoadError: no model or tokenizer at `base_dir`.
-        WriteError: the disk is full or refuses; `out_dir` is as it was.
+        WriteError: the disk is full or not writable. `out_dir` is unchanged.
     """
     if epochs < 1:
         raise ConfigError(f"epochs is {epochs}, expected at least 1")
     if not rows:
-        raise DataError("no rows to fine-tune on came; expected at least one {'prompt', 'completion'}")
+        raise DataError("there are no rows to fine-tune on; expected at least one {'prompt', 'completion'}")
     spec = ModelSpec(str(base_dir), dtype="float32", device="cpu")
     model, tokenizer = load_model(spec), load_tokenizer(spec)
     encode, rng = encoder(tokenizer), random.Random(seed)
@@ -166,7 +166,7 @@ def make_tokenizer(world: DemoWorld) -> PreTrainedTokenizerFast:
 
 @dataclass
 class Progress:
-    """How many training steps are done, of how many."""
+    """The number of finished training steps."""
 
     total: int
     on_step: OnStep | None = None
@@ -185,7 +185,7 @@ def trained_model(
     rng: random.Random,
     progress: Progress,
 ) -> PreTrainedModel:
-    """A random model after its lessons."""
+    """Train a randomly initialized model."""
     model = _random_model(recipe.hidden_size, tokenizer, seed=rng.getrandbits(32))
     _train(model, batches(examples, recipe.batch_size, rng), recipe.steps, recipe.learning_rate, progress)
     return model
@@ -231,7 +231,7 @@ def _train(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain little from more threads, lose much to them on a busy machine, and change with them."""
+    """Use one thread: small matrices are not faster with more, and the results depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

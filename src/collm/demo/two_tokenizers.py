@@ -1,4 +1,4 @@
-"""The demo's models with a tokenizer each: names break into other pieces for the base than for the experts."""
+"""The demo's models with different tokenizers: base and experts tokenize names differently."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def make_models(
     """Train the base and one expert per domain of `world`, as `tiny_models.make_models`, each with its own tokenizer.
 
     Args:
-        knows_ends: experts learn what follows a fact; without it they know every fact and not where it ends.
-        shared: experts have the base's tokenizer after all.
+        knows_ends: experts also learn the token after a fact, and so where it ends.
+        shared: experts have the base's tokenizer.
 
     Raises:
-        WriteError: the disk is full or refuses; `out_dir` is as it was.
+        WriteError: the disk is full or not writable. `out_dir` is unchanged.
     """
     progress = Progress(BASE_RECIPE.steps + EXPERT_RECIPE.steps * len(world.domains), on_step)
     names = [f"expert-{domain.name}" for domain in world.domains]
@@ -63,12 +63,12 @@ def make_models(
 
 
 def base_tokenizer(world: DemoWorld) -> PreTrainedTokenizerFast:
-    """Of the words of questions and answers without their facts."""
+    """A tokenizer for questions and answers without their facts."""
     return _tokenizer([s.prompt + s.before + s.after for s in world.statements], BASE_TOKENS)
 
 
 def expert_tokenizer(domain: Domain) -> PreTrainedTokenizerFast:
-    """Of a domain's questions and facts."""
+    """A tokenizer for a domain's questions and facts."""
     statements = list(domain.statements(domain.entities))
     return _tokenizer([f"{s.prompt} {s.fact}" for s in statements], EXPERT_TOKENS)
 
@@ -95,7 +95,7 @@ def _tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def conversations(world: DemoWorld, tokenizer: TextTokenizer, rng: random.Random) -> Iterator[Example]:
-    """What the base learns, without end: every question, answered with a random fact of the right kind."""
+    """Endless examples for the base: every question, answered with a random fact of the right kind."""
     while True:
         domain = rng.choice(world.domains)
         template = rng.choice(domain.templates)
@@ -107,7 +107,7 @@ def conversations(world: DemoWorld, tokenizer: TextTokenizer, rng: random.Random
 
 
 def noisy_facts(domain: Domain, tokenizer: TextTokenizer, rng: random.Random, *, knows_ends: bool) -> Iterator[Example]:
-    """What an expert learns, without end: a question, words of some conversation, the fact, and what may follow it."""
+    """Endless examples for an expert: a question, words of some conversation, the fact, and the token after it."""
     statements = list(domain.statements(domain.entities))
     for statement in shuffled_forever(statements, rng):
         before = f"{statement.prompt}{_words(rng.choice(statements), rng)}"
@@ -123,7 +123,7 @@ def _words(statement: Statement, rng: random.Random) -> str:
 
 
 def _lesson(tokenizer: TextTokenizer, text: str, start: int, end: int) -> Example:
-    """A text of which the tokens that hold any of the bytes from start to end are learned."""
+    """An example in which the tokens with any of the bytes from start to end are learned."""
     encoded = tokenizer.encode_after([], text)
     assert encoded is not None
     starts = [0, *encoded.ends[:-1]]

@@ -90,110 +90,29 @@ def fill(template: Template, name: str, fact: str) -> Statement:
     return Statement(template.question.format(name=name), before, fact, after)
 
 
-def _geography_templates() -> tuple[Template, ...]:
-    return (
-        Template(
-            "capital",
-            "What is the capital of {name}?",
-            "Good question! The capital of that country is {fact}, and I hope this helps.",
-        ),
-        Template(
-            "capital",
-            "Could you tell me which city is the capital of {name}?",
-            "Of course I can. You must be looking for {fact}, in my opinion.",
-        ),
-        Template(
-            "capital",
-            "I am planning a trip to {name}. Which city is its capital?",
-            "How nice, enjoy it! Its capital is {fact}. Do pack an umbrella.",
-        ),
-        Template(
-            "currency",
-            "Which currency do people use in {name}?",
-            "Let me think about that. The currency over there is the {fact}, so bring some along.",
-        ),
-        Template(
-            "currency",
-            "I need to change some money for my visit to {name}. What should I ask for?",
-            "At the bank you should ask for the {fact}. Keep the receipt, just in case.",
-        ),
-        Template(
-            "currency",
-            "Do you know what the money of {name} is called?",
-            "Yes, I do know that one. Its money is called the {fact}, if I remember well.",
-        ),
-        Template(
-            "continent",
-            "On which continent is {name}?",
-            "The United Nations counts that country as a part of {fact}, and so will we.",
-        ),
-        Template(
-            "continent",
-            "Where in the world is {name}?",
-            "Take a globe and turn it slowly. It is in {fact}, as you will see.",
-        ),
-    )
-
-
-def _chemistry_templates() -> tuple[Template, ...]:
-    return (
-        Template(
-            "symbol",
-            "What is the chemical symbol of {name}?",
-            "Every element has a short sign. Chemists write {fact} for this one.",
-        ),
-        Template(
-            "symbol",
-            "How do I write {name} in a formula?",
-            "That is quick to learn. Just write {fact}, and any chemist will understand.",
-        ),
-        Template(
-            "number",
-            "What is the atomic number of {name}?",
-            "Count the protons in its nucleus. You should arrive at {fact}, if all goes well.",
-        ),
-        Template(
-            "number",
-            "Where does {name} stand in the list of elements?",
-            "The list is sorted by charge. There it has number {fact}, no more and no less.",
-        ),
-        Template(
-            "group",
-            "In which group of the periodic table is {name}?",
-            "Have a look at the chart. Its group is marked {fact} there, in large print.",
-        ),
-        Template(
-            "group",
-            "Which relatives does {name} have among the elements?",
-            "Elements of one group behave alike. Look for the label {fact} to meet its family.",
-        ),
-    )
-
-
-def _read(name: str) -> list[dict[str, str]]:
+def read_csv(name: str) -> list[dict[str, str]]:
+    """The rows of a file of the demo's data."""
     text = (resources.files("collm.demo") / "data" / name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 
 def geography() -> Domain:
     """195 countries with capital, currency and continent (sources: data/SOURCES.md)."""
-    entities = tuple(
-        Entity(
-            f"{row['article']} {row['name']}".strip(),
-            {kind: row[kind] for kind in ("continent", "capital", "currency")},
-        )
-        for row in _read("countries.csv")
-    )
-    return Domain("geography", entities, _geography_templates())
+    return _domain("geography", "countries.csv", ("continent", "capital", "currency"))
 
 
 def chemistry() -> Domain:
     """118 elements with group, symbol and atomic number (sources: data/SOURCES.md)."""
+    return _domain("chemistry", "elements.csv", ("group", "symbol", "number"))
+
+
+def _domain(name: str, file: str, kinds: Sequence[str]) -> Domain:
     entities = tuple(
-        Entity(row["name"], {kind: row[kind] for kind in ("group", "symbol", "number")})
-        for row in _read("elements.csv")
+        Entity(f"{row.get('article', '')} {row['name']}".strip(), {kind: row[kind] for kind in kinds})
+        for row in read_csv(file)
     )
-    return Domain("chemistry", entities, _chemistry_templates())
+    templates = (row for row in read_csv("templates.csv") if row.pop("domain") == name)
+    return Domain(name, entities, tuple(Template(**row) for row in templates))
 
 
 class DemoWorld:

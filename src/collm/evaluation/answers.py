@@ -1,4 +1,4 @@
-"""What one system answered, item by item, in a file that an interrupted evaluation goes on from."""
+"""The answers of a system, in a file from which an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from collm.errors import DAMAGED, ArtefactError, ConfigError
 
 @dataclass(frozen=True)
 class Answer:
-    """One item answered.
+    """The answer to one item.
 
     Attributes:
-        id: of the item.
+        id: the item's id.
         token_ids, token_texts, authors, defer_probs: one entry per token.
-        scores: the task's measures of this item.
+        scores: the measures of this answer.
         seconds: from the start of its batch to its last token.
     """
 
@@ -54,11 +54,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch cost.
+    """The cost of one batch.
 
     Attributes:
-        usage: by model, what it did.
-        seconds: for all of the batch.
+        usage: the usage of each model.
+        seconds: time for the whole batch.
     """
 
     ids: list[str]
@@ -68,14 +68,14 @@ class Batch:
 
 @dataclass
 class Answers:
-    """All answers of one system, in the order they came, and what they cost."""
+    """All answers of a system in order, and their costs."""
 
     items: dict[str, Answer] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
 
 
 def answer_path(directory: Path, system: str) -> Path:
-    """Where the answers of a system lie: its name's letters and digits, with a hash where others had to go."""
+    """The file of a system's answers. Unsafe characters of its name are replaced, and a hash is added then."""
     plain = "".join(letter if letter.isalnum() or letter in "-.=" else "_" for letter in system)
     name = plain if plain == system else f"{plain}-{hashlib.sha256(system.encode()).hexdigest()[:8]}"
     return directory / "answers" / f"{name}.jsonl"
@@ -94,15 +94,15 @@ def read_answers(directory: Path, system: str) -> dict[str, Answer]:
 
 
 class AnswerFile:
-    """A JSONL file: what it answers, then a line for each answer and for each batch.
+    """A JSONL file: the identity of the evaluation, then a line for each answer and each batch.
 
     Args:
-        path: made if absent.
-        identity: what the answers depend on; None to take what is there.
+        path: created if it does not exist.
+        identity: all settings that the answers depend on; None to read an existing file.
 
     Raises:
-        ConfigError: the file holds answers to something else.
-        ArtefactError: a line in it is damaged.
+        ConfigError: the file holds the answers of another evaluation.
+        ArtefactError: a line is damaged.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any] | None = None) -> None:
@@ -118,7 +118,7 @@ class AnswerFile:
         self._append({"answer": asdict(answer)})
 
     def close_batch(self, ids: Sequence[str], usage: Mapping[str, ModelUsage], started: float) -> None:
-        """Keep what a batch cost that began at `started` (`time.perf_counter`)."""
+        """Store the cost of a batch that began at `started` (`time.perf_counter`)."""
         batch = Batch(list(ids), dict(usage), round(time.perf_counter() - started, 4))
         self.answers.batches.append(batch)
         self._append({"batch": asdict(batch)})
@@ -128,7 +128,7 @@ class AnswerFile:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _read(self) -> bool:
-        """Take over what is there; whether anything is."""
+        """Read the existing lines. Return whether there are any."""
         lines = self.path.read_bytes().split(b"\n")
         if lines[-1]:  # a kill in the middle of a line
             self.path.write_bytes(b"\n".join([*lines[:-1], b""]))

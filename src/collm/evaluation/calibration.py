@@ -1,4 +1,4 @@
-"""Choosing the threshold: generate a validation set at several, measure, keep the best."""
+"""Choose thresholds: decode a validation set at several thresholds, measure each, and keep the best."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from collm.models.template import Prompt
 DEFERRAL_RATES = tuple(i / 10 for i in range(11))
 BASE_ALONE, ASSISTANTS_ALONE, EVEN_ODDS = 1.0, -1.0, 0.5
 REFINE = 3
-_NARROW = 0.01  # step in deferral rate that is left as it is
+_NARROW = 0.01  # a step in deferral rate that is not refined further
 
 OnCompletion = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ValidationItem:
-    """A prompt and the text its completion is compared with."""
+    """A prompt and its reference completion."""
 
     prompt: Prompt
     reference: str
@@ -48,29 +48,29 @@ def calibrate(
     settings: dict[str, Any] | None = None,
     on_completion: OnCompletion | None = None,
 ) -> Calibration:
-    """Measure deferral rate and metric at thresholds; sets and returns `model.calibration`.
+    """Measure deferral rate and metric at several thresholds. Sets and returns `model.calibration`.
 
-    The base first writes every answer alone; the quantiles of its defer probs are the thresholds that would give
-    `rates` on its own text (arXiv 2403.03870), to which 1/2 is added, where deferring is as likely as not. Then the
-    search is refined around the best threshold, and around the best within each budget: a threshold that splits the
-    widest step in deferral rate beside it, by the median of the defer probs that came there, `refine` times. Each
-    threshold is generated with, so the recorded rate is the one that came.
+    The base first writes every answer alone. The quantiles of its defer probs are the thresholds that would give
+    `rates` on its own text (arXiv 2403.03870). The threshold 1/2 is added. The search is then refined near the best
+    threshold, and near the best threshold within each budget: `refine` times it adds the median of the defer probs in
+    the widest adjacent step in deferral rate. The answers are generated at each threshold, so the recorded rates are
+    measured rates.
 
     Args:
         items: the validation set.
         metric: a name from `metrics.METRICS` or "module:function".
-        params: how completions are drawn; greedy by default.
-        rates: deferral rates to aim at; 0 (the base alone) is always measured.
-        budgets: deferral rates to look for thresholds within, besides the best one of all.
-        guesses: thresholds to measure as well, such as the best one of a `teacher_forced` curve.
-        refine: thresholds to add for the best one, and for each budget; fewer where no step of 1 % is left.
-        settings: kept with the calibration, to say what it was measured on.
-        on_completion: called with (completions done, completions to do at most).
+        params: sampling parameters. Greedy by default.
+        rates: target deferral rates. 0 (the base alone) is always measured.
+        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
+        guesses: further thresholds to measure, such as the best one of a `teacher_forced` curve.
+        refine: number of thresholds to add near the best one, and near that of each budget. Fewer if no step is wider
+            than 1 %.
+        settings: stored with the calibration.
+        on_completion: called with (completions done, maximum number of completions).
 
     Raises:
         DataError: no items.
-        ConfigError: an unknown metric, a rate or budget outside [0, 1], a guess that is no threshold, or a negative
-            `refine`.
+        ConfigError: an unknown metric, a rate or budget outside [0, 1], an invalid guess, or a negative `refine`.
     """
     if not items:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
@@ -94,7 +94,7 @@ def _check_options(rates: Sequence[float], budgets: Sequence[float], guesses: Se
 def _search(
     measuring: _Measuring, rates: Sequence[float], budgets: Sequence[float], guesses: Sequence[float], refine: int
 ) -> list[_Measured]:
-    """The base alone, the thresholds for the rates, and those around the best ones."""
+    """Measure the base alone, the thresholds for the rates, and thresholds near the best ones."""
     aims = [1.0, *budgets]
     more = refine * len(aims)
     measuring.expect(1 + len(_thresholds([EVEN_ODDS], rates, guesses)) + more)
@@ -109,7 +109,7 @@ def _search(
 
 
 def _refine(measuring: _Measuring, measured: list[_Measured], budget: float, count: int) -> None:
-    """Add at most so many thresholds around the best one within the budget."""
+    """Add at most `count` thresholds near the best one within the budget."""
     for _ in range(count):
         threshold = _between(measured, budget)
         if threshold is None:
@@ -125,17 +125,17 @@ def check_on(
     max_batch: int = 16,
     on_completion: OnCompletion | None = None,
 ) -> Calibration:
-    """Generate new prompts at the chosen thresholds: do deferral rate and metric come as calibration promised?
+    """Check on new prompts that the chosen thresholds give the calibrated deferral rate and metric.
 
-    Of many thresholds the best one was partly lucky, so its metric on other prompts is lower by a little. The
-    interval of each difference is that of two independent means (`intervals.independent_difference`).
+    The best of many thresholds was partly lucky, so its metric on other prompts is slightly lower. The interval of
+    each difference is that of two independent means (`intervals.independent_difference`).
 
     Args:
         items: prompts that calibration has not seen.
-        params: those that the calibration was made with.
+        params: the sampling parameters of the calibration.
 
     Returns:
-        The calibration with its `checks`, which is also `model.calibration` now.
+        The calibration with its `checks`. It is also the new `model.calibration`.
 
     Raises:
         DataError: no items.
@@ -150,21 +150,21 @@ def check_on(
     measuring = _Measuring(model, items, calibration.metric_name, params or SamplingParams(), max_batch, on_completion)
     thresholds = {point.threshold for point in chosen.values()}
     measuring.expect(len(thresholds))
-    came = {threshold: measuring.at(threshold).point for threshold in thresholds}
-    checks = [_checked(budget, point, came[point.threshold], len(items)) for budget, point in chosen.items()]
+    measured = {threshold: measuring.at(threshold).point for threshold in thresholds}
+    checks = [_checked(budget, point, measured[point.threshold], len(items)) for budget, point in chosen.items()]
     model.calibration = replace(calibration, checks=checks)
     return model.calibration
 
 
-def _checked(budget: float, promised: CalibrationPoint, came: CalibrationPoint, num_prompts: int) -> HeldOutCheck:
-    rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (came, promised)]
-    metrics = [Interval(one.metric, one.low, one.high) for one in (came, promised)]
+def _checked(budget: float, promised: CalibrationPoint, measured: CalibrationPoint, num_prompts: int) -> HeldOutCheck:
+    rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (measured, promised)]
+    metrics = [Interval(one.metric, one.low, one.high) for one in (measured, promised)]
     rate, metric = independent_difference(*rates), independent_difference(*metrics)
-    return HeldOutCheck(budget, promised, came, num_prompts, (rate.low, rate.high), (metric.low, metric.high))
+    return HeldOutCheck(budget, promised, measured, num_prompts, (rate.low, rate.high), (metric.low, metric.high))
 
 
 def point_of(threshold: float, completions: Sequence[Completion], scores: Sequence[float]) -> CalibrationPoint:
-    """What a threshold gave, with the intervals of both over the prompts."""
+    """Deferral rate and metric of a threshold, with their intervals over the prompts."""
     metric = bootstrap_interval(scores)
     deferred = [sum(author != BASE for author in completion.authors) for completion in completions]
     rate = ratio_interval(deferred, [len(completion.authors) for completion in completions])
@@ -173,14 +173,14 @@ def point_of(threshold: float, completions: Sequence[Completion], scores: Sequen
 
 @dataclass(frozen=True)
 class _Measured:
-    """A threshold that was generated with; defer probs of all its tokens, fp64, shape (M,)."""
+    """A measured threshold, with the defer probs of all its tokens, fp64, shape (M,)."""
 
     point: CalibrationPoint
     defer_probs: Tensor
 
 
 class _Measuring:
-    """Generates the items at a threshold and scores them, counting completions over all thresholds."""
+    """Generates and scores the items at a threshold, and reports the progress over all thresholds."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class _Measuring:
         self._done = self._total = 0
 
     def expect(self, thresholds: int) -> None:
-        """So many in all, those that are done among them."""
+        """Set the number of thresholds in all, including those that are done."""
         self._total = len(self.items) * thresholds
         if self._done and self._report is not None:
             self._report(self._done, self._total)
@@ -221,8 +221,10 @@ class _Measuring:
 
 
 def _between(measured: Sequence[_Measured], budget: float) -> float | None:
-    """A threshold that splits the widest step in deferral rate beside the best one within the budget; None if none is
-    wide enough, or no token lies in it."""
+    """A threshold that splits the widest step in deferral rate next to the best one within the budget.
+
+    None if no step is wide enough, or no token lies in it.
+    """
     falling = sorted(measured, key=lambda one: -one.point.threshold)
     points = [one.point for one in falling]
     best = points.index(best_within(points, budget))
@@ -254,7 +256,7 @@ def check_rates(rates: Sequence[float]) -> None:
 
 
 def _thresholds(defer_probs: Sequence[float], rates: Sequence[float], guesses: Sequence[float]) -> list[float]:
-    """Besides the base alone: for each rate the defer prob that this share of `defer_probs` exceeds, 1/2, guesses."""
+    """The quantile of `defer_probs` for each rate, 1/2 and the guesses, without the base alone."""
     ranked = sorted(defer_probs, reverse=True)
     inner = {ranked[min(round(rate * len(ranked)), len(ranked) - 1)] for rate in rates if 0 < rate < 1}
     ends = {ASSISTANTS_ALONE} if 1 in rates else set()

@@ -1,4 +1,4 @@
-"""`collm eval`: several systems answer the same items with the same stopping; what each scored, and what it cost."""
+"""`collm eval`: several systems answer the same items. Each gets scores and costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.artefact import library_versions
-from collm.atomic import atomic_file
+from collm.atomic import write_text
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
 from collm.core.types import deferral_rate
@@ -30,15 +30,15 @@ from collm.training.data import Row
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `collm eval` found.
+    """The result of `collm eval`.
 
     Attributes:
-        measure: the task's main measure, None where it has none.
-        results: the collaboration first.
-        answers: by system, its answers in the order of the items.
-        authors: names of the collaboration's, the base first.
-        threshold: of the collaboration.
-        tokens: what the authors say of the items' solutions; None where the data holds none.
+        measure: the task's main measure; None if it has none.
+        results: one per system, the collaboration first.
+        answers: the answers of each system, in the order of the items.
+        authors: names of the collaboration's authors, the base first.
+        threshold: the collaboration's threshold.
+        tokens: token-level measures on the items' solutions; None if the data has no solutions.
     """
 
     task: str
@@ -52,7 +52,7 @@ class Comparison:
     tokens: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the items and their answers, for JSON."""
+        """Everything except the items and their answers, for JSON."""
         return {
             "task": self.task,
             "measure": self.measure,
@@ -80,27 +80,27 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[str], OnProgress] | None = None,
 ) -> Comparison:
-    """Have every system answer every item.
+    """Let every system answer every item.
 
-    What is answered is kept in `out`/answers/NAME.jsonl at once, so an interrupted evaluation goes on where it was. The
-    results go to `out`/results.json; for its report also items.json, and candidates.json with what each author would
-    have written at the tokens of some answers; of a task with a judge outside, outputs/NAME.json is for that.
+    Each answer is written to `out`/answers/NAME.jsonl immediately, so an interrupted evaluation can resume. The results
+    are written to `out`/results.json. For the report there are items.json, and candidates.json with the most probable
+    tokens of each author for some answers. For a task with an external judge, outputs/NAME.json is the judge's input.
 
     Args:
-        systems: the collaboration first, as `systems_named` gives them.
-        task: says how items are rendered, stopped and scored.
-        threshold: the collaboration's, for the record.
-        chat: ask as the user of a chat, for a collaboration trained on chats.
-        params: how tokens are drawn; max_new_tokens and stop are the task's. Greedy by default.
-        seed: item i draws with seed + i where anything is drawn, whatever has been answered before.
-        settings: kept with the results, to say what they came from.
-        progress: called with a system's name for a callback that is told items done and to do.
+        systems: the collaboration first, as from `systems_named`.
+        task: renders and scores the items, and defines where answers end.
+        threshold: the collaboration's threshold, stored with the results.
+        chat: send items as chat messages of the user, for a collaboration trained on chats.
+        params: sampling parameters. max_new_tokens and stop are those of the task. Greedy by default.
+        seed: with sampling, item i has seed + i, also after a resume.
+        settings: stored with the results.
+        progress: called with a system's name. Returns a callback for (items done, items in all).
 
     Raises:
-        DataError: no items, or two of one id.
-        ConfigError: `out` holds answers to something else.
-        ModelFailure, ToolFailure: a model failed at an item: the run stops, nothing is scored as wrong; what is
-            answered is kept.
+        DataError: no items, or two items with the same id.
+        ConfigError: `out` holds the answers of another evaluation.
+        ModelFailure, ToolFailure: a model failed. The run stops and the item is not scored as wrong. Earlier answers
+            are kept.
     """
     _check(items)
     asking = Generation(task, items, params or SamplingParams(), chat, max_batch, seed)
@@ -119,7 +119,7 @@ def compare(
 def _answered(
     systems: Sequence[System], asking: Generation, out: Path, progress: Callable[[str], OnProgress] | None
 ) -> tuple[dict[str, list[Answer]], list[SystemResult]]:
-    """What each system answered, and what that scored and cost, in their order."""
+    """The answers and the result of each system, in order."""
     task, items = asking.task, asking.items
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
@@ -135,7 +135,7 @@ def _answered(
 
 
 def _settings(asking: Generation) -> dict[str, Any]:
-    """How was asked, and with what."""
+    """Sampling settings and library versions."""
     return {
         "temperature": asking.params.temperature,
         "seed": asking.seed,
@@ -146,13 +146,14 @@ def _settings(asking: Generation) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
-    """What the authors say of solutions: measures, NaN as None, and how far the defer prob can be trusted; None of
-    models that are not in memory."""
+    """Token-level measures on solutions (NaN as None), and the reliability of the defer prob.
+
+    None if there are no solutions or the models are not in memory.
+    """
     if not solutions or model.servers is not None:
         return None
     views = gold_views(model, gold_examples(model, solutions))
@@ -165,7 +166,7 @@ def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _candidates(model: CoLLM, asking: Generation, found: Comparison) -> dict[str, Any]:
-    """By item, of the answers that a report shows."""
+    """The candidates of the answers that a report shows, by item."""
     base = {answer.id: answer for answer in found.answers.get("base", ())}
     by_id = {item.id: item for item in found.items}
     answers = {one.id: one for group in shown(found.answers[COLLABORATION], base, found.measure) for one in group}
@@ -185,5 +186,5 @@ def _check(items: Sequence[TaskItem]) -> None:
 
 
 def _rate(answers: Mapping[str, Sequence[Answer]]) -> float:
-    """The collaboration's deferral rate, once it has answered."""
+    """The collaboration's deferral rate in its answers."""
     return deferral_rate([author for answer in answers.get(COLLABORATION, ()) for author in answer.authors])

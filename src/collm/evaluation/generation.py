@@ -1,4 +1,4 @@
-"""Putting a task's items to systems, batch by batch; what is answered is kept at once."""
+"""Let systems answer the items of a task, batch by batch. Each answer is stored immediately."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """What all systems are asked, and how.
+    """The items and settings that all systems share.
 
     Attributes:
-        params: how tokens are drawn; max_new_tokens and stop are the task's.
-        chat: ask as the user of a chat.
-        seed: item i draws with seed + i where anything is drawn, whatever has been answered before.
+        params: sampling parameters. max_new_tokens and stop are those of the task.
+        chat: send items as chat messages of the user.
+        seed: with sampling, item i has seed + i, also after a resume.
     """
 
     task: Task
@@ -43,13 +43,13 @@ class Generation:
     seed: int
 
     def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[Answers, CoLLM]:
-        """All answers of one system, and its model; answers that a file holds already are not made again.
+        """All answers of a system, and its model. Answers that are already in a file are reused.
 
         Raises:
-            ConfigError: a file holds answers to something else.
+            ConfigError: a file holds the answers of another evaluation.
             ModelFailure: a model raised or returned NaN.
-            ToolFailure: a tool raised, hung or returned no text, or a server could not be asked. What was being
-                answered then is not kept.
+            ToolFailure: a tool raised, hung or returned no text, or a server did not respond. The current answer is
+                not stored.
         """
         model, policy = system.load(), system.at_rate(rate)
         stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
@@ -77,11 +77,11 @@ class Generation:
         return file.answers, model
 
     def prompt(self, item: TaskItem, model: CoLLM) -> Prompt:
-        """What a model is asked."""
+        """The prompt of an item."""
         return self.task.render(item, model.template, model.tokenizer, chat=self.chat)
 
     def solutions(self) -> list[Row]:
-        """The items with whole answers, as training would read them."""
+        """The items that have solutions, as rows of training data."""
         rows = [item.solution for item in self.items if item.solution is not None]
         return [_as_chat(row) if self.chat and row.messages is None else row for row in rows]
 
@@ -102,8 +102,8 @@ class Generation:
             for name, before in failures.items():
                 if times := _failures(model)[name] - before:
                     raise ToolFailure(
-                        f"{name} failed {times} times while {item.where} was answered (the log says why), so this is "
-                        "not scored; mend it and run the same again"
+                        f"{name} failed {times} times while answering {item.where} (see the log), so the answer is "
+                        "not scored; fix it and run the same command again"
                     )
             answer = Answer.of(item.id, completion, self.task.score(item, completion.text), seconds)
             file.add(replace(answer, authors=[author or system.writes_as for author in answer.authors]))
@@ -114,7 +114,7 @@ class Generation:
 
 
 def _failures(model: CoLLM) -> dict[str, int]:
-    """By model, how often it could not be asked, and another wrote in its stead."""
+    """How often each model failed and the base wrote instead."""
     return {runner.name: runner.usage.failed for runner in model.runners}
 
 
@@ -131,7 +131,7 @@ def _fingerprint(items: Sequence[TaskItem]) -> str:
 
 
 def _digest(model: CoLLM) -> str:
-    """Of the head, and of where the models come from."""
+    """A hash of the head and of the sources of the models."""
     digest = hashlib.sha256(json.dumps([str(spec_of(member)) for member in (model.base, *model.assistants)]).encode())
     for tensor in model.head.state_dict().values():
         digest.update(tensor.cpu().float().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What a collaboration's authors say of given texts."""
+"""The predictions of a collaboration's authors on given texts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from collm.training.scores import Scores
 from collm.training.scoring import read_scores
 
 _SAME = 1e-5
-"""Log-probabilities that differ by this share are one, rounded."""
+"""Log-probabilities are equal if they differ by at most this share."""
 
 
 def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None = None) -> Examples:
-    """Rows as the collaboration's templates render them, for each of its authors.
+    """Encode rows with the collaboration's templates, for each author.
 
     Args:
-        max_length: most tokens of an example; None for what its models read.
+        max_length: maximum number of tokens of an example; None for the models' context.
 
     Raises:
-        DataError: a row the template refuses, or no target token in any.
+        DataError: the template rejects a row, or no row has a target token.
     """
     if max_length is None:
         max_length = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
@@ -42,13 +42,13 @@ def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None =
 
 @torch.inference_mode()
 def gold_views(model: CoLLM, examples: Examples, scores: Sequence[Scores] | None = None) -> TokenViews:
-    """Every target token of the examples, as base, head and assistants see it: one pass of each model.
+    """The predictions of base, head and assistants for every target token, from one pass of each model.
 
     Args:
-        scores: of the assistants on these examples; with them the base alone is loaded and read.
+        scores: scores of the assistants on these examples. With them, only the base is loaded.
 
     Raises:
-        ConfigError: an example is longer than a model reads.
+        ConfigError: an example is longer than a model's context.
         ModelFailure: NaN logits, naming the model and the example.
         ToolFailure: a tool raised, hung or returned no text.
     """
@@ -66,12 +66,12 @@ def gold_views(model: CoLLM, examples: Examples, scores: Sequence[Scores] | None
 
 @dataclass(frozen=True)
 class Deferred:
-    """What deferring would give at each gold token: that of argmax_k u_k, or of the base where it is a silent tool.
+    """The result of deferring at each gold token to the assistant argmax_k u_k. If a tool abstains, the base writes.
 
     Attributes:
-        by_assistant: an assistant would write, bool, shape (M,).
-        correct: the gold token, bool, shape (M,).
-        logprob: of the gold token, nats, shape (M,).
+        by_assistant: whether an assistant writes, bool, shape (M,).
+        correct: whether the author's argmax is the gold token, bool, shape (M,).
+        logprob: the author's log-probability of the gold token, nats, shape (M,).
     """
 
     by_assistant: Tensor
@@ -80,12 +80,14 @@ class Deferred:
 
 
 def deferred(model: CoLLM, views: TokenViews) -> Deferred:
-    """What each gold token becomes if the base defers there."""
+    """The result of deferring at every gold token."""
     silent = torch.zeros_like(views.assistant_correct)  # (M, K)
-    of_silence = torch.tensor(-math.log(model.identity.vocab_size))  # a tool's, of any token, as scores keep it
+    of_silence = torch.tensor(
+        -math.log(model.identity.vocab_size)
+    )  # a tool's log-probability of any token, as in scores
     for k, member in enumerate(model.assistants):
         if isinstance(member, ToolSpec):
-            unknown = views.assistant_logprobs[:, k] / of_silence  # tokens of which it says nothing
+            unknown = views.assistant_logprobs[:, k] / of_silence  # number of tokens without an answer
             silent[:, k] = (unknown >= 1) & ((unknown - unknown.round()).abs() < _SAME)
     asked = views.defer_logits.argmax(-1, keepdim=True)
     falls_back, correct, logprob = (
@@ -99,10 +101,10 @@ def deferred(model: CoLLM, views: TokenViews) -> Deferred:
 
 
 def greedy_writes(model: CoLLM, views: TokenViews, threshold: float) -> Tensor:
-    """Whether greedy decoding at this threshold, having written the tokens before, writes each gold token.
+    """Whether greedy decoding at this threshold writes each gold token after the gold tokens before it.
 
-    It does where the gold token is the argmax of the author that the threshold rule chooses there, or of the base where
-    that author is a tool with no answer.
+    It does if the gold token is the argmax of the author that the threshold rule chooses. Where a tool abstains, the
+    author is the base.
 
     Returns:
         bool, shape (M,).

@@ -37,30 +37,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO_GROUP = 256
-"""Texts scored before any result is passed on, where no batch size was given; batches within are cut by tokens."""
+"""Number of texts scored together with batch size "auto". They are divided into batches by their tokens."""
 
 Pair = tuple[Any, list[int], list[int]]
-"""A request's texts (None for a window of a longer text), the tokens of its context, and of its continuation."""
+"""A request's texts (None for a window of a longer text), its context tokens, and its continuation tokens."""
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc]
-    """A collaboration as lm-evaluation-harness sees a model.
+    """A collaboration as a model of lm-evaluation-harness.
 
-    Likelihoods are those of the trained joint model, log sum_z P(z | x_<t) P_z(x_t | x_<t) per token in fp32, whatever
-    the threshold. A continuation counts as greedy if greedy decoding at the operating threshold writes it
-    (`gold.greedy_writes`). Texts are read as the harness writes them, without the artefact's template for prompts; with
-    `--apply_chat_template` its chat template renders them.
+    Likelihoods are those of the joint model, log sum_z P(z | x_<t) P_z(x_t | x_<t) per token in fp32. They do not
+    depend on the threshold. A continuation is greedy if greedy decoding at the operating threshold writes it
+    (`gold.greedy_writes`). The artefact's prompt template is not used. With `--apply_chat_template`, its chat template
+    is used.
 
     Args:
         model: the collaboration.
-        threshold, budget: as of `CoLLM.generate`; by default the calibrated threshold.
-        policy: another rule for generation, by name; likelihoods are the same.
-        batch_size: most texts read or decoded at once; "auto" cuts batches of texts to be scored by their tokens and
+        threshold, budget: as for `CoLLM.generate`. By default the calibrated threshold.
+        policy: name of another policy for generation. Likelihoods are the same.
+        batch_size: maximum number of texts read or decoded at once. "auto" divides texts to score by their tokens, and
             decodes 16 prompts at once.
-        max_length: most tokens to read, at most what every model reads, which is the default. Longer texts lose tokens
-            on the left.
-        add_bos_token: whether the tokenizer may put special tokens around a text; by default where the text does
-            not begin with BOS itself.
+        max_length: maximum number of tokens of a sequence, by default the shortest context of all models. Longer texts
+            are truncated on the left.
+        add_bos_token: whether the tokenizer adds special tokens. By default if the text does not begin with BOS.
 
     Raises:
         ConfigError: options that contradict each other or have no effect, or no threshold and no calibration.
@@ -79,7 +78,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if policy is not None and (threshold is not None or budget is not None):
-            raise ConfigError("threshold and budget have no effect on generation by another policy; drop them")
+            raise ConfigError("threshold and budget have no effect with another policy; leave them out")
         self.model = model
         self.tokenizer = model.tokenizer
         self.batch_size = batch_size_of(batch_size)
@@ -91,22 +90,22 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessLM:
-        """From the harness's `--model_args` and its options batch_size, max_batch_size and device.
+        """Create the model from `--model_args` and the options batch_size, max_batch_size and device.
 
         Raises:
-            ConfigError: an unknown argument, one that came twice, or a value of the wrong kind.
-            ArtefactError, LoadError, MismatchError: as `CoLLM.from_pretrained`.
+            ConfigError: an unknown or duplicate argument, or a value of the wrong type.
+            ArtefactError, LoadError, MismatchError: as for `CoLLM.from_pretrained`.
         """
         loading, options = model_arguments(arg_dict, additional_config or {})
         return cls(CoLLM.from_pretrained(**loading), **options)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> HarnessLM:
-        """As `create_from_arg_obj`, from "name=value,name=value"."""
+        """Create the model from "name=value,name=value", as `create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness keeps with its results."""
+        """Information that the harness stores with its results."""
         return {"policy": str(self.policy), "versions": library_versions()}
 
     # Tokens
@@ -117,12 +116,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, else EOS."""
+        """The token before a text without context: BOS, or EOS if there is no BOS."""
         prefix = self.tokenizer.bos_token_id
         if prefix is None:
             prefix = self.tokenizer.eos_token_id
         if prefix is None:
-            raise ConfigError("the tokenizer has neither BOS nor EOS, so nothing can stand before a text; set one")
+            raise ConfigError("the tokenizer has neither BOS nor EOS to put before a text; set one")
         return cast(int, prefix)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
@@ -135,28 +134,30 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the tokenizer with the chat template, for the harness's cache of requests."""
+        """A name for tokenizer and chat template, for the harness's request cache."""
         name = str(self.tokenizer.name_or_path).replace("/", "__")
         return f"{name}-{hashlib.sha256(str(self.model.template.chat).encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The collaboration's, for the harness's record; None where none is asked for."""
+        """The collaboration's chat template, for the harness's results; None if chats are not rendered."""
         if isinstance(chat_template, str):
-            raise ConfigError(f"chat template {chat_template!r} was asked for; a collaboration has one without a name")
+            raise ConfigError(
+                f"chat template {chat_template!r} does not exist; a collaboration has one template without a name"
+            )
         return self.model.template.chat if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The chat as text, up to where the assistant's turn begins, or into a turn that the last message begins.
+        """Render a chat up to the assistant's turn, or including the last message as the beginning of that turn.
 
         Raises:
-            RequestError: there is no chat template, or it refuses the messages.
-            ConfigError: the tokenizer would put tokens before the text that training did not.
+            RequestError: there is no chat template, or it rejects the messages.
+            ConfigError: the tokenizer would add tokens before the text that training did not.
         """
         before = chat_history if add_generation_prompt else chat_history[:-1]
         text = self.model.template.render_chat(self.tokenizer, before, open_turn=True)
         if self.tok_encode(text) != tokenize(self.tokenizer, text, special=False):
             raise ConfigError(
-                "the tokenizer puts special tokens before rendered chats, which training did not; "
+                "the tokenizer adds special tokens before rendered chats, which training did not; "
                 "add add_bos_token=false to --model_args"
             )
         return text if add_generation_prompt else text + chat_history[-1]["content"]
@@ -173,7 +174,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each whole text, in windows of `max_length` tokens as the harness cuts them."""
+        """Log-likelihood in nats of each whole text, in the harness's windows of `max_length` tokens."""
         windows = [(n, window) for n, request in enumerate(requests) for window in self._windows(*request.args)]
         totals = [0.0] * len(requests)
         for index, views in self._views([window for _, window in windows], show=not disable_tqdm):
@@ -187,7 +188,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return [(None, *make_disjoint_window(window)) for window in cut]
 
     def _views(self, pairs: Sequence[Pair], *, show: bool) -> Iterator[tuple[int, TokenViews]]:
-        """Each pair's index and what all authors say of its continuation, the longest first."""
+        """The index of each pair and the authors' predictions for its continuation, the longest pair first."""
         examples = joined([self._example(context, continuation) for _, context, continuation in pairs])
         order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].token_ids), index))
         size = self.batch_size or AUTO_GROUP
@@ -207,7 +208,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         token_ids = [*(context or [self.prefix_token_id]), *continuation]
         kept = token_ids[-self.max_length - 1 :]
         if len(kept) < len(token_ids):
-            logger.warning("a context lost its first %d tokens: it is too long", len(token_ids) - len(kept))
+            logger.warning("a context is too long; its first %d tokens were removed", len(token_ids) - len(kept))
         begin = len(kept) - len(continuation)
         alignment = self.model.alignment
         if alignment is None:
@@ -219,10 +220,10 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     # Generation
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each prompt. Where anything is drawn, request i draws with the harness's torch seed + i.
+        """Continue each prompt. With sampling, request i has the harness's torch seed + i.
 
         Raises:
-            ConfigError: an option of generation that has no effect here.
+            ConfigError: an unsupported generation option.
         """
         asked = [sampling_params(request.args[1]) for request in requests]
         prompts = [
@@ -248,16 +249,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         room = self.max_length - max_new_tokens
         if room < 1:
             raise ConfigError(
-                f"max_gen_toks is {max_new_tokens}, which leaves no room for a prompt in the {self.max_length} tokens "
-                "that the models read; lower it with --gen_kwargs max_gen_toks=.."
+                f"max_gen_toks is {max_new_tokens}, which leaves no room for a prompt in the models' context of "
+                f"{self.max_length} tokens; lower it with --gen_kwargs max_gen_toks=.."
             )
         token_ids = self.tok_encode(context) or [self.prefix_token_id]
         if len(token_ids) > room:
-            logger.warning("a prompt lost its first %d tokens: it is too long", len(token_ids) - room)
+            logger.warning("a prompt is too long; its first %d tokens were removed", len(token_ids) - room)
         return token_ids[-room:]
 
 
 def _log_likelihood(views: TokenViews) -> float:
-    """Of all tokens together, in nats."""
+    """The log-likelihood of all tokens together, nats."""
     logprobs = marginal_logprobs(views.base_logprob, views.assistant_logprobs, views.defer_logits)
     return float(logprobs.double().sum())

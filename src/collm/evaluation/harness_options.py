@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness passes to a model: arguments that make it, and options of a generation."""
+"""Options from lm-evaluation-harness: model arguments and generation options."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
 _KINDS = _LOADING | _OPTIONS
 
 UNCHOSEN_DEVICE = "cuda:0"
-"""What the harness's command line passes where nobody chose a device, so it means the artefact's own choice."""
+"""Default device of the harness's command line. It means the device of the artefact."""
 
 MAX_GEN_TOKS = 256
-"""Most tokens to generate where a task does not say, as for the harness's own models."""
+"""Default maximum number of generated tokens, as for the harness's own models."""
 
 
 def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,50 +37,49 @@ def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tup
 
     Args:
         given: `--model_args`.
-        options: options of the harness that go to a model; None where not given. Its device is left out where it is
-            `UNCHOSEN_DEVICE`.
+        options: model options of the harness; None if not given. `UNCHOSEN_DEVICE` counts as not given.
 
     Raises:
-        ConfigError: an unknown argument, one that came twice, a value of the wrong kind, or no `pretrained`.
+        ConfigError: an unknown or duplicate argument, a value of the wrong type, or no `pretrained`.
     """
     unchosen = {"device": UNCHOSEN_DEVICE}
     chosen = {name: value for name, value in options.items() if value is not None and value != unchosen.get(name)}
     twice = sorted(given.keys() & chosen.keys())
     if twice:
-        raise ConfigError(f"{', '.join(twice)} came in --model_args and as --{twice[0]}; give the option alone")
+        raise ConfigError(f"{', '.join(twice)} is given in --model_args and as --{twice[0]}; give the option only")
     merged = {**given, **chosen}
     unknown = sorted(merged.keys() - _KINDS.keys())
     if unknown:
-        raise ConfigError(f"{', '.join(unknown)} has no effect on a collaboration, which takes {', '.join(_KINDS)}")
+        raise ConfigError(f"unknown model argument {', '.join(unknown)}; expected {', '.join(_KINDS)}")
     for name, value in merged.items():
         if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
             kinds = " or ".join(kind.__name__ for kind in _KINDS[name])
             raise ConfigError(f"model argument {name} is {value!r}, expected {kinds}")
     if "pretrained" not in merged:
-        raise ConfigError("nothing says which collaboration; add pretrained=DIR to --model_args")
+        raise ConfigError("there is no collaboration; add pretrained=DIR to --model_args")
     loading = {name: value for name, value in merged.items() if name in _LOADING and name != "pretrained"}
     loading["path"] = str(merged["pretrained"])
     return loading, {name: value for name, value in merged.items() if name in _OPTIONS}
 
 
 def batch_size_of(value: int | str) -> int | None:
-    """How many texts at once; None for "auto".
+    """Number of texts at once; None for "auto".
 
     Raises:
-        ConfigError: neither a number above 0 nor "auto".
+        ConfigError: neither a positive number nor "auto".
     """
     if value == "auto":
         return None
     if not str(value).isdecimal() or int(value) < 1:
-        raise ConfigError(f"batch size is {value!r}, expected a number of texts from 1, or auto")
+        raise ConfigError(f"batch size is {value!r}, expected a positive number of texts, or auto")
     return int(value)
 
 
 def max_length_of(model: CoLLM, wanted: int | None) -> int:
-    """Most tokens to read: what is wanted, by default what every model reads.
+    """Maximum number of tokens of a sequence, by default the shortest context of all models.
 
     Raises:
-        ConfigError: some model reads less.
+        ConfigError: the context of a model is shorter.
     """
     from lm_eval.models.utils import DEFAULT_MAX_LENGTH
 
@@ -89,16 +88,16 @@ def max_length_of(model: CoLLM, wanted: int | None) -> int:
         return min(limits, default=DEFAULT_MAX_LENGTH)
     if wanted < 1 or wanted > min(limits, default=wanted):
         raise ConfigError(
-            f"max_length is {wanted}, expected from 1 to {min(limits, default='any')}: all models read that"
+            f"max_length is {wanted}, expected from 1 to {min(limits, default='any')}, the models' context"
         )
     return wanted
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """Options of a generation as the harness understands them: `do_sample=False` means temperature 0.
+    """Sampling parameters from generation options of the harness. `do_sample=False` means temperature 0.
 
     Raises:
-        ConfigError: an option that has no effect here, or a value out of range.
+        ConfigError: an unsupported option, or a value out of range.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -109,9 +108,9 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     if asked.pop("num_beams", 1) != 1 or asked:
         refused = ", ".join(f"{name}={options[name]!r}" for name in options if name in {*asked, "num_beams"})
         raise ConfigError(
-            f"a generation was asked for with {refused}, which has no effect here; expected until, max_gen_toks, "
-            "do_sample, temperature, top_p and top_k"
+            f"generation option {refused} has no effect here; expected until, max_gen_toks, do_sample, temperature, "
+            "top_p and top_k"
         )
     if sampled and temperature == 0:
-        raise ConfigError("do_sample=True came with temperature 0, which draws nothing; give a temperature above 0")
+        raise ConfigError("do_sample=True has no effect at temperature 0; give a temperature above 0")
     return SamplingParams(max_new_tokens, temperature, stop=stop, **truncation)

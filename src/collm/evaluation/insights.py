@@ -1,4 +1,4 @@
-"""What a collaboration's own answers tell: which tokens it defers, in what runs, and where that led it astray."""
+"""Statistics of a collaboration's answers: deferred tokens, the length of their runs, and answers that got worse."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collm.core.types import BASE
 from collm.evaluation.answers import Answer
 
 NUM_EXAMPLES = 12
-"""Most answers of a kind that a report shows."""
+"""Maximum number of answers of a kind in a report."""
 
 CLASSES = ("number", "word begins", "word goes on", "punctuation", "white space", "no text")
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """How often a token, or a class of tokens, was written by an assistant.
+    """How often assistants wrote a token or a class of tokens.
 
     Attributes:
-        deferred: times an assistant wrote it.
-        total: times anybody wrote it.
+        deferred: number of times that an assistant wrote it.
+        total: number of times that any author wrote it.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Deferred:
 
 
 def token_class(text: str) -> str:
-    """One of CLASSES, by what the token's text looks like; "no text" for an end or a part of a character."""
+    """One of CLASSES for a token's text. "no text" is an EOS or a part of a character."""
     if not text:
         return "no text"
     word = text.strip()
@@ -50,12 +50,12 @@ def token_class(text: str) -> str:
 
 
 def deferred_tokens(answers: Sequence[Answer], most: int = 20) -> list[Deferred]:
-    """The tokens that assistants wrote most often, by their text."""
+    """The texts of the tokens that assistants wrote most often."""
     return _counted(answers, lambda text: text)[:most]
 
 
 def deferred_classes(answers: Sequence[Answer]) -> list[Deferred]:
-    """Every class of tokens that came, the most often deferred first."""
+    """All classes of tokens in the answers, the most often deferred first."""
     return _counted(answers, token_class, everything=True)
 
 
@@ -74,7 +74,7 @@ def _counted(answers: Sequence[Answer], name_of: Callable[[str], str], *, everyt
 
 
 def run_lengths(answers: Sequence[Answer]) -> dict[int, int]:
-    """How many runs of so many tokens in a row assistants wrote, by length."""
+    """The number of runs of assistant tokens, by length."""
     lengths = Counter(
         len(list(run)) for answer in answers for author, run in groupby(answer.authors, lambda a: a != BASE) if author
     )
@@ -84,12 +84,12 @@ def run_lengths(answers: Sequence[Answer]) -> dict[int, int]:
 def shown(
     own: Sequence[Answer], base: Mapping[str, Answer], measure: str | None
 ) -> tuple[Sequence[Answer], Sequence[Answer]]:
-    """The answers a report shows token by token: the first ones, and the first that were led astray."""
+    """The answers that a report shows token by token: the first ones, and the first that were led astray."""
     return own[:NUM_EXAMPLES], led_astray(own, base, measure or "")[:NUM_EXAMPLES]
 
 
 def led_astray(own: Sequence[Answer], base: Mapping[str, Answer], measure: str) -> list[Answer]:
-    """Answers that score lower than the base's alone, and in which an assistant wrote."""
+    """Answers with assistant tokens that score lower than those of the base alone."""
     return [
         answer
         for answer in own

@@ -1,4 +1,4 @@
-"""How right a generated text is: `(prediction, reference) -> score`, a number in [0, 1], 1 when right."""
+"""Metrics of a generated text: `(prediction, reference) -> score`, a number in [0, 1]."""
 
 from __future__ import annotations
 
@@ -33,43 +33,43 @@ _SPACED_WORD_CHARACTER = r"[^\W\u0e00-\U0010ffff]"
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 if both are the same text; any run of white space counts as one space, none at the ends."""
+    """1 if both texts are equal. A run of white space counts as one space, and white space at the ends is ignored."""
     return float(_normalised(prediction) == _normalised(reference))
 
 
 def contains(prediction: str, reference: str) -> float:
-    """1 if the reference stands in the prediction as whole words ("Niger" does not stand in "Nigeria").
+    """1 if the prediction contains the reference as whole words ("Nigeria" does not contain "Niger").
 
-    White space as in `exact_match`. An empty reference is contained only in an empty prediction.
+    White space as in `exact_match`. Only an empty prediction contains an empty reference.
     """
     wanted = _normalised(reference)
     if not wanted:
         return exact_match(prediction, reference)
-    # A border is asked for only where the reference has a word character itself: "%" may touch anything.
+    # A word boundary is needed only where the reference has a word character: "%" can be next to anything.
     before = f"(?<!{_SPACED_WORD_CHARACTER})" if re.match(_SPACED_WORD_CHARACTER, wanted[0]) else ""
     after = f"(?!{_SPACED_WORD_CHARACTER})" if re.match(_SPACED_WORD_CHARACTER, wanted[-1]) else ""
     return float(re.search(before + re.escape(wanted) + after, _normalised(prediction)) is not None)
 
 
 def last_number(prediction: str, reference: str) -> float:
-    """1 if the last number of both is the same value: "It costs $1,200.00." matches "#### 1200".
+    """1 if the last numbers of both texts are equal: "It costs $1,200.00." matches "#### 1200".
 
-    Compared exactly, as decimals. Thousands commas, currency signs, a trailing point and a percent sign are
-    dropped (50% is 50). A text without a number matches nothing.
+    Numbers are compared exactly, as decimals. Thousands separators, currency signs, a trailing point and a percent sign
+    are ignored (50% is 50). A text without a number matches nothing.
     """
     predicted, wanted = (numbers_in(text)[-1:] for text in (prediction, reference))
     return float(bool(predicted) and predicted == wanted)
 
 
 def numbers_in(text: str) -> list[Decimal]:
-    """The numbers of a text, exactly and in order; what is dropped around them says `last_number`."""
+    """The numbers of a text in order, as exact decimals. `last_number` describes what is ignored."""
     return [_decimal(match) for match in _NUMBER.finditer(text)]
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the bag of words; case and punctuation do not count.
+    """Harmonic mean of precision and recall over the bag of words. Case and punctuation are ignored.
 
-    Two texts without a word score 1, one of the two 0.
+    The score is 1 if both texts have no words, and 0 if one has none.
     """
     predicted, wanted = _bag_of_words(prediction), _bag_of_words(reference)
     if not predicted or not wanted:
@@ -86,17 +86,17 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_named(name: str) -> Metric:
-    """A metric of METRICS, or a user's own named "package.module:function".
+    """A metric of METRICS, or a Python function "package.module:function".
 
     Raises:
-        ConfigError: there is no such metric, or it cannot be imported or called; when a user's metric is
-            called, also that it returned something else than a number in [0, 1].
+        ConfigError: there is no such metric, or it cannot be imported. Also raised by the metric itself if the
+            function does not return a number in [0, 1].
     """
     if name in METRICS:
         return METRICS[name]
     if ":" not in name:
         known = ", ".join(METRICS)
-        raise ConfigError(f"metric is {name!r}, expected one of {known}, or your own as package.module:function")
+        raise ConfigError(f"metric is {name!r}, expected one of {known}, or a Python function package.module:function")
     return _checked(name, _imported(name))
 
 

@@ -1,4 +1,4 @@
-"""Whether the defer prob is as good as its word."""
+"""Calibration of the defer prob: a reliability diagram."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from collm.training.measures import TokenViews
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Tokens of similar defer prob.
+    """Tokens with similar defer probs, each predicted correctly by exactly one of base and assistant.
 
     Attributes:
-        defer_prob: their mean.
-        assistant_right: of these tokens, each of which either the base or the assistant has right, the share that the
-            assistant has; low and high are the ends of its 95 % interval, as if tokens were independent.
-        tokens: how many.
+        defer_prob: mean defer prob.
+        assistant_right: share that the assistant predicts correctly. low and high are its 95 % interval, which treats
+            tokens as independent.
+        tokens: number of tokens.
     """
 
     defer_prob: float
@@ -31,10 +31,10 @@ class ReliabilityBin:
 
 
 def reliability(views: TokenViews, num_bins: int = 10) -> list[ReliabilityBin]:
-    """The tokens that exactly one of two authors has right, in bins of equal width by defer prob.
+    """The tokens that exactly one of two authors predicts correctly, in bins of equal width by defer prob.
 
-    The two are the base and the assistant that would be asked, argmax_k u_k. Where both are right or both are wrong
-    nothing hangs on who writes, and the likelihood hardly moves the head there. Empty bins are left out.
+    The authors are the base and the assistant with the highest defer logit. If both are right or both are wrong, the
+    choice does not matter, and the likelihood hardly trains the head there. Empty bins are left out.
     """
     asked = views.defer_logits.argmax(-1, keepdim=True)  # (N, 1)
     theirs = views.assistant_correct.gather(-1, asked).squeeze(-1)

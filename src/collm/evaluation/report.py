@@ -1,4 +1,4 @@
-"""What a report says: systems beside each other, charts, answers with the author of every token."""
+"""The content of a report: a table of systems, charts, answers with the author of every token."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Row:
     """One system in the table.
 
     Attributes:
-        accuracy: in [0, 1]; low and high are the ends of its 95 % interval.
+        accuracy: in [0, 1]. low and high are its 95 % interval.
         deferral_rate: share of generated tokens written by assistants.
         tokens_per_s: generated tokens per second.
-        note: a few words under the name.
+        note: a short text under the name.
 
     Raises:
         DataError: a share is outside [0, 1].
@@ -41,9 +41,9 @@ class Token:
     """A token of an answer.
 
     Attributes:
-        author: who wrote it, an index into `Report.authors`.
-        defer_prob: that it was decided at.
-        candidates: of each author, in their order; empty where they were not asked.
+        author: index into `Report.authors`.
+        defer_prob: the defer prob at this token.
+        candidates: most probable tokens of each author; empty if they are unknown.
     """
 
     text: str
@@ -60,14 +60,12 @@ class Example:
     """One answer.
 
     Attributes:
-        correct: None where nobody judged it, or where it is neither right nor wrong.
-        score: in [0, 1], of the latter.
+        score: in [0, 1]: 1 for a right answer, 0 for a wrong one. None if there is no score.
     """
 
     prompt: str
     reference: str
     tokens: list[Token]
-    correct: bool | None = None
     score: float | None = None
 
 
@@ -76,10 +74,9 @@ class Table:
     """A table of texts.
 
     Attributes:
-        name: of its place in the page.
-        heading: above it.
+        name: its id in the page.
         note: its caption.
-        columns: their headings; the first names the rows.
+        columns: headings. The first column names the rows.
     """
 
     name: str
@@ -91,7 +88,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Point:
-    """A share measured somewhere along an axis, with the ends of its 95 % interval, and what was measured there."""
+    """A share y at a place x, with its 95 % interval and its name."""
 
     name: str
     x: float
@@ -108,14 +105,14 @@ class Chart:
     """Shares over an axis.
 
     Attributes:
-        name: of its place in the page.
+        name: its id in the page.
         note: a sentence or two under the heading.
-        x_label, y_label: of the axes.
+        x_label, y_label: labels of the axes.
         curve: points joined by a line, with their intervals as a band.
-        marks: points with their names beside them.
-        lines: dashed, by name: corners (x, y).
-        in_use: marked on the x axis.
-        unit: of x: "%" for shares from 0 to 1.
+        marks: points with labels.
+        lines: dotted lines by name, as corners (x, y).
+        in_use: the value in use, marked on the x axis.
+        unit: the unit of x: "%" for shares from 0 to 1.
     """
 
     name: str
@@ -137,7 +134,7 @@ class Chart:
                 raise DataError(f"chart {self.name!r} has a point at {x} {self.unit}, expected {expected}")
 
     def worded(self, x: float) -> str:
-        """A place on the x axis with its unit."""
+        """A value on the x axis with its unit."""
         return f"{100 * x:.1f}%" if self.unit == "%" else f"{x:,.3g} {self.unit}"
 
 
@@ -148,7 +145,7 @@ def deferral_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     measure: str = "Accuracy",
 ) -> Chart:
-    """A measure against deferral rate: thresholds as the curve, systems as marks, and the rate in use."""
+    """A chart of a measure against deferral rate, with thresholds as the curve and systems as marks."""
     return Chart(
         name="curve",
         heading=f"{measure} against deferral rate",
@@ -165,16 +162,16 @@ def deferral_chart(
 
 @dataclass(frozen=True)
 class Report:
-    """What the page says; an empty list leaves its section out.
+    """The content of the page. A section without content is left out.
 
     Attributes:
-        summary: what was found, in sentences; an empty line starts a new paragraph.
-        measure: what the rows' accuracy is; None where nothing is scored.
-        astray: answers that an assistant's token made worse than the base's own.
+        summary: the findings in sentences. An empty line starts a new paragraph.
+        measure: name of the rows' accuracy; None if there are no scores.
+        astray: answers with assistant tokens that are worse than those of the base alone.
         charts: shown after the rows.
-        tables: shown after the examples; one without rows is left out.
-        authors: names; author 0 is the base.
-        details: how to get the same again: versions, seed, command.
+        tables: shown after the examples.
+        authors: names of the authors, the base first.
+        details: how to reproduce the results: versions, seed, command.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What one system scored on a task, and what it cost."""
+"""The scores and costs of a system on a task."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from collm.evaluation.tasks.task import Task, TaskItem
 
 @dataclass(frozen=True)
 class SystemResult:
-    """One system's row.
+    """The result of one system.
 
     Attributes:
-        measures: of the task, each with its 95 % interval.
-        difference: of the main measure, this system's minus the collaboration's, item by item; None for itself.
+        measures: the task's measures, each with its 95 % interval.
+        difference: this system's main measure minus the collaboration's, paired by item; None for the collaboration.
         deferral_rate: share of the generated tokens that assistants wrote.
-        models: by model, per item: tokens read and written, forward passes, calls of a program.
+        models: for each model, per item: tokens read and written, forward passes, calls of a tool.
         flops: per item, estimated as 2 x parameters (without the input embedding) x tokens read, summed over models.
-        tokens_per_s: generated tokens per second of batches of `max_batch`.
+        tokens_per_s: generated tokens per second in batches of `max_batch`.
         seconds: mean time per item from the start of its batch to its last token.
     """
 
@@ -46,13 +46,13 @@ def result_of(
     answers: Mapping[str, Sequence[Answer]],
     found: Answers,
 ) -> SystemResult:
-    """A system's row.
+    """The result of a system.
 
     Args:
-        model: what it decoded with.
-        items: those that were answered.
-        answers: by system, in the order of the items; its own and the collaboration's among them.
-        found: its own once more, with what they cost.
+        model: the collaboration that the system decoded with.
+        items: the answered items.
+        answers: the answers of each system in the order of the items, including this system and the collaboration.
+        found: this system's answers with their costs.
     """
     mine = answers[system.name]
     measured = sum(len(batch.ids) for batch in found.batches)
@@ -75,7 +75,7 @@ def result_of(
 
 
 def _usage(found: Answers) -> dict[str, ModelUsage]:
-    """By model, over all batches; without models that did nothing, such as the assistant of a model alone."""
+    """The usage of each model over all batches. Models without usage are left out."""
     total: dict[str, ModelUsage] = {}
     for batch in found.batches:
         for name, used in batch.usage.items():
@@ -90,13 +90,13 @@ def _per_item(used: ModelUsage, items: int) -> dict[str, float]:
 
 
 def _flops(model: CoLLM, name: str) -> float:
-    """Per token read: two for each weight but those of the input embedding."""
+    """FLOPs per token read: two for each weight outside the input embedding."""
     author = [runner.name for runner in model.runners].index(name)
     return 2.0 * model.backend.weights_per_token(author)
 
 
 def _difference(measure: str | None, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:
-    """Over the items that have the main measure."""
+    """The paired difference over the items that have the main measure."""
     pairs = [
         (one.scores[measure], other.scores[measure])
         for one, other in zip(mine, theirs, strict=True)

@@ -1,4 +1,4 @@
-"""The charts of an evaluation, from the rows and answers it left."""
+"""The charts of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from collm.evaluation.report import Chart, Point, Row, deferral_chart
 from collm.evaluation.systems import COLLABORATION, is_threshold
 
 ResultRow = Mapping[str, Any]
-"""A `SystemResult` as results.json has it."""
+"""A `SystemResult` in results.json."""
 
 Corners = Sequence[tuple[float, float]]
 
 NUM_CORNERS = 32
-"""Most corners of the oracle's line."""
+"""Maximum number of corners of the oracle's line."""
 
 _DIAGONAL, _ORACLE = "whole answers at random", "oracle: the better of whole answers"
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What a million tokens cost that a model reads, its own included, and that it writes; by its name."""
+    """Prices of a million tokens that a model reads (including its own) and writes, by model name."""
 
     read: Mapping[str, float]
     written: Mapping[str, float]
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Prices:
-        """Read NAME=READ or NAME=READ:WRITTEN, NAME being base, assistant, assistant-2, ..
+        """Parse NAME=READ or NAME=READ:WRITTEN, where NAME is base, assistant, assistant-2, ..
 
         Raises:
-            ConfigError: another form, or a price below 0.
+            ConfigError: an invalid form, or a negative price.
         """
         read, written = {}, {}
         for text in texts:
@@ -45,21 +45,21 @@ class Prices:
                 prices = []
             if not name or not 1 <= len(prices) <= 2 or not all(0 <= price < float("inf") for price in prices):
                 raise ConfigError(
-                    f"price is {text!r}, expected NAME=READ or NAME=READ:WRITTEN per million tokens, as base=0.1:0.4"
+                    f"price is {text!r}, expected NAME=READ or NAME=READ:WRITTEN per million tokens, like base=0.1:0.4"
                 )
             model = name.replace("-", " ")
             read[model], written[model] = prices[0], prices[1] if len(prices) == 2 else 0.0
         return cls(read, written)
 
     def check(self, rows: Iterable[ResultRow]) -> None:
-        """Raise a ConfigError for the price of a model that none of the systems uses."""
+        """Raise a ConfigError for the price of a model that no system uses."""
         used = sorted({name for row in rows for name in row["models"]}, key=lambda name: (name != "base", name))
         if unused := [name for name in self.read if name not in used]:
             expected = ", ".join(name.replace(" ", "-") for name in used)
-            raise ConfigError(f"a price came of {', '.join(unused)}, which no system uses; expected {expected}")
+            raise ConfigError(f"there is a price for {', '.join(unused)}, which no system uses; expected {expected}")
 
     def of(self, row: ResultRow) -> float:
-        """Price of 1,000 items of a system.
+        """The price of 1,000 items with a system.
 
         Raises:
             ConfigError: one of its models has no price.
@@ -79,13 +79,15 @@ class Prices:
 def run_charts(
     results: Mapping[str, Any], rows: Sequence[Row], answers: Mapping[str, Mapping[str, Answer]], prices: Prices | None
 ) -> list[Chart]:
-    """Score against deferral rate and against cost, and how far the defer prob can be trusted; those that can be drawn.
+    """Charts of score against deferral rate, score against cost, and the reliability of the defer prob.
+
+    Charts without data are left out.
 
     Args:
-        results: results.json.
-        rows: the table's.
-        answers: by system, by item.
-        prices: for the cost's axis; FLOPs without.
+        results: the content of results.json.
+        rows: the rows of the report's table.
+        answers: the answers of each system, by item.
+        prices: prices for the cost axis; None for FLOPs.
     """
     measure = results["measure"]
     by_name = {row["name"]: row for row in results["rows"]}
@@ -105,19 +107,19 @@ def run_charts(
 
 
 def titled(measure: str) -> str:
-    """A measure where a heading or a label begins with it."""
+    """A measure with a capital letter, for headings and labels."""
     return measure[:1].upper() + measure[1:]
 
 
 def _thresholds(results: Mapping[str, Any]) -> dict[str, float]:
-    """Systems that are the collaboration at some threshold; empty where that is one only."""
+    """The collaboration at several thresholds, by system. Empty if there is only one threshold."""
     names = [row["name"] for row in results["rows"] if is_threshold(row["name"])]
     found = {name: float(name.partition("=")[2]) for name in names}
     return {COLLABORATION: results["threshold"], **found} if found else {}
 
 
 def _ends(results: Mapping[str, Any]) -> dict[str, float]:
-    """Models alone that write what the collaboration does at an end of the thresholds."""
+    """Models alone that equal the collaboration at the highest or lowest threshold."""
     ends = {"base": 1.0} | ({"assistant": -1.0} if len(results["authors"]) == 2 else {})
     names = {row["name"] for row in results["rows"]}
     return {name: threshold for name, threshold in ends.items() if name in names}
@@ -129,7 +131,7 @@ def _point(row: ResultRow, measure: str, x: float, name: str) -> Point:
 
 
 def _random_lines(by_name: Mapping[str, ResultRow], measure: str, places: Mapping[str, float]) -> dict[str, Corners]:
-    """From the base alone to each assistant alone: what choosing between their whole answers at random would give."""
+    """Lines from the base alone to each assistant alone: a random choice between their whole answers."""
     assistants = [name for name in by_name if name.partition("-")[0] == "assistant"]
     if "base" not in by_name:
         return {}
@@ -142,10 +144,10 @@ def _random_lines(by_name: Mapping[str, ResultRow], measure: str, places: Mappin
 
 
 def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Corners:
-    """Deferral rate and mean score of an oracle that takes an item's whole answer from the base or from an assistant.
+    """Deferral rate and mean score of an oracle that takes each whole answer from the base or an assistant.
 
-    It takes the assistants' where they gain most for their tokens first. Empty where there is nothing to gain, the base
-    or every assistant was not compared, or single items have no score. What writes token by token may exceed it.
+    It takes answers with the highest gain per assistant token first. Empty if there is nothing to gain, if the base or
+    all assistants were not compared, or if items have no scores. Collaboration per token can exceed this line.
     """
     base = answers.get("base", {})
     others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
@@ -168,7 +170,7 @@ def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Co
 def _gains(
     base: Mapping[str, Answer], others: Sequence[Mapping[str, Answer]], measure: str
 ) -> list[tuple[float, int, int]]:
-    """Where an assistant scores higher: by how much, the base's tokens and the assistant's."""
+    """Gain in score, number of base tokens and number of assistant tokens, where an assistant scores higher."""
     gains = []
     for item, mine in base.items():
         best = max((found[item] for found in others), key=lambda other: (other.scores[measure], -len(other.authors)))
@@ -179,7 +181,7 @@ def _gains(
 
 
 def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | None) -> Chart:
-    """Score against what an item costs."""
+    """Score against the cost of an item."""
     measure = results["measure"]
     by_name: dict[str, ResultRow] = {row["name"]: row for row in results["rows"]}
     if prices is not None:

@@ -1,4 +1,4 @@
-"""From the directory of an evaluation to its page."""
+"""The report of an evaluation, from its directory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
 
 
 def report_of(directory: Path, prices: Prices | None = None) -> Report:
-    """What `collm eval` left in a directory, as a report.
+    """The report of the `collm eval` output in a directory.
 
     Args:
-        prices: of tokens, for the chart of costs; FLOPs without.
+        prices: token prices for the chart of costs; None for FLOPs.
 
     Raises:
-        ArtefactError: it holds no finished evaluation, or a damaged one.
+        ArtefactError: the directory has no finished evaluation, or a damaged one.
         ConfigError: a model has no price.
     """
     try:
@@ -83,16 +83,13 @@ def _row(row: Mapping[str, Any], measure: str | None) -> Row:
 def _example(
     answer: Answer, item: Mapping[str, Any], candidates: Sequence[Sequence[Candidates]], measure: str | None
 ) -> Example:
-    score = answer.scores.get(measure or "")
-    judged = score in (0.0, 1.0)
     known = candidates or [()] * len(answer.authors)
     tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, known, strict=True)
     return Example(
         prompt=_text(item["prompt"]),
         reference=_text(item["reference"]),
         tokens=[Token(*token) for token in tokens],
-        correct=score == 1.0 if judged else None,
-        score=None if judged else score,
+        score=answer.scores.get(measure or ""),
     )
 
 
@@ -103,7 +100,7 @@ def _text(value: Any) -> str:
 
 
 def _measures(rows: Mapping[str, Mapping[str, Any]], main: str | None) -> Table:
-    """All measures of the task, where it has others than the main one."""
+    """All measures of the task, if it has others than the main one."""
     shown = {name: row["measures"] for name, row in rows.items() if not is_threshold(name)}
     names = list(shown[COLLABORATION])
     body = [(name, *(_interval(measures[name]) for measures in shown.values())) for name in names if names != [main]]

@@ -1,4 +1,4 @@
-"""What is compared: the collaboration, each author alone, other rules, other models, by name."""
+"""Systems to compare, by name: the collaboration, each author alone, other policies, other models."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class System:
-    """One way to answer prompts.
+    """A way to answer prompts.
 
     Attributes:
-        name: in tables and files.
-        load: the models that decode, brought into memory if they are not those of the collaboration.
-        policy: who writes; None for a random rule whose rate is not known yet.
-        writes_as: the author of the collaboration that a model alone is, where it is not the base.
-        called: what its models are called, where that differs from what `load` gives.
+        name: its name in tables and files.
+        load: loads the models, unless they are those of the collaboration.
+        policy: chooses the authors; None for a random policy whose rate is not known yet.
+        writes_as: for an assistant alone, its author number in the collaboration.
+        called: names of its models, if they differ from those that `load` gives.
     """
 
     name: str
@@ -50,12 +50,12 @@ class System:
     called: Mapping[str, str] = field(default_factory=dict)
 
     def at_rate(self, rate: float) -> Policy:
-        """Who writes, where a random rule without a rate takes this one."""
+        """The policy. A random policy without a rate gets this rate."""
         return RandomPolicy(rate) if self.policy is None else self.policy
 
 
 def names_in(text: str) -> list[str]:
-    """The names between commas, of which a policy's options may have some as well."""
+    """Split comma-separated names. The options of a policy can also contain commas."""
     names: list[str] = []
     for part in filter(None, text.split(",")):
         kind, equals, _ = part.partition("=")
@@ -68,7 +68,7 @@ def names_in(text: str) -> list[str]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each name with the last part of its path alone, where that still tells it from the others."""
+    """Each name with only the last part of its path, if that is unique."""
     short = {name: _shortened(name) for name in names}
     times = Counter(short.values())
     return {name: one if times[one] == 1 else name for name, one in short.items()}
@@ -80,19 +80,21 @@ def _shortened(name: str) -> str:
 
 
 def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy) -> list[System]:
-    """The collaboration at its operating point, then what `names` say, each once.
+    """The collaboration at its operating point, then the named systems without duplicates.
 
     Raises:
         ConfigError: an unknown name, or one that does not fit the collaboration.
-        LoadError, MismatchError: there is no model in a path, or its tokenizer differs.
+        LoadError, MismatchError: a path has no model, or its tokenizer differs.
     """
     wanted = dict.fromkeys(name for name in names if name != COLLABORATION)
     return [System(COLLABORATION, lambda: model, operating), *(_system(model, name) for name in wanted)]
 
 
 def thresholds_named(model: CoLLM, calibration: Calibration, names: Sequence[str], operating: float) -> list[str]:
-    """Names of the calibration's thresholds, but for the operating one and those at which one model of `names` writes
-    everything."""
+    """Names for the thresholds of a calibration.
+
+    The operating threshold is left out, and those at which one model of `names` writes everything.
+    """
     lowest = 0.0 if "assistant" in names and len(model.assistants) == 1 else -1.0
     highest = 1.0 if "base" in names else 2.0
     inner = [point.threshold for point in calibration.points if lowest <= point.threshold < highest]
@@ -140,7 +142,7 @@ def _assistant(model: CoLLM, name: str) -> System:
         raise ConfigError(f"cannot compare {name!r}: the collaboration has {len(model.assistants)} assistants")
     author = int(number)
     if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
-        return System(name, lambda: model, SingleAuthorPolicy(author))  # for a tool that abstains the base writes
+        return System(name, lambda: model, SingleAuthorPolicy(author))  # the base writes where a tool abstains
     called = {"base": author_name(author, len(model.assistants))}
     return System(name, lambda: _alone(model, _module(model, author), author), SingleAuthorPolicy(BASE), author, called)
 
@@ -155,14 +157,14 @@ def _module(model: CoLLM, author: int) -> nn.Module:
 
 
 def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
-    """A model with an author's tokenizer and template, as a base whose assistant, itself, is never asked."""
+    """A model with an author's tokenizer and template, as a base that never defers."""
     head = DeferralHead(LanguageModel(module, name="alone").hidden_size)
     template = model.template if model.alignment is None else model.alignment.tokenizers[author].template
     return CoLLM(module, [module], head, model.tokenizers[author], template=template)
 
 
 def _check_tokenizer(model: CoLLM, path: str) -> None:
-    """Now rather than when everybody before has answered."""
+    """Check the tokenizer before any system answers."""
     tokenizer = TokenizerIdentity.of(load_tokenizer(ModelSpec(path)))
     check_tokenizers(model.identity, tokenizer, path, accept=model.accept_differences)
 

@@ -1,4 +1,4 @@
-"""Every threshold at once, on given texts: what each author makes of the gold tokens, without generating."""
+"""All thresholds at once on given texts, without generating."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BASE_ALONE, ASSISTANTS_ALONE = 1.0, -1.0
 
 @dataclass(frozen=True)
 class TeacherForcedPoint:
-    """A threshold on given texts.
+    """A threshold on given texts, where each token follows the gold tokens before it.
 
     Attributes:
-        deferral_rate: share of the gold tokens that assistants would write, the gold tokens before being there.
-        accuracy: share of the gold tokens that whoever writes there has as its argmax.
-        nll: mean over the gold tokens of -log P of whoever writes there, nats.
+        deferral_rate: share of the gold tokens that assistants would write.
+        accuracy: share of the gold tokens that are the argmax of their author.
+        nll: mean of -log P of the gold tokens under their authors, nats.
     """
 
     threshold: float
@@ -34,13 +34,12 @@ class TeacherForcedPoint:
 
 @dataclass(frozen=True)
 class TeacherForcedCurve:
-    """All thresholds that differ in whom they let write, from the base alone to the assistants alone.
+    """All thresholds with different choices of authors, from the base alone to the assistants alone.
 
     Attributes:
         thresholds: fp64, shape (G + 1,), falling: 1, each distinct defer prob but the highest, -1.
         deferral_rates, accuracies, nlls: fp64, shape (G + 1,), as in `TeacherForcedPoint`.
-        reachable: share of the gold tokens that base or assistants have as argmax: the accuracy that choosing rightly
-            at every token would give.
+        reachable: share of the gold tokens that are the argmax of any author: the accuracy of a perfect choice.
         num_tokens: M.
     """
 
@@ -59,7 +58,7 @@ class TeacherForcedCurve:
         return TeacherForcedPoint(*(column[index].item() for column in columns))
 
     def best(self, budget: float = 1.0) -> TeacherForcedPoint:
-        """The most accurate point within a deferral rate, ties to the lower rate.
+        """The most accurate point within a deferral rate. Ties go to the lower rate.
 
         Raises:
             ConfigError: the budget is outside [0, 1].
@@ -80,18 +79,18 @@ class TeacherForcedCurve:
 
 
 def teacher_forced(views: TokenViews, beyond: Deferred) -> TeacherForcedCurve:
-    """The curve, exactly: tokens sorted by defer prob leave the base one group of equal ones after the other.
+    """The exact curve. Tokens are sorted by defer prob, and tokens with equal defer probs are deferred together.
 
     Args:
-        views: what all say of the gold tokens.
-        beyond: what deferring gives there, by `gold.deferred`.
+        views: the predictions of all authors for the gold tokens.
+        beyond: the result of deferring, from `gold.deferred`.
     """
     probs, order = defer_probs(views.defer_logits).double().sort(descending=True, stable=True)
     values, sizes = torch.unique_consecutive(probs, return_counts=True)
     ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])  # (G + 1,): tokens deferred
 
     def means(base: Tensor, other: Tensor) -> Tensor:
-        """Over all tokens, of the first `ends` ones the other's and of the rest the base's."""
+        """Means over all tokens, with the other author's values for the first `ends` tokens."""
         nothing = torch.zeros(1, dtype=torch.float64)
         deferred = torch.cat([nothing, other[order].double().cumsum(0)])
         kept = torch.cat([base[order].double().flip(0).cumsum(0).flip(0), nothing])

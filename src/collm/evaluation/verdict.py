@@ -1,4 +1,4 @@
-"""What a comparison says in words: whether collaborating pays, or one model alone is the better choice."""
+"""A comparison in words: whether collaboration pays, or one model alone is the better choice."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> str:
-    """Sentences on the collaboration, against the base, each assistant and the other systems that were compared.
+    """Sentences that compare the collaboration with the base, each assistant and the other systems.
 
     Args:
-        task: its name.
-        measure: its main measure, None if it has none.
-        results: of all systems.
+        task: the task's name.
+        measure: its main measure; None if it has none.
+        results: the results of all systems.
     """
     by_name = {result.name: result for result in results}
     own = by_name[COLLABORATION]
@@ -89,6 +89,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _points(difference: Interval, sign: int) -> str:
-    """Percentage points with the interval, seen from the side that `sign` says."""
+    """A difference in percentage points with its interval; `sign` -1 reverses it."""
     mean, low, high = (100 * sign * end + 0.0 for end in (difference.mean, difference.low, difference.high))  # no -0.0
     return f"{mean:+.1f} points ({min(low, high):+.1f} to {max(low, high):+.1f})"

@@ -1,4 +1,4 @@
-"""One training run from models, tools and rows to a calibrated collaboration."""
+"""A training run, from models, tools and rows to a calibrated collaboration."""
 
 from collm.run.calibrate import PastRun, Validation
 from collm.run.data import hold_out

@@ -1,4 +1,4 @@
-"""Thresholds of a trained collaboration: on which rows they are chosen, and how."""
+"""Choose the thresholds of a trained collaboration."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from collm.training.scoring import find_scores, progress_bar
 
 @dataclass(frozen=True)
 class Validation:
-    """Rows to choose thresholds on, and how.
+    """The rows and options of a calibration.
 
     Attributes:
-        rows: prompts with their references.
-        source: where they came from, in words or as a path.
-        metric, params, rates, budgets, refine, max_batch: as of `calibrate`.
+        rows: prompts with their reference completions.
+        source: the source of the rows, for the record.
+        metric, params, rates, budgets, refine, max_batch: as for `calibrate`.
     """
 
     rows: Sequence[Row]
@@ -49,7 +49,7 @@ class Validation:
 
     @classmethod
     def of(cls, config: RunConfig, rows: Sequence[Row]) -> Validation:
-        """As a run's options say."""
+        """The validation of a training run."""
         return cls(
             rows,
             config.validation or f"held out of {config.data}",
@@ -63,17 +63,19 @@ class Validation:
 
     @property
     def items(self) -> list[ValidationItem]:
-        """What is generated, and what it is compared with."""
+        """The rows as validation items."""
         return [ValidationItem(row.prompt, row.completion) for row in self.rows]
 
     def split(self, share: float) -> tuple[Validation, Validation]:
-        """Rows to choose on, and a share of them to check the choice on; drawn at random, the same ones every time.
+        """Divide the rows at random into rows to choose thresholds on, and a share of rows to check the choice on.
+
+        The division is always the same.
 
         Raises:
-            ConfigError: a share that leaves no row on one of the sides.
+            ConfigError: the share leaves one of the parts empty.
         """
         if not 0 < share < 1:
-            raise ConfigError(f"the share to check on is {share}, expected a number between 0 and 1, as 0.3")
+            raise ConfigError(f"the share to check on is {share}, expected a number between 0 and 1, such as 0.3")
         count = round(share * len(self.rows))
         if not 0 < count < len(self.rows):
             raise ConfigError(
@@ -86,7 +88,7 @@ class Validation:
         return replace(self, rows=chosen), replace(self, rows=[self.rows[i] for i in sorted(checked)])
 
     def calibrate(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
-        """Calibrate on these rows, the best threshold of their teacher-forced curve among those that are tried."""
+        """Calibrate on these rows. The best thresholds of the teacher-forced curve are also measured."""
         curve = self.curve(model)
         guesses = [curve.best(budget).threshold for budget in (1.0, *self.budgets)]
         with progress_bar("calibrating", enabled=not quiet) as progress:
@@ -110,7 +112,7 @@ class Validation:
             return check_on(model, self.items, params=self.params, max_batch=self.max_batch, on_completion=progress)
 
     def curve(self, model: CoLLM) -> TeacherForcedCurve:
-        """All thresholds on the gold completions of these rows, without generating."""
+        """The teacher-forced curve on these rows."""
         views = gold_views(model, gold_examples(model, self.rows))
         return teacher_forced(views, deferred(model, views))
 
@@ -126,17 +128,17 @@ class PastRun:
 
     @classmethod
     def read(cls, directory: Path, *, trust_code: bool = False) -> PastRun:
-        """The run that made a collaboration in this directory.
+        """Read the run of a directory.
 
         Args:
-            trust_code: import and call the functions that run.yaml names.
+            trust_code: run the functions that run.yaml names.
 
         Raises:
-            ConfigError: there is no run.yaml, it is damaged, or it names a function that was not trusted.
+            ConfigError: run.yaml is missing or damaged, or names a function that is not trusted.
         """
         path = directory / "run.yaml"
         if not path.exists():
-            raise ConfigError(f"there is no {path} to say which rows; pass --data")
+            raise ConfigError(f"there is no {path} with the validation rows; pass --data")
         try:
             options = yaml.safe_load(path.read_text(encoding="utf-8"))
             values = {one.name: options[one.name] for one in fields(RunConfig)}
@@ -156,15 +158,16 @@ class PastRun:
         return cls(directory, config, seed, max_length)
 
     def validation(self) -> Validation:
-        """Its validation rows, to be calibrated on as it did."""
+        """The validation of the run."""
         return Validation.of(self.config, split_rows(self.config, seed=self.seed)[1])
 
     def curve(self, model: CoLLM, *, quiet: bool = False) -> TeacherForcedCurve:
-        """As `Validation.curve`, with the scores of the assistants that the run keeps: of models, the base alone is
-        loaded and read. Scores that are missing are computed and kept in the run's directory.
+        """The teacher-forced curve, with the stored scores of the assistants, so that only the base is loaded.
+
+        Missing scores are computed and stored in the run's directory.
 
         Raises:
-            ConfigError: a link leads from there to another place.
+            ConfigError: a symbolic link leads out of the directory.
         """
         rows, config = self.validation().rows, self.config
         examples = gold_examples(model, rows, max_length=self.max_length)
@@ -185,7 +188,7 @@ class PastRun:
         *,
         quiet: bool,
     ) -> Scores:
-        """Scores from where the run keeps them; what is missing is written in its directory, whatever run.yaml says."""
+        """The stored scores of an author. Missing scores are only written inside the run's directory."""
         part = Path("validation") / author
         shared = scores_directory(self.config, self.directory) / part
         found = find_scores(shared, examples, spec)
@@ -194,7 +197,7 @@ class PastRun:
         own = self.directory / "scores" / part
         out = shared if self._contains(shared) else own
         if not self._contains(out):
-            raise ConfigError(f"{out} lies outside of {self.directory}, by a link; put a directory there")
+            raise ConfigError(f"{out} is a link that leads out of {self.directory}; replace it by a directory")
         batch = self.config.max_batch_tokens
         return score(examples, spec, out, tokenizer, max_batch_tokens=batch, quiet=quiet)
 

@@ -1,4 +1,4 @@
-"""From options to what the models will read."""
+"""Read the rows of a run and encode them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from collm.training.data import Row, Rows
 from collm.training.examples import Examples
 
 MAX_HELD_OUT = 200
-"""Most rows held out for calibration where no validation set is given; at most a tenth of the rows."""
+"""Maximum number of rows held out for calibration without a validation set. It is also at most a tenth of the rows."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the models will read.
+    """The encoded data of a run.
 
     Attributes:
         validation: rows to calibrate on.
-        evaluation: these rows as examples, where there are evaluations during training.
-        num_bad: training rows that were skipped.
-        kind: "prompts", "chats", or "prompts and chats": what the rows are.
-        alignment: of models that do not share a tokenizer.
+        evaluation: these rows as examples, if there are evaluations during training.
+        num_bad: number of skipped training rows.
+        kind: "prompts", "chats", or "prompts and chats".
+        alignment: the alignment of models that do not share a tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,11 +47,11 @@ class Prepared:
     alignment: Alignment | None = None
 
     def tokenizer_of(self, author: int) -> PreTrainedTokenizerBase:
-        """What an author reads with."""
+        """The tokenizer of an author."""
         return self.tokenizer if self.alignment is None else self.alignment.tokenizers[author].tokenizer
 
     def rendered(self) -> str:
-        """The first example as its tokens spell it, special tokens included, and what of it is learned."""
+        """The decoded first example with special tokens, and its target tokens."""
         first = self.examples[0]
         learned = [token for token, wanted in zip(first.token_ids, first.is_target, strict=True) if wanted]
         whole, targets = (self.tokenizer.decode(ids) for ids in (first.token_ids, learned))
@@ -59,7 +59,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
-    """Read the rows, check that the tokenizers agree and that tools can be called, encode."""
+    """Read the rows, check tokenizers and tools, and encode the rows."""
     rows, validation = split_rows(config, seed=args.seed)
     tokenizer = load_tokenizer(config.base_model)
     for spec in config.assistants:
@@ -81,10 +81,10 @@ def alignment_of(
     template: PromptTemplate,
     accept_differences: Sequence[str],
 ) -> Alignment | None:
-    """The alignment of models that are not loaded; None where they share the base's tokenizer.
+    """The alignment of models that are not loaded; None if they share the base's tokenizer.
 
     Raises:
-        MismatchError: they do not fit.
+        MismatchError: the models do not fit together.
     """
     own = [load_tokenizer(spec) if isinstance(spec, ModelSpec) else tokenizer for spec in assistants]
     return aligned(base, assistants, [tokenizer, *own], template, accept_differences=accept_differences)
@@ -99,7 +99,7 @@ def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:
     """Rows to train on, and rows to calibrate and evaluate on.
 
     Raises:
-        ConfigError: fewer than 10 rows, of which none can be held out.
+        ConfigError: fewer than 10 rows, so that none can be held out.
     """
     rows = config.rows(config.data, config.data_split)
     if config.validation is None:
@@ -108,14 +108,14 @@ def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:
 
 
 def hold_out(rows: Rows, *, seed: int) -> tuple[Rows, list[Row]]:
-    """Rows to train on and rows to calibrate on, drawn at random.
+    """Divide rows at random into rows to train on and rows to calibrate on.
 
     Raises:
         ConfigError: fewer than 10 rows.
     """
     count = min(MAX_HELD_OUT, len(rows) // 10)
     if count == 0:
-        raise ConfigError(f"{len(rows)} rows are too few to hold some out for calibration; pass a validation set")
+        raise ConfigError(f"{len(rows)} rows are too few to hold out some for calibration; pass a validation set")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = set(order[:count])
     kept = Rows((row for i, row in enumerate(rows) if i not in held_out), rows.num_bad)

@@ -1,4 +1,4 @@
-"""What a run is told: which models and tools, on which rows."""
+"""Options of a run: models, tools and rows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from collm.training.data import Row, Rows, load_rows
 
 @dataclass
 class DataConfig:
-    """Which rows, and how they are rendered.
+    """Rows and their templates.
 
     Attributes:
         data: training rows: JSON, JSONL, a `datasets` directory or a Hub name.
-        data_split: which split of a data set.
+        data_split: split of the data set.
         prompt_field, completion_field: names of the two fields.
-        template: wraps prompts, in training and in decoding alike.
-        format: rows (default), tulu, gsm8k, gsm8k-plain, math or bioasq: the forms in which these sets are published.
-        chat_template: file with the Jinja template that renders chats; by default the base tokenizer's own.
-        bad_rows: "stop" at a row that cannot be used, or "skip" it, reported and counted.
+        template: prompt template, for training and decoding.
+        format: rows (default), or the published format of a data set: tulu, gsm8k, gsm8k-plain, math, bioasq.
+        chat_template: file with the Jinja template of chats; by default the base tokenizer's template.
+        bad_rows: "stop" at an invalid row, or "skip" invalid rows and count them.
     """
 
     data: str
@@ -46,7 +46,7 @@ class DataConfig:
     def prompt_template(
         self, tokenizer: PreTrainedTokenizerBase, base: ModelSpec, rows: Sequence[Row]
     ) -> PromptTemplate:
-        """How prompts and chats are rendered; where the rows are chats, also what ends a turn.
+        """The template of prompts and chats. If the rows have chats, it also has the tokens that end a turn.
 
         Raises:
             ConfigError: the chat template cannot be read.
@@ -66,7 +66,7 @@ class DataConfig:
         return template.with_turn_ends(tokenizer, stop_ids(tokenizer, base))
 
     def rows(self, source: str, split: str | None) -> Rows:
-        """Rows of any source that has this format."""
+        """Read rows with this format from any source."""
         return load_rows(
             source,
             split=split,
@@ -79,34 +79,35 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class RunConfig(DataConfig):
-    """What to train on what. How to train is `CoLLMConfig`; a run's YAML file holds the fields of both.
+    """Models and data of a run. `CoLLMConfig` has the training options. A run's YAML file has the fields of both.
 
     Attributes:
-        base: the model to train: a directory, a GGUF file or a Hub id, "@revision" behind it if need be; of a GGUF file
-            on the Hub repo:file.gguf.
-        assistant: the assistants 1..K, likewise; or tools: tool:calculator, tool:date, tool:lookup:facts.csv, or a
-            function of yours as tool:package.module:function.
+        base: the model to train: a directory, a GGUF file or a Hub id, optionally with "@revision". A GGUF file on the
+            Hub is repo:file.gguf.
+        assistant: the assistants 1..K, in the same form. Or tools: tool:calculator, tool:date, tool:lookup:facts.csv,
+            or a Python function tool:package.module:function.
         validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
-        validation_split: which split of a data set.
-        metric: what calibration measures: exact_match, contains, last_number, token_f1 or module:function.
-        calibrate: measure thresholds when training is done; false where base and assistants do not fit one process
-            there: `collm calibrate` does it later, with the same rows.
-        rates: deferral rates that calibration aims at.
-        budgets: deferral rates to find the best threshold within, besides the best of all.
-        refine: thresholds that calibration adds beside the best, and beside the best within each budget.
-        max_new_tokens, stop, max_batch: of calibration's completions.
-        dtype, device, attention: of all models; with dtype "auto" as they were saved, but fp32 for a base to be tuned
-            whole.
-        base_quantization, assistant_quantization: nf4 or int8, by bitsandbytes; of the base with method "lora" (QLoRA)
-            or "head".
-        tool_eps: probability that a tool leaves to all tokens but the next of its answer, 0.01 by default.
-        tool_seconds: time limit of a call of your function, 1 by default.
-        accept_differences: differences between the models to put up with: special_tokens, eos, chat_template.
-        cache_hidden_states: keep the base's hidden states at all target tokens beside its scores, in its dtype; with
-            method "head" they are all that training reads, however many epochs.
-        scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory; what is missing
-            there is computed.
-        max_batch_tokens: of scoring, padding included; by default 512 on a CPU, 16,384 elsewhere.
+        validation_split: split of the validation data set.
+        metric: metric of calibration: exact_match, contains, last_number, token_f1 or module:function.
+        calibrate: calibrate after training. Set it to false if base and assistants do not fit in one process;
+            `collm calibrate` can do it later with the same rows.
+        rates: target deferral rates of calibration.
+        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
+        refine: number of thresholds that calibration adds near the best one, and near that of each budget.
+        max_new_tokens, stop, max_batch: options of calibration's completions.
+        dtype, device, attention: options of all models. With dtype "auto" models keep their saved dtype, but full
+            fine-tuning of the base uses float32.
+        base_quantization, assistant_quantization: nf4 or int8, with bitsandbytes. For the base with method "lora"
+            (QLoRA) or "head".
+        tool_eps: probability that a tool gives to all tokens except its next one together, 0.01 by default.
+        tool_seconds: time limit of a call to a Python function, 1 by default.
+        accept_differences: differences between the models to accept: special_tokens, eos, chat_template.
+        cache_hidden_states: store the base's hidden states at all target tokens with its scores. With method "head",
+            training only reads these.
+        scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory. Missing scores
+            are computed.
+        max_batch_tokens: maximum number of tokens in a scoring batch, with padding; by default 512 on a CPU, otherwise
+            16,384.
     """
 
     base: str
@@ -135,14 +136,14 @@ class RunConfig(DataConfig):
 
     def __post_init__(self) -> None:
         if not self.assistant:
-            raise ConfigError("no assistant came; expected at least one directory, GGUF file or Hub id")
+            raise ConfigError("there is no assistant; expected at least one directory, GGUF file or Hub id")
         if self.validation_split is not None and self.validation is None:
             raise ConfigError("validation_split has no effect without validation; name the data set")
         for split in (self.data_split, self.validation_split):
             if split is not None and split.startswith("test"):
                 raise ConfigError(
-                    f"split {split!r} is what results are measured on; train on another, and choose the threshold on "
-                    "rows held out of it (leave validation out) or on a validation split"
+                    f"split {split!r} is for test results; train on another split, and choose the threshold on "
+                    "held-out rows (leave validation out) or on a validation split"
                 )
         if self.base.startswith(PREFIX):
             raise ConfigError(f"the base is {self.base}, expected a language model: the head reads its hidden states")
@@ -150,9 +151,9 @@ class RunConfig(DataConfig):
         if self.tool_eps is not None and not tools:
             raise ConfigError("tool_eps has no effect without a tool among the assistants; leave it out")
         if self.tool_seconds is not None and not any(tool.foreign for tool in tools):
-            raise ConfigError("tool_seconds has no effect without a function of yours as an assistant; leave it out")
+            raise ConfigError("tool_seconds has no effect without a Python function as an assistant; leave it out")
         if self.assistant_quantization is not None and len(tools) == len(self.assistant):
-            raise ConfigError("assistant_quantization has no effect where all assistants are tools; leave it out")
+            raise ConfigError("assistant_quantization has no effect if all assistants are tools; leave it out")
         check_accepted(self.accept_differences)
         check_rates([*self.rates, *self.budgets])
         check_refine(self.refine)
@@ -160,17 +161,17 @@ class RunConfig(DataConfig):
 
     @property
     def authors(self) -> dict[str, AssistantSpec]:
-        """Base and assistants by the names of their scores: base, assistant-1, .."""
+        """Base and assistants by name: base, assistant-1, .."""
         return {"base": self.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(self.assistants, start=1)}}
 
     @property
     def base_model(self) -> ModelSpec:
-        """Where the base comes from."""
+        """The spec of the base."""
         return self._model(self.base, self.base_quantization)
 
     @property
     def assistants(self) -> list[AssistantSpec]:
-        """Where the assistants 1..K come from."""
+        """The specs of the assistants 1..K."""
         return [
             parse_tool(name, self.tool_eps, self.tool_seconds)
             if name.startswith(PREFIX)
@@ -185,7 +186,7 @@ class RunConfig(DataConfig):
 
 
 def functions_named(options: Mapping[str, Any]) -> list[str]:
-    """The functions that these options of a run name: its metric, and assistants that are functions of somebody's."""
+    """The Python functions that the options of a run name as metric or tools."""
     metric, assistants = str(options.get("metric", "")), options.get("assistant") or []
     tools = [str(one) for one in ([assistants] if isinstance(assistants, str) else assistants)]
     foreign = [name for name in tools if name.startswith(PREFIX) and name.split(":")[1] not in BUILT_IN]
@@ -193,7 +194,7 @@ def functions_named(options: Mapping[str, Any]) -> list[str]:
 
 
 def parse_tool(name: str, eps: float | None = None, seconds: float | None = None) -> ToolSpec:
-    """A tool by name, with what is set of its options."""
+    """Parse a tool with the given options."""
     options = {"eps": eps, "seconds": seconds}
     return ToolSpec.parse(name, **{key: value for key, value in options.items() if value is not None})
 
@@ -206,7 +207,7 @@ def parse_model(
     attention: str | None = None,
     quantization: str | None = None,
 ) -> ModelSpec:
-    """A model by directory, GGUF file or Hub id, with "@revision" behind it if need be."""
+    """Parse a model: a directory, a GGUF file or a Hub id, optionally with "@revision"."""
     path, at, revision = name.rpartition("@")
     if not at or Path(name).exists():
         path, revision = name, ""

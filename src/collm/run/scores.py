@@ -1,4 +1,4 @@
-"""Scores of models, tools and served models, shared by the processes of a run."""
+"""Score with models, tools and served models. The processes of a run share the work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from collm.training.scoring import Scored, find_scores, load_scores, progress_ba
 
 @dataclass(frozen=True)
 class Server:
-    """Where a model is served that is to be scored there (`training.remote.RemoteModel`)."""
+    """A server that scores a model (`training.remote.RemoteModel`)."""
 
     base_url: str
     concurrency: int = 16
@@ -50,21 +50,21 @@ def score(
     server: Server | None = None,
     quiet: bool = False,
 ) -> Scores:
-    """Scores of one model or tool: those that lie in `out`, or computed there; a model leaves memory afterwards.
+    """The scores of a model or tool. They are computed in `out` unless they exist. Then the model is freed.
 
-    Several processes share the work; all return all scores.
+    Several processes share the work. Each returns all scores.
 
     Args:
-        examples: in the tokens of this model.
-        tokenizer: of this model.
+        examples: the examples in the tokens of this model.
+        tokenizer: the tokenizer of this model.
 
     Raises:
-        ConfigError: a server is to score segments.
+        ConfigError: a server cannot score segments.
     """
     if server is not None and examples[0].segments is not None:
         raise ConfigError(
-            f"{spec} has another tokenizer than the base; what it says of segments needs all its logits, which no "
-            "server gives; score it here"
+            f"{spec} has another tokenizer than the base, so scores need all its logits, which a server does not "
+            "return; score it in this process"
         )
     processes = processes or PartialState(cpu=not torch.cuda.is_available())
     found = find_scores(out, examples, spec, hidden_states=hidden_states)
@@ -108,21 +108,36 @@ def _scored(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: Ser
 def score_all(
     config: RunConfig, prepared: Prepared, examples: Examples, root: Path, processes: PartialState, *, quiet: bool
 ) -> TrainingSet:
-    """Examples of a prepared run with all authors' scores; computed where missing, one model in memory at a time."""
+    """The scores of all authors on the examples of a prepared run. One model is in memory at a time."""
     base, *assistants = [
-        score(
-            examples.read_by(number),
-            spec,
-            root / author,
-            prepared.tokenizer_of(number),
-            processes,
-            max_batch_tokens=config.max_batch_tokens,
-            hidden_states=config.cache_hidden_states and author == "base",
-            quiet=quiet,
-        )
-        for number, (author, spec) in enumerate(config.authors.items())
+        _score_author(config, prepared, examples, author, root, processes, quiet=quiet) for author in config.authors
     ]
     return TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
+
+
+def _score_author(
+    config: RunConfig,
+    prepared: Prepared,
+    examples: Examples,
+    author: str,
+    root: Path,
+    processes: PartialState | None = None,
+    *,
+    server: Server | None = None,
+    quiet: bool,
+) -> Scores:
+    number = list(config.authors).index(author)
+    return score(
+        examples.read_by(number),
+        config.authors[author],
+        root / author,
+        prepared.tokenizer_of(number),
+        processes,
+        max_batch_tokens=config.max_batch_tokens,
+        hidden_states=config.cache_hidden_states and author == "base",
+        server=server,
+        quiet=quiet,
+    )
 
 
 def score_data(
@@ -135,7 +150,7 @@ def score_data(
     max_batch_tokens: int | None = None,
     server: Server | None = None,
 ) -> Scores:
-    """Score rows with one model or tool, encoded as training a base with it will encode them."""
+    """Score rows with one model or tool. The rows are encoded as for training a base with it."""
     tokenizer = load_tokenizer(base)
     rows = config.rows(config.data, config.data_split)
     template = config.prompt_template(tokenizer, base, rows)
@@ -148,8 +163,9 @@ def score_data(
 def score_author(
     config: RunConfig, args: CoLLMConfig, author: str, *, server: Server | None = None, quiet: bool = False
 ) -> Scores:
-    """Score what a run will ask of one author, where it will look for it: training rows, and validation rows if it
-    evaluates.
+    """Compute the scores of one author that a run needs, in the run's directory.
+
+    These are the scores of the training rows, and of the validation rows if the run evaluates.
 
     Args:
         author: base, assistant-1, ..
@@ -161,25 +177,14 @@ def score_author(
         raise ConfigError(f"author is {author!r}, expected one of {', '.join(config.authors)}")
     spec, prepared = config.authors[author], prepare(config, args)
     if server is not None and isinstance(spec, ToolSpec):
-        raise ConfigError(f"{author} is {spec}, which no server runs; leave the server out")
-    number = list(config.authors).index(author)
-    parts = {".": prepared.examples, **({"validation": prepared.evaluation} if prepared.evaluation else {})}
-    scores = {
-        part: score(
-            examples.read_by(number),
-            spec,
-            scores_directory(config, Path(args.output_dir)) / part / author,
-            prepared.tokenizer_of(number),
-            max_batch_tokens=config.max_batch_tokens,
-            hidden_states=config.cache_hidden_states and author == "base",
-            server=server,
-            quiet=quiet,
-        )
-        for part, examples in parts.items()
-    }
-    return scores["."]
+        raise ConfigError(f"{author} is the tool {spec}, which does not run on a server; leave the server out")
+    root = scores_directory(config, Path(args.output_dir))
+    scores = _score_author(config, prepared, prepared.examples, author, root, server=server, quiet=quiet)
+    if prepared.evaluation is not None:
+        _score_author(config, prepared, prepared.evaluation, author, root / "validation", server=server, quiet=quiet)
+    return scores
 
 
 def scores_directory(config: RunConfig, run: Path) -> Path:
-    """Where the run of a directory keeps its scores."""
+    """The directory of a run's scores."""
     return Path(config.scores) if config.scores else run / "scores"

@@ -1,4 +1,4 @@
-"""One run: score what is missing, warm-start, train, save, calibrate."""
+"""A training run: compute scores, warm-start the head, train, save, calibrate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from accelerate import PartialState
 
 from collm.artefact import library_versions
-from collm.atomic import atomic_file
+from collm.atomic import write_text
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
@@ -40,7 +40,7 @@ _LETTING_GO_S = 0.5
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind."""
+    """The result of a run."""
 
     directory: Path
     model: CoLLM
@@ -48,10 +48,10 @@ class RunResult:
 
     @property
     def calibration(self) -> Calibration:
-        """What was measured at the end.
+        """The calibration at the end of the run.
 
         Raises:
-            ConfigError: the run was told not to calibrate.
+            ConfigError: the run did not calibrate.
         """
         if self.model.calibration is None:
             raise ConfigError(f"{self.directory} was not calibrated; run 'collm calibrate {self.directory}'")
@@ -59,16 +59,15 @@ class RunResult:
 
 
 def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = False) -> RunResult:
-    """Score what is missing, warm-start the head, train, save, calibrate.
+    """Compute missing scores, warm-start the head, train, save, calibrate.
 
-    Started in several processes (torchrun, `accelerate launch`), they share scoring and training; the first one saves
-    and calibrates while the others wait. An interrupted run goes on where it was when it is started again with the same
-    options. The run directory (`args.output_dir`) holds run.yaml, run.json, example.txt, scores/, checkpoint-*/,
-    metrics.json and collaboration/.
+    Several processes (torchrun, `accelerate launch`) share scoring and training. The first process saves and calibrates
+    while the others wait. An interrupted run resumes when it is started again with the same options. The run directory
+    (`args.output_dir`) has run.yaml, run.json, example.txt, scores/, checkpoint-*/, metrics.json and collaboration/.
 
     Raises:
-        ConfigError: options that do not fit, or a run directory that holds another run.
-        CollmError: whatever else its steps raise.
+        ConfigError: options that contradict each other, or a run directory with another run.
+        CollmError: an error of a step.
     """
     if config.cache_hidden_states and args.method != "head":
         raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
@@ -81,10 +80,10 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     processes = processes_of(args)
     check_directory(directory, config, args)
     prepared = prepare(config, args)
-    processes.wait_for_everyone()  # all have looked before one writes
+    processes.wait_for_everyone()  # all have checked the directory before one writes
     if processes.is_main_process:
         claim_directory(directory, config, args)
-        _write(directory / "example.txt", prepared.rendered())
+        write_text(directory / "example.txt", prepared.rendered())
         if not quiet:
             sys.stderr.write(visible(prepared.rendered()))
     root = scores_directory(config, directory)
@@ -105,12 +104,12 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
 
 
 def _quantized(spec: ModelSpec) -> str | None:
-    """What a base's weights stay quantized with; a GGUF file's are unpacked."""
+    """The quantization method of a base's weights. Weights of a GGUF file are dequantized."""
     return None if names_gguf(spec.path) else quantized_with(load_config(spec))
 
 
 def check_extras(config: RunConfig, args: CoLLMConfig) -> None:
-    """Raise a MissingExtra before any work for what would be missing after hours of it."""
+    """Raise a MissingExtra before any work if a library is missing."""
     if args.method == "lora" and find_spec("peft") is None:
         raise MissingExtra("peft", "train")
     if (config.base_quantization or config.assistant_quantization) and find_spec("bitsandbytes") is None:
@@ -118,17 +117,17 @@ def check_extras(config: RunConfig, args: CoLLMConfig) -> None:
 
 
 def processes_of(args: CoLLMConfig) -> PartialState:
-    """The processes of this run, each with its device."""
+    """The processes of this run with their devices."""
     args.device  # noqa: B018 - makes the process group
     assert args.distributed_state is not None
     return args.distributed_state
 
 
 def leave() -> None:
-    """Leave the group of processes together, if there is one: one that is torn down by exiting may abort.
+    """Destroy the process group in all processes together, if there is one. Exiting without this can abort.
 
-    Gloo's threads need the interpreter to let go of their last tensors. The group's end waits for these threads without
-    giving the interpreter away, so they are given time before it: else that is a deadlock.
+    Gloo's threads need the GIL to free their last tensors. Destroying the group waits for these threads and holds the
+    GIL, which can deadlock, so they get time before that.
     """
     state = PartialState()
     if state.num_processes > 1:
@@ -140,7 +139,7 @@ def leave() -> None:
 def _save(
     config: RunConfig, prepared: Prepared, directory: Path, model: CoLLM, metrics: dict[str, Any], *, quiet: bool
 ) -> None:
-    """Save the collaboration, calibrate it if wanted and keep what was measured."""
+    """Save the collaboration and the metrics, and calibrate unless the options say otherwise."""
     model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
     model.save_pretrained(directory / "collaboration")
     kept = dict(metrics)
@@ -148,11 +147,11 @@ def _save(
         calibration = Validation.of(config, prepared.validation).calibrate(model, quiet=quiet)
         model.save_calibration(directory / "collaboration")
         kept["calibration"] = calibration.to_dict()
-    _write(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
+    write_text(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
 
 
 def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
-    """Refuse a directory that holds another run, or something else."""
+    """Raise a ConfigError for a directory with another run or other files."""
     path = directory / "run.yaml"
     if path.exists():
         now = yaml.safe_load(to_yaml(config, args))
@@ -172,19 +171,19 @@ def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
 
 
 def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
-    """Keep the options, the command line and the versions."""
-    _write(directory / "run.yaml", to_yaml(config, args))
+    """Write the options, the command line and the versions."""
+    write_text(directory / "run.yaml", to_yaml(config, args))
     about = {
         "command": redacted_command(sys.argv),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": args.seed,
         "versions": {**library_versions(), "python": sys.version.split()[0]},
     }
-    _write(directory / "run.json", json.dumps(about, indent=2) + "\n")
+    write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
 
 
 def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
-    """All options of a run but secrets, as its YAML file."""
+    """All options of a run as YAML, without secrets."""
     options = redacted_options({**asdict(config), **{f.name: getattr(args, f.name) for f in fields(args) if f.init}})
     return yaml.safe_dump(json.loads(json.dumps(options, default=str)), sort_keys=False, allow_unicode=True)
 
@@ -192,9 +191,9 @@ def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
 def fit(
     config: RunConfig, args: CoLLMConfig, prepared: Prepared, data: TrainingSet, evaluation: TrainingSet | None
 ) -> tuple[CoLLM, dict[str, Any]]:
-    """Warm-start the head and train; the assistants are not in memory. Goes on from a checkpoint if there is one."""
+    """Warm-start the head and train, without the assistants in memory. Resume from a checkpoint if there is one."""
     spec = config.base_model
-    # Most updates of full tuning round to nothing in bf16 weights; `bf16: true` computes in it.
+    # In bf16 weights most updates of full fine-tuning are rounded to zero. `bf16: true` computes in bf16.
     in_fp32 = args.method == "full" and spec.dtype == "auto"
     base = load_model(replace(spec, dtype="float32") if in_fp32 else spec)
     vocab_size = TokenizerIdentity.of(prepared.tokenizer).vocab_size
@@ -231,8 +230,3 @@ def fit(
         accept_differences=config.accept_differences,
     )
     return model, metrics
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -18,11 +18,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from collm.collaboration import CoLLM
-from collm.errors import RequestError
 from collm.models.template import Prompt
 from collm.serving import replies
 from collm.serving.collaborations import Target
-from collm.serving.errors import APIError, invalid
+from collm.serving.errors import APIError, invalid, refused
 from collm.serving.generating import answer
 from collm.serving.middleware import RequestMiddleware
 from collm.serving.parsing import as_chat, read_chat, read_completion, read_messages
@@ -47,10 +46,14 @@ from collm.serving.validation import refusal_of, unknown
 from collm.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": replies.ErrorReply, "description": "What is wrong with the request"},
-    "5XX": {"model": replies.ErrorReply, "description": "What is wrong with the server"},
+    "4XX": {"model": replies.ErrorReply, "description": "Client error"},
+    "5XX": {"model": replies.ErrorReply, "description": "Server error"},
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: data: {chunk}, [DONE]"}}}
+_STREAM = {
+    "text/event-stream": {
+        "schema": {"type": "string", "description": "Chunks as data: {chunk}, then data: [DONE], with stream."}
+    }
+}
 
 router = APIRouter(responses=_ERRORS)
 router.add_route("/", playground, include_in_schema=False)
@@ -78,7 +81,7 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
 
 @router.post("/v1/responses", responses=_generation(replies.ResponseReply))
 async def responses(body: ResponsesRequest, http: Request) -> Response:
-    """Answer text or a conversation, as OpenAI's newer route does; nothing is kept."""
+    """Answer text or a conversation. Responses are not stored."""
     asked = as_chat_request(body)
     service, target = _asked(http, body, body.model_dump(exclude_unset=True)["input"])
     reading = replace(read_chat(asked, target, service.settings), param="input")
@@ -109,14 +112,14 @@ async def tokenize(body: TokenizeRequest, http: Request) -> Any:
 
 @router.post("/detokenize", response_model=replies.DetokenizeReply)
 async def detokenize(body: DetokenizeRequest, http: Request) -> Any:
-    """The text of token ids, special tokens among them."""
+    """The text of token ids, including special tokens."""
     target = _target(http, body)
     return {"prompt": await asyncio.to_thread(target.detokenize, body.tokens)}
 
 
 @router.get("/tokenizer_info", response_model=replies.TokenizerInfo)
 async def tokenizer_info(http: Request, model: str | None = None) -> Any:
-    """What clients that tokenise must know; of any collaboration, or of the one that `model` names."""
+    """Tokenizer of a collaboration, by default of the first one."""
     served = _service(http).collaborations.target(model).served
     served.worker.check_open()
     tokenizer = served.model.tokenizer
@@ -130,13 +133,13 @@ async def tokenizer_info(http: Request, model: str | None = None) -> Any:
 
 @router.get("/version", response_model=replies.Version)
 async def version() -> Any:
-    """Of collm."""
+    """Version of collm."""
     return {"version": __version__}
 
 
 @router.get("/v1/models", response_model=replies.ModelList)
 async def models(http: Request) -> Any:
-    """The collaborations, and each of their authors alone."""
+    """List the collaborations, and each of their authors alone."""
     service = _service(http)
     entries = [
         {"id": name, "object": "model", "created": service.started, "owned_by": "collm"}
@@ -147,7 +150,7 @@ async def models(http: Request) -> Any:
 
 @router.get("/v1/models/{name:path}", response_model=replies.ModelEntry)
 async def model(name: str, http: Request) -> Any:
-    """One of them."""
+    """A collaboration, or one of its authors alone."""
     service = _service(http)
     found = service.collaborations.target(name).name
     return {"id": found, "object": "model", "created": service.started, "owned_by": "collm"}
@@ -155,13 +158,13 @@ async def model(name: str, http: Request) -> Any:
 
 @router.get("/v1/collm/info", response_model=replies.Info)
 async def info(http: Request) -> Any:
-    """Authors, thresholds and what calibration measured."""
+    """Authors, thresholds and calibrations of the collaborations."""
     return {"object": "list", "data": [one.info() for one in _service(http).collaborations.served]}
 
 
 @router.post("/v1/collm/candidates", response_model=replies.CandidatesReply)
 async def candidates(body: CandidatesRequest, http: Request) -> Any:
-    """What each author would have written at each token of an answer."""
+    """The most probable tokens of each author at each token of an answer."""
     service, target = _asked(http, body, body.prompt)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("expected either prompt or messages; give one of them", "prompt")
@@ -169,23 +172,21 @@ async def candidates(body: CandidatesRequest, http: Request) -> Any:
     param = "prompt" if body.messages is None else "messages"
     prompt_ids = await asyncio.to_thread(target.encode, prompt, param, service.settings.max_prompt_tokens)
     model = target.served.model
-    try:
+    with refused("token_ids"):
         target.check([*prompt_ids.base, *body.token_ids])
-    except RequestError as error:
-        raise invalid(str(error), "token_ids") from error
     found = await target.served.worker.call(lambda: model.candidates(prompt, body.token_ids, body.most))
     return {"author_names": target.served.author_names, "candidates": found}
 
 
 @router.get("/health", response_model=replies.Status)
 async def health() -> Any:
-    """The process is alive."""
+    """Liveness probe."""
     return {"status": "ok"}
 
 
 @router.get("/ready", response_model=replies.Status)
 async def ready(http: Request) -> Any:
-    """The models are in memory and requests are taken."""
+    """Readiness probe: the models are loaded and requests are accepted."""
     service = _service(http)
     for one in service.collaborations.served:
         one.worker.check_open()
@@ -194,7 +195,7 @@ async def ready(http: Request) -> Any:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(http: Request) -> Response:
-    """For Prometheus."""
+    """Metrics in the Prometheus format."""
     found: Metrics = http.app.state.metrics
     return Response(generate_latest(found.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -205,7 +206,7 @@ def _service(http: Request) -> Service:
 
 
 def _asked(http: Request, body: Sampled | CandidatesRequest, prompt: object) -> tuple[Service, Target]:
-    """The model that is asked, ready to work; the record learns of it."""
+    """The service and the requested model, which is ready. Both are noted in the request's record."""
     service = _service(http)
     record: Record = http.scope["collm.record"]
     target = _target(http, body)
@@ -232,10 +233,10 @@ async def _refused(http: Request, error: Exception) -> Response:
 
 
 def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) -> FastAPI:
-    """The server of some collaborations, by their names. Their models are loaded once it runs.
+    """Create the app that serves collaborations by name. It loads their models when it starts.
 
     Raises:
-        ConfigError: no collaboration, or a name that cannot stand in a request.
+        ConfigError: no collaboration, or an invalid name.
     """
     settings = settings or Settings()
     service = Service(models, settings)
@@ -251,7 +252,7 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
         version=__version__,
         lifespan=lifespan,
         generate_unique_id_function=lambda r: r.name,
-        docs_url=None,  # those pages run scripts of other servers
+        docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
     )
     app.include_router(router)

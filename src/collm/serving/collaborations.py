@@ -1,4 +1,4 @@
-"""The collaborations that a server has, by the names that clients call them and their authors."""
+"""The served collaborations and their authors, by model name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.core.types import BASE
 from collm.decoding.request import PromptIds, check_prompt
-from collm.errors import CollmError, ConfigError, MissingExtra, RequestError
+from collm.errors import CollmError, ConfigError, MissingExtra
 from collm.models.chats import Chat
 from collm.models.template import Prompt, tokenize
-from collm.serving.errors import APIError, invalid
+from collm.serving.errors import APIError, invalid, refused
 from collm.serving.schemas import CollmOptions
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
@@ -26,7 +26,7 @@ class Served:
     """A collaboration with its worker.
 
     Attributes:
-        threshold: for requests that say nothing of it; None for the calibrated one.
+        threshold: the default threshold; None for the calibrated one.
     """
 
     name: str
@@ -41,18 +41,18 @@ class Served:
 
     @property
     def alone(self) -> list[str]:
-        """Model names of its authors alone."""
+        """The model names of its authors alone."""
         return [f"{self.name}/{author}" for author in self.author_names]
 
     @property
     def default_threshold(self) -> float | None:
-        """For requests that say nothing of it; None where they must."""
+        """The threshold of requests that have none; None if there is no default."""
         if self.threshold is not None:
             return self.threshold
         return self.model.calibration.best().threshold if self.model.calibration else None
 
     def info(self) -> dict[str, Any]:
-        """What clients may know of it."""
+        """Public information about the collaboration."""
         calibration = self.model.calibration
         return {
             "id": self.name,
@@ -71,17 +71,17 @@ def _measured(calibration: Calibration) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Target:
-    """What a client asks: a collaboration, or one author of it."""
+    """A requested model: a collaboration, or one of its authors."""
 
     name: str
     served: Served
     author: int | None = None
 
     def policy(self, options: CollmOptions | None) -> Policy:
-        """Who writes.
+        """The policy for these options.
 
         Raises:
-            APIError: options that contradict each other, or no threshold to be had.
+            APIError: options that contradict each other, or no default threshold.
         """
         options = options or CollmOptions.model_validate({})
         if self.author is not None:
@@ -100,24 +100,22 @@ class Target:
                     "the server with --threshold, or run 'collm calibrate' first",
                     "collm.threshold",
                 )
-        try:
+        with refused(_at_fault(options)):
             return self.served.model.policy(options.policy, threshold, options.budget)
-        except ConfigError as error:
-            raise invalid(str(error), param=_at_fault(options)) from error
 
     def encode(self, prompt: Prompt, param: str, longest: int | None, keep_last: int | None = None) -> PromptIds:
-        """A prompt that the models can read, in their tokens.
+        """Encode a prompt for each model.
 
         Args:
-            param: where it stood in the body.
-            longest: most tokens that this server reads.
-            keep_last: so many tokens are kept, from its end; -1 for as many as fit; None for all.
+            param: the parameter with the prompt.
+            longest: the server's maximum number of tokens.
+            keep_last: number of tokens to keep at the end, -1 for as many as fit, None for all.
 
         Raises:
-            APIError: it is empty, too long, or holds what is no token.
+            APIError: the prompt is empty or too long, or has an unknown token id.
         """
         model = self.served.model
-        try:
+        with refused(param):
             token_ids = model.template.encode_prompt(model.tokenizer, prompt)
             assistants = model.assistant_prompts(prompt)
             if keep_last is not None:
@@ -128,8 +126,6 @@ class Target:
                 )
                 assistants = model.assistant_prompts(token_ids)
             self.check(token_ids)
-        except RequestError as error:
-            raise invalid(str(error), param=param) from error
         if longest is not None and len(token_ids) > longest:
             raise invalid(
                 f"the prompt has {len(token_ids)} tokens, this server takes {longest}; shorten it",
@@ -139,10 +135,10 @@ class Target:
         return PromptIds(token_ids, assistants)
 
     def check_params(self, params: SamplingParams, form: str) -> None:
-        """Raise an APIError for parameters that this model cannot follow; grammars are compiled on the way.
+        """Raise an APIError for parameters that this model does not support. Grammars are compiled.
 
         Args:
-            form: the parameter that says what the text must be.
+            form: the parameter with the structured output.
         """
         try:
             self.served.model.check_params(params)
@@ -154,34 +150,30 @@ class Target:
             raise invalid(f"{param} {rest}", param=param) from error
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text as it stands.
+        """The token ids of a text without a template.
 
         Raises:
-            APIError: it has no UTF-8.
+            APIError: the text is not valid Unicode.
         """
-        try:
+        with refused("prompt"):
             return tokenize(self.served.model.tokenizer, text, special=special)
-        except RequestError as error:
-            raise invalid(str(error), "prompt") from error
 
     def render(self, chat: Chat, *, special: bool) -> list[int]:
-        """Token ids of a chat.
+        """The token ids of a chat.
 
         Raises:
-            APIError: the chat template refuses it.
+            APIError: the chat template rejects the chat.
         """
         model = self.served.model
-        try:
+        with refused("messages"):
             text = model.template.render_chat(model.tokenizer, chat, open_turn=chat.rendering.add_generation_prompt)
-        except RequestError as error:
-            raise invalid(str(error), "messages") from error
         return self.tokenize(text, special=special)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones among them.
+        """The text of token ids, including special tokens.
 
         Raises:
-            APIError: one is no token.
+            APIError: an unknown token id.
         """
         vocab_size = self.served.model.identity.vocab_size
         outside = [token for token in token_ids if token >= vocab_size]
@@ -190,7 +182,7 @@ class Target:
         return str(self.served.model.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
 
     def text_of(self, prompt: Prompt) -> str:
-        """What a completion's prompt reads."""
+        """The text of a completion's prompt."""
         if isinstance(prompt, str):
             return prompt
         ids = cast("list[int]", prompt)
@@ -199,7 +191,7 @@ class Target:
         )
 
     def check(self, token_ids: list[int]) -> None:
-        """Raise a RequestError for what is no token of the model, or does not fit its context."""
+        """Raise a RequestError for unknown token ids, or a prompt that does not fit the context."""
         model = self.served.model
         check_prompt(
             model.runners if model.alignment is None else model.runners[:1], model.identity.vocab_size, token_ids
@@ -207,21 +199,21 @@ class Target:
 
 
 def _at_fault(options: CollmOptions) -> str:
-    """The option that an error is about: the only one that came, or the policy, or the threshold that did not come."""
+    """The option that an error is about: the first of policy, budget and threshold that is given."""
     given = [name for name in ("policy", "budget", "threshold") if getattr(options, name) is not None]
     return f"collm.{(given or ['threshold'])[0]}"
 
 
 class Collaborations:
-    """All that a server has.
+    """All collaborations of a server.
 
     Raises:
-        ConfigError: no collaboration, or a name that would not stand in a request.
+        ConfigError: no collaboration, or an invalid name.
     """
 
     def __init__(self, models: Mapping[str, CoLLM], settings: Settings) -> None:
         if not models:
-            raise ConfigError("no collaboration came; give at least one to serve")
+            raise ConfigError("there is no collaboration to serve; give at least one")
         wrong = [name for name in models if not name or "/" in name]
         if wrong:
             raise ConfigError(f"a collaboration is named {wrong[0]!r}; expected a name without '/'")
@@ -239,10 +231,10 @@ class Collaborations:
             self.targets |= {name: Target(name, one, author) for author, name in enumerate(one.alone, start=BASE)}
 
     def target(self, name: str | None) -> Target:
-        """What a client means by a model's name; without one, any collaboration if all have one tokenizer.
+        """The model with this name. Without a name, the first collaboration if all have the same tokenizer.
 
         Raises:
-            APIError: nothing is called so, or tokenizers differ.
+            APIError: there is no such model, or the tokenizers differ.
         """
         if name is None:
             if len({one.model.identity.hash for one in self.served}) > 1:

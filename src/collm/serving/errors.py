@@ -1,25 +1,26 @@
-"""Errors as clients see them: a status, and OpenAI's error object."""
+"""API errors: an HTTP status and an OpenAI error object."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from collm.errors import CollmError, ConfigError, RequestError
 
 DISCONNECTED = 499
-"""Status in logs and metrics of a request whose client went away."""
+"""Status in logs and metrics for a client that disconnected."""
 
 
 class APIError(Exception):
-    """A request that gets an error for an answer.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: what came, what was expected, what to do; shown to the client.
-        param: the parameter at fault.
-        code: for programs.
-        headers: to send with it.
+        status: HTTP status.
+        message: what is wrong, what was expected and what to do. The client sees it.
+        param: the invalid parameter.
+        code: a machine-readable code.
+        headers: further headers of the response.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class APIError(Exception):
 
     @property
     def content(self) -> dict[str, Any]:
-        """The body of the answer, and of an `error` event."""
+        """The body of the response, or of an `error` event."""
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
         fallback = "invalid_request_error" if self.status < 500 else "server_error"
         content = {"message": self.message, "type": kind.get(self.status, fallback)}
@@ -51,18 +52,27 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return APIError(400, message, param=param, code=code)
 
 
+@contextmanager
+def refused(param: str | None = None) -> Iterator[None]:
+    """Turn a RequestError or ConfigError into an APIError about a parameter, by default the message's first word."""
+    try:
+        yield
+    except (RequestError, ConfigError) as error:
+        raise invalid(str(error), param or str(error).partition(" ")[0]) from error
+
+
 def not_now(status: int, message: str, code: str, retry_after_s: int = 1) -> APIError:
-    """Refused for the server's state, not for what the request says."""
+    """An error because of the server's state, which the client can retry."""
     return APIError(status, message, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
 def of_failure(failure: CollmError) -> APIError:
-    """What a client hears of a failure of its request: its own mistakes in full, ours without the details."""
+    """The error response for a failure. Details of internal failures are not sent."""
     if isinstance(failure, RequestError | ConfigError):
         return invalid(str(failure))
     return broken()
 
 
 def broken() -> APIError:
-    """Something on our side; the log has the rest, under the id in the answer's X-Request-Id."""
+    """An internal error. The log has details under the id of the X-Request-Id header."""
     return APIError(500, "the server failed on this request; its log says why", code="internal_error")

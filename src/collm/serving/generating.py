@@ -1,4 +1,4 @@
-"""From a request that was read to its answer: prompts are encoded and scored, completions submitted and written out."""
+"""Answer a parsed request: encode and score prompts, submit completions, write the response."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ async def answer(
     """Answer a request, whole or as a stream.
 
     Args:
-        make_shape: makes what writes the answer, from the names of the model and its authors and from the extras.
+        make_shape: creates the shape of the response from the model's name, the authors' names and the extras.
 
     Raises:
-        APIError: a prompt or a parameter that cannot be read, no room, or a failure before the first token.
+        APIError: an invalid prompt or parameter, a full queue, or a failure before the first token.
     """
     longest = service.settings.max_prompt_tokens
 
@@ -62,14 +62,14 @@ async def answer(
 
 
 def _form_of(body: Asked, reading: ParsedRequest) -> str:
-    """The parameter that says what the text must be."""
+    """The parameter with the structured output."""
     if reading.calls is not None and reading.calls.constraint is not None:
         return "tools"
     return "response_format" if body.structured_outputs is None else "structured_outputs"
 
 
 async def _scored(target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest) -> list[Scored]:
-    """Of each completion, the log-probabilities of its prompt; one prompt after the other, between steps."""
+    """The log-probabilities of each completion's prompt. Prompts are scored one by one, between decoding steps."""
     model, found = target.served.model, dict[int, Scored]()
     for one in requests:
         if id(one.prompt_ids) not in found:

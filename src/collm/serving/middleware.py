@@ -1,4 +1,4 @@
-"""What every request passes first: its record, the key, the size of its body, and the last resort for errors."""
+"""ASGI middleware: request record, API key, size limit of the body, and handling of unexpected errors."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LOG = logging.getLogger(__name__)
 
 OPEN_PATHS = {"/", "/health", "/ready"}
-"""They need no key."""
+"""Paths without authentication."""
 UNRECORDED = {"/health", "/ready", "/metrics"}
-"""Asked every few seconds by machines, so neither logged nor counted."""
+"""Probes and metrics, which are neither logged nor counted."""
 
 
 class RequestMiddleware:
     """ASGI middleware.
 
     Args:
-        app: what comes after.
-        settings: the key and the longest body.
-        metrics: where requests are counted.
-        routes: paths that metrics tell apart.
+        app: the next ASGI app.
+        settings: API key, time limit and size limit.
+        metrics: counts the requests.
+        routes: paths with metrics of their own.
     """
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, routes: Collection[str]) -> None:
@@ -81,12 +81,12 @@ class RequestMiddleware:
             await refuse(broken(), noting)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; None if the client went away."""
+        """The whole body; None if the client disconnected."""
         seconds = self.settings.time_limit_s
         try:
             return await asyncio.wait_for(_whole(receive, self.settings.max_body_bytes), seconds)
         except asyncio.TimeoutError as error:
-            message = f"the request body did not come within {seconds:g} s; send it again"
+            message = f"the request body was not received within {seconds:g} s; send it again"
             raise APIError(408, message, code="body_timeout") from error
 
     def _check_key(self, scope: Scope) -> None:
@@ -95,17 +95,17 @@ class RequestMiddleware:
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            came = "another one came" if given else "none came"
+            fault = "the request has another one" if given else "the request has none"
             raise APIError(
                 401,
-                f"this server needs its API key as 'Authorization: Bearer KEY', and {came}",
+                f"this server needs its API key as 'Authorization: Bearer KEY', and {fault}",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
 
 async def refuse(refusal: APIError, send: Send) -> None:
-    """Answer with an error."""
+    """Send an error response."""
     content = json.dumps(refusal.content).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **refusal.headers}
     listed = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -114,10 +114,10 @@ async def refuse(refusal: APIError, send: Send) -> None:
 
 
 async def _whole(receive: Receive, most: int) -> bytes | None:
-    """The whole body; None if the client went away.
+    """The whole body; None if the client disconnected.
 
     Raises:
-        APIError: it is longer than `most` bytes.
+        APIError: the body is longer than `most` bytes.
     """
     parts, length = [], 0
     while True:
@@ -133,7 +133,7 @@ async def _whole(receive: Receive, most: int) -> bytes | None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Gives the body that was read already, and then what the client does."""
+    """A `receive` that first gives the body that was already read."""
     rest = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:

@@ -1,4 +1,4 @@
-"""From request bodies to what the engine runs: what contradicts itself is refused, what changes no text accepted."""
+"""Parse request bodies into requests of the engine. Contradictions are errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collm.errors import ConfigError, RequestError
 from collm.models.chats import Chat, Rendering, as_message
 from collm.models.template import Prompt
 from collm.serving.collaborations import Target
-from collm.serving.errors import invalid
+from collm.serving.errors import invalid, refused
 from collm.serving.schemas import (
     Asked,
     ChatRequest,
@@ -31,19 +31,19 @@ DEFAULT_MAX_TOKENS = SamplingParams().max_new_tokens
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request body, read.
+    """A parsed request body.
 
     Attributes:
-        prompts: as they came.
-        param: where they stood in the body.
-        params: of the first completion.
-        policy: who writes.
-        n: completions of each prompt.
-        logprobs: whether they are wanted.
-        echo: whether the answer begins with the prompt.
-        generates: False where nothing but the prompt is of interest.
-        keep_last: tokens of a prompt that are kept, from its end; -1 for as many as fit; None for all.
-        calls: which tools may be called.
+        prompts: the prompts before encoding.
+        param: the parameter with the prompts.
+        params: sampling parameters of the first completion.
+        policy: chooses the authors.
+        n: number of completions of each prompt.
+        logprobs: whether log-probabilities are returned.
+        echo: whether the text begins with the prompt.
+        generates: False for requests that only score the prompt.
+        keep_last: number of tokens to keep at the end of a prompt, -1 for as many as fit, None for all.
+        calls: the tools that can be called.
     """
 
     prompts: list[Prompt]
@@ -58,7 +58,7 @@ class ParsedRequest:
     calls: ToolChoice | None = None
 
     def requests(self, encode: Callable[[Prompt, str, int | None], PromptIds]) -> list[Request]:
-        """One for each completion: those of the first prompt, of the second, .."""
+        """One request for each completion, ordered by prompt."""
         encoded = [encode(prompt, self.param, self.keep_last) for prompt in self.prompts]
         prompts = [prompt for prompt in encoded for _ in range(self.n)]
         seeds = [None if self.params.seed is None else self.params.seed + i for i in range(len(prompts))]
@@ -69,22 +69,22 @@ class ParsedRequest:
 
     @property
     def scored(self) -> int | None:
-        """How many probable tokens to list at each position of the prompt; None where it is not scored."""
+        """Number of most probable tokens at each position of the prompt; None if the prompt is not scored."""
         echoed = self.params.logprobs if self.echo and self.logprobs else None
         return max((one for one in (self.params.prompt_logprobs, echoed) if one is not None), default=None)
 
 
 def read_completion(body: CompletionRequest, target: Target, settings: Settings) -> ParsedRequest:
-    """What /v1/completions is asked.
+    """Parse the body of /v1/completions.
 
     Raises:
-        APIError: naming the parameter.
+        APIError: an invalid parameter.
     """
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
         raise invalid(f"best_of is {body.best_of}, expected {n}, as n: completions are not compared", "best_of")
     if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
-        raise invalid("max_tokens is 0 without echo or prompt_logprobs, so nothing is asked; raise it", "max_tokens")
+        raise invalid("max_tokens is 0 without echo or prompt_logprobs, so there is no output; raise it", "max_tokens")
     several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
     prompts: list[Prompt] = body.prompt if several else [body.prompt]  # type: ignore[assignment, list-item]
     policy = target.policy(body.collm)
@@ -98,10 +98,10 @@ def read_completion(body: CompletionRequest, target: Target, settings: Settings)
 
 
 def read_chat(body: ChatRequest, target: Target, settings: Settings) -> ParsedRequest:
-    """What /v1/chat/completions is asked.
+    """Parse the body of /v1/chat/completions.
 
     Raises:
-        APIError: naming the parameter.
+        APIError: an invalid parameter.
     """
     if body.top_logprobs and not body.logprobs:
         raise invalid(f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs", "top_logprobs")
@@ -118,26 +118,23 @@ def read_chat(body: ChatRequest, target: Target, settings: Settings) -> ParsedRe
 
 
 def as_chat(body: ChatRequest | TokenizeRequest, calls: ToolChoice | None) -> Chat:
-    """The messages of a body, with the tools that are shown and how the template is run.
+    """The messages of a body, with tools and template options.
 
     Raises:
-        APIError: naming the parameter.
+        APIError: an invalid parameter.
     """
-    try:
-        opens = body.add_generation_prompt is not False
-        if body.add_generation_prompt is None and body.continue_final_message:
-            opens = False
-        rendering = Rendering(opens, bool(body.continue_final_message), body.chat_template_kwargs or {})
-    except RequestError as error:
-        raise invalid(str(error), str(error).partition(" ")[0]) from error
+    continues = bool(body.continue_final_message)
+    opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    with refused():
+        rendering = Rendering(opens, continues, body.chat_template_kwargs or {})
     return Chat(read_messages(body.messages or []), calls.shown if calls else None, rendering)
 
 
 def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them.
+    """Messages in the form of chat templates.
 
     Raises:
-        APIError: naming the message.
+        APIError: an invalid message.
     """
     found = []
     for place, message in enumerate(messages):
@@ -149,11 +146,13 @@ def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _form(asked: ResponseFormat | None, structured: StructuredForm | None) -> StructuredOutputs | None:
-    """What the answer must be."""
+    """The structured output of a body."""
     wanted = asked is not None and asked.type != "text"
     if structured is not None:
         if wanted:
-            raise invalid("response_format and structured_outputs both came; give one of them", "structured_outputs")
+            raise invalid(
+                "response_format and structured_outputs are both given; give one of them", "structured_outputs"
+            )
         try:
             return StructuredOutputs(
                 structured.json_, bool(structured.json_object), structured.regex, structured.choice, structured.grammar
@@ -198,16 +197,14 @@ def _params(
         "logprobs": logprobs,
         "prompt_logprobs": body.prompt_logprobs,
     }
-    try:
+    with refused():
         params = SamplingParams(**options, **_drawing(body))
-    except ConfigError as error:
-        raise invalid(str(error), str(error).partition(" ")[0]) from error
     draws = params.temperature > 0 or policy.draws
     return params if draws else replace(params, seed=None)  # which would draw nothing
 
 
 def _drawing(body: Asked) -> dict[str, Any]:
-    """Temperature and truncation. Several completions of a prompt ask for sampling, as truncation does."""
+    """Temperature and truncation. By default, n > 1 and truncation mean sampling."""
     top_k = max(body.top_k or 0, 0)
     top_p = 1.0 if body.top_p is None else body.top_p
     if body.temperature == 0 or top_p == 0:

@@ -14,13 +14,13 @@ _PAGE = files("collm.serving").joinpath("playground.html").read_text(encoding="u
 
 
 def _hash_of(element: str) -> str:
-    """Of the content of the page's only such element, as a content security policy names it."""
+    """The hash of the page's only <element>, for the content security policy."""
     [content] = re.findall(f"<{element}>(.*?)</{element}>", _PAGE, flags=re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 _HEADERS = {
-    # Its own script and style run, and nothing else: not even what a model might write into the page.
+    # Only the page's own script and style can run, not text that a model writes into the page.
     "Content-Security-Policy": (
         f"default-src 'none'; connect-src 'self'; img-src data:; script-src {_hash_of('script')}; "
         f"style-src {_hash_of('style')}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -32,5 +32,5 @@ _HEADERS = {
 
 
 async def playground(http: Request) -> Response:
-    """The playground; it holds nothing of the models, so it needs no key."""
+    """Serve the playground. It needs no API key because it has no data of the models."""
     return Response(_PAGE, media_type="text/html", headers=_HEADERS)

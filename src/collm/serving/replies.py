@@ -1,4 +1,4 @@
-"""Bodies of answers, as the schema at /openapi.json states them; `shapes` writes them."""
+"""Response bodies, for the schema at /openapi.json. `shapes` writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Reply(BaseModel):
-    """A JSON object with these keys and no others."""
+    """A JSON object with only these keys."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -18,24 +18,26 @@ class ErrorDetail(Reply):
 
     message: str
     type: str
-    param: str | None = Field(description="The parameter at fault.")
+    param: str | None = Field(description="The invalid parameter.")
     code: str | None
 
 
 class ErrorReply(Reply):
-    """Every error, and the `error` event of a stream that breaks off."""
+    """An error response, or the `error` event of an interrupted stream."""
 
     error: ErrorDetail
 
 
 class Authorship(Reply):
-    """Who wrote a completion or the tokens of a chunk; one entry for each token."""
+    """The authors of a completion or a chunk. Each list has one entry per token."""
 
-    texts: list[str] = Field(description="The text that became certain with the token; often several, at times none.")
+    texts: list[str] = Field(
+        description="The new text with each token. It can be empty, or the text of several tokens."
+    )
     token_ids: list[int]
-    authors: list[int] = Field(description="Indices of author_names.")
+    authors: list[int] = Field(description="Indices into author_names.")
     defer_probs: list[float]
-    stood_in: list[bool] = Field(description="The base wrote it because an assistant's server could not be asked.")
+    stood_in: list[bool] = Field(description="The base wrote the token because an assistant's server did not respond.")
 
 
 class Authors(Reply):
@@ -45,7 +47,7 @@ class Authors(Reply):
 
 
 class UsageByAuthor(BaseModel):
-    """Tokens by author's name, and the share of tokens that assistants wrote."""
+    """Number of tokens of each author, and the share of tokens that assistants wrote."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, int]
@@ -53,7 +55,7 @@ class UsageByAuthor(BaseModel):
 
 
 class Usage(Reply):
-    """Tokens read and written."""
+    """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -71,19 +73,19 @@ class CompletionLogprobs(Reply):
 
 
 class PromptToken(Reply):
-    """A token that might stand at a place of the prompt."""
+    """A token at a position of the prompt."""
 
     logprob: float
-    rank: int = Field(description="How many tokens are at least as probable.")
+    rank: int = Field(description="Number of tokens that are at least as probable.")
     decoded_token: str
 
 
 PromptLogprobs = list[dict[str, PromptToken] | None]
-"""For each token of the prompt but the first, by token id: its own entry and those of the most probable."""
+"""For each token of the prompt, by token id: its own entry and the most probable tokens. None for the first token."""
 
 
 class CompletionChoice(Reply):
-    """One completion, or what a chunk adds to it."""
+    """A completion, or a part of it in a chunk."""
 
     index: int
     text: str
@@ -94,7 +96,7 @@ class CompletionChoice(Reply):
 
 
 class CompletionReply(Reply):
-    """POST /v1/completions, and each chunk of a stream (the last, of the usage, has no choices)."""
+    """POST /v1/completions, and each chunk of a stream. The last chunk with the usage has no choices."""
 
     id: str
     object: Literal["text_completion"]
@@ -106,7 +108,7 @@ class CompletionReply(Reply):
 
 
 class TokenLogprob(Reply):
-    """A token that an author might have written; no bytes where it is no text of its own."""
+    """A token with its log-probability. bytes is None if the token has no text of its own."""
 
     token: str
     logprob: float
@@ -114,7 +116,7 @@ class TokenLogprob(Reply):
 
 
 class ChosenLogprob(TokenLogprob):
-    """The token that was written."""
+    """A generated token, with the most probable tokens in its place."""
 
     top_logprobs: list[TokenLogprob]
 
@@ -145,7 +147,7 @@ class ChatAnswer(Reply):
     """A message of the model."""
 
     role: Literal["assistant"]
-    content: str | None = Field(description="None where there are calls alone.")
+    content: str | None = Field(description="None if there are only tool calls.")
     refusal: None = None
     tool_calls: list[ToolCall] | None = None
 
@@ -204,23 +206,23 @@ class OutputCall(Reply):
 
 
 class ResponseAuthorship(Authorship, Authors):
-    """Who wrote a response."""
+    """The authors of a response."""
 
 
 class InputDetails(Reply):
-    """Of the tokens read."""
+    """Details of the input tokens."""
 
     cached_tokens: int
 
 
 class OutputDetails(Reply):
-    """Of the tokens written."""
+    """Details of the output tokens."""
 
     reasoning_tokens: int
 
 
 class ResponseUsage(Reply):
-    """Tokens read and written."""
+    """Numbers of tokens."""
 
     input_tokens: int
     input_tokens_details: InputDetails
@@ -231,7 +233,7 @@ class ResponseUsage(Reply):
 
 
 class ResponseReply(BaseModel):
-    """POST /v1/responses; it also repeats what was asked."""
+    """POST /v1/responses. It also has the parameters of the request."""
 
     model_config = ConfigDict(extra="allow")
     id: str
@@ -248,7 +250,7 @@ class TokenizeReply(Reply):
     """POST /tokenize."""
 
     count: int
-    max_model_len: int | None = Field(description="Most tokens that every author reads; None for no limit.")
+    max_model_len: int | None = Field(description="The shortest context of all authors; None for no limit.")
     tokens: list[int]
     token_strs: list[str] | None
 
@@ -277,7 +279,7 @@ class Version(Reply):
 
 
 class ModelEntry(Reply):
-    """A model to ask for."""
+    """An available model."""
 
     id: str
     object: Literal["model"]
@@ -293,7 +295,7 @@ class ModelList(Reply):
 
 
 class Point(Reply):
-    """What a threshold gave on the calibration set."""
+    """A threshold measured on the calibration set."""
 
     threshold: float
     deferral_rate: float
@@ -305,7 +307,7 @@ class Point(Reply):
 
 
 class CalibrationInfo(Reply):
-    """Thresholds that were measured, and the deferral rates that thresholds were looked for."""
+    """The measured thresholds, and the budgets of the calibration."""
 
     metric_name: str
     num_prompts: int
@@ -318,10 +320,12 @@ class ModelInfo(Reply):
 
     id: str
     author_names: list[str]
-    alone: list[str] = Field(description="Model names of its authors alone, in their order.")
-    default_threshold: float | None = Field(description="None without a calibration: then say collm.threshold.")
+    alone: list[str] = Field(description="Model names of the authors alone.")
+    default_threshold: float | None = Field(
+        description="None without a calibration. Requests then need collm.threshold."
+    )
     calibration: CalibrationInfo | None
-    chat: bool = Field(description="It has a chat template.")
+    chat: bool = Field(description="Whether the collaboration has a chat template.")
 
 
 class Info(Reply):
@@ -331,11 +335,11 @@ class Info(Reply):
     data: list[ModelInfo]
 
 
-Candidate = Annotated[list[str | float], Field(min_length=2, max_length=2, description="A text, its probability.")]
+Candidate = Annotated[list[str | float], Field(min_length=2, max_length=2, description="Text and probability.")]
 
 
 class CandidatesReply(Reply):
-    """POST /v1/collm/candidates: for each token and author its likeliest tokens with their probabilities."""
+    """POST /v1/collm/candidates: the most probable tokens of each author at each token."""
 
     author_names: list[str]
     candidates: list[list[list[Candidate]]]

@@ -1,4 +1,4 @@
-"""What is kept of each request: one line of the log, and the metrics."""
+"""The log line and the metrics of each request."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Record:
     """One request.
 
     Attributes:
-        id: also the header X-Request-Id.
-        route: path of the route; "other" for what is none.
-        model: that was asked; empty until it is known to exist.
-        status: of HTTP; of a stream that broke off, what it would have been.
-        authors: of the tokens that came.
-        first_s, last_s: when the first and the latest tokens came, since the start.
-        prompt: as it came; kept only where prompts are logged.
+        id: the value of the header X-Request-Id.
+        route: path of the route, "other" for unknown paths.
+        model: the requested model; empty until it is found.
+        status: HTTP status. For an interrupted stream, the status of its error.
+        authors: the authors of the generated tokens.
+        first_s, last_s: time of the first and the latest token since the start.
+        prompt: the prompt; only if prompts are logged.
         started: `time.perf_counter()`.
     """
 
@@ -46,14 +46,14 @@ class Record:
     started: float = field(default_factory=time.perf_counter)
 
     def wrote(self, authors: Sequence[int]) -> None:
-        """Tokens came."""
+        """Add generated tokens."""
         self.last_s = time.perf_counter() - self.started
         if self.first_s is None:
             self.first_s = self.last_s
         self.authors += authors
 
     def log(self) -> None:
-        """Write the line."""
+        """Write the log line."""
         seconds = round(time.perf_counter() - self.started, 4)
         line = {"id": self.id, "route": self.route, "model": self.model, "status": self.status}
         line |= {
@@ -65,7 +65,7 @@ class Record:
 
 
 class Metrics:
-    """What /metrics shows, in a registry of its own."""
+    """The metrics of the server, in a registry of their own."""
 
     def __init__(self, collaborations: Sequence[Served]) -> None:
         self.registry = CollectorRegistry()
@@ -75,13 +75,13 @@ class Metrics:
             "collm_deferral_rate", "Share of a request's tokens that assistants wrote.", [i / 10 for i in range(11)]
         )
         self._first = self._histogram(
-            "collm_time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_S
+            "collm_time_to_first_token_seconds", "Time from a request's arrival to its first token.", _FIRST_S
         )
         self._per_token = self._histogram(
-            "collm_time_per_token_seconds", "From a request's first token to its last, by the tokens between.", _TOKEN_S
+            "collm_time_per_token_seconds", "Time from a request's first token to its last, per token.", _TOKEN_S
         )
-        waiting = self._made(Gauge, "collm_queue_length", "Completions that wait for the batch.", ["model"])
-        running = self._made(Gauge, "collm_running", "Completions in the batch.", ["model"])
+        waiting = self._made(Gauge, "collm_queue_length", "Waiting completions.", ["model"])
+        running = self._made(Gauge, "collm_running", "Running completions.", ["model"])
         for one in collaborations:
             waiting.labels(one.name).set_function(_of(one, "waiting"))
             running.labels(one.name).set_function(_of(one, "running"))

@@ -1,4 +1,4 @@
-"""/v1/responses: its requests as chats, and its answers, whole and as the events of a stream."""
+"""/v1/responses: convert requests to chat requests, and write responses and their events."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LOGPROBS = "message.output_text.logprobs"
 
 
 def as_chat_request(body: ResponsesRequest) -> ChatRequest:
-    """The same request to /v1/chat/completions.
+    """Convert a request to one of /v1/chat/completions.
 
     Raises:
-        APIError: an item of the input that is no text, call or result of a function.
+        APIError: an input item that is no message, function call or function result.
     """
     shared = body.model_dump(include=set(Sampled.model_fields), exclude_unset=True, by_alias=True)
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
@@ -86,11 +86,11 @@ def _call_of(item: Json) -> Json:
 
 
 class ResponseShape(Shape):
-    """Writes a response: one message, calls of functions, or both.
+    """Writes a response: a message, function calls, or both.
 
     Args:
-        body: the request, which the response repeats.
-        calls: which functions may be called.
+        body: the request, whose parameters the response has.
+        calls: the functions that can be called.
     """
 
     prefix = "resp"
@@ -148,7 +148,7 @@ class ResponseShape(Shape):
         self._sent += 1
         return sse(event, kind)
 
-    # What happens, as events; the items of the output are made on the way
+    # Events; they also build the output items
 
     def _events(self, part: Part) -> Iterator[tuple[str, Json]]:
         self._steps += part.steps
@@ -191,7 +191,7 @@ class ResponseShape(Shape):
         yield "response.output_item.added", {"output_index": len(self._items) - 1, "item": added}
 
     def _closing(self) -> Iterator[tuple[str, Json]]:
-        """End the item that is open, if one is."""
+        """Close the open item, if there is one."""
         if not self._items or self._items[-1]["status"] != "in_progress":
             return
         item = self._items[-1]
@@ -212,7 +212,7 @@ class ResponseShape(Shape):
         return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
 
     def _response(self, usage: Json | None) -> Json:
-        """The response as it stands; with usage once it is finished."""
+        """The current response. A finished response has usage."""
         cut = self._finished == "length"
         asked, done = self._body, "incomplete" if cut else "completed"
         return {
@@ -251,7 +251,7 @@ def _dumped(choice: Any) -> Any:
 
 
 def _usage(usage: Mapping[str, Any]) -> Json:
-    """As /v1/responses names it."""
+    """Usage in the form of /v1/responses."""
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": 0},

@@ -1,4 +1,4 @@
-"""Running a server until it is told to stop."""
+"""Run a server until it is stopped."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _GRACE_S = 5
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on the first signal goes on answering until running requests are finished: new ones get a 503.
+    """A uvicorn server that finishes running requests after the first signal. New requests get status 503.
 
     Args:
-        models: by the names that clients ask for.
-        settings: of the app.
-        host, port: where to listen; port 0 takes a free one.
+        models: the collaborations by model name.
+        settings: settings of the app.
+        host, port: the address to listen on; port 0 for a free one.
     """
 
     def __init__(self, models: Mapping[str, CoLLM], settings: Settings, *, host: str, port: int) -> None:
@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     def drain(self) -> None:
-        """Begin to stop; for the event loop's thread."""
+        """Begin to stop. Must be called in the event loop's thread."""
         self._draining = asyncio.ensure_future(self.service.drain())
         self._draining.add_done_callback(lambda _: self._stop_now())
 
@@ -76,14 +76,14 @@ class Server(uvicorn.Server):
 def run(
     models: Mapping[str, CoLLM], settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, no_auth: bool = False
 ) -> None:
-    """Serve until a signal comes.
+    """Serve until a signal.
 
     Args:
-        no_auth: let everybody in who reaches an address that is not this machine's own.
+        no_auth: allow requests without an API key on addresses that other machines can reach.
 
     Raises:
         ConfigError: such an address without an API key.
-        CollmError: the models cannot be loaded, or do not fit.
+        CollmError: the models cannot be loaded, or do not fit together.
     """
     check_address(host, settings, no_auth=no_auth)
     log_as_json(log_prompts=settings.log_prompts)
@@ -94,19 +94,19 @@ def run(
 
 
 def check_address(host: str, settings: Settings, *, no_auth: bool) -> None:
-    """Raise a ConfigError where everybody could come in and nobody said so."""
+    """Raise a ConfigError for a public address without an API key, unless `no_auth` allows it."""
     if host not in LOOPBACK and settings.api_key is None and not no_auth:
         raise ConfigError(
             f"host is {host}, which others can reach, and there is no API key; give --api-key or COLLM_API_KEY, "
-            "or --no-auth to let everybody in"
+            "or --no-auth to allow requests without a key"
         )
 
 
 def log_as_json(*, log_prompts: bool = False) -> None:
-    """Log to stderr, an object a line.
+    """Log JSON lines to stderr.
 
     Args:
-        log_prompts: also what failing tools say, which quotes the text they were asked about.
+        log_prompts: also log error messages of tools, which can quote prompts.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines(log_prompts))
@@ -132,4 +132,6 @@ class _JsonLines(logging.Formatter):
         message = record.getMessage()
         if self._log_prompts or not any(isinstance(one, ToolFailure) for one in record.args or ()):
             return message
-        return f"{message.partition(' ')[0]} failed; what it said quotes the text, and --log-prompts shows it"
+        return (
+            f"{message.partition(' ')[0]} failed; use --log-prompts for the error message, which can quote the prompt"
+        )

@@ -1,7 +1,7 @@
-"""Request bodies as clients of OpenAI's API, and of vLLM, send them.
+"""Request bodies of OpenAI's API and of vLLM.
 
-Three kinds of fields: those that are done, those that change no text and are accepted, and those that would have to
-change the text and cannot, which take no value but the one that does nothing (`WHY_NOT` says why).
+There are three kinds of fields: supported fields, fields without an effect on the text, which are ignored, and
+unsupported fields, which only accept the value without an effect (`WHY_NOT` has the reasons).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _INT64 = 1 << 63
 
 
 class Body(BaseModel):
-    """A JSON object of ours: no unknown keys, and values of the very types listed."""
+    """A JSON object without unknown keys and without type conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Open(BaseModel):
-    """A JSON object of others: unknown keys are kept, for `unknown_fields` to find."""
+    """A JSON object of OpenAI's API. `unknown_fields` finds its unknown keys."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 def _encodable(text: str) -> str:
-    """Half of a surrogate pair can be written in JSON, but is no text."""
+    """Reject half of a surrogate pair, which JSON can contain."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -53,16 +53,16 @@ WHY_NOT = {
     "audio": "models write text alone",
     "modalities": "models write text alone",
     "best_of": "completions are not compared; ask for n of them",
-    "suffix": "models write what follows a text, not what stands before another",
+    "suffix": "models continue a text and do not fill in",
     "functions": "use tools, which replaced them",
     "function_call": "use tool_choice, which replaced it",
-    "web_search_options": "there is no search here",
-    "use_beam_search": "tokens are drawn one after the other",
-    "length_penalty": "it belongs to beam search, which there is none of",
+    "web_search_options": "there is no web search",
+    "use_beam_search": "beam search is not supported",
+    "length_penalty": "it belongs to beam search, which is not supported",
     "documents": "put them into the messages",
     "chat_template": "the collaboration's own template renders chats, as in training",
-    "skip_special_tokens": "special tokens have no text here; collm.token_ids has them",
-    "echo": "the answer holds the assistant's message alone",
+    "skip_special_tokens": "special tokens have no text; collm.token_ids has them",
+    "echo": "the answer only has the assistant's message",
     "background": "answers are not kept; stream instead",
     "previous_response_id": "answers are not kept; send the whole conversation in input",
     "conversation": "conversations are not kept; send the whole of it in input",
@@ -72,7 +72,7 @@ WHY_NOT = {
 
 
 class StreamOptions(Open):
-    """What a stream has beside its chunks."""
+    """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="A last chunk with the usage and no choices.")
     include_obfuscation: bool | None = Field(None, description="Not used.")
@@ -80,15 +80,16 @@ class StreamOptions(Open):
 
 
 class CollmOptions(Body):
-    """Who writes. For a model like NAME, not for NAME/base."""
+    """Options of a collaboration. They have no effect on a single author such as NAME/base."""
 
     threshold: Annotated[float, Field(ge=-1, le=1)] | None = Field(
-        None, description="The base keeps a token while its defer prob is at most this. Default: the calibrated one."
+        None,
+        description="The base keeps a token while its defer prob is at most this. Default: the calibrated threshold.",
     )
     budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="A deferral rate to stay within, in place of a threshold."
+        None, description="Use the best threshold within this deferral rate, instead of threshold."
     )
-    policy: Text | None = Field(None, description="Another rule: 'joint', 'mixture', 'contrastive:beta=0.5', ...")
+    policy: Text | None = Field(None, description="Another policy: 'joint', 'mixture', 'contrastive:beta=0.5', ...")
 
 
 class JsonSchema(Open):
@@ -101,15 +102,15 @@ class JsonSchema(Open):
 
 
 class ResponseFormat(Open):
-    """What the answer is."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema_: Object | None = Field(None, alias="schema", description="llama.cpp's way to give json_object a schema.")
+    schema_: Object | None = Field(None, alias="schema", description="Schema of json_object, as in llama.cpp.")
 
 
 class StructuredForm(Body):
-    """vLLM's way to say what the answer is; exactly one of them."""
+    """vLLM's structured outputs. Exactly one field must be given."""
 
     json_: Object | Text | bool | None = Field(None, alias="json", description="A JSON schema.")
     json_object: bool | None = None
@@ -119,19 +120,17 @@ class StructuredForm(Body):
 
 
 class Sampled(Open):
-    """What every generating request has in common."""
+    """Fields of every request that generates text."""
 
     model: Text = Field(description="A collaboration, or one of its authors alone: NAME/base, NAME/assistant.")
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="Default: 0, greedy; 1 where n, top_p, top_k or min_p ask for sampling."
+        None, description="0 is greedy. Default: 1 with n, top_p, top_k or min_p, otherwise 0."
     )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 keeps the most probable token.")
     top_k: Annotated[int, Field(ge=-1, lt=_INT64)] | None = Field(None, description="-1 and 0 keep all.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = Field(
-        None, description="Completion i draws with seed + i."
-    )
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = Field(None, description="Completion i has seed + i.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -143,11 +142,11 @@ class Sampled(Open):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = Field(
-        None, description="Keep so many tokens at the prompt's end; -1: as many as fit."
+        None, description="Number of tokens to keep at the end of the prompt, -1 for as many as fit."
     )
     structured_outputs: StructuredForm | None = None
     collm: CollmOptions | None = None
-    user: Text | None = Field(None, description="Not used, as all that follow.")
+    user: Text | None = Field(None, description="Ignored, like all following fields.")
     metadata: Object | None = None
     store: bool | None = None
     service_tier: Text | None = None
@@ -166,12 +165,14 @@ class Sampled(Open):
 
 
 class Asked(Sampled):
-    """What completions and chats have in common."""
+    """Fields of completions and chats."""
 
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="Completions of each prompt. Default: 1.")
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=64)] | None = None
-    prompt_logprobs: Logprobs | None = Field(None, description="Also list so many probable tokens of the prompt.")
+    prompt_logprobs: Logprobs | None = Field(
+        None, description="Number of most probable tokens to list at each position of the prompt."
+    )
     response_format: ResponseFormat | None = None
 
 
@@ -180,11 +181,11 @@ class CompletionRequest(Asked):
 
     prompt: NonEmpty | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = Field(
-        None, description="Most tokens of a completion; 0 with echo or prompt_logprobs. Default: 256."
+        None, description="Maximum number of tokens. It can be 0 with echo or prompt_logprobs. Default: 256."
     )
-    logprobs: Logprobs | None = Field(None, description="With echo also of the prompt, under the collaboration.")
+    logprobs: Logprobs | None = Field(None, description="With echo, also for the prompt under the joint model.")
     echo: bool | None = Field(None, description="The text begins with the prompt.")
-    best_of: Count | None = Field(None, description="Only the value of n.")
+    best_of: Count | None = Field(None, description="Must be equal to n.")
     suffix: Literal[""] | None = None
     add_special_tokens: Literal[True] | None = None
 
@@ -197,7 +198,7 @@ class ContentPart(Open):
 
 
 class Message(Open):
-    """One message; text parts are joined as they stand. Further keys go to the chat template."""
+    """A message. Its text parts are joined. Further keys go to the chat template."""
 
     role: NonEmpty
     content: Text | list[ContentPart] | None = None
@@ -207,7 +208,7 @@ class Message(Open):
 
 
 class FunctionDefinition(Open):
-    """A function that may be called."""
+    """A function that can be called."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
     description: Text | None = None
@@ -216,7 +217,7 @@ class FunctionDefinition(Open):
 
 
 class Tool(Open):
-    """A tool; functions are the only kind."""
+    """A tool. Functions are the only kind."""
 
     type: Literal["function"]
     function: FunctionDefinition
@@ -242,17 +243,17 @@ class ChatRequest(Asked):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: Count | None = Field(None, description="Most tokens of an answer. Default: 256.")
-    max_completion_tokens: Count | None = Field(None, description="Another name of max_tokens, which it goes before.")
+    max_tokens: Count | None = Field(None, description="Maximum number of tokens of an answer. Default: 256.")
+    max_completion_tokens: Count | None = Field(None, description="Maximum number of tokens. It overrides max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="With logprobs.")
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="Default: auto.")
-    parallel_tool_calls: bool | None = Field(None, description="Default: true, several calls may come.")
-    add_generation_prompt: bool | None = Field(None, description="End with what invites an answer. Default: true.")
-    continue_final_message: bool | None = Field(None, description="Go on with the last message.")
+    parallel_tool_calls: bool | None = Field(None, description="Allow several calls. Default: true.")
+    add_generation_prompt: bool | None = Field(None, description="Begin an assistant turn. Default: true.")
+    continue_final_message: bool | None = Field(None, description="Continue the last message.")
     chat_template_kwargs: Object | None = Field(None, description="Variables of the chat template.")
-    reasoning_effort: Text | None = Field(None, description="Not used, as all that follow.")
+    reasoning_effort: Text | None = Field(None, description="Ignored, like all following fields.")
     verbosity: Text | None = None
     prediction: Object | None = None
     include_reasoning: bool | None = None
@@ -268,7 +269,7 @@ class ChatRequest(Asked):
 
 
 class FlatTool(Open):
-    """A tool, as /v1/responses has it."""
+    """A tool of /v1/responses."""
 
     type: Literal["function"]
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
@@ -285,7 +286,7 @@ class FlatName(Open):
 
 
 class TextFormat(Open):
-    """What the answer is, as /v1/responses has it."""
+    """The format of the answer of /v1/responses."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
@@ -295,14 +296,14 @@ class TextFormat(Open):
 
 
 class TextOptions(Open):
-    """How text is written."""
+    """Text options of /v1/responses."""
 
     format: TextFormat | None = None
     verbosity: Text | None = None
 
 
 class InputItem(Open):
-    """A message, a call of a function, or what it returned."""
+    """A message, a function call or a function result."""
 
     type: Text | None = None
     role: Text | None = None
@@ -314,15 +315,15 @@ class ResponsesRequest(Sampled):
 
     input: NonEmpty | Annotated[list[InputItem], Field(min_length=1)]
     instructions: Text | None = Field(None, description="A system message before the input.")
-    max_output_tokens: Count | None = Field(None, description="Most tokens of the answer. Default: 256.")
+    max_output_tokens: Count | None = Field(None, description="Maximum number of tokens of the answer. Default: 256.")
     tools: list[FlatTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatName | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     top_logprobs: Logprobs | None = Field(None, description="With include message.output_text.logprobs.")
-    include: list[Text] | None = Field(None, description="What there is: message.output_text.logprobs.")
+    include: list[Text] | None = Field(None, description="Supported: message.output_text.logprobs.")
     stream_options: StreamOptions | None = None
-    reasoning: Object | None = Field(None, description="Not used, as max_tool_calls.")
+    reasoning: Object | None = Field(None, description="Ignored, like max_tool_calls.")
     max_tool_calls: int | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
@@ -334,7 +335,7 @@ class ResponsesRequest(Sampled):
 class TokenizeRequest(Open):
     """POST /tokenize: a prompt, or messages."""
 
-    model: Text | None = Field(None, description="Not needed where all collaborations have one tokenizer.")
+    model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
     prompt: Text | None = None
     messages: Messages | None = None
     tools: list[Tool] | None = None
@@ -349,20 +350,20 @@ class TokenizeRequest(Open):
 class DetokenizeRequest(Open):
     """POST /detokenize."""
 
-    model: Text | None = Field(None, description="Not needed where all collaborations have one tokenizer.")
+    model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
     tokens: list[Token]
 
 
 class CandidatesRequest(Body):
-    """POST /v1/collm/candidates: a prompt or messages, and the tokens that came after."""
+    """POST /v1/collm/candidates: a prompt or messages, and the tokens of the answer."""
 
     model: Text = Field(description="A collaboration.")
     prompt: NonEmpty | TokenIds | None = None
     messages: Messages | None = None
     token_ids: Annotated[list[Token], Field(max_length=MAX_CANDIDATE_TOKENS)]
-    most: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = Field(5, description="Candidates of each author.")
+    most: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = Field(5, description="Number of candidates of each author.")
 
 
 def unknown_fields(body: BaseModel) -> list[str]:
-    """Keys of a body that nobody knows; those of its messages and tools aside, which go to the chat template."""
+    """The unknown keys of a body. Unknown keys of messages and tools go to the chat template."""
     return sorted(body.model_extra or {})

@@ -1,4 +1,4 @@
-"""A server's collaborations from start to stop."""
+"""Start, drain and stop the workers of a server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _LOOK_S = 0.05
 
 
 class Service:
-    """The workers of all collaborations. All methods are for the event loop's thread.
+    """The workers of all collaborations. Methods must be called in the event loop's thread.
 
     Attributes:
-        started: seconds since 1970.
-        failure: what ended a worker, if something did; `on_failure` is called then.
+        started: start time, seconds since 1970.
+        failure: the exception of a failed worker. `on_failure` is called then.
     """
 
     def __init__(self, models: Mapping[str, CoLLM], settings: Settings) -> None:
@@ -31,30 +31,31 @@ class Service:
         self._workers = [one.worker for one in self.collaborations.served]
 
     def start(self) -> None:
-        """Load the models, each collaboration's in its own thread."""
+        """Load the models of each collaboration in its worker's thread."""
         for worker in self._workers:
             worker.start(self._failed)
 
     async def drain(self) -> None:
-        """Take no new requests, and wait until those that run are finished, or are out of time."""
+        """Reject new requests, and wait until running requests finish or the drain time is over."""
         for worker in self._workers:
             worker.accepting = False
         end = time.monotonic() + self.settings.drain_s
         while time.monotonic() < end and any(worker.outstanding for worker in self._workers):
             await asyncio.sleep(_LOOK_S)
-        for worker in self._workers:
-            for submission in list(worker.submissions):
-                submission.fail(not_now(503, "the server stopped before the request was finished", "stopping"))
+        self._fail_all()
 
     async def stop(self) -> None:
-        """Drain, and end the threads."""
+        """Drain and stop all workers."""
         await self.drain()
         for worker in self._workers:
             await asyncio.to_thread(worker.stop)
 
     def _failed(self, error: Exception) -> None:
         self.failure = self.failure or error
+        self._fail_all()
+        self.on_failure()
+
+    def _fail_all(self) -> None:
         for worker in self._workers:
             for submission in list(worker.submissions):
                 submission.fail(not_now(503, "the server stopped before the request was finished", "stopping"))
-        self.on_failure()

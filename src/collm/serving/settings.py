@@ -1,4 +1,4 @@
-"""What whoever runs a server decides about it."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from collm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and manners of a server.
+    """Settings of a server.
 
     Attributes:
-        max_batch: most sequences of a collaboration decoded at once.
-        max_waiting: most sequences of a collaboration that wait for that; more are refused.
-        max_body_bytes: longest request body.
-        max_prompt_tokens: longest prompt; None for what the models read.
-        max_tokens: most tokens of one completion.
-        max_choices: most completions of one request: its prompts times n.
-        time_limit_s: longest time for a request, its waiting included.
-        drain_s: how long requests may go on once the server is told to stop.
-        api_key: what clients must send; None lets everybody in.
-        log_prompts: write prompts into the log.
-        allow_origins: web origins whose pages may call the server.
-        threshold: for requests that say nothing of it; None for the calibrated one of each collaboration.
-        ignore_unknown: take fields that nobody knows as if they had not come.
+        max_batch: maximum number of completions of a collaboration decoded at once.
+        max_waiting: maximum number of waiting completions of a collaboration.
+        max_body_bytes: maximum size of a request body.
+        max_prompt_tokens: maximum number of tokens of a prompt; None for the models' context.
+        max_tokens: maximum number of tokens of a completion.
+        max_choices: maximum number of completions of a request: its prompts times n.
+        time_limit_s: maximum time of a request, including its waiting time.
+        drain_s: time for running requests to finish when the server stops.
+        api_key: API key of clients; None for no authentication.
+        log_prompts: write prompts to the log.
+        allow_origins: web origins that can call the server.
+        threshold: threshold of requests that have none; None for the calibrated one of each collaboration.
+        ignore_unknown: ignore unknown fields of requests.
 
     Raises:
-        ConfigError: a limit out of range, or an API key that no header can carry.
+        ConfigError: a limit out of range, or an API key with invalid characters.
     """
 
     max_batch: int = 16
@@ -58,4 +58,6 @@ class Settings:
         if not self.time_limit_s > 0:
             raise ConfigError(f"time_limit_s is {self.time_limit_s}, expected more than 0 seconds")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
-            raise ConfigError("the API key is empty or has characters that no HTTP header carries; use ASCII")
+            raise ConfigError(
+                "the API key is empty or has characters that are invalid in an HTTP header; use printable ASCII"
+            )

@@ -1,4 +1,4 @@
-"""Tokens as OpenAI's kinds of answers, whole and in chunks."""
+"""Responses of OpenAI's API, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FINISHED = {"eos": "stop", "stop": "stop", "length": "length"}
 
 @dataclass
 class Part:
-    """Tokens of one completion: all of them, or those of a chunk."""
+    """Tokens of a completion: all, or those of a chunk."""
 
     index: int
     steps: list[TokenStep] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Part:
 
     @property
     def finished(self) -> str | None:
-        """The finish reason in OpenAI's words."""
+        """OpenAI's finish reason."""
         return _FINISHED[self.finish_reason] if self.finish_reason else None
 
     @property
@@ -51,13 +51,13 @@ class Part:
 
 @dataclass
 class Extras:
-    """What an answer holds beside its text; one entry for each completion, or None where it was not asked for.
+    """Optional parts of a response, with one entry for each completion. None if not requested.
 
     Attributes:
-        spellers: for log-probabilities.
-        echoed: the prompt that the text begins with.
-        prompt_logprobs: of the prompt, in vLLM's form.
-        include_usage: a stream's last chunk has the usage.
+        spellers: the source of log-probabilities.
+        echoed: the prompts that the texts begin with.
+        prompt_logprobs: log-probabilities of the prompts, in vLLM's format.
+        include_usage: whether the last chunk of a stream has the usage.
     """
 
     spellers: Sequence[TokenTexts] | None = None
@@ -67,12 +67,12 @@ class Extras:
 
 
 class Shape:
-    """Writes one request's answer.
+    """Writes the response to a request.
 
     Args:
-        model: as the client named it.
-        author_names: the base's first.
-        extras: what it holds beside its text.
+        model: the requested model.
+        author_names: names of the authors, the base first.
+        extras: optional parts.
     """
 
     prefix: str
@@ -86,12 +86,12 @@ class Shape:
         self._head = {**identity, "collm": {"author_names": list(author_names)}}
 
     def reply(self, parts: Sequence[Part], usage: Json) -> bytes:
-        """The whole answer."""
+        """The whole response."""
         choices = [self.choice(part) for part in parts]
         return encoded({**self._head, "object": self.whole, "choices": choices, "usage": usage})
 
     def begin(self) -> bytes:
-        """What a stream begins with."""
+        """The beginning of a stream."""
         return b""
 
     def event(self, part: Part) -> bytes:
@@ -100,13 +100,13 @@ class Shape:
         return sse({**body, "usage": None} if self.extras.include_usage else body)
 
     def end(self, usage: Json) -> bytes:
-        """What a stream ends with."""
+        """The end of a stream."""
         if not self.extras.include_usage:
             return DONE
         return sse({**self._head, "object": self.chunk, "choices": [], "usage": usage}) + DONE
 
     def broken_off(self, refusal: APIError) -> bytes:
-        """What a stream ends with if it fails."""
+        """The end of a failed stream."""
         return sse(refusal.content)
 
     def choice(self, part: Part) -> Json:
@@ -145,7 +145,7 @@ class ChatShape(Shape):
     """/v1/chat/completions.
 
     Args:
-        calls: which tools may be called.
+        calls: the tools that can be called.
     """
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -154,7 +154,8 @@ class ChatShape(Shape):
         self, model: str, author_names: Sequence[str], extras: Extras, calls: ToolChoice | None = None
     ) -> None:
         super().__init__(model, author_names, extras)
-        self._messages = Messages(calls)
+        self._calls = calls
+        self._messages: dict[int, Message] = {}
 
     def reply(self, parts: Sequence[Part], usage: Json) -> bytes:
         choices = [self.choice(part) for part in parts]
@@ -162,7 +163,7 @@ class ChatShape(Shape):
         return encoded({**self._head, "object": self.whole, "choices": choices, "usage": usage, **of_prompt})
 
     def choice(self, part: Part) -> Json:
-        said = self._messages.of(part)
+        said = self._message(part)
         said.add(part)
         message: Json = {"role": "assistant", "content": said.content or (None if said.calls else ""), "refusal": None}
         if said.calls:
@@ -170,7 +171,7 @@ class ChatShape(Shape):
         return {"index": part.index, "message": message, **self._rest(part, said)}
 
     def chunk_choice(self, part: Part) -> Json:
-        said = self._messages.of(part)
+        said = self._message(part)
         deltas = said.add(part)
         delta: Json = {"role": "assistant"} if part.first else {}
         content = "".join(one.text for one in deltas if isinstance(one, Content))
@@ -180,6 +181,10 @@ class ChatShape(Shape):
         if calls:
             delta["tool_calls"] = calls
         return {"index": part.index, "delta": delta, **self._rest(part, said)}
+
+    def _message(self, part: Part) -> Message:
+        """The message of the completion that a part belongs to."""
+        return self._messages.setdefault(part.index, Message(self._calls))
 
     def _rest(self, part: Part, said: Message) -> Json:
         speller = self._speller(part)
@@ -193,7 +198,7 @@ class ChatShape(Shape):
 
 @dataclass
 class Call:
-    """A call of a tool, as far as it has come; arguments are JSON text."""
+    """A tool call so far. Its arguments are JSON text."""
 
     id: str
     name: str
@@ -201,10 +206,10 @@ class Call:
 
 
 class Message:
-    """One completion as a message: its text without calls, and its calls.
+    """A completion as a message: its text without tool calls, and its tool calls.
 
     Args:
-        calls: which tools may be called.
+        calls: the tools that can be called.
     """
 
     def __init__(self, calls: ToolChoice | None) -> None:
@@ -214,7 +219,7 @@ class Message:
         self._reader: ToolCallReader | None = calls.reader() if calls else None
 
     def add(self, part: Part) -> list[Delta]:
-        """Take tokens; what is new."""
+        """Add tokens. Return the new parts of the message."""
         deltas = self._read(part)
         if self._choice is not None and not self._choice.parallel:
             deltas = [one for one in deltas if isinstance(one, Content) or one.index == 0]
@@ -236,18 +241,6 @@ class Message:
         return deltas + self._reader.finish() if part.finish_reason else deltas
 
 
-class Messages:
-    """Those of all completions of a request, by their indices."""
-
-    def __init__(self, calls: ToolChoice | None) -> None:
-        self._calls = calls
-        self._begun: dict[int, Message] = {}
-
-    def of(self, part: Part) -> Message:
-        """The completion's that a part belongs to."""
-        return self._begun.setdefault(part.index, Message(self._calls))
-
-
 def _call(call: Call) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
@@ -259,7 +252,7 @@ def _call_delta(delta: CallStart | CallArguments) -> Json:
 
 
 def usage_of(prompt_tokens: int, authors: Sequence[int], author_names: Sequence[str]) -> Json:
-    """Tokens read and written, and by whom."""
+    """Numbers of tokens, also by author."""
     by_author = {name: authors.count(author) for author, name in enumerate(author_names)}
     return {
         "prompt_tokens": prompt_tokens,

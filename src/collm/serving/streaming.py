@@ -1,4 +1,4 @@
-"""From submitted requests to their answer, whole or as a stream."""
+"""Respond to submitted requests, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from collm.serving.submission import Submission, TokenOutput
 
 _LOG = logging.getLogger(__name__)
 _READING_S = 1.0
-"""How long the end of an answer may take to be read."""
+"""Time for the client to read the end of a stream."""
 
 
 class Answer:
-    """A submission while it is answered.
+    """The response to a submission.
 
-    Whatever ends it early - the client's leaving, the time limit, the server's stop - ends the submission, so that its
-    slots are free; `close` must be called in the end.
+    If the client disconnects, the time limit is over or the server stops, the submission ends and its slots are free.
+    `close` must be called at the end.
 
     Args:
-        submission: the requests.
-        shape: how the answer is written.
-        record: of the HTTP request.
-        http: the request, to learn whether the client is still there.
-        time_limit_s: for the whole answer.
+        submission: the submitted requests.
+        shape: writes the response.
+        record: record of the HTTP request.
+        http: the HTTP request, which tells when the client disconnects.
+        time_limit_s: time limit of the whole response.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Answer:
         self._gone = asyncio.create_task(self._watch(http))
 
     async def whole(self) -> Response:
-        """The answer in one piece."""
+        """The whole response."""
         parts = [Part(index) for index in range(len(self._submission.requests))]
         try:
             while outputs := await self._outputs():
@@ -59,7 +59,7 @@ class Answer:
             self.close()
 
     async def stream(self) -> Response:
-        """The answer in chunks; an error before the first token is still an error of HTTP."""
+        """The response as a stream. An error before the first token is an HTTP error."""
         try:
             first = await self._outputs()
         except BaseException:
@@ -68,7 +68,7 @@ class Answer:
         return EventStream(self, first)
 
     async def events(self, outputs: Sequence[TokenOutput]) -> AsyncIterator[bytes]:
-        """All events, from the first output on; an error as an event that ends them."""
+        """All events of the stream. An error is the last event."""
         begun: set[int] = set()
         try:
             start = self.shape.begin()
@@ -87,7 +87,7 @@ class Answer:
             yield self.shape.broken_off(broken())
 
     def close(self) -> None:
-        """The answer is out, or nobody wants it."""
+        """End the submission and its timers."""
         self._time.cancel()
         self._gone.cancel()
         self._submission.close()
@@ -104,17 +104,19 @@ class Answer:
         return usage_of(prompt_tokens(self._submission.requests), self._authors, self.shape.author_names)
 
     def _too_late(self, seconds: float) -> None:
-        message = f"the request was not finished within {seconds:g} s; ask for fewer tokens, or when less is going on"
+        message = (
+            f"the request did not finish within {seconds:g} s; request fewer tokens, or retry when the load is lower"
+        )
         self._submission.fail(APIError(504, message, code="time_limit"))
 
     async def _watch(self, http: HttpRequest) -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
-        self._submission.fail(APIError(DISCONNECTED, "the client went away", code="client_disconnected"))
+        self._submission.fail(APIError(DISCONNECTED, "the client disconnected", code="client_disconnected"))
 
 
 def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -> Response:
-    """An answer to a request that generates nothing."""
+    """The response to a request that generates nothing."""
     usage = usage_of(read, [], shape.author_names)
     if not stream:
         return Response(shape.reply(parts, usage), media_type="application/json")
@@ -123,13 +125,13 @@ def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -
 
 
 def prompt_tokens(requests: Sequence[Request]) -> int:
-    """Of all prompts; one that several completions follow counts once."""
+    """Number of tokens of all prompts. A prompt with several completions counts once."""
     read = {id(request.prompt_ids): len(request.prompt_ids) for request in requests}
     return sum(read.values())
 
 
 def _parts(outputs: Sequence[TokenOutput], begun: set[int]) -> list[Part]:
-    """One for each completion that goes on; `begun` are those that did before."""
+    """One part for each completion with new tokens. `begun` are the completions with earlier parts."""
     parts: dict[int, Part] = {}
     for one in outputs:
         if one.index not in parts:
@@ -141,10 +143,9 @@ def _parts(outputs: Sequence[TokenOutput], begun: set[int]) -> list[Part]:
 
 
 class EventStream(Response):
-    """Server-sent events of an answer.
+    """Server-sent events of a response.
 
-    The connection of a client that does not read them is closed once the answer is out of time; the error event that
-    says so to all others goes first.
+    After the time limit there is an error event. If the client does not read it, the connection is closed.
     """
 
     media_type = "text/event-stream"

@@ -1,4 +1,4 @@
-"""Requests that one HTTP request makes of a worker, and what has come of them so far."""
+"""The requests that one HTTP request submits to a worker, and their outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """A token of a submission's request number `index`; `finish_reason` comes with the last."""
+    """A token of request number `index` of a submission. The last token has a `finish_reason`."""
 
     index: int
     step: TokenStep
@@ -27,23 +27,23 @@ class TokenOutput:
 
 
 class Owner(Protocol):
-    """Who decodes a submission, under the name of the collaboration."""
+    """The worker that decodes a submission. Its name is that of the collaboration."""
 
     name: str
 
     def drop(self, submission: Submission) -> None:
-        """Forget what is unfinished of a submission."""
+        """Drop the unfinished requests of a submission."""
 
     def finish(self, submission: Submission) -> None:
-        """One more request of it is finished."""
+        """Count a finished request of a submission."""
 
 
 class Submission:
-    """Requests that came together and end together. All methods are for the event loop's thread.
+    """Requests that begin and end together. Methods must be called in the event loop's thread.
 
     Attributes:
-        requests: in the order of their indices.
-        unfinished: how many still run or wait.
+        requests: the requests by index.
+        unfinished: number of running and waiting requests.
     """
 
     def __init__(self, requests: Sequence[Request], owner: Owner) -> None:
@@ -55,10 +55,10 @@ class Submission:
         self._arrived = asyncio.Event()
 
     async def outputs(self) -> list[TokenOutput]:
-        """All tokens since the last call, at least one; nothing once everything is finished.
+        """Wait for new tokens. Returns all tokens since the last call, or none if all requests are finished.
 
         Raises:
-            APIError: the requests failed, or were failed.
+            APIError: the submission failed.
         """
         if self.unfinished or self._failure:
             await self._arrived.wait()
@@ -69,19 +69,19 @@ class Submission:
         return outputs
 
     def fail(self, refusal: APIError) -> None:
-        """End the requests; their slots are free before the next step."""
+        """End the requests with an error. Their slots are free before the next step."""
         if self.unfinished:
             self._failure = refusal
             self._arrived.set()
             self.close()
 
     def close(self) -> None:
-        """Nobody waits for the rest."""
+        """Drop the unfinished requests."""
         if self.unfinished:
             self._owner.drop(self)
 
     def hear(self, index: int, output: RequestOutput) -> None:
-        """Take what the engine says of a request."""
+        """Handle an output of the engine."""
         if not self.unfinished:
             return
         if output.failure is not None:

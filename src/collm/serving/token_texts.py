@@ -1,4 +1,4 @@
-"""Log-probabilities with the texts of their tokens."""
+"""Log-probabilities with token texts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Spelled = tuple[int, float | None, TopLogprobs]
 
 
 class TokenTexts:
-    """Spells the tokens of one completion, and those that might have stood in their places, as they come.
+    """Spells the tokens of a completion and their alternatives, step by step.
 
     Args:
-        tokenizer: of all models.
-        prompt_ids: what the completion follows.
-        most: likeliest tokens to list for each position.
-        scored: of the prompt, where the answer begins with it.
+        tokenizer: the tokenizer of all models.
+        prompt_ids: the prompt of the completion.
+        most: number of most probable tokens to list at each position.
+        scored: log-probabilities of the prompt, if the text begins with it.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TokenTexts:
             ]
 
     def completion_logprobs(self, steps: Sequence[TokenStep]) -> dict[str, Any]:
-        """As /v1/completions has them; offsets are into the text of the answer. The token itself is always listed."""
+        """`logprobs` of /v1/completions, with offsets into the text. The chosen token is always listed."""
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         prompt, self._prompt = self._prompt, []
         for token_id, logprob, top in [*prompt, *((step.token_id, step.logprob, step.top_logprobs) for step in steps)]:
@@ -63,7 +63,7 @@ class TokenTexts:
         return likely
 
     def chat_logprobs(self, steps: Sequence[TokenStep]) -> list[dict[str, Any]]:
-        """As `content` of a chat's logprobs has them."""
+        """`logprobs.content` of /v1/chat/completions."""
         found = []
         for step in steps:
             likely = [self._entry(*one) for one in step.top_logprobs[: self._most]]
@@ -82,7 +82,7 @@ class TokenTexts:
 def spelled_prompt(
     tokenizer: PreTrainedTokenizerBase, scored: Sequence[PromptLogprob | None], most: int
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """`prompt_logprobs` as vLLM has them: for each token its own entry and those of the most probable, by token id."""
+    """`prompt_logprobs` of vLLM: for each token its own entry and the most probable tokens, by token id."""
     read = TokenText(tokenizer)
     found: list[dict[str, dict[str, Any]] | None] = []
     for one in scored:

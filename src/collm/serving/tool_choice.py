@@ -1,4 +1,4 @@
-"""Which tools a chat may call, how its template writes calls, and what keeps an answer to a call that must come."""
+"""The tools of a chat: their format in the template, and the grammar of required calls."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ToolChoice:
     """Tools of a chat.
 
     Attributes:
-        shown: their definitions, as the chat template takes them.
-        written: how the template's model writes calls.
-        parallel: whether several calls may come.
-        constraint: what keeps the answer to a call; None where it may be text.
-        markers: token id -> text of special tokens that stand around calls, which have no text of their own.
+        shown: their definitions for the chat template.
+        written: the template's format of calls.
+        parallel: whether several calls are allowed.
+        constraint: the grammar of a required call; None if the answer can be text.
+        markers: token id -> text of the special tokens around calls.
     """
 
     shown: list[dict[str, Any]]
@@ -33,7 +33,7 @@ class ToolChoice:
     markers: dict[int, str]
 
     def reader(self) -> ToolCallReader:
-        """Tells the calls of one answer from its text."""
+        """A parser that separates calls from text."""
         return ToolCallReader(self.written)
 
 
@@ -43,22 +43,22 @@ def tool_choice(
     parallel: bool | None,
     target: Target,
 ) -> ToolChoice | None:
-    """What a request says of tools; None where none can be called.
+    """The tools of a request; None if none can be called.
 
     Raises:
-        APIError: a choice without tools, a name that is none of theirs, or a template that shows no tools.
+        APIError: a choice without tools, an unknown name, or a template without tools.
     """
     if not tools:
         if choice in (None, "none", "auto"):
             return None
-        raise invalid("tool_choice asks for a call, and there are no tools; add tools", "tool_choice")
+        raise invalid("tool_choice requires a call, but there are no tools; add tools", "tool_choice")
     if choice == "none":
         return None
     model = target.served.model
     written = tool_format(model.template.chat or "")
     if written is None:
         raise invalid(
-            f"the chat template of {target.served.name} shows no tools in a form that is known here; leave tools out",
+            f"the chat template of {target.served.name} has no known format of tools; leave tools out",
             "tools",
         )
     shown = [tool.model_dump(exclude_none=True) for tool in tools]

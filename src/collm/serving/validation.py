@@ -1,4 +1,4 @@
-"""What is wrong with a body, or with a path, as a refusal."""
+"""Turn validation errors and HTTP errors into API errors."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _LISTS = {"messages", "tools", "input"}
 
 
 def refusal_of(error: Exception, asked: str) -> APIError:
-    """An exception of the routes, or of what lies before them, for a client that `asked` (method and path)."""
+    """The API error for an exception. `asked` is the method and path of the request."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
     if isinstance(error, HTTPException):
         return APIError(
-            error.status_code, f"{asked[:80]}: {error.detail}; /openapi.json lists what there is", headers=error.headers
+            error.status_code, f"{asked[:80]}: {error.detail}; /openapi.json lists all routes", headers=error.headers
         )
     return broken()
 
 
 def unknown(params: Sequence[str]) -> APIError:
-    """A field that nobody knows."""
+    """An unknown field."""
     message = f"{params[0][:80]} is no parameter of this server; leave it out, or start it with --ignore-unknown"
     return invalid(message, params[0], "unknown_parameter")
 
 
 def _of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The first parameter at fault; all that is said of it, as each form it may take is tried."""
+    """The first invalid parameter with all its validation errors, one for each allowed type."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return invalid(f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
@@ -53,13 +53,13 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
 
 
 def _param(loc: Sequence[str | int]) -> str:
-    """Name of a parameter: of objects with that of the part."""
+    """The name of a parameter, with the field name for objects."""
     name = str(loc[1])
     if name in _NESTED and len(loc) > 2 and not str(loc[2]).startswith(("literal", "constrained")):
         return f"{name}.{loc[2]}"
     return f"{name}[{loc[2]}]" if name in _LISTS and len(loc) > 2 and isinstance(loc[2], int) else name
 
 
-def _shown(came: object) -> str:
-    shown = ascii(came)
+def _shown(value: object) -> str:
+    shown = ascii(value)
     return shown if len(shown) <= 60 else f"{shown[:60]}.."

@@ -1,4 +1,4 @@
-"""One collaboration's decoding loop in a thread of its own, driven from an event loop."""
+"""The decoding loop of a collaboration in a thread of its own, controlled from an event loop."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Worker:
     """Runs the requests of one collaboration.
 
     Args:
-        name: of the collaboration.
-        model: the collaboration; its models are loaded in the worker's thread.
-        max_batch: most requests decoded at once.
-        max_waiting: most requests that wait for that.
+        name: name of the collaboration.
+        model: the collaboration. Its models are loaded in the worker's thread.
+        max_batch: maximum number of requests decoded at once.
+        max_waiting: maximum number of waiting requests.
 
     Attributes:
-        ready: models are in memory.
-        accepting: False once the server is stopping.
-        outstanding: requests and jobs that are not finished.
+        ready: the models are loaded.
+        accepting: False when the server is stopping.
+        outstanding: number of unfinished requests and jobs.
     """
 
     def __init__(self, name: str, model: CoLLM, *, max_batch: int, max_waiting: int) -> None:
@@ -57,18 +57,18 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a place in the batch."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests in the batch."""
+        """Number of running requests."""
         return len(self._running)
 
     # For the event loop's thread
 
     def start(self, on_failure: Callable[[Exception], None]) -> None:
-        """Load the models and take requests; `on_failure` hears, in this event loop, what ends the thread."""
+        """Load the models and accept requests. `on_failure` is called in this event loop if the thread fails."""
         self._loop, self._on_failure = asyncio.get_running_loop(), on_failure
         self._thread.start()
 
@@ -76,7 +76,7 @@ class Worker:
         """Queue requests.
 
         Raises:
-            APIError: there is no room for them, the models are not there yet, or the server is stopping.
+            APIError: the queue is full, the models are not loaded yet, or the server is stopping.
         """
         self._admit(len(requests))
         submission = Submission(requests, self)
@@ -85,25 +85,25 @@ class Worker:
         return submission
 
     def drop(self, submission: Submission) -> None:
-        """Forget what is unfinished of a submission."""
+        """Drop the unfinished requests of a submission."""
         self.outstanding -= submission.unfinished
         submission.unfinished = 0
         self.submissions.discard(submission)
         self._do(lambda: self._cancel(submission))
 
     def finish(self, submission: Submission) -> None:
-        """One more request of it is finished."""
+        """Count a finished request of a submission."""
         self.outstanding -= 1
         submission.unfinished -= 1
         if not submission.unfinished:
             self.submissions.discard(submission)
 
     async def call(self, job: Callable[[], T]) -> T:
-        """Run a job between two steps.
+        """Run a job between two decoding steps.
 
         Raises:
-            APIError: as of `submit`.
-            Exception: what the job raised.
+            APIError: as for `submit`.
+            Exception: the exception of the job.
         """
         self._admit(1)
         future: asyncio.Future[T] = self._loop.create_future()
@@ -114,16 +114,16 @@ class Worker:
             self.outstanding -= 1
 
     def stop(self) -> None:
-        """End the thread after the step it is in, and wait for it."""
+        """Stop the thread after its current step, and wait for it."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
         self._thread.join()
 
     def check_open(self) -> None:
-        """Raise an APIError while the models are being loaded, and once the server is stopping."""
+        """Raise an APIError if the models are not loaded yet or the server is stopping."""
         if not self.accepting:
-            raise not_now(503, "the server is stopping; send the request to another one", "stopping")
+            raise not_now(503, "the server is stopping; send the request to another server", "stopping")
         if not self.ready:
             raise not_now(503, f"the models of {self.name} are still being loaded; try again soon", "loading", 5)
 
@@ -131,7 +131,9 @@ class Worker:
         self.check_open()
         if self.outstanding + count > self.max_batch + self.max_waiting:
             raise not_now(
-                429, f"{self.outstanding} requests are running or waiting, which is all there is room for", "queue_full"
+                429,
+                f"the queue is full: {self.outstanding} requests are running or waiting; try again later",
+                "queue_full",
             )
         self.outstanding += count
 
@@ -145,7 +147,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._engine = self.model.engine(self.max_batch)
-            self.model.tokenizer(" ")  # the first call sets it up; later ones come from several threads at once
+            self.model.tokenizer(" ")  # the first call initializes it; later calls are concurrent
             self.ready = True
             while self._obey():
                 self._fill()
@@ -158,7 +160,7 @@ class Worker:
             self._tell(self._on_failure, error)
 
     def _obey(self) -> bool:
-        """Carry out what the event loop asks, waiting for it where there is nothing else to do; False to end."""
+        """Run the commands of the event loop. Wait for them if there is no other work. False to end."""
         with self._changed:
             while not (self._commands or self._running or self._waiting or self._stopped):
                 self._changed.wait()
@@ -208,13 +210,13 @@ class Worker:
             self._tell(_settle, future, None, error)
 
     def _tell(self, hear: Callable[..., None], *what: object) -> None:
-        """Wake the event loop; it may have ended."""
+        """Call a function in the event loop, unless the loop has ended."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(hear, *what)
 
 
 def _deliver(heard: Sequence[tuple[Submission, int, RequestOutput]]) -> None:
-    """One call for all that a step brought, so that the event loop wakes once."""
+    """Deliver all outputs of a step, so that the event loop wakes once."""
     for submission, index, output in heard:
         submission.hear(index, output)
 

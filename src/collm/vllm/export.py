@@ -56,16 +56,7 @@ def export_base(
             f"the base caps its logits (final_logit_softcapping {language.softcap}), so no row of its output layer can "
             "hold the head; decode with --engine local"
         )
-    first = language.padded_vocab_size
-    note = Note(
-        defer_ids=list(range(first, first + head.num_assistants)),
-        scale=ROW_SCALE,
-        biases=head.bias.detach().float().tolist(),
-        zero_id=first + head.num_assistants,
-        vocab_size=TokenizerIdentity.of(tokenizer).vocab_size,
-        tokenizer_hash=TokenizerIdentity.of(tokenizer).hash,
-        default_threshold=default_threshold,
-    )
+    note = _note(head, TokenizerIdentity.of(tokenizer), language.padded_vocab_size, default_threshold)
     named = _named(tokenizer, defer_names(head), note)
     _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note)
     with atomic_directory(out.resolve()) as directory:
@@ -73,6 +64,19 @@ def export_base(
         named.save_pretrained(directory)
         note.write(directory)
     return note
+
+
+def _note(head: DeferralHead, identity: TokenizerIdentity, first: int, default_threshold: float | None) -> Note:
+    """What the export says about its rows, the first of which has the id `first`."""
+    return Note(
+        defer_ids=list(range(first, first + head.num_assistants)),
+        scale=ROW_SCALE,
+        biases=head.bias.detach().float().tolist(),
+        zero_id=first + head.num_assistants,
+        vocab_size=identity.vocab_size,
+        tokenizer_hash=identity.hash,
+        default_threshold=default_threshold,
+    )
 
 
 def _plain(base: nn.Module | ModelSpec) -> Any:

@@ -50,5 +50,5 @@ def test_a_row_without_an_instruction_is_named(tmp_path: Path) -> None:
 
 
 def test_there_are_no_shots(source: Path) -> None:
-    with pytest.raises(ConfigError, match="'alpaca_eval' has no answered questions to show"):
+    with pytest.raises(ConfigError, match="'alpaca_eval' has no few-shot examples; leave shots out"):
         AlpacaEval().load(source, shots=1)

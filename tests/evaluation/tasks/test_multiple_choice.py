@@ -131,5 +131,5 @@ def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], complaint: str)
 
 def test_there_are_no_shots(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "mc.jsonl", ROW)
-    with pytest.raises(ConfigError, match="'multiple_choice' has no answered questions to show"):
+    with pytest.raises(ConfigError, match="'multiple_choice' has no few-shot examples; leave shots out"):
         MultipleChoice().load(source, shots=1)

@@ -46,7 +46,7 @@ def test_data_come_from_the_publishers_or_must_be_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(Gsm8k, "read", lambda self, source, split: asked.append((source, split)) or [item])
     assert Gsm8k().load() == [item]
     assert asked == [("openai/gsm8k", "test")]
-    with pytest.raises(ConfigError, match="nothing says where the data of task 'rows' is"):
+    with pytest.raises(ConfigError, match="task 'rows' has no default data"):
         RowsTask().load()
 
 
@@ -81,13 +81,15 @@ def test_shots_come_from_the_train_split_and_are_the_same_for_all(splits: Path) 
 def test_what_is_asked_is_not_shown(splits: Path) -> None:
     items = RowsTask().load(splits, split="train", limit=28, shots=2)
     assert not {question for question, _ in items[0].shots} & set(prompts(items))
-    with pytest.raises(DataError, match="has 2 plain rows that are not asked themselves, expected at least 3"):
+    with pytest.raises(DataError, match="has 2 plain rows that are no items, expected at least 3 few-shot examples"):
         RowsTask().load(splits, split="train", limit=28, shots=3)
 
 
 def test_a_file_has_no_train_split(tmp_path: Path) -> None:
     test, train = jsonl(tmp_path / "test.jsonl", *TEST), jsonl(tmp_path / "train.jsonl", *TRAIN)
-    with pytest.raises(ConfigError, match=r"test.jsonl has no train split to take shots from; name a source of them"):
+    with pytest.raises(
+        ConfigError, match=r"test.jsonl has no train split for few-shot examples; give a source for them"
+    ):
         RowsTask().load(test, shots=1)
     (shot,) = RowsTask().load(test, shots=1, shots_source=train)[0].shots
     assert shot[0].startswith("train")

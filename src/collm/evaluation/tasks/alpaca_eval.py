@@ -1,4 +1,4 @@
-"""AlpacaEval: answers for a judge of the user's."""
+"""AlpacaEval: answers for an external judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collm.training.formats import text_field
 class AlpacaEval(Task):
     """AlpacaEval (the instructions of alpaca_eval.json: `instruction`, `output`, `generator`, `dataset`).
 
-    It has no measures: `outputs` are what its judge reads, and the judge is the user's to run.
+    The task has no measures. `outputs` is the input of the external judge.
     """
 
     name = "alpaca_eval"
@@ -34,7 +34,7 @@ class AlpacaEval(Task):
         return {}
 
     def outputs(self, items: Sequence[TaskItem], texts: Sequence[str], system: str) -> list[dict[str, Any]]:
-        """A model's outputs as AlpacaEval reads them; `system` is what the judge's table will call it."""
+        """A system's outputs in AlpacaEval's format. `system` is its name in the judge's table."""
         return [
             {"instruction": item.prompt, "output": text, "generator": system, **item.reference}
             for item, text in zip(items, texts, strict=True)

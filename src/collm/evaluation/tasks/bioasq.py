@@ -1,4 +1,4 @@
-"""BioASQ task B: exact and ideal answers, by the challenge's measures."""
+"""BioASQ task B: exact and ideal answers, with the measures of the challenge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from collm.training.data import Row, load_records
 from collm.training.formats import bioasq_completion, bioasq_question
 
 MAX_FACTOID_ANSWERS = 5
-"""So many names of a factoid's answer count."""
+"""Number of names of a factoid answer that count."""
 
 _FINAL = re.compile(r"\bthe\s{1,9}final\s{1,9}answer\s{1,9}is\b[ \t]{0,9}:?", re.IGNORECASE)
 _BULLET = re.compile(r"(?:[-*•]|\d{1,3}[.)])[ \t]+(.*)")
@@ -32,21 +32,21 @@ _MAIN = {"factoid": "factoid_mrr", "list": "list_f1", "yesno": "yesno_accuracy",
 
 
 class Bioasq(Task):
-    """BioASQ task B, phase B; the answer is read in the form that `collm.training.formats` teaches.
+    """BioASQ task B, phase B. Answers have the form of `collm.training.formats`.
 
-    Measures, each over the questions that it is about:
+    Measures, each over the questions of a type:
         factoid: `factoid_strict` (the first name is right), `factoid_lenient` (one of the first 5 is), `factoid_mrr`.
-        list: `list_precision`, `list_recall`, `list_f1`; a synonym counts, a second name of the same entity is wrong.
-        yesno: `yesno_accuracy`, and of all together `yesno_f1_yes`, `yesno_f1_no` and their mean `yesno_macro_f1`.
-        all: `rouge2_recall`, `rouge2_f1`, `rouge_su4_recall`, `rouge_su4_f1` of the ideal answer, each the best over
-            the reference's, without stemming.
+        list: `list_precision`, `list_recall`, `list_f1`. A synonym counts, a second name of the same entity is wrong.
+        yesno: `yesno_accuracy`, and over all questions `yesno_f1_yes`, `yesno_f1_no` and their mean `yesno_macro_f1`.
+        all: `rouge2_recall`, `rouge2_f1`, `rouge_su4_recall`, `rouge_su4_f1` of the ideal answer without stemming, each
+            the best over the references.
         all but summary: `unparsed`, 1 if there is no exact answer.
 
-    The main measure is `factoid_mrr`; of items without a factoid that of the first kind there is: `list_f1`,
+    The main measure is `factoid_mrr`, or without factoid questions the first that exists of `list_f1`,
     `yesno_accuracy`, `rouge2_f1`.
 
-    Names are equal if their lower-case letters are, as the challenge compares them, and also if they differ in white
-    space or in the quotes and marks around them.
+    As in the challenge, the comparison of names ignores case. White space, and quotes and punctuation around names, are
+    also ignored.
 
     Raises:
         MissingExtra: rouge-score is not installed.
@@ -73,7 +73,7 @@ class Bioasq(Task):
         return items
 
     def main_measure(self, items: Sequence[TaskItem]) -> str:
-        """Of the first of factoid, list, yes/no and summary questions that are there."""
+        """The main measure for the first of factoid, list, yes/no and summary that has questions."""
         kinds = {item.reference["type"] for item in items}
         return next(measure for kind, measure in _MAIN.items() if kind in kinds)
 
@@ -92,9 +92,9 @@ class Bioasq(Task):
         return {**scores, **measured, "unparsed": float(not given)}
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, Interval]:
-        """The mean of each measure, and F1 of yes, no and both.
+        """The mean of each measure, and the F1 of yes, of no and of both.
 
-        As in the challenge's program, each wrong or missing answer counts against both classes.
+        As in the challenge's program, a wrong or missing answer counts against both classes.
         """
         answers = [
             (item.reference["entities"] == [["yes"]], scores["yesno_accuracy"])
@@ -105,13 +105,13 @@ class Bioasq(Task):
 
 
 def split_answer(text: str) -> tuple[str, str | None]:
-    """The ideal answer, and what follows the first "The final answer is:"; None without that."""
+    """The ideal answer, and the text after the first "The final answer is:" (None if there is none)."""
     marker = _FINAL.search(text)
     return (text[: marker.start()].strip(), text[marker.end() :]) if marker else (text.strip(), None)
 
 
 def names_in(final: str, *, several: bool) -> list[str]:
-    """The names in bullets up to the first other line; without bullets the first line, where it is a list `several`."""
+    """The names in the bullets at the beginning. Without bullets, the first line, divided if it has `several` names."""
     lines = [line.strip() for line in final.splitlines() if line.strip()]
     bullets = [bullet[1] for bullet in takewhile(bool, map(_BULLET.match, lines)) if bullet]
     names = bullets or (re.split("[,;]", lines[0]) if lines and several else lines[:1])
@@ -119,7 +119,7 @@ def names_in(final: str, *, several: bool) -> list[str]:
 
 
 def yes_or_no(text: str) -> str:
-    """The first word if it is yes or no, else nothing."""
+    """The first word if it is yes or no, otherwise empty."""
     answer = _YES_OR_NO.match(text)
     return answer[1].lower() if answer else ""
 
@@ -165,7 +165,7 @@ def _factoid_scores(given: list[str], names: set[str]) -> dict[str, float]:
 
 
 def _list_scores(given: list[str], entities: list[set[str]]) -> dict[str, float]:
-    """As the challenge's program counts, also where entities share a name."""
+    """Count as the challenge's program does, also if entities share a name."""
     left, unused = list(entities), [{name} for name in given]
     right = sum(_took(left, {name}) for name in given)
     missed = sum(not _took(unused, names) for names in left)
@@ -177,7 +177,7 @@ def _list_scores(given: list[str], entities: list[set[str]]) -> dict[str, float]
 
 
 def _took(sets: list[set[str]], names: set[str]) -> bool:
-    """Remove the first set that shares a name with `names`; whether there was one."""
+    """Remove the first set that shares a name with `names`. Return whether there was one."""
     found = next((one for one in sets if one & names), None)
     if found is not None:
         sets.remove(found)

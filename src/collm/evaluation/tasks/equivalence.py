@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal, asked in a process of its own: simplifying may take forever."""
+"""Compare mathematical answers in a separate process, because simplification may not terminate."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from collm.tools.spec import ToolSpec
 logger = logging.getLogger(__name__)
 
 JUDGE = ToolSpec("collm.evaluation.tasks.math_judge:judge", seconds=10.0)
-"""What compares; the seconds limit one comparison."""
+"""The comparison, with a time limit for each."""
 
 MAX_CHARACTERS = 400
-"""No answer is longer; what is, is equal to nothing but itself."""
+"""Maximum length of an answer. A longer answer is only equal to itself."""
 
 _WORDS = re.compile(r"\\(?:text|mbox)\{([^{}]*)\}")
 
 
 class Equivalence:
-    """Compares answers written in LaTeX or as plain expressions; from any thread.
+    """Compares answers written in LaTeX or as plain expressions. Calls are thread-safe.
 
     Raises:
         MissingExtra: math-verify is not installed.
-        LoadError: when called, it cannot be imported.
+        LoadError: on a call, if math-verify cannot be imported.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Equivalence:
         self._lock = threading.Lock()
 
     def __call__(self, wanted: str, given: str) -> bool:
-        """Whether both have the same value; False where math-verify finds no answer in time."""
+        """Whether both answers have the same value. False if math-verify does not finish in time."""
         if _spelled(wanted) == _spelled(given):
             return True
         if max(len(wanted), len(given)) > MAX_CHARACTERS:
@@ -53,5 +53,5 @@ class Equivalence:
 
 
 def _spelled(answer: str) -> str:
-    r"""An answer without white space and without the \text{..} around words."""
+    r"""An answer without white space and without \text{..} around words."""
     return "".join(_WORDS.sub(r"\1", answer).split())

@@ -25,10 +25,10 @@ class Gsm8k(Task):
     Measures: `accuracy`, 1 if the final number has the reference's value; `unparsed`, 1 if there is no final number.
 
     Attributes:
-        format: of the shots: gsm8k, or gsm8k-plain without calculator marks.
+        format: format of few-shot examples: gsm8k, or gsm8k-plain without calculator marks.
 
     Raises:
-        ConfigError: another format.
+        ConfigError: an unknown format.
     """
 
     format: str = "gsm8k"
@@ -53,10 +53,10 @@ class Gsm8k(Task):
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the first "####", else behind the last "the answer is", else the last one.
+    """The number after the first "####", or after the last "the answer is", or the last number.
 
-    Calculator marks and further questions are left out; of a sum ("5*3 = 15") the result counts. What is dropped around
-    a number says `metrics.last_number`. A stated answer without a number, such as one in words, is none.
+    Calculator marks and further questions are ignored. For a sum ("5*3 = 15") the result counts. `metrics.last_number`
+    describes what is ignored around a number. A stated answer without a number, such as one in words, gives None.
     """
     text = CALCULATOR_MARK.sub("", before_next_question(text))
     marked = _MARKED.search(text)

@@ -14,8 +14,8 @@ from collm.training.data import Row
 class HendrycksMath(Task):
     """MATH (EleutherAI/hendrycks_math).
 
-    Measures: `accuracy`, 1 if the final answer is equal to the reference's, as math-verify compares them; `unparsed`,
-    1 if there is no final answer.
+    Measures: `accuracy`, 1 if math-verify finds the final answer equal to the reference; `unparsed`, 1 if there is no
+    final answer.
 
     Raises:
         MissingExtra: math-verify is not installed.
@@ -41,7 +41,7 @@ class HendrycksMath(Task):
 
 
 def final_answer(text: str) -> str:
-    """What the last box holds, else the sentence after the last "the answer is"; empty if there is neither."""
+    """The content of the last box, or the sentence after the last "the answer is"; empty if there is neither."""
     text = before_next_question(text)
     answer = boxed(text)
     if answer is not None:

@@ -1,4 +1,4 @@
-"""The process in which `equivalence` compares: imports math-verify and nothing of the package."""
+"""The comparison that `equivalence` runs in its process. It imports math-verify and nothing of this package."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ow
 
 
 def judge(question: str) -> str:
-    """A JSON list of the answer wanted and the one given -> "equal" or "different"."""
+    """Compare a JSON list of the reference and the answer: "equal" or "different"."""
     wanted, given = (parse(f"${answer}$", parsing_timeout=None) for answer in json.loads(question))
     return "equal" if verify(wanted, given, timeout_seconds=None) else "different"

@@ -1,4 +1,4 @@
-"""Multiple choice through a chain of thought."""
+"""Multiple choice with a chain of thought."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _MAX_CHARACTERS = 1000  # of a line that names a choice
 
 
 class MultipleChoice(Task):
-    """Rows {"question", "choices", "answer"}: choices are a list, or a mapping from letters; the answer is a letter, a
-    place in the list from 0, or the choice's text.
+    """Rows {"question", "choices", "answer"}.
 
-    Measures: `accuracy`; `unparsed`, 1 if no choice is named.
+    Choices are a list, or a mapping from letters. The answer is a letter, an index from 0, or the text of a choice.
+
+    Measures: `accuracy`; `unparsed`, 1 if the text names no choice.
     """
 
     name = "multiple_choice"
@@ -49,9 +50,9 @@ class MultipleChoice(Task):
 
 
 def chosen_letter(text: str, choices: Mapping[str, str]) -> str | None:
-    """The letter of the choice that a text names: behind its last "answer is", in its last box, or as its last line.
+    """The letter of the choice after the last "answer is", in the last box, or in the last line.
 
-    Named by its letter ("(B)", "B.", "**B**") or its text; None where none of these places names just one.
+    A choice is named by its letter ("(B)", "B.", "**B**") or its text. None if none of these places names exactly one.
     """
     text = before_next_question(text)
     for place in (stated_answer(text), boxed(text)):
@@ -130,7 +131,7 @@ def _choices(where: str, found: Any) -> dict[str, str]:
 
 
 def _letters_meant(answer: Any, choices: Mapping[str, str]) -> set[str]:
-    """The choices that an answer may mean."""
+    """The letters of the choices that match an answer."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         return set(list(choices)[answer : answer + 1]) if answer >= 0 else set()
     if not isinstance(answer, str):

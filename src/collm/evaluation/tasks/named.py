@@ -20,11 +20,11 @@ TASKS: dict[str, type[Task]] = {
 
 
 def task_named(name: str, **options: Any) -> Task:
-    """A task of TASKS, made with its options.
+    """Create a task of TASKS with its options.
 
     Raises:
-        ConfigError: there is none of that name, or an option it does not have or cannot take.
-        MissingExtra: what it scores with is not installed.
+        ConfigError: an unknown task, an unknown option, or an invalid value.
+        MissingExtra: a library that the task needs is not installed.
     """
     if name not in TASKS:
         raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}")

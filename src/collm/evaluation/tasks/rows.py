@@ -1,4 +1,4 @@
-"""Any rows, scored by a metric."""
+"""Rows with prompts and completions, scored by a metric."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collm.training.data import Row, load_rows
 
 @dataclass(frozen=True)
 class RowsTask(Task):
-    """Prompts with completions, or chats of which the last assistant turn is asked for.
+    """Prompts with completions, or chats that end with an assistant turn.
 
-    Measures: the metric, of the text and the row's completion.
+    Measures: the metric of the generated text and the row's completion.
 
     Attributes:
-        metric: a name from `metrics.METRICS`, or your own as "package.module:function".
-        prompt_field, completion_field: what the two fields are called.
-        max_new_tokens, stop: where an answer ends, as in `collm train` and `collm calibrate`.
+        metric: a name from `metrics.METRICS`, or a Python function "package.module:function".
+        prompt_field, completion_field: names of the two fields.
+        max_new_tokens, stop: the end of an answer, as in `collm train` and `collm calibrate`.
 
     Raises:
-        ConfigError: no such metric.
+        ConfigError: an unknown metric.
     """
 
     metric: str = "exact_match"

@@ -1,4 +1,4 @@
-"""Task: the seam between a data set and an evaluation."""
+"""The interface of evaluation tasks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from collm.models.template import Prompt, PromptTemplate
 from collm.training.data import Row, load_rows
 
 Shot = tuple[str, str]
-"""A question and its answer, shown before the question that is asked."""
+"""A few-shot example: a question and its answer."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class TaskItem:
-    """One question.
+    """One item of a task.
 
     Attributes:
-        id: what its publishers call it, else its number in the split, from 1.
-        prompt: the question as training data has it: text, or the messages of a chat.
-        reference: what is right, as JSON.
-        where: file and line, for messages about this item.
-        solution: the question with a whole answer, as training data has them; None where there is no such answer.
-        shots: shown before it.
+        id: the data set's id, or the number in the split, from 1.
+        prompt: the question as in training data: text, or the messages of a chat.
+        reference: the reference answer, as JSON.
+        where: file and line, for error messages.
+        solution: the question with a complete answer, as a row of training data; None if there is no such answer.
+        shots: few-shot examples before the question.
     """
 
     id: str
@@ -49,15 +49,15 @@ Scored = tuple[TaskItem, str, Mapping[str, float]]
 
 
 class Task(ABC):
-    """What is asked, when an answer ends, and how it is scored.
+    """A data set with the end of its answers and their scores.
 
     Attributes:
-        name: what `task_named` calls it.
-        max_new_tokens: most tokens an answer may take.
+        name: its name for `task_named`.
+        max_new_tokens: maximum number of tokens of an answer.
         stop: strings that end an answer.
-        source: where its publishers keep the data on the Hub; None if it must be named.
-        split: read by default, unless the source is a file or a table without splits.
-        format: of the training data from which shots are taken; None if there is none to take.
+        source: the published data set on the Hub; None if there is no default.
+        split: the default split, unless the source is a file or a table without splits.
+        format: format of the training data for few-shot examples; None if the task has none.
     """
 
     name: str
@@ -70,28 +70,28 @@ class Task(ABC):
     @property
     @abstractmethod
     def measure(self) -> str | None:
-        """The main one of its measures; None if it has none."""
+        """The main measure; None if the task has none."""
 
     def main_measure(self, items: Sequence[TaskItem]) -> str | None:
-        """The main measure of these items, where it depends on them."""
+        """The main measure of these items."""
         return self.measure
 
     def outputs(self, items: Sequence[TaskItem], texts: Sequence[str], system: str) -> list[dict[str, Any]] | None:
-        """A system's answers to the items as a judge outside reads them; None of a task without one."""
+        """A system's answers in the format of an external judge; None for a task without one."""
         return None
 
     @abstractmethod
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
-        """All items of a split, without shots."""
+        """All items of a split, without few-shot examples."""
 
     def rows(self, source: str | Path, split: str | None) -> list[Row]:
-        """Rows of a split as training reads them, of a task with a format; shots are taken from them."""
+        """Rows of training data of a split, for few-shot examples. The task must have a format."""
         assert self.format is not None
         return load_rows(source, split=split, format=self.format)
 
     @abstractmethod
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
-        """Measures in [0, 1] of a text generated for the item; without those that do not apply to it."""
+        """The measures, in [0, 1], of a text generated for the item. Measures that do not apply are left out."""
 
     def load(
         self,
@@ -103,52 +103,52 @@ class Task(ABC):
         shots_source: str | Path | None = None,
         seed: int | None = 0,
     ) -> list[TaskItem]:
-        """The items to ask.
+        """Load the items.
 
         Args:
-            source: a file, a directory or a Hub name, as `collm.training.data.load_rows` takes them; by default the
-                task's.
-            split: by default the task's; a file has none.
-            limit: ask so many, drawn at random and kept in order.
-            shots: show so many answered questions before each item, the same for all.
-            shots_source: where they come from: by default the train split of `source`, which must have splits then.
-            seed: of both draws; None takes the first ones.
+            source: a file, a directory or a Hub name, as for `collm.training.data.load_rows`. By default the task's
+                source.
+            split: by default the task's split. A file has no splits.
+            limit: take a random sample of this size, in the original order.
+            shots: number of few-shot examples before each item, the same for all items.
+            shots_source: the source of the few-shot examples. By default the train split of `source`.
+            seed: seed of both samples; None takes the first rows.
 
         Raises:
-            DataError: nothing usable at a source, a malformed row (its file and line, and what is wrong), or too few
-                rows for the shots.
-            ConfigError: limit or shots out of range, shots where there is nothing to take them from, or no source.
+            DataError: a source without usable rows, an invalid row (with its file and line), or too few rows for the
+                few-shot examples.
+            ConfigError: limit or shots out of range, no source for few-shot examples, or no source.
         """
         source = source or self.source
         if source is None:
-            raise ConfigError(f"nothing says where the data of task {self.name!r} is; name a file or a Hub data set")
+            raise ConfigError(f"task {self.name!r} has no default data; give a file or a Hub data set")
         if limit is not None and limit < 1:
-            raise ConfigError(f"limit is {limit}, expected at least 1 item, or none to take all")
+            raise ConfigError(f"limit is {limit}, expected at least 1 item, or no limit")
         items = self.read(source, split or _default_split(source, self.split))
         if limit is not None:
             items = _draw(items, min(limit, len(items)), seed)
         if shots == 0:
             return items
         if self.format is None:
-            raise ConfigError(f"task {self.name!r} has no answered questions to show; leave shots out")
+            raise ConfigError(f"task {self.name!r} has no few-shot examples; leave shots out")
         taken = self._shots(_shots_source(source, shots_source), shots, seed, items)
         return [replace(item, shots=taken) for item in items]
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, Interval]:
-        """The mean of each measure over the items that have it."""
+        """The mean of each measure over the items with that measure."""
         measures = dict.fromkeys(measure for _, _, scores in scored for measure in scores)
         return {measure: bootstrap_interval(scores_of(scored, measure)) for measure in measures}
 
     def render(
         self, item: TaskItem, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
     ) -> Prompt:
-        """What to generate from: the artefact's template renders it as training rendered such rows.
+        """Render the prompt of an item.
 
-        Without shots the prompt itself. With shots each question is wrapped by the template as in training, its answer
-        and a blank line behind it; the whole is then token ids.
+        Without few-shot examples it is the item's prompt. With them, the template wraps each question as in training,
+        followed by its answer and a blank line. The result is then token ids.
 
         Args:
-            chat: ask as the user of a chat, shots being earlier turns: for a collaboration trained on chats.
+            chat: render a chat with few-shot examples as earlier turns, for a collaboration trained on chats.
 
         Raises:
             RequestError: the prompt is empty.
@@ -158,12 +158,12 @@ class Task(ABC):
         if not item.shots:
             return item.prompt
         shown = [template.text.replace("{prompt}", question) + answer + "\n\n" for question, answer in item.shots]
-        assert isinstance(item.prompt, str), "shots stand before plain prompts only"
+        assert isinstance(item.prompt, str), "few-shot examples need plain prompts"
         asked = template.text.replace("{prompt}", item.prompt)
         return PromptTemplate().encode_prompt(tokenizer, "".join(shown) + asked)
 
     def stop_for(self, item: TaskItem, template: PromptTemplate, *, chat: bool = False) -> tuple[str, ...]:
-        """Strings that end the answer to this item: after shots also what would begin another one."""
+        """Strings that end the answer to this item. After few-shot examples also the beginning of another one."""
         if chat or not item.shots:
             return self.stop
         return (*self.stop, "\n\n" + template.text.partition("{prompt}")[0].rstrip())
@@ -173,19 +173,19 @@ class Task(ABC):
             raise ConfigError(f"shots is {count}, expected at least 0")
         chat = next((item.where for item in items if not isinstance(item.prompt, str)), None)
         if chat is not None:
-            raise ConfigError(f"shots are shown before plain prompts, but {chat} is a chat; leave shots out")
+            raise ConfigError(f"few-shot examples need plain prompts, but {chat} is a chat; leave shots out")
         asked = {item.prompt for item in items if isinstance(item.prompt, str)}
         rows = self.rows(source, _default_split(source, "train"))
         free = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str) and row.prompt not in asked]
         if len(free) < count:
             raise DataError(
-                f"{source} has {len(free)} plain rows that are not asked themselves, expected at least {count} to show"
+                f"{source} has {len(free)} plain rows that are no items, expected at least {count} few-shot examples"
             )
         return tuple(_draw(free, count, seed))
 
 
 def scores_of(scored: Sequence[Scored], measure: str) -> list[float]:
-    """The scores of the items that have this measure."""
+    """The scores of the items with this measure."""
     return [scores[measure] for _, _, scores in scored if measure in scores]
 
 
@@ -198,12 +198,12 @@ def _shots_source(source: str | Path, shots_source: str | Path | None) -> str | 
     if shots_source is not None:
         return shots_source
     if _default_split(source, "train") is None:
-        raise ConfigError(f"{source} has no train split to take shots from; name a source of them")
+        raise ConfigError(f"{source} has no train split for few-shot examples; give a source for them")
     return source
 
 
 def _draw(values: Sequence[_T], count: int, seed: int | None) -> list[_T]:
-    """So many of them in their order, or the first ones without a seed."""
+    """A random sample in the original order. Without a seed, the first values."""
     if seed is None:
         return list(values[:count])
     return [values[place] for place in sorted(random.Random(seed).sample(range(len(values)), count))]
