@@ -180,7 +180,7 @@ def test_a_failure_while_decoding_abstains_and_is_counted_and_told(caplog: pytes
     assert list(reading.abstained) == [True, False, True, True]
     assert (runner.usage.calls, runner.usage.failed, runner.usage.abstained) == (4, 2, 1)
     assert "ends with 'we raise'" in caplog.text
-    assert "no answer within 0.5 s; the text so far ends with 'to sleep'" in caplog.text
+    assert "did not answer within 0.5 s; the text so far ends with 'to sleep'" in caplog.text
     assert (runner.usage.forward_passes, runner.usage.tokens_read) == (0, 0)
     model.close()
 
