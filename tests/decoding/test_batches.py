@@ -72,7 +72,7 @@ def test_nan_in_one_sequence_harms_no_other(pair: CoLLM, author: int, policy: Po
     assert isinstance(failures[1], ModelFailure)
     assert f"{['base', 'assistant'][author]} returned NaN logits after 3 tokens" in str(failures[1])
     assert [a.open_slots for a in pair.runners] == [0, 0]
-    later = pair.generate([prompts[i] for i in (0, 2, 3)] * 2, PARAMS, policy=policy)  # in the spoiled slot too
+    later = pair.generate([prompts[i] for i in (0, 2, 3)] * 2, PARAMS, policy=policy)  # in the wiped slot too
     assert [c.token_ids for c in later] == good * 2
 
 

@@ -160,9 +160,9 @@ def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list
     assert progress[-1] == (40, 40)
     for check in checked.checks:
         assert check.promised == checked.best(check.budget)
-        assert check.came.threshold == check.promised.threshold
+        assert check.held_out.threshold == check.promised.threshold
         low, high = check.rate_difference
-        assert low <= check.came.deferral_rate - check.promised.deferral_rate <= high
+        assert low <= check.held_out.deferral_rate - check.promised.deferral_rate <= high
         assert check.rate_holds == (low <= 0 <= high)
     assert default.metric_holds  # the assistant alone is always right
     assert default.summary("exact_match").startswith(

@@ -145,7 +145,7 @@ def test_a_sequence_beyond_the_context_is_refused_before_reading(tiny_model: Mod
     assert runner.length(slot) == 0
 
 
-def test_nan_stays_in_its_row_and_a_spoiled_slot_can_be_used_again(tiny_model: Model) -> None:
+def test_nan_stays_in_its_row_and_a_wiped_slot_can_be_used_again(tiny_model: Model) -> None:
     model = tiny_model(0)
     runner = ModelRunner(LanguageModel(model, name="the expert"))
     good, bad = runner.open(), runner.open()
@@ -155,7 +155,7 @@ def test_nan_stays_in_its_row_and_a_spoiled_slot_can_be_used_again(tiny_model: M
     logits = runner.extend({good: [7], bad: [50]}).logits
     torch.testing.assert_close(logits[0], plain_logits(model, [5, 6, 7]), atol=1e-4, rtol=1e-3)
     assert logits[1].isnan().all()
-    runner.close(bad, spoiled=True)
+    runner.close(bad, wipe=True)
     model.get_input_embeddings().weight.data[50] = row
     assert runner.open() == bad
     logits = runner.extend({bad: [50, 3], good: [8]}).logits

@@ -97,7 +97,7 @@ def test_eval_scores_the_same(saved: Saved, tmp_path: Path) -> None:
         (["serve", "PAIR", "other=PAIR", "--engine", "vllm"], "one engine holds one collaboration"),
         (["launch", "PAIR", "--base-flags", "--seed 1"], "--base-flags has no effect on one engine"),
         (["launch", "PAIR", "--on-failure", "base"], "--on-failure has no effect on one engine"),
-        (["serve", "PAIR", "other=PAIR", "--servers", NOBODY], "--servers came 1 times for 2 collaborations"),
+        (["serve", "PAIR", "other=PAIR", "--servers", NOBODY], "--servers was given 1 times for 2 collaborations"),
         (["launch", "PAIR", "--servers", NOBODY], "--servers has no effect here"),
         (["launch", "PAIR", "--eager"], "--eager has no effect here"),
         (["launch", "PAIR", "other=PAIR"], "serves one collaboration, got PAIR other=PAIR"),

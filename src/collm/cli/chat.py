@@ -119,7 +119,7 @@ class Conversation:
         return found if question is None else [*found, {"role": "user", "content": question}]
 
     def ask(self, question: str) -> Generator[TokenStep, None, None]:
-        """The answer, token by token; what came of it is kept even if nobody waits for its end."""
+        """Stream the answer token by token. What has been generated is kept even if the consumer stops early."""
         from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy
 
         policy = ThresholdPolicy(self.threshold) if self.author is None else SingleAuthorPolicy(self.author)

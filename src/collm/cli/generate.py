@@ -114,7 +114,7 @@ def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, dec
 
 
 def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, deciding: dict[str, Any]) -> None:
-    """Token by token, as they come."""
+    """Print each token when it is generated."""
     from collm.cli.authors import author_names, coloured, legend
     from collm.cli.terminal import Console
     from collm.core.types import deferral_rate

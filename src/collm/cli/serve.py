@@ -77,7 +77,7 @@ def serve(
     settings = settings_of(context.params)
     if servers and len(servers) != len(collaborations):
         raise ConfigError(
-            f"--servers came {len(servers)} times for {len(collaborations)} collaborations; give one for each, in the "
+            f"--servers was given {len(servers)} times for {len(collaborations)} collaborations; give one for each, in the "
             "same order"
         )
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}

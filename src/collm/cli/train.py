@@ -121,7 +121,7 @@ def _descriptions(config: Any) -> dict[str, str]:
 
 
 def _text(value: str) -> str | None:
-    """Text stays as it came: "Question: {prompt}" would be a mapping in YAML."""
+    """Text is not parsed: "Question: {prompt}" would be a mapping in YAML."""
     return None if value == "null" else value
 
 

@@ -36,7 +36,7 @@ class HeldOutCheck:
     Attributes:
         budget: the deferral rate that the threshold was chosen for; 1 for the default threshold.
         promised: the calibration's measurement.
-        came: the measurement on the held-out prompts.
+        held_out: the measurement on the held-out prompts.
         num_prompts: number of held-out prompts.
         rate_difference: confidence interval of the held-out deferral rate minus the promised one.
         metric_difference: confidence interval of the held-out metric minus the promised one.
@@ -44,7 +44,7 @@ class HeldOutCheck:
 
     budget: float
     promised: CalibrationPoint
-    came: CalibrationPoint
+    held_out: CalibrationPoint
     num_prompts: int
     rate_difference: tuple[float, float]
     metric_difference: tuple[float, float]
@@ -62,8 +62,8 @@ class HeldOutCheck:
     def summary(self, metric_name: str) -> str:
         """Describe both measurements and whether they agree, in two sentences."""
         what = "the default threshold" if self.budget == 1 else f"the threshold for a budget of {self.budget:.4g}"
-        rate = _comparison("deferral rate", self.rate_holds, self.promised.deferral_rate, self.came.deferral_rate)
-        metric = _comparison(metric_name, self.metric_holds, self.promised.metric, self.came.metric)
+        rate = _comparison("deferral rate", self.rate_holds, self.promised.deferral_rate, self.held_out.deferral_rate)
+        metric = _comparison(metric_name, self.metric_holds, self.promised.metric, self.held_out.metric)
         intervals = " and ".join(
             f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in (self.rate_difference, self.metric_difference)
         )
@@ -75,7 +75,7 @@ class HeldOutCheck:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> HeldOutCheck:
         """Read the output of `dataclasses.asdict`."""
-        points = {name: CalibrationPoint(**content[name]) for name in ("promised", "came")}
+        points = {name: CalibrationPoint(**content[name]) for name in ("promised", "held_out")}
         differences = {name: tuple(content[name]) for name in ("rate_difference", "metric_difference")}
         return cls(**{**content, **points, **differences})
 

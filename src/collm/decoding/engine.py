@@ -512,11 +512,11 @@ class Engine:
                 f"{self.authors[author].name} returned NaN logits after {len(sequence.token_ids)} tokens; "
                 "check its weights and dtype"
             ),
-            spoiled=author,
+            wiped=author,
         )
 
-    def _fail(self, sequence: Sequence, failure: CollmError, spoiled: int | None = None) -> None:
-        self._active.pop(sequence.number).release(spoiled)
+    def _fail(self, sequence: Sequence, failure: CollmError, wiped: int | None = None) -> None:
+        self._active.pop(sequence.number).release(wiped)
         self._outputs.append(RequestOutput(sequence.number, failure=failure))
 
     # Planning

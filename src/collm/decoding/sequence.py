@@ -313,10 +313,10 @@ class Sequence:
         self.assistant_draft.clear()
         self.waited = 0
 
-    def release(self, spoiled: int | None = None) -> None:
-        """Close all slots. The slot of author `spoiled` holds NaN and is wiped."""
+    def release(self, wiped: int | None = None) -> None:
+        """Close all slots. The slot of author `wiped` holds NaN and is wiped."""
         for author, slot in self.slots.items():
-            self._authors[author].close(slot, spoiled=author == spoiled)
+            self._authors[author].close(slot, wipe=author == wiped)
         self.slots.clear()
 
     def completion(self) -> Completion:

@@ -101,12 +101,12 @@ class KVCache(Cache):  # type: ignore[misc]
             self.used += after - before
             self._grow(slot, before, after)
 
-    def release(self, slot: int, *, spoiled: bool = False) -> None:
-        """Free a slot's memory. `spoiled` wipes it, because it may contain NaN."""
+    def release(self, slot: int, *, wipe: bool = False) -> None:
+        """Free a slot's memory. `wipe` wipes it, because it may contain NaN."""
         held = self.held.pop(slot, 0)
         self.used -= held
         if held:
-            self._release(slot, held, spoiled)
+            self._release(slot, held, wipe)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to `target`, which must have room."""
@@ -118,7 +118,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def _grow(self, slot: int, before: int, after: int) -> None: ...
 
     @abstractmethod
-    def _release(self, slot: int, held: int, spoiled: bool) -> None: ...
+    def _release(self, slot: int, held: int, wipe: bool) -> None: ...
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor | None:
         """Absolute position of every packed token, (T,), for the mask function; None if no mask is needed."""
@@ -262,7 +262,7 @@ class ReservedCache(KVCache):
     def _grow(self, slot: int, before: int, after: int) -> None:
         pass
 
-    def _release(self, slot: int, held: int, spoiled: bool) -> None:
+    def _release(self, slot: int, held: int, wipe: bool) -> None:
         for layer in self.layers:
             if layer.is_initialized:
                 layer.release(slot, held)
@@ -343,11 +343,11 @@ class PagedCache(KVCache):
         self.pages.setdefault(slot, []).extend(taken)
         self.table[slot, before // PAGE : after // PAGE] = to_device(taken, self.table.device, torch.int32)
 
-    def _release(self, slot: int, held: int, spoiled: bool) -> None:
+    def _release(self, slot: int, held: int, wipe: bool) -> None:
         pages = self.pages.pop(slot)
         self._free += reversed(pages)
         for layer in self.layers:
-            if spoiled and layer.is_initialized:
+            if wipe and layer.is_initialized:
                 layer.wipe(pages)
 
     def places(self, row: Row) -> list[int]:

@@ -77,7 +77,7 @@ class Assistant(Protocol):
 
     def open(self, token_ids: Sequence[int]) -> int: ...
 
-    def close(self, slot: int, *, spoiled: bool = False) -> None: ...
+    def close(self, slot: int, *, wipe: bool = False) -> None: ...
 
     def forget(self) -> None: ...
 
@@ -221,11 +221,11 @@ class ModelRunner:
         return slot
 
     @torch.inference_mode()
-    def close(self, slot: int, *, spoiled: bool = False) -> None:
-        """Close the slot. `spoiled` wipes its cache, which is necessary after the model returned NaN."""
+    def close(self, slot: int, *, wipe: bool = False) -> None:
+        """Close the slot. `wipe` wipes its cache, which is necessary after the model returned NaN."""
         self._closed.append(slot)
-        if spoiled:
-            self._drop(slot, spoiled=True)
+        if wipe:
+            self._drop(slot, wipe=True)
 
     @torch.inference_mode()
     def forget(self) -> None:
@@ -410,9 +410,9 @@ class ModelRunner:
         for slot, length in lengths.items():
             self._cache.hold(slot, length)
 
-    def _drop(self, slot: int, *, spoiled: bool = False) -> None:
+    def _drop(self, slot: int, *, wipe: bool = False) -> None:
         self._texts[slot].clear()
-        self._cache.release(slot, spoiled=spoiled)
+        self._cache.release(slot, wipe=wipe)
 
     def _copy_prefix(self, source: int, target: int, shared: int) -> int:
         """Copy a shared prefix and return the number of copied tokens, which is 0 if there is no room."""

@@ -188,7 +188,7 @@ class ToolRunner:
         self._slots[slot] = _Slot(TokenText(self.model.tokenizer))
         return slot
 
-    def close(self, slot: int, *, spoiled: bool = False) -> None:
+    def close(self, slot: int, *, wipe: bool = False) -> None:
         del self._slots[slot]
 
     def forget(self) -> None:

@@ -72,13 +72,13 @@ class RequestMiddleware:
                 record.status = DISCONNECTED
                 return
             await self.app(scope, _replayed(body, receive), noting)
-        except APIError as refusal:
-            await refuse(refusal, noting)
+        except APIError as error:
+            await send_error(error, noting)
         except Exception:
             _LOG.exception("request %s failed", record.id)
             if record.status:
                 raise
-            await refuse(broken(), noting)
+            await send_error(broken(), noting)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """The whole body; None if the client disconnected."""
@@ -104,12 +104,12 @@ class RequestMiddleware:
             )
 
 
-async def refuse(refusal: APIError, send: Send) -> None:
+async def send_error(error: APIError, send: Send) -> None:
     """Send an error response."""
-    content = json.dumps(refusal.content).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **refusal.headers}
+    content = json.dumps(error.content).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers}
     listed = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": listed})
+    await send({"type": "http.response.start", "status": error.status, "headers": listed})
     await send({"type": "http.response.body", "body": content})
 
 

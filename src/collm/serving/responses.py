@@ -139,8 +139,8 @@ class ResponseShape(Shape):
         done = self._response(usage)
         return closing + self._send(f"response.{done['status']}", response=done)
 
-    def broken_off(self, refusal: APIError) -> bytes:
-        error = refusal.content["error"]
+    def broken_off(self, failure: APIError) -> bytes:
+        error = failure.content["error"]
         return self._send("error", error=error, **{key: error[key] for key in ("code", "message", "param")})
 
     def _send(self, kind: str, **fields: Any) -> bytes:

@@ -105,9 +105,9 @@ class Shape:
             return DONE
         return sse({**self._head, "object": self.chunk, "choices": [], "usage": usage}) + DONE
 
-    def broken_off(self, refusal: APIError) -> bytes:
+    def broken_off(self, error: APIError) -> bytes:
         """The end of a failed stream."""
-        return sse(refusal.content)
+        return sse(error.content)
 
     def choice(self, part: Part) -> Json:
         raise NotImplementedError

@@ -78,9 +78,9 @@ class Answer:
                 start = b""
                 outputs = await self._outputs()
             yield start + self.shape.end(self._usage())
-        except APIError as refusal:
-            self.record.status = refusal.status
-            yield self.shape.broken_off(refusal)
+        except APIError as error:
+            self.record.status = error.status
+            yield self.shape.broken_off(error)
         except Exception:
             _LOG.exception("request %s failed", self.record.id)
             self.record.status = 500

@@ -68,10 +68,10 @@ class Submission:
             raise self._failure
         return outputs
 
-    def fail(self, refusal: APIError) -> None:
+    def fail(self, error: APIError) -> None:
         """End the requests with an error. Their slots are free before the next step."""
         if self.unfinished:
-            self._failure = refusal
+            self._failure = error
             self._arrived.set()
             self.close()
 
@@ -80,7 +80,7 @@ class Submission:
         if self.unfinished:
             self._owner.drop(self)
 
-    def hear(self, index: int, output: RequestOutput) -> None:
+    def receive(self, index: int, output: RequestOutput) -> None:
         """Handle an output of the engine."""
         if not self.unfinished:
             return
@@ -95,7 +95,7 @@ class Submission:
             self._owner.finish(self)
 
     def _failed(self, failure: CollmError) -> None:
-        refusal = of_failure(failure)
-        if refusal.status >= 500:
+        error = of_failure(failure)
+        if error.status >= 500:
             _LOG.error("a request to %s failed: %s", self._owner.name, failure, exc_info=failure)
-        self.fail(refusal)
+        self.fail(error)

@@ -157,7 +157,7 @@ class Worker:
         except Exception as error:
             self.ready = False
             _LOG.exception("the worker of %s ended", self.name)
-            self._tell(self._on_failure, error)
+            self._call(self._on_failure, error)
 
     def _obey(self) -> bool:
         """Run the commands of the event loop. Wait for them if there is no other work. False to end."""
@@ -175,7 +175,7 @@ class Worker:
             try:
                 number = self._engine.add(submission.requests[index])
             except CollmError as error:
-                self._tell(submission.hear, index, RequestOutput(-1, failure=error))
+                self._call(submission.receive, index, RequestOutput(-1, failure=error))
             else:
                 self._running[number] = submission, index
 
@@ -188,12 +188,12 @@ class Worker:
             outputs = [RequestOutput(number, failure=failure) for number in self._running]
             self._engine.close()
             self._engine = self.model.engine(self.max_batch)
-        heard = [(*self._running[output.number], output) for output in outputs if output.number in self._running]
+        delivered = [(*self._running[output.number], output) for output in outputs if output.number in self._running]
         for output in outputs:
             if output.completion is not None or output.failure is not None:
                 self._running.pop(output.number, None)
-        if heard:
-            self._tell(_deliver, heard)
+        if delivered:
+            self._call(_deliver, delivered)
 
     def _cancel(self, submission: Submission) -> None:
         self._waiting = deque(one for one in self._waiting if one[0] is not submission)
@@ -205,20 +205,20 @@ class Worker:
         if future.done():
             return
         try:
-            self._tell(_settle, future, job(), None)
+            self._call(_settle, future, job(), None)
         except Exception as error:
-            self._tell(_settle, future, None, error)
+            self._call(_settle, future, None, error)
 
-    def _tell(self, hear: Callable[..., None], *what: object) -> None:
+    def _call(self, callback: Callable[..., None], *arguments: object) -> None:
         """Call a function in the event loop, unless the loop has ended."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(hear, *what)
+            self._loop.call_soon_threadsafe(callback, *arguments)
 
 
-def _deliver(heard: Sequence[tuple[Submission, int, RequestOutput]]) -> None:
+def _deliver(delivered: Sequence[tuple[Submission, int, RequestOutput]]) -> None:
     """Deliver all outputs of a step, so that the event loop wakes once."""
-    for submission, index, output in heard:
-        submission.hear(index, output)
+    for submission, index, output in delivered:
+        submission.receive(index, output)
 
 
 def _settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:

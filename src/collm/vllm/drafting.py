@@ -235,7 +235,7 @@ class Drafter:
         """The request has ended, or must be read anew."""
         if one.slot is not None:
             self._used.pop(one.slot, None)
-            self.runner.close(one.slot, spoiled=one.failure is not None)
+            self.runner.close(one.slot, wipe=one.failure is not None)
             one.slot = None
 
     def _fail(self, one: Drafted, error: Exception) -> None:
