@@ -77,8 +77,8 @@ def serve(
     settings = settings_of(context.params)
     if servers and len(servers) != len(collaborations):
         raise ConfigError(
-            f"--servers was given {len(servers)} times for {len(collaborations)} collaborations; give one for each, in the "
-            "same order"
+            f"--servers was given {len(servers)} times for {len(collaborations)} collaborations; give one for each, "
+            "in the same order"
         )
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
     loading |= {"engine": engine, "cache_memory": cache_memory}
