@@ -93,7 +93,7 @@ def test_eval_scores_the_same(saved: Saved, tmp_path: Path) -> None:
         (["generate", "PAIR", "hi", "--servers", f"{NOBODY},{NOBODY}", "--dtype", "float32"], "dtype"),
         (["generate", "PAIR", "hi", "--servers", f"{NOBODY},{NOBODY}", "--engine", "local"], "engine"),
         (["generate", "PAIR", "hi", "--engine", "vllm"], "servers"),
-        (["generate", "PAIR", "hi", "--servers", ",".join([NOBODY] * 3)], "3 servers came for a base and 1 assistants"),
+        (["generate", "PAIR", "hi", "--servers", ",".join([NOBODY] * 3)], "got 3 servers for a base and 1 assistants"),
         (["serve", "PAIR", "other=PAIR", "--engine", "vllm"], "one engine holds one collaboration"),
         (["launch", "PAIR", "--base-flags", "--seed 1"], "--base-flags has no effect on one engine"),
         (["launch", "PAIR", "--on-failure", "base"], "--on-failure has no effect on one engine"),
@@ -128,10 +128,10 @@ def test_servers_are_written_as_they_are_read(tmp_path: Path) -> None:
     ("content", "complaint"),
     [
         ("[http://localhost:8001/v1]", "expected 'urls'"),
-        ("urls: [http://localhost:8001/v1]\ntimeout: 3", "and of api_key_env, on_failure"),
+        ("urls: [http://localhost:8001/v1]\ntimeout: 3", "and any of api_key_env, on_failure"),
         ("urls: http://localhost:8001/v1", "expected a list of addresses"),
         ("urls: [http://localhost:8001/v1]\ntimeout_s: soon", "expected a list of urls, seconds and numbers"),
-        ("urls: [http://user:secret@localhost/v1]", "is no URL"),
+        ("urls: [http://user:secret@localhost/v1]", "is not a URL"),
         ("urls: [unclosed", "expected addresses like"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_missing_file_of_servers_is_refused(tmp_path: Path) -> None:
 def test_an_export_of_another_head_is_refused(members: Callable[[int], Members], tmp_path: Path) -> None:
     m = members(1)
     check_exported(m.exported, m.head)
-    with pytest.raises(ArtefactError, match="was exported with another head; remove it"):
+    with pytest.raises(ArtefactError, match="was exported with another head; remove the directory"):
         check_exported(m.exported, random_head(32, 1, scale=2.0))
-    with pytest.raises(ArtefactError, match=r"there is no .*; expected what 'collm export vllm' writes"):
+    with pytest.raises(ArtefactError, match=r"there is no .*; expected a directory that 'collm export vllm' wrote"):
         check_exported(tmp_path, m.head)

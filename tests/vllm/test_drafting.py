@@ -217,7 +217,7 @@ def test_policies_that_one_engine_can_follow_keep_their_names() -> None:
         ({"defer_treshold": 0.5}, "defer_treshold"),
         ({POLICY: "nothing"}, "expected one of"),
         ({POLICY: "single:writer=2"}, "one engine holds one assistant"),
-        ({POLICY: "random:rate=0.1", THRESHOLD: 0.5}, "both came"),
+        ({POLICY: "random:rate=0.1", THRESHOLD: 0.5}, "has both defer_threshold and defer_policy"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(given: dict[str, object], message: str) -> None:

@@ -140,7 +140,7 @@ def test_what_may_pass_is_asked_for_again_and_given_up_in_the_end(
     assert ask() == greedy(served, 1)
     assert (len(fake.bodies), asking.endpoint.usage.calls, asking.endpoint.usage.forward_passes) == (3, 3, 1)
     fake.faults = [PASSING[name]] * 9
-    with pytest.raises(ModelFailure, match=rf"the assistant at {fake.url} .*3 times, .*at last: .*; check"):
+    with pytest.raises(ModelFailure, match=rf"the assistant at {fake.url} .*3 times, .*the last time: .*; check"):
         ask()
     assert len(fake.bodies) == 6
 
@@ -151,11 +151,11 @@ def test_what_may_pass_is_asked_for_again_and_given_up_in_the_end(
         (PASSING["no connection"], "RemoteProtocolError"),
         (PASSING["status 503"], 'status 503 .*"message": "no"'),
         (PASSING["an error"], "status 500 overloaded"),
-        (PASSING["no JSON"], "no choices in <html>"),
-        (PASSING["another model's id"], "token id 97, expected ids below 97: it serves another model"),
-        (PASSING["a raw logit"], "4.5 is no log-probability; a vLLM needs its default --logprobs-mode"),
-        (PASSING["another prompt"], "its prompt_token_ids are not the token ids that were sent"),
-        (PASSING["aborted"], "it ended with finish_reason 'abort'"),
+        (PASSING["no JSON"], "the answer has no choices: <html>"),
+        (PASSING["another model's id"], "got token id 97, expected ids below 97; the server has another model"),
+        (PASSING["a raw logit"], "4.5 is not a log-probability; start vLLM with its default --logprobs-mode"),
+        (PASSING["another prompt"], "the answer's prompt_token_ids are not the token ids that were sent"),
+        (PASSING["aborted"], "the answer ended with finish_reason 'abort', expected 'stop' or 'length'"),
     ],
 )
 def test_the_error_says_what_came_at_last(fake: FakeVllm, fault: Fault, message: str) -> None:
@@ -215,7 +215,7 @@ def test_a_time_limit_holds_for_each_call(fake: FakeVllm, served: Served) -> Non
         assert asking.stream(5) == greedy(served, 5)
     fake.faults = [HANG] * 3
     began = time.monotonic()
-    with pytest.raises(Unreachable, match=r"failed 3 times, at last: (no answer within 0.5 s|ReadTimeout)"):
+    with pytest.raises(Unreachable, match=r"failed 3 times, the last time: (no answer within 0.5 s|ReadTimeout)"):
         asking.one()
     assert time.monotonic() - began < 10  # not the 20 that the server takes
 
@@ -247,7 +247,7 @@ def test_pieces_without_tokens_do_not_count_as_progress(fake: FakeVllm) -> None:
     asking = Asking(fake, retries=2)
     empty = {"index": 0, "text": "", "token_ids": [], "finish_reason": None}
     fake.always = lambda body: Fault(after=1, then="end", change=lambda choice: empty)
-    with pytest.raises(Unreachable, match="failed 3 times, at last: the answer broke off"):
+    with pytest.raises(Unreachable, match="failed 3 times, the last time: the answer broke off"):
         asking.stream(4)
     assert len(fake.bodies) == 3
 
@@ -316,14 +316,14 @@ def test_after_three_failed_calls_calls_fail_at_once_until_one_tries_again(fake:
             asking.one()
     assert len(fake.bodies) == 2 * TRIPS_AFTER
     for ask in (asking.one, lambda: asking.stream(2)):
-        with pytest.raises(Unreachable, match="did not answer 3 calls in a row and is left alone for 10 s"):
+        with pytest.raises(Unreachable, match="did not answer 3 calls in a row and is not called for 10 s"):
             ask()
     assert len(fake.bodies) == 2 * TRIPS_AFTER
     asking.now += COOLS_S
-    with pytest.raises(Unreachable, match="failed 1 time, at last"):
+    with pytest.raises(Unreachable, match="failed 1 time, the last time"):
         asking.one()
     assert len(fake.bodies) == 2 * TRIPS_AFTER + 1  # a trial is made once
-    with pytest.raises(Unreachable, match="is left alone"):
+    with pytest.raises(Unreachable, match="is not called for"):
         asking.one()
     fake.always = lambda body: None
     asking.now += COOLS_S
@@ -371,7 +371,7 @@ def test_a_key_is_sent_and_never_repeated(served: Served, monkeypatch: pytest.Mo
             with pytest.raises(Exception, match=r"status 401 .*\*\*\*.*; check the key in THE_KEY") as caught:
                 ask(Asking(fake, api_key_env="THE_KEY"))
             assert "tell-no-one" not in str(caught.value)
-        with pytest.raises(ModelFailure, match=r"name the environment variable of its key \(api_key_env\)"):
+        with pytest.raises(ModelFailure, match=r"name the key's environment variable \(api_key_env\)"):
             Asking(fake).one()
         monkeypatch.setenv("THE_KEY", " ")
         with pytest.raises(ConfigError, match="THE_KEY holds no key"):

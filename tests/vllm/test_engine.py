@@ -376,7 +376,7 @@ def test_a_fleet_ends_when_closed_or_forgotten(cluster: Clusters, members: Calla
     world.fakes[0].wait_until(lambda: not world.fakes[0].running)
     world.fakes[0].let_go()
     (last,) = engine.step()
-    assert "closed while it was decoded" in str(last.failure)
+    assert "closed during decoding" in str(last.failure)
     assert not engine.has_work
     with pytest.raises(ConfigError, match="connections to the servers were closed"):
         model.generate([[5]], GREEDY, threshold=0.5)

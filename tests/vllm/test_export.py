@@ -142,7 +142,7 @@ def test_a_failure_leaves_nothing_behind(
 
 @pytest.mark.parametrize(("content", "message"), [("{", "damaged"), ("{}", "damaged"), ('{"format": 9}', "format 9")])
 def test_a_note_that_cannot_be_read_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    with pytest.raises(ArtefactError, match="expected what 'collm export vllm' writes"):
+    with pytest.raises(ArtefactError, match="expected a directory that 'collm export vllm' wrote"):
         Note.read(tmp_path)
     (tmp_path / NOTE).write_text(content)
     with pytest.raises(ArtefactError, match=message):

@@ -49,13 +49,13 @@ def test_the_right_servers_are_accepted_with_few_requests(cluster: Clusters) -> 
 def test_as_many_servers_as_authors_are_needed(cluster: Clusters, count: int) -> None:
     world = cluster()
     world.fakes = (world.fakes * 2)[:count]
-    check(world, ConfigError, f"{count} servers came for a base and 1 assistants; give one for each")
+    check(world, ConfigError, f"got {count} servers for a base and 1 assistants; give one for each")
 
 
 def test_a_base_without_the_head_is_refused(cluster: Clusters) -> None:
     world = cluster()
     world.fakes.reverse()
-    check(world, MismatchError, r"the base at http.* serves 'tiny', which is no export of this collaboration's base")
+    check(world, MismatchError, "the base at http.* serves 'tiny', which is not an export of this collaboration's base")
 
 
 def test_an_export_with_another_head_is_refused(cluster: Clusters) -> None:
@@ -63,7 +63,7 @@ def test_an_export_with_another_head_is_refused(cluster: Clusters) -> None:
     head = DeferralHead(32, 1)
     head.load_state_dict({name: value + 1e-3 for name, value in world.members.head.state_dict().items()})
     world.members = Members(**{**vars(world.members), "head": head})
-    check(world, MismatchError, "serve what 'collm export vllm' writes now")
+    check(world, MismatchError, "export it again with 'collm export vllm' and serve the new export")
 
 
 def test_a_base_without_the_plugin_is_refused(cluster: Clusters) -> None:
@@ -72,7 +72,11 @@ def test_a_base_without_the_plugin_is_refused(cluster: Clusters) -> None:
     plain = Served(AutoModelForCausalLM.from_pretrained(m.exported), m.served[0].tokenizer)
     with FakeVllm(plain) as fake:
         world.fakes[0] = fake
-        check(world, MismatchError, "does not defer: its vLLM has no collm plug-in; install it there with 'pip install")
+        check(
+            world,
+            MismatchError,
+            "does not defer, because its vLLM has no collm plug-in; install it there with 'pip install",
+        )
 
 
 def test_a_base_that_does_not_say_how_likely_it_defers_is_refused(cluster: Clusters) -> None:
@@ -82,7 +86,7 @@ def test_a_base_that_does_not_say_how_likely_it_defers_is_refused(cluster: Clust
         return {**choice, "logprobs": {**choice["logprobs"], "top_logprobs": None}}
 
     world.fakes[0].always = lambda body: Fault(change=silent)
-    check(world, MismatchError, "it must support logprob_token_ids, as vLLM does")
+    check(world, MismatchError, "its server must support logprob_token_ids, as vLLM does")
 
 
 def test_a_base_that_says_logits_is_refused(cluster: Clusters) -> None:
@@ -107,7 +111,7 @@ def test_an_assistant_with_other_tokens_is_refused(cluster: Clusters, tokenizer:
     other = merging_tokenizer("The 3 quick-brown foxes")
     with FakeVllm(Served(make_model(tiny_config(vocab_size=len(other)), 1), other)) as fake:
         world.fakes[1] = fake
-        check(world, MismatchError, "assistant at http.* serves 'tiny', which splits a text into other tokens; serve")
+        check(world, MismatchError, "assistant at http.* serves 'tiny', which tokenizes text differently; serve")
 
 
 def test_an_assistant_that_does_not_tokenize_is_accepted(cluster: Clusters) -> None:
@@ -121,7 +125,7 @@ def test_an_assistant_that_does_not_tokenize_is_accepted(cluster: Clusters) -> N
 
 
 def test_a_base_that_does_not_tokenize_is_refused(cluster: Clusters) -> None:
-    check(cluster(of_base={"tokenizes": False}), MismatchError, "no export of this collaboration's base")
+    check(cluster(of_base={"tokenizes": False}), MismatchError, "not an export of this collaboration's base")
 
 
 def test_an_assistant_that_gives_no_token_ids_is_refused_at_the_start(cluster: Clusters) -> None:
@@ -134,13 +138,13 @@ def test_an_assistant_that_gives_no_token_ids_is_refused_at_the_start(cluster: C
 def test_a_list_of_models_that_is_none_is_refused(cluster: Clusters, cards: list[Any]) -> None:
     world = cluster()
     world.fakes[1].cards = cards
-    check(world, LoadError, "gave no list of models; is the address right")
+    check(world, LoadError, "returned no list of models; check the address")
 
 
 def test_a_server_of_several_models_is_refused(cluster: Clusters) -> None:
     world = cluster()
     world.fakes[1].cards = [{"id": "tiny"}, {"id": "adapter"}]
-    check(world, LoadError, r"serves several models \(tiny, adapter\); expected the assistant alone")
+    check(world, LoadError, r"serves several models \(tiny, adapter\); expected only the assistant")
 
 
 def test_a_wrong_address_is_refused_at_once(cluster: Clusters) -> None:
@@ -152,7 +156,7 @@ def test_a_wrong_address_is_refused_at_once(cluster: Clusters) -> None:
 
 def test_a_key_is_needed_where_servers_want_one(cluster: Clusters, monkeypatch: pytest.MonkeyPatch) -> None:
     world = cluster(key="secret")
-    check(world, LoadError, "status 401 .*; name the environment variable of its key", wait_s=60)
+    check(world, LoadError, "status 401 .*; name the key's environment variable", wait_s=60)
     check(world, ConfigError, "the environment variable THE_KEY holds no key", api_key_env="THE_KEY")
     monkeypatch.setenv("THE_KEY", "secret")
     assert world.connect(api_key_env="THE_KEY").generate([[5]], SamplingParams(max_new_tokens=2), threshold=0.5)
@@ -228,7 +232,7 @@ def test_a_head_of_many_assistants_finds_their_rows(cluster: Clusters) -> None:
     swapped.weight.data = m.head.weight.data.flip(0)
     swapped.bias.data = m.head.bias.data.clone()
     assert not torch.equal(swapped.weight, m.head.weight)
-    with pytest.raises(MismatchError, match="no export"):
+    with pytest.raises(MismatchError, match="not an export"):
         CoLLM(m.models[0], m.models[1:], swapped, m.tokenizer, servers=world.servers()).generate(
             [[5]], SamplingParams(max_new_tokens=1), threshold=0.5
         )

@@ -86,7 +86,7 @@ def test_one_that_dies_says_why_and_takes_the_others_down(environment: dict[str,
 
 def test_waiting_is_bounded_and_says_for_what(environment: dict[str, str], tmp_path: Path) -> None:
     with (
-        pytest.raises(LoadError, match=r"of the base is not up after 1 s, its model being some-model; wait longer"),
+        pytest.raises(LoadError, match=r"of the base is not up after 1 s \(model some-model\); wait longer"),
         launched([plan(environment, "never")], sys.executable, tmp_path / "logs", wait_s=1),
     ):
         pass

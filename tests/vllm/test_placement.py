@@ -117,7 +117,9 @@ def test_servers_on_many_gpus_are_parallel(models: Sequence[Served]) -> None:
 
 
 def test_a_memory_that_holds_no_sequence_is_refused(models: Sequence[Served]) -> None:
-    with pytest.raises(ConfigError, match=r"beside the weights of the base fit .* 0 tokens, expected 128"):
+    with pytest.raises(
+        ConfigError, match=r"beside its weights, the base has memory for .* 0 tokens, expected at least 128"
+    ):
         placed(models, Machine([GIB], 64 * GIB, 1), max_batch=4)
 
 
@@ -144,7 +146,7 @@ def test_one_engine_has_memory_for_both_models(saved_model: Saved, tokenizer: To
     assert list(plan.flags)[-2:] == ["--seed", "3"]
     on_gpus = placed_in_one(str(tmp_path / "pair"), Machine([80 * GIB] * 3, 8 * GIB, 2), max_batch=4)
     assert on_gpus.gpus == "0,1"  # tensor parallelism wants a power of two
-    with pytest.raises(ConfigError, match="fit keys and values"):
+    with pytest.raises(ConfigError, match="has memory for the keys and values of"):
         placed_in_one(str(tmp_path / "pair"), Machine([], 1, 2), max_batch=4)
 
 

@@ -205,7 +205,7 @@ def test_servers_of_something_else_are_refused(world: World) -> None:
     }
     for urls in wrong.values():
         model = CoLLM.from_pretrained(world.artefacts[2], servers=Servers(urls))
-        with pytest.raises(MismatchError, match="no export of this collaboration's base and head"):
+        with pytest.raises(MismatchError, match="not an export of this collaboration's base and head"):
             model.generate("w1", threshold=0.5)
 
 

@@ -1,48 +1,59 @@
-"""Collaborations on vLLM. Names here are also read inside vLLM, so this file imports nothing."""
+"""Decoding on vLLM. This file holds names that collm also reads inside vLLM, so it imports nothing."""
 
 NOTE = "collm_vllm.json"
-"""File beside an exported base that says which rows of its output layer mean whom."""
+"""File in the directory of an exported base that describes the added rows of its output layer."""
 
 NOTE_FORMAT = 1
 
 ROW_SCALE = 0.125
-"""What rows hold of a defer logit, less its bias: a row at its full size would drown the tokens in the normaliser that
-a server's log-probabilities share. A power of two, so nothing is rounded."""
+"""Factor by which an exported row scales its defer logit, without the bias.
+
+At full size a row would dominate the softmax that a server's log-probabilities come from. The factor is a power of two,
+so scaling does not round.
+"""
 
 THRESHOLD = "defer_threshold"
-"""Key of a request's `vllm_xargs`: the base defers where its defer prob exceeds this."""
+"""Key of a request's `vllm_xargs`: the base defers where its defer prob exceeds this value."""
 
 POLICY = "defer_policy"
-"""Key of a request's `vllm_xargs` to one engine: another rule than the threshold, as `core.named` reads it."""
+"""Key of a request's `vllm_xargs`, for one engine only: a policy's name (`core.named`), in place of a threshold."""
 
 AUTHORS = "defer_authors"
-"""Key of a request's `vllm_xargs` to one engine: true if the second log-probability of each token is to say who wrote
-it (`author_of`) and hold the logarithm of the defer prob there."""
+"""Key of a request's `vllm_xargs`, for one engine only.
+
+If true, the second log-probability at each token describes its author: the token id encodes the author (`author_of`),
+and the value is the logarithm of the defer prob.
+"""
 
 HEAD = "defer_head"
-"""Key of a request's `vllm_xargs` to one engine: the head that it must hold (`export_manifest.head_digest`)."""
+"""Key of a request's `vllm_xargs`, for one engine only: the digest of the head that the engine must have
+(`export_manifest.head_digest`).
+"""
 
 OF_ONE_ENGINE = (POLICY, AUTHORS, HEAD)
-"""What other servers do not understand."""
+"""Keys that only an engine with base and assistant supports."""
 
 PREFIX = "defer_"
-"""Of all keys above."""
+"""Common prefix of all keys above."""
 
 PROPOSER = "collm.vllm.inline.Proposer"
-"""What vLLM's `speculative_config` calls the base inside one engine."""
+"""Class of the proposer in vLLM's `speculative_config` if one engine holds base and assistant."""
 
 FAILED = -1
-"""What a worker of one engine says of a request's NaNs, to have the scheduler end it with an error."""
+"""NaN count that a worker of one engine reports for a failed request. The scheduler then ends it with an error."""
 
 SETTINGS = "collm"
-"""Key of vLLM's `additional_config` for what one engine needs to know."""
+"""Key of vLLM's `additional_config` for the settings of one engine."""
 
 
 def author_token(author: int, taken: set[int]) -> int:
-    """A token id that says who wrote a token: of those with the author's number modulo 2 the least that is not taken.
+    """Return the token id that encodes the author of a token.
+
+    It is the least id that is not taken and has the author's number modulo 2.
 
     Args:
-        taken: the tokens beside it, of which the reply has each once.
+        author: 0 for the base, 1 for the assistant.
+        taken: ids that the reply already lists for this token. A reply lists each id once.
     """
     while author in taken:
         author += 2
@@ -50,5 +61,5 @@ def author_token(author: int, taken: set[int]) -> int:
 
 
 def author_of(token_id: int) -> int:
-    """The author that `author_token` named: 0 the base, 1 the assistant."""
+    """Return the author that `author_token` encoded: 0 for the base, 1 for the assistant."""
     return token_id % 2

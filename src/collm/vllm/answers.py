@@ -1,4 +1,4 @@
-"""What servers answer, read strictly: token ids with log-probabilities. A ValueError says what is wrong."""
+"""Strict parsing of servers' answers: token ids with log-probabilities. A ValueError says what is wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _ENDINGS = (None, "stop", "length")
 
 @dataclass(frozen=True)
 class Written:
-    """A token that a server wrote, its log-probability in nats, and those of the tokens that were asked about."""
+    """A token that a server generated.
+
+    Attributes:
+        token_id: the token.
+        logprob: its log-probability, in nats.
+        about: log-probabilities of the tokens that the request named, in nats, by token id.
+    """
 
     token_id: int
     logprob: float
@@ -28,11 +34,11 @@ class Written:
 
 @dataclass(frozen=True)
 class Piece:
-    """An answer or a piece of one.
+    """A complete answer, or one event of a stream.
 
     Attributes:
-        written: tokens, perhaps none.
-        last: nothing follows.
+        written: the tokens; may be empty.
+        last: whether the answer ends here.
     """
 
     written: list[Written]
@@ -40,7 +46,7 @@ class Piece:
 
 
 class ErrorEventError(Exception):
-    """A server reported an error in the place of an answer."""
+    """A server sent an error in place of an answer."""
 
     def __init__(self, error: Any) -> None:
         super().__init__(str(error)[:300])
@@ -49,15 +55,15 @@ class ErrorEventError(Exception):
 
 
 def read_piece(text: str, prompt: Sequence[int], vocab_size: int) -> Piece:
-    """The tokens of an event or a whole answer.
+    """Parse a complete answer or one event of a stream.
 
     Args:
-        prompt: token ids that were sent; an answer that repeats others is refused.
-        vocab_size: ids that may come.
+        prompt: the token ids that were sent. An answer that echoes other ids is refused.
+        vocab_size: all token ids must be below this number.
 
     Raises:
-        ErrorEventError: it says that there was an error.
-        ValueError: it is something else.
+        ErrorEventError: the server reported an error.
+        ValueError: the answer has another format.
     """
     choice = _choice(text)
     if choice is None:
@@ -68,39 +74,39 @@ def read_piece(text: str, prompt: Sequence[int], vocab_size: int) -> Piece:
         token_ids, values = choice["token_ids"], logprobs["token_logprobs"]
         about = logprobs.get("top_logprobs") or [{}] * len(token_ids)
         triples = list(zip(token_ids, values, about, strict=True))
-        written = [Written(_token(token), _logprob(value), _about(of)) for token, value, of in triples]
+        written = [Written(_token(token), _logprob(value), _logprobs(top)) for token, value, top in triples]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__} {error} in {text[:200]}") from error
     if echoed is not None and echoed != list(prompt):
-        raise ValueError("its prompt_token_ids are not the token ids that were sent")
+        raise ValueError("the answer's prompt_token_ids are not the token ids that were sent")
     if ending not in _ENDINGS:
-        raise ValueError(f"it ended with finish_reason {ending!r}")
+        raise ValueError(f"the answer ended with finish_reason {ending!r}, expected 'stop' or 'length'")
     outside = [one.token_id for one in written if one.token_id >= vocab_size]
     if outside:
-        raise ValueError(f"token id {outside[0]}, expected ids below {vocab_size}: it serves another model")
+        raise ValueError(f"got token id {outside[0]}, expected ids below {vocab_size}; the server has another model")
     return Piece(written, last=ending is not None)
 
 
 def read_likely(text: str, count: int) -> list[Likely]:
-    """The most probable tokens, with their probabilities, at each of the last `count` tokens of a prompt.
+    """Parse the most probable tokens, with their probabilities, at each of the last `count` tokens of a prompt.
 
     Raises:
-        ErrorEventError, ValueError: as of `read_piece`.
+        ErrorEventError, ValueError: as in `read_piece`.
     """
     choice = _choice(text) or {}
     try:
-        places = choice["prompt_logprobs"][-count:]
-        read = [{int(token): _logprob(entry["logprob"]) for token, entry in place.items()} for place in places]
-        if len(read) != count:
-            raise ValueError(f"{len(read)} places for {count} tokens")
+        positions = choice["prompt_logprobs"][-count:]
+        logprobs = [{int(token): _logprob(entry["logprob"]) for token, entry in at.items()} for at in positions]
+        if len(logprobs) != count:
+            raise ValueError(f"got log-probabilities at {len(logprobs)} positions, expected {count}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__} {error} in {text[:200]}") from error
-    ranked = [sorted(place.items(), key=lambda item: -item[1]) for place in read]
-    return [[(token, math.exp(logprob)) for token, logprob in place] for place in ranked]
+    ranked = [sorted(at.items(), key=lambda item: -item[1]) for at in logprobs]
+    return [[(token, math.exp(logprob)) for token, logprob in at] for at in ranked]
 
 
 async def event_data(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The data of server-sent events that have one line each, as OpenAI's have, without the last, [DONE]."""
+    """Yield the data of server-sent events of one line each, as OpenAI's are. The final [DONE] is left out."""
     async for line in lines:
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data != "[DONE]":
@@ -108,34 +114,34 @@ async def event_data(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
 
 
 def retry_after_s(value: str) -> float:
-    """What a Retry-After header says in seconds or as a date; 0 if neither."""
+    """Parse a Retry-After header: seconds or a date. Returns seconds; 0 if it is neither."""
     with suppress(ValueError, TypeError):
         return float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
     return 0.0
 
 
 def _choice(text: str) -> dict[str, Any] | None:
-    """None of an event about something else, usage for example."""
+    """The first choice of an answer; None for an event without choices, such as usage."""
     try:
         event = json.loads(text)
         if event.get("error"):
             raise ErrorEventError(event["error"])
         return event["choices"][0] if event["choices"] else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"no choices in {text[:200]}") from error
+        raise ValueError(f"the answer has no choices: {text[:200]}") from error
 
 
 def _token(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no token id")
+        raise ValueError(f"{value!r} is not a token id")
     return value
 
 
 def _logprob(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= _ROUNDING_NATS:
-        raise ValueError(f"{value!r} is no log-probability; a vLLM needs its default --logprobs-mode")
+        raise ValueError(f"{value!r} is not a log-probability; start vLLM with its default --logprobs-mode")
     return float(value)
 
 
-def _about(of: dict[str, Any]) -> dict[int, float]:
-    return {int(key.removeprefix("token_id:")): _logprob(value) for key, value in of.items()}
+def _logprobs(top: dict[str, Any]) -> dict[int, float]:
+    return {int(key.removeprefix("token_id:")): _logprob(value) for key, value in top.items()}

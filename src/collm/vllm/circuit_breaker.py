@@ -1,4 +1,4 @@
-"""Who failed again and again is left alone for a while."""
+"""A circuit breaker, which blocks calls after repeated failures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ TRIPS_AFTER, COOLS_S = 3, 10.0
 
 
 class CircuitBreaker:
-    """After three failed calls in a row, calls fail at once for ten seconds; then one alone tries again.
+    """Blocks calls for ten seconds after three failures in a row, then admits one trial call.
 
     Args:
-        clock: seconds.
+        clock: returns the time in seconds.
 
     Attributes:
-        failures: calls in a row that failed.
+        failures: number of failures in a row.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,11 +25,14 @@ class CircuitBreaker:
 
     @property
     def tripped(self) -> bool:
-        """Whether a call that is let through is a trial."""
+        """Whether an admitted call is a trial call."""
         return self.failures >= TRIPS_AFTER
 
     def shut_s(self) -> float:
-        """Seconds for which calls must fail at once; 0 lets this one through, and keeps others out while it tries."""
+        """Return for how many seconds calls are blocked. 0 admits one call.
+
+        An admitted trial call blocks further calls while it runs, for ten seconds at most.
+        """
         if not self.tripped:
             return 0.0
         left = self._open_until - self._clock()

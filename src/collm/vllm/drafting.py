@@ -1,7 +1,8 @@
-"""The base inside one engine: it drafts until its head defers, or until another pass of it would not pay.
+"""Drafting by the base inside one vLLM engine.
 
-The assistant is the engine's own model. Its pass over a draft is the reading that it needs anyway, and what it says
-after the draft is the deferred token. So every draft is accepted, and nothing is computed twice.
+The base writes until its head defers, or until another pass would not save time. The assistant is the engine's own
+model. It must read the base's tokens in any case, so it reads them as a draft. Its logits after the draft give the
+deferred token. Therefore every draft is accepted, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ from collm.models.kv_cache import in_pages
 from collm.models.runner import ModelRunner, common_prefix
 from collm.vllm import OF_ONE_ENGINE, POLICY, PREFIX, THRESHOLD
 
-_KNOWN = (THRESHOLD, *OF_ONE_ENGINE)
+_KNOWN_KEYS = (THRESHOLD, *OF_ONE_ENGINE)
 _LOG = logging.getLogger(__name__)
 _DECAY = 0.95
-"""What a measurement of long ago is worth after each further one."""
+"""Factor by which the weight of a measurement shrinks with each further measurement."""
 _SPREAD = 1e-3
-"""Passes of nearly one size say nothing about the price of a token."""
+"""Least relative variance of pass sizes from which the time per token can be estimated."""
 _FEW_TOKENS = 4
-"""A pass of so many tokens in each row is a step; longer ones read prompts."""
+"""A pass with at most this many tokens in each row is a decoding step. Longer passes read prompts."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Who writes one position.
+    """The decision about one position.
 
     Attributes:
-        defer_prob: 1 - P(Z = 0) there.
-        author: as the policy decided.
-        draw: what the author writes; None while the assistant has not been asked.
+        defer_prob: 1 - P(Z = 0).
+        author: the author that the policy chose.
+        draw: the author's token; None until the assistant has been asked.
     """
 
     defer_prob: float
@@ -55,19 +56,19 @@ class Decision:
 
 @dataclass(eq=False)
 class Drafted:
-    """A request of the engine, as the base sees it.
+    """A request in the engine and the base's decisions about it.
 
     Attributes:
-        request: the engine's own.
-        policy: names the author of each position; it may not consult the assistant.
-        prompt_length: tokens before the first that is decided about.
-        temperature: of the request.
+        request: the engine's own object for the request.
+        policy: chooses the author of each position; must not consult the assistant.
+        prompt_length: number of prompt tokens; decisions start after them.
+        temperature: the request's temperature.
         end_ids: tokens after which nothing is drafted.
-        seed: of the policy's draws.
-        decisions: about the positions after the certain text, in order; only the last may be a deferral.
-        deferred: how many certain tokens are the assistant's.
-        slot: of the base's cache; None while it holds nothing.
-        failure: why the request cannot go on.
+        seed: seed of the policy's random numbers.
+        decisions: decisions about the positions after the final tokens, in order; only the last may be a deferral.
+        deferred: number of final tokens that the assistant wrote.
+        slot: slot in the base's cache; None if the request has none.
+        failure: the error that ended the request; None if there was none.
     """
 
     request: Any
@@ -87,32 +88,34 @@ class Drafted:
 
     @property
     def written(self) -> list[int]:
-        """The tokens that the base wrote after the certain text."""
+        """Tokens that the base wrote after the final tokens."""
         return [one.draw.token_id for one in self.decisions if one.draw is not None]
 
     @property
     def draft(self) -> list[int]:
-        """Those that the assistant is to read; the last decision says what follows them."""
+        """Tokens for the assistant to read. The last decision is about the position after them."""
         return self.written[: len(self.decisions) - 1] if self.decisions else []
 
     @property
     def is_decided(self) -> bool:
-        """Nothing is to be decided before the engine's next pass."""
+        """Whether there is nothing to decide before the engine's next pass."""
         last = self.decisions[-1] if self.decisions else None
         return last is not None and (last.draw is None or last.draw.token_id in self.end_ids)
 
     def uniform(self, position: int) -> float:
-        """The draw from [0, 1) that belongs to a position's author, as `decoding.sequence.Sequence.uniform`."""
+        """The random number in [0, 1) for a position's author, as in `decoding.sequence.Sequence.uniform`."""
         while len(self._uniforms) <= position:
             self._uniforms.append(self._random.random())
-            self._random.random()  # the token's own
+            self._random.random()  # the number for the token itself
         return self._uniforms[position]
 
     def settle(self, read: Sequence[int]) -> list[Decision]:
-        """What has become certain: the decisions about the tokens that the assistant has read, and the one after them.
+        """Remove and return the decisions that became final.
+
+        These are the decisions about tokens that the assistant has read, and the next one.
 
         Args:
-            read: what the engine took for a draft; of another text the common beginning counts.
+            read: draft tokens that the engine read. If they differ from the draft, only the common prefix counts.
         """
         count = common_prefix(list(read), self.draft)
         settled, self.decisions = self.decisions[: count + 1], self.decisions[count + 1 :]
@@ -121,19 +124,19 @@ class Drafted:
 
 
 Texts = Mapping[Drafted, Sequence[int]]
-"""The certain tokens of requests, prompt and completion; a slice of one is read, not all of it."""
+"""Final tokens of each request, prompt and completion. Only the needed slices are read."""
 
 DrawTokens = Callable[[Tensor, Sequence[Drafted]], list[Draw]]
-"""Draws a token for each of R requests from logits (R, V)."""
+"""Draws one token for each of R requests from logits (R, V)."""
 
 
 class Drafter:
-    """Lets the base write, in batches over all requests.
+    """Decodes with the base, in batches over all requests.
 
     Args:
-        runner: of the base.
-        head: of the collaboration.
-        most: passes of the base in one round, at least 1.
+        runner: runner of the base.
+        head: the deferral head.
+        most: largest number of base passes in one round, at least 1.
     """
 
     def __init__(self, runner: ModelRunner, head: DeferralHead, *, most: int) -> None:
@@ -141,44 +144,44 @@ class Drafter:
         self.head = head
         self.most = most
         self.pace = Pace()
-        self._used: dict[int, Drafted] = {}  # slot -> whose it is, the longest unused first
+        self._used: dict[int, Drafted] = {}  # slot -> its request, the least recently used first
 
     def draft(self, texts: Texts, room: Mapping[Drafted, int], draw: DrawTokens) -> None:
-        """Decide about the next positions of each request, at least about one.
+        """Decide about the next positions of each request, at least one for each.
 
-        A request that cannot go on has a `failure` then; the others are not touched by it.
+        If a request fails, its `failure` is set. Other requests are unaffected.
 
         Args:
-            texts: the certain tokens of each request.
-            room: how many tokens it may still get.
+            texts: final tokens of each request.
+            room: number of tokens that each request may still generate.
             draw: draws the base's tokens.
         """
-        while open_ := [one for one in texts if self._is_open(one, room[one])]:
-            if all(one.decisions for one in open_) and not self.pace.pays(len(open_)):
+        while undecided := [one for one in texts if self._needs_decision(one, room[one])]:
+            if all(one.decisions for one in undecided) and not self.pace.pays(len(undecided)):
                 return
-            self.decide(open_, texts, draw)
+            self.decide(undecided, texts, draw)
 
-    def _is_open(self, one: Drafted, room: int) -> bool:
+    def _needs_decision(self, one: Drafted, room: int) -> bool:
         return one.failure is None and not one.is_decided and len(one.decisions) < min(self.most, room)
 
     def decide(self, requests: Sequence[Drafted], texts: Texts, draw: DrawTokens) -> None:
-        """Decide about one position of each request, as `draft` does."""
-        asked = [one for one in requests if not _always_defers(one.policy)]
+        """Decide about one position of each request. Failures are handled as in `draft`."""
+        reading = [one for one in requests if not _always_defers(one.policy)]
         for one in requests:
-            if one not in asked:
+            if one not in reading:
                 one.decisions.append(Decision(1.0, 1))
-        for part in self._parts(asked, texts):
+        for batch in self._batches(reading, texts):
             try:
-                self._make_room(part, texts)
-                self._decide_part(part, texts, draw)
+                self._make_room(batch, texts)
+                self._decide_batch(batch, texts, draw)
             except Exception as error:
                 if not isinstance(error, CollmError):
-                    _LOG.exception("a pass of the base broke down")
-                for one in part:
+                    _LOG.exception("a forward pass of the base failed")
+                for one in batch:
                     self._fail(one, error)
 
     @torch.inference_mode()
-    def _decide_part(self, requests: Sequence[Drafted], texts: Texts, draw: DrawTokens) -> None:
+    def _decide_batch(self, requests: Sequence[Drafted], texts: Texts, draw: DrawTokens) -> None:
         start = time.perf_counter()
         unseen = {self._slot(one, texts[one]): self._unseen(one, texts[one]) for one in requests}
         hidden, logits_of = self.runner.extend_hidden(unseen)
@@ -203,13 +206,13 @@ class Drafter:
     def _write(self, writing: Sequence[tuple[int, Drafted, float]], logits: Tensor, draw: DrawTokens) -> None:
         """Let the base write one token of each request, from logits (R, V)."""
         is_finite = logits.isfinite().all(-1).tolist()
-        for (_, one, _), is_sound in zip(writing, is_finite, strict=True):
-            if not is_sound:
+        for (_, one, _), is_valid in zip(writing, is_finite, strict=True):
+            if not is_valid:
                 self._fail(one, ModelFailure(f"{self.runner.name} gave logits that are not finite"))
-        sound = [place for place, is_sound in enumerate(is_finite) if is_sound]
-        draws = draw(logits[sound], [writing[place][1] for place in sound]) if sound else []
-        for place, drawn in zip(sound, draws, strict=True):
-            _, one, defer_prob = writing[place]
+        valid = [row for row, is_valid in enumerate(is_finite) if is_valid]
+        draws = draw(logits[valid], [writing[row][1] for row in valid]) if valid else []
+        for row, drawn in zip(valid, draws, strict=True):
+            _, one, defer_prob = writing[row]
             one.decisions.append(Decision(defer_prob, BASE, drawn))
 
     def _slot(self, one: Drafted, text: Sequence[int]) -> int:
@@ -232,7 +235,7 @@ class Drafter:
     # Slots
 
     def forget(self, one: Drafted) -> None:
-        """The request has ended, or must be read anew."""
+        """Close the slot of a request that ended or must be read again."""
         if one.slot is not None:
             self._used.pop(one.slot, None)
             self.runner.close(one.slot, spoiled=one.failure is not None)
@@ -242,25 +245,25 @@ class Drafter:
         one.failure = error
         self.forget(one)
 
-    def _parts(self, requests: Sequence[Drafted], texts: Texts) -> list[list[Drafted]]:
-        """The requests in as many passes as the base's cache needs."""
-        parts: list[list[Drafted]] = []
+    def _batches(self, requests: Sequence[Drafted], texts: Texts) -> list[list[Drafted]]:
+        """Split the requests into batches that fit into the base's cache."""
+        batches: list[list[Drafted]] = []
         left = slots = 0
         for one in requests:
             size = self._size(one, texts)
             if size > left or not slots:
-                parts.append([])
+                batches.append([])
                 left, slots = self.runner.capacity, self.runner.most_slots
-            parts[-1].append(one)
+            batches[-1].append(one)
             left, slots = left - size, slots - 1
-        return parts
+        return batches
 
-    def _make_room(self, part: Sequence[Drafted], texts: Texts) -> None:
-        """Close the slots of others, the longest unused first, until these fit."""
-        others = [one for one in self._used.values() if one not in part]
-        left = self.runner.capacity - sum(self._size(one, texts) for one in part)
+    def _make_room(self, batch: Sequence[Drafted], texts: Texts) -> None:
+        """Close slots of other requests, the least recently used first, until the batch fits."""
+        others = [one for one in self._used.values() if one not in batch]
+        left = self.runner.capacity - sum(self._size(one, texts) for one in batch)
         left -= sum(in_pages(self.runner.length(one.slot)) for one in others if one.slot is not None)
-        slots = self.runner.most_slots - len(part) - len(others)
+        slots = self.runner.most_slots - len(batch) - len(others)
         for one in others:
             if left >= 0 and slots >= 0:
                 return
@@ -273,11 +276,11 @@ class Drafter:
 
 
 class Pace:
-    """Measures whether another pass of the base pays before the assistant's.
+    """Predicts whether another pass of the base before the assistant's pass saves time.
 
-    A round that gives n tokens in s seconds is worth prolonging by a pass that gives m tokens, one for each request
-    that takes part, if m / (seconds of the pass + m b) > n / s, where b is what a further token costs in the
-    assistant's pass (Dinkelbach 1967). All of it is measured while the engine runs.
+    A round produces n tokens in s seconds. Another base pass adds m tokens, one for each request in it. It is worth its
+    time if m / (seconds of the pass + m b) > n / s. Here b is the time that one more token adds to the assistant's pass
+    (Dinkelbach 1967). All values are measured while the engine runs.
     """
 
     def __init__(self) -> None:
@@ -286,26 +289,26 @@ class Pace:
         self._sums = [0.0] * 5  # weights, tokens, tokens squared, seconds, tokens times seconds
 
     def saw_pass(self, requests: int, seconds: float) -> None:
-        """A pass of the base, one step for each request."""
+        """Record a base pass that made one step for each request."""
         size = _rounded(requests)
         self._passes[size] = _DECAY * self._passes.get(size, seconds) + (1 - _DECAY) * seconds
 
     def saw_reading(self, tokens: int, seconds: float) -> None:
-        """A pass of the assistant over so many tokens of drafts."""
+        """Record an assistant pass over this many draft tokens."""
         new = [1.0, tokens, tokens**2, seconds, tokens * seconds]
         self._sums = [_DECAY * old + one for old, one in zip(self._sums, new, strict=True)]
 
     def saw_round(self, tokens: int, seconds: float) -> None:
-        """A whole round, from one pass of the assistant to the next."""
+        """Record a round, from one assistant pass to the next."""
         self._tokens = _DECAY * self._tokens + tokens
         self._seconds = _DECAY * self._seconds + seconds
 
     @property
     def seconds_per_token(self) -> float:
-        """What a further token costs in the assistant's pass: the slope of its times, by least squares.
+        """Time that one more token adds to the assistant's pass: the least-squares slope of its pass times.
 
-        A slow pass among passes of nearly one size says little about it. It is never taken for more than the share of
-        a token in all passes.
+        If all passes have nearly the same size, a single slow pass distorts the slope. So the slope is limited to the
+        mean time per token of all passes.
         """
         weight, tokens, squares, seconds, products = self._sums
         spread = weight * squares - tokens**2
@@ -314,7 +317,7 @@ class Pace:
         return min(max((weight * products - tokens * seconds) / spread, 0.0), seconds / tokens)
 
     def pays(self, requests: int) -> bool:
-        """Whether to let the base go on with so many requests; True until that is known."""
+        """Whether another base pass for this many requests saves time. True until there are measurements."""
         seconds = self._passes.get(_rounded(requests))
         if seconds is None or not self._seconds:
             return True
@@ -326,39 +329,45 @@ def _rounded(requests: int) -> int:
 
 
 def _always_defers(policy: Policy) -> bool:
-    """The base need not even read."""
+    """Whether the assistant writes every token, so that the base does not have to read any."""
     return isinstance(policy, SingleAuthorPolicy) and policy.writer != BASE
 
 
-def policy_of(given: Mapping[str, Any]) -> Policy | None:
-    """What a request's `vllm_xargs` say of the rule; None if nothing.
+def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
+    """Read the policy from a request's `vllm_xargs`. Returns None if there is none.
 
     Raises:
-        ConfigError: an unknown name or a value that means nothing, or a rule that one engine cannot follow.
+        ConfigError: a key is unknown, a value is invalid, or one engine cannot follow the policy.
     """
-    unknown = sorted(name for name in given if name.startswith(PREFIX) and name not in _KNOWN)
+    unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in _KNOWN_KEYS)
     if unknown:
-        raise ConfigError(f"vllm_xargs has {unknown[0]!r}, expected of {', '.join(_KNOWN)} some")
-    if THRESHOLD in given and POLICY in given:
-        raise ConfigError(f"{THRESHOLD} and {POLICY} both came; give one of them")
-    if THRESHOLD in given:
-        threshold = given[THRESHOLD]
+        raise ConfigError(f"vllm_xargs has the unknown key {unknown[0]!r}, expected any of {', '.join(_KNOWN_KEYS)}")
+    if THRESHOLD in xargs and POLICY in xargs:
+        raise ConfigError(f"vllm_xargs has both {THRESHOLD} and {POLICY}; give one of them")
+    if THRESHOLD in xargs:
+        threshold = xargs[THRESHOLD]
         if isinstance(threshold, bool) or not isinstance(threshold, int | float):
             raise ConfigError(f"{THRESHOLD} is {threshold!r}, expected a number from -1 to 1")
         return ThresholdPolicy(threshold)
-    if POLICY not in given:
+    if POLICY not in xargs:
         return None
-    policy = policy_named(str(given[POLICY]))
+    policy = policy_named(str(xargs[POLICY]))
     check_policy(policy)
     return policy
 
 
 def check_policy(policy: Policy) -> None:
-    """Raise a ConfigError for a policy that one engine cannot follow."""
+    """Check that one engine can follow a policy.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if isinstance(policy, CombiningPolicy) or policy.consults(1):
         raise ConfigError(
-            f"{policy} compares what both authors would write at every token, and in one engine the assistant reads "
+            f"{policy} compares what both authors would write at every token. In one engine the assistant reads "
             "only after the base has decided; use engine 'local'"
         )
     if isinstance(policy, SingleAuthorPolicy) and policy.writer not in (BASE, 1):
-        raise ConfigError(f"{policy} names author {policy.writer}, expected 0 or 1: one engine holds one assistant")
+        raise ConfigError(
+            f"{policy} names author {policy.writer}, expected 0 or 1, because one engine holds one assistant"
+        )

@@ -1,4 +1,4 @@
-"""The decoding loop across servers: the base writes on until it wants to defer, an assistant writes one token."""
+"""Decoding across servers: the base writes until it defers, then an assistant writes one token."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from collm.vllm.endpoint import Unreachable
 from collm.vllm.fleet import Connections, Fleet
 
 C = TypeVar("C", bound=Connections)
-_PATIENCE_S = 0.02
-"""A step waits no longer for outputs, so that requests can come and go between steps."""
-_CLOSED = "the connections to the servers were closed while it was decoded; load the collaboration again"
+_STEP_WAIT_S = 0.02
+"""Longest wait of a step for outputs. Requests can be added and cancelled between steps."""
+_CLOSED = "the connections to the servers were closed during decoding; load the collaboration again"
 _LEAST_TEMPERATURE = 0.01
-"""vLLM raises a lower one to this."""
+"""vLLM raises lower temperatures to this one."""
 _LOCAL_ONLY = (
     "min_p",
     "presence_penalty",
@@ -52,16 +52,17 @@ _LOCAL_ONLY = (
     "logprobs",
     "prompt_logprobs",
 )
-"""Parameters that change or need logits: servers count in one call's text what stands in many."""
+"""Parameters that change or need logits. A text takes many calls, and a server counts only the tokens of one call."""
 
 
 @dataclass(eq=False)
 class Run:
-    """A sequence on its servers.
+    """A sequence that is decoded on servers.
 
     Attributes:
-        known: author -> how many of the sequence's tokens its server has read or written.
-        refused: author -> its calls for this sequence that failed although its server answers.
+        sequence: the sequence.
+        known: author -> number of the sequence's tokens that its server has read or written.
+        refused: author -> counts calls for this sequence that failed although the server answers.
     """
 
     sequence: Sequence
@@ -69,23 +70,23 @@ class Run:
     refused: dict[int, CircuitBreaker] = field(default_factory=dict)
 
     def read(self, author: int) -> int:
-        """Tokens that are new to the author, which knows all of them then."""
+        """Mark all tokens as read by the author and return how many were new to it."""
         new = len(self.sequence.token_ids) - self.known.get(author, 0)
         self.known[author] = len(self.sequence.token_ids)
         return new
 
 
 class ServerEngine(Generic[C]):
-    """Decodes requests on servers, which batch what runs at once; used as `decoding.engine.Engine` is.
+    """Decodes requests on servers, which batch concurrent requests. It has the interface of `decoding.engine.Engine`.
 
     Args:
-        connections: to the servers.
-        tokenizer: of all models.
+        connections: connections to the servers.
+        tokenizer: the tokenizer of all models.
         eos_ids: tokens that end a sequence.
-        max_batch: most sequences decoded at once; further ones wait.
+        max_batch: largest number of sequences decoded at once; further requests wait.
 
     Raises:
-        ConfigError: a limit out of range.
+        ConfigError: `max_batch` is out of range.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ class ServerEngine(Generic[C]):
         return bool(self._active or self._waiting)
 
     def add(self, request: Request) -> int:
-        """Queue a request; its number tells its steps from others'.
+        """Queue a request and return its number.
 
         Raises:
             RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context.
-            ConfigError: a policy or a parameter that servers cannot follow.
+            ConfigError: the servers do not support the policy or a parameter.
         """
         check_prompt(self.connections.authors, self.connections.vocab_size, request.prompt_ids)
         check_params(request.params, self.connections.vocab_size)
@@ -122,7 +123,7 @@ class ServerEngine(Generic[C]):
         return number
 
     def cancel(self, number: int) -> None:
-        """Drop a request, running or waiting; its servers are told at once."""
+        """Drop a running or waiting request and cancel its calls."""
         self._waiting = deque(sequence for sequence in self._waiting if sequence.number != number)
         running = self._active.pop(number, None)
         if running is not None:
@@ -135,56 +136,56 @@ class ServerEngine(Generic[C]):
             self.cancel(number)
 
     def step(self) -> list[RequestOutput]:
-        """What has become certain since the last step, in order; waits a little for it."""
+        """Start waiting requests and return new outputs in order. Waits briefly if there are none."""
         while self._waiting and len(self._active) < self.max_batch:
             sequence = self._waiting.popleft()
             self._active[sequence.number] = self.connections.start(self._decode(Run(sequence)))
         outputs = []
         try:
-            outputs.append(self._outputs.get(timeout=_PATIENCE_S))
+            outputs.append(self._outputs.get(timeout=_STEP_WAIT_S))
             while True:
                 outputs.append(self._outputs.get_nowait())
         except queue.Empty:
             pass
-        outputs = [output for output in outputs if output.number in self._active]  # not of what was dropped
+        outputs = [output for output in outputs if output.number in self._active]  # without dropped requests
         for output in outputs:
             if output.completion is not None or output.failure is not None:
                 self._active.pop(output.number, None)
-        broken_off = [number for number, running in self._active.items() if running.cancelled()]
-        for number in broken_off:
+        cancelled = [number for number, running in self._active.items() if running.cancelled()]
+        for number in cancelled:
             del self._active[number]
-        return outputs + [RequestOutput(number, failure=ModelFailure(_CLOSED)) for number in broken_off]
+        return outputs + [RequestOutput(number, failure=ModelFailure(_CLOSED)) for number in cancelled]
 
     def check_request(self, request: Request) -> None:
-        """Refuse what would need more of a server than it offers.
+        """Check that the servers support a request.
 
         Raises:
-            ConfigError: a policy or a parameter that servers cannot follow.
+            ConfigError: they do not support the policy or a parameter.
         """
         raise NotImplementedError
 
-    # In the connections' thread
+    # Methods that run in the thread of the connections
 
-    async def go_on(self, run: Run) -> None:
-        """Ask servers for what comes next."""
+    async def advance(self, run: Run) -> None:
+        """Request the next tokens of the sequence."""
         raise NotImplementedError
 
     async def _decode(self, run: Run) -> None:
         sequence = run.sequence
         try:
             while sequence.finish_reason is None:
-                await self.go_on(run)
+                await self.advance(run)
         except CollmError as error:
             self._outputs.put(RequestOutput(sequence.number, failure=error))
         except Exception as error:
-            failure = ModelFailure(f"decoding across servers broke down: {type(error).__name__}: {error}")
+            failure = ModelFailure(f"decoding across servers failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             self._outputs.put(RequestOutput(sequence.number, failure=failure))
 
     async def stream(
         self, run: Run, author: int, body: dict[str, Any], *, resumable: bool = True
     ) -> AsyncGenerator[Written, None]:
-        """The tokens of one call, as they come."""
+        """Stream the tokens of one call."""
         endpoint = self.connections.authors[author]
         endpoint.usage.tokens_read += run.read(author)
         stream = endpoint.stream(self.connections.client, body, resumable=resumable)
@@ -194,7 +195,7 @@ class ServerEngine(Generic[C]):
                     yield written
 
     def body(self, run: Run) -> dict[str, Any]:
-        """What is asked of any author; nothing is left to the generation config of its model."""
+        """Build the part of a request that all authors share. It leaves nothing to the generation config of a model."""
         sequence, params = run.sequence, run.sequence.request.params
         body: dict[str, Any] = {
             "prompt": list(sequence.token_ids),
@@ -204,7 +205,7 @@ class ServerEngine(Generic[C]):
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,
             "logprobs": 0,
-            "ignore_eos": True,  # of the model; these end the text
+            "ignore_eos": True,  # the text ends at `stop_token_ids`, whatever the model's EOS is
             "stop_token_ids": sorted(sequence.end_ids),
         }
         if params.temperature > 0:
@@ -212,7 +213,7 @@ class ServerEngine(Generic[C]):
         return body
 
     def settle(self, run: Run, decision: Decision) -> None:
-        """Send out what has become certain."""
+        """Add a decision and output the tokens that became final."""
         sequence = run.sequence
         sequence.decisions.append(decision)
         for step in sequence.settle():
@@ -223,18 +224,18 @@ class ServerEngine(Generic[C]):
 
 
 class VllmEngine(ServerEngine[Fleet]):
-    """Decodes on a server for each author.
+    """Decodes on one server for each author.
 
-    Of a request at most two calls are made for each deferral, and one more: the base is asked to go on until it
-    defers, then the assistant for one token. A rule whose threshold moves costs a call more for each move.
+    The base is asked to continue until it defers. Then the assistant is asked for one token. A request takes at most
+    two calls for each deferral, and one more. If the policy's threshold changes, each change takes another call.
     """
 
     def check_request(self, request: Request) -> None:
         policy: Policy = request.policy
         if not isinstance(policy, ThresholdRule | SingleAuthorPolicy):
             raise ConfigError(
-                f"{policy} cannot be followed across servers, which say no more than a threshold asks; use threshold, "
-                "schedule, budget, random or single"
+                f"{policy} cannot be followed across servers, because they report only what a threshold needs; use "
+                "threshold, schedule, budget, random or single"
             )
         num_authors = len(self.connections.authors)
         if isinstance(policy, SingleAuthorPolicy) and not 0 <= policy.writer < num_authors:
@@ -242,22 +243,25 @@ class VllmEngine(ServerEngine[Fleet]):
         check_local_params(request.params)
         check_temperature(request.params)
 
-    async def go_on(self, run: Run) -> None:
+    async def advance(self, run: Run) -> None:
         policy = run.sequence.request.policy
         if isinstance(policy, SingleAuthorPolicy) and policy.writer != BASE:
             await self._assistant_writes(run, policy.writer)
             return
         deferral = await self._base_writes(run)
         if deferral is not None:
-            await self._ask(run, *deferral)
+            await self._ask_assistant(run, *deferral)
 
     async def _base_writes(self, run: Run) -> tuple[int, float] | None:
-        """Let the base write on, to the end, or until its threshold changes, or until it defers: the assistant and the
-        defer prob then."""
-        threshold, most = _threshold_ahead(run.sequence)
+        """Let the base write until it defers, its threshold changes or the text ends.
+
+        Returns:
+            The assistant and the defer prob of a deferral; None if the base did not defer.
+        """
+        threshold, most = _next_threshold(run.sequence)
         async with aclosing(self.stream(run, BASE, self._base_body(run, threshold, most))) as stream:
             async for written in stream:
-                defer_prob, logprob = self._of_row(written)
+                defer_prob, logprob = self._defer_prob_and_logprob(written)
                 if written.token_id in self.connections.defer_ids:
                     return self.connections.defer_ids.index(written.token_id) + 1, defer_prob
                 self.settle(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
@@ -266,9 +270,9 @@ class VllmEngine(ServerEngine[Fleet]):
         return None
 
     async def _assistant_writes(self, run: Run, author: int) -> None:
-        """Let an assistant write everything; the base is not asked, so its defer prob is given as 1."""
+        """Let an assistant write the whole text. The base is not asked, so the defer prob is reported as 1."""
         try:
-            self._check_asked(run, author)
+            self._check_assistant(run, author)
             async with aclosing(self.stream(run, author, self._body(run, author))) as stream:
                 async for written in stream:
                     self.settle(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
@@ -277,11 +281,11 @@ class VllmEngine(ServerEngine[Fleet]):
         except ModelFailure as failure:
             await self._stand_in(run, author, 1.0, failure)
 
-    async def _ask(self, run: Run, author: int, defer_prob: float) -> None:
-        """Let an assistant write the next token; where it cannot be asked, perhaps the base."""
+    async def _ask_assistant(self, run: Run, author: int, defer_prob: float) -> None:
+        """Let an assistant write the next token. If it cannot be asked, the base may write it."""
         endpoint = self.connections.authors[author]
         try:
-            self._check_asked(run, author)
+            self._check_assistant(run, author)
             endpoint.usage.tokens_read += run.read(author)
             written = await endpoint.one(self.connections.client, self._body(run, author))
         except ModelFailure as failure:
@@ -289,16 +293,17 @@ class VllmEngine(ServerEngine[Fleet]):
         else:
             self.settle(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
 
-    def _check_asked(self, run: Run, author: int) -> None:
-        """Raise a ModelFailure for an assistant that failed this sequence too often."""
+    def _check_assistant(self, run: Run, author: int) -> None:
+        """Raise Unreachable if the assistant failed too often for this sequence."""
         shut_s = run.refused.setdefault(author, CircuitBreaker()).shut_s()
         if shut_s:
             raise Unreachable(
-                f"{self.connections.authors[author].name} is not asked about this text for {shut_s:.0f} s"
+                f"{self.connections.authors[author].name} failed too often for this text, so it is not asked for "
+                f"{shut_s:.0f} s"
             )
 
     async def _stand_in(self, run: Run, author: int, defer_prob: float, failure: ModelFailure) -> None:
-        """The base writes a token that it would have left to an assistant, if that is wanted."""
+        """Let the base write the token of an assistant that failed, or raise the failure if `on_failure` is "fail"."""
         if not isinstance(failure, Unreachable):
             run.refused[author].failed()
         self.connections.authors[author].usage.failed += 1
@@ -307,35 +312,38 @@ class VllmEngine(ServerEngine[Fleet]):
         base = self.connections.authors[BASE]
         base.usage.tokens_read += run.read(BASE)
         written = await base.one(self.connections.client, self._base_body(run, 1.0, 1))
-        drawn = Draw(written.token_id, self._of_row(written)[1])
+        drawn = Draw(written.token_id, self._defer_prob_and_logprob(written)[1])
         self.settle(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
 
     def _base_body(self, run: Run, threshold: float, most: int) -> dict[str, Any]:
-        about = {"logprob_token_ids": [*self.connections.defer_ids, self.connections.zero_id]}
-        return {**self._body(run, BASE), **about, "max_tokens": most, "vllm_xargs": {THRESHOLD: threshold}}
+        rows = {"logprob_token_ids": [*self.connections.defer_ids, self.connections.zero_id]}
+        return {**self._body(run, BASE), **rows, "max_tokens": most, "vllm_xargs": {THRESHOLD: threshold}}
 
     def _body(self, run: Run, author: int) -> dict[str, Any]:
         sequence, body = run.sequence, self.body(run)
         if author == BASE:
             body["stop_token_ids"] = [*self.connections.defer_ids, *body["stop_token_ids"]]
         seed = sequence.request.params.seed
-        if seed is not None:  # each call draws on its own
+        if seed is not None:  # each call draws other numbers
             body["seed"] = random.Random(f"{seed} {len(sequence.steps)} {author}").getrandbits(31)
         return body
 
-    def _of_row(self, written: Written) -> tuple[float, float]:
-        """Defer prob, and the token's log-probability among tokens alone.
+    def _defer_prob_and_logprob(self, written: Written) -> tuple[float, float]:
+        """Compute the defer prob, and the token's log-probability among tokens only.
 
-        The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + n, the last for n rows of zeros:
-        r_k = lp_k - lp_0, u_k = r_k / scale + b_k, and log P(x) = lp_x - log(1 - n exp lp_0 - sum_k exp lp_k).
+        The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + n. Z sums over the tokens, r_k is
+        the logit of row k, and n counts the rows of zeros. With the log-probabilities lp_0 of the row of zeros and lp_k
+        of row k,
+
+            r_k = lp_k - lp_0,  u_k = r_k / scale + b_k,  log P(x) = lp_x - log(1 - n exp lp_0 - sum_k exp lp_k).
         """
         try:
             rows = [written.about[token] for token in self.connections.defer_ids]
             zero = written.about[self.connections.zero_id]
         except KeyError as error:
             raise ModelFailure(
-                f"the base's server says nothing of token {error}, which tells how likely it defers; it must support "
-                "logprob_token_ids, as vLLM does"
+                f"the base's server did not report the log-probability of token {error}, which the defer prob needs; "
+                "it must support logprob_token_ids, as vLLM does"
             ) from error
         u = torch.tensor(
             [(row - zero) / ROW_SCALE + bias for row, bias in zip(rows, self.connections.biases, strict=True)]
@@ -345,8 +353,8 @@ class VllmEngine(ServerEngine[Fleet]):
         return float(defer_probs(u)), written.logprob - math.log1p(-min(others, 1 - 1e-12))
 
 
-def _threshold_ahead(sequence: Sequence) -> tuple[float, int]:
-    """The threshold of the next position, and how many positions it holds for if nothing is deferred."""
+def _next_threshold(sequence: Sequence) -> tuple[float, int]:
+    """The threshold of the next position, and for how many positions it stays the same if none is deferred."""
     policy, start, most = sequence.request.policy, len(sequence.steps), sequence.draft_limit + 1
     if isinstance(policy, SingleAuthorPolicy):
         return 1.0, most
@@ -362,17 +370,24 @@ def _threshold_ahead(sequence: Sequence) -> tuple[float, int]:
 
 
 def check_local_params(params: SamplingParams, local_only: ListOf[str] = _LOCAL_ONLY) -> None:
-    """Raise a ConfigError for parameters that servers do not have."""
+    """Check that servers support all parameters.
+
+    Raises:
+        ConfigError: a parameter is only available with models in memory.
+    """
     name = next((name for name in local_only if getattr(params, name) != getattr(SamplingParams(), name)), None)
     if name is not None:
         raise ConfigError(
-            f"{name}={getattr(params, name)!r:.60} is not available across servers; leave it out, or decode with "
-            "engine 'local'"
+            f"{name}={getattr(params, name)!r:.60} is not available across servers; leave it out, or use engine 'local'"
         )
 
 
 def check_temperature(params: SamplingParams) -> None:
-    """Raise a ConfigError for a temperature that vLLM would raise."""
+    """Check that vLLM does not change the temperature.
+
+    Raises:
+        ConfigError: vLLM would raise it.
+    """
     if 0 < params.temperature < _LEAST_TEMPERATURE:
         raise ConfigError(
             f"temperature is {params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at least "

@@ -1,4 +1,4 @@
-"""A base with its deferral head as one transformers model that vLLM serves."""
+"""Export of a base with its deferral head as one transformers model that vLLM can serve."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ def export_base(
     *,
     default_threshold: float | None = None,
 ) -> Note:
-    """Write the base with the head as further rows of its output layer, tokenizer and note.
+    """Write the base, with the head as additional rows of its output layer, the tokenizer and the note.
 
-    A LoRA adapter is merged, tied embeddings are untied, and rows that pad the vocabulary become zeros: behind all
-    existing rows come one for each assistant and another one of zeros. Rows take the model's dtype, so in bfloat16 a
-    defer logit is rounded to about three digits; the head's own arithmetic is fp32.
+    A LoRA adapter is merged. Tied embeddings are untied. Rows that pad the vocabulary become zeros. One row for each
+    assistant and a row of zeros follow all existing rows. The new rows have the model's dtype, so in bfloat16 a defer
+    logit is rounded to about three digits. The head itself computes in fp32.
 
     Args:
-        base: as of `CoLLM`; it stays as it is.
-        default_threshold: kept in the note.
+        base: as for `CoLLM`; it is not modified.
+        head: the deferral head.
+        tokenizer: the tokenizer of the collaboration.
+        out: the directory to create.
+        default_threshold: stored in the note.
 
     Raises:
         ArtefactError: `out` exists.
         ConfigError: the base is quantized.
-        UnsupportedModel: no row can hold the head: the logits are capped, or the tokenizer does not let the rows have
-            names of their own.
-        WriteError: the disk refused; nothing is left at `out`.
+        UnsupportedModel: rows cannot hold the head because the base caps its logits, or the tokenizer cannot name them.
+        WriteError: the files could not be written; `out` does not exist then.
     """
     if out.exists():
         raise ArtefactError(f"{out} exists; choose another directory or remove it")
-    model: Any = _plain(base)
+    model: Any = _merged_copy(base)
     language = LanguageModel(model, name="base")
     if language.softcap is not None:
         raise UnsupportedModel(
@@ -66,7 +68,7 @@ def export_base(
         tokenizer_hash=TokenizerIdentity.of(tokenizer).hash,
         default_threshold=default_threshold,
     )
-    named = _named(tokenizer, defer_names(head), note)
+    named = _with_row_tokens(tokenizer, defer_names(head), note)
     _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note)
     with atomic_directory(out.resolve()) as directory:
         model.save_pretrained(directory)
@@ -75,13 +77,13 @@ def export_base(
     return note
 
 
-def _plain(base: nn.Module | ModelSpec) -> Any:
-    """The base as a model of its own, without an adapter."""
+def _merged_copy(base: nn.Module | ModelSpec) -> Any:
+    """Copy the base to the CPU and merge its adapter."""
     if isinstance(base, ModelSpec):
         if base.quantization is not None:
             raise ConfigError(
-                f"the base is quantized ({base.quantization}), and rows of its output layer are not; export a "
-                "collaboration whose base is not"
+                f"the base is quantized ({base.quantization}), so rows cannot be added to its output layer; export a "
+                "collaboration whose base is not quantized"
             )
         return load_model(replace(base, device="cpu"))
     copy: Any = deepcopy(base).to("cpu")
@@ -90,43 +92,45 @@ def _plain(base: nn.Module | ModelSpec) -> Any:
 
 @torch.no_grad()
 def _add_rows(model: Any, rows: Tensor, note: Note) -> None:
-    """Give the output layer these rows behind its own, then one of zeros, and untie it; zeros for rows of no token."""
+    """Append `rows` and a row of zeros to the output layer, untie it, and zero the rows that belong to no token."""
     vocab_size = note.zero_id + 1
     old = model.get_output_embeddings()
-    weight, bias = _lengthened(old.weight, vocab_size), getattr(old, "bias", None)
+    weight, bias = _zero_padded(old.weight, vocab_size), getattr(old, "bias", None)
     weight[note.vocab_size :] = 0
     weight[note.defer_ids] = rows.to(weight)
     output = nn.Linear(weight.shape[1], vocab_size, bias=bias is not None, device="meta")
     output.weight = nn.Parameter(weight)
     if bias is not None:
-        output.bias = nn.Parameter(_lengthened(bias, vocab_size))
+        output.bias = nn.Parameter(_zero_padded(bias, vocab_size))
         output.bias[note.vocab_size :] = 0
-    read = len(model.get_input_embeddings().weight)
+    embedded = len(model.get_input_embeddings().weight)
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    model.get_input_embeddings().weight[read:] = 0  # nobody reads them
+    model.get_input_embeddings().weight[embedded:] = 0  # no text contains these tokens
     model.config.tie_word_embeddings = False
     model.set_output_embeddings(output)
 
 
-def _lengthened(values: Tensor, length: int) -> Tensor:
-    """With zeros behind, as a tensor of its own."""
+def _zero_padded(values: Tensor, length: int) -> Tensor:
+    """Copy a tensor and pad it with zeros to this length."""
     longer = values.new_zeros(length, *values.shape[1:])
     longer[: len(values)] = values
     return longer
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, names: list[str], note: Note) -> PreTrainedTokenizerBase:
-    """The tokenizer with a special token for each new row, and for the padding before them."""
+def _with_row_tokens(tokenizer: PreTrainedTokenizerBase, names: list[str], note: Note) -> PreTrainedTokenizerBase:
+    """Copy the tokenizer and add a special token for each new row and for the padding rows before them."""
     named = deepcopy(tokenizer)
     padding = [f"<|padding-{token_id}|>" for token_id in range(note.vocab_size, note.defer_ids[0])]
     taken = [name for name in [*padding, *names] if name in named.get_vocab()]
     if taken:
-        raise UnsupportedModel(f"the tokenizer has a token {taken[0]!r} already, which the export would add; rename it")
+        raise UnsupportedModel(
+            f"the tokenizer has the token {taken[0]!r} already; rename it, because the export adds a token of this name"
+        )
     named.add_tokens([AddedToken(name, special=True) for name in [*padding, *names]], special_tokens=True)
     found = named.convert_tokens_to_ids(names)
     if found != [*note.defer_ids, note.zero_id]:
         raise UnsupportedModel(
-            f"the tokenizer gives the new rows the ids {found}, expected {[*note.defer_ids, note.zero_id]}; it has "
-            "holes in its vocabulary"
+            f"the tokenizer gives the new tokens the ids {found}, expected {[*note.defer_ids, note.zero_id]}; its "
+            "vocabulary has gaps"
         )
     return named

@@ -1,4 +1,4 @@
-"""What is known of an exported base: written by the export, read by whoever decodes with it."""
+"""The note of an exported base, and checks of exported directories."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collm.vllm import NOTE, NOTE_FORMAT
 
 
 def head_digest(head: DeferralHead) -> str:
-    """Twelve hexadecimal digits that tell one head from another."""
+    """A digest of the head: twelve hexadecimal digits."""
     digest = hashlib.sha256()
     for values in (head.weight, head.bias):
         digest.update(values.detach().float().cpu().numpy().tobytes())
@@ -23,9 +23,9 @@ def head_digest(head: DeferralHead) -> str:
 
 
 def defer_names(head: DeferralHead) -> list[str]:
-    """Tokens of the rows that hold the head: of each assistant, and of the row of zeros, named after the head itself.
+    """Names of the tokens for the head's rows: one for each assistant, then one for the row of zeros.
 
-    So a server that knows the last one serves an export of this very head.
+    The last name contains the head's digest. So a server that knows this token serves an export of this very head.
     """
     count = head.num_assistants
     names = ["<|defer|>"] if count == 1 else [f"<|defer-{k}|>" for k in range(1, count + 1)]
@@ -37,13 +37,15 @@ class Note:
     """The content of collm_vllm.json.
 
     Attributes:
-        defer_ids: rows of the output layer that hold the head, of assistants 1..K.
-        scale: at which they hold it.
-        biases: b_1..b_K, which no row can hold: u_k is row k's logit over the scale, plus b_k.
-        zero_id: a row of zeros, whose logit is 0, from which log-probabilities become logits again.
-        vocab_size: the ids that all models share.
-        tokenizer_hash: of the collaboration's tokenizer.
-        default_threshold: chosen by calibration, None before it.
+        defer_ids: rows of the output layer that hold the head, for assistants 1..K.
+        scale: factor of the defer logits in these rows.
+        biases: b_1..b_K, which rows cannot hold: u_k = (logit of row k) / scale + b_k.
+        zero_id: a row of zeros. Its logit is 0, so that log-probabilities can be turned back into logits.
+        vocab_size: number of token ids that all models share.
+        tokenizer_hash: hash of the collaboration's tokenizer.
+        default_threshold: the threshold chosen by calibration; None before calibration.
+        version: version of collm that wrote the note.
+        format: format of the note.
     """
 
     defer_ids: list[int]
@@ -57,15 +59,15 @@ class Note:
     format: int = NOTE_FORMAT
 
     def write(self, directory: Path) -> None:
-        """Put it beside the model."""
+        """Write the note into the directory of the exported model."""
         (directory / NOTE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Note:
-        """The note of an exported base.
+        """Read the note of an exported base.
 
         Raises:
-            ArtefactError: there is none, or another version wrote it.
+            ArtefactError: the note is missing or damaged, or has another format.
         """
         path = directory / NOTE
         try:
@@ -74,17 +76,25 @@ class Note:
                 raise ArtefactError(f"{path} has format {content['format']!r}, this version reads {NOTE_FORMAT}")
             return cls(**content)
         except OSError as error:
-            raise ArtefactError(f"there is no {path}; expected what 'collm export vllm' writes") from error
+            raise ArtefactError(f"there is no {path}; expected a directory that 'collm export vllm' wrote") from error
         except DAMAGED as error:
-            raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); export again") from error
+            raise ArtefactError(
+                f"{path} is damaged ({type(error).__name__}: {error}); export the base again"
+            ) from error
 
 
 def check_exported(directory: Path, head: DeferralHead) -> None:
-    """Raise an ArtefactError unless a directory holds a base that was exported with this head."""
+    """Check that a directory holds a base that was exported with this head.
+
+    Raises:
+        ArtefactError: it does not.
+    """
     note = Note.read(directory)
     try:
         tokenizer = load_tokenizer(ModelSpec(str(directory)))
     except LoadError as error:
-        raise ArtefactError(f"{directory} has no tokenizer; remove it to have it written anew") from error
+        raise ArtefactError(f"{directory} has no tokenizer; remove the directory to export the base again") from error
     if tokenizer.convert_tokens_to_ids(defer_names(head)) != [*note.defer_ids, note.zero_id]:
-        raise ArtefactError(f"{directory} was exported with another head; remove it to have it written anew")
+        raise ArtefactError(
+            f"{directory} was exported with another head; remove the directory to export the base again"
+        )

@@ -1,8 +1,8 @@
-"""The collaboration inside vLLM: its speculative decoding with the base as the proposer, and every draft accepted.
+"""A collaboration inside vLLM. The base proposes drafts for vLLM's speculative decoding, and every draft is accepted.
 
-vLLM's model is the assistant. vLLM makes a `Proposer` in each of its workers (`speculative_config`, method
-custom_class), and calls `plugin.register` in each of its processes. This is written for model runner V1 of the version
-in `TESTED`. No file of vLLM is edited, and engines without `Proposer` are left alone.
+vLLM's model is the assistant. vLLM creates a `Proposer` in each of its workers (`speculative_config`, method
+custom_class) and calls `plugin.register` in each of its processes. The code depends on model runner V1 of the version
+in `TESTED`. No file of vLLM is edited. Engines without a `Proposer` are unaffected.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from collm.models.runner import ModelRunner
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
 from collm.vllm.export_manifest import head_digest
-from collm.vllm.inline_sampling import Asking, sample
+from collm.vllm.inline_sampling import SamplingRequest, sample
 
 T = TypeVar("T")
 TESTED = "0.32"
-"""The version of vLLM whose insides this was made for."""
+"""The version of vLLM on whose internals this module depends."""
 _LOG = logging.getLogger(__name__)
 _NO_TOKEN = -1
-"""Padding of sampled tokens, as vLLM's."""
+"""Padding of sampled token ids, as in vLLM."""
 
 
 class Proposer:
     """The base in a worker of vLLM.
 
-    With tensor parallelism the first rank holds the base and decides, and the others are told.
+    With tensor parallelism, the first rank holds the base and decides. It broadcasts its decisions to the other ranks.
 
     Raises:
-        ConfigError: vLLM has another version than this was made for, or `additional_config` names no collaboration, or
-            one of several assistants.
-        MismatchError: the base reads less than vLLM lets requests have.
-        ArtefactError, LoadError: as of `CoLLM.from_pretrained`.
+        ConfigError: vLLM has another version than `TESTED`, `additional_config` names no collaboration, or the
+            collaboration has several assistants.
+        MismatchError: the base's context is shorter than the longest request that vLLM admits.
+        ArtefactError, LoadError: as in `CoLLM.from_pretrained`.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -64,31 +64,31 @@ class Proposer:
         self._device = _device_of(vllm_config)
         self._requests: dict[str, Drafted] = {}
         self._is_step = False
-        self._num_given = 0
+        self._num_new = 0
         self._drafted_at = self._began_at = 0.0
         _wrap_model_runner()
         if get_tp_group().rank_in_group == 0:
             self._load()
 
     def load_model(self, *rest: Any) -> None:
-        """Called by vLLM when it has loaded the assistant; the base is there already."""
+        """Do default. vLLM calls this after it has loaded the assistant; the base is loaded already."""
 
     def _load(self) -> None:
         settings = (self._config.additional_config or {}).get(SETTINGS) or {}
         if "collaboration" not in settings:
             wanted = f'{{"{SETTINGS}": {{"collaboration": "DIR"}}}}'
             raise ConfigError(f"additional_config names no collaboration; give --additional-config '{wanted}'")
-        base, head, calibration = _loaded(settings["collaboration"], self._device)
+        base, head, calibration = _load_base(settings["collaboration"], self._device)
         self._vocab_size = base.vocab_size
         longest = self._config.model_config.max_model_len
         if base.max_length is not None and base.max_length < longest:
             raise MismatchError(
-                f"the base reads {base.max_length} tokens, and requests may have {longest}; start vLLM with "
+                f"the base reads at most {base.max_length} tokens, but requests may have {longest}; start vLLM with "
                 f"--max-model-len {base.max_length}"
             )
         runner = ModelRunner(base, cache_memory=settings.get("cache_memory"))
         runner.prepare(self._config.scheduler_config.max_num_seqs)
-        runner.close(_read_a_token(runner))  # the cache takes its memory before vLLM measures what is left
+        runner.close(_read_a_token(runner))  # allocates the cache before vLLM measures the free memory
         self._head = head_digest(head)
         self._default = None if calibration is None else ThresholdPolicy(calibration.best().threshold)
         most = self._config.speculative_config.num_speculative_tokens + 1
@@ -97,21 +97,21 @@ class Proposer:
     # After the assistant's pass
 
     def sample(self, runner: Any, logits: Tensor, spec: Any) -> SamplerOutput:
-        """What each request gets: its draft, and the token after it, which is the base's or the assistant's.
+        """Choose the new tokens of each request: its draft, and the next token, by the base or the assistant.
 
         Args:
-            runner: vLLM's.
-            logits: of the assistant, after each drafted token and before the first, shape (T, V).
-            spec: which of them belong to whom; None without drafts.
+            runner: vLLM's model runner.
+            logits: the assistant's logits before the first and after each draft token, shape (T, V).
+            spec: vLLM's metadata, which assigns logits to requests; None if there are no drafts.
         """
         self._runner = runner
-        given = _told(lambda: self._safely(lambda: self._given(logits, spec), None))
-        return _output(given, logits.device, logprobs=runner.input_batch.max_num_logprobs is not None)
+        new = _from_first_rank(lambda: self._fail_all_on_error(lambda: self._new_tokens(logits, spec), None))
+        return _output(new, logits.device, logprobs=runner.input_batch.max_num_logprobs is not None)
 
-    def _given(self, logits: Tensor, spec: Any) -> list[Given | None]:
-        """Of each row; None of one that gets nothing."""
+    def _new_tokens(self, logits: Tensor, spec: Any) -> list[NewTokens | None]:
+        """New tokens for each row of the batch; None for a row that gets no token."""
         batch = self._runner.input_batch
-        batch.generators.clear()  # draws are made here, and vLLM would turn back those of rows without a token
+        batch.generators.clear()  # tokens are drawn here; vLLM would rewind generators of rows without a token
         counts = [0] * batch.num_reqs if spec is None else list(spec.num_draft_tokens)
         read = iter([] if spec is None else spec.draft_token_ids.tolist())
         drafts = [list(islice(read, count)) for count in counts]
@@ -120,64 +120,65 @@ class Proposer:
         undecided = [(row, one) for row, one in rows if not one.decisions and one.failure is None]
         self._note_pass(sum(counts) + len(rows), is_step=not undecided and len(rows) == len(counts))
         self._drafter.decide([one for _, one in undecided], self._texts(undecided), self._draw)
-        given: list[Given | None] = [None] * batch.num_reqs
+        new: list[NewTokens | None] = [None] * batch.num_reqs
         for row, one in rows:
             if one.failure is None:
-                given[row] = Given(one.settle(drafts[row]), _wants_authors(one))
-        self._ask([(row, one) for row, one in rows if one.failure is None], given, logits, spec)
-        self._num_given = sum(len(one.decisions) for one in given if one is not None)
-        return given
+                new[row] = NewTokens(one.settle(drafts[row]), _wants_authors(one))
+        self._draw_deferred([(row, one) for row, one in rows if one.failure is None], new, logits, spec)
+        self._num_new = sum(len(one.decisions) for one in new if one is not None)
+        return new
 
-    def _ask(self, rows: Rows, given: list[Given | None], logits: Tensor, spec: Any) -> None:
-        """Draw the tokens that the base left to the assistant."""
-        asked = [(row, one) for row, one in rows if cast(Given, given[row]).decisions[-1].draw is None]
-        if not asked:
+    def _draw_deferred(self, rows: Rows, new: list[NewTokens | None], logits: Tensor, spec: Any) -> None:
+        """Draw the tokens that the base deferred to the assistant."""
+        deferred = [(row, one) for row, one in rows if cast(NewTokens, new[row]).decisions[-1].draw is None]
+        if not deferred:
             return
-        places = [_place(spec, row, len(cast(Given, given[row]).decisions) - 1) for row, _ in asked]
-        said = logits[places][:, : self._vocab_size]
-        broken = said.isnan().any(-1).tolist()
-        for (row, one), is_broken in zip(asked, broken, strict=True):
-            if is_broken:
+        indices = [_logits_index(spec, row, len(cast(NewTokens, new[row]).decisions) - 1) for row, _ in deferred]
+        next_logits = logits[indices][:, : self._vocab_size]
+        has_nan = next_logits.isnan().any(-1).tolist()
+        for (row, one), is_nan in zip(deferred, has_nan, strict=True):
+            if is_nan:
                 one.failure = ModelFailure("the assistant gave logits that are not finite")
-                given[row] = None
-        sound = [place for place, is_broken in enumerate(broken) if not is_broken]
-        asking = [self._asking(asked[place][1], cast(Given, given[asked[place][0]]).tokens) for place in sound]
-        for place, drawn in zip(sound, sample(self._runner.sampler, said[sound], asking) if sound else [], strict=True):
-            decisions = cast(Given, given[asked[place][0]]).decisions
+                new[row] = None
+        valid = [i for i, is_nan in enumerate(has_nan) if not is_nan]
+        requests = [self._sampling_request(deferred[i][1], cast(NewTokens, new[deferred[i][0]]).tokens) for i in valid]
+        draws = sample(self._runner.sampler, next_logits[valid], requests) if valid else []
+        for i, drawn in zip(valid, draws, strict=True):
+            decisions = cast(NewTokens, new[deferred[i][0]]).decisions
             decisions[-1] = replace(decisions[-1], draw=drawn)
 
     def _draw(self, logits: Tensor, requests: Sequence[Drafted]) -> list[Draw]:
-        """Tokens of the base."""
-        asking = [self._asking(one, one.written) for one in requests]
-        return sample(self._runner.sampler, logits.to(self._runner.device), asking)
+        """Draw the base's tokens."""
+        sampled = [self._sampling_request(one, one.written) for one in requests]
+        return sample(self._runner.sampler, logits.to(self._runner.device), sampled)
 
-    def _asking(self, one: Drafted, drafted: Sequence[int]) -> Asking:
+    def _sampling_request(self, one: Drafted, drafted: Sequence[int]) -> SamplingRequest:
         state: State = one.request
         params = state.cached.sampling_params
         top = params.num_logprobs
         if top and _wants_authors(one):
             top -= 1
-        return Asking(state.cached, [*state.cached.output_token_ids, *drafted], state.generator, top)
+        return SamplingRequest(state.cached, [*state.cached.output_token_ids, *drafted], state.generator, top)
 
     # Before its next pass
 
     def propose(self, sampled: Sequence[Sequence[int]], *rest: Any, **options: Any) -> list[list[int]]:
-        """Drafts of all requests in the batch; called by vLLM when what `sample` gave has been added to them.
+        """Draft tokens for all requests in the batch. vLLM calls this after it has added the tokens from `sample`.
 
         Args:
-            sampled: the new tokens of each row; none where a prompt is still being read.
+            sampled: the new tokens of each row; empty while the prompt is being read.
         """
-        return _told(lambda: self._safely(lambda: self._drafts(sampled), []))
+        return _from_first_rank(lambda: self._fail_all_on_error(lambda: self._drafts(sampled), []))
 
-    def _safely(self, work: Callable[[], list[T]], nothing: T) -> list[T]:
-        """What was made for each row; nothing where that broke down, and then its request fails."""
+    def _fail_all_on_error(self, work: Callable[[], list[T]], default: T) -> list[T]:
+        """Call `work`. If it raises, fail every request in the batch and return `default` for each row."""
         try:
             return work()
         except Exception as error:
-            _LOG.exception("the collaboration broke down")
+            _LOG.exception("the collaboration failed")
             for row in range(self._runner.input_batch.num_reqs):
                 self._request(row).failure = error
-            return [nothing] * self._runner.input_batch.num_reqs
+            return [default] * self._runner.input_batch.num_reqs
 
     def _drafts(self, sampled: Sequence[Sequence[int]]) -> list[list[int]]:
         self._note_round()
@@ -194,7 +195,7 @@ class Proposer:
         return drafts
 
     def _room(self, one: Drafted) -> int:
-        """Tokens that a request may still get; 0 if it has ended."""
+        """Number of tokens that a request may still generate; 0 if it has ended."""
         cached = one.request.cached
         if cached.output_token_ids and cached.output_token_ids[-1] in one.end_ids:
             return 0
@@ -205,7 +206,7 @@ class Proposer:
     # Requests
 
     def take_failed(self) -> list[str]:
-        """The requests that cannot go on, once."""
+        """Remove the failed requests and return their ids."""
         failed = [name for name, one in self._requests.items() if one.failure is not None]
         for name in failed:
             one = self._requests.pop(name)
@@ -219,7 +220,7 @@ class Proposer:
         if name not in self._requests:
             self._requests[name] = self._new_request(cached)
         one = self._requests[name]
-        one.request.cached = cached  # vLLM makes another when a request goes on with a further prompt
+        one.request.cached = cached  # vLLM replaces it when a request continues with a further prompt
         return one
 
     def _new_request(self, cached: Any) -> Drafted:
@@ -238,10 +239,10 @@ class Proposer:
             state, policy, cached.num_prompt_tokens, params.temperature, end_ids, params.seed, failure=failure
         )
 
-    def _policy(self, given: dict[str, Any]) -> Policy:
-        if given.get(HEAD, self._head) != self._head:
-            raise MismatchError(f"the engine holds the head {self._head}, and {given[HEAD]} was asked for")
-        policy = policy_of(given) or self._default
+    def _policy(self, xargs: dict[str, Any]) -> Policy:
+        if xargs.get(HEAD, self._head) != self._head:
+            raise MismatchError(f"the request expects the head {xargs[HEAD]}, but the engine has {self._head}")
+        policy = policy_of(xargs) or self._default
         if policy is None:
             raise ConfigError(f"the collaboration is not calibrated; give vllm_xargs {{{THRESHOLD!r}: ..}}")
         return policy
@@ -257,33 +258,44 @@ class Proposer:
     # Times
 
     def _note_pass(self, tokens: int, *, is_step: bool) -> None:
-        """The assistant has read so many tokens since the drafts were made."""
+        """Record the time in which the assistant read this many tokens since the drafts were made."""
         self._is_step = is_step
         if is_step:
             self._drafter.pace.saw_reading(tokens, time.perf_counter() - self._drafted_at)
 
     def _note_round(self) -> None:
+        """Record the time since the previous round began."""
         now = time.perf_counter()
         if self._is_step:
-            self._drafter.pace.saw_round(self._num_given, now - self._began_at)
+            self._drafter.pace.saw_round(self._num_new, now - self._began_at)
         self._began_at = now
 
 
 @dataclass
 class State:
-    """What vLLM knows of a request, and the generator of one with a seed."""
+    """A request in vLLM.
+
+    Attributes:
+        cached: vLLM's state of the request.
+        generator: random generator of a request with a seed; else None.
+    """
 
     cached: Any
     generator: torch.Generator | None
 
 
 Rows = Sequence[tuple[int, Drafted]]
-"""Requests with their rows in vLLM's batch."""
+"""Row in vLLM's batch and request."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a request gets; with `authors` the log-probabilities beside its tokens say who wrote them."""
+class NewTokens:
+    """The new tokens of a request.
+
+    Attributes:
+        decisions: the decisions that became final, one for each token.
+        authors: whether the log-probabilities describe the author of each token.
+    """
 
     decisions: list[Decision]
     authors: bool
@@ -294,15 +306,15 @@ class Given:
 
     @property
     def logprobs(self) -> list[list[tuple[int, float]]]:
-        """For each token its log-probability, and those beside it."""
+        """Log-probabilities for each token: its own first, then the others."""
         return [
-            [(draw.token_id, draw.logprob), *([_author(one, draw)] if self.authors else []), *draw.top]
+            [(draw.token_id, draw.logprob), *([_author_entry(one, draw)] if self.authors else []), *draw.top]
             for one in self.decisions
             if (draw := one.draw) is not None
         ]
 
 
-def _author(decision: Decision, draw: Draw) -> tuple[int, float]:
+def _author_entry(decision: Decision, draw: Draw) -> tuple[int, float]:
     taken = {draw.token_id, *(token_id for token_id, _ in draw.top)}
     defer_prob = decision.defer_prob
     return author_token(decision.author, taken), math.log(defer_prob) if defer_prob > 0 else -math.inf
@@ -312,8 +324,8 @@ def _wants_authors(one: Drafted) -> bool:
     return bool((one.request.cached.sampling_params.extra_args or {}).get(AUTHORS))
 
 
-def _place(spec: Any, row: int, count: int) -> int:
-    """Which of the assistant's logits follow the first `count` tokens of a row's draft."""
+def _logits_index(spec: Any, row: int, count: int) -> int:
+    """Index of the assistant's logits after the first `count` tokens of a row's draft."""
     if spec is None:
         return row
     if count == spec.num_draft_tokens[row]:
@@ -321,33 +333,35 @@ def _place(spec: Any, row: int, count: int) -> int:
     return int(spec.target_logits_indices[sum(spec.num_draft_tokens[:row]) + count])
 
 
-def _output(given: Sequence[Given | None], device: torch.device, *, logprobs: bool) -> SamplerOutput:
-    """As vLLM wants it: tokens (R, n), padded, and log-probabilities at R n places."""
-    fewest = 2 if None in given else 1  # what is not padded gets a token
-    width = max(fewest, *(len(one.decisions) for one in given if one is not None), 1)
-    tokens = torch.full((len(given), width), _NO_TOKEN, dtype=torch.int32)
-    for row, one in enumerate(given):
+def _output(new: Sequence[NewTokens | None], device: torch.device, *, logprobs: bool) -> SamplerOutput:
+    """Convert to vLLM's format: tokens (R, n), padded, and log-probabilities of R n tokens."""
+    fewest = 2 if None in new else 1  # vLLM takes a single column for tokens, without padding
+    width = max(fewest, *(len(one.decisions) for one in new if one is not None), 1)
+    tokens = torch.full((len(new), width), _NO_TOKEN, dtype=torch.int32)
+    for row, one in enumerate(new):
         if one is not None:
             tokens[row, : len(one.decisions)] = torch.tensor(one.tokens)
-    return SamplerOutput(tokens.to(device), _logprobs(given, width) if logprobs else None)
+    return SamplerOutput(tokens.to(device), _logprobs(new, width) if logprobs else None)
 
 
-def _logprobs(given: Sequence[Given | None], width: int) -> LogprobsTensors:
-    """Of `width` places for each row; ranks are not known of what the base wrote, and 0 for all."""
-    listed = [one.logprobs if one is not None else [] for one in given]
-    columns = max((len(place) for of_row in listed for place in of_row), default=1)
-    ids = torch.zeros(len(given), width, columns, dtype=torch.int32)
+def _logprobs(new: Sequence[NewTokens | None], width: int) -> LogprobsTensors:
+    """Log-probabilities of `width` tokens for each row. All ranks are 0, because those of the base's tokens are
+    unknown.
+    """
+    by_row = [one.logprobs if one is not None else [] for one in new]
+    columns = max((len(pairs) for by_token in by_row for pairs in by_token), default=1)
+    ids = torch.zeros(len(new), width, columns, dtype=torch.int32)
     values = torch.full(ids.shape, -math.inf)
-    for row, of_row in enumerate(listed):
-        for place, pairs in enumerate(of_row):
-            ids[row, place, : len(pairs)] = torch.tensor([token_id for token_id, _ in pairs])
-            values[row, place, : len(pairs)] = torch.tensor([value for _, value in pairs])
-    ranks = torch.zeros(len(given) * width, dtype=torch.int32)
+    for row, by_token in enumerate(by_row):
+        for token, pairs in enumerate(by_token):
+            ids[row, token, : len(pairs)] = torch.tensor([token_id for token_id, _ in pairs])
+            values[row, token, : len(pairs)] = torch.tensor([value for _, value in pairs])
+    ranks = torch.zeros(len(new) * width, dtype=torch.int32)
     return LogprobsTensors(ids.flatten(0, 1), values.flatten(0, 1), ranks)
 
 
-def _told(decide: Callable[[], T]) -> T:
-    """What the first rank of a tensor-parallel group decides."""
+def _from_first_rank(decide: Callable[[], T]) -> T:
+    """Call `decide` on the first rank of the tensor-parallel group and broadcast its result."""
     group = get_tp_group()
     if group.world_size == 1:
         return decide()
@@ -366,21 +380,27 @@ def _device_of(config: Any) -> str:
 
 
 def check_version(version: str) -> None:
-    """Raise a ConfigError for another vLLM than this was made for."""
+    """Check that vLLM has the version on which this module depends.
+
+    Raises:
+        ConfigError: it has another version.
+    """
     if not version.startswith(f"{TESTED}."):
         raise ConfigError(
-            f"this is vLLM {version}, and one engine was made for {TESTED}: it relies on vLLM's insides, which change; "
-            f"install 'vllm=={TESTED}.*', or serve base and assistant by servers of their own"
+            f"vLLM has version {version}, expected {TESTED}, because one engine depends on vLLM's internals; install "
+            f"'vllm=={TESTED}.*', or use a server for each model"
         )
 
 
-def _loaded(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
-    """Of a collaboration all but the assistant."""
+def _load_base(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
+    """Load the base, the head and the calibration of a collaboration."""
     directory = artefact.local_directory(path, None)
     manifest = artefact.read_manifest(directory)
     artefact.check_contained(directory)
     if len(manifest.assistants) != 1:
-        raise ConfigError(f"one engine holds one assistant, {path} has {len(manifest.assistants)}")
+        raise ConfigError(
+            f"{path} has {len(manifest.assistants)} assistants, expected 1 in one engine; use a server for each model"
+        )
     spec = replace(artefact.base_of(manifest, directory), device=device)
     tokenizer = load_tokenizer(spec)
     identity = TokenizerIdentity.of(tokenizer)
@@ -392,37 +412,37 @@ def _loaded(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibr
 
 
 def _wrap_model_runner() -> None:
-    """Have vLLM's model runner ask a `Proposer` for what requests get, in place of its rejection sampler."""
+    """Patch vLLM's model runner: a `Proposer` chooses new tokens in place of the rejection sampler."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if getattr(GPUModelRunner, "collm", False):
         return
-    ordinary_sample, ordinary_tokens = GPUModelRunner._sample, GPUModelRunner.sample_tokens
-    ordinary_fits = GPUModelRunner._input_fits_in_drafter
+    original_sample, original_tokens = GPUModelRunner._sample, GPUModelRunner.sample_tokens
+    original_fits = GPUModelRunner._input_fits_in_drafter
 
     def proposer_of(runner: Any) -> Proposer | None:
         drafter = getattr(runner, "drafter", None)
         return drafter if isinstance(drafter, Proposer) else None
 
-    @wraps(ordinary_sample)
+    @wraps(original_sample)
     def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         proposer = proposer_of(self)
         if proposer is None:
-            return ordinary_sample(self, logits, spec_decode_metadata)
+            return original_sample(self, logits, spec_decode_metadata)
         return proposer.sample(self, logits, spec_decode_metadata)
 
-    @wraps(ordinary_tokens)
+    @wraps(original_tokens)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = ordinary_tokens(self, grammar_output)
+        output = original_tokens(self, grammar_output)
         proposer = proposer_of(self)
         failed = proposer.take_failed() if proposer is not None else []
         if failed:
             output.num_nans_in_logits = {**(output.num_nans_in_logits or {}), **dict.fromkeys(failed, FAILED)}
         return output
 
-    @wraps(ordinary_fits)
+    @wraps(original_fits)
     def _input_fits_in_drafter(self: Any, metadata: Any) -> bool:
-        return proposer_of(self) is not None or ordinary_fits(self, metadata)  # drafts end where the context does
+        return proposer_of(self) is not None or original_fits(self, metadata)  # drafts never exceed the context
 
     GPUModelRunner._sample, GPUModelRunner.sample_tokens = _sample, sample_tokens
     GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter

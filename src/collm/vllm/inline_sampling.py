@@ -1,7 +1,8 @@
-"""Tokens of both authors drawn by vLLM's own sampler, each request by its own parameters and generator.
+"""Sampling of both authors' tokens with vLLM's sampler. Each request uses its own parameters and generator.
 
-vLLM's state of a batch goes by rows, and rows move. Here the sampler is given the requests that get a token, whoever
-writes it, so a request with a seed draws once for each token, whatever else is in the batch.
+vLLM keeps the sampling state of a batch by row, and requests change their rows. Here the sampler receives only the
+requests that get a token, from either author. So a request with a seed draws once for each token, independently of the
+batch.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from collm.decoding.draws import Draw
 
 _GREEDY_BELOW = 1e-5
-"""Temperatures that vLLM takes for 0."""
+"""vLLM samples greedily at temperatures below this one."""
 
 
 @dataclass(frozen=True)
-class Asking:
+class SamplingRequest:
     """A request that gets a token.
 
     Attributes:
-        state: vLLM's.
-        output_ids: what it has been given so far, drafts included.
-        generator: of a request with a seed.
-        top: most probable tokens that are wanted; None if not even the log-probability of the token is.
+        state: vLLM's state of the request.
+        output_ids: tokens generated so far, including drafts.
+        generator: random generator of a request with a seed; else None.
+        top: number of most probable tokens to report; None if no log-probabilities are requested.
     """
 
     state: Any
@@ -43,33 +44,34 @@ class Asking:
         return self.state.sampling_params
 
 
-def sample(sampler: Any, logits: Tensor, asking: Sequence[Asking]) -> list[Draw]:
-    """A token for each request.
+def sample(sampler: Any, logits: Tensor, requests: Sequence[SamplingRequest]) -> list[Draw]:
+    """Draw a token for each request.
 
     Args:
         sampler: vLLM's `v1.sample.sampler.Sampler`.
         logits: shape (R, V).
+        requests: the R requests.
     """
-    wanting = [row for row, one in enumerate(asking) if one.top is not None]
-    logprobs = logits[wanting].log_softmax(-1, dtype=torch.float32) if wanting else None
+    with_logprobs = [row for row, one in enumerate(requests) if one.top is not None]
+    logprobs = logits[with_logprobs].log_softmax(-1, dtype=torch.float32) if with_logprobs else None
     processed = logits.to(torch.float32, copy=True)
-    for row, one in enumerate(asking):
+    for row, one in enumerate(requests):
         if len(one.output_ids) < one.params.min_tokens:
             processed[row, list(one.params.all_stop_token_ids)] = -math.inf
-    chosen = sampler(processed, _metadata(processed, asking)).sampled_token_ids.flatten()
+    chosen = sampler(processed, _metadata(processed, requests)).sampled_token_ids.flatten()
     drawn = [Draw(token_id, 0.0) for token_id in chosen.tolist()]
     if logprobs is not None:
-        of_tokens = logprobs.gather(-1, chosen[wanting, None].long()).flatten().tolist()
-        values, ids = (part.tolist() for part in logprobs.topk(max(one.top or 0 for one in asking), dim=-1))
-        for place, row in enumerate(wanting):
-            top = tuple(zip(ids[place], values[place], strict=True))[: asking[row].top]
-            drawn[row] = Draw(drawn[row].token_id, of_tokens[place], top)
+        token_logprobs = logprobs.gather(-1, chosen[with_logprobs, None].long()).flatten().tolist()
+        values, ids = (part.tolist() for part in logprobs.topk(max(one.top or 0 for one in requests), dim=-1))
+        for i, row in enumerate(with_logprobs):
+            top = tuple(zip(ids[i], values[i], strict=True))[: requests[row].top]
+            drawn[row] = Draw(drawn[row].token_id, token_logprobs[i], top)
     return drawn
 
 
-def _metadata(logits: Tensor, asking: Sequence[Asking]) -> SamplingMetadata:
-    """What the sampler is to know of these requests, row by row."""
-    params, device = [one.params for one in asking], logits.device
+def _metadata(logits: Tensor, requests: Sequence[SamplingRequest]) -> SamplingMetadata:
+    """The sampler's metadata for these requests, in order."""
+    params, device = [one.params for one in requests], logits.device
     greedy = [one.temperature < _GREEDY_BELOW for one in params]
     penalised = any(one.presence_penalty or one.frequency_penalty or one.repetition_penalty != 1.0 for one in params)
 
@@ -83,28 +85,28 @@ def _metadata(logits: Tensor, asking: Sequence[Asking]) -> SamplingMetadata:
         all_random=not any(greedy),
         top_p=column("top_p") if any(one.top_p < 1 for one in params) else None,
         top_k=torch.tensor(top_k, dtype=torch.int32, device=device) if min(top_k) < logits.shape[1] else None,
-        generators={row: one.generator for row, one in enumerate(asking) if one.generator is not None},
+        generators={row: one.generator for row, one in enumerate(requests) if one.generator is not None},
         max_num_logprobs=None,
         no_penalties=not penalised,
-        prompt_token_ids=_prompts(asking, logits.shape[1]).to(device) if penalised else None,
+        prompt_token_ids=_prompts(requests, logits.shape[1]).to(device) if penalised else None,
         frequency_penalties=column("frequency_penalty"),
         presence_penalties=column("presence_penalty"),
         repetition_penalties=column("repetition_penalty"),
-        output_token_ids=[list(one.output_ids) for one in asking],
+        output_token_ids=[list(one.output_ids) for one in requests],
         allowed_token_ids_mask=_disallowed(params, logits),
         bad_words_token_ids={row: one.bad_words_token_ids for row, one in enumerate(params) if one.bad_words_token_ids},
         logitsprocs=LogitsProcessors(),
     )
 
 
-def _prompts(asking: Sequence[Asking], vocab_size: int) -> Tensor:
-    """Prompts, padded with an id that is no token, (R, P)."""
-    prompts = [torch.tensor(one.state.prompt_token_ids) for one in asking]
+def _prompts(requests: Sequence[SamplingRequest], vocab_size: int) -> Tensor:
+    """Prompts, padded with an id outside the vocabulary, shape (R, P)."""
+    prompts = [torch.tensor(one.state.prompt_token_ids) for one in requests]
     return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=vocab_size)
 
 
 def _disallowed(params: Sequence[Any], logits: Tensor) -> Tensor | None:
-    """Tokens that requests rule out, (R, V); None if none does."""
+    """Mask of the tokens that requests exclude, shape (R, V); None if no request excludes any."""
     if not any(one.allowed_token_ids for one in params):
         return None
     mask = torch.zeros_like(logits, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""vLLM servers on this machine: started, waited for, taken down."""
+"""Starting vLLM servers on this machine, waiting for them and stopping them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so named in all its versions
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every version re-exports it
 
 from collm.errors import ConfigError, LoadError
 
 _LOG = logging.getLogger(__name__)
 _MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` needs metadata that CPU builds lack
 GROUP = "vllm.logits_processors"
-"""Entry points in which vLLM looks for the plug-in."""
-_LOOK_S, _SAY_EVERY_S, _GRACE_S = 0.2, 10.0, 30.0
+"""Entry point group in which vLLM looks for the plug-in."""
+_POLL_S, _LOG_EVERY_S, _GRACE_S = 0.2, 10.0, 30.0
 
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """One server to be started.
+    """A server to start.
 
     Attributes:
-        name: of the author it serves.
+        name: name of the author that it serves.
         model: a directory or a Hub repository id.
-        flags: of vLLM, besides model, address and port.
-        environment: variables on top of this process's.
+        flags: vLLM's flags, other than model, address and port.
+        environment: environment variables in addition to those of this process.
     """
 
     name: str
@@ -42,22 +42,22 @@ class ServerPlan:
 
     @property
     def gpus(self) -> str:
-        """Those that it sees."""
+        """The GPUs that the server may use, as in CUDA_VISIBLE_DEVICES."""
         return self.environment.get("CUDA_VISIBLE_DEVICES", "")
 
     def command(self, python: str, port: int) -> list[str]:
-        """The program and its arguments."""
+        """The server's command line."""
         served = ["--model", self.model, "--served-model-name", self.name.replace(" ", "-")]
         return [python, "-m", _MODULE, *served, "--host", "127.0.0.1", "--port", str(port), *self.flags]
 
 
 class ServerProcess:
-    """A server that was started; `stop` it.
+    """A running server. `stop` ends it.
 
     Args:
-        plan: what it serves.
+        plan: what to start.
         python: the interpreter that has vLLM.
-        log: file for what it prints.
+        log: file for the server's output.
     """
 
     def __init__(self, plan: ServerPlan, python: str, log: Path) -> None:
@@ -72,44 +72,44 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **plan.environment},
-                start_new_session=True,  # Ctrl-C is for who started it
+                start_new_session=True,  # Ctrl-C must not reach the server, which this process stops
             )
 
     @property
     def url(self) -> str:
-        """What stands before "/completions"."""
+        """The base URL, to which "/completions" is appended."""
         return f"{self.root}/v1"
 
     def wait(self, deadline: float) -> None:
-        """Until it answers.
+        """Wait until the server answers.
 
         Args:
-            deadline: by `time.monotonic`.
+            deadline: when to give up, on the clock of `time.monotonic`.
 
         Raises:
-            LoadError: it ended, or is not up by then.
+            LoadError: the server ended, or is not up by then.
         """
-        started = said = time.monotonic()
+        started = logged = time.monotonic()
         while not self._answers():
             now = time.monotonic()
             if self.process.poll() is not None:
                 raise LoadError(
                     f"the server of the {self.plan.name} ended with status {self.process.returncode} before it was up: "
-                    f"{self._last_words()}; {self.log} has the rest"
+                    f"{self._last_error()}; see {self.log}"
                 )
             if now >= deadline:
                 raise LoadError(
-                    f"the server of the {self.plan.name} is not up after {now - started:.0f} s, its model being "
-                    f"{self.plan.model}; wait longer, or see what it does in {self.log}"
+                    f"the server of the {self.plan.name} is not up after {now - started:.0f} s (model "
+                    f"{self.plan.model}); wait longer, or see {self.log}"
                 )
-            if now - said >= _SAY_EVERY_S:
+            if now - logged >= _LOG_EVERY_S:
                 _LOG.info("waiting for the %s (%s), %.0f s so far", self.plan.name, self.plan.model, now - started)
-                said = now
+                logged = now
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_LOOK_S)
+                self.process.wait(_POLL_S)
 
     def stop(self) -> None:
-        """End it and all processes of its own."""
+        """End the server and its child processes."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -124,17 +124,17 @@ class ServerProcess:
         except httpx.TransportError:
             return False
 
-    def _last_words(self) -> str:
+    def _last_error(self) -> str:
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        errors = [line for line in lines if "Error" in line] or [line for line in lines if line] or ["it said nothing"]
+        errors = [line for line in lines if "Error" in line] or [line for line in lines if line] or ["no output"]
         return errors[-1][-300:]
 
 
 def check_python(python: str) -> str:
-    """The interpreter, if vLLM finds the plug-in there.
+    """Check that an interpreter has vLLM and the plug-in, and return its name.
 
     Raises:
-        ConfigError: it has no vLLM or no plug-in, or is none.
+        ConfigError: it lacks vLLM or the plug-in, or is not an interpreter.
     """
     code = (
         f"import vllm; from importlib.metadata import entry_points as e; print(len(e(group={GROUP!r}, name='collm')))"
@@ -144,8 +144,8 @@ def check_python(python: str) -> str:
         found = int(done.stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, LookupError) as error:
         raise ConfigError(
-            f"{python} has no vLLM; install vLLM and then 'pip install --no-deps collm' in an environment of its own "
-            "and name its interpreter with --vllm-python"
+            f"{python} has no vLLM; install vLLM and then 'pip install --no-deps collm' in a separate environment, and "
+            "name its interpreter with --vllm-python"
         ) from error
     if not found:
         raise ConfigError(f"vLLM of {python} has no collm plug-in; run '{python} -m pip install --no-deps collm'")
@@ -153,34 +153,36 @@ def check_python(python: str) -> str:
 
 
 def check_engine_python(python: str) -> str:
-    """The interpreter, if one engine can run there.
+    """Check that an interpreter can run one engine with base and assistant, and return its name.
 
     Raises:
-        ConfigError: it lacks vLLM, the plug-in or what collm needs, or has another version of vLLM.
+        ConfigError: it lacks vLLM, the plug-in or a dependency of collm, or has another version of vLLM.
     """
     code = "import vllm; from collm.vllm.inline import check_version; check_version(vllm.__version__)"
     check_python(python)
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        error = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ConfigError(
-            f"{python} cannot run base and assistant in one engine: {said}; 'pip install --no-deps collm accelerate' "
-            "beside vLLM gives what it needs"
+            f"{python} cannot run base and assistant in one engine: {error}; run 'pip install --no-deps collm "
+            "accelerate' in vLLM's environment"
         )
     return python
 
 
 @contextmanager
 def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: float) -> Iterator[list[ServerProcess]]:
-    """Servers, up while the block runs. Those on one GPU start one by one, since each measures what is free.
+    """Run servers while the block runs. Servers on one GPU start one after another, because each measures the free
+    memory.
 
     Args:
+        plans: the servers to start.
         python: the interpreter that has vLLM.
-        logs: directory for what they print.
+        logs: directory for the servers' output.
         wait_s: longest time until all are up.
 
     Raises:
-        LoadError: one ended, or is not up in time; none is left running.
+        LoadError: a server ended, or is not up in time. No server is left running.
     """
     logs.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s

@@ -1,4 +1,4 @@
-"""Decoding on one engine of vLLM that holds base and assistant (`inline`): a completion is one request."""
+"""Decoding on one vLLM engine that holds base and assistant (`inline`). A completion is one request."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from collm.vllm.servers import Servers
 
 _ASSISTANT = 1
 LOCAL_ONLY = ("min_p", "logit_bias", "bad_words", "structured_outputs", "prompt_logprobs")
-"""Parameters that vLLM does not combine with drafts, or the base cannot follow."""
+"""Parameters that vLLM does not combine with drafts, or that the base does not support."""
 _PROBE: dict[str, Any] = {"prompt": [0], "temperature": 0, "logprobs": 1}
 
 
 class EngineConnection(Connections):
-    """The server of an engine that holds base and assistant.
+    """Connection to the server of an engine that holds base and assistant.
 
     Args:
-        servers: its address, and how patiently it is asked.
-        head: of the collaboration; the engine must hold this very one.
-        tokenizer: of both models.
+        servers: the server's address, and settings for calls.
+        head: the deferral head, which the engine must have.
+        tokenizer: the tokenizer of both models.
 
     Raises:
-        ConfigError, LoadError: as of `Connections`.
-        MismatchError: likewise, or it is another server.
+        ConfigError, LoadError: as in `Connections`.
+        MismatchError: as in `Connections`, or the server is not an engine of this collaboration.
     """
 
     def __init__(self, servers: Servers, head: DeferralHead, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,37 +58,39 @@ class EngineConnection(Connections):
         for author in (BASE, _ASSISTANT):
             policy = f"single:writer={author}"
             try:
-                asked = {**_PROBE, "vllm_xargs": {POLICY: policy, AUTHORS: 1, HEAD: self.head}}
-                said = author_and_defer_prob(await assistant.one(self.client, asked))[0]
+                body = {**_PROBE, "vllm_xargs": {POLICY: policy, AUTHORS: 1, HEAD: self.head}}
+                writer = author_and_defer_prob(await assistant.one(self.client, body))[0]
             except ModelFailure as failure:
                 raise MismatchError(
                     f"the server at {assistant.url} holds no engine of this collaboration ({failure}); start one with "
-                    "'collm launch', or name a server for each author"
+                    "'collm launch', or give a server for each author"
                 ) from failure
-            if said != author:
-                raise MismatchError(f"the server at {assistant.url} let author {said} write, expected {author}")
+            if writer != author:
+                raise MismatchError(f"the server at {assistant.url} let author {writer} write, expected {author}")
 
     def candidates(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
     ) -> list[list[Candidates]]:
-        raise ConfigError("what each author would have written is not available in one engine; use engine 'local'")
+        raise ConfigError("the candidates of each author are not available in one engine; use engine 'local'")
 
 
 class OneEngine(ServerEngine[EngineConnection]):
-    """Decodes on one engine, which drafts with the base and follows the rule by itself."""
+    """Decodes on one engine, which drafts with the base and applies the policy itself."""
 
     def check_request(self, request: Request) -> None:
         check_policy(request.policy)
         if name_of(request.policy) is None:
-            raise ConfigError(f"{request.policy} has no name by which another process knows it; use engine 'local'")
+            raise ConfigError(
+                f"{request.policy} has no name, so it cannot be sent to another process; use engine 'local'"
+            )
         check_local_params(request.params, LOCAL_ONLY)
         check_temperature(request.params)
 
-    async def go_on(self, run: Run) -> None:
+    async def advance(self, run: Run) -> None:
         sequence = run.sequence
         policy, params = sequence.request.policy, sequence.request.params
         body = self.body(run)
-        body["logprobs"] = 1 + (params.logprobs or 0)  # who wrote it is one of them
+        body["logprobs"] = 1 + (params.logprobs or 0)  # one of them describes the author
         body |= {"min_tokens": params.min_tokens, "allowed_token_ids": params.allowed_token_ids, "seed": params.seed}
         body["vllm_xargs"] = {POLICY: name_of(policy), AUTHORS: 1, HEAD: self.connections.head}
         resumable = isinstance(policy, ThresholdPolicy | SingleAuthorPolicy)
@@ -102,20 +104,20 @@ class OneEngine(ServerEngine[EngineConnection]):
 
 
 def author_and_defer_prob(written: Written) -> tuple[int, float]:
-    """What the engine says beside a token; by `AUTHORS` it comes after the token itself.
+    """Read the author and the defer prob from the entry after the token's own log-probability (`AUTHORS`).
 
     Raises:
-        ModelFailure: the server says something else.
+        ModelFailure: the server did not report them.
     """
-    beside = list(written.about.items())[1:2]
-    if not beside:
-        raise ModelFailure(f"the server does not say who wrote token {written.token_id}")
-    ((token_id, log_defer_prob),) = beside
+    entry = list(written.about.items())[1:2]
+    if not entry:
+        raise ModelFailure(f"the server did not report the author of token {written.token_id}")
+    ((token_id, log_defer_prob),) = entry
     return author_of(token_id), math.exp(log_defer_prob)
 
 
 def _top(written: Written, count: int) -> tuple[tuple[int, float], ...]:
-    """The most probable tokens, without what says who wrote it."""
+    """The most probable tokens, without the entry that describes the author."""
     (first, *others) = written.about.items()
-    known = sorted([first, *others[1:]], key=lambda pair: -pair[1])
-    return tuple(known[:count])
+    ranked = sorted([first, *others[1:]], key=lambda pair: -pair[1])
+    return tuple(ranked[:count])

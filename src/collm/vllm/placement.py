@@ -1,4 +1,4 @@
-"""Which server gets what of one machine: its GPUs or threads, and memory for keys and values."""
+"""Placement of servers on one machine: their GPUs or threads, and the memory of their KV caches."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from collm.vllm.launch import ServerPlan, check_engine_python, launched
 from collm.vllm.servers import Servers
 
 USABLE = 0.9
-"""Share of a device's memory that servers may take."""
+"""Share of a device's memory that servers may use."""
 OVERHEAD_BYTES = 2 << 30
-"""For a server's activations, CUDA graphs and libraries; of a CPU, its interpreter."""
+"""Memory of a server for activations, CUDA graphs and libraries; on a CPU, for the interpreter."""
 DRAFTS = 12
-"""Most tokens that the base of one engine writes before the assistant reads them."""
+"""Default limit of tokens that the base of one engine writes before the assistant reads them."""
 BLOCK_TOKENS = 32
-"""Tokens a sequence may leave unused in its last block of the cache; CPU builds take multiples of 32."""
+"""Tokens that a sequence may leave unused in its last cache block. vLLM's CPU builds require multiples of 32."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model takes, in bytes.
+    """Memory that a model needs, in bytes.
 
     Attributes:
-        weights: of all of it.
-        kv_per_token: keys and values of one token in all layers; more than that where layers share or compress them.
-        max_length: tokens that it was made to read.
-        dtype: that it is saved in, or is to be loaded in; vLLM left alone halves float32.
+        weights: size of all weights.
+        kv_per_token: size of a token's keys and values in all layers; an upper bound if layers share or compress them.
+        max_length: longest sequence that the model was made for, in tokens.
+        dtype: dtype in which the model is saved or is to be loaded. vLLM's own default is half precision for
+            float32 models.
     """
 
     weights: int
@@ -50,21 +51,21 @@ class Footprint:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Footprint:
-        """From a model's config; its weights are not read.
+        """Compute the footprint from a model's config. Weights are not read.
 
         Raises:
-            ConfigError: it is to be quantized, or is a GGUF file.
+            ConfigError: the model is to be quantized, or is a GGUF file.
             LoadError: there is no config of a causal LM.
         """
         if spec.quantization is not None:
             raise ConfigError(
-                f"{spec.path} is to be quantized ({spec.quantization}), which is not launched; start a server of a "
-                "quantized checkpoint yourself and name it with --servers"
+                f"{spec.path} is to be quantized ({spec.quantization}), which launched servers do not support; start a "
+                "server of a quantized checkpoint yourself and give its address with --servers"
             )
         if names_gguf(spec.path):
             raise ConfigError(
-                f"{spec.path} is a GGUF file, which is not launched; start a server of it yourself and name it with "
-                "--servers, or name the original checkpoint"
+                f"{spec.path} is a GGUF file, which launched servers do not support; start a server of it yourself and "
+                "give its address with --servers, or use the original checkpoint"
             )
         model = empty_model(spec)
         config: Any = model.config
@@ -82,12 +83,12 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is.
+    """The resources of a machine.
 
     Attributes:
-        gpu_bytes: memory of each GPU; none on a CPU.
-        memory_bytes: main memory that is free.
-        cores: how many this process may use.
+        gpu_bytes: memory of each GPU; empty if there are none.
+        memory_bytes: free main memory.
+        cores: number of cores that this process may use.
     """
 
     gpu_bytes: Sequence[int]
@@ -96,12 +97,12 @@ class Machine:
 
     @classmethod
     def this(cls) -> Machine:
-        """The one at hand."""
+        """The machine that runs this process."""
         gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
         return cls(gpus, psutil.virtual_memory().available, len(os.sched_getaffinity(0)))
 
     def devices(self, count: int) -> list[Device]:
-        """What each of so many servers runs on: GPUs if there are some, else threads."""
+        """Divide the machine between `count` servers: its GPUs if it has any, else its threads."""
         if self.gpu_bytes:
             groups = gpus_for(len(self.gpu_bytes), count)
             return [Device(group, 0, sum(self.gpu_bytes[gpu] for gpu in group)) for group in groups]
@@ -110,12 +111,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Device:
-    """What one server runs on.
+    """The resources of one server.
 
     Attributes:
-        gpus: their numbers; servers with the same ones share them, and all without share the main memory.
-        threads: of a server without GPUs.
-        memory_bytes: of its GPUs together, or the main memory that is free.
+        gpus: numbers of its GPUs. Servers with equal numbers share these GPUs. Servers without GPUs share the main
+            memory.
+        threads: number of threads of a server without GPUs.
+        memory_bytes: memory of its GPUs together, or free main memory.
     """
 
     gpus: Sequence[int]
@@ -124,17 +126,18 @@ class Device:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that keep a server to it; more threads than cores stall each other.
+        """Environment variables that limit a server to this device.
 
-        vLLM on a CPU would put the model into a process of its own, and both processes of a server then spin while they
-        wait for each other's messages, which leaves few cores little time for anything else.
+        More threads than cores would slow each other down. On a CPU, vLLM would run the model in a separate process.
+        Both processes would then spin while they wait for each other, so on few cores little time would be left for
+        other work.
         """
         if self.gpus:
             return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
         return {"OMP_NUM_THREADS": str(self.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     def flags(self, size: Footprint, tokens: int) -> list[str]:
-        """Flags of vLLM, with memory for the keys and values of so many tokens."""
+        """vLLM's flags for this device, with a KV cache of this many tokens."""
         each = -(-tokens * size.kv_per_token // max(1, len(self.gpus)))
         flags = ["--kv-cache-memory-bytes", str(each)]
         if not self.gpus:
@@ -152,7 +155,7 @@ class Device:
 
 
 def fits_in_one(collaboration: str) -> bool:
-    """Whether it has one assistant, and that is a language model.
+    """Whether the collaboration has exactly one assistant, which is a language model.
 
     Raises:
         ArtefactError: there is no collaboration.
@@ -170,25 +173,26 @@ def placed_in_one(
     drafts: int = DRAFTS,
     flags: Sequence[str] = (),
 ) -> ServerPlan:
-    """One server that holds base and assistant (`inline`) on all GPUs, or all threads, of a machine.
+    """Plan one server that holds base and assistant (`inline`) and uses all GPUs, or all threads, of a machine.
 
-    Both models keep what they have read, so each gets memory for as many tokens. The base is on the first GPU.
+    Both models keep what they have read, so both caches hold the same number of tokens. The base is on the first GPU.
 
     Args:
         collaboration: a directory or Hub name.
-        max_batch, max_length: as of `placed`.
-        drafts: most tokens that the base writes before the assistant reads them.
-        flags: of vLLM, after the others.
+        machine: the machine's resources.
+        max_batch, max_length: as in `placed`.
+        drafts: largest number of tokens that the base writes before the assistant reads them.
+        flags: further flags of vLLM, which come last.
 
     Raises:
         ArtefactError: there is no collaboration.
-        ConfigError: it does not fit in one engine, or as of `placed`.
-        LoadError: as of `placed`.
+        ConfigError: it does not fit in one engine, or as in `placed`.
+        LoadError: as in `placed`.
     """
     if not fits_in_one(collaboration):
         raise ConfigError(
-            f"one engine holds a base and one language model as its assistant, and {collaboration} has other "
-            "assistants; use a server for each of them ('collm launch'), or engine 'local'"
+            f"one engine holds a base and one language model as its assistant, but {collaboration} has other "
+            "assistants; use a server for each model ('collm launch'), or engine 'local'"
         )
     directory = artefact.local_directory(collaboration, None)
     manifest = artefact.read_manifest(directory)
@@ -197,12 +201,12 @@ def placed_in_one(
     (device,) = machine.devices(1)
     length = max_length or min(8192, *(size.max_length for size in sizes))
     tokens = _kv_tokens(sizes, device, assistant.name, max_batch=max_batch, length=length)
-    own = {"collaboration": str(directory), "cache_memory": tokens * sizes[0].kv_per_token}
+    settings = {"collaboration": str(directory), "cache_memory": tokens * sizes[0].kv_per_token}
     proposer = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": drafts}
     flags = [
         *_flags(assistant, sizes[1], device, tokens, max_batch=max_batch, length=length),
         *("--speculative-config", json.dumps(proposer)),
-        *("--additional-config", json.dumps({SETTINGS: own})),
+        *("--additional-config", json.dumps({SETTINGS: settings})),
         *assistant.flags,
     ]
     environment = {**device.environment, "VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -220,21 +224,21 @@ def one_engine(
     wait_s: float = 900.0,
     flags: Sequence[str] = (),
 ) -> Iterator[Servers]:
-    """Start one engine of vLLM with a collaboration on this machine; the block can connect to it.
+    """Run one vLLM engine with a collaboration on this machine while the block runs.
 
         with one_engine("my-run/collaboration", Path("logs")) as servers:
             model = CoLLM.from_pretrained("my-run/collaboration", servers=servers)
 
     Args:
         collaboration: a directory or Hub name.
-        logs: directory for what vLLM prints.
+        logs: directory for vLLM's output.
         python: the interpreter that has vLLM and collm.
-        max_batch: most requests that run at once.
-        max_length, flags: as of `placed_in_one`.
-        wait_s: longest time until it is up.
+        max_batch: largest number of concurrent requests.
+        max_length, flags: as in `placed_in_one`.
+        wait_s: longest time until the engine is up.
 
     Raises:
-        ArtefactError, ConfigError, LoadError: as of `placed_in_one`, and of `check_engine_python` and `launched`.
+        ArtefactError, ConfigError, LoadError: as in `placed_in_one`, `check_engine_python` and `launched`.
     """
     plan = placed_in_one(str(collaboration), Machine.this(), max_batch=max_batch, max_length=max_length, flags=flags)
     with launched([plan], check_engine_python(python), logs, wait_s=wait_s) as running:
@@ -242,28 +246,35 @@ def one_engine(
 
 
 def _kv_tokens(sizes: Sequence[Footprint], device: Device, name: str, *, max_batch: int, length: int) -> int:
-    """Tokens for which the models that share a device can hold keys and values, at least one sequence."""
+    """Number of tokens whose keys and values fit for the models that share a device.
+
+    Raises:
+        ConfigError: not even one sequence fits.
+    """
     tokens = kv_tokens(sizes, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
     if tokens < length + BLOCK_TOKENS:
         raise ConfigError(
-            f"beside the weights of the {name} fit keys and values of {max(tokens, 0)} tokens, expected {length}, the "
-            "longest sequence; give --max-model-len, more memory, or servers on several machines"
+            f"beside its weights, the {name} has memory for the keys and values of {max(tokens, 0)} tokens, expected "
+            f"at least {length}, the longest sequence; lower --max-model-len, or use more memory or several machines"
         )
     return tokens
 
 
 def _flags(served: Served, size: Footprint, device: Device, tokens: int, *, max_batch: int, length: int) -> list[str]:
-    """Of vLLM, for one model on its device."""
+    """vLLM's flags for one model on its device."""
     flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
-    flags += ["--generation-config", "vllm"]  # a model's own would change sampling and cap the length
+    flags += ["--generation-config", "vllm"]  # the model's would change sampling and limit the length
     if served.spec.revision is not None:
         flags += ["--revision", served.spec.revision]
     return [*flags, *device.flags(size, tokens)]
 
 
 def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
-    """GPUs of each server: the first for the base, equal shares of the others for the assistants, powers of two as
-    tensor parallelism wants them; with fewer GPUs than servers all share the first. A single server gets all."""
+    """Choose the GPUs of each server.
+
+    The base gets the first GPU. The assistants get equal shares of the others, in powers of two for tensor parallelism.
+    If there are fewer GPUs than servers, all share the first. A single server gets all GPUs, up to a power of two.
+    """
     if num_servers == 1:
         return [list(range(1 << (num_gpus.bit_length() - 1)))]
     if num_gpus < num_servers:
@@ -274,9 +285,9 @@ def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
 
 
 def kv_tokens(models: Sequence[Footprint], memory_bytes: float, wanted: int) -> int:
-    """Tokens for which all servers that share a memory can hold keys and values: those wanted, or what fits.
+    """Number of tokens whose keys and values fit for all servers that share a memory, at most `wanted`.
 
-    T = (memory - sum_i (weights_i + overhead)) / sum_i kv_i: base and assistants read the same sequences.
+    T = (memory - sum_i (weights_i + overhead)) / sum_i kv_i, because base and assistants read the same sequences.
     """
     left = memory_bytes - sum(model.weights + OVERHEAD_BYTES for model in models)
     return min(wanted, int(left // sum(model.kv_per_token for model in models)))
@@ -284,11 +295,12 @@ def kv_tokens(models: Sequence[Footprint], memory_bytes: float, wanted: int) -> 
 
 @dataclass(frozen=True)
 class Served:
-    """A model to be served.
+    """A model to serve.
 
     Attributes:
-        name: of its author.
-        flags: of vLLM, after those that the placement gives.
+        name: name of its author.
+        spec: the model.
+        flags: further flags of vLLM, which come last.
     """
 
     name: str
@@ -299,23 +311,25 @@ class Served:
 def placed(
     models: Sequence[Served], machine: Machine, *, max_batch: int, max_length: int | None = None
 ) -> list[ServerPlan]:
-    """Servers of one machine that can hold `max_batch` sequences, or as many tokens as fit.
+    """Plan servers on one machine for `max_batch` sequences, or for as many tokens as fit.
 
     Args:
-        models: the base's first.
-        max_length: longest sequence, in tokens; by default what all models read, 8192 at most.
+        models: the models to serve, the base first.
+        machine: the machine's resources.
+        max_batch: largest number of sequences at once.
+        max_length: longest sequence, in tokens. By default, what all models can read, at most 8192.
 
     Raises:
-        ConfigError: not even one sequence of that length fits.
-        LoadError: as of `Footprint.of`.
+        ConfigError: not even one sequence of this length fits.
+        LoadError: as in `Footprint.of`.
     """
     sizes = [Footprint.of(model.spec) for model in models]
     devices = machine.devices(len(models))
     length = max_length or min(8192, *(size.max_length for size in sizes))
     plans = []
     for model, size, device in zip(models, sizes, devices, strict=True):
-        beside = [other for other, its in zip(sizes, devices, strict=True) if its.gpus == device.gpus]
-        tokens = _kv_tokens(beside, device, model.name, max_batch=max_batch, length=length)
+        sharing = [other for other, its in zip(sizes, devices, strict=True) if its.gpus == device.gpus]
+        tokens = _kv_tokens(sharing, device, model.name, max_batch=max_batch, length=length)
         flags = [*_flags(model, size, device, tokens, max_batch=max_batch, length=length), *model.flags]
         plans.append(ServerPlan(model.name, model.spec.path, flags, device.environment))
     return plans

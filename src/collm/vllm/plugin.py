@@ -1,9 +1,9 @@
-"""What vLLM finds of collm by entry points, wherever it is installed.
+"""Plug-ins that vLLM finds through the entry points of an installed collm.
 
 `DeferLogitsProcessor` (group `vllm.logits_processors`) turns rows of an exported base's output layer into author
-decisions; models without a note are left alone. `register` (group `vllm.general_plugins`) prepares the processes of
-an engine that holds a whole collaboration (`inline`); other engines are left alone. Only vLLM, torch and parts
-of collm that need nothing else are imported here.
+decisions. Models without a note are unaffected. `register` (group `vllm.general_plugins`) prepares the processes of an
+engine that holds a collaboration (`inline`). Other engines are unaffected. This file imports only vLLM, torch and parts
+of collm that need nothing else.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
-    """Forces the row of an assistant where the base defers to it, and rules the rows out everywhere else.
+    """Forces an assistant's row where the base defers to it, and rules out the rows everywhere else.
 
-    The law is that of `ThresholdPolicy` (arXiv 2403.03870): with u_k = row k's logit / scale + b_k, the base defers
-    where sigmoid(logsumexp_k u_k) exceeds the request's `vllm_xargs: {"defer_threshold": x}`, to argmax_k u_k. Without
-    that value it never does. Both interfaces of vLLM are served: model runner V1 counts rows of the batch, V2 slots of
-    requests. V2 runs on GPUs only and is untested.
+    The rule is that of `ThresholdPolicy` (arXiv 2403.03870). With u_k = (logit of row k) / scale + b_k, the base defers
+    to argmax_k u_k where sigmoid(logsumexp_k u_k) exceeds the request's `vllm_xargs: {"defer_threshold": x}`. Without
+    this value it never defers. Both interfaces of vLLM are supported: model runner V1 numbers rows of the batch, V2
+    numbers slots of requests. V2 runs on GPUs only and is untested.
 
     Raises:
-        ValueError: the note beside the model is of another version.
+        ValueError: the note in the model's directory has another format.
     """
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
@@ -56,16 +56,16 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse a request whose values mean nothing; vLLM answers with status 400.
+        """Refuse a request with invalid values. vLLM answers it with status 400.
 
         Raises:
-            ValueError: an unknown name, or no number from -1 to 1.
+            ValueError: a key is unknown, or the threshold is not a number from -1 to 1.
         """
-        given = sampling_params.extra_args or {}
-        unknown = sorted(name for name in given if name.startswith(PREFIX) and name not in (THRESHOLD, *OF_ONE_ENGINE))
+        xargs = sampling_params.extra_args or {}
+        unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in (THRESHOLD, *OF_ONE_ENGINE))
         if unknown:
-            raise ValueError(f"vllm_xargs has {unknown[0]!r}, expected {THRESHOLD!r}")
-        value = given.get(THRESHOLD, 0)
+            raise ValueError(f"vllm_xargs has the unknown key {unknown[0]!r}, expected {THRESHOLD!r}")
+        value = xargs.get(THRESHOLD, 0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
             raise ValueError(f"{THRESHOLD} is {value!r}, expected a number from -1 to 1")
 
@@ -92,8 +92,8 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
         """Decide for each row.
 
         Args:
-            logits: shape (R, V), before temperature and truncation; changed in place.
-            ctx: of V2 only.
+            logits: shape (R, V), before temperature and truncation; modified in place.
+            ctx: from V2 only.
         """
         if self.note is None:
             return logits
@@ -107,50 +107,52 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Have requests to one engine checked, and those that fail in a worker ended with an error by the scheduler."""
+    """Patch vLLM: check the requests to one engine, and let the scheduler end requests that fail in a worker."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
 
     if getattr(Scheduler, "collm", False):
         return
-    ordinary_check, ordinary_update = SamplingParams._validate_spec_decode, Scheduler.update_from_output
+    original_check, original_update = SamplingParams._validate_spec_decode, Scheduler.update_from_output
 
-    @wraps(ordinary_check)
+    @wraps(original_check)
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        ordinary_check(self, speculative_config)
+        original_check(self, speculative_config)
         is_one_engine = speculative_config is not None and speculative_config.model == PROPOSER
-        wrong = _wrong_in_one_engine(self) if is_one_engine else _wrong_elsewhere(self)
-        if wrong is not None:
-            raise VLLMValidationError(wrong)
+        error = _error_in_one_engine(self) if is_one_engine else _error_in_other_engine(self)
+        if error is not None:
+            raise VLLMValidationError(error)
 
-    @wraps(ordinary_update)
+    @wraps(original_update)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         nans = model_runner_output.num_nans_in_logits or {}
         failed = [name for name, count in nans.items() if count == FAILED]
-        self.grammar_compile_error_reqs.update(failed)  # the requests that end with an error in this step
+        self.grammar_compile_error_reqs.update(failed)  # vLLM ends these requests with an error in this step
         for name in failed:
-            model_runner_output.prompt_logprobs_dict.pop(name, None)  # for an answer that does not come
-        return ordinary_update(self, scheduler_output, model_runner_output)
+            model_runner_output.prompt_logprobs_dict.pop(name, None)  # no answer will report them
+        return original_update(self, scheduler_output, model_runner_output)
 
     SamplingParams._validate_spec_decode, Scheduler.update_from_output = _validate_spec_decode, update_from_output
     Scheduler.collm = True
 
 
-def _wrong_elsewhere(params: Any) -> str | None:
-    """What a request asks that only an engine with base and assistant understands."""
-    alien = [name for name in OF_ONE_ENGINE if name in (params.extra_args or {})]
-    return f"vllm_xargs has {alien[0]!r}, which needs an engine that holds base and assistant" if alien else None
+def _error_in_other_engine(params: Any) -> str | None:
+    """The error for a request with a key that only an engine with base and assistant supports, or None."""
+    unsupported = [name for name in OF_ONE_ENGINE if name in (params.extra_args or {})]
+    if not unsupported:
+        return None
+    return f"vllm_xargs has {unsupported[0]!r}, which only an engine with base and assistant supports; leave it out"
 
 
-def _wrong_in_one_engine(params: Any) -> str | None:
-    """What a request asks that cannot be done, or that means nothing."""
+def _error_in_one_engine(params: Any) -> str | None:
+    """The error for a request that an engine with base and assistant does not support, or None."""
     from collm.errors import ConfigError
     from collm.vllm.drafting import policy_of
 
     for name in ("structured_outputs", "thinking_token_budget", "trace_decode_token_ids"):
         if getattr(params, name):
-            return f"{name} is not available in an engine whose base drafts; leave it out"
+            return f"{name} is not available in an engine with base and assistant; leave it out"
     try:
         policy_of(params.extra_args or {})
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""From rows of an exported base's output layer to author decisions. Also read inside vLLM: torch is all it imports."""
+"""Author decisions from the logits of an exported base. vLLM imports this file, so it needs only torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
-    """Leave only an assistant's row where the base defers, and no row beyond the vocabulary elsewhere.
+    """Force an assistant's row where the base defers, and rule out all rows beyond the vocabulary elsewhere.
 
     Args:
-        logits: shape (R, V); changed in place.
-        thresholds: fp64, shape (R,).
+        logits: shape (R, V); modified in place and returned.
+        thresholds: shape (R,), fp64.
         note: the content of collm_vllm.json.
     """
     defer_ids = torch.tensor(note["defer_ids"], device=logits.device)

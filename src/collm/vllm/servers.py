@@ -1,4 +1,4 @@
-"""Where the authors of a collaboration are served, and how patiently they are asked."""
+"""Addresses of a collaboration's servers, and settings for calls to them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ _URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
 
 @dataclass(frozen=True)
 class Servers:
-    """Addresses of vLLM servers; of an assistant any OpenAI-compatible server that takes and returns token ids.
+    """Addresses of servers, and settings for calls to them.
+
+    The base needs a vLLM server. An assistant needs an OpenAI-compatible server that takes and returns token ids.
 
     Attributes:
-        urls: what stands before "/completions", with vLLM ending in "/v1": of the base, then of the assistants 1..K; or
-            a single one, of an engine that holds base and assistant.
-        on_failure: what becomes of a token whose assistant cannot be asked: "fail" ends the request with an error,
-            "base" lets the base write it, marked as such.
-        timeout_s: longest wait for an answer, and for the next token of one.
-        retries: further attempts after a connection error, a timeout and status 429 or 5xx.
+        urls: base URLs, to which "/completions" is appended. Those of vLLM end in "/v1". The base's comes first, then
+            those of the assistants 1..K. A single URL is that of an engine with base and assistant.
+        on_failure: what happens if an assistant cannot be asked for a token. "fail" ends the request with an error.
+            "base" lets the base write the token, which is marked.
+        timeout_s: longest wait for an answer, and for the next token of a stream.
+        retries: number of further attempts after a connection error, a timeout, and status 429 or 5xx.
         wait_s: longest wait for all servers to be up at the start.
-        api_key_env: the environment variable that holds the key; without it no key is sent.
+        api_key_env: environment variable that holds the API key. If None, no key is sent.
 
     Raises:
-        ConfigError: a value out of range, or an address that is none.
+        ConfigError: a value is out of range, or an address is not a URL.
     """
 
     urls: Sequence[str]
@@ -49,21 +51,22 @@ class Servers:
             raise ConfigError(f"urls is {self.urls!r}, expected a list of addresses, the base's first")
         object.__setattr__(self, "urls", tuple(url.strip().rstrip("/") for url in self.urls))
         if not all(_URL.fullmatch(url) for url in self.urls):  # not shown, as it may hold a key
-            raise ConfigError("a server's address is no URL like http://localhost:8001/v1 (no key or user in it)")
+            raise ConfigError("a server's address is not a URL like http://localhost:8001/v1 without a user or key")
         if self.on_failure not in get_args(OnFailure):
             raise ConfigError(f"on_failure is {self.on_failure!r}, expected 'fail' or 'base'")
         if not 0 < self.timeout_s < math.inf or not 0 <= self.wait_s < math.inf or self.retries < 0:
             raise ConfigError(
                 f"timeout_s, wait_s and retries are {self.timeout_s}, {self.wait_s} and {self.retries}, expected "
-                "seconds above 0, seconds, and a number of attempts"
+                "a finite timeout_s above 0, a finite wait_s of at least 0, and retries of at least 0"
             )
 
     @classmethod
     def named(cls, text: str) -> Servers:
-        """Addresses with commas between, the base's first; or the path of a YAML file that holds the fields above.
+        """Parse addresses that are separated by commas, the base's first, or read a YAML file with the fields of this
+        class.
 
         Raises:
-            ConfigError: no such file, or one that holds something else.
+            ConfigError: the file does not exist or has other content.
         """
         if "://" in text:
             return cls(text.split(","))
@@ -72,31 +75,31 @@ class Servers:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(
-                f"servers are {text!r}: {type(error).__name__}; expected addresses like http://localhost:8001/v1 with "
-                "commas between, or a YAML file with a list 'urls'"
+                f"could not read servers from {text!r}: {type(error).__name__}; expected addresses like "
+                "http://localhost:8001/v1 separated by commas, or a YAML file with a list 'urls'"
             ) from error
         return cls.of(content, str(path))
 
     @classmethod
     def of(cls, content: Any, where: str) -> Servers:
-        """From the fields as JSON or YAML hold them.
+        """Create from the fields as JSON or YAML hold them.
 
         Args:
-            where: what errors call their place.
+            where: where the fields come from, for errors.
 
         Raises:
-            ConfigError: a field is missing, unknown or of another kind.
+            ConfigError: a field is missing, unknown or has the wrong type.
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(content, dict) or "urls" not in content or content.keys() - known:
-            raise ConfigError(f"{where} has {content!r}, expected 'urls', and of {', '.join(sorted(known))} some")
+            raise ConfigError(f"{where} has {content!r}, expected 'urls' and any of {', '.join(sorted(known))}")
         try:
             return cls(**content)
         except TypeError as error:
             raise ConfigError(f"{where}: {error}; expected a list of urls, seconds and numbers") from error
 
     def write(self, path: Path) -> None:
-        """As the file that `named` reads."""
+        """Write a file that `named` can read."""
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump({**asdict(self), "urls": list(self.urls)}), encoding="utf-8")
 
@@ -105,19 +108,23 @@ class Servers:
         return len(self.urls) == num_assistants == 1
 
     def check_count(self, num_assistants: int) -> None:
-        """Raise a ConfigError unless there is one server for each author."""
+        """Check that there is one server for each author.
+
+        Raises:
+            ConfigError: there is not.
+        """
         if len(self.urls) != 1 + num_assistants:
             raise ConfigError(
-                f"{len(self.urls)} servers came for a base and {num_assistants} assistants; give one for each, the "
+                f"got {len(self.urls)} servers for a base and {num_assistants} assistants; give one for each, the "
                 "base's first"
             )
 
     @property
     def headers(self) -> dict[str, str]:
-        """That carry the key.
+        """HTTP headers that carry the API key.
 
         Raises:
-            ConfigError: the environment variable holds none.
+            ConfigError: the environment variable holds no key.
         """
         if self.api_key_env is None:
             return {}
