@@ -1,10 +1,10 @@
-"""Decoding speed as ratios of one run, on models of real shape with random weights. Prints JSON.
+"""Decoding speed as ratios within one run, on models of real shape with random weights. Prints JSON.
 
     python -m benchmarks.decode --dtype float32 --prompt 32 512 --batch 1 4 16 --rate 0.1 0.3 0.5
 
-Who writes is fixed beforehand: each token is deferred with probability `rate`, independently (run 1) or in runs of 8
-tokens on average. On a CPU our loop runs packed linear layers, as for any collaboration loaded from disk;
-`transformers.generate` runs the model as it comes.
+The author of each token is fixed beforehand. A token is deferred with probability `rate`, either independently (run 1)
+or in runs of 8 tokens on average. On a CPU, our loop runs packed linear layers, as for any collaboration loaded from
+disk. `transformers.generate` runs the model as it is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Bench:
 
     Attributes:
         ours: base and assistant as our loop runs them.
-        theirs: the same as transformers loads them.
+        theirs: base and assistant as transformers loads them.
+        pair: the collaboration of both.
+        alone: the assistant as base and assistant of a collaboration.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -57,7 +59,7 @@ class Bench:
     # Parts
 
     def grid(self) -> list[dict[str, Any]]:
-        """Collaboration against its limit and against each model alone."""
+        """Compare the collaboration with its limit and with each model alone."""
         rows = []
         for prompt in self.arguments.prompt:
             for batch in self.arguments.batch:
@@ -67,7 +69,7 @@ class Bench:
     def _cells(self, prompt: int, batch: int) -> list[dict[str, Any]]:
         new = self.arguments.new
         prompts, params = prompts_of(batch, prompt, self.vocab_size), SamplingParams(max_new_tokens=new)
-        for model in (self.pair, self.alone):  # memory and kernels that are made once
+        for model in (self.pair, self.alone):  # warm-up: allocations and kernels
             model.generate(prompts, SamplingParams(max_new_tokens=4), policy=pattern(0.5, 1, 4, 0), max_batch=batch)
         ours = [
             seconds(lambda: model.generate(prompts, params, policy=BASE_ALONE, max_batch=batch, lookahead=0))  # noqa: B023
@@ -97,8 +99,8 @@ class Bench:
                     "base_passes": out.usage["base"].forward_passes,
                 }
                 if batch == 1 or rate == 0.3:
-                    ahead, _ = self._timed(self.pair, prompts, params, policies, lookahead=None)
-                    row["lookahead_speedup"] = taken / ahead
+                    drafting, _ = self._timed(self.pair, prompts, params, policies, lookahead=None)
+                    row["lookahead_speedup"] = taken / drafting
                 rows.append(_logged(row))
         if batch == 1 and prompt >= 512:
             rows[-1]["speed_vs_cache_free"] = self._cache_free(prompts[0], pattern(0.3, 1, new, 0))
@@ -113,7 +115,7 @@ class Bench:
         *,
         lookahead: int | None,
     ) -> tuple[float, Completions]:
-        """Least time of some runs; one sequence is short enough to be run more often."""
+        """Return the least time of several runs and the last output. A batch of several sequences is run once."""
         outs: list[Completions] = []
 
         def run() -> None:
@@ -122,7 +124,9 @@ class Bench:
         return seconds(run, self.arguments.repeats if len(prompts) == 1 else 1), outs[-1]
 
     def _cache_free(self, prompt: list[int], policy: Policy) -> float:
-        """Speed against a loop that reads everything again for every token, timed at every 16th token."""
+        """Speed relative to a loop that reads the whole text again for every token. The loop is timed at every 16th
+        token.
+        """
         new = self.arguments.new
         deferred = policy.deferred  # type: ignore[attr-defined]
         every = 16
@@ -140,7 +144,9 @@ class Bench:
         return slow / taken
 
     def lookahead(self) -> list[dict[str, Any]]:
-        """Models whose argmaxes agree on a set share of the tokens, so that some guesses about an assistant hold."""
+        """Measure drafts with models whose argmaxes agree on a set share of the tokens, so that some guesses are
+        accepted.
+        """
         rows = []
         new = self.arguments.new
         prompts, params = prompts_of(1, 32, self.vocab_size), SamplingParams(max_new_tokens=new)
@@ -156,22 +162,22 @@ class Bench:
                 for run in RUNS:
                     policies = [pattern(rate, run, new, 1)]
                     plain, out = self._timed(pair, prompts, params, policies, lookahead=0)
-                    ahead, again = self._timed(pair, prompts, params, policies, lookahead=None)
+                    drafting, drafted = self._timed(pair, prompts, params, policies, lookahead=None)
                     row = {
                         "agreement": agreement,
                         "rate": round(out.deferral_rate, 3),
                         "run": run,
-                        "lookahead_speedup": plain / ahead,
+                        "lookahead_speedup": plain / drafting,
                         "assistant_passes": out.usage["assistant"].forward_passes,
-                        "assistant_passes_ahead": again.usage["assistant"].forward_passes,
+                        "assistant_passes_ahead": drafted.usage["assistant"].forward_passes,
                     }
                     if self.dtype == torch.float32:
-                        assert [c.token_ids for c in out] == [c.token_ids for c in again]
+                        assert [c.token_ids for c in out] == [c.token_ids for c in drafted]
                     rows.append(_logged(row))
         return rows
 
     def context(self) -> list[dict[str, Any]]:
-        """Time of a token as the context grows, the base writing: against a bare pass at that length."""
+        """Time per token as the context grows, relative to a bare pass at that length. The base writes every token."""
         rows = []
         for length in (512, 1024, 2048, 4096):
             (prompt,) = prompts_of(1, length, self.vocab_size)
@@ -185,7 +191,7 @@ class Bench:
         return rows
 
     def cache(self) -> list[dict[str, Any]]:
-        """Key-value memory held by sequences of mixed lengths, over what their tokens need."""
+        """KV cache memory of sequences with mixed lengths, relative to what their tokens need."""
         rows = []
         for batch in self.arguments.batch:
             prompts = [prompts_of(1, 16 + 37 * i, self.vocab_size)[0] for i in range(batch)]
@@ -205,7 +211,7 @@ class Bench:
 
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
-    """Progress goes to stderr, so that stdout is JSON."""
+    """Round a row and print it to stderr, because stdout is for the JSON."""
     rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     print(rounded, file=sys.stderr, flush=True)
     return rounded

@@ -1,9 +1,9 @@
-"""What a GPU has to say, in under six minutes: exactness, start-up, speed as ratios of one run, and where a step goes.
+"""Checks on a GPU in under six minutes: exactness, start-up, speed as ratios within one run, and a profile of a step.
 
     python -m benchmarks.gpu_check --out benchmarks/results/gpu.json
 
-The file is written after every part. Weights are random; who writes is fixed beforehand, as in `benchmarks.decode`.
-`exact` runs the tests of the test suite that take a device, and needs what they need.
+The file is written after every part. Weights are random, and the author of each token is fixed beforehand, as in
+`benchmarks.decode`. `exact` runs those tests of the test suite that take a device, so it needs their dependencies.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class GpuCheck:
     # Parts
 
     def machine(self) -> dict[str, Any]:
-        """The device and how fast it copies."""
+        """The device's name and its memory bandwidth when copying."""
         cuda = self.device.type == "cuda"
         memory = torch.empty((2 << 30) if cuda else (64 << 20), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(memory)
@@ -69,7 +69,9 @@ class GpuCheck:
         return _logged({"device": name, "copy_gb_per_s": self._bandwidth / 1e9})
 
     def exact(self) -> dict[str, Any]:
-        """The suite's tests on this device: every architecture, rules, drafts, ragged batches, joins and leaves."""
+        """Run the test suite's tests on this device: architectures, policies, drafts, ragged batches, joins and
+        cancellations.
+        """
         command = [sys.executable, "-m", "pytest", *EXACT_TESTS, "-k", self.device.type, "-q", "--tb=line"]
         command += ["-p", "no:cacheprovider"]
         start = time.perf_counter()
@@ -85,7 +87,7 @@ class GpuCheck:
         return _logged(row | ({} if progress else {"output": text[-2000:]}))
 
     def start(self) -> dict[str, Any]:
-        """From weights in memory to the first token, and what that takes of the device's memory."""
+        """Time from weights in memory to the first token, and the memory that this takes on the device."""
         _ = self.models
         prompt = prompts_of(1, self.arguments.prompt, self.vocab_size)
         before, start = _used(self.device), time.perf_counter()
@@ -101,7 +103,7 @@ class GpuCheck:
         return _logged(row | {"graphs_gb": (captured - before - held) / 1e9, "cache_gb": held / 1e9})
 
     def rounding(self) -> dict[str, Any]:
-        """Share of steps whose argmax differs between one token at a time and one pass without a cache."""
+        """Number of steps whose argmax differs between reading token by token and one pass without a cache."""
         counts = []
         for model in self.models:
             runner, (text,) = ModelRunner(LanguageModel(model, name="m")), prompts_of(1, 257, self.vocab_size)
@@ -114,7 +116,7 @@ class GpuCheck:
         return _logged({"steps": 256, "differing_base": counts[0], "differing_assistant": counts[1]})
 
     def grid(self) -> list[dict[str, Any]]:
-        """The collaboration against the memory limit, and against the assistant alone in three ways."""
+        """Compare the collaboration with the memory limit and with the assistant alone."""
         rows, arguments = [], self.arguments
         alone = collaborate(self.models[1], self.models[1])
         for batch in arguments.batch:
@@ -122,7 +124,7 @@ class GpuCheck:
             prompts, params = prompts_of(batch, arguments.prompt, self.vocab_size), SamplingParams(max_new_tokens=new)
             policies = [pattern(arguments.rate, 1, new, seed) for seed in range(batch)]
 
-            def ours(model: CoLLM, policy: Any, lookahead: int | None) -> tuple[float, Any]:
+            def timed(model: CoLLM, policy: Any, lookahead: int | None) -> tuple[float, Any]:
                 model.generate(prompts, SamplingParams(max_new_tokens=8), policy=BASE_ALONE, max_batch=batch)  # noqa: B023
                 outs: list[Any] = []
                 taken = seconds(
@@ -133,10 +135,10 @@ class GpuCheck:
                 )
                 return taken, outs[-1]
 
-            taken, out = ours(self.pair, policies, None)
-            plain, _ = ours(self.pair, policies, 0)
-            assistant, _ = ours(alone, BASE_ALONE, 0)
-            base, _ = ours(self.pair, BASE_ALONE, 0)
+            taken, out = timed(self.pair, policies, None)
+            plain, _ = timed(self.pair, policies, 0)
+            assistant, _ = timed(alone, BASE_ALONE, 0)
+            base, _ = timed(self.pair, BASE_ALONE, 0)
             generated = seconds(lambda: _generate(self.models[1], prompts, new))  # noqa: B023
             row = {
                 "batch": batch,
@@ -159,7 +161,7 @@ class GpuCheck:
         return rows
 
     def compiled(self) -> dict[str, Any]:
-        """The assistant alone under transformers' static cache, compiled: as a user would run it for speed."""
+        """Compare with the assistant alone under transformers' compiled static cache, its fastest way to decode."""
         new, (prompt,) = self.arguments.new, prompts_of(1, self.arguments.prompt, self.vocab_size)
         start = time.perf_counter()
         _generate(self.models[1], [prompt], new, cache_implementation="static")
@@ -175,7 +177,7 @@ class GpuCheck:
         return _logged(row)
 
     def profile(self) -> dict[str, Any]:
-        """Where a token goes: kernels by time, and what the host takes beside them."""
+        """Profile decoding: the kernels that take the most time, and the total time including the host."""
         from torch.profiler import ProfilerActivity, profile
 
         new, (prompt,) = 32, prompts_of(1, self.arguments.prompt, self.vocab_size)
@@ -187,17 +189,20 @@ class GpuCheck:
         with profile(activities=kinds) as ran:
             self.pair.generate([prompt], params, policy=policy, max_batch=1)
         wall = time.perf_counter() - start
-        of = "self_device_time_total" if cuda else "self_cpu_time_total"
-        events = sorted(ran.key_averages(), key=lambda event: -getattr(event, of))
-        total = sum(getattr(event, of) for event in events)
+        metric = "self_device_time_total" if cuda else "self_cpu_time_total"
+        events = sorted(ran.key_averages(), key=lambda event: -getattr(event, metric))
+        total = sum(getattr(event, metric) for event in events)
         top = [
-            {"kernel": event.key[:70], "calls": event.count, "ms": getattr(event, of) / 1e3} for event in events[:14]
+            {"kernel": event.key[:70], "calls": event.count, "ms": getattr(event, metric) / 1e3}
+            for event in events[:14]
         ]
         count = sum(event.count for event in events)
         return _logged({"wall_ms": 1e3 * wall, "device_ms": total / 1e3, "kernels": count, "tokens": new, "top": top})
 
     def _limit(self, out: Any, batch: int) -> float:
-        """Seconds to read what the passes made must read: weights once a pass, and every row's keys and values."""
+        """Seconds to read from memory what the passes need: the weights once for each pass, and each row's keys and
+        values.
+        """
         length = self.arguments.prompt + self.arguments.new / 2
         moved = 0.0
         for runner in self.pair.runners:
@@ -228,7 +233,7 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], new: int, **opti
 
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
-    """Progress goes to stderr as it comes."""
+    """Round a row and print it to stderr as progress."""
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
     print(rounded, file=sys.stderr, flush=True)
     return rounded
@@ -244,7 +249,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=96, help="tokens of each completion")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rate", type=float, default=0.3)
-    parser.add_argument("--exact-seconds", type=float, default=150, help="longest that the tests may take")
+    parser.add_argument("--exact-seconds", type=float, default=150, help="time limit of the tests")
     names = ["machine", "start", "grid", "compiled", "profile", "rounding", "exact"]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")

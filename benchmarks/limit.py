@@ -1,4 +1,4 @@
-"""What a collaboration would take if nothing but the models' own passes took time."""
+"""The time of a collaboration if only the models' own forward passes took time."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ SUFFIXES = (1, 2, 4, 8, 16, 32)
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """Least time of a call, the device's queue drained before and after."""
+    """Least time of a call, in seconds. The device is synchronised before and after each call."""
     times = []
     for _ in range(repeats):
-        _drain()
+        _synchronize()
         start = time.perf_counter()
         run()
-        _drain()
+        _synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def _drain() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @torch.inference_mode()
 def pass_seconds(model: PreTrainedModel, batch: int, length: int, suffixes: Sequence[int]) -> dict[int, float]:
-    """Forward passes of so many tokens after `length` cached ones in each row, with transformers' own cache."""
+    """Median time of a forward pass over each number of new tokens per row, after `length` cached ones.
+
+    Uses transformers' own cache.
+
+    Returns:
+        Number of new tokens -> seconds.
+    """
     cache, device = DynamicCache(), model.device
     if length:
         prefix = torch.full((batch, length), 5, device=device)
@@ -48,11 +54,12 @@ def pass_seconds(model: PreTrainedModel, batch: int, length: int, suffixes: Sequ
 
 
 class PassTable:
-    """t(rows, suffix, length) of one model, interpolated between measured points.
+    """Time t(rows, suffix, length) of one model's forward pass, interpolated between measured points.
 
     Args:
-        batch: most rows; powers of 4 up to it are measured.
-        prompt, new: lengths lie between `prompt` and `prompt + new`.
+        model: the model.
+        batch: largest number of rows. Powers of 4 up to it are measured.
+        prompt, new: lengths are between `prompt` and `prompt + new`.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, prompt: int, new: int) -> None:
@@ -73,12 +80,12 @@ class PassTable:
         return _between({n: of_rows(n) for n in self.table}, rows)
 
     def prefill(self, rows: float) -> float:
-        """Seconds to read the prompts of so many rows."""
+        """Seconds to read the prompts of this many rows."""
         return _between(self.prefills, rows)
 
 
 def _between(points: Mapping[int, float], x: float) -> float:
-    """On straight lines between points, and on the line through zero beyond the last."""
+    """Interpolate linearly between points. Beyond the last point, use the line from the origin through it."""
     listed = sorted(points.items())
     for (x0, y0), (x1, y1) in pairwise(listed):
         if x <= x1:
@@ -88,7 +95,7 @@ def _between(points: Mapping[int, float], x: float) -> float:
 
 
 def limit_seconds(authors: list[list[int]], base: PassTable, assistant: PassTable) -> float:
-    """N * t_base + sum over steps of t_assistant(who defers there, what they have not read), in lockstep."""
+    """Seconds of decoding in lockstep: N t_base + the sum over steps of t_assistant(deferring rows, unread tokens)."""
     prompt, batch = base.prompt, len(authors)
     total = base.prefill(batch) + sum(base.at(batch, 1, prompt + i) for i in range(1, len(authors[0])))
     seen = dict.fromkeys(range(batch), 0)

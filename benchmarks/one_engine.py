@@ -1,11 +1,11 @@
-"""Base and assistant in one engine of vLLM, against other ways to serve the same pair.
+"""Base and assistant in one vLLM engine, compared with other ways to serve the same pair.
 
     python -m benchmarks.one_engine --vllm-python .venv-vllm/bin/python --out benchmarks/results/cpu-one-engine.json
 
-Starts one set of servers after the other, each with all threads, and has it write the same completions: the assistant
-alone in a plain vLLM; the same with vLLM's n-gram speculation; base and assistant in one engine, at set rates of
-deferral; and a server for each of them. Weights are random, so tokens are drawn at temperature 1, and the rate is set
-by the random rule. "forecast" applies the arithmetic of a round to steps on a GPU.
+Starts one set of servers after another, each with all threads, and generates the same completions on each. The sets are
+the assistant alone in a plain vLLM, the same with vLLM's n-gram speculation, base and assistant in one engine at set
+deferral rates, and a server for each of them. Weights are random, so tokens are sampled at temperature 1, and the
+random policy sets the deferral rate. "forecast" computes the speed of a round from estimated step times on a GPU.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from collm.vllm.servers import Servers
 
 ALONE, NGRAM, ONE, TWO = "assistant alone", "n-gram speculation", "one engine", "a server each"
 READ_BYTES_PER_S = 0.7 * 3.35e12
-"""Of an H100's memory: 3.35 TB/s by its data sheet, of which decoding kernels reach about 70 %."""
+"""Memory bandwidth of an H100: 3.35 TB/s in its data sheet, of which decoding kernels reach about 70 %."""
 _WAVES = 4
-"""Completions for each that runs at once, so that the last ones, which run with fewer others, weigh little."""
+"""Least number of completions per place in the batch. The last ones run in a smaller batch, and must weigh little."""
 OTHER_S = 0.5e-3
-"""Of a step besides reading weights: scheduling, sampling, launches. An assumption."""
+"""Time of a step besides reading weights: scheduling, sampling, kernel launches. An assumption."""
 GPU_PAIRS = {  # weights of base and assistant in billions, bfloat16, on one GPU
     "1B + 8B": (1.24, 8.03),
     "1B + 30B": (1.24, 30.5),
@@ -51,7 +51,7 @@ GPU_PAIRS = {  # weights of base and assistant in billions, bfloat16, on one GPU
 
 
 class Bench:
-    """A pair of real shapes with random weights, and where it lies."""
+    """A pair of models of real shapes with random weights, saved on disk."""
 
     def __init__(self, arguments: argparse.Namespace, root: Path) -> None:
         self.arguments = arguments
@@ -67,10 +67,10 @@ class Bench:
         CoLLM(self.specs[0], [self.specs[1]], self.head, tokenizer).save_pretrained(root / "artefact")
         self.python = check_engine_python(arguments.vllm_python)
         self.length = arguments.prompt + arguments.new + 32
-        self._asked = 0
+        self._num_prompts = 0
 
     def compare(self) -> list[dict[str, Any]]:
-        """Tokens per second of each way at each batch and rate."""
+        """Tokens per second of each way at each batch size and rate."""
         found = []
         with self._launched(self._plain()) as server:
             found += [self._row(ALONE, server, batch) for batch in self.arguments.batch]
@@ -85,13 +85,15 @@ class Bench:
         return [{**row, "speed_vs_assistant": row["tokens_per_second"] / alone[row["batch"]]} for row in found]
 
     def forecast(self) -> list[dict[str, Any]]:
-        """A round of k passes of the base and one of the assistant gives (1 - (1 - rate)^k) / rate tokens."""
+        """Forecast speeds on a GPU. k passes of the base and one of the assistant give (1 - (1 - rate)^k) / rate
+        tokens.
+        """
         rows = []
         for pair, sizes in GPU_PAIRS.items():
             base_s, assistant_s = (2e9 * size / READ_BYTES_PER_S + OTHER_S for size in sizes)
             for rate in (0.05, 0.1, 0.2, 0.3):
                 tokens = {k: (1 - (1 - rate) ** k) / rate for k in range(1, 33)}
-                speeds = {k: of * assistant_s / (k * base_s + assistant_s) for k, of in tokens.items()}
+                speeds = {k: count * assistant_s / (k * base_s + assistant_s) for k, count in tokens.items()}
                 best = max(speeds, key=lambda k: speeds[k])
                 rows.append(
                     {
@@ -108,7 +110,7 @@ class Bench:
     # Servers
 
     def _plain(self, speculation: str | None = None) -> ServerPlan:
-        """The assistant in a vLLM without a base, with the flags of one engine."""
+        """Plan a vLLM server of the assistant alone, with the flags of one engine."""
         plan = self._in_one()
         flags = list(plan.flags)
         for name in ("--speculative-config", "--additional-config"):
@@ -142,21 +144,21 @@ class Bench:
                     rows.append(self._measured(TWO, batch, rate, work))
         return rows
 
-    # Work
+    # Measurements
 
     def _row(self, way: str, server: ServerProcess, batch: int, rate: float | None = None) -> dict[str, Any]:
         more = {} if rate is None else {"vllm_xargs": {POLICY: f"random:rate={rate}"}}
         return self._measured(way, batch, rate, lambda count: asyncio.run(self._requests(server, count, batch, more)))
 
     def _measured(self, way: str, batch: int, rate: float | None, work: Callable[[int], int]) -> dict[str, Any]:
-        work(batch)  # the first also pays for memory
+        work(batch)  # warm-up
         start = time.perf_counter()
         tokens = work(max(self.arguments.completions, _WAVES * batch))
         row = {"way": way, "batch": batch, "deferral_rate": rate}
         return _logged({**row, "tokens_per_second": tokens / (time.perf_counter() - start)})
 
     async def _requests(self, server: ServerProcess, count: int, batch: int, more: dict[str, Any]) -> int:
-        """Tokens of so many completions, `batch` at once."""
+        """Generate `count` completions, `batch` at once. Returns their number of tokens."""
         room = asyncio.Semaphore(batch)
         async with httpx.AsyncClient(timeout=None) as client:
 
@@ -175,14 +177,14 @@ class Bench:
         return sum(len(one.token_ids) for one in found)
 
     def _prompts(self, count: int) -> Sequence[list[int]]:
-        """Prompts that no server has read."""
-        start, self._asked = self._asked, self._asked + count
+        """Prompts that no server has read yet."""
+        start, self._num_prompts = self._num_prompts, self._num_prompts + count
         prompts = prompts_of(count, self.arguments.prompt - 1, self.arguments.vocabulary)
-        return [[10 + (start + place) % 5000, *prompt] for place, prompt in enumerate(prompts)]
+        return [[10 + (start + i) % 5000, *prompt] for i, prompt in enumerate(prompts)]
 
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
-    """Progress goes to stderr, so that stdout is JSON."""
+    """Print a row to stderr, because stdout is for the JSON."""
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=96, help="new tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3, 0.1], help="deferral rates")
-    parser.add_argument("--completions", type=int, default=12, help="of each measurement, at least")
+    parser.add_argument("--completions", type=int, default=12, help="least number in each measurement")
     parser.add_argument("--parts", nargs="+", choices=("ways", "forecast"), default=["ways", "forecast"])
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()

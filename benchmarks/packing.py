@@ -1,9 +1,10 @@
-"""What packing the linear layers of a model gives on this processor: every layer, or where it was timed to be faster.
+"""The gain from packed linear layers on this processor: all layers packed, or only those that were faster when timed.
 
     python -m benchmarks.packing --threads 2
 
-One pass over one new token of each sequence after 32 tokens, all forms in turn; the fastest of 25 counts. `packed` and
-`chosen`: speed over that of plain layers; `choosing_s`: seconds of timing at load. Prints JSON.
+Each measurement is one pass over one new token of each sequence, after 32 tokens. The forms run in turn, and the
+fastest of 25 passes counts. `packed` and `chosen` are speeds relative to plain layers. `choosing_s` is the time spent
+on choosing layers at load, in seconds. Prints JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pairs of models to measure: real shapes, weights from a generator, texts and deferrals that can be set."""
+"""Pairs of models to measure: real shapes, random weights, and texts and deferrals that can be set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key heads, vocabulary
 
 @dataclass(frozen=True)
 class PatternPolicy(Policy):
-    """Defers where a fixed pattern says so: the rate and the runs are known, whatever the models do."""
+    """Defers where a fixed pattern says so. The rate and the runs do not depend on the models."""
 
     deferred: tuple[bool, ...]
 
@@ -36,7 +36,7 @@ class PatternPolicy(Policy):
 
 
 def pattern(rate: float, run: int, length: int, seed: int) -> PatternPolicy:
-    """Defers a share `rate` of `length` tokens: any of them (run 1), or runs of `run` tokens on average."""
+    """Defer a share `rate` of `length` tokens, independently (run 1) or in runs of `run` tokens on average."""
     rng = random.Random(seed)
     count = max(1, round(rate * length))
     if run == 1:
@@ -53,7 +53,7 @@ def pattern(rate: float, run: int, length: int, seed: int) -> PatternPolicy:
 
 
 def _parts(total: int, parts: int, rng: random.Random) -> list[int]:
-    """A random way to write `total` as a sum of `parts` positive numbers."""
+    """Write `total` as a random sum of `parts` positive numbers."""
     parts = min(parts, total)
     cuts = sorted(rng.sample(range(1, total), parts - 1))
     return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
@@ -66,7 +66,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the standard library's own text."""
+    """Train byte-level BPE on the source of the standard library."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ def make_byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def make_model(
     shape: str, vocab_size: int, dtype: torch.dtype, device: str, *, packed: bool = False
 ) -> PreTrainedModel:
-    """Random weights; `packed` as collaborations loaded from disk run them on a CPU."""
+    """Create a model with random weights. If `packed`, its layers are packed as in collaborations loaded on a CPU."""
     hidden, intermediate, layers, heads, key_heads, _ = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden,
@@ -106,7 +106,9 @@ def make_model(
 
 @torch.no_grad()
 def make_predictable(model: PreTrainedModel, successors: list[int], seed: int) -> None:
-    """Make the model's argmax after token x be successors[x], at unchanged cost: its layers add nothing to x."""
+    """Make successors[x] the argmax after token x, at unchanged cost. The layers then add nothing to the embedding of
+    x.
+    """
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.zero_()
@@ -118,7 +120,7 @@ def make_predictable(model: PreTrainedModel, successors: list[int], seed: int) -
 
 
 def successors(vocab_size: int, agreement: float) -> tuple[list[int], list[int]]:
-    """Next tokens of two models, both permutations, that agree on a share `agreement` of the tokens."""
+    """Next tokens of two models. Both are permutations, and they agree on a share `agreement` of the tokens."""
     rng = random.Random(0)
     first = rng.sample(range(vocab_size), vocab_size)
     second = list(first)

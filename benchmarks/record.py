@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: its command, its versions and what each part measured, as JSON."""
+"""Records of a benchmark: its command, the versions of libraries, and the results of each part, as JSON."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from collm.artefact import library_versions
 
 
 def run_parts(name: str, arguments: Namespace, parts: Mapping[str, Callable[[], Any]]) -> None:
-    """Run the parts that `arguments.parts` names; the results go to `arguments.out`, or to stdout without it.
+    """Run the parts named in `arguments.parts`. Write the results to `arguments.out`, or to stdout if that is None.
 
-    The file is written after every part, so a long run that is cut off keeps what it has.
+    The file is written after every part, so a run that is interrupted keeps its results.
     """
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     results: dict[str, Any] = {
         "command": " ".join([f"python -m {name}", *sys.argv[1:]]),
-        "arguments": given,
+        "arguments": options,
         "versions": library_versions(),
     }
     out: Path | None = arguments.out

@@ -1,11 +1,11 @@
-"""Models with different tokenizers: how long segments are, what experts are asked for, and what decoding costs.
+"""Models with different tokenizers: length of segments, what experts are asked for, and cost of decoding.
 
 python -m benchmarks.segments --tokenizers DIR --data GSM8K/train.jsonl --out benchmarks/results/segments.json
 python -m benchmarks.segments --parts ends --out benchmarks/results/cpu-segments-ends.json
 python -m benchmarks.segments --parts speed --out benchmarks/results/cpu-segments.json
 """
 
-# ruff: noqa: RUF001 - Chinese has commas of its own
+# ruff: noqa: RUF001 - Chinese commas
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ PIECES = (
 
 @dataclass(frozen=True)
 class Counted:
-    """What a pair makes of some texts.
+    """Counts for a pair of tokenizers over some texts.
 
     Attributes:
-        boundaries: promised.
-        absent: of those, where a token of some author does not end.
-        changed: where tokens that were read came out differently once the text had grown.
-        base_tokens: of the texts.
-        common: places where both tokenizers end a token, in hindsight.
-        unread: texts that do not come back as they were.
+        boundaries: number of segment boundaries that the alignment predicts.
+        absent: number of these boundaries where some author has no token end.
+        changed: number of times that tokens already read changed because the text grew.
+        base_tokens: number of the base's tokens.
+        common: number of places where both tokenizers end a token, known only in hindsight.
+        unread: number of texts that a tokenizer does not reproduce.
     """
 
     boundaries: int
@@ -115,19 +115,19 @@ def count(alignment: Alignment, texts: Sequence[str], *, growing: bool) -> Count
             unread += 1
             continue
         ends = [set(one.ends) for one in encoded if one is not None]
-        promised = alignment.boundaries(answer)[1:]
-        boundaries += len(promised)
-        absent += sum(any(at not in each for each in ends) for at in promised)
+        boundary_positions = alignment.boundaries(answer)[1:]
+        boundaries += len(boundary_positions)
+        absent += sum(any(at not in each for each in ends) for at in boundary_positions)
         base_tokens += len(encoded[0].ids) if encoded[0] is not None else 0
         common += len(set.intersection(*ends))
         if growing:
-            changed += sum(_changes(one, answer, promised) for one in alignment.tokenizers)
+            changed += sum(_changes(one, answer, boundary_positions) for one in alignment.tokenizers)
     return Counted(boundaries, absent, changed, base_tokens, common, unread)
 
 
-def _changes(tokenizer: TextTokenizer, answer: bytes, promised: Sequence[int]) -> int:
+def _changes(tokenizer: TextTokenizer, answer: bytes, boundary_positions: Sequence[int]) -> int:
     grown, done, changes = GrowingIds(tokenizer, []), list[int](), 0
-    for at in promised:
+    for at in boundary_positions:
         before = list(grown.ids)
         changes += not grown.grow(answer[:at], done) or grown.ids[: len(before)] != before
         done.append(at)
@@ -135,7 +135,7 @@ def _changes(tokenizer: TextTokenizer, answer: bytes, promised: Sequence[int]) -
 
 
 def fuzzed(seed: int, boundaries: int, alignment: Alignment) -> Iterator[str]:
-    """Texts of odd pieces with at least so many boundaries together."""
+    """Random texts of unusual pieces, with at least this many boundaries in total."""
     rng, found = random.Random(seed), 0
     while found < boundaries:
         text = "".join(rng.choices(PIECES, k=rng.randrange(2, 60)))
@@ -144,14 +144,14 @@ def fuzzed(seed: int, boundaries: int, alignment: Alignment) -> Iterator[str]:
 
 
 def code() -> list[str]:
-    """The package's own modules."""
+    """The source of the package's own modules."""
     return [path.read_text(encoding="utf-8") for path in sorted(Path(collm.__file__).parent.glob("core/*.py"))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=["pairs", "ends", "speed"], default=["pairs"])
-    parser.add_argument("--tokenizers", type=Path, help="for pairs: where they are kept; fetched if absent")
+    parser.add_argument("--tokenizers", type=Path, help="for pairs: directory of tokenizers; missing ones are fetched")
     parser.add_argument("--data", type=Path, help="for pairs: GSM8K's train.jsonl")
     parser.add_argument("--fuzzed", type=int, default=500_000, help="boundaries in random texts, over all pairs")
     parser.add_argument("--out", type=Path, required=True)
@@ -174,7 +174,7 @@ def _row(base: str, assistant: str, counted: Mapping[str, Counted]) -> dict[str,
 
 
 def ends() -> list[dict[str, Any]]:
-    """The demo's pair, whose expert has learned where facts end or has not: answers right, and what was deferred."""
+    """Answers and deferrals of the demo's pair, with an expert that has learned where facts end, and without."""
     return [
         {"expert": name, **row}
         for name, knows_ends in (("knows where facts end", True), ("does not", False))
@@ -183,7 +183,7 @@ def ends() -> list[dict[str, Any]]:
 
 
 def speed() -> list[dict[str, Any]]:
-    """The demo's pair with one tokenizer and with two: microseconds per byte of answers, by batch size."""
+    """Compare the demo's pair with one tokenizer and with two: microseconds per byte of answers, by batch size."""
     pairs = {name: _demo_pair(shared=shared) for name, shared in (("one tokenizer", True), ("two tokenizers", False))}
     found: dict[str, dict[str, list[float]]] = {name: {"1": [], "16": []} for name in pairs}
     for _ in range(REPEATS):
@@ -217,7 +217,10 @@ def _answers(pair: tuple[CoLLM, DemoWorld]) -> list[dict[str, Any]]:
 
 
 def _defer_probs(model: CoLLM, world: DemoWorld) -> dict[str, float]:
-    """Mean defer prob at segments of facts and at others, and what both models say of the facts, nats per segment."""
+    """Mean defer prob at segments of facts and elsewhere, and both models' negative log-probability of facts.
+
+    The log-probabilities are in nats per segment.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "test.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in world.test), encoding="utf-8")
@@ -243,7 +246,7 @@ def _defer_probs(model: CoLLM, world: DemoWorld) -> dict[str, float]:
 
 
 def _demo_pair(**options: bool) -> tuple[CoLLM, DemoWorld]:
-    """Base and expert with a head trained alone, at the calibrated threshold."""
+    """Train a head for the demo's base and expert, and calibrate its threshold."""
     world = DemoWorld(seed=0, separator=" ")
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(world, Path(folder) / "models", seed=0, **options)
@@ -269,12 +272,12 @@ def _demo_pair(**options: bool) -> tuple[CoLLM, DemoWorld]:
             use_cpu=True,
         )
         model = train_collaboration(config, args, quiet=True).model
-        assert len(model.runners) == 2  # loaded while the folder is there
+        assert len(model.runners) == 2  # loads the models while the folder exists
     return model, world
 
 
 def pairs_of_tokenizers(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All pairs on all texts."""
+    """Count over all pairs of tokenizers and all texts."""
     fetch(options.tokenizers)
     loaded = {name: load(options.tokenizers, name) for name in PACKAGES}
     answers = [json.loads(line)["answer"] for line in options.data.read_text(encoding="utf-8").splitlines()]

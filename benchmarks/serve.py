@@ -1,10 +1,10 @@
-"""`collm serve` under load: its speed against the same engine without HTTP, and many streams of which some are left.
+"""`collm serve` under load: its speed compared with the same engine without HTTP, and many streams with disconnects.
 
     python -m benchmarks.serve --batch 16 --rounds 5
 
-Models have real shapes and random weights; a token is deferred with probability 0.3. Clients run in a process of their
-own. `speed_vs_engine`: tokens per second over HTTP over those of `CoLLM.generate` with the same requests.
-`time_vs_plain`: seconds of the engine with a penalty or a schema over those without, for as many tokens. Prints JSON.
+Models have real shapes and random weights. A token is deferred with probability 0.3. Clients run in a separate process.
+`speed_vs_engine` is tokens per second over HTTP, relative to `CoLLM.generate` with the same requests. `time_vs_plain`
+is the engine's time with penalties or a schema, relative to the time without, for equally many tokens. Prints JSON.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _ENDLESS: dict[str, Any] = {
         "required": ["name", "age"],
     },
 }
-"""A schema that no answer satisfies in as many tokens as are measured."""
+"""A schema that no answer satisfies within the measured number of tokens."""
 
 
 @contextmanager
 def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[Server, Callable[[Callable[[], bool]], None]]]:
-    """A server in a thread, ready, and how to wait for something that it is to do."""
+    """Run a server in a thread. Yields the server when it is ready, and a function that waits for a condition."""
     server = Server({"pair": model}, Settings(max_batch=max_batch, time_limit_s=600), host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run)
 
@@ -54,7 +54,7 @@ def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[Server, Callable[[Ca
         while not holds():
             thread.join(0.01)
             if not thread.is_alive():
-                raise SystemExit("the server ended by itself; what it logged says why")
+                raise SystemExit("the server ended unexpectedly; see its log")
 
     thread.start()
     try:
@@ -66,7 +66,7 @@ def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[Server, Callable[[Ca
 
 
 def streams(server: Server, requests: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a process of clients sees."""
+    """Run streams in a client process and return its results."""
     host, port = server.servers[0].sockets[0].getsockname()
     command = [sys.executable, "-m", "benchmarks.streams", host, str(port)]
     done = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, check=True)
@@ -90,7 +90,7 @@ class Bench:
         )
 
     def throughput(self) -> list[dict[str, Any]]:
-        """As many streams as the batch holds, in turn with the engine alone."""
+        """Compare as many streams as the batch holds with the engine alone, in turn."""
         rows = []
         for batch in self.arguments.batch:
             prompts = prompts_of(batch, self.arguments.prompt, self.vocab_size)
@@ -106,21 +106,21 @@ class Bench:
                 self.pair.generate(prompts, params, policy=POLICY, max_batch=batch)
                 alone.append(time.perf_counter() - start)
                 with serving(self.pair, batch) as (server, _):
-                    came = streams(server, requests)
-                assert all(one["tokens"] == self.arguments.new for one in came["streams"])
-                served.append(came["seconds"])
-            engine_s, served_s = min(alone[1:]), min(served[1:])  # the first runs also pay for memory
+                    result = streams(server, requests)
+                assert all(one["tokens"] == self.arguments.new for one in result["streams"])
+                served.append(result["seconds"])
+            engine_s, served_s = min(alone[1:]), min(served[1:])  # without the first runs, which are warm-up
             row = {"batch": batch, "speed_vs_engine": engine_s / served_s, "engine_s": engine_s, "served_s": served_s}
             row |= {"tokens_per_second": batch * self.arguments.new / served_s}
             rows.append(_logged(row))
         return rows
 
     def processors(self) -> list[dict[str, Any]]:
-        """What penalties and a JSON schema cost, in turn with plain requests on the same models."""
+        """Cost of penalties and of a JSON schema, in turn with plain requests on the same models."""
         shapes = (self.arguments.base, self.arguments.assistant)
         models = (make_model(one, self.vocab_size, torch.float32, "cpu", packed=True) for one in shapes)
         pair = collaborate(*models, tokenizer=make_byte_tokenizer(self.vocab_size))
-        asked: dict[str, dict[str, Any]] = {
+        variants: dict[str, dict[str, Any]] = {
             "plain": {},
             "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
             "JSON schema": {"structured_outputs": StructuredOutputs(json=_ENDLESS)},
@@ -128,9 +128,9 @@ class Bench:
         rows = []
         for batch in self.arguments.batch:
             prompts = prompts_of(batch, self.arguments.prompt, self.vocab_size)
-            seconds: dict[str, list[float]] = {name: [] for name in asked}
+            seconds: dict[str, list[float]] = {name: [] for name in variants}
             for _ in range(self.arguments.repeats + 1):
-                for name, options in asked.items():
+                for name, options in variants.items():
                     seeds = range(batch)
                     params = [
                         SamplingParams(self.arguments.new, 1.0, seed=n, ignore_eos=True, **options) for n in seeds
@@ -139,25 +139,25 @@ class Bench:
                     out = pair.generate(prompts, params, policy=POLICY, max_batch=batch)
                     seconds[name].append(time.perf_counter() - start)
                     assert all(len(one.token_ids) == self.arguments.new for one in out)
-            best = {name: min(came[1:]) for name, came in seconds.items()}
+            best = {name: min(times[1:]) for name, times in seconds.items()}
             rows += [
                 _logged(
                     {"batch": batch, "asked": name, "seconds": best[name], "time_vs_plain": best[name] / best["plain"]}
                 )
-                for name in asked
+                for name in variants
             ]
         return rows
 
     def load(self) -> list[dict[str, Any]]:
-        """Rounds of streams of mixed lengths, three in ten left early."""
+        """Run rounds of streams of mixed lengths. Three in ten clients disconnect early."""
         rows = []
         rng = random.Random(0)
         with serving(self.pair, self.arguments.batch[-1]) as (server, until):
             worker = server.service.collaborations.targets["pair"].served.worker
             for number in range(self.arguments.rounds):
-                came = streams(server, [self._request(rng) for _ in range(self.arguments.streams)])
+                result = streams(server, [self._request(rng) for _ in range(self.arguments.streams)])
                 until(lambda: not (worker.outstanding or worker.running))
-                seen = came["streams"]
+                seen = result["streams"]
                 row = {
                     "round": number + 1,
                     "finished": sum(one["ended"] for one in seen),
@@ -165,7 +165,7 @@ class Bench:
                     "errors": sum(one["error"] is not None or one["status"] != 200 for one in seen),
                     "open_slots": sum(getattr(runner, "open_slots") for runner in self.pair.runners),  # noqa: B009
                     "resident_mb": resident_mb(),
-                    "tokens_per_second": sum(one["tokens"] for one in seen) / came["seconds"],
+                    "tokens_per_second": sum(one["tokens"] for one in seen) / result["seconds"],
                 }
                 rows.append(_logged(row))
         return rows
@@ -178,7 +178,7 @@ class Bench:
 
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
-    """Progress goes to stderr, so that stdout is JSON."""
+    """Round a row and print it to stderr, because stdout is for the JSON."""
     rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     print(rounded, file=sys.stderr, flush=True)
     return rounded
@@ -189,12 +189,12 @@ def main() -> None:
     parser.add_argument("--base", choices=SHAPES, default="25m")
     parser.add_argument("--assistant", choices=SHAPES, default="150m")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch; the server's own and the clients need some too"
+        "--threads", type=int, default=1, help="threads of torch; the server and the clients need further threads"
     )
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs; the fastest counts")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

@@ -1,16 +1,16 @@
-"""Collaborations across servers as the cost model of `benchmarks.servers.cost` sees them, as tables.
+"""Predictions of the cost model in `benchmarks.servers.cost` for collaborations across servers, as tables.
 
-python -m benchmarks.simulate              the deferral rate from which on the assistant alone is faster, times assumed
-python -m benchmarks.simulate FILE.json    the same of measured servers, and predicted against measured times
+python -m benchmarks.simulate              the deferral rate from which the assistant alone is faster, for assumed times
+python -m benchmarks.simulate FILE.json    the same for measured servers, and predicted and measured times
 
-FILE.json holds "servers", for "base" and "assistant" what `benchmarks.servers.cost.calibrated` takes, "cores" where one
-machine runs both, and "cases", a list of
+FILE.json holds "servers", "cores" and "cases". "servers" has, for "base" and "assistant", the argument of
+`benchmarks.servers.cost.calibrated`. "cores" is needed if one machine runs both. "cases" is a list of
 
     {"name", "completions", "tokens", "deferrals", "runs", "concurrency", "wall_s", "requests"}
 
-in which tokens, deferrals, runs of deferrals and requests are sums over the completions. A case may say "prompt_tokens"
-(of each completion; 1 by default, so that reading prompts costs nothing) and "method": "collaboration" (the default),
-"assistant alone", or "token by token", which needs "vocab_size".
+where tokens, deferrals, runs of deferrals and requests are sums over the completions. A case may have "prompt_tokens",
+the prompt tokens of each completion. The default is 1, so that reading prompts costs nothing. It may also have
+"method": "collaboration" (the default), "assistant alone", or "token by token", which needs "vocab_size".
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ METHODS: dict[str, set[str]] = {
 
 
 def jobs(case: dict[str, Any], servers: list[Server]) -> list[Job]:
-    """The completions of a case, deferrals at random places.
+    """The completions of a case, with deferrals at random positions.
 
     Raises:
-        ConfigError: something is missing or unknown.
+        ConfigError: a field is missing or unknown.
     """
     method, prompt = case.get("method", "collaboration"), case.get("prompt_tokens", 1)
     if method not in METHODS:
@@ -52,7 +52,7 @@ def jobs(case: dict[str, Any], servers: list[Server]) -> list[Job]:
     needed = EVERY | METHODS[method]
     missing, unknown = sorted(needed - set(case)), sorted(set(case) - needed - OPTIONAL)
     if missing or unknown:
-        what = f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}"
+        what = f"lacks {missing[0]!r}" if missing else f"has the unknown field {unknown[0]!r}"
         raise ConfigError(f"a case of {method!r} {what}; expected {', '.join(sorted(needed))}")
     ends = [case["tokens"] * i // case["completions"] for i in range(case["completions"] + 1)]
     if method == "assistant alone":
@@ -65,13 +65,13 @@ def jobs(case: dict[str, Any], servers: list[Server]) -> list[Job]:
 
 
 def predictions(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Predicted against measured, of each case of a file."""
+    """Predicted and measured times of each case of a file."""
     servers, cores = servers_of(content), content.get("cores", math.inf)
     return [_row(case, servers, cores) for case in content["cases"]]
 
 
 def servers_of(content: dict[str, Any]) -> list[Server]:
-    """Of base and assistant."""
+    """The servers of base and assistant."""
     return [calibrated(content["servers"][name]) for name in ("base", "assistant")]
 
 
@@ -90,28 +90,28 @@ def _row(case: dict[str, Any], servers: list[Server], cores: float) -> dict[str,
 
 
 def verdicts(base: Server, assistant: Server, tokens: int, prompt: int, cores: float = math.inf) -> list[Verdict]:
-    """For 1, 4, 16 and 64 completions at once."""
+    """The verdicts for 1, 4, 16 and 64 completions at once."""
     loads = [Workload(max(16, 2 * n), tokens, prompt, n, rate=0, cores=cores) for n in AT_ONCE]
     return [verdict(load, base, assistant) for load in loads]
 
 
 def measured(path: Path) -> list[str]:
-    """The page of a file."""
+    """The lines of the page for a file."""
     content = json.loads(path.read_text(encoding="utf-8"))
     one = content["cases"][0]
     tokens, prompt = one["tokens"] // one["completions"], one.get("prompt_tokens", 1)
-    told = verdicts(*servers_of(content), tokens, prompt, content.get("cores", math.inf))
-    return [*table(predictions(content), PREDICTIONS), "", *map(str, told)]
+    by_load = verdicts(*servers_of(content), tokens, prompt, content.get("cores", math.inf))
+    return [*table(predictions(content), PREDICTIONS), "", *map(str, by_load)]
 
 
 def assumed() -> list[str]:
-    """Without measurements: times in steps of the base; each further token in a step, written or read, adds 1 %."""
+    """A table for assumed times, in steps of the base. Each further token in a step, generated or read, adds 1 %."""
     rows = []
     for step in (2, 5, 10):
         for request in (0.5, 2.0):
             base, assistant = (Server(request, size, size / 100, size / 100) for size in (1.0, float(step)))
-            told = verdicts(base, assistant, 64, 64)
-            cells = {str(one.concurrency): "never" if one.rate is None else one.rate for one in told}
+            by_load = verdicts(base, assistant, 64, 64)
+            cells = {str(one.concurrency): "never" if one.rate is None else one.rate for one in by_load}
             rows.append({"assistant": step, "request": request, **cells})
     return table(rows, ASSUMED)
 

@@ -1,4 +1,4 @@
-"""Puts what a benchmark wrote into the tables of a page, between its markers.
+"""Write the results of benchmarks into the tables of a page, between its markers.
 
 python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
 python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
@@ -164,7 +164,7 @@ def _cell(value: Any) -> str:
 
 
 def section(path: Path) -> list[str]:
-    """Everything one run measured, under the command that makes it."""
+    """All results of one run, below the command that reproduces them."""
     result = json.loads(path.read_text())
     given, versions = result["arguments"], result["versions"]
     made_on = f"{given.get('threads', 1)} threads, torch {versions['torch']}, transformers {versions['transformers']}"

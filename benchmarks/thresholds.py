@@ -1,4 +1,4 @@
-"""Time of the teacher-forced curve of all thresholds on random scores, as JSON."""
+"""Time to compute the teacher-forced curve of all thresholds on random scores. Prints JSON."""
 
 from __future__ import annotations
 

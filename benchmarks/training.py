@@ -1,11 +1,13 @@
-"""Cost of training and scoring as ratios of one run, on models of real shape with random weights. Prints JSON.
+"""Cost of training and scoring as ratios within one run, on models of real shape with random weights. Prints JSON.
 
     python -m benchmarks.training --parts memory step padding scoring
 
-memory: peak memory of the loss, forward and backward, above what was held before it; all logits at once against chunks.
-step: seconds of an optimiser step of CoLLMTrainer against transformers' Trainer, same base, same batches, in turns.
-padding: seconds of an optimiser step without padding against one with it, by how the lengths are spread.
-scoring: tokens per second of `write_scores` against one example at a time through the model's own forward pass.
+memory: peak memory of the loss, forward and backward, in addition to what was held before. Compares computing all
+    logits at once with computing them in chunks.
+step: seconds of an optimiser step of CoLLMTrainer, compared with transformers' Trainer on the same base and batches.
+    The two run in turn.
+padding: seconds of an optimiser step without padding, compared with one with padding, for two ranges of lengths.
+scoring: tokens per second of `write_scores`, compared with one example at a time in the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ FORMS = ("plain", "chunks")
 
 
 class OutputLayer:
-    """As much of a `LanguageModel` as the loss reads."""
+    """The part of a `LanguageModel` that the loss reads."""
 
     name = "output layer"
     output_bias = None
@@ -67,7 +69,7 @@ def plain_nll_sum(
 
 
 def loss_once(form: str, vocab_size: int, hidden_size: int, tokens: int, device: str) -> dict[str, float]:
-    """Peak bytes above the start, and seconds, of one loss with its gradients."""
+    """Compute one loss and its gradients. Returns the increase of the peak memory in bytes, and the time in seconds."""
     layer = OutputLayer(vocab_size, hidden_size, device)
     hidden = torch.randn(tokens, hidden_size, device=device, requires_grad=True)
     gold = torch.randint(0, vocab_size, (tokens,), device=device)
@@ -85,10 +87,10 @@ def _peak_bytes(device: str) -> int:
 
 
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each form in a process of its own, whose peak is then its own."""
+    """Measure each form in a separate process, so that their peaks are separate."""
     rows = []
     for vocab_size in arguments.vocabularies:
-        measured = {form: _in_a_process(form, vocab_size, arguments) for form in FORMS}
+        measured = {form: _in_separate_process(form, vocab_size, arguments) for form in FORMS}
         plain, chunks = measured["plain"], measured["chunks"]
         rows.append(
             {
@@ -102,7 +104,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _in_a_process(form: str, vocab_size: int, arguments: argparse.Namespace) -> dict[str, float]:
+def _in_separate_process(form: str, vocab_size: int, arguments: argparse.Namespace) -> dict[str, float]:
     call = f"loss_once({form!r}, {vocab_size}, {arguments.width}, {arguments.loss_tokens}, {arguments.device!r})"
     code = f"import torch; torch.set_num_threads({arguments.threads}); from benchmarks.training import *; "
     done = subprocess.run(
@@ -113,7 +115,7 @@ def _in_a_process(form: str, vocab_size: int, arguments: argparse.Namespace) -> 
 
 
 def make_examples(count: int, shortest: int, longest: int, vocab_size: int, target_share: float) -> list[Example]:
-    """Lengths drawn evenly; the last `target_share` of each example is to be learned."""
+    """Examples with uniformly distributed lengths. The last `target_share` of each example are the targets."""
     rng = random.Random(0)
     examples = []
     for _ in range(count):
@@ -131,7 +133,7 @@ def training_set(examples: Sequence[Example]) -> TrainingSet:
 
 
 class StepTimes(TrainerCallback):  # type: ignore[misc]
-    """Seconds of every step but the first, which makes what later ones keep."""
+    """Seconds of every step but the first, which includes one-time allocations."""
 
     def __init__(self) -> None:
         self.taken: list[float] = []
@@ -152,11 +154,11 @@ def seconds_now() -> float:
 
 
 class Plain(Trainer):  # type: ignore[misc]
-    """Fine-tuning as transformers does it: the model's own loss on the same targets."""
+    """Fine-tuning with transformers: the model's own loss on the same targets."""
 
     @staticmethod
     def batch(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The same shifted tokens; the model shifts labels itself, so they move back by one."""
+        """Collate the same tokens. The model shifts labels itself, so the labels move back by one."""
         batch = collate(items)
         labels = batch["gold"].masked_fill(~batch["target_mask"], -100)
         return {
@@ -167,7 +169,7 @@ class Plain(Trainer):  # type: ignore[misc]
 
 
 def step(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """By share of targets, since the plain loss computes logits everywhere and ours at targets alone."""
+    """Compare by share of targets, because the plain loss computes logits everywhere and ours only at targets."""
     rows = []
     for share in arguments.target_shares:
         data = training_set(make_examples(64, 64, arguments.length, SHAPES[arguments.base][5], share))
@@ -181,7 +183,10 @@ def step(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def padding(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Without padding every token is real, but attention goes over the whole row: what wins depends on both."""
+    """Compare batches with and without padding.
+
+    Without padding every token is real, but attention runs over the whole row. Which of them is faster depends on both.
+    """
     rows = []
     for shortest in (arguments.length // 16, arguments.length // 2):
         data = training_set(make_examples(64, shortest, arguments.length, SHAPES[arguments.base][5], 1.0))
@@ -197,7 +202,7 @@ def padding(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def _steps(kind: str, data: TrainingSet, arguments: argparse.Namespace, **options: Any) -> list[float]:
     base = make_model(arguments.base, SHAPES[arguments.base][5], torch.float32, arguments.device)
     times = StepTimes()
-    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):  # where Trainer prints
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):  # Trainer prints to stdout
         common: dict[str, Any] = {
             "output_dir": directory,
             "max_steps": arguments.steps,
@@ -211,17 +216,17 @@ def _steps(kind: str, data: TrainingSet, arguments: argparse.Namespace, **option
             **options,
         }
         if kind == "plain":
-            given = TrainingArguments(**common, report_to="none", remove_unused_columns=False)
-            Plain(base, given, data_collator=Plain.batch, train_dataset=data, callbacks=[times]).train()
+            config = TrainingArguments(**common, report_to="none", remove_unused_columns=False)
+            Plain(base, config, data_collator=Plain.batch, train_dataset=data, callbacks=[times]).train()
         else:
             head = DeferralHead(base.config.hidden_size).to(arguments.device)
-            config = CoLLMConfig(**common, warm_start=False, max_length=arguments.length)
-            CoLLMTrainer(base, head, config, data, callbacks=[times]).train()
+            collm_config = CoLLMConfig(**common, warm_start=False, max_length=arguments.length)
+            CoLLMTrainer(base, head, collm_config, data, callbacks=[times]).train()
     return times.taken
 
 
 def scoring(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Against `model(ids).logits.log_softmax`, one example after the other, as a first script would do it."""
+    """Compare with `model(ids).logits.log_softmax` for one example after another, the simplest way to score."""
     rows = []
     for shape in (arguments.base, arguments.assistant):
         for longest in arguments.score_lengths:
@@ -265,7 +270,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 64_000, 128_256, 256_000])
     parser.add_argument("--loss-tokens", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=512, help="hidden size of the loss's benchmark")
+    parser.add_argument("--width", type=int, default=512, help="hidden size in the memory benchmark")
     parser.add_argument("--target-shares", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="longest training example")

@@ -1,14 +1,16 @@
-"""Decoding across vLLM servers, against other ways to run the same pair.
+"""Decoding across vLLM servers, compared with other ways to run the same pair.
 
     python -m benchmarks.vllm --vllm-python .venv-vllm/bin/python --out benchmarks/results/cpu-vllm.json
 
-Starts a server for each of two models of real shapes with random weights, and measures in one run, on these servers:
-`collm` across them; one request for each token with the log-probabilities of the whole vocabulary, as the method's
-authors run it; the assistant alone and the base alone, one request each; and the same pair in this process. Tokens are
-drawn at temperature 1, as random models repeat themselves otherwise, and the threshold is set for about three deferred
-tokens of ten. "servers" say what a step, a request and reading a token take
-on each, "cases" what the methods took, "predictions" what the simulator makes of the former; `python -m
-benchmarks.simulate` reads the JSON.
+Starts a server for each of two models of real shapes with random weights. Measures these methods in one run, on the
+same servers: `collm` across them; one request for each token with the log-probabilities of the whole vocabulary, as the
+method's authors run it; the assistant alone and the base alone, with one request each; and the same pair in this
+process. Tokens are sampled at temperature 1, because random models repeat themselves otherwise. The threshold is set so
+that about three of ten tokens are deferred.
+
+In the JSON, "servers" has the time of a step, of a request and of reading a token on each server. "cases" has the
+results of the methods. "predictions" has what the simulator computes from "servers". `python -m benchmarks.simulate`
+reads the JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ PER_TOKEN = "token by token"
 
 
 class Bench:
-    """One pair of models behind servers, and the same in memory."""
+    """A pair of models behind servers, and the same pair in memory."""
 
     def __init__(self, arguments: argparse.Namespace, stack: ExitStack) -> None:
         self.arguments = arguments
@@ -69,13 +71,13 @@ class Bench:
         )
         self.remote = CoLLM(specs[0], [specs[1]], head, tokenizer, servers=Servers([one.url for one in self.servers]))
         self.cores = Machine.this().cores
-        self._asked = 0
+        self._num_prompts = 0
         self.threshold = self._threshold()
         self.measured: dict[str, Any] = {}
         self.cases: list[dict[str, Any]] = []
 
     def _threshold(self) -> float:
-        """That leaves three of ten tokens of the base's own text to the assistant."""
+        """The threshold at which three of ten tokens of the base's own text are deferred."""
         out = self.remote.generate(self._prompts(8), self._params(), threshold=1.0)
         probs = sorted(prob for one in out for prob in one.defer_probs)
         return probs[int(0.7 * len(probs))]
@@ -84,39 +86,39 @@ class Bench:
         return SamplingParams(self.arguments.new, temperature=1.0)
 
     def _prompts(self, count: int) -> list[list[int]]:
-        """Prompts that no server has read."""
-        start, self._asked = self._asked, self._asked + count
+        """Prompts that no server has read yet."""
+        start, self._num_prompts = self._num_prompts, self._num_prompts + count
         prompts = prompts_of(count, self.arguments.prompt - 1, self.arguments.vocabulary)
-        return [[10 + start + place, *prompt] for place, prompt in enumerate(prompts)]
+        return [[10 + start + i, *prompt] for i, prompt in enumerate(prompts)]
 
-    # What a server takes alone
+    # Measurements of one server
 
     def measure_servers(self) -> dict[str, Any]:
-        """By name, as `benchmarks.servers.cost.calibrated` reads them."""
+        """Measurements of each server by name, as `benchmarks.servers.cost.calibrated` reads them."""
         for server in self.servers:
             self.measured[server.plan.name] = _logged(asyncio.run(self._figures(server)))
         return self.measured
 
     def predict(self) -> list[dict[str, Any]]:
-        """What the simulator says of the cases."""
+        """The simulator's predictions for the cases."""
         return predictions({"servers": self.measured, "cases": self.cases, "cores": self.cores})
 
     async def _figures(self, server: ServerProcess) -> dict[str, Any]:
         async with httpx.AsyncClient(timeout=None) as client:
 
-            async def took(prompt: list[int], **more: Any) -> float:
+            async def request_s(prompt: list[int], **more: Any) -> float:
                 start = time.perf_counter()
                 await _post(client, server, {"prompt": prompt, "max_tokens": 1, "temperature": 0, **more})
                 return time.perf_counter() - start
 
-            await took([11])
-            once = statistics.median([await took([20 + n]) for n in range(20)])
+            await request_s([11])
+            once = statistics.median([await request_s([20 + n]) for n in range(20)])
             length = 512
-            reads = [await took([40 + n, *range(100, 100 + length)]) for n in range(5)]
+            reads = [await request_s([40 + n, *range(100, 100 + length)]) for n in range(5)]
             start = time.perf_counter()
-            await asyncio.gather(*(took([200 + n]) for n in range(64)))
+            await asyncio.gather(*(request_s([200 + n]) for n in range(64)))
             per_second = 64 / (time.perf_counter() - start)
-            whole = statistics.median([await took([300 + n], logprobs=self.note.vocab_size) for n in range(3)])
+            whole = statistics.median([await request_s([300 + n], logprobs=self.note.vocab_size) for n in range(3)])
             steps = {str(n): await self._step(client, server, n) for n in (1, 4, max(self.arguments.batch))}
         return {
             "round_trip_s": once,
@@ -129,13 +131,13 @@ class Bench:
         }
 
     async def _step(self, client: httpx.AsyncClient, server: ServerProcess, count: int) -> float:
-        """Seconds between two tokens of so many streams at once."""
+        """Seconds between two tokens of a stream, with `count` streams at once."""
         body = {"max_tokens": 48, "temperature": 0, "ignore_eos": True, "stream": True}
 
         async def stream(number: int) -> list[float]:
             times = []
-            asked = {**body, "model": server.plan.name, "prompt": [500 + number]}
-            async with client.stream("POST", f"{server.url}/completions", json=asked) as reply:
+            request = {**body, "model": server.plan.name, "prompt": [500 + number]}
+            async with client.stream("POST", f"{server.url}/completions", json=request) as reply:
                 async for line in reply.aiter_lines():
                     if line.startswith("data: {"):
                         times.append(time.perf_counter())
@@ -144,10 +146,10 @@ class Bench:
         streams = await asyncio.gather(*(stream(number) for number in range(count)))
         return statistics.median(later - before for times in streams for before, later in pairwise(times[8:]))
 
-    # Ways to decode
+    # Comparison of methods
 
     def compare(self) -> list[dict[str, Any]]:
-        """Each method at each batch, in turn; speeds are ratios of tokens per second."""
+        """Compare all methods at each batch size. Speeds are ratios of tokens per second."""
         rows = []
         for batch in self.arguments.batch:
             found = [self._measured(method, batch) for method in self._methods(batch)]
@@ -172,7 +174,9 @@ class Bench:
         return rows
 
     def _methods(self, batch: int) -> list[Callable[[int], dict[str, Any]]]:
-        """Each decodes so many completions, `batch` at once; ours first, the authors' last."""
+        """Functions that decode `count` completions, `batch` at once. Ours comes first, that of the method's authors
+        last.
+        """
         threshold = ThresholdPolicy(self.threshold)
         return [
             lambda count: self._generated("collm", self.remote, batch, count, threshold),
@@ -183,7 +187,7 @@ class Bench:
         ]
 
     def _measured(self, method: Callable[[int], dict[str, Any]], batch: int) -> dict[str, Any]:
-        method(batch)  # the first also pays for memory
+        method(batch)  # warm-up
         return method(self.arguments.completions)
 
     def _generated(self, name: str, model: CoLLM, batch: int, count: int, policy: Policy) -> dict[str, Any]:
@@ -236,18 +240,18 @@ class Bench:
         }
 
     async def _token_by_token(self, client: httpx.AsyncClient, prompt: list[int], new: int) -> list[int]:
-        """Authors: the base is asked for every token, the assistant where it defers."""
+        """Ask the base for every token, and the assistant where the base defers. Returns the author of each token."""
         text, authors = list(prompt), []
         base, assistant = self.servers
         defer_id, zero_id, bias = self.note.defer_ids[0], self.note.zero_id, self.note.biases[0]
         for _ in range(new):
             body = {"prompt": text, "max_tokens": 1, "temperature": 1, "return_tokens_as_token_ids": True}
-            said = await _logprobs(client, base, {**body, "logprobs": zero_id + 1})
-            u = torch.tensor([(said.pop(defer_id) - said.pop(zero_id)) / ROW_SCALE + bias])
+            logprobs_by_token = await _logprobs(client, base, {**body, "logprobs": zero_id + 1})
+            u = torch.tensor([(logprobs_by_token.pop(defer_id) - logprobs_by_token.pop(zero_id)) / ROW_SCALE + bias])
             authors.append(int(float(defer_probs(u)) > self.threshold))
             if authors[-1]:
-                said = await _logprobs(client, assistant, {**body, "logprobs": self.note.vocab_size})
-            tokens, logprobs = zip(*said.items(), strict=True)
+                logprobs_by_token = await _logprobs(client, assistant, {**body, "logprobs": self.note.vocab_size})
+            tokens, logprobs = zip(*logprobs_by_token.items(), strict=True)
             text.append(tokens[int(torch.multinomial(torch.tensor(logprobs).exp(), 1))])
         return authors
 
@@ -265,12 +269,12 @@ async def _post(client: httpx.AsyncClient, server: ServerProcess, body: dict[str
 
 
 def _runs(authors: list[int]) -> int:
-    """Runs of deferred tokens."""
+    """Number of runs of deferred tokens."""
     return sum(author and not before for before, author in pairwise([0, *authors]))
 
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
-    """Progress goes to stderr, so that stdout is JSON."""
+    """Print a row to stderr, because stdout is for the JSON."""
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -281,12 +285,12 @@ def main() -> None:
     parser.add_argument("--base", choices=SHAPES, default="25m")
     parser.add_argument("--assistant", choices=SHAPES, default="150m")
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, for the pair in this process")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch for the pair in this process")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--new-per-token", type=int, default=16, help="of the slow method")
+    parser.add_argument("--new-per-token", type=int, default=16, help="new tokens of the token-by-token method")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--completions", type=int, default=16, help="of each method, at each batch")
+    parser.add_argument("--completions", type=int, default=16, help="completions of each method at each batch size")
     names = ("cores", "servers", "comparison", "cases", "predictions")
     parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")

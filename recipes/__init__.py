@@ -1,1 +1,1 @@
-"""Recipes: whole ways from public data to a measured collaboration."""
+"""Recipes: complete experiments, from public data to a measured collaboration."""

@@ -1,7 +1,7 @@
-"""Many completions at once: a discrete-event simulation of servers that batch what runs at the same time.
+"""Discrete-event simulation of many completions at once, on servers that batch concurrent requests.
 
-What it leaves out: a prompt is read in one step, however long it is; the cache forgets nothing; the client costs
-nothing but what is in a server's `round_trip_s`.
+Simplifications: a prompt is read in one step, however long it is. The cache forgets nothing. The client costs only what
+a server's `round_trip_s` contains.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of all jobs.
+    """The result of all jobs.
 
     Attributes:
-        seconds: from the first request to the last answer.
-        tokens: of all texts.
-        s_per_token: mean seconds of a completion over its mean tokens.
-        requests: to each server.
-        steps: tokens that each server generated.
-        busy: share of the time in which each server's model was at work.
+        seconds: time from the first request to the last answer.
+        tokens: number of tokens of all texts.
+        s_per_token: mean seconds of a completion, divided by its mean number of tokens.
+        requests: number of requests to each server.
+        steps: number of tokens that each server generated.
+        busy: share of the time during which each server's model was running.
     """
 
     seconds: float
@@ -42,10 +42,11 @@ class Outcome:
 
 
 class _Clock:
-    """Does things when their time has come.
+    """Runs actions at their times.
 
     Args:
-        cores: of the machine that all servers run on; more work than that at once goes on at equal shares of its speed.
+        cores: number of cores of the machine that all servers share. If more work runs at once, all of it gets equal
+            shares of their speed.
     """
 
     def __init__(self, cores: float) -> None:
@@ -56,12 +57,12 @@ class _Clock:
         self._work: list[_Work] = []
 
     def at(self, seconds: float, action: Callable[[], None], *, last: bool = False) -> None:
-        """Do something then; `last` after all else of that moment."""
+        """Run an action at a time. A `last` action runs after all others of that time."""
         self._count += 1
         heappush(self._events, (seconds, last, self._count, action))
 
     def work(self, seconds: float, action: Callable[[], None]) -> None:
-        """Do something when a core has worked for so long, from now on."""
+        """Run an action after this many seconds of a core's work, from now on."""
         if self._cores == math.inf:
             self.at(self.now + seconds, action)
         else:
@@ -73,7 +74,7 @@ class _Clock:
                 self._end_work()
             else:
                 then, _, _, action = heappop(self._events)
-                self._go_to(then)
+                self._advance_to(then)
                 action()
 
     @property
@@ -85,11 +86,11 @@ class _Clock:
 
     def _end_work(self) -> None:
         ended = min(self._work, key=lambda one: one.left_s)
-        self._go_to(self._next_end())
+        self._advance_to(self._next_end())
         self._work.remove(ended)
         ended.action()
 
-    def _go_to(self, then: float) -> None:
+    def _advance_to(self, then: float) -> None:
         for one in self._work:
             one.left_s -= (then - self.now) * self._speed
         self.now = then
@@ -109,13 +110,13 @@ class _Sequence:
 
 
 class _Station:
-    """A server at work: requests pass its front one by one, then share its steps."""
+    """A running server. Requests are handled one by one, then share its steps."""
 
     def __init__(self, server: Server, clock: _Clock) -> None:
         self.server, self.clock = server, clock
         self.requests = self.steps = 0
         self.busy_s = 0.0
-        self._arrived: deque[_Sequence] = deque()  # the first of them is being handled
+        self._arrived: deque[_Sequence] = deque()  # the first one is being handled
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._stepping = False
@@ -148,13 +149,13 @@ class _Station:
         if self._stepping:
             began = self.clock.now
             taken = self.server.step(len(self._running)) + sum(self.server.reading(one.call) for one in new)
-            self.clock.work(taken, lambda: self._stepped(began))
+            self.clock.work(taken, lambda: self._finish_step(began))
 
     @property
     def _room(self) -> int:
         return self.server.max_batch - len(self._running)
 
-    def _stepped(self, began: float) -> None:
+    def _finish_step(self, began: float) -> None:
         self.busy_s += self.clock.now - began
         self.steps += len(self._running)
         for sequence in self._running:
@@ -167,19 +168,23 @@ class _Station:
 
 
 def simulate(jobs: Sequence[Job], servers: Sequence[Server], concurrency: int, cores: float = math.inf) -> Outcome:
-    """Run jobs, so many at once; the next begins when one ends.
+    """Run jobs, at most `concurrency` at once. When one ends, the next begins.
 
     Args:
-        cores: of the machine that all servers share, where one process takes one core; infinite: they share none.
+        jobs: the completions.
+        servers: the servers; `Call.author` is an index into them.
+        concurrency: largest number of jobs at once.
+        cores: number of cores of the machine that all servers share, where each process takes one. If infinite, the
+            servers share nothing.
 
     Raises:
-        ConfigError: nothing to do, or nothing at once.
+        ConfigError: there is nothing to do, or `concurrency` or `cores` is below 1.
     """
     sizes = [size for job in jobs for call in job.calls for size in (call.unread, call.steps)]
     if concurrency < 1 or cores < 1 or min(sizes, default=0) < 1:
         raise ConfigError(
-            f"{len(jobs)} completions came, {concurrency} at once, on {cores} cores; expected at least one at once, "
-            "with a token to read and one to write, and a core"
+            f"got {len(jobs)} completions, {concurrency} at once, on {cores} cores; expected at least one completion "
+            "at once, at least one token to read and one to write in each request, and at least one core"
         )
     clock = _Clock(cores)
     stations = [_Station(server, clock) for server in servers]
@@ -188,15 +193,15 @@ def simulate(jobs: Sequence[Job], servers: Sequence[Server], concurrency: int, c
     def begin() -> None:
         if waiting:
             calls, began = iter(waiting.popleft().calls), clock.now
-            go_on(calls, began)
+            send_next(calls, began)
 
-    def go_on(calls: Iterator[Call], began: float) -> None:
+    def send_next(calls: Iterator[Call], began: float) -> None:
         call = next(calls, None)
         if call is None:
             times.append(clock.now - began)
             begin()
         else:
-            stations[call.author].ask(call, lambda: go_on(calls, began))
+            stations[call.author].ask(call, lambda: send_next(calls, began))
 
     for _ in range(min(concurrency, len(jobs))):
         begin()

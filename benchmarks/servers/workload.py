@@ -1,4 +1,4 @@
-"""What is asked of a collaboration, and when its assistant alone does it faster."""
+"""Workloads of a collaboration, and the deferral rate from which its assistant alone is faster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collm.errors import ConfigError
 
 
 def scattered(tokens: int, deferrals: int, runs: int, rng: random.Random) -> list[int]:
-    """Authors of so many tokens, of which `deferrals` are an assistant's, in so many runs at random places.
+    """Authors of a text with this many tokens, deferrals and runs of deferrals, at random positions.
 
     Raises:
         ConfigError: there is no such text.
@@ -24,7 +24,7 @@ def scattered(tokens: int, deferrals: int, runs: int, rng: random.Random) -> lis
             f"{tokens} tokens cannot hold {deferrals} deferrals in {runs} runs; expected at most as many deferrals as "
             "tokens, a token in each run and one of the base between two runs"
         )
-    between = sorted(rng.sample(range(kept + 1), runs))  # how many of the base's tokens stand before each run
+    between = sorted(rng.sample(range(kept + 1), runs))  # number of the base's tokens before each run
     ends = [0, *sorted(rng.sample(range(1, deferrals), runs - 1)), deferrals] if runs else [0]
     authors: list[int] = []
     for index, before in enumerate(between):
@@ -34,14 +34,15 @@ def scattered(tokens: int, deferrals: int, runs: int, rng: random.Random) -> lis
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of a collaboration with one assistant.
+    """The requests to a collaboration with one assistant.
 
     Attributes:
-        completions, concurrency: how many texts, and how many of them at once.
-        tokens, prompt_tokens: of each, all of one length.
+        completions, concurrency: number of texts, and how many of them are generated at once.
+        tokens, prompt_tokens: generated tokens and prompt tokens of each text.
         rate: deferral rate.
-        run: mean length of a run of deferrals; None: each token is deferred on its own.
-        cores: as of `simulate`.
+        run: mean length of a run of deferrals. If None, each token is deferred independently.
+        cores: as in `simulate`.
+        seed: seed of the random positions.
     """
 
     completions: int
@@ -57,7 +58,7 @@ class Workload:
         """Authors of each text.
 
         Raises:
-            ConfigError: the rate is none, or leaves no room for runs of this length.
+            ConfigError: the rate is not a share, or leaves no room for runs of this length.
         """
         if not 0 <= self.rate <= 1 or (self.run is not None and self.run < 1):
             raise ConfigError(f"rate is {self.rate} and run {self.run}, expected a share and a length of at least 1")
@@ -71,24 +72,24 @@ class Workload:
         return [authors[at : at + self.tokens] for at in range(0, total, self.tokens)]
 
     def together(self, base: Server, assistant: Server) -> Outcome:
-        """Of the collaboration."""
+        """Simulate the collaboration."""
         servers = [base, assistant]
         jobs = [collaboration(authors, self.prompt_tokens, servers) for authors in self.texts()]
         return simulate(jobs, servers, self.concurrency, self.cores)
 
     def by(self, author: int, base: Server, assistant: Server) -> Outcome:
-        """Of one model that writes everything."""
+        """Simulate one model that writes everything."""
         jobs = [alone(author, self.tokens, self.prompt_tokens)] * self.completions
         return simulate(jobs, [base, assistant], self.concurrency, self.cores)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """From which deferral rate on, if any, the assistant alone is faster than the collaboration.
+    """The deferral rate from which the assistant alone is faster than the collaboration.
 
     Attributes:
-        rate: to a hundredth; 0: always, None: never.
-        concurrency: completions at once.
+        rate: the rate, to a hundredth. 0 if the assistant alone is always faster, None if it never is.
+        concurrency: number of completions at once.
     """
 
     rate: float | None
@@ -107,11 +108,13 @@ class Verdict:
 
 
 def verdict(workload: Workload, base: Server, assistant: Server) -> Verdict:
-    """Where the assistant alone begins to win, its rate by halving; the workload's own rate does not matter."""
-    goal = workload.by(1, base, assistant).seconds
+    """Find the deferral rate from which the assistant alone is faster, by bisection. The workload's own rate is
+    ignored.
+    """
+    alone_s = workload.by(1, base, assistant).seconds
 
     def loses(hundredths: int) -> bool:
-        return replace(workload, rate=hundredths / 100).together(base, assistant).seconds > goal
+        return replace(workload, rate=hundredths / 100).together(base, assistant).seconds > alone_s
 
     wins, lost = 0, 100
     if loses(wins):

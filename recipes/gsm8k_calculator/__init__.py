@@ -1,1 +1,1 @@
-"""A small language model trained on GSM8K that learns when to let a calculator write the next token."""
+"""A small language model trained on GSM8K that learns when a calculator should write the next token."""

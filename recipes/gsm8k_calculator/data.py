@@ -1,4 +1,4 @@
-"""GSM8K, split and rendered the same way everywhere, and arithmetic as its calculator marks hold it."""
+"""GSM8K with a fixed split and template, and arithmetic with the distribution of its calculator marks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COPIED_OPERANDS = 0.5
 
 @dataclass(frozen=True)
 class Problems:
-    """GSM8K: rows to train on, rows held out of these, and the test rows."""
+    """The rows of GSM8K: for training, for validation (held out from training), and for tests."""
 
     train: list[Row]
     validation: list[Row]
@@ -41,14 +41,14 @@ class Problems:
 
 
 def load_problems(source: str | Path = HUB_NAME, *, validation_rows: int = VALIDATION_ROWS) -> Problems:
-    """Read GSM8K; the same rows of train are held out for validation every time.
+    """Read GSM8K. The same rows of its training split are held out for validation every time.
 
     Args:
         source: a directory with train.jsonl and test.jsonl, or the name of a Hub data set with these splits.
-        validation_rows: how many rows are held out.
+        validation_rows: number of rows to hold out.
 
     Raises:
-        DataError: nothing usable at `source`, or fewer rows in train than are to be held out.
+        DataError: `source` has no usable data, or its training split has too few rows.
     """
     train = _load_split(source, "train")
     if len(train) <= validation_rows:
@@ -65,28 +65,28 @@ def load_problems(source: str | Path = HUB_NAME, *, validation_rows: int = VALID
 
 def _load_split(source: str | Path, split: str) -> list[Row]:
     file = Path(source) / f"{split}.jsonl"
-    found, name = (file, None) if Path(source).is_dir() else (source, split)
-    return load_rows(found, split=name, prompt_field="question", completion_field="answer")
+    data, name = (file, None) if Path(source).is_dir() else (source, split)
+    return load_rows(data, split=name, prompt_field="question", completion_field="answer")
 
 
 def text_of(row: Row) -> str:
-    """Problem and solution as one text, the problem rendered by `TEMPLATE`."""
+    """Problem and solution as one text. The problem is rendered by `TEMPLATE`."""
     return TEMPLATE.text.replace("{prompt}", str(row.prompt)) + row.completion
 
 
 class Arithmetic:
-    """Fresh marks with the distribution of given ones.
+    """Generates new marks with the distribution of existing ones.
 
-    A mark is drawn from those given and keeps its operators, its parentheses and how many digits stand before and
-    after the point of each operand. Operands are drawn anew, half of them from the given operands of the same form
-    (percentages and units come up often), half digit by digit. A result is exact, no negative number unless the given
-    one was, and an integer where the given one was.
+    A new mark has the operators and parentheses of a random existing mark, and operands with the same numbers of digits
+    before and after the point. Half of the operands are copied from existing operands with these numbers of digits,
+    because percentages and units occur often. The other half are drawn digit by digit. A result is exact. It has the
+    sign of the existing result, and is an integer if that was an integer.
 
     Args:
         texts: texts that contain marks.
 
     Raises:
-        DataError: no mark in them.
+        DataError: the texts contain no marks.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ class Arithmetic:
                 self._operands[_digits(operand)].append(operand)
 
     def lines(self, seed: int | str, count: int | None = None) -> Iterator[str]:
-        """Lines such as "<<48/2=24>>24", without end or `count` of them; the same seed gives the same lines."""
+        """Yield lines such as "<<48/2=24>>24": `count` of them, or endlessly. The same seed gives the same lines."""
         return islice(self._endless(random.Random(f"arithmetic {seed}")), count)
 
     def _endless(self, rng: random.Random) -> Iterator[str]:
@@ -126,9 +126,9 @@ class _Form:
     """A mark without its operands.
 
     Attributes:
-        between: what stands before, between and after the operands.
-        operands: digits before and after the point of each.
-        places: most digits after the point of a result; 0 for integers alone.
+        between: text before, between and after the operands.
+        operands: numbers of digits before and after the point of each operand.
+        places: largest number of digits after the point of a result; 0 if results are integers.
         negative: whether results are negative.
     """
 
@@ -139,10 +139,10 @@ class _Form:
 
     @classmethod
     def of(cls, expression: str, result: str) -> _Form | None:
-        """The form of a mark; None if it is no arithmetic."""
+        """The form of a mark; None if it is not arithmetic."""
         operands = _NUMBER.findall(expression)
-        value, given = evaluate(expression), evaluate(result)
-        if not operands or value is None or given is None or value != given:
+        value, stated = evaluate(expression), evaluate(result)
+        if not operands or value is None or stated is None or value != stated:
             return None
         places = 0 if value.denominator == 1 else max(2, len(result.partition(".")[2]))
         return cls(_NUMBER.split(expression), [_digits(operand) for operand in operands], places, value < 0)
@@ -153,7 +153,7 @@ class _Form:
         )
 
     def result(self, operands: Sequence[str]) -> str | None:
-        """The result for these operands; None if it does not fit the form."""
+        """The result for these operands; None if it does not match the form."""
         value = evaluate(self.expression(operands))
         if value is None or (value < 0) != self.negative or (value.denominator == 1) != (self.places == 0):
             return None
@@ -166,7 +166,7 @@ def _digits(operand: str) -> tuple[int, int]:
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """The exact value of sums, products, quotients and parentheses; None if it is something else or divides by 0."""
+    """The exact value of an expression of +, -, *, / and parentheses; None if it is not one, or divides by 0."""
     if not _ARITHMETIC.fullmatch(expression):
         return None
     quoted = _NUMBER.sub(lambda match: f"('{match[0]}')", expression.strip())  # ast would round decimals
@@ -191,11 +191,11 @@ def _value(node: ast.expr) -> Fraction:
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return _value(left) / _value(right)
         case _:
-            raise ValueError(f"{ast.dump(node)[:40]} is no arithmetic")
+            raise ValueError(f"{ast.dump(node)[:40]} is not arithmetic")
 
 
 def format_exact(value: Fraction, *, most_places: int) -> str | None:
-    """An integer plain, a decimal with as many places as it needs; None if `most_places` do not suffice."""
+    """Format a number with as many decimal places as it needs; None if it needs more than `most_places`."""
     for places in range(most_places + 1):
         scaled = value * 10**places
         if scaled.denominator == 1:

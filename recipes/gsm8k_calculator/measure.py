@@ -1,4 +1,4 @@
-"""What the recipe measures: equations with the given solution as context, and solutions written freely."""
+"""Measurements of the recipe: equations with the given solution as context, and solutions that are generated."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ANSWER = "####"
 
 @dataclass(frozen=True)
 class Read:
-    """What all authors say of the target tokens of a set of solutions, M in all.
+    """The authors' predictions for the target tokens of a set of solutions, M tokens in total.
 
     Attributes:
-        logprobs: of the gold tokens, the base first, nats, shape (M, K + 1).
-        correct: the author's argmax is the gold token, bool, shape (M, K + 1).
-        silent: the author abstains, bool, shape (M, K + 1).
+        logprobs: log-probabilities of the gold tokens, the base's first, nats, shape (M, K + 1).
+        correct: whether the author's argmax is the gold token, bool, shape (M, K + 1).
+        silent: whether the author abstains, bool, shape (M, K + 1).
         defer_logits: shape (M, K).
     """
 
@@ -42,11 +42,11 @@ class Read:
     defer_logits: Tensor
 
     def nll(self) -> float:
-        """Of the joint model, in nats per token."""
+        """NLL of the joint model, in nats per token."""
         return -marginal_logprobs(self.logprobs[:, 0], self.logprobs[:, 1:], self.defer_logits).mean().item()
 
     def base_nll(self) -> float:
-        """Of the base alone, in nats per token."""
+        """NLL of the base alone, in nats per token."""
         return -self.logprobs[:, 0].mean().item()
 
     def deferred(self, threshold: float) -> Tensor:
@@ -54,21 +54,23 @@ class Read:
         return defer_probs(self.defer_logits) > threshold
 
     def asked(self, threshold: float) -> Tensor:
-        """Whom the rule names: 0 for the base, shape (M,)."""
+        """The author that the policy names, 0 for the base, shape (M,)."""
         return torch.where(self.deferred(threshold), self.defer_logits.argmax(-1) + 1, 0)
 
     def asked_in_vain(self, threshold: float) -> Tensor:
-        """Where an assistant is asked that has nothing to say, bool, shape (M,)."""
+        """Where an assistant is asked but abstains, bool, shape (M,)."""
         return self.silent.gather(1, self.asked(threshold).unsqueeze(1))[:, 0]
 
     def right(self, threshold: float) -> Tensor:
-        """Where the token written is the gold one, the base writing for those that abstain, bool, shape (M,)."""
+        """Where the token written is the gold token, bool, shape (M,). The base writes in place of an assistant that
+        abstains.
+        """
         asked = self.asked(threshold)
         writer = torch.where(self.asked_in_vain(threshold), 0, asked)
         return self.correct.gather(1, writer.unsqueeze(1))[:, 0]
 
     def rule_nll(self) -> float:
-        """Of a first assistant that writes wherever it has something to say, in nats per token."""
+        """NLL if the first assistant writes wherever it does not abstain, in nats per token."""
         return -torch.where(self.silent[:, 1], self.logprobs[:, 0], self.logprobs[:, 1]).mean().item()
 
 
@@ -81,7 +83,15 @@ def read(
     *,
     max_batch_tokens: int = 16384,
 ) -> Read:
-    """Let the base read solutions that the assistants have been scored on."""
+    """Let the base read solutions for which the assistants' scores exist.
+
+    Args:
+        base: the base.
+        head: the deferral head.
+        examples: the solutions.
+        assistants: scores of each assistant.
+        max_batch_tokens: largest number of tokens in a batch.
+    """
     shifted = [shift(example) for example in examples]
     parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for indices in batches_by_length([len(one.input_ids) for one in shifted], max_batch_tokens):
@@ -103,31 +113,31 @@ def read(
 
 
 def results_in(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[range]]:
-    """For each solution the places of its marks' results among its target tokens, the closing >> included."""
+    """For each solution, the positions of its marks' results among its target tokens, including the closing >>."""
     opens, equals, closes = (tokenizer.convert_tokens_to_ids(token) for token in ("<<", "=", ">>"))
     found = []
     for example in examples:
-        token_ids = [t for t, wanted in zip(example.token_ids[1:], example.is_target[1:], strict=True) if wanted]
+        token_ids = [t for t, is_target in zip(example.token_ids[1:], example.is_target[1:], strict=True) if is_target]
         spans, start = list[range](), None
         inside = False
-        for place, token_id in enumerate(token_ids):
+        for position, token_id in enumerate(token_ids):
             inside = token_id == opens or (inside and token_id != closes)
             if inside and token_id == equals:
-                start = place + 1
+                start = position + 1
             if token_id == closes and start is not None:
-                spans.append(range(start, place + 1))
+                spans.append(range(start, position + 1))
                 start = None
         found.append(spans)
     return found
 
 
 def equations(right: Tensor, spans: Sequence[Sequence[range]], counts: Sequence[int]) -> Interval:
-    """Share of results that are right token by token; the interval takes solutions as the unit.
+    """Share of results whose tokens are all right. The interval treats each solution as one unit.
 
     Args:
-        right: bool, one per target token, shape (M,).
-        spans: results of each solution.
-        counts: target tokens of each solution.
+        right: whether each target token is right, bool, shape (M,).
+        spans: positions of the results of each solution.
+        counts: number of target tokens of each solution.
     """
     each = [
         [bool(part[span.start : span.stop].all()) for span in of_one]
@@ -138,15 +148,15 @@ def equations(right: Tensor, spans: Sequence[Sequence[range]], counts: Sequence[
 
 @dataclass(frozen=True)
 class Written:
-    """Solutions written freely.
+    """Measurements of generated solutions.
 
     Attributes:
         equations: share of their marks that are right; None if there are no marks.
-        num_equations: how many marks they hold.
+        num_equations: number of marks.
         answers: share of final answers that are right.
         deferral_rate: share of tokens written by assistants.
-        calls: share of tokens that a tool was asked for.
-        in_vain: share of tokens that a tool was asked for and had nothing to say on.
+        calls: share of tokens for which a tool was asked.
+        in_vain: share of tokens for which a tool was asked but abstained.
     """
 
     equations: Interval | None
@@ -158,7 +168,14 @@ class Written:
 
 
 def written(completions: Sequence[Completion], rows: Sequence[Row], calls: int, abstained: int) -> Written:
-    """Measure completions of these rows' problems, during which tools were called so often."""
+    """Measure completions of these rows' problems.
+
+    Args:
+        completions: the generated solutions.
+        rows: their problems.
+        calls: number of tool calls.
+        abstained: number of tool calls without an answer.
+    """
     marks = [[is_right(*mark) for mark in MARK.findall(completion.text)] for completion in completions]
     answers = [final_answer(c.text, row.completion) for c, row in zip(completions, rows, strict=True)]
     authors = [author for completion in completions for author in completion.authors]
@@ -174,21 +191,21 @@ def written(completions: Sequence[Completion], rows: Sequence[Row], calls: int, 
 
 
 def is_right(expression: str, result: str) -> bool:
-    """Whether a mark's result is its expression's value, rounded or cut at two decimals or more if at all."""
-    value, given = (evaluate(text.replace(",", "").strip()) for text in (expression, result))
-    if value is None or given is None:
+    """Whether a mark's result equals its expression's value, or is rounded or cut at two or more decimals."""
+    value, stated = (evaluate(text.replace(",", "").strip()) for text in (expression, result))
+    if value is None or stated is None:
         return False
     places = len(result.strip().partition(".")[2])
-    return value == given or (places >= 2 and abs(value - given) < Fraction(1, 10**places))
+    return value == stated or (places >= 2 and abs(value - stated) < Fraction(1, 10**places))
 
 
 def final_answer(prediction: str, reference: str) -> float:
-    """1 if the number after the first #### is the reference's."""
+    """1 if the number after the first #### is the reference's, else 0."""
     _, found, answer = prediction.partition(ANSWER)
     return last_number(answer, reference) if found else 0.0
 
 
 def mark_score(prediction: str, reference: str) -> float:
-    """Share of the marks of a solution that are right, 0 without any: what calibration measures."""
+    """Share of a solution's marks that are right; 0 without marks. Calibration uses this metric."""
     marks = MARK.findall(prediction)
     return sum(is_right(*mark) for mark in marks) / len(marks) if marks else 0.0

@@ -34,40 +34,42 @@ from recipes.gsm8k_calculator.data import Arithmetic, Problems, text_of
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 2000
 CONTEXT_TOKENS = 1024
-"""What both models read at most; the longest text of GSM8K, problem and solution, has 614 tokens."""
+"""Context length of both models. The longest text of GSM8K, problem and solution, has 614 tokens."""
 
 LONE_STEPS = 0.65
-"""Share of the expert's steps, the first ones, on marks alone; from then on they stand between pieces of texts."""
+"""Share of the expert's training steps that use marks alone. In the later steps, marks stand between pieces of text."""
 LONE_LATER = 0.3
-"""Share of lone marks among its examples from then on."""
+"""Share of lone marks among the examples of the later steps."""
 LEARNED_EXPRESSIONS = 0.1
-"""Share of its marks that are learned from `<<` on; of the others what follows `=`, which is all that can be known."""
+"""Share of marks that are learned from `<<` on. In the others only the part after `=` is learned, because only that
+part can be known.
+"""
 FILLER = 24
-"""Most tokens of a piece of text between two marks; before the first mark of a sequence it is half the sequence."""
+"""Largest number of tokens between two marks. Before the first mark of a sequence it is half the sequence."""
 
 _WARM_UP = 0.1  # of the steps
 _IGNORED = -100
-_POOL = 512  # examples of which batches alike in length are made
+_POOL = 512  # examples that are sorted by length to make batches
 _ENCODED_AT_ONCE = 1000
 _REPORTS = 20
 
 Example = tuple[list[int], list[int]]
-"""Token ids and labels: the same, or -100 where nothing is to be learned."""
+"""Token ids and labels. A label is the token id, or -100 where nothing is learned."""
 
 Batch = tuple[Tensor, Tensor]
-"""Token ids and labels, both (B, T), padded on the right."""
+"""Token ids and labels, both shape (B, T), padded on the right."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a model learns.
+    """Hyperparameters of one model's training.
 
     Attributes:
-        steps: updates.
-        batch_tokens: most tokens read per update, padding included.
-        learning_rate: the peak, reached after a tenth of the steps and followed by half a cosine.
+        steps: number of updates.
+        batch_tokens: largest number of tokens per update, including padding.
+        learning_rate: peak, reached after a tenth of the steps and followed by half a cosine.
     """
 
     steps: int
@@ -80,10 +82,13 @@ class Size:
     """Shape of both models, and their training.
 
     Attributes:
-        initializer_range: standard deviation of the first weights.
-        window: tokens of the expert's sequences of marks within text.
-        bf16: compute in bf16, with weights in fp32.
-        threads: of a CPU. More than are free cost many times what they save; another number may round differently.
+        initializer_range: standard deviation of the initial weights.
+        base: training of the base.
+        arithmetic: training of the expert.
+        window: length of the expert's sequences of marks within text, in tokens.
+        bf16: whether to compute in bf16, with weights in fp32.
+        threads: number of CPU threads. Using more threads than free cores is very slow. Another
+            number may round differently.
     """
 
     hidden_size: int
@@ -125,20 +130,21 @@ SIZES = {
 
 
 def make_models(problems: Problems, size: Size, out_dir: Path, *, seed: int) -> Path:
-    """Train tokenizer, base and arithmetic expert on the training rows; the same seed gives the same models.
+    """Train the tokenizer, the base and the arithmetic expert on the training rows. The same seed gives the same
+    models.
 
     Args:
         problems: GSM8K.
-        size: of both models, and how they are trained.
-        out_dir: gets the directories `base` and `arithmetic`, each a model with the same tokenizer.
-        seed: of weights, order and random operands; the global random state is left as it was.
+        size: shape of both models, and their training.
+        out_dir: receives the directories `base` and `arithmetic`, each with a model and the same tokenizer.
+        seed: seed of weights, order and random operands. The global random state is not changed.
 
     Returns:
         `out_dir`.
 
     Raises:
-        DataError: a text longer than the models read, or no calculator mark in the training rows.
-        WriteError: the disk is full or refuses; models that were there are as they were.
+        DataError: a text exceeds the models' context, or the training rows contain no calculator mark.
+        WriteError: the models could not be written; existing models are unchanged.
     """
     texts = [text_of(row) for row in problems.train]
     tokenizer = train_tokenizer(texts)
@@ -148,7 +154,7 @@ def make_models(problems: Problems, size: Size, out_dir: Path, *, seed: int) -> 
 
 
 def train_tokenizer(texts: Sequence[str], *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in which digits, `<<`, `>>` and `=` merge with nothing, but for a space before `=`."""
+    """Train byte-level BPE in which digits, `<<`, `>>` and `=` merge with nothing, except for a space before `=`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -173,10 +179,10 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int = VOCAB_SIZE) -> Pr
 
 
 def make_base(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, size: Size, *, seed: int) -> PreTrainedModel:
-    """A model that has read whole problems with their solutions, each from its first token to EOS.
+    """Train a model on whole problems with their solutions, each from its first token to EOS.
 
     Raises:
-        DataError: a text longer than the model reads.
+        DataError: a text exceeds the model's context.
     """
     rng = random.Random(f"{seed} base")
     eos = cast(int, tokenizer.eos_token_id)
@@ -193,10 +199,10 @@ def make_base(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, size: Siz
 def make_arithmetic(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, size: Size, *, seed: int
 ) -> PreTrainedModel:
-    """A model that knows calculator marks with fresh operands, wherever they stand in a text, and nothing else.
+    """Train a model on calculator marks with new operands, anywhere in a text, and on nothing else.
 
     Raises:
-        DataError: no calculator mark in the rows.
+        DataError: the rows contain no calculator mark.
     """
     rng = random.Random(f"{seed} arithmetic")
     texts = [text_of(row) for row in rows]
@@ -214,7 +220,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out_dir: Pa
     """Replace `out_dir` by the model with its tokenizer.
 
     Raises:
-        WriteError: the disk is full or refuses; `out_dir` is as it was.
+        WriteError: the model could not be written; `out_dir` is unchanged.
     """
     with atomic_directory(out_dir) as directory:
         model.save_pretrained(directory)
@@ -222,7 +228,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out_dir: Pa
 
 
 def train(model: PreTrainedModel, batches: Iterator[Batch], training: Training, size: Size, *, name: str) -> None:
-    """AdamW on the mean loss per learned token, with a line of progress on stderr now and then."""
+    """Train with AdamW on the mean loss per learned token. Prints progress to stderr."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     gains = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -266,17 +272,19 @@ def _new_model(size: Size, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> 
 
 
 def _mean_nll(model: PreTrainedModel, token_ids: Tensor, labels: Tensor, *, bf16: bool) -> Tensor:
-    """Mean nats per learned token; both inputs (B, T). Logits are made at learned positions only."""
-    wanted = labels[:, 1:]
-    learned = wanted != _IGNORED
+    """Mean loss in nats per learned token. Both inputs have shape (B, T). Logits are computed at learned positions
+    only.
+    """
+    targets = labels[:, 1:]
+    learned = targets != _IGNORED
     with torch.autocast(token_ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
         logits = model.get_output_embeddings()(hidden[learned])
-    return F.cross_entropy(logits.float(), wanted[learned])
+    return F.cross_entropy(logits.float(), targets[learned])
 
 
 def _marks(lines: Iterator[str], tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[Example]:
-    """Marks such as <<48/2=24>>24; of most, only what follows = is learned."""
+    """Marks such as <<48/2=24>>24. In most of them, only the part after = is learned."""
     (equals,) = _encode(tokenizer, ["="])[0]
     while True:
         for token_ids in _encode(tokenizer, list(islice(lines, _ENCODED_AT_ONCE))):
@@ -285,7 +293,7 @@ def _marks(lines: Iterator[str], tokenizer: PreTrainedTokenizerBase, rng: random
 
 
 def _lone_marks(marks: Iterator[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    """Each mark behind a line break."""
+    """Each mark after a line break."""
     line_break = _encode(tokenizer, ["\n"])[0]
     for token_ids, labels in marks:
         yield line_break + token_ids, line_break + labels
@@ -294,14 +302,14 @@ def _lone_marks(marks: Iterator[Example], tokenizer: PreTrainedTokenizerBase) ->
 def _marks_in_text(
     marks: Iterator[Example], texts: Sequence[list[int]], window: int, rng: random.Random
 ) -> Iterator[Example]:
-    """Sequences of `window` tokens in which marks stand between pieces of texts, which are not learned."""
+    """Sequences of `window` tokens in which marks stand between pieces of text. The text is not learned."""
     while True:
         token_ids = _piece(rng.choice(texts), window // 2, rng)
         labels = [_IGNORED] * len(token_ids)
         while len(token_ids) < window:
-            mark, wanted = next(marks)
+            mark, mark_labels = next(marks)
             filler = _piece(rng.choice(texts), FILLER, rng)
-            token_ids, labels = token_ids + mark + filler, labels + wanted + [_IGNORED] * len(filler)
+            token_ids, labels = token_ids + mark + filler, labels + mark_labels + [_IGNORED] * len(filler)
         yield token_ids[:window], labels[:window]
 
 
@@ -326,7 +334,7 @@ def _shuffled_forever(items: Sequence[_T], rng: random.Random) -> Iterator[_T]:
 
 
 def _batches(examples: Iterator[Example], batch_tokens: int, rng: random.Random) -> Iterator[Batch]:
-    """Batches of examples alike in length, without end, as `examples` must be."""
+    """Yield batches of examples with similar lengths, endlessly. `examples` must be endless."""
     while True:
         groups: list[list[Example]] = [[]]
         for example in sorted(islice(examples, _POOL), key=lambda example: len(example[0])):
@@ -335,7 +343,7 @@ def _batches(examples: Iterator[Example], batch_tokens: int, rng: random.Random)
             groups[-1].append(example)
         for group in rng.sample(groups, len(groups)):
             token_ids, labels = ([torch.tensor(one) for one in part] for part in zip(*group, strict=True))
-            # Padding stands on the right, where causal attention never looks back from; its token does not matter.
+            # With padding on the right, causal attention never reads it, so its token does not matter.
             yield pad_sequence(token_ids, batch_first=True), pad_sequence(labels, True, _IGNORED)
 
 
@@ -350,7 +358,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class _Progress:
-    """A line on stderr, `_REPORTS` times: the loss since the last one, and the speed so far."""
+    """Prints a line to stderr `_REPORTS` times: the mean loss since the last line, and the speed so far."""
 
     def __init__(self, name: str, steps: int) -> None:
         self._name, self._steps, self._every = name, steps, max(1, steps // _REPORTS)

@@ -1,8 +1,8 @@
-"""GSM8K with a calculator: train everything, measure every row, write the table and the picture.
+"""GSM8K with a calculator: train all models, measure every row, and write the table and the picture.
 
     python -m recipes.gsm8k_calculator.run --data DIR --out runs/gsm8k
 
-Every stage leaves a directory that is whole or absent, so an interrupted run goes on where it was.
+Each stage leaves a complete directory or none, so an interrupted run resumes at the stage where it stopped.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ METRIC = "recipes.gsm8k_calculator.measure:mark_score"
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything.
+    """Sizes of a run.
 
     Attributes:
-        size: of the models.
-        epochs: of tuning the base, with and without assistants.
-        batch_size: examples of an update.
-        learning_rate: of the base while it is tuned.
-        test_problems: with the given solution as context.
-        written_problems: to write solutions of, of those.
-        calibration_problems: of the validation problems.
-        max_new_tokens: of a solution.
-        max_batch: solutions written at once.
+        size: sizes of the models.
+        epochs: epochs of tuning the base, with and without assistants.
+        batch_size: number of examples per update.
+        learning_rate: learning rate of the base while it is tuned.
+        test_problems: number of test problems that are read with the given solution.
+        written_problems: number of these problems for which solutions are generated.
+        calibration_problems: number of validation problems for calibration.
+        max_new_tokens: limit for a solution.
+        max_batch: number of solutions generated at once.
     """
 
     size: Size
@@ -83,10 +83,11 @@ class System:
     """A row of the table.
 
     Attributes:
-        model: decodes it.
-        thresholds: where solutions are written freely.
-        assistants: names of their scores.
-        by_rule: an assistant writes wherever it has something to say; no head is asked.
+        name: name of the row.
+        model: the model that decodes.
+        thresholds: thresholds at which solutions are generated.
+        assistants: names of the assistants' scores.
+        by_rule: whether an assistant writes wherever it does not abstain, without a head.
     """
 
     name: str
@@ -97,15 +98,15 @@ class System:
 
 
 class Run:
-    """The stages; each makes its directory below `out` unless it is there."""
+    """The stages. Each creates its directory in `out` unless it exists."""
 
     def __init__(self, plan: Plan, problems: Problems, out: Path, *, seed: int) -> None:
         self.plan, self.problems, self.out, self.seed = plan, problems, out, seed
         self.seconds: dict[str, float] = {}
         torch.set_num_threads(plan.size.threads)
-        made = self._stage("models", lambda directory: make_models(problems, plan.size, directory, seed=seed))
+        models = self._stage("models", lambda directory: make_models(problems, plan.size, directory, seed=seed))
         self.base, self.expert = (
-            ModelSpec(str(made / name), dtype="float32", device=plan.size.device) for name in ("base", "arithmetic")
+            ModelSpec(str(models / name), dtype="float32", device=plan.size.device) for name in ("base", "arithmetic")
         )
         self.specs: dict[str, AssistantSpec] = {
             "calculator": CALCULATOR,
@@ -122,21 +123,21 @@ class Run:
     def scores(self, name: str, split: str, examples: Examples) -> Scores:
         directory = self.out / "scores" / f"{split}-{name}"
         started = time.monotonic()
-        found = score(examples, self.specs[name], directory, self.tokenizer)
+        scores = score(examples, self.specs[name], directory, self.tokenizer)
         self.seconds.setdefault(f"scoring {split} with {name}", time.monotonic() - started)
-        return found
+        return scores
 
     def tuned(self, name: str, assistants: Sequence[str], *, method: str = "full") -> CoLLM:
-        """Base and head trained with these assistants; with none, the base alone, just as long."""
-        directory = self._stage(name, lambda place: self._tune(place, assistants, method))
+        """Train base and head with these assistants. Without assistants, train the base alone for as many steps."""
+        directory = self._stage(name, lambda out: self._tune(out, assistants, method))
         return CoLLM.from_pretrained(directory, device=self.plan.size.device)
 
-    def _tune(self, place: Path, assistants: Sequence[str], method: str) -> None:
+    def _tune(self, out: Path, assistants: Sequence[str], method: str) -> None:
         examples = self.examples(self.problems.train)
         scores = [self.scores(each, "train", examples) for each in assistants]
         base = load_model(self.base)
         head = DeferralHead(LanguageModel(base, name="base").hidden_size, max(len(assistants), 1))
-        if not assistants:  # an assistant that never knows anything, and that the head never asks
+        if not assistants:  # use an assistant without knowledge that the head never asks
             scores = [unknowing(self.scores("base", "train", examples), len(self.tokenizer))]
             torch.nn.init.constant_(head.bias, -20.0)
         with_head = TrainingSet(examples, scores, self.scores("base", "train", examples))
@@ -149,7 +150,7 @@ class Run:
             training["pseudo_label_share"] = trainer.label_report.share
         members = [self.specs[each] for each in assistants] or [ToolSpec("date")]
         member = self.base if method == "head" else trainer.base
-        CoLLM(member, members, head, self.tokenizer, template=TEMPLATE, training=training).save_pretrained(place)
+        CoLLM(member, members, head, self.tokenizer, template=TEMPLATE, training=training).save_pretrained(out)
 
     def _args(self, output: Path, method: str, *, warm_start: bool) -> CoLLMConfig:
         rates: dict[str, Any] = {} if method == "head" else {"learning_rate": self.plan.learning_rate}
@@ -170,7 +171,7 @@ class Run:
         )
 
     def calibrated(self, model: CoLLM) -> float:
-        """The threshold that calibration on validation problems chooses; kept in the artefact."""
+        """Calibrate on validation problems, store the result in the artefact and return the chosen threshold."""
         rows = self.problems.validation[: self.plan.calibration_problems]
         started = time.monotonic()
         calibration = calibrate(
@@ -186,27 +187,27 @@ class Run:
         return calibration.best().threshold
 
     def measure(self, system: System) -> dict[str, Any]:
-        """One system's numbers, at every threshold."""
+        """Measure one system at all of its thresholds."""
         started = time.monotonic()
         examples = self.examples(self.test)
-        seen = self._read(system, examples)
+        predictions = self._read(system, examples)
         spans = results_in(examples, self.tokenizer)
         counts = [example.num_targets for example in examples]
         by_threshold = [
             {
                 "threshold": threshold,
-                "equations": asdict(equations(seen.right(threshold), spans, counts)),
-                "deferred": seen.deferred(threshold).float().mean().item(),
-                "in_vain": seen.asked_in_vain(threshold).float().mean().item(),
+                "equations": asdict(equations(predictions.right(threshold), spans, counts)),
+                "deferred": predictions.deferred(threshold).float().mean().item(),
+                "in_vain": predictions.asked_in_vain(threshold).float().mean().item(),
             }
             for threshold in ([*THRESHOLDS] if len(system.thresholds) > 1 else system.thresholds)
         ]
         free = [{"threshold": eta, **asdict(self._write(system, eta))} for eta in system.thresholds]
         self.seconds[f"measuring {system.name}"] = time.monotonic() - started
         if system.by_rule:
-            nll = seen.rule_nll()
+            nll = predictions.rule_nll()
         else:
-            nll = seen.base_nll() if list(system.thresholds) == [BASE_ALONE] else seen.nll()
+            nll = predictions.base_nll() if list(system.thresholds) == [BASE_ALONE] else predictions.nll()
         return {"name": system.name, "nll": nll, "given": by_threshold, "written": free}
 
     def _read(self, system: System, examples: Examples) -> Read:
@@ -221,9 +222,9 @@ class Run:
         params = SamplingParams(max_new_tokens=self.plan.max_new_tokens)
         policy = ThresholdPolicy(threshold)
         prompts = [row.prompt for row in rows]
-        # without drafts, for which a tool is asked in advance, its calls are the tokens it was asked for
+        # A tool is also called for drafts. Without them, its calls are the tokens for which it was asked.
         out = system.model.generate(prompts, params, policy=policy, max_batch=self.plan.max_batch, lookahead=0)
-        calls, abstained = (sum(getattr(used, of) for used in out.usage.values()) for of in ("calls", "abstained"))
+        calls, abstained = (sum(getattr(used, name) for used in out.usage.values()) for name in ("calls", "abstained"))
         return written(out, rows, calls, abstained)
 
     def _stage(self, name: str, make: Callable[[Path], Any]) -> Path:
@@ -238,22 +239,22 @@ class Run:
 
 
 def unknowing(like: Scores, vocab_size: int) -> Scores:
-    """Scores of an assistant to which all tokens are equally likely."""
+    """Scores of an assistant that gives all tokens the same probability."""
     logprobs = torch.full_like(like.logprobs, -torch.tensor(float(vocab_size)).log().item())
     return replace(like, logprobs=logprobs, corrects=torch.zeros_like(like.corrects))
 
 
 def systems(run: Run) -> list[System]:
-    """Every row of the table, trained."""
+    """All rows of the table, trained."""
     plain = run.tuned("tuned", [])
     frozen = run.tuned("calculator-head", ["calculator"], method="head")
     calculator = run.tuned("calculator", ["calculator"])
     expert = run.tuned("arithmetic", ["arithmetic"])
     both = run.tuned("both", ["calculator", "arithmetic"])
     chosen = run.calibrated(calculator)
-    nobody = DeferralHead(calculator.head.hidden_size, 1)
+    unused = DeferralHead(calculator.head.hidden_size, 1)
     tuned = ModelSpec(str(run.out / "tuned" / "base"), dtype="float32", device=run.plan.size.device)
-    always, rule = (CoLLM(tuned, [spec], nobody, run.tokenizer, template=TEMPLATE) for spec in (CALCULATOR, MARKS_ONLY))
+    always, rule = (CoLLM(tuned, [spec], unused, run.tokenizer, template=TEMPLATE) for spec in (CALCULATOR, MARKS_ONLY))
     return [
         System("base", frozen, [BASE_ALONE], ["calculator"]),
         System("base tuned as long without the tool", plain, [BASE_ALONE], ["calculator"]),
@@ -267,7 +268,7 @@ def systems(run: Run) -> list[System]:
 
 
 def seconds_before(out: Path) -> dict[str, float]:
-    """What stages took in earlier runs that this one goes on from."""
+    """Times of the stages in earlier runs that this run continues."""
     results = out / "results.json"
     return json.loads(results.read_text(encoding="utf-8"))["seconds"] if results.exists() else {}
 
@@ -276,10 +277,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default=HUB_NAME, help="directory of train.jsonl and test.jsonl, or a Hub name")
     parser.add_argument("--size", choices=PLANS, default="small")
-    parser.add_argument("--out", type=Path, required=True, help="where models, scores and results go")
-    parser.add_argument("--docs", type=Path, help="also write docs/results.md's tables and picture into this folder")
+    parser.add_argument("--out", type=Path, required=True, help="directory for models, scores and results")
+    parser.add_argument("--docs", type=Path, help="folder that also receives the tables and the picture")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU; another number may round differently")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number may round differently")
     options = parser.parse_args()
     plan = PLANS[options.size]
     plan = replace(plan, size=replace(plan.size, threads=options.threads))

@@ -1,4 +1,4 @@
-"""What the recipe leaves for reading: the tables of docs/results.md, and solutions in their authors' colours."""
+"""Output for readers: the tables of docs/results.md, and solutions in their authors' colours."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _WIDTH = 110
 
 
 def write_tables(folder: Path, results: dict[str, Any]) -> None:
-    """Put the tables into the folder's results.md."""
+    """Write the tables into the folder's results.md."""
     write_section(folder / PAGE, "gsm8k_calculator", _lines(results))
 
 
 def write_section(page: Path, name: str, lines: Sequence[str]) -> None:
-    """Put lines between the markers of this name in a page; at its end, or in a new page, if there are none."""
+    """Write lines between the markers of this name in a page. If there are none, append them, or create the page."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     if begin not in text:
@@ -111,7 +111,7 @@ def _interval(of: dict[str, float] | None) -> str:
 
 
 def write_picture(folder: Path, model: CoLLM, threshold: float, rows: Sequence[Row], max_new_tokens: int) -> None:
-    """Solutions of these rows' problems, as an image with each token in its author's colour."""
+    """Write solutions of these rows' problems as an image, with each token in its author's colour."""
     params = SamplingParams(max_new_tokens=max_new_tokens)
     console = Console(record=True, width=_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
     console.print(legend(["base", "calculator"]))

@@ -1,1 +1,1 @@
-"""Runs in the sizes of the paper (arXiv 2403.03870): configurations, and what they cost."""
+"""Runs at the paper's sizes (arXiv 2403.03870): configurations and cost estimates."""

@@ -1,4 +1,4 @@
-"""What the runs of this folder cost, by formulas: tokens, FLOPs, hours, memory. Nothing here was measured.
+"""Cost estimates of the runs of this folder, by formulas: tokens, FLOPs, hours and memory. Nothing here was measured.
 
 python -m recipes.paper.estimate          # the tables of the README
 python -m recipes.paper.estimate --json
@@ -20,19 +20,19 @@ FOLDER = Path(__file__).parent
 
 GPUS = 4
 PEAK_FLOPS = 312e12
-"""Of one A100, bf16, dense: NVIDIA's data sheet."""
+"""Peak of one A100 in dense bf16, from NVIDIA's data sheet."""
 SCORING_UTILISATION, TRAINING_UTILISATION = 0.5, 0.4
-"""Assumptions: shares of the peak that scoring and training reach."""
+"""Assumed shares of the peak that scoring and training reach."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: attention with (grouped) keys and values, a gated MLP, embedding and output layer apart.
+    """Shape of a Llama: attention with grouped keys and values, a gated MLP, separate embedding and output layer.
 
     Attributes:
         layers, width: L and H.
         inner: width of the MLP.
-        kv_width: of keys, and of values.
+        kv_width: width of the keys, and of the values.
         vocab: V.
     """
 
@@ -44,14 +44,14 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Weights of the layers, their two norms included, the last norm, embedding and output layer."""
+        """Number of weights: all layers with their two norms, the last norm, embedding and output layer."""
         attention = 2 * self.width**2 + 2 * self.width * self.kv_width
         layer = attention + 3 * self.width * self.inner + 2 * self.width
         return self.layers * layer + self.width + 2 * self.vocab * self.width
 
 
-# Shapes: the models' config.json. Meditron-70B and Llemma-34B go on from Llama-2-70B and Code Llama 34B and are taken
-# to have their shapes; the few rows that Meditron adds to its vocabulary are left out.
+# Source of the shapes: each model's config.json. Meditron-70B and Llemma-34B continue Llama-2-70B and Code Llama 34B,
+# and are assumed to have their shapes. The few rows that Meditron adds to its vocabulary are ignored.
 LLAMA_70B = Shape(80, 8192, 28672, 1024)
 SHAPES = {
     "Llama-2-7b-hf": Shape(32, 4096, 11008, 4096),
@@ -59,7 +59,7 @@ SHAPES = {
     "meditron-70b": LLAMA_70B,
     "llemma_34b": Shape(48, 8192, 22016, 1024),
 }
-"""By the last part of a model's name."""
+"""Shapes by the last part of a model's name."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Data:
     """A training set.
 
     Attributes:
-        rows: of the published training split.
-        held_out: of these, for calibration.
-        tokens: of a row on average, prompt, template and completion; an assumption.
-        targets: of these, what is learned; an assumption.
+        rows: number of rows in the published training split.
+        held_out: number of these rows that are held out for calibration.
+        tokens: mean number of tokens of a row: prompt, template and completion. An assumption.
+        targets: mean number of these tokens that are learned. An assumption.
     """
 
     rows: int
@@ -80,23 +80,24 @@ class Data:
 
 
 DATA = {
-    # The set's card on the Hub: 326,154 rows, 1,239,293,363 bytes. So 3,800 bytes a conversation, or 950 tokens of 4
-    # bytes, of which 700 are assumed to be left at max_length 2048.
+    # From the data set's card on the Hub: 326,154 rows, 1,239,293,363 bytes. That is 3,800 bytes per conversation, or
+    # 950 tokens of 4 bytes. It is assumed that 700 of them remain at max_length 2048.
     "tulu": Data(326_154, 200, tokens=700, targets=500),
-    # Lines of the published train.jsonl, with 235 bytes of question and 288 of answer on average; digits and the
-    # calculator's marks are a token each.
+    # The number of lines of the published train.jsonl. Questions have 235 bytes and answers 288 on average. Each digit
+    # and each calculator mark is one token.
     "gsm8k": Data(7_473, 200, tokens=220, targets=140),
-    # 7,500 rows: arXiv 2103.03874. The same problems are on the Hub in 7 subjects, of each of which 30 are held out.
+    # 7,500 rows: arXiv 2103.03874. The Hub has the same problems in 7 subjects, and 30 of each subject are held out.
     "math": Data(7_500, 200, tokens=320, targets=220),
-    # Task 11b, training11b.json: the number of questions is an assumption too.
+    # Task 11b, training11b.json. The number of questions is also an assumption.
     "bioasq": Data(4_719, 200, tokens=170, targets=130),
 }
 
 
 def forward_flops(shape: Shape, examples: int, tokens: int) -> int:
-    """2 N T for the weights and 4 L H T^2 for attention (scores and their sum, mask not used) per example of T tokens.
+    """FLOPs of a forward pass: 2 N T for the weights and 4 L H T^2 for attention, per example of T tokens.
 
-    N counts the output layer at every token, though it reads the targets alone.
+    Attention counts the scores and their weighted sum, without savings from the mask. N counts the output layer at
+    every token, although only the targets need it.
     """
     weights = 2 * shape.parameters * tokens
     attention = 4 * shape.layers * shape.width * tokens**2
@@ -104,19 +105,23 @@ def forward_flops(shape: Shape, examples: int, tokens: int) -> int:
 
 
 def training_flops(shape: Shape, examples: int, tokens: int, epochs: int) -> int:
-    """A backward pass costs two forward ones: 6 N T + 12 L H T^2. What checkpointing computes twice is not counted."""
+    """FLOPs of training, 6 N T + 12 L H T^2, because a backward pass costs two forward ones.
+
+    The additional forward pass of activation checkpointing is not counted.
+    """
     return 3 * epochs * forward_flops(shape, examples, tokens)
 
 
 def hours(flops: float, utilisation: float) -> float:
-    """On all GPUs."""
+    """Hours on all GPUs."""
     return flops / (GPUS * PEAK_FLOPS * utilisation) / 3600
 
 
 def state_bytes(parameters: int, stage: int) -> dict[str, float]:
-    """Per GPU, of ZeRO stage 2 or 3: bf16 weights and gradients; fp32 weights and AdamW's two moments as optimizer.
+    """Bytes per GPU of weights, gradients and optimizer for ZeRO stage 2 or 3.
 
-    Stage 2 shares gradients and optimizer among the GPUs, stage 3 the weights too.
+    Weights and gradients are in bf16. The optimizer holds fp32 weights and the two moments of AdamW. Stage 2 partitions
+    gradients and optimizer over the GPUs. Stage 3 also partitions the weights.
     """
     return {
         "weights": 2 * parameters / (GPUS if stage == 3 else 1),
@@ -126,26 +131,28 @@ def state_bytes(parameters: int, stage: int) -> dict[str, float]:
 
 
 def activation_bytes(shape: Shape, batch: int, length: int) -> int:
-    """Roughly, with activation checkpointing: the input of every layer, and one layer's inner values, all in bf16.
+    """Approximate bytes of activations with checkpointing: the input of every layer and the inner values of one layer,
+    in bf16.
 
-    Of a layer's inner values 8 are as wide as the model (norms, queries, keys, values, attention, residuals) and 4 as
-    wide as the MLP. Attention is taken not to keep its (T, T) scores.
+    8 of a layer's inner values are as wide as the model (norms, queries, keys, values, attention, residuals), and 4 are
+    as wide as the MLP. It is assumed that attention does not store its (T, T) scores.
     """
     return 2 * batch * length * (shape.layers * shape.width + 8 * shape.width + 4 * shape.inner)
 
 
 def loss_bytes(shape: Shape, batch: int, length: int) -> int:
-    """Of `collm.training.fused`, if every position is a target; nothing has the size of all logits, B x T x V.
+    """Bytes of `collm.training.fused` if every position is a target. Nothing has the size of all logits, B x T x V.
 
-    Hidden states and their gradient, 2 bytes a number each; a chunk of logits with no more numbers than these, in bf16,
-    as fp32 probabilities, and their gradient in bf16; the output layer's gradient as an fp32 sum and as a bf16 term.
+    The parts are the hidden states and their gradient, with 2 bytes per number each; a chunk of logits with no more
+    numbers than these, in bf16, as fp32 probabilities, and their gradient in bf16; and the gradient of the output
+    layer, as an fp32 sum and as a bf16 term.
     """
     hidden = batch * length * shape.width
     return (2 + 2) * hidden + (2 + 4 + 2) * hidden + (4 + 2) * shape.vocab * shape.width
 
 
 def memory(shape: Shape, batch: int, length: int, stage: int) -> dict[str, float]:
-    """Bytes per GPU while training, for a batch of the greatest length."""
+    """Bytes per GPU during training, for a batch of the greatest length."""
     parts = {
         **state_bytes(shape.parameters, stage),
         "activations": activation_bytes(shape, batch, length),
@@ -156,7 +163,11 @@ def memory(shape: Shape, batch: int, length: int, stage: int) -> dict[str, float
 
 @dataclass(frozen=True)
 class Estimate:
-    """One run. `memory_bytes`: ZeRO stage -> what -> bytes per GPU."""
+    """The costs of one run.
+
+    Attributes:
+        memory_bytes: ZeRO stage -> part -> bytes per GPU.
+    """
 
     run: str
     base: str
@@ -175,7 +186,7 @@ class Estimate:
 
 
 def estimate(run: str) -> Estimate:
-    """A run of this folder, as its configuration says."""
+    """Estimate the costs of a run from its configuration."""
     config: dict[str, Any] = yaml.safe_load((FOLDER / f"{run}.yaml").read_text(encoding="utf-8"))
     base, assistant = (SHAPES[config[name].rpartition("/")[2]] for name in ("base", "assistant"))
     data, epochs = DATA[run], config["num_train_epochs"]
@@ -202,7 +213,7 @@ def estimate(run: str) -> Estimate:
 
 
 def tables(estimates: Sequence[Estimate]) -> str:
-    """Markdown: what each run costs, and the memory per GPU, in which the runs do not differ."""
+    """Markdown tables: the cost of each run, and the memory per GPU, which is the same for all runs."""
     costs = [
         [
             one.run,
@@ -230,8 +241,8 @@ def tables(estimates: Sequence[Estimate]) -> str:
         "training, hours",
         "assistant's weights, GB",
     ]
-    (used,) = {json.dumps(one.memory_bytes) for one in estimates}
-    stages = {f"ZeRO-{name[-1]}": parts for name, parts in json.loads(used).items()}
+    (memory_json,) = {json.dumps(one.memory_bytes) for one in estimates}
+    stages = {f"ZeRO-{name[-1]}": parts for name, parts in json.loads(memory_json).items()}
     (checkpoint,) = {one.checkpoint_bytes for one in estimates}
     states = [[stage, *map(_gb, parts.values()), _gb(checkpoint)] for stage, parts in stages.items()]
     names = ["GB per GPU", *next(iter(stages.values())), "a checkpoint on disk"]

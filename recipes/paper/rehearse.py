@@ -1,9 +1,9 @@
-"""A run of the paper, rehearsed: its configuration with other models and few rows, through every command.
+"""Rehearsal of a run of the paper: every command, with the run's configuration but other models and few rows.
 
     python -m recipes.paper.rehearse gsm8k --model DIR --data DATA --out runs/rehearsal
 
-The configuration is the run's own file with the fields of `replaced` changed. Each command is printed before it is run,
-and the first one that fails ends the rehearsal.
+The configuration is the run's own file with the fields of `replaced` changed. Each command is printed before it runs.
+The first command that fails ends the rehearsal.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FOLDER = Path(__file__).parent
 RUNS = ("gsm8k", "math", "bioasq", "tulu")
 QUESTION = "What is 3 + 4?"
 THRESHOLD = 0.5
-"""Where both models write: what calibration keeps on a few rows may be never to ask the assistant."""
-_SERVED_S = 600
+"""A threshold at which both models write. On a few rows, calibration may choose one that never defers."""
+_SERVE_TIMEOUT_S = 600
 
 
 def replaced(base: Path, assistant: Path, data: Path, out: Path) -> dict[str, Any]:
-    """What a rehearsal changes of a run's configuration: models and sizes."""
+    """The fields of a run's configuration that a rehearsal changes: models and sizes."""
     return {
         "base": str(base),
         "assistant": str(assistant),
@@ -53,7 +53,7 @@ def replaced(base: Path, assistant: Path, data: Path, out: Path) -> dict[str, An
 
 
 def first_layers(model: Path, count: int, out: Path) -> Path:
-    """A base cheap enough to be tuned anywhere: the first layers of a model, with its tokenizer."""
+    """Save the first layers of a model, with its tokenizer, as a base that is cheap to tune."""
     if not out.exists():
         spec = ModelSpec(str(model), dtype="float32", device="cpu")
         cut = load_model(spec)
@@ -66,14 +66,14 @@ def first_layers(model: Path, count: int, out: Path) -> Path:
 
 
 def few_rows(run: str, data: str | None, count: int) -> list[dict[str, Any]]:
-    """The first rows of a set, in any form that `collm train` reads; without one, made-up rows."""
+    """The first rows of a data set, in any format that `collm train` reads; made-up rows if there is none."""
     if data is None:
         return SAMPLES[run][:count]
     return [dict(row) for _, row in load_records(data, format=run)[:count]]
 
 
 def written_rows(run: str, rows: list[dict[str, Any]], out: Path) -> Path:
-    """A file of rows in the form of the set, each beginning a line; its name ends as that form asks."""
+    """Write rows to a file in the format of the data set, each on a new line. The format determines the suffix."""
     key = FORMATS[run].key
     path = out.with_suffix(".json" if key else ".jsonl")
     with atomic_file(path) as temporary:
@@ -83,71 +83,71 @@ def written_rows(run: str, rows: list[dict[str, Any]], out: Path) -> Path:
 
 
 def good_rows(run: str, data: Path) -> list[dict[str, Any]]:
-    """The rows of a file without those that training skips: an evaluation stops at them."""
+    """The rows of a file without those that training skips. Evaluation would stop at them."""
     good = {row.where for row in load_rows(data, format=run, bad_rows="skip")}
     return [dict(row) for where, row in load_records(data, format=run) if where in good]
 
 
 def rehearse(run: str, model: Path, data: str | None, out: Path, *, rows: int, layers: int) -> dict[str, float]:
-    """Every command of a run; the seconds that each took.
+    """Run every command of a run. Returns the seconds that each took.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
     """
     base = first_layers(model, layers, out / "base")
-    kept = written_rows(run, few_rows(run, data, rows), out / "rows")
-    good = written_rows(run, good_rows(run, kept), out / "good-rows")
-    written = yaml.safe_load((FOLDER / f"{run}.yaml").read_text(encoding="utf-8"))
+    few = written_rows(run, few_rows(run, data, rows), out / "rows")
+    good = written_rows(run, good_rows(run, few), out / "good-rows")
+    original = yaml.safe_load((FOLDER / f"{run}.yaml").read_text(encoding="utf-8"))
     config = out / "run.yaml"
     with atomic_file(config) as temporary:
-        temporary.write_text(yaml.safe_dump(written | replaced(base, model, kept, out / "run")), encoding="utf-8")
+        temporary.write_text(yaml.safe_dump(original | replaced(base, model, few, out / "run")), encoding="utf-8")
     collaboration = out / "run" / "collaboration"
     chat = ["--chat"] if run == "tulu" else []
     task = ["--task", "rows", "--metric", "token_f1", "--max-new-tokens", "32"] if run == "tulu" else ["--task", run]
-    asking = ["--threshold", THRESHOLD]
+    options = [*chat, "--threshold", THRESHOLD]
     commands = {
         "score": ["score", "--config", config, "--author", "assistant-1"],
         "train": ["train", "--config", config],
         "inspect": ["score", "--inspect", out / "run" / "scores"],
         "calibrate": ["calibrate", collaboration],
-        "eval": ["eval", collaboration, *task, "--data", good, "--limit", "4", "--out", out / "eval", *chat, *asking],
-        "generate": ["generate", collaboration, QUESTION, "--max-new-tokens", "16", *chat, *asking],
+        "eval": ["eval", collaboration, *task, "--data", good, "--limit", "4", "--out", out / "eval", *options],
+        "generate": ["generate", collaboration, QUESTION, "--max-new-tokens", "16", *options],
     }
     seconds = {name: _run(command) for name, command in commands.items()}
     return seconds | {"serve": _serve(collaboration, chat=bool(chat))}
 
 
 def _run(command: Sequence[object]) -> float:
-    whole = [sys.executable, "-m", "collm", *map(str, command)]
-    print("$ collm", *whole[3:], flush=True)
+    arguments = [sys.executable, "-m", "collm", *map(str, command)]
+    print("$ collm", *arguments[3:], flush=True)
     started = time.monotonic()
-    subprocess.run(whole, check=True)
+    subprocess.run(arguments, check=True)
     return round(time.monotonic() - started, 1)
 
 
 def _serve(collaboration: Path, *, chat: bool) -> float:
-    """Start the server, ask it once, and stop it."""
+    """Start the server, send one request, and stop it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    whole = [sys.executable, "-m", "collm", "serve", str(collaboration), "--port", str(port)]
-    print("$ collm", *whole[3:], flush=True)
+    command = [sys.executable, "-m", "collm", "serve", str(collaboration), "--port", str(port)]
+    print("$ collm", *command[3:], flush=True)
     started = time.monotonic()
-    server = subprocess.Popen(whole)
+    server = subprocess.Popen(command)
     try:
         while not _is_ready(port):
-            if server.poll() is not None or time.monotonic() - started > _SERVED_S:
-                raise subprocess.CalledProcessError(server.returncode or 1, whole)
+            if server.poll() is not None or time.monotonic() - started > _SERVE_TIMEOUT_S:
+                raise subprocess.CalledProcessError(server.returncode or 1, command)
             time.sleep(0.5)
-        route, asked = ("chat/completions", "messages") if chat else ("completions", "prompt")
+        route, field = ("chat/completions", "messages") if chat else ("completions", "prompt")
         question = [{"role": "user", "content": QUESTION}] if chat else QUESTION
-        body = {"model": collaboration.name, asked: question, "max_tokens": 8, "collm": {"threshold": THRESHOLD}}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/{route}", json=body, timeout=_SERVED_S)
+        body = {"model": collaboration.name, field: question, "max_tokens": 8, "collm": {"threshold": THRESHOLD}}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/{route}", json=body, timeout=_SERVE_TIMEOUT_S)
         answer.raise_for_status()
         print(json.dumps(answer.json()["choices"][0]), flush=True)
     finally:
         server.terminate()
-        server.wait(_SERVED_S)
+        server.wait(_SERVE_TIMEOUT_S)
     return round(time.monotonic() - started, 1)
 
 
@@ -162,12 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", choices=RUNS)
     parser.add_argument(
-        "--model", type=Path, required=True, help="in the place of the assistant; its layers make the base"
+        "--model", type=Path, required=True, help="model to use as the assistant; its first layers become the base"
     )
-    parser.add_argument("--data", help="the set, in any form that collm train reads; made-up rows without it")
+    parser.add_argument("--data", help="data set in any format that collm train reads; made-up rows by default")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--layers", type=int, default=6, help="of the base")
+    parser.add_argument("--layers", type=int, default=6, help="number of layers of the base")
     options = parser.parse_args(arguments)
     seconds = rehearse(options.run, options.model, options.data, options.out, rows=options.rows, layers=options.layers)
     print(json.dumps(seconds))

@@ -1,4 +1,4 @@
-"""Made-up rows in the form of each training set, for a rehearsal without data."""
+"""Made-up rows in the format of each training set, for a rehearsal without data."""
 
 from __future__ import annotations
 

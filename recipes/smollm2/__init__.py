@@ -1,1 +1,1 @@
-"""SmolLM2-135M learns on GSM8K when to let a calculator write the next token."""
+"""SmolLM2-135M learns on GSM8K when a calculator should write the next token."""

@@ -1,4 +1,4 @@
-"""What a system makes of GSM8K's test problems: written freely, and with the given solution as context."""
+"""Measurements of a system on GSM8K's test problems: generated solutions, and given solutions as context."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class System:
     """A row of the table.
 
     Attributes:
-        model: decodes it.
-        policy: who writes.
-        shots: worked examples before the question.
-        threshold: with which it reads given solutions; None where it is not read with them.
+        name: name of the row.
+        model: the model that decodes.
+        policy: the policy with which it decodes.
+        shots: number of solved examples before the question.
+        threshold: threshold for reading given solutions; None if it does not read any.
     """
 
     name: str
@@ -44,7 +45,7 @@ class System:
 
 
 def chat(row: Row, shots: Sequence[Row] = ()) -> list[dict[str, str]]:
-    """A problem as a chat, behind solved ones."""
+    """A problem as a chat, after solved problems."""
     turns = [
         {"role": role, "content": str(content)}
         for shot in shots
@@ -56,13 +57,13 @@ def chat(row: Row, shots: Sequence[Row] = ()) -> list[dict[str, str]]:
 def solve(
     system: System, rows: Sequence[Row], shots: Sequence[Row], params: SamplingParams, batch: int
 ) -> dict[str, Any]:
-    """Solutions of these problems, and what is right of them."""
+    """Generate solutions of these problems and measure them."""
     prompts = [chat(row, shots[: system.shots]) for row in rows]
     started = time.monotonic()
     done = system.model.generate(prompts, params, policy=system.policy, max_batch=batch, lookahead=0)
     seconds = time.monotonic() - started
     authors = [author for one in done for author in one.authors]
-    calls, in_vain = (sum(getattr(used, of) for used in done.usage.values()) for of in ("calls", "abstained"))
+    calls, in_vain = (sum(getattr(used, name) for used in done.usage.values()) for name in ("calls", "abstained"))
     return {
         "answers": [last_number(one.text, row.completion) for one, row in zip(done, rows, strict=True)],
         "marks": [[is_right(*mark) for mark in MARK.findall(one.text)] for one in done],
@@ -71,31 +72,31 @@ def solve(
         "in_vain": in_vain / len(authors),
         "tokens": len(authors),
         "seconds": round(seconds, 1),
-        "texts": [_shown(one) for one in done[:5]],
+        "texts": [_tokens_and_authors(one) for one in done[:5]],
     }
 
 
-def _shown(completion: Completion) -> dict[str, Any]:
+def _tokens_and_authors(completion: Completion) -> dict[str, Any]:
     return {"tokens": completion.token_texts, "authors": completion.authors}
 
 
 def summary(solved: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
-    """Shares with their intervals, and the paired difference of the answers to those of another system."""
+    """Shares with their intervals, and the paired difference between this system's answers and another's."""
     marks = solved["marks"]
     count = sum(map(len, marks))
     right = ratio_interval([sum(one) for one in marks], [len(one) for one in marks]) if count else None
-    kept = {name: solved[name] for name in ("deferral_rate", "calls", "in_vain", "tokens", "seconds", "texts")}
+    others = {name: solved[name] for name in ("deferral_rate", "calls", "in_vain", "tokens", "seconds", "texts")}
     return {
         "answers": asdict(bootstrap_interval(solved["answers"])),
         "difference": asdict(paired_difference(solved["answers"], against["answers"])),
         "equations": None if right is None else asdict(right),
         "num_equations": count,
-        **kept,
+        **others,
     }
 
 
 def read_solutions(model: CoLLM, examples: Examples, thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """What greedy decoding at each threshold writes right of the given solutions' results, and the NLL of the base.
+    """Measure greedy decoding at each threshold with the given solutions as context, and the NLL of the base.
 
     The oracle writes a token right if the base or the calculator does.
     """
@@ -117,20 +118,20 @@ def read_solutions(model: CoLLM, examples: Examples, thresholds: dict[str, float
 
 
 def results_in(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[list[range]]:
-    """For each solution the places of its marks' results among its target tokens, up to the closing >>."""
+    """For each solution, the positions of its marks' results among its target tokens, up to the closing >>."""
     found = []
     for example in examples:
         pairs = zip(example.token_ids[1:], example.is_target[1:], strict=True)
-        token_ids = [token_id for token_id, wanted in pairs if wanted]
+        token_ids = [token_id for token_id, is_target in pairs if is_target]
         pieces = [tokenizer.token_bytes[token_id] or b"" for token_id in token_ids]
         ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
         text = b"".join(pieces).decode(errors="surrogateescape")
-        found.append([_places(ends, *match.span(2)) for match in MARK.finditer(text)])
+        found.append([_positions(ends, *match.span(2)) for match in MARK.finditer(text)])
     return found
 
 
-def _places(ends: Tensor, start: int, end: int) -> range:
-    """Tokens that hold any of the characters from start to end and of the two that close the mark."""
+def _positions(ends: Tensor, start: int, end: int) -> range:
+    """The tokens that contain characters from start to end, or one of the two characters that close the mark."""
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     at = ((ends > start) & (starts < end + 2)).nonzero().squeeze(-1)
     return range(int(at[0]), int(at[-1]) + 1)

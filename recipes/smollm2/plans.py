@@ -1,4 +1,4 @@
-"""How much of everything, for two cores or one GPU."""
+"""Sizes of runs, for two cores or one GPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ class Plan:
     """Sizes of a run.
 
     Attributes:
-        train_rows, validation_rows: of GSM8K's training split; None for all that are left.
-        test_rows: read with their solutions.
-        written_rows: of those, solved freely.
+        train_rows, validation_rows: number of rows from GSM8K's training split; None for all remaining rows.
+        test_rows: number of test rows that are read with their solutions.
+        written_rows: number of these rows for which solutions are generated.
         method: how base and head are trained: "lora" or "full".
-        learning_rate: of the base.
-        epochs: over the training rows.
-        batch_size: rows of an update.
-        max_length: tokens of a row.
-        max_new_tokens: of a solution.
-        max_batch: solutions written at once.
-        device, dtype: of the model.
-        bf16: compute in bfloat16 while training.
+        learning_rate: learning rate of the base.
+        epochs: number of passes over the training rows.
+        batch_size: number of rows per update.
+        max_length: limit for a row, in tokens.
+        max_new_tokens: limit for a solution, in tokens.
+        max_batch: number of solutions generated at once.
+        device, dtype: device and dtype of the model.
+        bf16: whether training computes in bfloat16.
     """
 
     train_rows: int | None
@@ -48,15 +48,17 @@ PLANS = {
 
 @dataclass(frozen=True)
 class PairPlan(Plan):
-    """Sizes of the run with two language models; `train_rows` are those from which they learn to collaborate.
+    """Sizes of the run with two language models. From `train_rows` they learn to collaborate.
+
+    No row is in more than one of the three sets of training rows.
 
     Attributes:
-        layers: of the whole model, the first ones, that the base has.
-        heal_rows: solutions from which the base learns to do without the other layers.
-        heal_texts: paragraphs of Python's documentation likewise.
-        heal_learning_rate: of that.
-        expert_rows: solutions from which the assistant learns. No row is in two of the three sets.
-        frozen: also train a head alone, on the tuned base.
+        layers: number of layers of the base, which are the first ones of the whole model.
+        heal_rows: number of solutions from which the base learns to work without the other layers.
+        heal_texts: number of paragraphs of Python's documentation for the same purpose.
+        heal_learning_rate: learning rate of this training.
+        expert_rows: number of solutions from which the assistant learns.
+        frozen: whether to also train a head alone, on the tuned base.
     """
 
     layers: int

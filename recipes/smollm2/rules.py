@@ -1,4 +1,4 @@
-"""Rules that choose between base and assistant at each token of given solutions, compared at equal rates."""
+"""Rules that choose between base and assistant at each token of given solutions, compared at equal deferral rates."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Read:
-    """What two models say of M gold tokens.
+    """Two models' predictions for M gold tokens.
 
     Attributes:
-        sizes: how many of the tokens each solution has.
-        token_ids: the gold ones, shape (M,).
-        logprobs: of the gold token by base and assistant, nats, shape (2, M).
-        right: their argmax is the gold token, bool, shape (2, M).
+        sizes: number of tokens of each solution.
+        token_ids: the gold tokens, shape (M,).
+        logprobs: log-probabilities of the gold tokens by base and assistant, nats, shape (2, M).
+        right: whether their argmax is the gold token, bool, shape (2, M).
         surest: the largest probability that each gives to a token, shape (2, M).
-        defer_prob: of the head, shape (M,).
-        combined: of the gold token by each rule that combines the two, nats, shape (3, M).
+        defer_prob: the head's defer prob, shape (M,).
+        combined: log-probabilities of the gold tokens by each rule that combines both models, nats, shape (3, M).
     """
 
     sizes: list[int]
@@ -63,10 +63,12 @@ def read_pair(model: CoLLM, examples: Sequence[Example], untuned: nn.Module) -> 
     """Let the models of a collaboration read solutions.
 
     Args:
+        model: the collaboration.
+        examples: the solutions.
         untuned: the base before it was trained, for proxy tuning.
     """
     base, assistant = (cast(LanguageModel, one) for one in model.members)
-    readers = [base, assistant, LanguageModel(untuned, name="untuned", vocab_size=base.vocab_size)]
+    models = [base, assistant, LanguageModel(untuned, name="untuned", vocab_size=base.vocab_size)]
     shifted = [shift(example) for example in examples]
     found: dict[int, list[Tensor]] = {}
     for indices in batches_by_length([len(one.input_ids) for one in shifted], batch_tokens_on(base.device)):
@@ -74,11 +76,11 @@ def read_pair(model: CoLLM, examples: Sequence[Example], untuned: nn.Module) -> 
         gold = batch.gold[batch.mask]
         hidden = [
             one.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[batch.mask]
-            for one in readers
+            for one in models
         ]
         logprobs = {
             author: one.logits(states).float().log_softmax(-1)
-            for author, (one, states) in enumerate(zip(readers, hidden, strict=True))
+            for author, (one, states) in enumerate(zip(models, hidden, strict=True))
         }
         defer_logits = model.head(hidden[0].to(model.head.weight.device)).float().to(gold.device)
         values = _values(gold, logprobs, defer_logits)
@@ -108,7 +110,7 @@ def _values(gold: Tensor, logprobs: dict[int, Tensor], defer_logits: Tensor) -> 
 
 
 def compared(read: Read, rates: Sequence[float], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """NLL and share of right tokens of each rule at each rate; intervals over solutions."""
+    """NLL and share of right tokens of each rule at each rate, with intervals over solutions."""
     scores = {
         LEARNED: read.defer_prob,
         DOUBT: 1 - read.surest[0],
@@ -124,8 +126,8 @@ def compared(read: Read, rates: Sequence[float], tokenizer: PreTrainedTokenizerB
         nll[RANDOM] = rate * assistant + (1 - rate) * base
         right = {name: torch.where(mask, read.right[1], read.right[0]).double() for name, mask in chosen.items()}
         right[RANDOM] = rate * read.right[1].double() + (1 - rate) * read.right[0].double()
-        for name, of_rule in rules.items():
-            of_rule.append(
+        for name, by_rate in rules.items():
+            by_rate.append(
                 {
                     "rate": rate,
                     "nll": asdict(_mean(nll[name], read.sizes)),
@@ -154,7 +156,7 @@ def threshold_at(found: dict[str, Any], rate: float) -> float:
 
 
 def _highest(scores: Tensor, rate: float) -> Tensor:
-    """The tokens with the highest scores, so many that they are this share, bool, shape (M,)."""
+    """Mark the tokens with the highest scores, a share `rate` of all, bool, shape (M,)."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[scores.argsort(descending=True, stable=True)[: round(rate * len(scores))]] = True
     return chosen
@@ -165,7 +167,7 @@ def _threshold(scores: Tensor, rate: float) -> float:
 
 
 def _mean(values: Tensor, sizes: Sequence[int]) -> Interval:
-    """Per token, with its interval by resampling solutions."""
+    """Mean per token. The interval resamples solutions."""
     sums = [(part.sum().item(), float(len(part))) for part in values.double().split(list(sizes))]
     mean: Callable[[Tensor], Tensor] = lambda totals: totals[..., 0] / totals[..., 1]  # noqa: E731
     return statistic_interval(mean, sums)
@@ -174,7 +176,7 @@ def _mean(values: Tensor, sizes: Sequence[int]) -> Interval:
 def _kinds(
     read: Read, scores: dict[str, Tensor], gain: Tensor, tokenizer: PreTrainedTokenizerBase, rate: float = 0.3
 ) -> dict[str, Any]:
-    """By kind of token: its share, what the assistant gains there, and how often the rules defer it at one rate."""
+    """For each kind of token: its share, the assistant's gain, and how often each rule defers it at one rate."""
     texts = [tokenizer.decode([token_id]) for token_id in read.token_ids.tolist()]
     kinds = [next(name for name, shape in _KINDS.items() if shape.fullmatch(text)) for text in texts]
     found = {}

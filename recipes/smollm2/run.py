@@ -2,7 +2,7 @@
 
     python -m recipes.smollm2.run --data DIR --out runs/smollm2
 
-An interrupted run goes on where it was (`recipes.smollm2.stages`).
+An interrupted run resumes at the stage where it stopped (`recipes.smollm2.stages`).
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Run(Stages):
         self.base = self.made("fetching SmolLM2", "model", smollm2)
 
     def calculator(self) -> CoLLM:
-        """Base and head trained together with the calculator, and calibrated."""
+        """Train base and head together with the calculator, and calibrate."""
         return self._trained("calculator", "tool:calculator", warm_start=True)
 
     def tuned(self) -> CoLLM:
-        """The base trained as long on the same rows, without an assistant."""
+        """Train the base for as long on the same rows, without an assistant."""
         return self._trained("tuned", SILENT, warm_start=False)
 
     def _trained(self, name: str, assistant: str, *, warm_start: bool) -> CoLLM:
@@ -83,9 +83,9 @@ class Run(Stages):
         """The rows of the table."""
         learned, tuned = self.calculator(), self.tuned()
         spec = ModelSpec(str(self.base), dtype=self.plan.dtype, device=self.plan.device)
-        nobody = DeferralHead(learned.head.hidden_size, 1)
-        plain = CoLLM(spec, [ToolSpec("date")], nobody, load_tokenizer(spec), template=learned.template)
-        regex = CoLLM(tuned.base, [ToolSpec("calculator", "marks")], nobody, tuned.tokenizer, template=tuned.template)
+        unused = DeferralHead(learned.head.hidden_size, 1)
+        plain = CoLLM(spec, [ToolSpec("date")], unused, load_tokenizer(spec), template=learned.template)
+        regex = CoLLM(tuned.base, [ToolSpec("calculator", "marks")], unused, tuned.tokenizer, template=tuned.template)
         chosen = learned.threshold()
         named = {f"{LEARNED}, threshold {eta:.2g}": eta for eta in THRESHOLDS} | {
             f"{LEARNED}, calibrated threshold {chosen:.2g}": chosen
@@ -100,7 +100,7 @@ class Run(Stages):
         ]
 
     def measure(self) -> list[dict[str, Any]]:
-        """Every row, measured."""
+        """Measure every row."""
         systems = self.systems
         solved = {system.name: self._solved(system) for system in systems}
         chosen = next(system for system in systems if "calibrated" in system.name)
@@ -117,7 +117,7 @@ class Run(Stages):
         return self.kept(f"solved, {system.name}", lambda: solve(system, rows, self.shots, params, self.plan.max_batch))
 
     def _given(self) -> dict[str, Any]:
-        """Of each system, what it makes of given solutions."""
+        """Measurements of each system on given solutions."""
         found: dict[str, Any] = {}
         models: dict[int, tuple[CoLLM, dict[str, float]]] = {}
         for system in self.systems:
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default=HUB_NAME, help="directory of train.jsonl and test.jsonl, or a Hub name")
     parser.add_argument("--size", choices=PLANS, default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="where the model, the collaboration and the results go")
+    parser.add_argument("--out", type=Path, required=True, help="directory for models and results")
     parser.add_argument("--docs", type=Path, help="also write the table into this folder's results.md")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--serve", action="store_true", help="serve the collaboration at the end")

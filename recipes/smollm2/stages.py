@@ -1,4 +1,4 @@
-"""Stages of a run. Each leaves a file or a directory that is whole or absent, so an interrupted run goes on there."""
+"""Stages of a run. Each leaves a complete file or directory or none, so an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from recipes.smollm2.measure import chat
 from recipes.smollm2.plans import Plan
 
 SILENT = "tool:date"
-"""A tool that never has anything to say in these texts: a base trained with it is trained alone."""
+"""A tool that always abstains on these texts. A base that is trained with it is trained alone."""
 
 
 class Stages:
-    """What a run has made below `out`.
+    """The files and directories that a run has created in `out`.
 
     Raises:
         ConfigError: `out` holds a run with another plan or seed.
@@ -32,37 +32,37 @@ class Stages:
     def __init__(self, plan: Plan, out: Path, *, seed: int) -> None:
         self.plan, self.out, self.seed = plan, out, seed
         settings = json.dumps({**asdict(plan), "seed": seed}, indent=2) + "\n"
-        kept = out / "plan.json"
-        if kept.exists() and kept.read_text(encoding="utf-8") != settings:
+        plan_file = out / "plan.json"
+        if plan_file.exists() and plan_file.read_text(encoding="utf-8") != settings:
             raise ConfigError(f"{out} holds a run with another plan or seed; choose another directory")
-        write(kept, settings)
+        write(plan_file, settings)
 
     def chats(self, name: str, rows: Iterable[Row]) -> Path:
-        """The file with these rows as chats."""
+        """Write these rows as chats and return the file."""
         path = self.out / f"{name}.jsonl"
-        listed = ({"messages": [*chat(row), {"role": "assistant", "content": row.completion}]} for row in rows)
-        write(path, "".join(json.dumps(one) + "\n" for one in listed))
+        chats = ({"messages": [*chat(row), {"role": "assistant", "content": row.completion}]} for row in rows)
+        write(path, "".join(json.dumps(one) + "\n" for one in chats))
         return path
 
     def made(self, stage: str, name: str, make: Callable[[Path], Any]) -> Path:
-        """The file or directory of this name, made unless it is there."""
-        place = self.out / name
-        if not place.exists():
+        """Return the file or directory of this name. Create it if it does not exist."""
+        path = self.out / name
+        if not path.exists():
             print(f"--- {stage}", file=sys.stderr, flush=True)
             started = time.monotonic()
-            make(place)
+            make(path)
             seconds = self.seconds() | {stage: round(time.monotonic() - started, 1)}
             write(self.out / "seconds.json", json.dumps(seconds))
-        return place
+        return path
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was measured under this name, now or in an earlier run."""
+        """Return the measurements of this name, from an earlier run if it has them."""
         file = f"measured/{name.replace(' ', '-').replace(',', '')}.json"
         path = self.made(name, file, lambda path: write(path, json.dumps(make()) + "\n"))
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def seconds(self) -> dict[str, float]:
-        """What each stage took, in whichever run it was made."""
+        """Seconds that each stage took, in the run that created it."""
         path = self.out / "seconds.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
@@ -78,12 +78,17 @@ class Stages:
         method: str | None = None,
         **options: Any,
     ) -> Path:
-        """The collaboration of this name, trained unless it is there: what `collm train` does with these options.
+        """Return the collaboration of this name. If it does not exist, train it as `collm train` does with these
+        options.
 
         Args:
-            metric: with which it is calibrated; None for not at all.
-            method: in place of the plan's.
-            options: of `CoLLMConfig`, in place of the plan's.
+            name: name of the stage's directory.
+            base: directory of the base.
+            assistant: directory or name of the assistant.
+            train, validation: files of rows.
+            metric: metric for calibration. If None, the collaboration is not calibrated.
+            method: training method, in place of the plan's.
+            options: fields of `CoLLMConfig`, in place of the plan's.
         """
         plan, method = self.plan, method or self.plan.method
         config = RunConfig(
@@ -99,7 +104,7 @@ class Stages:
             dtype="float32" if method == "full" else plan.dtype,
             device=plan.device,
         )
-        chosen = {
+        defaults = {
             "max_length": plan.max_length,
             "num_train_epochs": plan.epochs,
             "per_device_train_batch_size": plan.batch_size,
@@ -111,7 +116,7 @@ class Stages:
             "use_cpu": plan.device == "cpu",
             "seed": self.seed,
         }
-        args = CoLLMConfig(output_dir=str(self.out / name), method=method, **(chosen | options))
+        args = CoLLMConfig(output_dir=str(self.out / name), method=method, **(defaults | options))
         return self.made(f"training: {name}", f"{name}/collaboration", lambda _: train_collaboration(config, args))
 
     def load(self, collaboration: Path) -> CoLLM:
@@ -119,7 +124,7 @@ class Stages:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file by this text, whole."""
+    """Replace a file atomically by this text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -14,12 +14,12 @@ from recipes.gsm8k_calculator.tables import write_section
 from recipes.smollm2.rules import DOUBT, LEARNED, ORACLE, RANDOM, SURER
 
 NAME, PAIR = "smollm2", "smollm2_pair"
-_DRAWN = {ORACLE: "#999999", LEARNED: "#c2410c", DOUBT: "#1d4ed8", SURER: "#7c3aed", RANDOM: "#444444"}
-"""The rules of the picture, with their colours."""
+_COLOURS = {ORACLE: "#999999", LEARNED: "#c2410c", DOUBT: "#1d4ed8", SURER: "#7c3aed", RANDOM: "#444444"}
+"""Colours of the rules in the picture."""
 
 
 def write_results(out: Path, results: dict[str, Any], docs: Path | None) -> None:
-    """results.json, results.md and report.html in `out`, and the table in the results.md of `docs`."""
+    """Write results.json, results.md and report.html to `out`, and the table into the results.md of `docs`."""
     with atomic_file(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for folder in filter(None, (out, docs)):
@@ -28,7 +28,7 @@ def write_results(out: Path, results: dict[str, Any], docs: Path | None) -> None
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """The section: command, table, and what each row is."""
+    """The lines of the section: command, tables, and what was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     minutes, plan = sum(results["seconds"].values()) / 60, results["plan"]
     heading = ["system", "answers right", "against tuned", "equations right", "of", "calls", "in vain"]
@@ -112,14 +112,14 @@ def _report(results: dict[str, Any]) -> Report:
 
 
 def write_pair(folder: Path, results: dict[str, Any]) -> None:
-    """The tables of two language models in the folder's results.md, and their picture beside it."""
+    """Write the tables of two language models into the folder's results.md, and their picture next to it."""
     layers = results["plan"]["layers"]
     write_section(folder / "results.md", f"{PAIR}_{layers}", pair_lines(results))
     draw_pair(folder / f"two-models-{layers}.svg", results)
 
 
 def draw_pair(path: Path, results: dict[str, Any]) -> None:
-    """NLL of given solutions against the deferral rate: one panel for each way to train, one line for each rule."""
+    """Draw the NLL of given solutions by deferral rate: a panel for each way to train, a line for each rule."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -128,7 +128,7 @@ def draw_pair(path: Path, results: dict[str, Any]) -> None:
         panels = figure.subplots(1, len(results["given"]), sharey=True, squeeze=False)[0]
         for panel, (name, given) in zip(panels, results["given"].items(), strict=True):
             base, assistant = (given["alone"][author]["nll"]["mean"] for author in ("base", "assistant"))
-            for rule, colour in _DRAWN.items():
+            for rule, colour in _COLOURS.items():
                 rates = [0.0, *(one["rate"] for one in given["rules"][rule]), 1.0]
                 nll = [base, *(one["nll"]["mean"] for one in given["rules"][rule]), assistant]
                 panel.plot(rates, nll, color=colour, label=rule, linestyle="--" if rule == RANDOM else "-")
@@ -142,7 +142,7 @@ def draw_pair(path: Path, results: dict[str, Any]) -> None:
 
 
 def pair_lines(results: dict[str, Any]) -> list[str]:
-    """Command and tables: rules at equal rates on given solutions, who defers what, solutions written freely."""
+    """The lines of the section: command, rules at equal rates, what each rule defers, and generated solutions."""
     plan, minutes = results["plan"], sum(results["seconds"].values()) / 60
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     found = [

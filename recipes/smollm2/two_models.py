@@ -1,10 +1,10 @@
-"""The first layers of SmolLM2 as the base, the whole model as the assistant: does the learned head know whom to ask?
+"""SmolLM2's first layers as the base and the whole model as the assistant: does the head learn when to ask?
 
     python -m recipes.smollm2.two_models --data DIR --out runs/two-models
 
-The base is healed on text and solutions, the assistant is tuned on other solutions, and from a third set they learn to
-collaborate. Then rules that choose between the two are compared at equal rates of deferral. An interrupted run goes on
-where it was (`recipes.smollm2.stages`).
+The base is healed on text and solutions. The assistant is tuned on other solutions. On a third set they learn to
+collaborate. Then rules that choose between the two are compared at equal deferral rates. An interrupted run resumes at
+the stage where it stopped (`recipes.smollm2.stages`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from recipes.smollm2.tables import write_pair
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 WRITTEN_RATES = (0.1, 0.3, 0.5)
 PARAGRAPH = 900
-"""Characters of a paragraph of documentation."""
+"""Number of characters in a paragraph of documentation."""
 TOGETHER, FROZEN = "base and head together", "head alone, on the tuned base"
 
 
@@ -65,24 +65,24 @@ class PairRun(Stages):
         self.train = self.chats("train", train)
         self.validation = self.chats("validation", problems.validation[: plan.validation_rows])
         self.test = self.chats("test", problems.test[: plan.test_rows])
-        asked = problems.test[: plan.written_rows]
+        written = problems.test[: plan.written_rows]
         self.items = out / "items.jsonl"
-        write(self.items, "".join(json.dumps({"question": r.prompt, "answer": r.completion}) + "\n" for r in asked))
+        write(self.items, "".join(json.dumps({"question": r.prompt, "answer": r.completion}) + "\n" for r in written))
         self.whole = self.made("fetching SmolLM2", "model", smollm2)
         self.cut = self.made("cutting layers off", "cut", self._cut)
 
-    def _cut(self, place: Path) -> None:
-        """The first layers, with embedding, last norm and output layer."""
+    def _cut(self, out: Path) -> None:
+        """Save the first layers, with embedding, last norm and output layer."""
         spec = ModelSpec(str(self.whole), dtype="float32", device="cpu")
         model: Any = load_model(spec)
         model.model.layers = nn.ModuleList(list(model.model.layers)[: self.plan.layers])
         model.config.num_hidden_layers = self.plan.layers
-        with atomic_directory(place) as directory:
+        with atomic_directory(out) as directory:
             model.save_pretrained(directory)
             load_tokenizer(spec).save_pretrained(directory)
 
     def alone(self, name: str, model: Path, rows: Path, **options: Any) -> Path:
-        """A model of its own, trained on rows without an assistant."""
+        """Train a model on rows without an assistant, and return its directory."""
         return self.trained(name, model, SILENT, rows, self.validation, warm_start=False, **options) / "base"
 
     @property
@@ -95,20 +95,20 @@ class PairRun(Stages):
 
     @property
     def tuned(self) -> Path:
-        """The base tuned as long on the rows of the collaboration, without the assistant."""
+        """The base, trained for as long on the collaboration's rows, without the assistant."""
         return self.alone("tuned", self.healed, self.train)
 
     def together(self) -> Path:
         return self.trained("together", self.healed, str(self.assistant), self.train, self.validation)
 
     def frozen(self) -> Path:
-        """The learned head on a base that knows nothing of the assistant."""
+        """A collaboration whose head was trained on a base that was trained without the assistant."""
         epochs = 5 * self.plan.epochs
         options = {"method": "head", "learning_rate": 0.0, "head_learning_rate": 1e-2, "num_train_epochs": epochs}
         return self.trained("frozen", self.tuned, str(self.assistant), self.train, self.validation, **options)
 
     def measure(self) -> dict[str, Any]:
-        """What the rules make of given solutions, and what is right of solutions written freely."""
+        """Measure the rules on given solutions, and generated solutions."""
         together = self.together()
         given = {TOGETHER: self.kept("given, together", lambda: self._given(together))}
         if self.plan.frozen:
@@ -125,7 +125,7 @@ class PairRun(Stages):
         return compared(read_pair(model, examples, untuned), RATES, model.tokenizer)
 
     def _written(self, given: dict[str, Any]) -> dict[str, Any]:
-        """`collm eval` on the first test problems, at thresholds that defer at the given rates."""
+        """Run `collm eval` on the first test problems, at thresholds that defer at the rates `WRITTEN_RATES`."""
         model = self.load(self.together())
         thresholds = [threshold_at(given, rate) for rate in WRITTEN_RATES]
         names = ["base", "assistant", f"sft={self.tuned}", "random", "confidence"]
@@ -147,7 +147,7 @@ class PairRun(Stages):
 
 
 def documentation() -> Iterator[Row]:
-    """Paragraphs of the documentation of Python that the interpreter brings, each as the answer to its title."""
+    """Paragraphs of Python's documentation as installed with the interpreter, each as the answer to its title."""
     for title, text in sorted(topics.items()):
         for start in range(0, len(text) - PARAGRAPH, PARAGRAPH):
             yield Row(title, text[start : start + PARAGRAPH], None, f"topic {title}")
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default=HUB_NAME, help="directory of train.jsonl and test.jsonl, or a Hub name")
     parser.add_argument("--size", choices=PAIR_PLANS, default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="where the models and the results go")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the models and the results")
     parser.add_argument("--docs", type=Path, help="also write the table into this folder's results.md")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""A base with Llama-2's tokenizer, trained here on GSM8K, and SmolLM2 with its own: is their joint text likelier?
+"""A base with Llama-2's tokenizer, trained on GSM8K, and SmolLM2 with its own: is text more likely under both together?
 
     python -m recipes.smollm2.two_tokenizers --data DIR --tokenizers DIR --out runs/two-tokenizers
 
-Every stage leaves what it made below `--out`, so an interrupted run goes on where it was.
+Every stage leaves its output in `--out`, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS, TRAIN_ROWS, TEST_ROWS = 500, 160, 80
 
 
 def make(data: str, tokenizers: Path, out: Path, *, steps: int, train_rows: int, test_rows: int) -> CoLLM:
-    """The pair with a head trained on scores of both; rows are left as JSON Lines in `out`."""
+    """Create the pair with a head trained on scores of both. The rows are written to `out` as JSON Lines."""
     problems = load_problems(data)
     splits = {"train": problems.train[:train_rows], "validation": problems.validation[:20]}
     for name, rows in {**splits, "test": problems.test[:test_rows]}.items():
@@ -72,7 +72,7 @@ def make(data: str, tokenizers: Path, out: Path, *, steps: int, train_rows: int,
 
 
 def measure(model: CoLLM, rows: Sequence[Row]) -> dict[str, Any]:
-    """Nats per byte of the solutions, of each model alone and of both; intervals over problems."""
+    """Nats per byte of the solutions, for each model alone and for both, with intervals over problems."""
     examples = gold_examples(model, rows, max_length=1024)
     views = gold_views(model, examples)
     joint = marginal_logprobs(views.base_logprob, views.assistant_logprobs, views.defer_logits)
@@ -101,7 +101,7 @@ def measure(model: CoLLM, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _ratio(nats: torch.Tensor, size: torch.Tensor) -> Interval:
-    """Nats per byte over all problems, with its interval by resampling problems."""
+    """Nats per byte over all problems. The interval resamples problems."""
     items = list(zip(nats.tolist(), size.tolist(), strict=True))
     return statistic_interval(lambda sums: sums[..., 0] / sums[..., 1], items)
 
@@ -116,9 +116,9 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default=HUB_NAME, help="directory of train.jsonl and test.jsonl, or a Hub name")
-    parser.add_argument("--tokenizers", type=Path, required=True, help="where they are kept; fetched if absent")
+    parser.add_argument("--tokenizers", type=Path, required=True, help="tokenizers; missing ones are fetched")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training the base")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the base")
     parser.add_argument("--train_rows", type=int, default=TRAIN_ROWS)
     parser.add_argument("--test_rows", type=int, default=TEST_ROWS)
     options = parser.parse_args(arguments)

@@ -255,7 +255,7 @@ def test_without_deferrals_the_base_is_alone(
 
 def test_nothing_to_do_is_refused() -> None:
     for jobs, concurrency in (([], 1), ([alone(0, 0, 1)], 1), ([alone(0, 1, 0)], 1), ([alone(0, 1, 1)], 0)):
-        with pytest.raises(ConfigError, match="expected at least one at once"):
+        with pytest.raises(ConfigError, match="expected at least one completion at once"):
             simulate(jobs, [BASE, ASSISTANT], concurrency)
 
 
@@ -365,13 +365,13 @@ def test_a_step_is_never_less_than_nothing(steps: dict[str, float], at_one: floa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"round_trip_s": 0.1}, "expected the whole to take longer"),
+        ({"round_trip_s": 0.1}, "expected the request to take longer"),
         ({"step_s_at_batch": {"1": 1.0}}, "at least two"),
         ({"step_s_at_batch": {"one": 1.0}}, "cannot be read"),
         ({"round_trip_s": None}, "cannot be read"),
-        ({"prefill": 1.0}, "'prefill', expected block_tokens"),
+        ({"prefill": 1.0}, "'prefill', expected any of block_tokens"),
         ({"prefill_s_per_token": -1.0}, "prefill_s_per_token is -1.0"),
-        ({"block_tokens": 0}, "expected more than 0 of each"),
+        ({"block_tokens": 0}, "expected more than 0 for each"),
     ],
 )
 def test_measurements_that_say_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -419,9 +419,9 @@ def test_the_table_of_the_document_is_what_the_command_prints() -> None:
     ("changes", "message"),
     [
         ({"method": "guess"}, "method is 'guess'"),
-        ({"runs_": 3}, "holds 'runs_'"),
+        ({"runs_": 3}, "has the unknown field 'runs_'"),
         ({"method": "token by token"}, "lacks 'vocab_size'"),
-        ({"method": "assistant alone"}, "holds 'deferrals'"),
+        ({"method": "assistant alone"}, "has the unknown field 'deferrals'"),
     ],
 )
 def test_a_case_that_says_something_else_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -37,7 +37,7 @@ class FakeEngine(FakeVllm):
 
     def _wrong(self, body: dict[str, Any]) -> str | None:
         if body["vllm_xargs"][HEAD] != self.head:
-            return f"the engine holds the head {self.head}"
+            return f"the request expects the head {body['vllm_xargs'][HEAD]}, but the engine has {self.head}"
         return super()._wrong(body)
 
     def _written(self, body: dict[str, Any]) -> Iterator[Any]:

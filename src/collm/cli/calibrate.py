@@ -72,7 +72,7 @@ def calibrate(
     from collm.evaluation.calibration import DEFERRAL_RATES
 
     if check is not None and check_data is not None:
-        raise typer.BadParameter("both --check and --check-data were given; use one of them")
+        raise typer.BadParameter("--check and --check-data are both given; use one of them")
     _check_usage(context, generates=not teacher_forced, has_data=data is not None)
     model = CoLLM.from_pretrained(
         collaboration, engine=engine, servers=options.servers_named(servers), device=device, trust_code=trust_code
