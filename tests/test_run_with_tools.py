@@ -138,7 +138,7 @@ def test_options_of_tools_reach_them_and_are_refused_without_one() -> None:
     assert config.assistants == [ToolSpec("tests.tools.functions:add_words", eps=0.1, seconds=3)]
     with pytest.raises(ConfigError, match="tool_eps has no effect without a tool"):
         RunConfig(data="d", base="b", assistant=["a"], tool_eps=0.1)
-    with pytest.raises(ConfigError, match="tool_seconds has no effect without a function of yours"):
+    with pytest.raises(ConfigError, match="tool_seconds has no effect without a Python function as an assistant"):
         RunConfig(data="d", base="b", assistant=["tool:calculator"], tool_seconds=3)
     with pytest.raises(ConfigError, match="the base is tool:calculator, expected a language model"):
         RunConfig(data="d", base="tool:calculator", assistant=["a"])

@@ -90,7 +90,7 @@ def test_candidates_of_both_authors(pair: CoLLM, served: Running) -> None:
     [
         ({"logit_bias": {"3": 1}}, "one vocabulary"),
         ({"response_format": {"type": "json_object"}}, "one vocabulary"),
-        ({"collm": {"policy": "mixture"}}, "one vocabulary"),
+        ({"collm": {"policy": "mixture"}}, "have different tokenizers"),
         ({"collm": {"threshold": 0.4}, "prompt_logprobs": 1}, "different tokenizers"),
     ],
 )
