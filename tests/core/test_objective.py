@@ -61,6 +61,12 @@ def test_one_assistant_is_the_sigmoid_form() -> None:
     assert torch.allclose(author_logprobs(u).exp().sum(-1), torch.ones(3, 7))
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_defer_prob_is_what_the_base_does_not_have(k: int) -> None:
+    u = random_inputs(2, k)[2]
+    assert torch.allclose(defer_probs(u), 1 - author_logprobs(u)[..., 0].exp(), atol=1e-6)
+
+
 @pytest.mark.parametrize("poison", [math.nan, -math.inf, 1e30])
 def test_masked_positions_have_no_influence_and_no_gradient(poison: float) -> None:
     base, assistants, u, mask = random_inputs(2, 2)

@@ -270,5 +270,5 @@ def test_it_is_not_quantized_again(gguf_path: Path) -> None:
 
 
 def test_it_is_not_launched(spec: ModelSpec) -> None:
-    with pytest.raises(ConfigError, match="is a GGUF file, which is not launched"):
+    with pytest.raises(ConfigError, match="is a GGUF file, which launched servers do not support"):
         Footprint.of(spec)

@@ -160,6 +160,7 @@ def test_what_is_no_expression(text: str) -> None:
 def test_a_rounded_result_in_a_mark_is_repeated() -> None:
     assert calculator("<<1/3=.33>>") == ".33"
     assert calculator("<<1/3=0.3333>>") == "0.3333"
+    assert calculator("<<1/2=.51>>") is None  # off by one in the last place
     assert calculator("<<2/3=.67>>") == ".67"
     assert calculator("<<1/3=.35>>") is None
     assert calculator("<<1/3=.3>>") is None
