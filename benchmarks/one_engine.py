@@ -35,6 +35,8 @@ from collm.vllm.launch import ServerPlan, ServerProcess, check_engine_python, la
 from collm.vllm.placement import Machine, Served, placed, placed_in_one
 from collm.vllm.servers import Servers
 
+PARTS = ("forecast", "ways", "separate")
+"""In the order in which they run."""
 ALONE, NGRAM, ONE, TWO = "assistant alone", "n-gram speculation", "one engine", "a server each"
 READ_BYTES_PER_S = 0.7 * 3.35e12
 """Memory bandwidth of an H100: 3.35 TB/s in its data sheet, of which decoding kernels reach about 70 %."""
@@ -68,9 +70,10 @@ class Bench:
         self.python = check_engine_python(arguments.vllm_python)
         self.length = arguments.prompt + arguments.new + 32
         self._num_prompts = 0
+        self._alone: dict[int, float] = {}
 
     def compare(self) -> list[dict[str, Any]]:
-        """Tokens per second of each way at each batch size and rate."""
+        """Tokens per second of each way in one vLLM server, at each batch size and rate."""
         found = []
         with self._launched(self._plain()) as server:
             found += [self._row(ALONE, server, batch) for batch in self.arguments.batch]
@@ -80,9 +83,15 @@ class Bench:
             found += [
                 self._row(ONE, server, batch, rate) for rate in self.arguments.rate for batch in self.arguments.batch
             ]
-        found += self._two_servers()
-        alone = {row["batch"]: row["tokens_per_second"] for row in found if row["way"] == ALONE}
-        return [{**row, "speed_vs_assistant": row["tokens_per_second"] / alone[row["batch"]]} for row in found]
+        self._alone = {row["batch"]: row["tokens_per_second"] for row in found if row["way"] == ALONE}
+        return self._compared(found)
+
+    def separate(self) -> list[dict[str, Any]]:
+        """Tokens per second with a server for each model, at each batch size and rate. Runs after `compare`."""
+        return self._compared(self._two_servers())
+
+    def _compared(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**row, "speed_vs_assistant": row["tokens_per_second"] / self._alone[row["batch"]]} for row in rows]
 
     def forecast(self) -> list[dict[str, Any]]:
         """Forecast speeds on a GPU. k passes of the base and one of the assistant give (1 - (1 - rate)^k) / rate
@@ -200,13 +209,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3, 0.1], help="deferral rates")
     parser.add_argument("--completions", type=int, default=12, help="least number in each measurement")
-    parser.add_argument("--parts", nargs="+", choices=("ways", "forecast"), default=["ways", "forecast"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
+    if "separate" in arguments.parts and "ways" not in arguments.parts:
+        parser.error("--parts separate is compared with the assistant alone, which ways measures; give both")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with ExitStack() as stack:
         bench = Bench(arguments, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        run_parts("benchmarks.one_engine", arguments, {"ways": bench.compare, "forecast": bench.forecast})
+        run_parts(
+            "benchmarks.one_engine",
+            arguments,
+            {"forecast": bench.forecast, "ways": bench.compare, "separate": bench.separate},
+        )
 
 
 if __name__ == "__main__":

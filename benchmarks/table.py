@@ -130,6 +130,7 @@ FORECAST = {
 }
 PARTS = [
     ("ways", "Tokens per second, each way with all threads:", WAYS),
+    ("separate", "The same with a server for each model:", WAYS),
     (
         "forecast",
         "What a round would give on a GPU that is bound by reading weights (arithmetic, not measured):",
