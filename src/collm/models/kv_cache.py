@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -31,6 +33,8 @@ PAGE = 16
 MOST_SLOTS = 1024
 LONGEST = 1 << 17
 """Maximum length of a slot if the model's config has no limit."""
+_ARGUMENT = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
+"""The argument by which a model takes its cache; transformers renamed it in 5.24."""
 
 
 def in_pages(length: int) -> int:
@@ -39,7 +43,7 @@ def in_pages(length: int) -> int:
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """Base class of the caches, passed to the model as `past_key_values`.
+    """Base class of the caches.
 
     Args:
         num_layers: number of layers of the model.
@@ -64,6 +68,11 @@ class KVCache(Cache):  # type: ignore[misc]
         self.used = 0
         self.layout: PackedPass | StaticPass
         super().__init__(layers=[self._layer() for _ in range(num_layers)])
+
+    @property
+    def as_argument(self) -> dict[str, KVCache]:
+        """Keyword argument that passes the cache to a model."""
+        return {_ARGUMENT: self}
 
     @abstractmethod
     def _layer(self) -> KVLayer:

@@ -95,7 +95,7 @@ class LanguageModel:
 
         Args:
             input_ids: shape (B, T).
-            **inputs: further inputs of the decoder: attention_mask, position_ids, past_key_values, ...
+            **inputs: further inputs of the decoder: attention_mask, position_ids, the cache, ...
 
         Returns:
             Shape (B, T, H).

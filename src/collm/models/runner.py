@@ -381,9 +381,9 @@ class ModelRunner:
             return self.model.hidden_states(
                 token_ids.unsqueeze(0),
                 position_ids=layout.positions.unsqueeze(0),
-                past_key_values=self._cache,
                 use_cache=True,
                 slot_pass=layout,
+                **self._cache.as_argument,
             )[0]
 
     def _check_context(self, lengths: Mapping[int, int]) -> None:

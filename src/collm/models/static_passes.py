@@ -123,9 +123,9 @@ class StaticPasses:
             hidden = self._model.hidden_states(
                 layout.token_ids,
                 position_ids=layout.positions.unsqueeze(0),
-                past_key_values=self._cache,
                 use_cache=True,
                 slot_pass=layout,
+                **self._cache.as_argument,
             )[0]
         return hidden, self._model.logits(hidden[layout.last])
 
