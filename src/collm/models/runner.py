@@ -546,7 +546,7 @@ def _check_against_plain_forward(runner: ModelRunner) -> None:
         runner.close(short)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise UnsupportedModel(_unsupported(model, f"it fails with {type(error).__name__}: {error}")) from error
     if not expected.isfinite().all():
         raise ModelFailure(f"{model.name} gives logits that are not finite; check its weights, config and dtype")
