@@ -31,7 +31,7 @@ demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each mo
 test: $(INSTALLED)  ## The whole test suite.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-test-fast: $(INSTALLED)  ## Tests for the inner loop: no soak tests, training runs or servers, half of the architectures (a minute).
+test-fast: $(INSTALLED)  ## Tests for the inner loop: no soak tests, training runs or servers, half of the architectures (1 to 4 minutes).
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m 'not slow and $(ELSEWHERE)' \
 		$(addprefix --ignore=tests/,clients demo recipes serving vllm)
 
