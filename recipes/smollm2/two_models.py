@@ -14,6 +14,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -161,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, help="also write the table into this folder's results.md")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if find_spec("matplotlib") is None:
+        parser.error("the picture of the results needs matplotlib: pip install matplotlib")
     run = PairRun(PAIR_PLANS[options.size], load_problems(options.data), options.out, seed=options.seed)
     command = "python -m recipes.smollm2.two_models --data DIR --out DIR"
     results = {
