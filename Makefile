@@ -29,10 +29,10 @@ demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each mo
 	$(BIN)/collm demo --out demo-out
 
 test: $(INSTALLED)  ## The whole test suite.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## Tests for the inner loop: no soak tests, training runs or servers, half of the architectures (1 to 4 minutes).
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m 'not slow and $(ELSEWHERE)' \
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and $(ELSEWHERE)' \
 		$(addprefix --ignore=tests/,clients demo recipes serving vllm)
 
 # vLLM wants other versions than collm does, so it has an environment of its own, with collm's plug-in beside it. The

@@ -6,9 +6,10 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU; read when Triton is imported
 
+import gc
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,19 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _process() -> None:
+def _process() -> Iterator[None]:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background ignore it
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    yield
+    gc.unfreeze()  # libraries that count their objects at the end find none left
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_are_not_collected() -> None:
+    """Libraries hold so many objects that a collection of all of them takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

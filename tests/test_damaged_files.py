@@ -19,10 +19,10 @@ from collm.tools.lookup import Lookup
 from collm.training.inspection import inspect_scores
 from collm.vllm.export_manifest import Note
 from collm.vllm.servers import Servers
-from tests.cli.test_cli import collm
 from tests.conftest import make_model, tiny_config
+from tests.processes import collm
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("damaged")]
+pytestmark = pytest.mark.slow
 
 CONTENTS = [
     "",

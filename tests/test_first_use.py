@@ -19,7 +19,7 @@ from collm.models.loading import load_model, load_tokenizer
 from collm.models.names import looks_like_path
 from collm.models.template import PromptTemplate
 from collm.run import RunConfig, train_collaboration
-from tests.cli.test_cli import collm
+from tests.processes import collm
 
 SavedModel = Callable[..., Path]
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"

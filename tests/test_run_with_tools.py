@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, SamplingParams, ToolSpec
 from collm.errors import ArtefactError, ConfigError, LoadError, ToolFailure
 from collm.run import RunConfig, train_collaboration
+from tests.processes import collm
 from tests.tools import functions
 
 ADDER = "tool:tests.tools.functions:add_words"
@@ -79,12 +78,12 @@ def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path
     out = trusting.generate("w11 w12 w5", SamplingParams(max_new_tokens=1), threshold=-1)
     assert out[0].text == " w43"
     assert CoLLM.from_pretrained(collaboration, assistants=[ToolSpec("date")]).assistants == (ToolSpec("date"),)
-    command = [sys.executable, "-c", "from collm.cli.main import main; main()", "generate", str(collaboration)]
-    command += ["w11 w12 w5", "--threshold", "-1", "--max-new-tokens", "1"]
-    refused = subprocess.run(command, capture_output=True, text=True)
+    command = ("generate", collaboration, "w11 w12 w5", "--threshold", -1, "--max-new-tokens", 1)
+    refused = collm(*command, cwd=tmp_path)
     assert refused.returncode == 1
     assert "--trust-code" in refused.stderr
-    done = subprocess.run([*command, "--trust-code"], capture_output=True, text=True, check=True)
+    done = collm(*command, "--trust-code", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "w43"
 
 

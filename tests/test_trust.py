@@ -23,7 +23,7 @@ from collm.models.loading import load_model, load_tokenizer
 from collm.redaction import redacted_command
 from collm.run import PastRun, RunConfig
 from collm.run.train import claim_directory
-from tests.cli.test_cli import collm
+from tests.processes import collm
 
 SavedModel = Callable[..., Path]
 

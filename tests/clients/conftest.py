@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import openai
@@ -89,7 +91,10 @@ def speaking(serve: Callable[..., Any]) -> Iterator[Running]:  # noqa: F811
 @pytest.fixture(autouse=True)
 def _libraries_clean_up() -> Iterator[None]:
     """Connections and event loops that client libraries leave behind are gone before another test's turn."""
-    yield
+    with closing(asyncio.new_event_loop()) as loop:  # a library that asks for the current one gets one that is closed
+        asyncio.set_event_loop(loop)
+        yield
+        asyncio.set_event_loop(None)
     if litellm := sys.modules.get("litellm"):
         litellm.in_memory_llm_clients_cache.flush_cache()
     with warnings.catch_warnings():

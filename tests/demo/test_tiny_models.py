@@ -1,25 +1,20 @@
-"""The tiny models are what the demo needs: the base speaks without facts, the expert has facts without speech."""
+"""The tiny models of the demo, their tokenizer and their lessons."""
 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.demo import tiny_models
 from collm.demo.lessons import IGNORED, encoder, noisy_facts
-from collm.demo.tiny_models import ModelPaths, Recipe, fine_tune, make_models, make_tokenizer
-from collm.demo.world import DemoWorld, Statement, split_words
+from collm.demo.tiny_models import Recipe, fine_tune, make_models, make_tokenizer
+from collm.demo.world import DemoWorld, split_words
 from collm.errors import ConfigError, DataError, LoadError
-from collm.evaluation.report import Report
-from collm.models.loading import ModelSpec, load_model, load_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -27,70 +22,10 @@ def world() -> DemoWorld:
     return DemoWorld(num_assistants=2, seed=0)
 
 
-@pytest.fixture(scope="module")
-def trained(world: DemoWorld, demo: tuple[Path, Report]) -> ModelPaths:
-    """The demo's, which are those of its world."""
-    models = demo[0] / "seed-0" / "models"
-    return ModelPaths(models / "base", [models / f"expert-{domain.name}" for domain in world.domains])
-
-
 @pytest.fixture
 def short_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_models, "BASE_RECIPE", Recipe(16, steps=3, learning_rate=1e-2, batch_size=8))
     monkeypatch.setattr(tiny_models, "EXPERT_RECIPE", Recipe(16, steps=2, learning_rate=1e-2, batch_size=8))
-
-
-def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    spec = ModelSpec(str(path), device="cpu")
-    return load_model(spec), load_tokenizer(spec)
-
-
-@dataclass
-class Rights:
-    """Per statement: whether the argmax is right at each fact token, and at each other token of the answer."""
-
-    fact: list[list[bool]]
-    other: list[list[bool]]
-
-    @property
-    def fact_accuracy(self) -> float:
-        return sum(map(sum, self.fact)) / sum(map(len, self.fact))
-
-    @property
-    def other_accuracy(self) -> float:
-        return sum(map(sum, self.other)) / sum(map(len, self.other))
-
-    @property
-    def whole_accuracy(self) -> float:
-        """Share of answers that greedy decoding gets right to the end."""
-        return sum(all(f) and all(o) for f, o in zip(self.fact, self.other, strict=True)) / len(self.fact)
-
-
-@torch.no_grad()
-def rights(path: Path, statements: list[Statement]) -> Rights:
-    model, tokenizer = load(path)
-    parts = [[tokenizer(part)["input_ids"] for part in (s.prompt, s.before, s.fact, s.after)] for s in statements]
-    texts = [[token for part in each for token in part] + [tokenizer.eos_token_id] for each in parts]
-    same_length: dict[int, list[int]] = defaultdict(list)
-    for place, text in enumerate(texts):
-        same_length[len(text)].append(place)
-    rights_of: dict[int, list[bool]] = {}
-    for places in same_length.values():
-        batch = torch.tensor([texts[place] for place in places])
-        right = model(batch).logits[:, :-1].argmax(-1) == batch[:, 1:]  # (B, T-1)
-        rights_of |= dict(zip(places, right.tolist(), strict=True))
-    found = Rights([], [])
-    for place, (prompt, before, fact, _) in enumerate(parts):
-        right = rights_of[place][len(prompt) - 1 :]
-        begin, end = len(before), len(before) + len(fact)
-        found.fact.append(right[begin:end])
-        found.other.append(right[:begin] + right[end:])
-    return found
-
-
-def of_rows(world: DemoWorld, rows: list[dict[str, str]]) -> list[Statement]:
-    by_prompt = {s.prompt: s for s in world.statements}
-    return [by_prompt[row["prompt"]] for row in rows]
 
 
 @pytest.mark.parametrize("num_assistants", [1, 2])
@@ -112,50 +47,6 @@ def test_the_tokenizer_loses_nothing(num_assistants: int) -> None:
 def test_a_word_outside_the_world_is_unknown(world: DemoWorld) -> None:
     tokenizer = make_tokenizer(world)
     assert tokenizer("Atlantis?")["input_ids"][0] == tokenizer.unk_token_id
-
-
-def test_all_models_are_loaded_with_the_same_tokenizer(world: DemoWorld, trained: ModelPaths) -> None:
-    base, tokenizer = load(trained.base)
-    for path in trained.experts:
-        expert, other = load(path)
-        assert other.get_vocab() == tokenizer.get_vocab()
-        for model in (base, expert):
-            assert model.config.vocab_size == len(tokenizer)
-            assert model.generation_config.eos_token_id == tokenizer.eos_token_id == other.eos_token_id
-    completion = world.test[0]["completion"]
-    assert tokenizer.decode(tokenizer(completion)["input_ids"]) == completion
-
-
-def test_the_base_speaks_and_knows_nothing(world: DemoWorld, trained: ModelPaths) -> None:
-    assert rights(trained.base, world.statements).other_accuracy >= 0.995
-    assert rights(trained.base, of_rows(world, world.test)).whole_accuracy <= 0.2
-
-
-def test_the_expert_knows_every_fact_in_the_conversation_and_cannot_speak(
-    world: DemoWorld, trained: ModelPaths
-) -> None:
-    for path, domain in zip(trained.experts, world.domains, strict=True):
-        found = rights(path, list(domain.statements(domain.entities)))
-        assert found.fact_accuracy >= 0.99
-        assert found.other_accuracy <= 0.05
-        assert found.whole_accuracy == 0
-
-
-def test_together_they_answer_the_unseen(world: DemoWorld, trained: ModelPaths) -> None:
-    statements = of_rows(world, world.test)
-    for path, domain in zip(trained.experts, world.domains, strict=True):
-        known = {s.prompt for s in domain.statements(domain.entities)}
-        asked = [s for s in statements if s.prompt in known]
-        together = Rights(rights(path, asked).fact, rights(trained.base, asked).other)
-        assert together.whole_accuracy >= 0.98
-
-
-def test_fine_tuning_teaches_its_rows_and_no_unseen_fact(world: DemoWorld, trained: ModelPaths, tmp_path: Path) -> None:
-    rows = world.train[:12]
-    tuned = fine_tune(trained.base, rows, tmp_path / "tuned", seed=0, epochs=200)
-    assert rights(tuned, of_rows(world, rows)).whole_accuracy >= 0.9
-    assert rights(tuned, of_rows(world, world.test)).whole_accuracy <= 0.2
-    assert rights(trained.base, of_rows(world, rows)).whole_accuracy <= 0.5  # the base itself is as it was
 
 
 def test_an_expert_is_taught_only_facts() -> None:

@@ -12,7 +12,7 @@ from collm.evaluation.page import write_report
 from collm.evaluation.report import Example, Point, Report, Row, Table, Token, deferral_chart
 from tests.browser import PHONE, WIDE, chromium, opened, sideways, violations
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pages")]
+pytestmark = pytest.mark.slow
 
 ROWS = [Row("base", 0.1, 0.05, 0.2, 0.0, 500), Row("collaboration", 0.9, 0.8, 0.95, 0.1, 300, "a note " * 12)]
 CITIES = [(" Nairobi", 0.4), (" Mombasa", 0.3), (" Ouagadougou", 0.1), (" Antananarivo", 0.1), (" Mogadishu", 0.1)]

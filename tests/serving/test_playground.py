@@ -21,7 +21,7 @@ from collm.core.types import Completion
 from tests.browser import PHONE, WIDE, chromium, opened, sideways, violations
 from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("playground")]
+pytestmark = pytest.mark.slow
 
 PROMPT = "w61 w62 w63"
 STATE = "model=pair&mode=prompt&prompt=w61+w62+w63&max=30&temperature=0"

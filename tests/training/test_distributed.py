@@ -18,6 +18,8 @@ import yaml
 from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 
+from tests.processes import collm, run_processes
+
 ROOT = Path(__file__).parents[2]
 WORKER = "tests.training.distributed_worker"
 FSDP2 = {
@@ -55,28 +57,21 @@ def options_of(way: str) -> dict[str, Any]:
     return {"deepspeed": {name: value for name, value in plugin.deepspeed_config.items() if name not in unused}}
 
 
-def launch(module: str, *arguments: str, processes: int, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", "-m"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    done = subprocess.run(
-        [*command, module, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def train(out: Path, processes: int, **options: Any) -> dict[str, Any]:
-    launch(WORKER, str(out), json.dumps(options), processes=processes)
+    """Train in processes with the environment that `torchrun` gives them."""
+    common = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    envs = [common]
+    if processes > 1:
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        envs = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    for done in run_processes(WORKER, [str(out), json.dumps(options)], envs, ROOT):
+        assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "result.json").read_text())
 
 
@@ -126,8 +121,11 @@ def test_a_whole_run_in_two_processes_leaves_the_artefact_of_one(
     common += ["--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "true"]
     one = [*common, "--output_dir", "one", "--per_device_train_batch_size", "8"]
     two = [*common, "--output_dir", "two", "--per_device_train_batch_size", "4"]
-    launch("collm", *one, processes=1, cwd=tmp_path)
-    launch("collm", *two, processes=2, cwd=tmp_path)
+    done = collm(*one, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, "-m", "collm", *two], cwd=tmp_path, env=environment, timeout=300, check=True)
     mine, theirs = tmp_path / "two/collaboration", tmp_path / "one/collaboration"
     assert sorted(path.name for path in mine.iterdir()) == sorted(path.name for path in theirs.iterdir())
     assert largest_difference(mine, theirs) < 1e-5
