@@ -16,7 +16,9 @@ GSM8K ?= gsm8k
 # What needs programs of its own, as in pyproject.toml.
 ELSEWHERE := not vllm and not clients and not tokenizers
 
-.PHONY: demo test test-fast test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all test-fast test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,12 +30,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each model alone (about 2 minutes).
 	$(BIN)/collm demo --out demo-out
 
-test: $(INSTALLED)  ## The whole test suite.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED)  ## All tests but the soak tests.
+	$(PYTEST) -m 'not soak and $(ELSEWHERE)'
 
-test-fast: $(INSTALLED)  ## Tests for the inner loop: no soak tests, training runs or servers, half of the architectures (1 to 4 minutes).
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow and $(ELSEWHERE)' \
-		$(addprefix --ignore=tests/,clients demo recipes serving vllm)
+test-all: $(INSTALLED)  ## All tests, with those that start real processes, put load on the server or run whole demos.
+	$(PYTEST)
+
+test-fast: $(INSTALLED)  ## Tests for the inner loop: no training runs or servers, half of the architectures.
+	$(PYTEST) -m 'not soak and not slow and $(ELSEWHERE)' $(addprefix --ignore=tests/,clients demo recipes serving vllm)
 
 # vLLM wants other versions than collm does, so it has an environment of its own, with collm's plug-in beside it. The
 # CPU build brings a torchvision for GPUs, which breaks transformers there.

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from tests.conftest import tiny_config
 from tests.tokenizers import merging_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 DOCS = Path(__file__).parents[1] / "docs"
 

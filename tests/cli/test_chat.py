@@ -152,7 +152,7 @@ def test_a_collaboration_without_chats_is_refused(model: CoLLM) -> None:
         talk_of(model).check()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_in_a_terminal(saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     specs = [ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant"))]
     model = CoLLM(specs[0], specs[1:], DeferralHead(32, 1), tokenizer, template=PromptTemplate(chat=TEMPLATE))

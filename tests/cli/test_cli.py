@@ -267,7 +267,7 @@ def test_failures_are_one_sentence(pair: dict[str, Path], tmp_path: Path) -> Non
     assert "Traceback" in debugged.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ctrl_c_while_scoring_leaves_a_run_that_resumes(pair: dict[str, Path], tmp_path: Path) -> None:
     data, out = write_rows(tmp_path / "many.jsonl", 4_000), tmp_path / "scores"
     options = ["score", data, "--model", pair["base"], "--out", out]

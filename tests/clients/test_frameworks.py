@@ -95,6 +95,7 @@ def test_litellm_in_this_process(speaking: Running, monkeypatch: pytest.MonkeyPa
     assert Answer.model_validate_json(formed.choices[0].message.content)
 
 
+@pytest.mark.soak
 def test_the_llm_command(speaking: Running, tmp_path: Path) -> None:
     (tmp_path / "extra-openai-models.yaml").write_text(
         f"- model_id: collm\n  model_name: pair\n  api_base: {speaking.url}/v1\n  api_key_name: collm\n"

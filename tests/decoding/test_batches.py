@@ -169,7 +169,7 @@ def test_a_token_that_an_author_excludes_breaks_no_combination(
         assert [c.token_ids for c in out] == [c.token_ids for c in alone]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_thousands_of_joins_leaves_and_cancellations_leave_nothing_behind(pair: CoLLM) -> None:
     rng = random.Random(0)
     engine = pair.engine(max_batch=8)

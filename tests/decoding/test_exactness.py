@@ -150,7 +150,7 @@ def test_every_rule_equals_the_slow_loop_in_company_and_alone(
         assert (completion.token_ids, completion.authors) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),

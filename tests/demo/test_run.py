@@ -21,7 +21,7 @@ from collm.errors import ConfigError
 from collm.evaluation.report import Report
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")

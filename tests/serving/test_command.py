@@ -71,7 +71,7 @@ def started(artefact: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_what_the_page_says_runs(started: tuple[subprocess.Popen[str], int], tmp_path: Path) -> None:
     process, port = started
     commands = "".join(block for block in blocks("") if block.startswith("curl"))

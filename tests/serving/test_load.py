@@ -47,7 +47,7 @@ async def stream(
         return reply.status_code, token_ids, False
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_hundred_streams_with_cancellations(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     rng = random.Random(0)
     prompts = prompts_of(1, STREAMS)

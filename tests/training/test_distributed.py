@@ -109,6 +109,7 @@ def test_two_processes_resume_as_if_never_stopped(alone: tuple[Path, dict[str, A
     assert largest_difference(tmp_path / "final", alone[0] / "final") < 1e-6
 
 
+@pytest.mark.soak
 def test_a_whole_run_in_two_processes_leaves_the_artefact_of_one(
     saved_model: Callable[..., Path], tmp_path: Path
 ) -> None:

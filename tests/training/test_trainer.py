@@ -375,6 +375,7 @@ def test_attention_that_mixes_sequences_is_refused(tiny_model: Tiny, config: Mak
         trainer_of(tiny_model, config(padding_free=True), base=base)
 
 
+@pytest.mark.soak
 def test_compiled_training_gives_the_same_weights(tiny_model: Tiny, config: Make) -> None:
     final = []
     torch._dynamo.reset()

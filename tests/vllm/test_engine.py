@@ -59,7 +59,7 @@ def check_drawn(token_ids: torch.Tensor, law: torch.Tensor) -> None:
     assert not seen[law == 0].any()
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_greedy_equals_the_models_in_memory_for_mixed_thresholds_at_once(cluster: Clusters, k: int) -> None:
     world = cluster(k)
     policies: list[Policy] = [ThresholdPolicy(eta) for eta in (-1.0, -0.01, 0.0, 0.2, 0.5, 0.8, 1.0)]
