@@ -16,7 +16,9 @@ GSM8K ?= gsm8k
 # What needs programs of its own, as in pyproject.toml.
 ELSEWHERE := not vllm and not clients and not tokenizers
 
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Tests wait for a quarter of their time, so three processes keep two cores busy.
+WORKERS ?= 3
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-fast test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
 

@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
+    arguments.threads = os.cpu_count()  # each server uses all cores
     if "separate" in arguments.parts and "ways" not in arguments.parts:
         parser.error("--parts separate is compared with the assistant alone, which ways measures; give both")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

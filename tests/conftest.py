@@ -25,6 +25,14 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 """Where exactness is tested: wherever the machine can."""
 
 
+LONG = ("demo/test_run", "vllm/test_engine", "training/test_distributed", "cli/test_cli", "serving/test_playground")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that all processes end at about the same time."""
+    items.sort(key=lambda item: not item.nodeid.startswith(tuple(f"tests/{name}.py" for name in LONG)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """What a test draws, and what is first made for it, does not depend on the tests before it."""

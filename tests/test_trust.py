@@ -65,7 +65,10 @@ def listener() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["generate", "chat", "calibrate", "eval", "lm-eval", "serve", "export"])
+@pytest.mark.parametrize(
+    "command",
+    ["generate", "chat", "calibrate", "eval", pytest.param("lm-eval", marks=pytest.mark.soak), "serve", "export"],
+)
 def test_no_command_calls_an_address_of_an_artefact(
     command: str, saved: Path, listener: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

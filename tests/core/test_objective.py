@@ -57,14 +57,22 @@ def test_one_assistant_is_the_sigmoid_form() -> None:
     d = torch.sigmoid(u[..., 0])
     mixture = (1 - d) * base.exp() + d * assistants[..., 0].exp()
     assert torch.allclose(marginal_nll(base, assistants, u, mask), -mixture.log()[mask].mean(), atol=1e-6)
-    assert torch.allclose(defer_probs(u), d)
+    assert torch.allclose(defer_probs(u), d.double())
     assert torch.allclose(author_logprobs(u).exp().sum(-1), torch.ones(3, 7))
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_defer_prob_is_what_the_base_does_not_have(k: int) -> None:
     u = random_inputs(2, k)[2]
-    assert torch.allclose(defer_probs(u), 1 - author_logprobs(u)[..., 0].exp(), atol=1e-6)
+    assert torch.allclose(defer_probs(u), 1 - author_logprobs(u)[..., 0].exp().double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_nearly_always_defers_still_ranks_tokens(dtype: torch.dtype) -> None:
+    probs = defer_probs(torch.tensor([[17.0], [20.0], [25.0], [30.0], [36.0]], dtype=dtype))
+    assert len(probs.unique()) == 5
+    assert probs.tolist() == sorted(probs.tolist())
+    assert probs[-1] < 1
 
 
 @pytest.mark.parametrize("poison", [math.nan, -math.inf, 1e30])

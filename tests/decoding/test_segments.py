@@ -293,6 +293,7 @@ def test_penalties_count_each_authors_own_tokens(pair: CoLLM) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.soak
 def test_sampled_segments_follow_the_law() -> None:
     """The first segments, and those behind the commonest first one, against q of the authors, drawn evenly."""
     base, assistant = two_tokenizers()

@@ -100,7 +100,9 @@ def test_two_processes_train_and_measure_as_one(alone: tuple[Path, dict[str, Any
     assert largest_difference(tmp_path / "final", alone[0] / "final") < 1e-6
 
 
-@pytest.mark.parametrize("way", WRAPPED)
+@pytest.mark.parametrize(
+    "way", ["ddp", "zero3", *(pytest.param(way, marks=pytest.mark.soak) for way in ("fsdp2", "zero2"))]
+)
 def test_two_processes_resume_as_if_never_stopped(alone: tuple[Path, dict[str, Any]], tmp_path: Path, way: str) -> None:
     saving = {**options_of(way), "save_strategy": "steps", "save_steps": 2}
     train(tmp_path, 2, **saving, stop_after=2)

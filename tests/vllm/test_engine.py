@@ -187,7 +187,13 @@ def test_connections_are_kept_for_further_requests(cluster: Clusters) -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 6), (1.5, 0.7, 0), (1.2, 0.8, 9)]
+    ("temperature", "top_p", "top_k"),
+    [
+        (1.0, 1.0, 0),
+        pytest.param(0.6, 1.0, 6, marks=pytest.mark.soak),
+        pytest.param(1.5, 0.7, 0, marks=pytest.mark.soak),
+        (1.2, 0.8, 9),
+    ],
 )
 def test_tokens_are_drawn_by_the_law_of_their_author(
     cluster: Clusters, temperature: float, top_p: float, top_k: int

@@ -35,9 +35,10 @@ def defer_probs(defer_logits: Tensor) -> Tensor:
         defer_logits: u, shape (..., K).
 
     Returns:
-        Shape (...), fp32.
+        Shape (...), fp64, so that a head that nearly always defers still ranks tokens. In fp32, every probability above
+        1 - 6e-8 would be 1.
     """
-    return torch.sigmoid(torch.logsumexp(defer_logits.float(), dim=-1))
+    return torch.sigmoid(torch.logsumexp(defer_logits.double(), dim=-1))
 
 
 def marginal_logprobs(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor) -> Tensor:

@@ -109,5 +109,5 @@ def greedy_writes(model: CoLLM, views: TokenViews, threshold: float) -> Tensor:
     Returns:
         bool, shape (M,).
     """
-    asks = defer_probs(views.defer_logits).double() > threshold  # as decoding compares them, not rounded to fp32
+    asks = defer_probs(views.defer_logits) > threshold
     return torch.where(asks, deferred(model, views).correct, views.base_correct)

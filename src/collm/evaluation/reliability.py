@@ -39,7 +39,7 @@ def reliability(views: TokenViews, num_bins: int = 10) -> list[ReliabilityBin]:
     asked = views.defer_logits.argmax(-1, keepdim=True)  # (N, 1)
     theirs = views.assistant_correct.gather(-1, asked).squeeze(-1)
     one_right = theirs != views.base_correct
-    probs, right = defer_probs(views.defer_logits)[one_right].double(), theirs[one_right]
+    probs, right = defer_probs(views.defer_logits)[one_right], theirs[one_right]
     places = (probs * num_bins).long().clamp(max=num_bins - 1)
     return [_bin(probs[places == place], right[places == place]) for place in sorted(set(places.tolist()))]
 

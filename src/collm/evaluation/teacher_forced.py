@@ -85,7 +85,7 @@ def teacher_forced(views: TokenViews, beyond: Deferred) -> TeacherForcedCurve:
         views: the predictions of all authors for the gold tokens.
         beyond: the result of deferring, from `gold.deferred`.
     """
-    probs, order = defer_probs(views.defer_logits).double().sort(descending=True, stable=True)
+    probs, order = defer_probs(views.defer_logits).sort(descending=True, stable=True)
     values, sizes = torch.unique_consecutive(probs, return_counts=True)
     ends = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])  # (G + 1,): tokens deferred
 
