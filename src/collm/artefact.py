@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from collm.atomic import atomic_file
-from collm.core.calibration import Calibration
+from collm.core.calibration import Calibration, threshold_text
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
@@ -398,12 +398,12 @@ def _calibration_lines(calibration: Calibration | None) -> list[str]:
         "## Calibration",
         "",
         f"{calibration.metric_name} on {calibration.num_prompts} validation prompts; default threshold "
-        f"{best.threshold:.4g}. At threshold 1 only the base writes, below 0 only the assistants.",
+        f"{threshold_text(best.threshold)}. At threshold 1 only the base writes, below 0 only the assistants.",
         "",
         f"| threshold | deferral rate | interval | {calibration.metric_name} | interval | best |",
         "|--:|--:|--:|--:|--:|---|",
         *(
-            f"| {p.threshold:.4g} | {p.deferral_rate:.1%} | {p.rate_low:.1%} - {p.rate_high:.1%} "
+            f"| {threshold_text(p.threshold)} | {p.deferral_rate:.1%} | {p.rate_low:.1%} - {p.rate_high:.1%} "
             f"| {p.metric:.3f} | {p.low:.3f} - {p.high:.3f} | {', '.join(calibration.uses(p))} |"
             for p in calibration.points
         ),

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
-from collm.core.calibration import Calibration
+from collm.core.calibration import Calibration, threshold_text
 from collm.errors import ConfigError, DataError
 from collm.evaluation.calibration import ValidationItem, calibrate, check_on
 
@@ -62,6 +62,33 @@ def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items
     middle = [p.threshold for p in calibration.points if p.threshold not in (1.0, -1.0, 0.5)]
     assert len(middle) == 1
     assert sum(prob > middle[0] for prob in probs) / len(probs) == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_head_that_nearly_always_defers_is_calibrated(model: CoLLM, items: list[ValidationItem]) -> None:
+    """Its defer probs differ by less than fp32 can tell from 1."""
+    with torch.no_grad():
+        model.head.weight /= 8
+        model.head.bias.fill_(22.0)
+    calibration = calibrate(model, items, params=PARAMS, rates=(0, 0.3, 1), refine=0)
+    (point,) = [one for one in calibration.points if one.threshold not in (1.0, -1.0, 0.5)]
+    assert 1 - 1e-7 < point.threshold < 1
+    assert 0.05 < point.deferral_rate < 0.7
+    assert 0 < 1 - float(threshold_text(point.threshold)) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("threshold", "text"),
+    [
+        (1.0, "1"),
+        (-1.0, "-1"),
+        (0.5, "0.5"),
+        (2 / 3, "0.666667"),
+        (1 - 2e-10, "0.9999999998"),
+        (1 - 1e-16, repr(1 - 1e-16)),
+    ],
+)
+def test_a_threshold_below_1_is_not_shown_as_1(threshold: float, text: str) -> None:
+    assert threshold_text(threshold) == text
 
 
 def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[ValidationItem]) -> None:

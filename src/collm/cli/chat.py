@@ -216,10 +216,11 @@ def _number(name: str, value: str) -> float:
 
 
 def _set(talk: Conversation, **limits: float) -> str:
+    from collm.core.calibration import threshold_text
     from collm.core.types import check_threshold
 
     talk.threshold, talk.author = check_threshold(talk.model.threshold(**limits)), None
-    return f"threshold {talk.threshold:.4g}"
+    return f"threshold {threshold_text(talk.threshold)}"
 
 
 def _choose(talk: Conversation, name: str) -> str:

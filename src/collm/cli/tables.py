@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from rich import box
 from rich.table import Table
 
+from collm.core.calibration import threshold_text
+
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
@@ -44,7 +46,7 @@ def calibration_table(calibration: Calibration) -> Table:
     for point in calibration.points:
         uses = calibration.uses(point)
         table.add_row(
-            f"{point.threshold:.6g}",
+            threshold_text(point.threshold),
             f"{point.deferral_rate:.1%}",
             f"{100 * point.rate_low:.1f} - {point.rate_high:.1%}",
             f"{point.metric:.3f}",
@@ -67,7 +69,8 @@ def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) ->
         best[point] = ", ".join(filter(None, [best.get(point), f"within {budget:.4g}"]))
     points = {*curve.at_rates([tenth / 10 for tenth in range(11)]), *best}
     for point in sorted(points, key=lambda point: (point.deferral_rate, -point.threshold)):
-        cells = (f"{point.threshold:.6g}", f"{point.deferral_rate:.1%}", f"{point.accuracy:.2%}", f"{point.nll:.4f}")
+        threshold, rate = threshold_text(point.threshold), f"{point.deferral_rate:.1%}"
+        cells = (threshold, rate, f"{point.accuracy:.2%}", f"{point.nll:.4f}")
         table.add_row(*cells, best.get(point, ""), style="bold" if point in best else "")
     return table
 

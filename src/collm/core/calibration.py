@@ -9,6 +9,12 @@ from typing import Any
 from collm.errors import ConfigError
 
 
+def threshold_text(threshold: float) -> str:
+    """A threshold in six digits, or in as many as distinguish it from 1, at which only the base writes."""
+    texts = (f"{threshold:.{digits}g}" for digits in range(6, 18))
+    return next((text for text in texts if threshold >= 1 or text != "1"), "1")
+
+
 @dataclass(frozen=True)
 class CalibrationPoint:
     """Measurements at one threshold.
@@ -67,8 +73,9 @@ class HeldOutCheck:
         intervals = " and ".join(
             f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in (self.rate_difference, self.metric_difference)
         )
+        threshold = threshold_text(self.promised.threshold)
         return (
-            f"On {self.num_prompts} held-out prompts, {what} ({self.promised.threshold:.4g}): {rate}; {metric}. "
+            f"On {self.num_prompts} held-out prompts, {what} ({threshold}): {rate}; {metric}. "
             f"95 % confidence intervals of the differences in percentage points: {intervals}."
         )
 

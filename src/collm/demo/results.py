@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from collm.artefact import library_versions
-from collm.core.calibration import CalibrationPoint
+from collm.core.calibration import CalibrationPoint, threshold_text
 from collm.core.types import Completion, deferral_rate
 from collm.demo.systems import FULL, Measured
 from collm.demo.world import DemoWorld
@@ -83,7 +83,9 @@ def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds:
     """The report of the demo, with the curve and the examples of the first seed."""
     first = results[0]
     names = [domain.name for domain in first.world.domains]
-    curve = [Point(f"threshold {p.threshold:.4g}", p.deferral_rate, p.metric, p.low, p.high) for p in first.curve]
+    curve = [
+        Point(f"threshold {threshold_text(p.threshold)}", p.deferral_rate, p.metric, p.low, p.high) for p in first.curve
+    ]
     rate = next(row for row in rows if row.name == FULL).deferral_rate
     return Report(
         title="collm demo: a generalist base and " + ("an expert" if len(names) == 1 else "its experts"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from collm.core.calibration import threshold_text
 from collm.errors import ConfigError
 from collm.evaluation.answers import Answer
 from collm.evaluation.report import Chart, Point, Row, deferral_chart
@@ -99,7 +100,7 @@ def run_charts(
         rate = by_name[COLLABORATION]["deferral_rate"]
         thresholds = _thresholds(results)
         curve = [
-            _point(by_name[name], measure, by_name[name]["deferral_rate"], f"threshold {threshold:.6g}")
+            _point(by_name[name], measure, by_name[name]["deferral_rate"], f"threshold {threshold_text(threshold)}")
             for name, threshold in (thresholds and thresholds | _ends(results)).items()
         ]
         charts = [deferral_chart(curve, rows, rate, lines, titled(measure)), _costs(results, rows, prices)]
