@@ -96,7 +96,10 @@ def test_two_processes_train_and_measure_as_one(alone: tuple[Path, dict[str, Any
     result = train(tmp_path, 2, **options_of(way))
     assert (result["wrapped"], result["processes"]) == (WRAPPED[way], 2)
     assert result["sharded"] == (3 if way == "fsdp2" else 0)  # the whole and each of its two layers
-    assert result["measured"] == pytest.approx(alone[1]["measured"], rel=1e-5)
+    measured, expected = result["measured"], dict(alone[1]["measured"])
+    swaps = abs(measured.pop("eval_head_auc") - expected.pop("eval_head_auc"))
+    assert swaps < 1e-3  # tokens whose defer probs differ by rounding may change places
+    assert measured == pytest.approx(expected, rel=1e-5)
     assert largest_difference(tmp_path / "final", alone[0] / "final") < 1e-6
 
 

@@ -238,8 +238,18 @@ def _between(measured: Sequence[_Measured], budget: float) -> float | None:
         probs = falling[step].defer_probs
         inside = probs[(probs < higher) & (probs > lower)]
         if len(inside):
-            return inside.median().item()
+            return _above(inside.median().item(), inside.tolist())
     return None
+
+
+def _above(defer_prob: float, others: Sequence[float]) -> float:
+    """A threshold half-way to the next higher defer prob, or the defer prob itself if it is the highest.
+
+    Half-way, rounding in another batch or engine changes no author.
+    """
+    higher = min((other for other in others if other > defer_prob), default=defer_prob)
+    middle = (defer_prob + higher) / 2
+    return middle if middle < higher else defer_prob
 
 
 def check_refine(refine: int) -> None:
@@ -258,6 +268,7 @@ def check_rates(rates: Sequence[float]) -> None:
 def _thresholds(defer_probs: Sequence[float], rates: Sequence[float], guesses: Sequence[float]) -> list[float]:
     """The quantile of `defer_probs` for each rate, 1/2 and the guesses, without the base alone."""
     ranked = sorted(defer_probs, reverse=True)
-    inner = {ranked[min(round(rate * len(ranked)), len(ranked) - 1)] for rate in rates if 0 < rate < 1}
+    wanted = [ranked[min(round(rate * len(ranked)), len(ranked) - 1)] for rate in rates if 0 < rate < 1]
+    inner = {_above(defer_prob, ranked) for defer_prob in wanted}
     ends = {ASSISTANTS_ALONE} if 1 in rates else set()
     return sorted((inner | ends | {EVEN_ODDS, *guesses}) - {BASE_ALONE}, reverse=True)

@@ -21,8 +21,8 @@ def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
     """
     defer_ids = torch.tensor(note["defer_ids"], device=logits.device)
     rows = logits[:, defer_ids]  # (R, K)
-    u = rows.float() / note["scale"] + torch.tensor(note["biases"], device=logits.device)
-    deferring = torch.sigmoid(torch.logsumexp(u, dim=-1)).double() > thresholds
+    u = rows.double() / note["scale"] + torch.tensor(note["biases"], device=logits.device, dtype=torch.float64)
+    deferring = torch.sigmoid(torch.logsumexp(u, dim=-1)) > thresholds
     chosen = u.argmax(-1, keepdim=True)
     logits[:, note["vocab_size"] :] = -math.inf
     logits.masked_fill_(deferring.unsqueeze(-1), -math.inf)
