@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Literal
 from rich import box
 from rich.table import Table
 
-from collm.core.calibration import threshold_text
-
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
@@ -40,6 +38,8 @@ def _table(
 
 def calibration_table(calibration: Calibration) -> Table:
     """Every measured threshold, the chosen one marked."""
+    from collm.core.calibration import threshold_text
+
     title = f"{calibration.metric_name} on {calibration.num_prompts} validation prompts"
     headings = ("threshold", "deferral rate", "interval", calibration.metric_name, "interval", "best")
     table = _table(title, headings, left={"best"}, wrapped={"best"})
@@ -59,6 +59,8 @@ def calibration_table(calibration: Calibration) -> Table:
 
 def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) -> Table:
     """The curve at rates 0, 0.1 .. 1, its best point, and its best points within budgets."""
+    from collm.core.calibration import threshold_text
+
     title = f"{curve.num_tokens:,} gold tokens, {len(curve):,} thresholds; nothing generated"
     caption = f"right = the gold token is the argmax of who writes there; choosing rightly: {curve.reachable:.2%}"
     headings = ("threshold", "deferral rate", "right", "mean NLL", "best")
