@@ -36,9 +36,11 @@ def defer_probs(defer_logits: Tensor) -> Tensor:
 
     Returns:
         Shape (...), fp64, so that a head that nearly always defers still ranks tokens. In fp32, every probability above
-        1 - 6e-8 would be 1.
+        1 - 6e-8 would be 1. The smaller of d and 1 - d is rounded to fp32, below which logits are noise.
     """
-    return torch.sigmoid(torch.logsumexp(defer_logits.double(), dim=-1))
+    logit = torch.logsumexp(defer_logits.float(), dim=-1)
+    smaller = torch.sigmoid(-logit.abs()).double()
+    return torch.where(logit > 0, 1 - smaller, smaller)
 
 
 def marginal_logprobs(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor) -> Tensor:

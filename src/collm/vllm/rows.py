@@ -21,8 +21,10 @@ def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
     """
     defer_ids = torch.tensor(note["defer_ids"], device=logits.device)
     rows = logits[:, defer_ids]  # (R, K)
-    u = rows.double() / note["scale"] + torch.tensor(note["biases"], device=logits.device, dtype=torch.float64)
-    deferring = torch.sigmoid(torch.logsumexp(u, dim=-1)) > thresholds
+    u = rows.float() / note["scale"] + torch.tensor(note["biases"], device=logits.device)
+    logit = torch.logsumexp(u, dim=-1)
+    smaller = torch.sigmoid(-logit.abs()).double()  # as in `core.objective.defer_probs`
+    deferring = torch.where(logit > 0, 1 - smaller, smaller) > thresholds
     chosen = u.argmax(-1, keepdim=True)
     logits[:, note["vocab_size"] :] = -math.inf
     logits.masked_fill_(deferring.unsqueeze(-1), -math.inf)
