@@ -12,7 +12,7 @@ from collm.errors import ConfigError
 def threshold_text(threshold: float) -> str:
     """A threshold in six digits, or in as many as distinguish it from 1, at which only the base writes."""
     texts = (f"{threshold:.{digits}g}" for digits in range(6, 18))
-    return next((text for text in texts if threshold >= 1 or text != "1"), "1")
+    return next(text for text in texts if threshold >= 1 or text != "1")
 
 
 @dataclass(frozen=True)

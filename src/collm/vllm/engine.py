@@ -346,8 +346,7 @@ class VllmEngine(ServerEngine[Fleet]):
                 "it must support logprob_token_ids, as vLLM does"
             ) from error
         u = torch.tensor(
-            [(row - zero) / ROW_SCALE + bias for row, bias in zip(rows, self.connections.biases, strict=True)],
-            dtype=torch.float64,
+            [(row - zero) / ROW_SCALE + bias for row, bias in zip(rows, self.connections.biases, strict=True)]
         )
         zeros = 1 + self.connections.defer_ids[0] - self.connections.vocab_size
         others = zeros * math.exp(zero) + sum(map(math.exp, rows))
