@@ -28,7 +28,7 @@ from benchmarks.tokenizers import PACKAGES, fetch, load
 from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.core.objective import defer_probs
 from collm.core.policies import SingleAuthorPolicy
-from collm.demo.two_tokenizers import make_models
+from collm.demo.two_tokenizers import FactEnds, make_models
 from collm.demo.world import DemoWorld
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import bootstrap_interval
@@ -39,6 +39,11 @@ from collm.run import RunConfig, train_collaboration
 from collm.training.data import load_rows
 
 REPEATS = 5
+EXPERTS: dict[str, FactEnds] = {
+    "knows where facts end": "learned",
+    "does not know": "unknown",
+    "always writes on": "never",
+}
 CHINESE = (
     "我们今天去公园散步，天气很好。然后去吃饭，晚上回家看书。",
     "这个问题的答案是四十二。请把结果写在纸上，明天交给老师。",
@@ -174,11 +179,11 @@ def _row(base: str, assistant: str, counted: Mapping[str, Counted]) -> dict[str,
 
 
 def ends() -> list[dict[str, Any]]:
-    """Answers and deferrals of the demo's pair, with an expert that has learned where facts end, and without."""
+    """Answers and deferrals of the demo's pair, with experts that differ in what they learned after facts."""
     return [
         {"expert": name, **row}
-        for name, knows_ends in (("knows where facts end", True), ("does not", False))
-        for row in _answers(_demo_pair(knows_ends=knows_ends))
+        for name, fact_ends in EXPERTS.items()
+        for row in _answers(_demo_pair(fact_ends=fact_ends))
     ]
 
 
@@ -245,7 +250,7 @@ def _defer_probs(model: CoLLM, world: DemoWorld) -> dict[str, float]:
     }
 
 
-def _demo_pair(**options: bool) -> tuple[CoLLM, DemoWorld]:
+def _demo_pair(**options: Any) -> tuple[CoLLM, DemoWorld]:
     """Train a head for the demo's base and expert, and calibrate its threshold."""
     world = DemoWorld(seed=0, separator=" ")
     with tempfile.TemporaryDirectory() as folder:

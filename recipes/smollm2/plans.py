@@ -59,6 +59,7 @@ class PairPlan(Plan):
         heal_learning_rate: learning rate of this training.
         expert_rows: number of solutions from which the assistant learns.
         frozen: whether to also train a head alone, on the tuned base.
+        deferral_cost: nats per deferred token, in the trainings with a cost.
     """
 
     layers: int
@@ -67,6 +68,7 @@ class PairPlan(Plan):
     heal_learning_rate: float
     expert_rows: int
     frozen: bool
+    deferral_cost: float = 1.0
 
 
 PAIR_PLANS = {

@@ -124,8 +124,9 @@ def draw_pair(path: Path, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": PAIR, "font.size": 9}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        panels = figure.subplots(1, len(results["given"]), sharey=True, squeeze=False)[0]
+        rows = len(results["given"]) // 2
+        figure = Figure(figsize=(9, 3.6 * rows), layout="constrained")
+        panels = figure.subplots(rows, 2, sharex=True, sharey=True).flat
         for panel, (name, given) in zip(panels, results["given"].items(), strict=True):
             base, assistant = (given["alone"][author]["nll"]["mean"] for author in ("base", "assistant"))
             for rule, colour in _COLOURS.items():
@@ -133,9 +134,9 @@ def draw_pair(path: Path, results: dict[str, Any]) -> None:
                 nll = [base, *(one["nll"]["mean"] for one in given["rules"][rule]), assistant]
                 panel.plot(rates, nll, color=colour, label=rule, linestyle="--" if rule == RANDOM else "-")
             panel.set_title(name)
-            panel.set_xlabel("share of tokens by the assistant")
             panel.grid(alpha=0.3)
-        panels[0].set_ylabel("NLL, nats per token")
+        figure.supxlabel("share of tokens by the assistant")
+        figure.supylabel("NLL, nats per token")
         panels[0].legend(frameon=False)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
@@ -154,16 +155,16 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
     for name, given in results["given"].items():
         found += ["", f"**{name[0].upper()}{name[1:]}**: NLL in nats per token at equal deferral rates:", ""]
         found += _rules(given)
-    name, given = next(iter(results["given"].items()))
-    rules = list(next(iter(given["kinds"].values()))["deferred"])
-    found += ["", f"Share of tokens that each rule defers at a rate of 30 %, by kind of token ({name}):", ""]
-    found += _table(
-        ["kind of token", "share", "assistant's gain, nats", *rules],
-        [
-            [kind, f"{of['share']:.1%}", f"{of['gain']:+.2f}", *(f"{of['deferred'][rule]:.0%}" for rule in rules)]
-            for kind, of in given["kinds"].items()
-        ],
-    )
+    for name, given in list(results["given"].items())[:2]:
+        rules = list(next(iter(given["kinds"].values()))["deferred"])
+        found += ["", f"Share of tokens that each rule defers at a rate of 30 %, by kind of token ({name}):", ""]
+        found += _table(
+            ["kind of token", "share", "assistant's gain, nats", *rules],
+            [
+                [kind, f"{of['share']:.1%}", f"{of['gain']:+.2f}", *(f"{of['deferred'][rule]:.0%}" for rule in rules)]
+                for kind, of in given["kinds"].items()
+            ],
+        )
     if "written" not in results:
         return found
     found += ["", "Free generation, greedy:", ""]
@@ -192,9 +193,9 @@ def _rules(given: dict[str, Any]) -> list[str]:
         ]
         for rule, at_rates in given["rules"].items()
     ]
-    others = [rule for rule in given["rules"] if rule != LEARNED]
     body += [
-        [f"learned minus {rule}", *(_nats(one["learned_minus"]) for one in given["rules"][rule]), ""] for rule in others
+        [f"learned minus {rule}", *(_nats(one["learned_minus"]) for one in given["rules"][rule]), ""]
+        for rule in (DOUBT, RANDOM)
     ]
     alone = ", ".join(f"{name} {_nats(of['nll'])}" for name, of in given["alone"].items())
     both = ", ".join(f"{name} {_nats(of)}" for name, of in given["combined"].items())

@@ -14,7 +14,9 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -43,6 +45,7 @@ WRITTEN_RATES = (0.1, 0.3, 0.5)
 PARAGRAPH = 900
 """Number of characters in a paragraph of documentation."""
 TOGETHER, FROZEN = "base and head together", "head alone, on the tuned base"
+WITH_COST = "{}, with a deferral cost"
 
 
 class PairRun(Stages):
@@ -99,22 +102,26 @@ class PairRun(Stages):
         """The base, trained for as long on the collaboration's rows, without the assistant."""
         return self.alone("tuned", self.healed, self.train)
 
-    def together(self) -> Path:
-        return self.trained("together", self.healed, str(self.assistant), self.train, self.validation)
+    def together(self, cost: float = 0.0) -> Path:
+        """A collaboration whose base and head were trained together with a deferral cost."""
+        data = str(self.assistant), self.train, self.validation
+        return self.trained(_name("together", cost), self.healed, *data, deferral_cost=cost)
 
-    def frozen(self) -> Path:
+    def frozen(self, cost: float = 0.0) -> Path:
         """A collaboration whose head was trained on a base that was trained without the assistant."""
         epochs = 5 * self.plan.epochs
         options = {"method": "head", "learning_rate": 0.0, "head_learning_rate": 1e-2, "num_train_epochs": epochs}
-        return self.trained("frozen", self.tuned, str(self.assistant), self.train, self.validation, **options)
+        data = str(self.assistant), self.train, self.validation
+        return self.trained(_name("frozen", cost), self.tuned, *data, deferral_cost=cost, **options)
 
     def measure(self) -> dict[str, Any]:
         """Measure the rules on given solutions, and generated solutions."""
-        together = self.together()
-        given = {TOGETHER: self.kept("given, together", lambda: self._given(together))}
-        if self.plan.frozen:
-            frozen = self.frozen()
-            given[FROZEN] = self.kept("given, frozen", lambda: self._given(frozen))
+        given = {}
+        ways = [(TOGETHER, self.together), (FROZEN, self.frozen)]
+        for (way, train), cost in product(ways if self.plan.frozen else ways[:1], (0.0, self.plan.deferral_cost)):
+            collaboration = train(cost)
+            measured = self.kept(f"given, {collaboration.parent.name}", partial(self._given, collaboration))
+            given[WITH_COST.format(way) if cost else way] = measured
         if not self.plan.written_rows:
             return {"given": given}
         return {"given": given, "written": self.kept("written", lambda: self._written(given[TOGETHER]))}
@@ -145,6 +152,10 @@ class PairRun(Stages):
             seed=self.seed,
         )
         return found.to_dict()
+
+
+def _name(stage: str, cost: float) -> str:
+    return f"{stage}-with-cost" if cost else stage
 
 
 def documentation() -> Iterator[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.errors import ConfigError
@@ -125,7 +126,12 @@ def test_two_models_are_cut_healed_tuned_and_compared_under_every_rule(
     two_models.main(arguments)
     assert (tmp_path / "results.md").read_text(encoding="utf-8") == first
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    given = results["given"][two_models.TOGETHER]
+    assert len(results["given"]) == 4
+    given, *others = results["given"].values()
+    for with_cost in others[::2]:
+        assert set(with_cost["rules"]) == set(given["rules"])
+    for name, cost in (("together", 0.0), ("together-with-cost", 1.0), ("frozen-with-cost", 1.0)):
+        assert yaml.safe_load((out / name / "run.yaml").read_text(encoding="utf-8"))["deferral_cost"] == cost
     base, assistant = (given["alone"][name]["nll"]["mean"] for name in ("base", "assistant"))
     assert set(given["rules"]) == {rules.LEARNED, rules.DOUBT, rules.SURER, rules.RANDOM, rules.ORACLE}
     for at, rate in enumerate(two_models.RATES):

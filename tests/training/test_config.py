@@ -48,6 +48,8 @@ def test_the_head_has_its_own_learning_rate(config: Make) -> None:
         ({"early_stopping_patience": 2}, "without load_best_model_at_end"),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
         ({"head_learning_rate": 0.0}, "head_learning_rate is 0.0"),
+        ({"deferral_cost": -0.1}, "deferral_cost is -0.1, expected 0 or a finite number above it"),
+        ({"deferral_cost": float("nan")}, "deferral_cost is nan"),
         ({"method": "lora", "lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"method": "lora", "lora_r": 0}, "lora_r is 0"),
         ({"warm_start": True, "pseudo_label_variant": "c"}, "pseudo_label_variant is 'c', expected one of a, b"),

@@ -28,6 +28,7 @@ def test_labels_follow_the_scores_example_by_example() -> None:
     shares = labels.report().shares
     assert shares == pytest.approx([(wanted == k).float().mean().item() for k in (1, 2)])
     assert labels.report().share == pytest.approx(sum(shares))
+    assert labels.report().better == pytest.approx((wanted != 0).float().mean().item())
 
 
 def test_variant_b_labels_wherever_the_base_is_wrong() -> None:
@@ -37,16 +38,17 @@ def test_variant_b_labels_wherever_the_base_is_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "meaning"),
+    ("shares", "better", "meaning"),
     [
-        ((0.0,), "deferring has no benefit"),
-        ((0.004,), "expect few deferrals"),
-        ((0.03,), "3 % on GSM8K"),
-        ((0.2, 0.0), "no token is labelled with assistant 2"),
+        ((0.0,), 0.0, "deferring has no benefit"),
+        ((0.004,), 0.3, "expect few deferrals"),
+        ((0.03,), 0.7, "3 % on GSM8K"),
+        ((0.2, 0.0), 0.7, "no token is labelled with assistant 2"),
+        ((0.2, 0.1), 0.84, "gives 84% of the tokens more probability than the base does"),
     ],
 )
-def test_the_report_says_what_a_share_means(shares: tuple[float, ...], meaning: str) -> None:
-    text = str(LabelReport(1000, shares))
+def test_the_report_says_what_a_share_means(shares: tuple[float, ...], better: float, meaning: str) -> None:
+    text = str(LabelReport(1000, shares, better))
     assert meaning in text
     assert f"{sum(shares):.2%} of 1000 target tokens" in text
 

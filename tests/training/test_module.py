@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from collm.core.head import DeferralHead
+from collm.core.objective import expected_deferrals, marginal_logprobs
 from collm.errors import MismatchError
 from collm.training import fused
 from collm.training.dataset import TrainingSet, collate
@@ -41,6 +42,7 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
     base, head = tiny_model(1), make_head()
     batch = collate([DATA[i] for i in range(len(DATA))])
     out = JointModule(base, head)(**batch, per_token=True)
+    costly = JointModule(base, head, deferral_cost=0.7)
     views = TokenViews(
         out["base_logprob"][batch["target_mask"]],
         out["base_correct"][batch["target_mask"]],
@@ -73,12 +75,16 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
     assert measured["base_nll"] == pytest.approx(base_total / count, rel=1e-4)
     assert measured["defer_prob"] == pytest.approx(defer_total / count, rel=1e-4)
     assert not out["base_logprob"][~batch["target_mask"]].any()
+    with_cost = (total + 0.7 * defer_total) / count
+    assert costly(**batch)["loss"].item() == pytest.approx(with_cost, rel=1e-4)
+    assert costly(**batch, per_token=True)["loss"].item() == pytest.approx(with_cost, rel=1e-4)
+    assert views.measures(0.7)["loss"] == pytest.approx(with_cost, rel=1e-4)
 
 
 def test_batching_and_chunks_change_nothing(
     tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = JointModule(tiny_model(1), make_head())
+    module = JointModule(tiny_model(1), make_head(), deferral_cost=0.4)
     total = sum(example.num_targets for example in EXAMPLES)
 
     def gradients(batches: list[list[int]]) -> list[Tensor]:
@@ -123,6 +129,20 @@ def test_a_frozen_base_takes_no_gradient_and_stays_in_evaluation_mode(
     assert all(parameter.grad is None for parameter in base.parameters())
     assert module.head.weight.grad is not None
     assert module.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.5, 1.0, 3.0])
+def test_the_best_defer_prob_rises_with_the_gain_and_falls_with_the_cost(cost: float) -> None:
+    gains = torch.tensor([-1.0, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0])
+    u = torch.zeros(len(gains), 1, requires_grad=True)
+    optimizer = torch.optim.Adam([u], lr=0.1)
+    for _ in range(3000):
+        loss = -marginal_logprobs(-gains, torch.zeros(len(gains), 1), u).sum() + cost * expected_deferrals(u)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    best = torch.where(gains > 0, (1 / cost if cost else torch.inf) - 1 / gains.expm1(), 0.0).clamp(0, 1)
+    torch.testing.assert_close(torch.sigmoid(u[:, 0]), best, atol=2e-3, rtol=0)
 
 
 def test_a_head_of_another_width_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:

@@ -86,6 +86,19 @@ def test_training_lowers_the_marginal_nll(tiny_model: Tiny, config: Make, method
     assert 0 < after["eval_defer_prob"] < 1
 
 
+def test_a_deferral_cost_is_part_of_the_loss_and_lowers_defer_probs(tiny_model: Tiny, config: Make) -> None:
+    trained = []
+    for cost in (0.0, 1.0):
+        options = {**METHODS["head"], "max_steps": 20, "deferral_cost": cost}
+        trainer = trainer_of(tiny_model, config(method="head", **options), eval_dataset=DATA)
+        before = trainer.evaluate()
+        trainer.train()
+        trained.append(trainer.evaluate())
+        free = trainer_of(tiny_model, config(method="head"), eval_dataset=DATA).evaluate()
+        assert before["eval_loss"] == pytest.approx(free["eval_loss"] + cost * free["eval_defer_prob"], rel=1e-5)
+    assert trained[1]["eval_defer_prob"] < trained[0]["eval_defer_prob"] - 0.1
+
+
 def test_evaluate_means_over_tokens_not_batches(tiny_model: Tiny, config: Make) -> None:
     results = [
         trainer_of(tiny_model, config(per_device_eval_batch_size=size), eval_dataset=DATA).evaluate()

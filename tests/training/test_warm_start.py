@@ -45,7 +45,7 @@ def planted(hidden: Tensor, num_assistants: int) -> Tensor:
 
 def labels_of(values: Tensor, num_assistants: int) -> Labels:
     offsets = torch.tensor([0, *(example.num_targets for example in EXAMPLES)]).cumsum(0)
-    return Labels(values, offsets, num_assistants)
+    return Labels(values, offsets, num_assistants, values != 0)
 
 
 @pytest.mark.parametrize("num_assistants", [1, 2, 3])
@@ -131,9 +131,8 @@ def test_what_does_not_fit_is_refused(tiny_model: Callable[..., PreTrainedModel]
 
 def test_one_example_with_all_labels_alike_can_be_fitted(tiny_model: Callable[..., PreTrainedModel]) -> None:
     examples = random_examples(1)
-    labels = Labels(
-        torch.ones(examples[0].num_targets, dtype=torch.int64), torch.tensor([0, examples[0].num_targets]), 1
-    )
+    ones = torch.ones(examples[0].num_targets, dtype=torch.int64)
+    labels = Labels(ones, torch.tensor([0, len(ones)]), 1, ones.bool())
     head = DeferralHead(32, 1)
     report = warm_start(LanguageModel(tiny_model(1), name="base"), head, examples, labels, seed=0)
     assert report.accuracy == 1

@@ -81,6 +81,15 @@ def marginal_nll(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits:
     return -marginal_logprobs(base_logprob[mask], assistant_logprobs[mask], defer_logits[mask]).mean()
 
 
+def expected_deferrals(defer_logits: Tensor) -> Tensor:
+    """Sum of 1 - P(Z = 0) over all positions, in fp32, with a gradient everywhere.
+
+    Args:
+        defer_logits: u, shape (..., K).
+    """
+    return torch.sigmoid(torch.logsumexp(defer_logits.float(), dim=-1)).sum()
+
+
 def pseudo_labels(
     base_correct: Tensor,
     assistant_correct: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +29,7 @@ from collm.models.text_tokenizer import TextTokenizer
 BASE_RECIPE = Recipe(hidden_size=64, steps=300, learning_rate=1e-2)
 EXPERT_RECIPE = Recipe(hidden_size=96, steps=900, learning_rate=4e-3)
 BASE_TOKENS, EXPERT_TOKENS = 600, 1200
+FactEnds = Literal["learned", "unknown", "never"]
 _WORDS = Regex(r" ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+")
 
 
@@ -36,14 +38,14 @@ def make_models(
     out_dir: Path,
     *,
     seed: int,
-    knows_ends: bool = True,
+    fact_ends: FactEnds = "learned",
     shared: bool = False,
     on_step: OnStep | None = None,
 ) -> ModelPaths:
     """Train the base and one expert per domain of `world`, as `tiny_models.make_models`, each with its own tokenizer.
 
     Args:
-        knows_ends: experts also learn the token after a fact, and so where it ends.
+        fact_ends: what experts learn after a fact: the token that ends it, nothing, or letters, as if no fact ended.
         shared: experts have the base's tokenizer.
 
     Raises:
@@ -57,7 +59,7 @@ def make_models(
         save_model(trained_model(BASE_RECIPE, of_base, lessons, rng, progress), of_base, directory / "base")
         for domain, name in zip(world.domains, names, strict=True):
             rng, tokenizer = random.Random(f"{seed} {name}"), of_base if shared else expert_tokenizer(domain)
-            facts = noisy_facts(domain, TextTokenizer(tokenizer), rng, knows_ends=knows_ends)
+            facts = noisy_facts(domain, TextTokenizer(tokenizer), rng, fact_ends)
             save_model(trained_model(EXPERT_RECIPE, tokenizer, facts, rng, progress), tokenizer, directory / name)
     return ModelPaths(out_dir / "base", [out_dir / name for name in names])
 
@@ -106,14 +108,16 @@ def conversations(world: DemoWorld, tokenizer: TextTokenizer, rng: random.Random
         yield [*ids, eos], [*labels, eos]
 
 
-def noisy_facts(domain: Domain, tokenizer: TextTokenizer, rng: random.Random, *, knows_ends: bool) -> Iterator[Example]:
-    """Endless examples for an expert: a question, words of some conversation, the fact, and the token after it."""
+def noisy_facts(domain: Domain, tokenizer: TextTokenizer, rng: random.Random, fact_ends: FactEnds) -> Iterator[Example]:
+    """Endless examples for an expert: a question, words of some conversation, the fact, and what follows it."""
     statements = list(domain.statements(domain.entities))
     for statement in shuffled_forever(statements, rng):
         before = f"{statement.prompt}{_words(rng.choice(statements), rng)}"
         follows = rng.choice([".", ",", "?", " and", " the", " is"])
+        if fact_ends == "never":
+            follows = rng.choice(statements).fact.upper()
         start, end = len(before.encode()), len(f"{before} {statement.fact}".encode())
-        yield _lesson(tokenizer, f"{before} {statement.fact}{follows}", start, end + knows_ends)
+        yield _lesson(tokenizer, f"{before} {statement.fact}{follows}", start, end + (fact_ends != "unknown"))
 
 
 def _words(statement: Statement, rng: random.Random) -> str:

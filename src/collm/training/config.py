@@ -60,10 +60,13 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
             defer logit by about 0.1 at any width (2.4e-5 at width 4096, 2e-3 at width 48).
         lora_r, lora_alpha, lora_dropout: 64, 16 and 0.1 by default, as in the paper's QLoRA runs.
         lora_target_modules: names of modules, "all-linear" by default; never the output layer.
+        deferral_cost: nats added to the loss per deferred token, 0 by default as in the paper. With a cost, the head
+            learns to defer where the assistant is much better, not wherever it is better. Try 1 if the assistant is
+            better nearly everywhere (`JointModule` has the formula).
         padding_free: concatenate the examples of a batch to one row instead of padding them. Each example attends to
             itself only, so the loss is the same. Requires SDPA or FlashAttention.
-        early_stopping_patience: stop after this number of evaluations without improvement of the marginal NLL.
-            Requires an eval_strategy and load_best_model_at_end.
+        early_stopping_patience: stop after this number of evaluations without improvement of the loss. Requires an
+            eval_strategy and load_best_model_at_end.
         warm_start: fit the head to pseudo-labels before training.
         warm_start_tokens: largest number of target tokens for that fit, 65,536 by default.
         positive_weight: weight of tokens labelled with an assistant, 8 by default.
@@ -80,6 +83,7 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
     lora_alpha: int | None = None
     lora_dropout: float | None = None
     lora_target_modules: list[str] | str | None = None
+    deferral_cost: float = 0.0
     padding_free: bool = False
     early_stopping_patience: int | None = None
     warm_start: bool = True
@@ -146,6 +150,8 @@ def _check_ranges(config: CoLLMConfig) -> None:
     for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
         value = getattr(config, name)
         _require(value is None or value > 0, name, value, "a number above 0")
+    cost = config.deferral_cost
+    _require(0 <= cost < float("inf"), "deferral_cost", cost, "0 or a finite number above it")
     for name in ("lora_r", "warm_start_tokens", "early_stopping_patience"):
         value = getattr(config, name)
         _require(value is None or value >= 1, name, value, "at least 1")

@@ -13,6 +13,8 @@ from collm.errors import ConfigError
 from collm.training.scores import Scores
 
 LOW_SHARE = 0.01
+MOSTLY_BETTER = 0.75
+"""Share of tokens at which an assistant is better, from which training needs a deferral cost."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class LabelReport:
     Attributes:
         num_tokens: number of target tokens.
         shares: shares labelled 1, 2, .. K.
+        better: share of target tokens to which an assistant gives more probability than the base does.
     """
 
     num_tokens: int
     shares: tuple[float, ...]
+    better: float
 
     @property
     def share(self) -> float:
@@ -50,6 +54,11 @@ class LabelReport:
         idle = [str(k) for k, share in enumerate(self.shares, start=1) if share == 0]
         if idle:
             return f"no token is labelled with assistant {' and '.join(idle)}, so expect no deferrals to it"
+        if self.better > MOSTLY_BETTER:
+            return (
+                f"an assistant gives {self.better:.0%} of the tokens more probability than the base does, so the head "
+                "learns to defer nearly everywhere unless you set deferral_cost, for example to 1"
+            )
         return "a few per cent is normal (users of the paper's code report 3 % on GSM8K)"
 
 
@@ -61,11 +70,13 @@ class Labels:
         values: 0 for the base, 1..K for the assistants, int64, shape (M,).
         offsets: example i has entries offsets[i] to offsets[i + 1], shape (N + 1,).
         num_assistants: K.
+        better: whether an assistant gives the token more probability than the base does, bool, shape (M,).
     """
 
     values: Tensor
     offsets: Tensor
     num_assistants: int
+    better: Tensor
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -76,7 +87,8 @@ class Labels:
 
     def report(self) -> LabelReport:
         counts = torch.bincount(self.values, minlength=self.num_assistants + 1).tolist()
-        return LabelReport(len(self.values), tuple(count / len(self.values) for count in counts[1:]))
+        shares = tuple(count / len(self.values) for count in counts[1:])
+        return LabelReport(len(self.values), shares, self.better.double().mean().item())
 
 
 def label_tokens(base: Scores, assistants: Sequence[Scores], variant: PseudoLabelVariant = "a") -> Labels:
@@ -93,10 +105,8 @@ def label_tokens(base: Scores, assistants: Sequence[Scores], variant: PseudoLabe
                 f"assistant {number} was scored on other examples ({scores.fingerprint[:12]}) than the base "
                 f"({base.fingerprint[:12]}); score both on the same data"
             )
-    values = pseudo_labels(
-        base.corrects,
-        torch.stack([scores.corrects for scores in assistants], dim=-1),  # (M, K)
-        torch.stack([scores.logprobs for scores in assistants], dim=-1),
-        variant,
-    )
-    return Labels(values, base.offsets, len(assistants))
+    corrects, logprobs = (
+        torch.stack([getattr(scores, name) for scores in assistants], dim=-1) for name in ("corrects", "logprobs")
+    )  # (M, K)
+    values = pseudo_labels(base.corrects, corrects, logprobs, variant)
+    return Labels(values, base.offsets, len(assistants), logprobs.amax(-1) > base.logprobs)

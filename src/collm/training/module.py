@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collm.core.head import DeferralHead
-from collm.core.objective import marginal_logprobs
+from collm.core.objective import expected_deferrals, marginal_logprobs
 from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError, MismatchError, MissingExtra
 from collm.models.language_model import LanguageModel
@@ -21,6 +21,11 @@ from collm.training.targets import read_segments, read_targets
 class JointModule(nn.Module):
     """Base and head, with the marginal likelihood of gold tokens as loss (arXiv 2403.03870).
 
+    The likelihood alone is largest if every token is deferred at which the assistant is better, however small its gain
+    is. A deferral cost c adds c (1 - P(Z = 0)) to the loss of each token. For a single token at which the assistant
+    gains g nats, the best defer prob is then 1 / c - 1 / (exp(g) - 1), clamped to [0, 1]: it is 0 up to
+    g = log(1 + c), and 1 from g = -log(1 - c) if c < 1.
+
     The loss is computed inside `forward`, because wrappers for several devices hook into it. The base computes hidden
     states only, and logits exist only at target positions.
 
@@ -30,6 +35,7 @@ class JointModule(nn.Module):
         frozen: whether the base stays in evaluation mode without gradients.
         vocab_size: as in `LanguageModel`.
         law: the base's tokens that begin a segment, if models have different tokenizers.
+        deferral_cost: c, in nats per deferred token.
 
     Raises:
         MismatchError: the head has another hidden size than the base.
@@ -46,9 +52,11 @@ class JointModule(nn.Module):
         frozen: bool = False,
         vocab_size: int | None = None,
         law: SegmentLaw | None = None,
+        deferral_cost: float = 0.0,
     ) -> None:
         super().__init__()
         self._law = law
+        self._deferral_cost = deferral_cost
         self.base = base
         self.head = head
         self.frozen = frozen
@@ -95,18 +103,20 @@ class JointModule(nn.Module):
         """
         assistant_logprobs = assistant_logprobs[target_mask]
         if "rows" in inputs:
-            nll, views = self._segments(target_mask, assistant_logprobs, **inputs)
+            nll, defer_logits, views = self._segments(target_mask, assistant_logprobs, **inputs)
         elif torch.is_grad_enabled() and not self.frozen and not per_token:
             gold = inputs.pop("gold")[target_mask]
             hidden = self._hidden_states(**inputs)[target_mask]  # (N, H)
-            nll = marginal_nll_sum(self._model, hidden, gold, assistant_logprobs, self._defer_logits(hidden))
+            defer_logits = self._defer_logits(hidden)  # (N, K)
+            nll = marginal_nll_sum(self._model, hidden, gold, assistant_logprobs, defer_logits)
             views = {}
         else:
             hidden, base_logprob, base_correct = self._read(target_mask, **inputs)
             defer_logits = self._defer_logits(hidden)  # (N, K)
             nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
             views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
-        result = {"loss": nll / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
+        total = nll + self._deferral_cost * expected_deferrals(defer_logits)
+        result = {"loss": total / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
             result |= {name: _scatter(values, target_mask) for name, values in views.items()}
         return result
@@ -119,8 +129,8 @@ class JointModule(nn.Module):
         scored: Tensor,
         rows: Tensor,
         **inputs: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed loss of segments, and the values that `TokenViews` needs."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The summed NLL of segments, the defer logits (N, K), and the values that `TokenViews` needs."""
         assert self._law is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             hidden = self._hidden_states(**inputs)
@@ -130,7 +140,7 @@ class JointModule(nn.Module):
         defer_logits = self._defer_logits(hidden[target_mask])
         nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
         views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
-        return nll, views
+        return nll, defer_logits, views
 
     def _hidden_states(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         return self._model.hidden_states(input_ids, use_cache=False, **inputs)

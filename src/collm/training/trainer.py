@@ -75,7 +75,14 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             base.requires_grad_(True)
         tuned = with_adapter(base, args) if args.method == "lora" else base
         super().__init__(
-            JointModule(tuned, head, frozen=args.method == "head", vocab_size=vocab_size, law=train_dataset.law),
+            JointModule(
+                tuned,
+                head,
+                frozen=args.method == "head",
+                vocab_size=vocab_size,
+                law=train_dataset.law,
+                deferral_cost=args.deferral_cost,
+            ),
             args,
             data_collator=collate_padding_free if args.padding_free else collate,
             train_dataset=train_dataset,
@@ -232,7 +239,9 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         parts = [self._views(model, batch) for batch in self.get_eval_dataloader(eval_dataset)]
         model.train(training)
         views = TokenViews(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in views.measures().items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in views.measures(self.args.deferral_cost).items()
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
