@@ -152,6 +152,13 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
         f"The base has {plan['layers']} layers. {plan['test_rows']:,} test problems read with the given solution, "
         f"{plan['written_rows']:,} solved freely. Made with {versions}, in {minutes:.0f} minutes.",
     ]
+    found += [
+        "",
+        "Learned head minus the base's doubt, in nats per token. Where it is negative, the head is better:",
+        "",
+    ]
+    found += _differences(results["given"])
+    found += ["", "<details><summary>NLL of every rule, and what it defers</summary>"]
     for name, given in results["given"].items():
         found += ["", f"**{name[0].upper()}{name[1:]}**: NLL in nats per token at equal deferral rates:", ""]
         found += _rules(given)
@@ -165,6 +172,7 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
                 for kind, of in given["kinds"].items()
             ],
         )
+    found += ["", "</details>"]
     if "written" not in results:
         return found
     found += ["", "Free generation, greedy:", ""]
@@ -181,6 +189,13 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
             for row in results["written"]["rows"]
         ],
     )
+
+
+def _differences(given: dict[str, dict[str, Any]]) -> list[str]:
+    by_way = {name: one["rules"][DOUBT] for name, one in given.items()}
+    rates = [at_rate["rate"] for at_rate in next(iter(by_way.values()))]
+    body = [[name, *(_nats(at_rate["learned_minus"]) for at_rate in row)] for name, row in by_way.items()]
+    return _table(["training", *(f"{rate:.0%}" for rate in rates)], body)
 
 
 def _rules(given: dict[str, Any]) -> list[str]:

@@ -60,10 +60,12 @@ class Alignment:
 
     tokenizers: Sequence[TextTokenizer]
     opens: Tensor = field(init=False)
+    _opens: list[list[bool]] = field(init=False)
     _masks: dict[tuple[int, int, torch.device], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "opens", _opening_table([one.pairs_inside for one in self.tokenizers]))
+        object.__setattr__(self, "_opens", self.opens.tolist())  # single entries of a tensor are slow to read
         self._check_words()
         for tokenizer in self.tokenizers:
             self._check(tokenizer)
@@ -81,8 +83,8 @@ class Alignment:
     def is_opening(self, author: int, row: int, token_id: int) -> bool:
         """Whether an author's token begins a segment in this row, or ends the text."""
         tokenizer = self.tokenizers[author]
-        first = int(tokenizer.first_byte[token_id])
-        return token_id in tokenizer.eos_ids or (first >= 0 and bool(self.opens[row, first]))
+        spelled = tokenizer.token_bytes[token_id]
+        return token_id in tokenizer.eos_ids or (bool(spelled) and self._opens[row][spelled[0]])
 
     def opening_mask(self, author: int, row: int, device: torch.device) -> Tensor:
         """The author's tokens that begin a segment in this row or end the text, bool, shape (V,)."""
@@ -113,10 +115,9 @@ class Alignment:
 
     def boundaries(self, answer: bytes) -> list[int]:
         """Positions in bytes at which segments of a whole answer begin, and the end of the answer."""
-        opens = self.opens.numpy()
         found = [0] if answer else []
         for at in range(1, len(answer)):
-            if opens[answer[at - 1], answer[at]] and self.row(answer[max(at - 8, 0) : at]) != ONLY_ENDS:
+            if self._opens[answer[at - 1]][answer[at]] and self.row(answer[max(at - 8, 0) : at]) != ONLY_ENDS:
                 found.append(at)
         return [*found, len(answer)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -91,8 +92,8 @@ class TextTokenizer:
 
     def ends(self, token_ids: Sequence[int], start: int = 0) -> list[int]:
         """End of each token in bytes, if the first begins at `start`."""
-        lengths = [len(self.token_bytes[token_id] or b"") for token_id in token_ids]
-        return cast("list[int]", (start + np.cumsum(lengths, dtype=np.int64)).tolist())
+        lengths = (len(self.token_bytes[token_id] or b"") for token_id in token_ids)
+        return list(accumulate(lengths, initial=start))[1:]
 
     def encode_after(self, prompt_ids: Sequence[int], text: str) -> Encoding | None:
         """Tokenise a text that follows a prompt. Returns None if the tokens do not spell exactly this text."""
