@@ -84,7 +84,7 @@ class Alignment:
         """Whether an author's token begins a segment in this row, or ends the text."""
         tokenizer = self.tokenizers[author]
         spelled = tokenizer.token_bytes[token_id]
-        return token_id in tokenizer.eos_ids or (bool(spelled) and self._opens[row][spelled[0]])
+        return token_id in tokenizer.eos_ids or bool(spelled and self._opens[row][spelled[0]])
 
     def opening_mask(self, author: int, row: int, device: torch.device) -> Tensor:
         """The author's tokens that begin a segment in this row or end the text, bool, shape (V,)."""
