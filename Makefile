@@ -16,6 +16,9 @@ GSM8K ?= gsm8k
 # What needs programs of its own, as in pyproject.toml.
 ELSEWHERE := not vllm and not clients and not tokenizers
 
+# What is tested by whole runs or against servers.
+ROOMS_OF_RUNS := benchmarks clients demo recipes serving vllm training/test_distributed.py
+
 # Tests wait for a quarter of their time, so three processes keep two cores busy.
 WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -38,8 +41,9 @@ test: $(INSTALLED)  ## All tests but the soak tests.
 test-all: $(INSTALLED)  ## All tests, with those that start real processes, put load on the server or run whole demos.
 	$(PYTEST)
 
-test-fast: $(INSTALLED)  ## Tests for the inner loop: no training runs or servers, half of the architectures.
-	$(PYTEST) -m 'not soak and not slow and $(ELSEWHERE)' $(addprefix --ignore=tests/,clients demo recipes serving vllm)
+test-fast: WORKERS = 2
+test-fast: $(INSTALLED)  ## Tests for the inner loop: no runs or servers, half of the architectures, little over a third of a second.
+	$(PYTEST) -p no:schemathesis -m 'not soak and not slow and $(ELSEWHERE)' $(addprefix --ignore=tests/,$(ROOMS_OF_RUNS))
 
 # vLLM wants other versions than collm does, so it has an environment of its own, with collm's plug-in beside it. The
 # CPU build brings a torchvision for GPUs, which breaks transformers there.

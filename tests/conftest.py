@@ -11,19 +11,14 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.architectures import COMMON, VOCAB_SIZE
-from tests.tokenizers import merging_tokenizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-"""Where exactness is tested: wherever the machine can."""
-
+# torch and transformers are imported where they are needed: the process that hands out tests needs neither.
 
 LONG = ("demo/test_run", "vllm/test_engine", "training/test_distributed", "cli/test_cli", "serving/test_playground")
 
@@ -36,11 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """What a test draws, and what is first made for it, does not depend on the tests before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _process() -> Iterator[None]:
+    import torch
+
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background ignore it
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -58,6 +57,11 @@ def _old_objects_are_not_collected() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words w0..w93 by white space, with <pad>, <eos> and <unk>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.architectures import VOCAB_SIZE
+
     words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB_SIZE - 3))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -71,27 +75,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(**changes: Any) -> LlamaConfig:
-    """Weights large enough that the two best logits lie far above rounding apart."""
-    return LlamaConfig(**{**COMMON, "max_position_embeddings": 128, **changes})
-
-
-def make_model(config: Any, seed: int, device: str = "cpu") -> PreTrainedModel:
-    """A causal LM with random weights, in evaluation mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).eval().to(device)
-
-
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """Makes a tiny Llama: tiny_model(seed, **config changes)."""
+    from tests.tiny_models import make_model, tiny_config
+
     return lambda seed=0, **changes: make_model(tiny_config(**changes), seed)
 
 
 @pytest.fixture
 def saved_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
     """Saves a tiny Llama with the tokenizer: saved_model(name, seed, **config changes) -> its directory."""
+    from tests.tiny_models import make_model, tiny_config
 
     def save(name: str, seed: int = 0, **changes: Any) -> Path:
         directory = tmp_path / name
@@ -108,6 +103,8 @@ CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte and a few merges, with <eos> and a chat template."""
+    from tests.tokenizers import merging_tokenizer
+
     tokenizer = merging_tokenizer("the cat sat on the mat", vocab_size=264, across_words=False)
     tokenizer.chat_template = CHAT
     return tokenizer
@@ -116,6 +113,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def byte_model(byte_tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A tiny Llama over that tokenizer's ids."""
+    from tests.tiny_models import make_model, tiny_config
+
     sizes = {"intermediate_size": 64, "vocab_size": len(byte_tokenizer)}  # blocks of a GGUF file have 32 weights
     ids = {"eos_token_id": byte_tokenizer.eos_token_id, "pad_token_id": None}
     return make_model(tiny_config(**sizes, **ids), seed=0)

@@ -21,7 +21,7 @@ PRELOADED = [
     "collm.evaluation.report",
     "collm.training.trainer",
     "collm.training.warm_start",
-    "tests.conftest",
+    "tests.tiny_models",
     "transformers.models.llama.modeling_llama",
     "transformers.integrations",
 ]

@@ -47,6 +47,7 @@ def token_ids(model: CoLLM) -> list[list[int]]:
     return [c.token_ids for c in model.generate(["w5", "w6 w7"], PARAMS, threshold=0.5)]
 
 
+@pytest.mark.slow
 def test_a_frozen_base_is_referenced_and_everything_loads_the_same(
     saved: Path, specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -57,6 +58,7 @@ def test_a_frozen_base_is_referenced_and_everything_loads_the_same(
     assert token_ids(model) == token_ids(CoLLM(specs[0], specs[1:], head(), tokenizer, template=model.template))
 
 
+@pytest.mark.slow
 def test_a_base_in_memory_is_saved_with_the_artefact_and_moves_with_it(
     tmp_path: Path,
     specs: list[ModelSpec],
@@ -71,6 +73,7 @@ def test_a_base_in_memory_is_saved_with_the_artefact_and_moves_with_it(
     assert token_ids(CoLLM.from_pretrained(tmp_path / "second")) == expected
 
 
+@pytest.mark.slow
 def test_a_lora_base_is_saved_as_its_adapter(
     tmp_path: Path, specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -88,6 +91,7 @@ def test_a_lora_base_is_saved_as_its_adapter(
     assert token_ids(model) != token_ids(CoLLM(specs[0], specs[1:], head(), tokenizer))
 
 
+@pytest.mark.slow
 def test_calibration_gives_the_default_threshold_and_budgets(saved: Path) -> None:
     model = CoLLM.from_pretrained(saved)
     model.calibration = Calibration(POINTS, "exact_match", 20, {})
@@ -115,6 +119,7 @@ def test_chat_messages_need_a_chat_template(saved: Path) -> None:
         CoLLM.from_pretrained(saved).generate([[{"role": "user", "content": "w1"}]], threshold=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -230,6 +235,7 @@ def test_every_error_has_one_root() -> None:
     assert all(issubclass(e, CollmError) for e in (ArtefactError, LoadError, MismatchError, RequestError, WriteError))
 
 
+@pytest.mark.slow
 def test_each_model_has_a_device_or_all_the_same(saved: Path) -> None:
     expected = token_ids(CoLLM.from_pretrained(saved))
     assert token_ids(CoLLM.from_pretrained(saved, device="cpu,cpu")) == expected

@@ -19,8 +19,8 @@ from collm.tools.lookup import Lookup
 from collm.training.inspection import inspect_scores
 from collm.vllm.export_manifest import Note
 from collm.vllm.servers import Servers
-from tests.conftest import make_model, tiny_config
 from tests.processes import collm
+from tests.tiny_models import make_model, tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
-from tests.conftest import tiny_config
+from tests.tiny_models import tiny_config
 from tests.tokenizers import merging_tokenizer
 
 pytestmark = pytest.mark.soak

@@ -41,6 +41,7 @@ def change_weights(directory: Path, changed: Callable[[dict[str, Any]], dict[str
 # Models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
@@ -76,6 +77,7 @@ def test_weights_that_are_no_numbers_are_named(saved_model: SavedModel) -> None:
         ModelRunner(LanguageModel(load_model(ModelSpec(str(directory))), name="base"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eos", [["<eos>", 1], [None], -1, 1.5, {"a": 1}, [[1]], True])
 def test_eos_ids_are_token_ids(eos: Any, saved_model: SavedModel) -> None:
     directory = saved_model("model")
@@ -195,6 +197,7 @@ def test_a_name_that_no_file_has_is_one_error() -> None:
         load_rows("/" + "a" * 5000)
 
 
+@pytest.mark.slow
 def test_a_row_of_too_much_text_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "w1 " * MAX_CHARACTERS, "completion": "w2"}))

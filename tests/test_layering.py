@@ -70,6 +70,7 @@ def test_imports_follow_the_order_of_the_rooms(path: Path) -> None:
             assert parts[1] in allowed or not is_room, f"{room} imports {name}"
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other() -> None:
     modules = {module_of(path): path for path in FILES}
     graph = {
@@ -100,6 +101,7 @@ def test_commands_import_nothing_heavy_before_they_run(path: Path) -> None:
     assert all(name.startswith(allowed) for name in names if name.startswith("collm"))
 
 
+@pytest.mark.slow
 def test_help_imports_no_torch() -> None:
     program = "import sys; sys.argv = ['collm', '--help']\nfrom collm.cli.main import main\n"
     program += "try: main()\nexcept SystemExit as e: print('torch' in sys.modules or e.code)"

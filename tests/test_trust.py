@@ -142,6 +142,7 @@ def test_calibrate_calls_no_metric_of_a_run_directory(saved: Path, tmp_path: Pat
     assert "would run os:symlink, which is not part of collm" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "- a", "seed: 1", "a: [", "seed: x", "[" * 50_000, "!!python/object:os.x {}"])
 def test_a_damaged_run_is_one_sentence(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(content)
@@ -213,6 +214,7 @@ def change_adapter(directory: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
@@ -258,6 +260,7 @@ def test_an_adapter_that_could_not_be_loaded_is_not_saved(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_names_no_other_base_and_no_class(adapted: Path, tmp_path: Path) -> None:
     expected = CoLLM.from_pretrained(adapted).generate("w1", threshold=1)[0].text
     auto = {"base_model_class": "system", "parent_library": "os"}
@@ -270,6 +273,7 @@ def test_an_adapter_names_no_other_base_and_no_class(adapted: Path, tmp_path: Pa
     assert kept["base_model_name_or_path"] == str(tmp_path / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"[" * 100_000, b"\xff" * 9, b"{}" * (1 << 20)])
 def test_a_damaged_adapter_is_one_sentence(name: str, content: bytes | None, adapted: Path) -> None:
@@ -353,6 +357,7 @@ def test_a_hub_snapshot_is_made_of_links(saved: Path, tmp_path: Path) -> None:
 # Absurd files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["collm.json", "calibration.json"])
 @pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", "1", "null", '"\\ud800"', "\x00", "{" * 9, ""])
 def test_absurd_json_is_one_sentence(name: str, content: str, saved: Path) -> None:
@@ -396,6 +401,7 @@ def test_a_head_with_more_in_it_is_refused(saved: Path) -> None:
         CoLLM.from_pretrained(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field", ["base", "assistants", "template", "accept_differences", "training", "tokenizer_hash"]
 )

@@ -60,6 +60,7 @@ def typed(talk: Conversation, *lines: str, monkeypatch: pytest.MonkeyPatch) -> s
     return console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_every_turn_is_what_generate_makes_of_the_messages(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = talk_of(model)
     talk.system = "w9"
@@ -78,6 +79,7 @@ def test_every_turn_is_what_generate_makes_of_the_messages(model: CoLLM, monkeyp
     assert f"{len(second.authors)} tokens, {second.deferral_rate:.1%} by assistants" in shown
 
 
+@pytest.mark.slow
 def test_commands_change_who_answers(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = talk_of(model)
     lines = ("/model assistant", "w2", "/clear", "/model base", "w2", "/clear", "/model collaboration")
@@ -90,6 +92,7 @@ def test_commands_change_who_answers(model: CoLLM, monkeypatch: pytest.MonkeyPat
     assert len(talk.turns) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
@@ -130,6 +133,7 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(model: CoLLM) -> No
     assert [runner.open_slots for runner in model.runners] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threshold", "author"), [(1, 0), (-1, 1)])
 def test_a_turn_reads_only_what_is_new(
     saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, threshold: float, author: int

@@ -189,6 +189,7 @@ def test_a_run_in_parts(pair: dict[str, Path], tmp_path: Path) -> None:
     assert (loaded.calibration.num_prompts, loaded.calibration.metric_name) == (4, "token_f1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -287,6 +288,7 @@ def test_ctrl_c_while_scoring_leaves_a_run_that_resumes(pair: dict[str, Path], t
     assert len(list(out.glob("*.safetensors"))) == 16
 
 
+@pytest.mark.slow
 def test_wrong_usage_has_status_2() -> None:
     for arguments in (
         ["generate"],
@@ -336,6 +338,7 @@ def test_an_unknown_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
     assert "--nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_command_and_flag_in_readme_and_guide_exists() -> None:
     pages = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/guide.md"))
     commands = re.findall(r"(?:^|`)collm ([\w-]+)([^`\n]*)", re.sub(r" \\\n +", " ", pages), flags=re.MULTILINE)

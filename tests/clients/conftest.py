@@ -16,9 +16,9 @@ import pytest
 from collm import CoLLM, ToolSpec
 from collm.models.template import PromptTemplate
 from collm.tools.calls import BuiltInTool
-from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import random_head
 from tests.serving.conftest import CALIBRATION, Running, serve  # noqa: F401
+from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
 
 CHAT = (

@@ -27,6 +27,7 @@ def test_top_k_keeps_the_k_most_probable_renormalised() -> None:
     assert torch.equal(token_probs(LOGITS, 1.0, top_k=99), token_probs(LOGITS, 1.0))
 
 
+@pytest.mark.slow
 @given(st.floats(0.01, 1.0), st.lists(st.floats(-5, 5), min_size=2, max_size=12))
 def test_top_p_keeps_the_smallest_set_that_reaches_the_share(top_p: float, logits: list[float]) -> None:
     full = torch.softmax(torch.tensor(logits), -1)

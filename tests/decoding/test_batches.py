@@ -26,7 +26,7 @@ from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, R
 from collm.models.kv_cache import MOST_SLOTS
 from collm.models.loading import ModelSpec
 from collm.models.runner import ModelRunner
-from tests.conftest import VOCAB_SIZE
+from tests.architectures import VOCAB_SIZE
 from tests.decoding.test_engine import prompts_of, random_head
 
 Model = Callable[..., PreTrainedModel]
@@ -53,6 +53,7 @@ def run(engine: Engine) -> tuple[dict[int, list[int]], dict[int, CollmError]]:
     return came, failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [ThresholdPolicy(0.5), MixturePolicy()])
 @pytest.mark.parametrize("author", [0, 1])
 def test_nan_in_one_sequence_harms_no_other(pair: CoLLM, author: int, policy: Policy) -> None:
@@ -76,6 +77,7 @@ def test_nan_in_one_sequence_harms_no_other(pair: CoLLM, author: int, policy: Po
     assert [c.token_ids for c in later] == good * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("author", [0, 1])
 def test_a_model_that_raises_for_one_sequence_fails_that_one(
     pair: CoLLM, author: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -123,6 +125,7 @@ class BadMixture(MixturePolicy):
         return super().combine(logprobs, author_logprobs) * torch.nan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "error", "message", "written"),
     [
@@ -147,6 +150,7 @@ def test_a_policy_that_breaks_down_fails_its_own_sequence(
         pair.generate([[7]], PARAMS, policy=policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["product:weight=0", "product:weight=1", "contrastive", "mixture"])
 def test_a_token_that_an_author_excludes_breaks_no_combination(
     pair: CoLLM, policy: str, monkeypatch: pytest.MonkeyPatch
@@ -200,6 +204,7 @@ def test_thousands_of_joins_leaves_and_cancellations_leave_nothing_behind(pair: 
     assert all(len(author._texts) == 8 for author in pair.runners)
 
 
+@pytest.mark.slow
 def test_completions_of_one_prompt_read_it_once(pair: CoLLM) -> None:
     prompt = list(range(2, 62))
     params = SamplingParams(max_new_tokens=1)
@@ -244,6 +249,7 @@ def test_a_model_trained_between_two_calls_is_read_afresh(pair: CoLLM) -> None:
     assert after.token_ids == fresh.generate([prompt], PARAMS, threshold=1.0)[0].token_ids
 
 
+@pytest.mark.slow
 def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, params = prompts_of(3, 6), SamplingParams(max_new_tokens=30)
     alone = pair.generate(prompts, params, threshold=0.9, lookahead=0, max_wait=0)
@@ -299,11 +305,12 @@ def small_cache(pair: CoLLM, positions: int) -> CoLLM:
     return pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [0, None])
 def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
     pair: CoLLM, lookahead: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, params = prompts_of(3, 8), SamplingParams(max_new_tokens=90, temperature=0.5, seed=3)
+    prompts, params = prompts_of(3, 8), SamplingParams(max_new_tokens=75, temperature=0.5, seed=3)
     expected = [c.token_ids for c in pair.generate(prompts, params, max_batch=8, threshold=0.5)]
     paused, pause = [], Sequence.preempt
     monkeypatch.setattr(Sequence, "preempt", lambda sequence: (paused.append(sequence.number), pause(sequence)))

@@ -61,6 +61,7 @@ def test_tokens_that_are_ruled_out_break_nothing() -> None:
     assert drawn == {1, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [

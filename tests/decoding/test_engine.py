@@ -15,9 +15,9 @@ from collm.core.policies import OraclePolicy, Policy, RandomPolicy, SingleAuthor
 from collm.decoding.engine import Engine
 from collm.decoding.request import Request
 from collm.errors import ConfigError, ModelFailure, RequestError
-from tests.architectures import ARCHITECTURES, EXACT
-from tests.conftest import DEVICES, VOCAB_SIZE, make_model
+from tests.architectures import ARCHITECTURES, EXACT, VOCAB_SIZE
 from tests.decoding.slow import slow_decode
+from tests.tiny_models import DEVICES, make_model
 
 Model = Callable[..., PreTrainedModel]
 EOS = 1
@@ -62,6 +62,7 @@ def test_greedy_equals_the_slow_loop_on_every_architecture(
     assert both == {0, 1}
 
 
+@pytest.mark.slow
 def test_two_assistants_of_other_architectures_equal_the_slow_loop(tokenizer: PreTrainedTokenizerFast) -> None:
     models = [make_model(EXACT[name](), seed) for seed, name in enumerate(["llama", "gpt2", "mistral-window"])]
     head = random_head(32, 2, seed=3)
@@ -82,6 +83,7 @@ def pair(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> CoLLM:
     return CoLLM(tiny_model(0), [tiny_model(1, hidden_size=48)], random_head(32, 1), tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threshold", "author"), [(1.0, 0), (-1.0, 1)])
 def test_threshold_extremes_are_each_model_alone_under_generate(pair: CoLLM, threshold: float, author: int) -> None:
     alone: Any = [pair.base, *pair.assistants][author]
@@ -97,6 +99,7 @@ def test_threshold_extremes_are_each_model_alone_under_generate(pair: CoLLM, thr
     assert [c.token_ids for c in single] == [c.token_ids for c in out]
 
 
+@pytest.mark.slow
 def test_one_model_as_base_and_assistant_is_that_model(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> None:
     model = CoLLM(tiny_model(0), [tiny_model(0)], random_head(32, 1), tokenizer)
     params = SamplingParams(max_new_tokens=16)
@@ -105,6 +108,7 @@ def test_one_model_as_base_and_assistant_is_that_model(tiny_model: Model, tokeni
     assert [c.token_ids for c in outs[0]] == [c.token_ids for c in outs[1]] == [c.token_ids for c in outs[2]]
 
 
+@pytest.mark.slow
 def test_batch_size_and_company_change_nothing_even_when_sampling(pair: CoLLM) -> None:
     params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5)
     for policy in ("joint", RandomPolicy(0.5), ThresholdPolicy(0.5)):
@@ -134,7 +138,7 @@ def test_the_first_token_follows_the_stated_law(
     else:
         law = laws[int(d > 0.5)]
     params = SamplingParams(max_new_tokens=1, temperature=0.8, seed=0)
-    out = model.generate([prompt] * n, params, policy=policy, max_batch=50)
+    out = model.generate([prompt] * n, params, policy=policy, max_batch=400)
     counts = torch.bincount(torch.tensor([c.token_ids[0] for c in out]), minlength=VOCAB_SIZE).double()
     cells = law * n >= 5
     statistic = ((counts - n * law) ** 2 / (n * law))[cells].sum()

@@ -29,10 +29,10 @@ from collm.decoding import engine as engine_module
 from collm.decoding.request import Request
 from collm.errors import ConfigError
 from collm.models.runner import ModelRunner
-from tests.architectures import ARCHITECTURES, EXACT
-from tests.conftest import DEVICES, VOCAB_SIZE, make_model, tiny_config
+from tests.architectures import ARCHITECTURES, EXACT, VOCAB_SIZE
 from tests.decoding.slow import slow_decode
 from tests.decoding.test_engine import prompts_of, random_head
+from tests.tiny_models import DEVICES, make_model, tiny_config
 
 
 def relative_of(
@@ -82,6 +82,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
     return Plans(monkeypatch, random.Random(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_reading_ahead_changes_nothing_on_any_architecture(
@@ -134,6 +135,7 @@ def trio() -> list[PreTrainedModel]:
     return [base, relative_of(base, tiny_config(), 1, 0.1), relative_of(base, tiny_config(), 2, 0.2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("policy", RULES, ids=lambda policy: type(policy).__name__)
 def test_every_rule_equals_the_slow_loop_in_company_and_alone(
@@ -224,6 +226,7 @@ def test_stop_strings_streaming_and_limits_hold_while_reading_ahead(
         assert out.token_ids == whole.token_ids[:limit]
 
 
+@pytest.mark.slow
 def test_the_end_of_the_context_holds_while_reading_ahead(tokenizer: PreTrainedTokenizerFast, plans: Plans) -> None:
     config = tiny_config(max_position_embeddings=24, eos_token_id=None)
     base = make_model(config, 0)

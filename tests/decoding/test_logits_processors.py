@@ -26,10 +26,10 @@ from collm.decoding.request import Request
 from collm.errors import ConfigError, RequestError
 from collm.models.tools import ToolModel
 from collm.tools.calls import BuiltInTool
-from tests.conftest import make_model, tiny_config
 from tests.decoding.slow import slow_decode
 from tests.decoding.test_engine import random_head
 from tests.decoding.test_exactness import Plans, relative_of
+from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
 
 TEXTS = ('{"name": "Ada", "age": 36}', "the cat sat on the mat and the dog sat on the log")
@@ -106,6 +106,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_rule_equals_the_slow_loop_with_every_processor(
@@ -122,6 +123,7 @@ def test_every_rule_equals_the_slow_loop_with_every_processor(
         assert (completion.token_ids, completion.authors) == expected, policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 6))])
 def test_mixed_requests_leave_each_other_alone(
     seed: int, model: CoLLM, trio: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch
@@ -161,6 +163,7 @@ def test_reported_log_probabilities_are_those_of_the_models(model: CoLLM) -> Non
     assert other.logprobs[0] == pytest.approx(plain.top_logprobs[0][1][1], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [-1.0, 0.5, 1.0])
 def test_texts_have_the_form_that_was_asked_for_whoever_writes(model: CoLLM, threshold: float) -> None:
     def text(**form: Any) -> str:
@@ -217,6 +220,7 @@ def knows(text: str) -> str | None:
     return "cat y" if text.endswith("y") else None
 
 
+@pytest.mark.slow
 def test_a_tool_whose_token_is_forbidden_abstains(trio: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
     spec, head = ToolSpec("date", eps=0.05), random_head(32, 1)
@@ -304,6 +308,7 @@ def test_nothing_is_copied_without_processors(model: CoLLM, monkeypatch: pytest.
     assert model.generate([[5, 6]], SamplingParams(5), threshold=0.5)[0].token_ids
 
 
+@pytest.mark.slow
 def test_penalties_of_a_long_text_are_those_of_its_tokens(model: CoLLM) -> None:
     """Counts grow by doubling and are taken back with drafts; at the end they are those of the text."""
     params = SamplingParams(100, 1.2, seed=4, frequency_penalty=0.5, ignore_eos=True)

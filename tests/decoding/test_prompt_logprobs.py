@@ -17,9 +17,9 @@ from collm.evaluation.gold import gold_views
 from collm.evaluation.harness import _log_likelihood
 from collm.tools.calls import BuiltInTool
 from collm.training.examples import Example, Examples
-from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.decoding.test_tools import knows
+from tests.tiny_models import make_model, tiny_config
 
 PROMPT = [token for prompt in prompts_of(2, 4) for token in prompt]
 
@@ -38,6 +38,7 @@ def laws(trio: list[PreTrainedModel], model: CoLLM, text: list[int], author: int
     return each[author] if author is not None else (each + by_author.T.unsqueeze(-1)).logsumexp(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 256])
 @pytest.mark.parametrize("author", [None, 0, 2])
 def test_they_are_the_sum_over_authors(

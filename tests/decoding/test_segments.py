@@ -23,6 +23,7 @@ from collm.models.text_tokenizer import TextTokenizer
 from collm.training.aligned import aligned_example
 from collm.training.scoring import read_scores
 from tests.decoding.slow_segments import SlowSegments
+from tests.tools.functions import miles
 from tests.two_tokenizers import TEXTS, two_tokenizers, writing_model
 
 
@@ -63,9 +64,10 @@ POLICIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_greedy_equals_the_slow_loop_in_any_company(pair: CoLLM, policy: Policy) -> None:
-    prompts, params = prompts_of(1, 12), SamplingParams(max_new_tokens=30)
+    prompts, params = prompts_of(1, 6), SamplingParams(max_new_tokens=30)
     wanted = [slow(pair, prompt, policy, params) for prompt in prompts]
     for size in (1, 5):
         done = pair.generate(prompts, params, policy=policy, max_batch=size)
@@ -85,6 +87,7 @@ def test_sampled_equals_the_slow_loop_in_any_company(pair: CoLLM, policy: Policy
         assert [(one.token_ids, one.authors) for one in done] == wanted
 
 
+@pytest.mark.slow
 def test_one_tokenizer_twice_that_never_defers_is_plain_generation() -> None:
     """Wherever the model writes the tokens that its tokenizer cuts the text into."""
     tokenizer = two_tokenizers()[0]
@@ -118,6 +121,7 @@ def test_one_tokenizer_twice_that_never_defers_is_plain_generation() -> None:
     assert same >= 3
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_completion_and_names_its_authors(pair: CoLLM) -> None:
     for prompt in prompts_of(4, 4):
         params = SamplingParams(max_new_tokens=20, logprobs=2)
@@ -131,6 +135,7 @@ def test_a_stream_is_the_completion_and_names_its_authors(pair: CoLLM) -> None:
         assert whole.text == spelled
 
 
+@pytest.mark.slow
 def test_stop_strings_cut_the_text_wherever_they_stand(pair: CoLLM) -> None:
     (whole,) = pair.generate("the capital", SamplingParams(max_new_tokens=40), threshold=0.4)
     assert {0, 1} <= set(whole.authors)
@@ -141,6 +146,7 @@ def test_stop_strings_cut_the_text_wherever_they_stand(pair: CoLLM) -> None:
         assert cut.text == whole.text[: whole.text.index(stop)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [1.0, -1.0])
 def test_either_author_ends_a_text_and_no_text_is_shorter_than_allowed(threshold: float) -> None:
     base, assistant = two_tokenizers()
@@ -157,6 +163,7 @@ def test_either_author_ends_a_text_and_no_text_is_shorter_than_allowed(threshold
     assert {(one.finish_reason, len(one.token_ids)) for one in endless} == {("length", 30)}
 
 
+@pytest.mark.slow
 def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
     pair: CoLLM, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,27 +180,24 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
     assert "was preempted because the KV caches are full" in caplog.text
 
 
+@pytest.mark.slow
 def test_three_authors_with_three_ways_to_write(pair: CoLLM) -> None:
     """A tool speaks the base's tokens; it is asked at boundaries, and has ended where it falls abstained."""
     base = two_tokenizers()[0]
     head = random_head(32, 2, seed=3)
     other = two_tokenizers()[1]
-    three = CoLLM(pair.base, [pair.assistants[0], numbers], head, base, tokenizers=[other, base])
+    three = CoLLM(pair.base, [pair.assistants[0], miles], head, base, tokenizers=[other, base])
     params = SamplingParams(max_new_tokens=40)
-    done = three.generate(prompts_of(7, 12), params, threshold=0.3)
+    done = three.generate(prompts_of(7, 6), params, threshold=0.3)
     assert {author for one in done for author in one.authors} == {0, 1, 2}
     written = {text for one in done for text, author in zip(one.token_texts, one.authors, strict=True) if author == 2}
     assert written
     assert all(text in " 12 miles" for text in written)
-    alone = three.generate(prompts_of(7, 12), params, threshold=0.3, max_batch=1)
+    alone = three.generate(prompts_of(7, 6), params, threshold=0.3, max_batch=1)
     assert [one.token_ids for one in alone] == [one.token_ids for one in done]
 
 
-def numbers(text: str) -> str | None:
-    """A tool that knows what follows some words."""
-    return " 12 miles" if text.endswith(("river", "lo", "c", "r", "small", "town", "it", "what")) else None
-
-
+@pytest.mark.slow
 def test_an_assistant_that_never_comes_to_a_boundary_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     base, assistant = two_tokenizers()
     endless = writing_model(assistant, 2)
@@ -240,6 +244,7 @@ def test_every_slot_is_closed(pair: CoLLM) -> None:
     assert [runner.open_slots for runner in pair.runners if isinstance(runner, ModelRunner)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_is_read_again_is_little(pair: CoLLM) -> None:
     """Reading is incremental: only segments that an author spelled in other tokens are read a second time."""
     before = [runner.usage.tokens_read for runner in pair.runners]
@@ -279,6 +284,7 @@ def test_candidates_of_other_tokens_stand_where_segments_begin(pair: CoLLM) -> N
         at += len(piece)
 
 
+@pytest.mark.slow
 def test_penalties_count_each_authors_own_tokens(pair: CoLLM) -> None:
     params = SamplingParams(max_new_tokens=40, frequency_penalty=2.0, presence_penalty=2.0)
     prompts = prompts_of(11, 6)
@@ -332,6 +338,7 @@ def _law(pair: CoLLM, prompt: str, before: bytes, segment: bytes) -> float:
     return sum(0.5 * logprobs[place].exp().item() for logprobs in read)
 
 
+@pytest.mark.slow
 def test_who_writes_makes_no_difference_where_both_are_one_model() -> None:
     """With one tokenizer twice, aligned as if they differed: any rule writes what the model alone does."""
     tokenizer = two_tokenizers()[0]

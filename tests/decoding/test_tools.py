@@ -25,10 +25,10 @@ from collm.models.runner import ModelOutput
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.calls import BuiltInTool
 from tests.architectures import ARCHITECTURES, EXACT
-from tests.conftest import make_model, tiny_config
 from tests.decoding.slow import slow_decode
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.decoding.test_exactness import Plans
+from tests.tiny_models import make_model, tiny_config
 
 TOOL = ToolSpec("date", eps=0.05)
 
@@ -98,6 +98,7 @@ POLICIES: list[Policy] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_policy_equals_the_slow_loop(company: tuple[CoLLM, list], plans: Plans, temperature: float) -> None:
     params = SamplingParams(max_new_tokens=20, temperature=temperature, seed=0 if temperature else None)
@@ -130,6 +131,7 @@ def test_a_tool_that_always_knows_is_a_one_hot_language_model(
     assert len(set(written)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tools_help_any_architecture(name: str, tokenizer: PreTrainedTokenizerFast, plans: Plans) -> None:
     base = make_model(EXACT[name](), 0)
@@ -147,6 +149,7 @@ def test_tools_help_any_architecture(name: str, tokenizer: PreTrainedTokenizerFa
     ]
 
 
+@pytest.mark.slow
 def test_calls_are_counted_and_cost_no_forward_pass(company: tuple[CoLLM, list]) -> None:
     model, _ = company
     params = SamplingParams(max_new_tokens=25)

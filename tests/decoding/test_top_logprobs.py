@@ -15,10 +15,10 @@ from collm.core.policies import ConfidencePolicy, JointPolicy, Policy, Threshold
 from collm.errors import ConfigError
 from collm.models.tools import ToolModel
 from collm.tools.calls import BuiltInTool
-from tests.conftest import make_model, tiny_config
 from tests.decoding.slow import Reading
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.decoding.test_tools import knows
+from tests.tiny_models import make_model, tiny_config
 
 MOST = 5
 
@@ -48,6 +48,7 @@ def law_of_next(model: CoLLM, ids: Sequence[int], author: int, policy: Policy) -
         return policy.combine({one: logits[one].log_softmax(-1) for one in asked}, by_author)[0].log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "policy",
@@ -72,6 +73,7 @@ def test_the_likeliest_tokens_are_those_of_the_law_that_was_drawn_from(
             assert completion.logprobs[i] == pytest.approx(law[completion.token_ids[i]].item(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_they_change_no_token_and_stay_away_unasked(company: CoLLM) -> None:
     params = SamplingParams(12, 1.0, seed=1)
     plain = company.generate(prompts_of(4, 3), params, threshold=0.5)

@@ -19,8 +19,8 @@ from collm.demo.arithmetic import KINDS, UNSEEN, chats, sums
 from collm.demo.real import run_real_demo
 from collm.errors import ConfigError, LoadError
 from collm.evaluation.metrics import last_number
-from tests.conftest import make_model, tiny_config
 from tests.gguf_files import write_gguf
+from tests.tiny_models import make_model, tiny_config
 
 
 @pytest.fixture(scope="module")

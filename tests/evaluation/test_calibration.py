@@ -55,6 +55,7 @@ def test_it_finds_who_is_right_and_records_what_came(model: CoLLM, items: list[V
         assert point.rate_low <= point.deferral_rate <= point.rate_high
 
 
+@pytest.mark.slow
 def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items: list[ValidationItem]) -> None:
     alone = model.generate([item.prompt for item in items], PARAMS, threshold=1.0)
     probs = [prob for completion in alone for prob in completion.defer_probs]
@@ -65,6 +66,7 @@ def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items
     assert min(abs(prob - middle[0]) for prob in probs) > 1e-6  # rounding in another engine changes no author
 
 
+@pytest.mark.slow
 def test_a_head_that_nearly_always_defers_is_calibrated(model: CoLLM, items: list[ValidationItem]) -> None:
     """Its defer probs differ by less than fp32 can tell from 1."""
     with torch.no_grad():
@@ -92,6 +94,7 @@ def test_a_threshold_below_1_is_not_shown_as_1(threshold: float, text: str) -> N
     assert threshold_text(threshold) == text
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[ValidationItem]) -> None:
     calibrate(model, items, metric="token_f1", params=PARAMS)
     for budget in (0.0, 0.25, 0.6):
@@ -99,6 +102,7 @@ def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[Valida
         assert out.deferral_rate <= budget
 
 
+@pytest.mark.slow
 def test_the_base_wins_ties(model: CoLLM, items: list[ValidationItem]) -> None:
     unreachable = [ValidationItem(item.prompt, "w1 " * 30) for item in items]
     assert calibrate(model, unreachable, params=PARAMS).best().threshold == 1.0
@@ -119,6 +123,7 @@ def test_bad_input_is_refused(model: CoLLM, items: list[ValidationItem]) -> None
         calibrate(model, items, metric="nothing_known")
 
 
+@pytest.mark.slow
 def test_refining_splits_the_widest_step_beside_the_best(model: CoLLM, items: list[ValidationItem]) -> None:
     coarse = calibrate(model, items, params=PARAMS, rates=(0, 1), refine=0)
     rounds = []
@@ -151,6 +156,7 @@ def test_refining_ends_where_no_step_is_left(model: CoLLM, items: list[Validatio
     assert progress[-1] == (2 * len(found.points), 2 * len(found.points))
 
 
+@pytest.mark.slow
 def test_budgets_are_looked_for_and_kept(
     model: CoLLM, items: list[ValidationItem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,11 +176,13 @@ def test_budgets_are_looked_for_and_kept(
     assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
+@pytest.mark.slow
 def test_guesses_are_measured(model: CoLLM, items: list[ValidationItem]) -> None:
     found = calibrate(model, items, params=PARAMS, rates=(0,), refine=0, guesses=[0.123, 0.5])
     assert [point.threshold for point in found.points] == [1.0, 0.5, 0.123]
 
 
+@pytest.mark.slow
 def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list[ValidationItem]) -> None:
     calibrate(model, items, params=PARAMS, budgets=[0.3])
     prompts = [f"w{i} w{i + 7}" for i in range(20)]
@@ -200,6 +208,7 @@ def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list
     assert Calibration.from_dict(json.loads(json.dumps(checked.to_dict()))) == checked
 
 
+@pytest.mark.slow
 def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[ValidationItem]) -> None:
     calibrate(model, items, params=PARAMS)
     never = [ValidationItem(item.prompt, "w1 " * 30) for item in items]

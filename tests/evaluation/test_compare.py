@@ -71,6 +71,7 @@ def run(
     return compare(systems, task, items, out, threshold=THRESHOLD, max_batch=4)
 
 
+@pytest.mark.slow
 def test_every_system_answers_every_item_as_generate_does(
     model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_every_system_answers_every_item_as_generate_does(
     assert by_name["random"].deferral_rate == pytest.approx(by_name["collaboration"].deferral_rate, abs=0.2)
 
 
+@pytest.mark.slow
 def test_a_model_alone_costs_its_own_passes(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     found = {result.name: result for result in run(model, task, items, tmp_path, "base,assistant-2").results}
     assert list(found["base"].models) == ["base"]
@@ -113,6 +115,7 @@ def test_a_model_alone_costs_its_own_passes(model: CoLLM, task: Task, items: lis
     assert set(found["collaboration"].models) >= {"base", "assistant 1"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_item_by_item(
     model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +147,7 @@ def test_an_interrupted_evaluation_goes_on_item_by_item(
     assert [result.measures for result in again.results] == [result.measures for result in whole.results]
 
 
+@pytest.mark.slow
 def test_answers_to_something_else_are_refused(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     run(model, task, items, tmp_path, "base")
     with pytest.raises(ConfigError, match=r"holds answers of other items; .* give the same options to go on"):
@@ -172,6 +176,7 @@ def test_a_failing_model_stops_the_run_and_scores_nothing(
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_tool_stops_the_run_and_is_asked_again(
     model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +218,7 @@ def test_unknown_systems_are_refused(model: CoLLM, name: str, complaint: str) ->
         systems_named(model, [name], ThresholdPolicy(0.5))
 
 
+@pytest.mark.slow
 def test_other_models_by_path(
     model: CoLLM, task: Task, items: list[TaskItem], saved_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -381,6 +387,7 @@ def test_names_are_short_where_that_tells_them_apart() -> None:
     assert list(named.values()) == ["base", "sft=a", "sft=b", "proxy=x/b", "proxy=y/b", "threshold=0.4"]
 
 
+@pytest.mark.slow
 def test_a_score_between_right_and_wrong_is_neither(model: CoLLM, items: list[TaskItem], tmp_path: Path) -> None:
     (tmp_path / "score.py").write_text("def half(text, reference):\n    return 0.5\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -414,6 +421,7 @@ def test_insights_count_by_hand() -> None:
     assert [one.id for one in led_astray(own, base, "m")] == ["a"]
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     found = run(model, task, items, tmp_path, "base,assistant,threshold=0.9,threshold=0.1")
     report = report_of(tmp_path)
@@ -456,6 +464,7 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
         report_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_results_are_json(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     found = run(model, task, items, tmp_path, "base")
     read = json.loads((tmp_path / "results.json").read_text())

@@ -43,7 +43,7 @@ from collm.models.tools import ToolModel
 from collm.tools.calls import BuiltInTool
 from collm.training.aligned import aligned_example
 from collm.training.scoring import read_scores
-from tests.conftest import make_model, tiny_config
+from tests.tiny_models import make_model, tiny_config
 from tests.two_tokenizers import two_tokenizers, writing_model
 
 THRESHOLD = 0.5
@@ -115,6 +115,7 @@ def encoded(model: CoLLM, context: str, continuation: str) -> tuple[list[int], l
 # Likelihoods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, "2", "auto"])
 @torch.no_grad()
 def test_likelihoods_are_those_of_the_joint_model_read_token_by_token(model: CoLLM, batch_size: Any) -> None:
@@ -134,6 +135,7 @@ def test_likelihoods_are_those_of_the_joint_model_read_token_by_token(model: CoL
     assert set(deferred) != {0}
 
 
+@pytest.mark.slow
 def test_the_threshold_moves_what_is_greedy_and_no_likelihood(model: CoLLM) -> None:
     said = model.generate("w1 w2 w3", SamplingParams(max_new_tokens=4), threshold=1.0)[0]
     other = model.generate("w1 w2 w3", SamplingParams(max_new_tokens=4), threshold=-1.0)[0]
@@ -145,6 +147,7 @@ def test_the_threshold_moves_what_is_greedy_and_no_likelihood(model: CoLLM) -> N
     assert (alone[1], never[1]) == (True, False)
 
 
+@pytest.mark.slow
 def test_rolling_likelihoods_predict_every_token_once(model: CoLLM) -> None:
     eos = model.tokenizer.eos_token_id
     (whole, cut) = (
@@ -165,6 +168,7 @@ def test_rolling_likelihoods_predict_every_token_once(model: CoLLM) -> None:
             assert cut[place] == pytest.approx(total, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [None, 8])
 def test_a_head_that_never_defers_leaves_the_numbers_of_the_harness_own_model(
     world: World, max_length: int | None
@@ -219,6 +223,7 @@ def test_a_failing_model_stops_the_run(world: World) -> None:
         HarnessLM(model, threshold=THRESHOLD).loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_the_cache_of_the_harness_keeps_what_was_done(model: CoLLM, tmp_path: Path, monkeypatch: Any) -> None:
     requests = {
         "loglikelihood": asked("loglikelihood", PAIRS),
@@ -262,6 +267,7 @@ def test_tokens_that_do_not_fit(model: CoLLM) -> None:
 # Generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, "auto"])
 def test_generations_are_those_of_generate(model: CoLLM, batch_size: Any) -> None:
     prompts = ["w1 w2 w3", "w20", "", "w5 " * 30]
@@ -495,6 +501,7 @@ def tasks(model: CoLLM, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_numbers_of_the_library(
     world: World, model: CoLLM, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,6 +539,7 @@ def test_the_command_gives_the_numbers_of_the_library(
     assert found["results"]["choices"]["acc,none"] == pytest.approx(sum(hits) / 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

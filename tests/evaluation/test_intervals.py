@@ -33,6 +33,7 @@ def _too_rarely(covered: int, trials: int, coverage: float) -> bool:
     return trials * divergence_nats > math.log(1e6)
 
 
+@pytest.mark.slow
 @given(scores=st.lists(shares, min_size=1, max_size=30))
 def test_bounds_are_in_order_and_never_a_point(scores):
     interval = bootstrap_interval(scores)
@@ -40,6 +41,7 @@ def test_bounds_are_in_order_and_never_a_point(scores):
     assert len(set(scores)) > 1 or interval.low < interval.high
 
 
+@pytest.mark.slow
 @given(pairs=st.lists(st.tuples(shares, shares), min_size=1, max_size=30))
 def test_a_difference_turns_its_sign_with_the_order(pairs):
     a, b = [list(side) for side in zip(*pairs, strict=True)]
@@ -49,6 +51,7 @@ def test_a_difference_turns_its_sign_with_the_order(pairs):
     assert forward.low == pytest.approx(-backward.high)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_zero_one_scores_are_covered(share):
     # Wilson's coverage swings around 95 % with n and the share; for these three it is at least 92 %.
@@ -60,6 +63,7 @@ def test_zero_one_scores_are_covered(share):
     assert not _too_rarely(covered, trials, 0.92)
 
 
+@pytest.mark.slow
 def test_graded_scores_are_covered():
     # The percentile bootstrap of 60 items covers 94 %.
     rng = random.Random(0)
@@ -71,6 +75,7 @@ def test_graded_scores_are_covered():
     assert covered < trials  # an interval that always covers says nothing
 
 
+@pytest.mark.slow
 def test_differences_are_covered():
     # 95 % in the same simulation.
     rng = random.Random(0)
@@ -171,6 +176,7 @@ def test_parts_that_are_no_parts_are_refused(parts: list[float], wholes: list[fl
         ratio_interval(parts, wholes)
 
 
+@pytest.mark.slow
 @given(rows=st.lists(st.tuples(shares, st.floats(1, 2)), min_size=2, max_size=30))
 def test_a_ratio_is_a_statistic_of_sums(rows):
     parts, wholes = [list(side) for side in zip(*rows, strict=True)]
@@ -195,6 +201,7 @@ def test_a_difference_of_proportions_is_newcombes() -> None:
     assert [found.mean, found.low, found.high] == pytest.approx([0.2, 0.0524, 0.3339], abs=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("here", "there", "items"), [(0.9, 0.9, 60), (0.5, 0.8, 40), (0.05, 0.3, 50)])
 def test_an_interval_of_a_difference_covers_it(here: float, there: float, items: int) -> None:
     draw = torch.Generator().manual_seed(1)

@@ -13,12 +13,14 @@ from collm.errors import ConfigError
 from collm.evaluation.metrics import METRICS, contains, exact_match, last_number, metric_named, numbers_in, token_f1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 @given(prediction=st.text(), reference=st.text())
 def test_scores_are_shares(metric, prediction, reference):
     assert 0 <= metric(prediction, reference) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact_match", "contains", "token_f1"])
 @given(text=st.text())
 def test_a_text_matches_itself(name, text):

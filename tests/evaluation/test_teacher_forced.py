@@ -57,6 +57,7 @@ def drawn(num_tokens: int, num_assistants: int, *, distinct: int) -> tuple[Token
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_assistants", "distinct"), [(1, 7), (2, 4), (1, 1), (3, 200)])
 def test_each_point_is_what_counting_gives(num_assistants: int, distinct: int) -> None:
     views, beyond = drawn(300, num_assistants, distinct=distinct)
@@ -72,6 +73,7 @@ def test_each_point_is_what_counting_gives(num_assistants: int, distinct: int) -
     assert curve.reachable == (views.base_correct | views.assistant_correct.any(-1)).double().mean()
 
 
+@pytest.mark.slow
 def test_no_threshold_between_gives_anything_else() -> None:
     views, beyond = drawn(200, 1, distinct=20)
     curve = teacher_forced(views, beyond)

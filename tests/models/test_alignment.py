@@ -83,6 +83,7 @@ def test_a_boundary_is_the_end_of_a_token_however_the_text_is_spelled() -> None:
             assert set(alignment.boundaries(text.encode())) <= {0, *tokenizer.ends(ids)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALIGNMENTS)
 def test_a_growing_text_has_the_tokens_of_the_whole_text(name: str) -> None:
     alignment = ALIGNMENTS[name]()

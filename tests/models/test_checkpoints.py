@@ -80,6 +80,7 @@ def test_fp8_weights_are_unpacked_on_a_cpu(saved_model: SavedModel) -> None:
         torch.testing.assert_close(model.state_dict()[name], weight, atol=0, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bitsandbytes_checkpoints_load_as_they_were_saved(kind: str, saved_model: SavedModel, tmp_path: Path) -> None:
     first = load_model(ModelSpec(str(saved_model("model")), device="cpu", quantization=kind))

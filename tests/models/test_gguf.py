@@ -127,6 +127,7 @@ def test_a_file_on_the_hub_is_fetched(gguf_path: Path, monkeypatch: pytest.Monke
 # Collaborations
 
 
+@pytest.mark.slow
 def test_a_file_and_the_safetensors_made_from_it_are_one_model(spec: ModelSpec, converted: ModelSpec) -> None:
     tokenizer = load_tokenizer(spec)
     expected = token_ids(CoLLM(spec, [spec], head(), tokenizer))
@@ -134,6 +135,7 @@ def test_a_file_and_the_safetensors_made_from_it_are_one_model(spec: ModelSpec, 
         assert token_ids(CoLLM(pair[0], pair[1:], head(), load_tokenizer(pair[0]))) == expected
 
 
+@pytest.mark.slow
 def test_a_file_with_another_vocabulary_is_aligned(
     spec: ModelSpec, byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_file_with_another_vocabulary_is_aligned(
     assert len(token_ids(pair)[0]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "folder"), [("full", "base"), ("lora", "adapter"), ("head", None)])
 def test_it_is_tuned_saved_and_loaded_again(method: str, folder: str | None, spec: ModelSpec, tmp_path: Path) -> None:
     rows = [{"prompt": "the cat", "completion": " sat on the mat"}] * 10

@@ -59,6 +59,7 @@ def test_rows_come_in_few_numbers() -> None:
     assert [fitting_rows(fit) for fit in fitting] == fitting
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_memory_stays_whatever_numbers_of_rows_come() -> None:
     layer = PackedLinear(nn.Linear(320, 320))

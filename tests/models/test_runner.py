@@ -17,7 +17,7 @@ from collm.models.language_model import LanguageModel
 from collm.models.packing import PackedLinear, can_pack, pack_linears
 from collm.models.runner import ModelRunner
 from tests.architectures import ARCHITECTURES, EXACT, REFUSED, VOCAB_SIZE
-from tests.conftest import DEVICES, make_model, tiny_config
+from tests.tiny_models import DEVICES, make_model, tiny_config
 
 Model = Callable[..., PreTrainedModel]
 
@@ -77,6 +77,7 @@ def test_every_architecture_equals_its_cache_free_forward(name: str, device: str
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_linears_equal_the_plain_forward_on_every_architecture(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +91,7 @@ def test_packed_linears_equal_the_plain_forward_on_every_architecture(
     play_schedule(plain, ModelRunner(LanguageModel(packed, name=name)), seed=2, steps=15)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), window=st.sampled_from([None, 5]), budget=st.sampled_from([1, 3, 4096]))
 def test_random_schedules_and_pass_budgets(seed: int, window: int | None, budget: int) -> None:
@@ -100,6 +102,7 @@ def test_random_schedules_and_pass_budgets(seed: int, window: int | None, budget
     play_schedule(model, ModelRunner(LanguageModel(model, name="m"), max_pass_tokens=budget), seed, steps=15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_whose_cache_cannot_be_driven_is_refused(name: str) -> None:

@@ -17,8 +17,8 @@ from collm.models.runner import ModelRunner
 from collm.models.slot_attention import mask_kind
 from collm.models.static_passes import MOST_TOKENS, bucket_of
 from tests.architectures import ARCHITECTURES, EXACT
-from tests.conftest import DEVICES, make_model, tiny_config
 from tests.models.test_runner import plain_logits, play_schedule
+from tests.tiny_models import DEVICES, make_model, tiny_config
 
 Model = Callable[..., PreTrainedModel]
 
@@ -59,6 +59,7 @@ def obvious_attention(
     return attended.to(query.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
@@ -106,6 +107,7 @@ def test_the_kernel_equals_attention_one_query_at_a_time(
     torch.testing.assert_close(came.cpu().float(), expected, atol=2e-5 if dtype == torch.float32 else 4e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_static_passes_equal_the_plain_forward_on_every_architecture(
@@ -123,6 +125,7 @@ def test_static_passes_equal_the_plain_forward_on_every_architecture(
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_passes_over_pages_equal_the_plain_forward(
@@ -135,6 +138,7 @@ def test_packed_passes_over_pages_equal_the_plain_forward(
     play_schedule(model, runner, seed=4, steps=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_reads_on_with_what_it_finds_likeliest(
@@ -180,6 +184,7 @@ ROTATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_norms_and_rotary_embeddings_as_single_kernels(name: str, device: str) -> None:
@@ -249,6 +254,7 @@ def test_which_shape_a_pass_takes() -> None:
     assert bucket_of([8] + [1] * 63) is None, f"more than {MOST_TOKENS} tokens, most of them padding"
 
 
+@pytest.mark.slow
 def test_a_window_smaller_than_the_text_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("collm.models.paged_attention.paged_attention", obvious_attention)
     config = MistralConfig(**{**tiny_config().to_dict(), "sliding_window": 5, "model_type": "mistral"})
@@ -261,6 +267,7 @@ def test_a_window_smaller_than_the_text_is_seen(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+@pytest.mark.slow
 def test_an_engine_makes_the_passes_of_its_batch_ahead(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ from tests.models.test_template import BYTE_LEVEL, CHAT, CHATML
 ENDLESS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "LONGEST_RENDERING_S", 0.2)
     with pytest.raises(RequestError, match=r"the chat template rejects .*: it took longer than 0.2 s"):
@@ -44,6 +45,7 @@ def test_a_template_reaches_nothing_outside_of_itself(template: str) -> None:
         PromptTemplate(chat=template).encode_prompt(BYTE_LEVEL, CHAT)
 
 
+@pytest.mark.slow
 def test_only_the_thread_whose_time_is_up_is_interrupted() -> None:
     outcomes = {}
 
@@ -65,6 +67,7 @@ def test_only_the_thread_whose_time_is_up_is_interrupted() -> None:
     assert outcomes == {"short": "interrupted", "long": "done"}
 
 
+@pytest.mark.slow
 def test_no_interruption_comes_after_the_block() -> None:
     for seconds in (0.0, INTERVAL_S / 2, INTERVAL_S, 1.5 * INTERVAL_S):
         try:

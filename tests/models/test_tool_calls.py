@@ -134,6 +134,7 @@ CASES: list[tuple[ToolFormat, str, Read]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("written", "text", "expected"), CASES, ids=lambda value: ascii(value)[:40])
 def test_calls_are_read_in_any_pieces(written: ToolFormat, text: str, expected: Read) -> None:
     assert read(written, [text]) == expected
@@ -142,6 +143,7 @@ def test_calls_are_read_in_any_pieces(written: ToolFormat, text: str, expected: 
         assert read(written, [text[:cut], text[cut:]]) == expected
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([HERMES, LLAMA, MISTRAL, MISTRAL_NAMED]),
     st.text(alphabet='<>{}[]":,; tolcanmergu_/|ARGS\\\n', max_size=60),
@@ -210,6 +212,7 @@ def of(written: ToolFormat, name: str, arguments: str) -> str:
 ALL = [HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, MISTRAL_WITH_IDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ALL, ids=lambda one: one.kind)
 @pytest.mark.parametrize("tokenizer", [BYTES, MARKED], ids=["markers are text", "markers are tokens"])
 def test_grammars_let_calls_through_and_nothing_else(written: ToolFormat, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -57,6 +57,7 @@ def test_the_distribution_sums_to_one_and_has_its_limits() -> None:
         assert probs[1].tolist() == pytest.approx([1 / V] * V)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(sorted(ANSWERS)),
@@ -103,6 +104,7 @@ def test_what_the_vocabulary_cannot_spell_is_not_said(tokenizer: PreTrainedToken
     assert tool_model(lambda text: "no such word", tokenizer).next_token(TokenText(tokenizer, [5]), 1, {}) is None
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 10**6))
 def test_scores_do_not_depend_on_how_the_text_is_cut(seed: int) -> None:
@@ -170,6 +172,7 @@ def test_a_failure_stops_scoring_and_names_the_text() -> None:
     model.close()
 
 
+@pytest.mark.slow
 def test_a_failure_while_decoding_abstains_and_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
     model = ToolModel(ToolSpec("tests.tools.functions:moody", seconds=0.5), TOKENIZER, name="tool", vocab_size=V)
     runner = ToolRunner(model)

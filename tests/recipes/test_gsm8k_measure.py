@@ -28,7 +28,7 @@ from recipes.gsm8k_calculator.measure import (
     written,
 )
 from recipes.gsm8k_calculator.models import train_tokenizer
-from tests.conftest import make_model, tiny_config
+from tests.tiny_models import make_model, tiny_config
 
 SOLUTIONS = [
     "She has 48/2 = <<48/2=24>>24 clips and 24+7=<<24+7=31>>31 in all.\n#### 31",

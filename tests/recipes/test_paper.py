@@ -22,8 +22,8 @@ from collm.run.data import MAX_HELD_OUT
 from collm.training.config import CoLLMConfig
 from recipes.paper import estimate, rehearse
 from recipes.paper.samples import SAMPLES
-from tests.conftest import make_model, tiny_config
 from tests.models.test_template import TOKENIZERS
+from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +245,9 @@ def test_tulu_is_read_as_the_hub_has_it(tmp_path: Path) -> None:
     assert rehearse.few_rows("tulu", str(tmp_path / "train.parquet"), 3) == SAMPLES["tulu"][:3]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[pytest.mark.soak] if run in ("math", "bioasq") else []) for run in RUNS]
+)
 def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, with the server's part left to the command itself."""
     tokenizer = merging_tokenizer("Ann has boxes of eggs, so the answer is 12.", across_words=False)

@@ -20,8 +20,8 @@ from collm.models.template import PromptTemplate
 from collm.serving.run import Server
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
-from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import random_head
+from tests.tiny_models import make_model, tiny_config
 
 CHAT = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w9"
 CALIBRATION = Calibration(

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM
 from collm.serving.run import log_as_json
 from collm.tools.spec import ToolSpec
-from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import random_head
 from tests.serving.conftest import CALIBRATION, Running, make_pair
+from tests.tiny_models import make_model, tiny_config
 
 ASKED = {"model": "pair", "prompt": "w61 w62", "max_tokens": 12}
 

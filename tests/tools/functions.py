@@ -58,3 +58,8 @@ def add_words(text: str) -> str | None:
     """ "w3 w4 w5" goes on with w27: after w5 the sum of the two numbers before it, plus 20."""
     numbers = [int(word[1:]) for word in text.split()[-3:] if word[:1] == "w" and word[1:].isdigit()]
     return f" w{numbers[0] + numbers[1] + 20}" if len(numbers) == 3 and text.endswith(" w5") else None
+
+
+def miles(text: str) -> str | None:
+    """A number and a unit after some words."""
+    return " 12 miles" if text.endswith(("river", "lo", "c", "r", "small", "town", "it", "what")) else None

@@ -227,6 +227,7 @@ def expressions(draw: st.DrawFn, depth: int = 2) -> Expression:
     return f"{minus}({left}{space}{sign}{space}{right})", -value if minus else value
 
 
+@pytest.mark.slow
 @given(expressions())
 def test_nested_expressions(drawn: Expression) -> None:
     text, value = drawn
@@ -286,6 +287,7 @@ def test_a_very_long_text(piece: str, end: str) -> None:
     assert answer is None or len(answer) < 100
 
 
+@pytest.mark.slow
 @given(
     st.one_of(st.text(), st.text("0123456789+-*/().,%$<>= x\u00d7\n", max_size=60)), st.sampled_from(["", "=", ">>"])
 )

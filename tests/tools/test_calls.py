@@ -30,6 +30,7 @@ def test_every_prefix_is_asked_in_order(moody: IsolatedTool) -> None:
     assert moody.answers(text, []) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "why"),
     [

@@ -180,6 +180,7 @@ WORDS += [
 ]
 
 
+@pytest.mark.slow
 @given(
     st.one_of(st.text(), st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)), st.sampled_from(["", " is", "="])
 )

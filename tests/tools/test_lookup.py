@@ -145,6 +145,7 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
         Lookup(tmp_path / "folder.csv")
 
 
+@pytest.mark.slow
 def test_a_large_table(tmp_path: Path) -> None:
     facts = [{"country": f"Country {n}", "capital": f"City {n * 7}"} for n in range(50_000)]
     lookup = table(tmp_path, {"patterns": [CAPITAL, "{capital} lies in {country}"], "facts": facts})
@@ -153,6 +154,7 @@ def test_a_large_table(tmp_path: Path) -> None:
     assert lookup("is " * 300_000) is None
 
 
+@pytest.mark.slow
 @given(st.text(), st.dictionaries(st.text("ab ", min_size=1), st.text("cd", min_size=1), min_size=1, max_size=5))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text(tmp_path: Path, text: str, facts: dict[str, str]) -> None:

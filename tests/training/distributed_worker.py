@@ -20,7 +20,7 @@ from collm.run.train import leave
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
 from collm.training.trainer import CoLLMTrainer
-from tests.conftest import make_model, tiny_config
+from tests.tiny_models import make_model, tiny_config
 from tests.training.conftest import make_scores, random_examples
 
 STEPS = 4

@@ -15,7 +15,7 @@ from collm.models.language_model import LanguageModel
 from collm.training import fused
 from collm.training.fused import marginal_nll_sum
 from tests.architectures import EXACT
-from tests.conftest import make_model
+from tests.tiny_models import make_model
 
 Gradients = tuple[Tensor, ...]
 

@@ -89,6 +89,7 @@ def greedy_examples(module: PreTrainedModel) -> Examples:
     return Examples(examples)
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_the_model_in_memory(server: FakeServer, module: PreTrainedModel) -> None:
     model = remote(server)
     assert (model.name, model.vocab_size, model.max_length) == ("tiny", 97, None)
@@ -142,6 +143,7 @@ def test_rounding_above_0_is_accepted(server: FakeServer) -> None:
     assert correct.tolist() == [True]
 
 
+@pytest.mark.slow
 def test_no_more_requests_are_in_flight_than_allowed(server: FakeServer, module: PreTrainedModel) -> None:
     server.before = lambda prompt: server.wait_until(lambda: server.most_in_flight >= 4)
     assert_local(remote(server, concurrency=4).score(EXAMPLES), module)
@@ -149,12 +151,14 @@ def test_no_more_requests_are_in_flight_than_allowed(server: FakeServer, module:
     assert len(server.requests) == len(EXAMPLES)
 
 
+@pytest.mark.slow
 def test_order_is_kept_although_answers_come_in_another(server: FakeServer, module: PreTrainedModel) -> None:
     first, last = list(EXAMPLES[0].token_ids), len(EXAMPLES) - 1
     server.before = lambda prompt: server.wait_until(lambda: prompt != first or server.answered >= last)
     assert_local(remote(server).score(EXAMPLES), module)
 
 
+@pytest.mark.slow
 def test_passing_failures_are_survived(
     server: FakeServer, module: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +178,7 @@ def test_passing_failures_are_survived(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "least", "most"),
     [("7", 7, 7), (lambda: formatdate(time.time() + 60, usegmt=True), 50, 61), ("soon", 0, 0.5), ("-3", 0, 0.5)],
@@ -186,6 +191,7 @@ def test_the_server_says_how_long_to_wait(server: FakeServer, value: Any, least:
     assert least <= naps.seconds[0] <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
@@ -207,12 +213,14 @@ def test_retries_are_counted_and_the_last_reason_is_told(server: FakeServer, fai
     assert len(naps.seconds) == 2
 
 
+@pytest.mark.slow
 def test_an_answer_that_trickles_is_late_too(server: FakeServer) -> None:
     server.fail(Trickle())
     with pytest.raises(LoadError, match=r"no answer within 0\.15 s"):
         remote(server, retries=0, timeout_s=0.15).score(EXAMPLES[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refusal", "kind", "complaint"),
     [
@@ -250,6 +258,7 @@ def test_refusals_are_not_tried_again(server: FakeServer, refusal: Refuse, kind:
     assert len(server.requests) == 1
 
 
+@pytest.mark.slow
 def test_limits_of_the_server_are_said(module: PreTrainedModel) -> None:
     with FakeServer(module, max_model_len=12) as server:
         assert remote(server, max_length=40).max_length == 10
@@ -313,6 +322,7 @@ NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NONSENSE)
 def test_nonsense_names_the_example_and_what_came(server: FakeServer, case: str) -> None:
     alter, complaint = NONSENSE[case]
@@ -384,6 +394,7 @@ def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[
     assert KEY not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_key_is_sent_and_never_told(
     module: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -438,6 +449,7 @@ def test_an_interrupt_inside_a_request_leaves_nothing_behind(server: FakeServer)
     assert len(server.requests) <= 16 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_a_notebook", [False, True])
 def test_ctrl_c_leaves_nothing_behind(server: FakeServer, module: PreTrainedModel, in_a_notebook: bool) -> None:
     model = remote(server)
@@ -463,6 +475,7 @@ async def scored_inside(model: RemoteModel) -> list[tuple[torch.Tensor, torch.Te
     return model.score(EXAMPLES)
 
 
+@pytest.mark.slow
 def test_a_running_event_loop_is_no_obstacle(server: FakeServer, module: PreTrainedModel) -> None:
     model = remote(server)
     before = own_threads()

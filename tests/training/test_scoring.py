@@ -38,6 +38,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_batch_tokens", [1, 64, 4096])
 def test_scores_equal_the_shifted_cross_entropy_of_the_model(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, max_batch_tokens: int
@@ -76,6 +77,7 @@ def test_right_answers_are_flagged(tiny_model: Callable[..., PreTrainedModel], t
     assert run(module, tmp_path, examples).correct(0).tolist() == [True] * 5 + [last_is_right]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches_before_the_kill", [1, 3, 5])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, batches_before_the_kill: int

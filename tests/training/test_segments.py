@@ -176,6 +176,7 @@ def test_where_every_token_begins_a_segment_the_loss_is_that_of_tokens(frozen: b
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_law_sums_to_one_over_all_segments() -> None:
     """Five tokens, of which two begin segments; probabilities depend on the last token."""
     first_byte = torch.tensor([0, 1, 2, 3, 4])
@@ -223,7 +224,8 @@ def test_an_answer_with_a_special_token_is_refused(tmp_path: Path) -> None:
         encode_aligned(load_rows(path), two_aligned(), max_length=99)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "head"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.soak), "head"])
 def test_a_run_from_rows_to_answers(method: str, rows_file: Path, tmp_path: Path) -> None:
     specs = []
     for author, tokenizer in enumerate(two_tokenizers()):

@@ -86,6 +86,7 @@ def test_training_lowers_the_marginal_nll(tiny_model: Tiny, config: Make, method
     assert 0 < after["eval_defer_prob"] < 1
 
 
+@pytest.mark.slow
 def test_a_deferral_cost_is_part_of_the_loss_and_lowers_defer_probs(tiny_model: Tiny, config: Make) -> None:
     trained = []
     for cost in (0.0, 1.0):
@@ -162,6 +163,7 @@ def test_a_tuned_base_is_saved_as_a_plain_model_beside_the_head(
     assert same(head, dict(trainer.head.state_dict()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Tiny, config: Make, tmp_path: Path, method: str) -> None:
     options = {
@@ -256,6 +258,7 @@ def test_the_warm_start_runs_inside_train_unless_resuming(tiny_model: Tiny, conf
         trainer_of(tiny_model, config(**options))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_can_be_loaded_at_the_end(tiny_model: Tiny, config: Make) -> None:
     """A learning rate that ruins the model: the last evaluation is not the best."""
     options = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -358,6 +361,7 @@ def largest_gap(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 SMOOTH = {"learning_rate": 1e-3, "adam_epsilon": 1e-5, "seed": 3}  # no step of its own from rounding near 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_training_without_padding_gives_the_same_weights(tiny_model: Tiny, config: Make, method: str) -> None:
     final = []
@@ -416,6 +420,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny_model: Tiny, config: 
     assert measured[0] == pytest.approx(measured[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_head_trains_from_kept_hidden_states_as_from_the_base(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
     base = tiny_model(1)
     spec, model = ModelSpec("base"), LanguageModel(base, name="base")
@@ -451,6 +456,7 @@ def test_kept_hidden_states_are_of_a_frozen_base_only(tiny_model: Tiny, config: 
         trainer_of(tiny_model, config(method="full"), data)
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_keeps_the_best(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
     options = {
         "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 40,

@@ -48,6 +48,7 @@ def labels_of(values: Tensor, num_assistants: int) -> Labels:
     return Labels(values, offsets, num_assistants, values != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_assistants", [1, 2, 3])
 def test_a_planted_linear_rule_is_recovered(tiny_model: Callable[..., PreTrainedModel], num_assistants: int) -> None:
     module = tiny_model(1)
@@ -64,6 +65,7 @@ def test_a_planted_linear_rule_is_recovered(tiny_model: Callable[..., PreTrained
     assert report.share == pytest.approx((values != 0).float().mean().item())
 
 
+@pytest.mark.slow
 def test_two_assistants_get_the_tokens_they_own(tiny_model: Callable[..., PreTrainedModel]) -> None:
     """Assistant 1 knows what follows tokens 3..6, assistant 2 what follows 7..10; the base knows the rest."""
     module = tiny_model(1, num_hidden_layers=1)
@@ -90,6 +92,7 @@ def test_two_assistants_get_the_tokens_they_own(tiny_model: Callable[..., PreTra
     assert report.accuracy > 0.95
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(
     tiny_model: Callable[..., PreTrainedModel],
 ) -> None:
@@ -141,6 +144,7 @@ def test_one_example_with_all_labels_alike_can_be_fitted(tiny_model: Callable[..
     assert torch.isfinite(head.bias).all()
 
 
+@pytest.mark.slow
 def test_a_feature_that_never_varies_gets_no_weight(
     tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

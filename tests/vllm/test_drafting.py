@@ -29,8 +29,8 @@ from collm.models.language_model import LanguageModel
 from collm.models.runner import ModelRunner
 from collm.vllm import POLICY, THRESHOLD, author_of, author_token
 from collm.vllm.drafting import Drafted, Drafter, Pace, check_policy, policy_of
-from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import prompts_of, random_head
+from tests.tiny_models import make_model, tiny_config
 
 NEW = 30
 POLICIES_AT_ONCE: list[Policy] = [

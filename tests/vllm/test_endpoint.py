@@ -21,7 +21,7 @@ from collm.vllm.answers import Piece, read_piece
 from collm.vllm.circuit_breaker import COOLS_S, TRIPS_AFTER, CircuitBreaker
 from collm.vllm.endpoint import Endpoint, Unreachable
 from collm.vllm.servers import Servers
-from tests.conftest import make_model, tiny_config
+from tests.tiny_models import make_model, tiny_config
 from tests.vllm.fake import DOWN, HANG, FakeVllm, Fault, Served, refusal
 
 T = TypeVar("T")

@@ -66,11 +66,11 @@ def test_greedy_equals_the_models_in_memory_for_mixed_thresholds_at_once(cluster
     policies += [SingleAuthorPolicy(author) for author in range(k + 1)]
     policies += [BudgetPolicy(0.2, 0.3), BudgetPolicy(0.0, 0.3, burst=2), RandomPolicy(0.3)]
     policies += [ScheduledPolicy(0.1, 0.9, 8)]
-    prompts = prompts_of(4, 3 * len(policies))
-    params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies * 3)]
-    expected = world.members.local.generate(prompts, params, policy=policies * 3)
-    out = world.connect().generate(prompts, params, policy=policies * 3, max_batch=16)
-    for ours, theirs, policy in zip(out, expected, policies * 3, strict=True):
+    prompts = prompts_of(4, len(policies))
+    params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies)]
+    expected = world.members.local.generate(prompts, params, policy=policies)
+    out = world.connect().generate(prompts, params, policy=policies, max_batch=6)
+    for ours, theirs, policy in zip(out, expected, policies, strict=True):
         alone = isinstance(policy, SingleAuthorPolicy) and policy.writer != 0
         check_equal(ours, theirs, defer_probs=not alone)
         assert not alone or set(ours.defer_probs) == {1.0}

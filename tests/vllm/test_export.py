@@ -21,8 +21,8 @@ from collm.vllm import NOTE
 from collm.vllm.export import export_base
 from collm.vllm.export_manifest import Note, defer_names
 from tests.architectures import EXACT
-from tests.conftest import make_model, tiny_config
 from tests.decoding.test_engine import random_head
+from tests.tiny_models import make_model, tiny_config
 
 IDS = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,7 @@ from collm.errors import CollmError, ConfigError, LoadError, MismatchError, Mode
 from collm.vllm import endpoint as module
 from collm.vllm.fleet import Fleet
 from collm.vllm.servers import Servers
-from tests.conftest import make_model, tiny_config
+from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
 from tests.vllm.conftest import Cluster, Members
 from tests.vllm.fake import DOWN, HANG, FakeVllm, Fault, Served, refusal

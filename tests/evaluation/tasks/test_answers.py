@@ -44,12 +44,14 @@ PIECES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 @given(text=st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
 def test_nothing_raises(read, text):
     read(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_huge_text_is_read_at_once(read, piece):
@@ -117,6 +119,7 @@ def test_boxes(text, content):
     assert boxed(text) == content
 
 
+@pytest.mark.slow
 @given(st.recursive(st.text("ab12 "), lambda inner: st.lists(inner, max_size=3).map(lambda p: "{" + "".join(p) + "}")))
 def test_a_box_gives_back_what_was_put_in(content):
     assert boxed(f"so $\\boxed{{{content}}}$ {{and}} more") == content.strip()

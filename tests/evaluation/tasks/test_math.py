@@ -30,6 +30,7 @@ def item(reference: str) -> TaskItem:
     return TaskItem("1", "?", reference, "here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "text", "score"),
     [
@@ -57,6 +58,7 @@ def test_scores(task: HendrycksMath, reference: str, text: str, score: dict[str,
     assert task.score(item(reference), text) == score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reference", "given"),
     [
@@ -88,6 +90,7 @@ def test_answers_of_the_published_rows_in_other_words(
     assert task.score(item(reference), f"So the answer is ${given}$.") == RIGHT, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "given"),
     [
@@ -121,6 +124,7 @@ def test_other_threads_may_compare(task: HendrycksMath) -> None:
     assert scores == [RIGHT, WRONG, RIGHT, WRONG] * 5
 
 
+@pytest.mark.slow
 def test_what_takes_forever_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(equivalence, "JUDGE", replace(equivalence.JUDGE, seconds=3.0))
     task = HendrycksMath()
