@@ -39,11 +39,13 @@ from collm.run import RunConfig, train_collaboration
 from collm.training.data import load_rows
 
 REPEATS = 5
-EXPERTS: dict[str, FactEnds] = {
-    "knows where facts end": "learned",
-    "does not know": "unknown",
-    "always writes on": "never",
+EXPERTS: dict[str, tuple[FactEnds, float]] = {
+    "knows where facts end": ("learned", 0.0),
+    "does not know": ("unknown", 0.0),
+    "always writes on": ("never", 0.0),
+    "always writes on; deferral cost 1": ("never", 1.0),
 }
+"""What the expert learned after facts, and the deferral cost of the head's training."""
 CHINESE = (
     "我们今天去公园散步，天气很好。然后去吃饭，晚上回家看书。",
     "这个问题的答案是四十二。请把结果写在纸上，明天交给老师。",
@@ -182,8 +184,8 @@ def ends() -> list[dict[str, Any]]:
     """Answers and deferrals of the demo's pair, with experts that differ in what they learned after facts."""
     return [
         {"expert": name, **row}
-        for name, fact_ends in EXPERTS.items()
-        for row in _answers(_demo_pair(fact_ends=fact_ends))
+        for name, (fact_ends, cost) in EXPERTS.items()
+        for row in _answers(_demo_pair(cost, fact_ends=fact_ends))
     ]
 
 
@@ -250,7 +252,7 @@ def _defer_probs(model: CoLLM, world: DemoWorld) -> dict[str, float]:
     }
 
 
-def _demo_pair(**options: Any) -> tuple[CoLLM, DemoWorld]:
+def _demo_pair(deferral_cost: float = 0.0, **options: Any) -> tuple[CoLLM, DemoWorld]:
     """Train a head for the demo's base and expert, and calibrate its threshold."""
     world = DemoWorld(seed=0, separator=" ")
     with tempfile.TemporaryDirectory() as folder:
@@ -273,6 +275,7 @@ def _demo_pair(**options: Any) -> tuple[CoLLM, DemoWorld]:
             num_train_epochs=8,
             per_device_train_batch_size=16,
             head_learning_rate=1e-2,
+            deferral_cost=deferral_cost,
             save_strategy="no",
             use_cpu=True,
         )

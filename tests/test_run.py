@@ -228,8 +228,15 @@ def test_hidden_states_kept_on_disk_train_the_same_head(setting: dict[str, Any],
         train_collaboration(RunConfig(**setting, cache_hidden_states=True), options(tmp_path / "x", method="full"))
 
 
-@pytest.mark.parametrize("method", ["lora", "head"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("nf4", "lora"),
+        ("int8", "head"),
+        pytest.param("int8", "lora", marks=pytest.mark.soak),
+        pytest.param("nf4", "head", marks=pytest.mark.soak),
+    ],
+)
 def test_quantized_models_train_and_are_loaded_quantized(
     method: str, kind: str, setting: dict[str, Any], saved_model: SavedModel, tmp_path: Path
 ) -> None:

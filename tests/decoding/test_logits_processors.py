@@ -107,7 +107,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_rule_equals_the_slow_loop_with_every_processor(
     name: str, temperature: float, model: CoLLM, trio: list[PreTrainedModel], plans: Plans

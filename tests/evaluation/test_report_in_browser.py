@@ -44,8 +44,15 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.as_uri()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("window", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize(
+    ("scheme", "window"),
+    [
+        pytest.param("light", WIDE, id="wide-light"),
+        pytest.param("dark", PHONE, id="phone-dark"),
+        pytest.param("dark", WIDE, id="wide-dark", marks=pytest.mark.soak),
+        pytest.param("light", PHONE, id="phone-light", marks=pytest.mark.soak),
+    ],
+)
 def test_it_is_readable_everywhere(browser: Browser, address: str, tmp_path: Path, scheme: str, window: dict) -> None:
     with opened(browser, address, viewport=window, color_scheme=scheme) as page:
         assert sideways(page) == 0

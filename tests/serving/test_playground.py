@@ -321,8 +321,15 @@ def test_three_authors_look_different(browser: Browser, server: Running) -> None
         assert len(set(styles)) == 3
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("window", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize(
+    ("scheme", "window"),
+    [
+        pytest.param("light", WIDE, id="wide-light"),
+        pytest.param("dark", PHONE, id="phone-dark"),
+        pytest.param("dark", WIDE, id="wide-dark", marks=pytest.mark.soak),
+        pytest.param("light", PHONE, id="phone-light", marks=pytest.mark.soak),
+    ],
+)
 def test_it_is_readable_everywhere(browser: Browser, server: Running, scheme: Any, window: Any) -> None:
     with opened(browser, f"{server.url}/#{STATE}&compare=1", viewport=window, color_scheme=scheme) as page:
         page.locator("summary").click()
