@@ -42,7 +42,7 @@ def calibration_table(calibration: Calibration) -> Table:
 
     title = f"{calibration.metric_name} on {calibration.num_prompts} validation prompts"
     headings = ("threshold", "deferral rate", "interval", calibration.metric_name, "interval", "best")
-    table = _table(title, headings, left={"best"}, wrapped={"best"})
+    table = _table(title, headings, left={"best"}, wrapped={"best"}, narrow=True)
     for point in calibration.points:
         uses = calibration.uses(point)
         table.add_row(
@@ -81,7 +81,7 @@ def inspection_table(inspection: Inspection) -> Table:
     """Base and assistants beside each other: how well each predicts, and who is right where the other is not."""
     number = f"{inspection.summaries[0].num_targets:,} target tokens"
     headings = ("", "mean NLL", "right", "both", "base only", "assistant only", "neither")
-    table = _table(number, headings, left={""}, caption="right = the gold token is the argmax")
+    table = _table(number, headings, left={""}, narrow=True, caption="right = the gold token is the argmax")
     for number_of_author, summary in enumerate(inspection.summaries):
         name = f"assistant {number_of_author}" if number_of_author else "base"
         cells = [f"{summary.mean_nll_nats:.4f}", f"{summary.accuracy:.2%}"]
