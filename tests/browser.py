@@ -11,6 +11,16 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+EVERYWHERE = pytest.mark.parametrize(
+    ("scheme", "window"),
+    [
+        pytest.param("light", WIDE, id="wide-light"),
+        pytest.param("dark", PHONE, id="phone-dark"),
+        pytest.param("dark", WIDE, id="wide-dark", marks=pytest.mark.soak),
+        pytest.param("light", PHONE, id="phone-light", marks=pytest.mark.soak),
+    ],
+)
+"""Both colour schemes and both windows; each occurs once outside of the soak tests."""
 
 
 @contextmanager

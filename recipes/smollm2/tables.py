@@ -146,18 +146,17 @@ def pair_lines(results: dict[str, Any]) -> list[str]:
     """The lines of the section: command, rules at equal rates, what each rule defers, and generated solutions."""
     plan, minutes = results["plan"], sum(results["seconds"].values()) / 60
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    solved = f", {plan['written_rows']:,} solved freely" if plan["written_rows"] else ""
     found = [
         f"    {results['command']} --docs docs",
         "",
-        f"The base has {plan['layers']} layers. {plan['test_rows']:,} test problems read with the given solution, "
-        f"{plan['written_rows']:,} solved freely. Made with {versions}, in {minutes:.0f} minutes.",
-    ]
-    found += [
+        f"The base has {plan['layers']} layers. {plan['test_rows']:,} test problems read with the given solution"
+        f"{solved}. Made with {versions}, in {minutes:.0f} minutes.",
         "",
-        "Learned head minus the base's doubt, in nats per token. Where it is negative, the head is better:",
+        "Learned head minus the doubt of the same base, in nats per token. Where it is negative, the head is better:",
         "",
+        *_differences(results["given"]),
     ]
-    found += _differences(results["given"])
     found += ["", "<details><summary>NLL of every rule, and what it defers</summary>"]
     for name, given in results["given"].items():
         found += ["", f"**{name[0].upper()}{name[1:]}**: NLL in nats per token at equal deferral rates:", ""]

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Locator
 
 from collm.evaluation.page import write_report
 from collm.evaluation.report import Example, Point, Report, Row, Table, Token, deferral_chart
-from tests.browser import PHONE, WIDE, chromium, opened, sideways, violations
+from tests.browser import EVERYWHERE, PHONE, WIDE, chromium, opened, sideways, violations
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +44,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.as_uri()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "window"),
-    [
-        pytest.param("light", WIDE, id="wide-light"),
-        pytest.param("dark", PHONE, id="phone-dark"),
-        pytest.param("dark", WIDE, id="wide-dark", marks=pytest.mark.soak),
-        pytest.param("light", PHONE, id="phone-light", marks=pytest.mark.soak),
-    ],
-)
+@EVERYWHERE
 def test_it_is_readable_everywhere(browser: Browser, address: str, tmp_path: Path, scheme: str, window: dict) -> None:
     with opened(browser, address, viewport=window, color_scheme=scheme) as page:
         assert sideways(page) == 0

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams
 from collm.core.types import Completion
-from tests.browser import PHONE, WIDE, chromium, opened, sideways, violations
+from tests.browser import EVERYWHERE, WIDE, chromium, opened, sideways, violations
 from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
 
 pytestmark = pytest.mark.slow
@@ -321,15 +321,7 @@ def test_three_authors_look_different(browser: Browser, server: Running) -> None
         assert len(set(styles)) == 3
 
 
-@pytest.mark.parametrize(
-    ("scheme", "window"),
-    [
-        pytest.param("light", WIDE, id="wide-light"),
-        pytest.param("dark", PHONE, id="phone-dark"),
-        pytest.param("dark", WIDE, id="wide-dark", marks=pytest.mark.soak),
-        pytest.param("light", PHONE, id="phone-light", marks=pytest.mark.soak),
-    ],
-)
+@EVERYWHERE
 def test_it_is_readable_everywhere(browser: Browser, server: Running, scheme: Any, window: Any) -> None:
     with opened(browser, f"{server.url}/#{STATE}&compare=1", viewport=window, color_scheme=scheme) as page:
         page.locator("summary").click()
