@@ -188,18 +188,24 @@ class FakeVllm:
 
     async def _leave(self) -> None:
         if self._server is not None:
+            # asyncio leaves a connection open that it has accepted but not yet given to the server when that closes.
+            for listening in self._server.sockets:
+                self._loop.remove_reader(listening.fileno())
+            await asyncio.sleep(0)
             self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(others)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        assert self._server is not None
         self._tasks.add(task)
         self.connections += 1
         try:
-            while (request := await _request(reader)) is not None:
+            while self._server.is_serving() and (request := await _request(reader)) is not None:
                 if not await self._answer(*request, reader, writer):
                     return
         except (OSError, asyncio.CancelledError):  # the client went away, or this server goes down
