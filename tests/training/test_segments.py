@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, ToolSpec
 from collm.core.segments import SegmentLaw, Spans, segment_logprobs, token_terms
@@ -225,8 +226,18 @@ def test_an_answer_with_a_special_token_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.soak), "head"])
-def test_a_run_from_rows_to_answers(method: str, rows_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {}),
+        ("head", {}),
+        pytest.param("lora", {"lora_target_modules": ["q_proj", "v_proj"]}, marks=pytest.mark.soak),
+        pytest.param("full", {"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.soak),
+    ],
+    ids=["full", "head", "lora", "compiled"],
+)
+def test_a_run_from_rows_to_answers(method: str, options: dict[str, Any], rows_file: Path, tmp_path: Path) -> None:
+    counters.clear()
     specs = []
     for author, tokenizer in enumerate(two_tokenizers()):
         place = tmp_path / f"model-{author}"
@@ -246,7 +257,7 @@ def test_a_run_from_rows_to_answers(method: str, rows_file: Path, tmp_path: Path
     args = CoLLMConfig(
         output_dir=str(tmp_path / "run"),
         method=method,
-        **({"lora_target_modules": ["q_proj", "v_proj"]} if method == "lora" else {}),
+        **options,
         max_length=128,
         num_train_epochs=2,
         use_cpu=True,
@@ -267,3 +278,4 @@ def test_a_run_from_rows_to_answers(method: str, rows_file: Path, tmp_path: Path
         one.token_ids for one in result.model.generate(prompts, threshold=0.5)
     ]
     assert isinstance(model.assistants[0], ModelSpec)
+    assert not counters["graph_break"], "more than the base was compiled"

@@ -113,14 +113,15 @@ class JointModule(nn.Module):
         else:
             hidden, base_logprob, base_correct = self._read(target_mask, **inputs)
             defer_logits = self._defer_logits(hidden)  # (N, K)
-            nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+            nll = self._nll(base_logprob, assistant_logprobs, defer_logits)
             views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
-        total = nll + self._deferral_cost * expected_deferrals(defer_logits)
+        total = self._with_cost(nll, defer_logits)
         result = {"loss": total / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
             result |= {name: _scatter(values, target_mask) for name, values in views.items()}
         return result
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _segments(
         self,
         target_mask: Tensor,
@@ -138,7 +139,7 @@ class JointModule(nn.Module):
             inputs_read = gold[read], rows[read], scored[read]
             base_logprob, base_correct, _ = read_segments(self._model, hidden[read], *inputs_read, self._law)
         defer_logits = self._defer_logits(hidden[target_mask])
-        nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+        nll = self._nll(base_logprob, assistant_logprobs, defer_logits)
         views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
         return nll, defer_logits, views
 
@@ -149,7 +150,16 @@ class JointModule(nn.Module):
     def _defer_logits(self, hidden: Tensor) -> Tensor:
         return cast(Tensor, self.head(hidden))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _nll(self, base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor) -> Tensor:
+        return -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _with_cost(self, nll: Tensor, defer_logits: Tensor) -> Tensor:
+        return nll + self._deferral_cost * expected_deferrals(defer_logits)
+
     @torch.no_grad()
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def _read(self, target_mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (N, H) at the targets, with log-probabilities and correctness (N,) of the gold tokens."""
         if "hidden" in inputs:
@@ -171,6 +181,7 @@ class JointModule(nn.Module):
         cast(Any, self.base).activation_checkpointing_enable(**options)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Scatter values of target positions (N, ...) to (B, T, ...), with 0 elsewhere."""
     scattered = values.new_zeros(*mask.shape, *values.shape[1:])
