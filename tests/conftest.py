@@ -9,11 +9,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU; read whe
 import gc
 import logging
 import signal
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,6 +23,24 @@ if TYPE_CHECKING:
 # torch and transformers are imported where they are needed: the process that hands out tests needs neither.
 
 LONG = ("demo/test_run", "vllm/test_engine", "training/test_distributed", "cli/test_cli", "serving/test_playground")
+# They run on one worker, as starting the process that they fork (tests/processes.py) takes long.
+FORKING = (
+    "training/test_distributed",
+    "cli/test_cli",
+    "test_damaged_files",
+    "test_first_use",
+    "test_run_with_tools",
+    "test_trust",
+)
+
+
+class _Schedule(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
+    def _split_scope(self, nodeid: str) -> str:
+        return "forking" if nodeid.startswith(tuple(f"tests/{name}.py" for name in FORKING)) else nodeid.split("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return _Schedule(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +63,8 @@ def _process() -> Iterator[None]:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background ignore it
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # Every HTTP client reads all certificates, for 30 ms. No test speaks TLS.
+    ssl.SSLContext.load_verify_locations = lambda *_, **__: None  # type: ignore[method-assign]
     yield
     gc.unfreeze()  # libraries that count their objects at the end find none left
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -66,6 +67,7 @@ def run_processes(
 
 
 def _run(command: list[str], cwd: str, env: dict[str, str], out: Path, err: Path) -> None:
+    gc.freeze()  # a collection would look at all that was imported, and copy its memory
     for path, descriptor in ((out, 1), (err, 2)):
         with path.open("wb") as stream:
             os.dup2(stream.fileno(), descriptor)

@@ -32,7 +32,7 @@ CONTENTS = [
     "3",
     '"x"',
     '{"format": 1}',
-    "[" * 100_000,
+    "[" * 500,
     "{" * 9,
     "\x00",
     '{"rows": 3}',
@@ -109,15 +109,16 @@ def damaged(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> tuple
 
 def test_damage_is_one_error_that_names_the_place(damaged: tuple[Path, Path, str]) -> None:
     path, place, file = damaged
+    given = [content.encode() for content in CONTENTS]
+    if path.suffix != ".yaml":  # which takes a second to give up
+        given += [b"[" * 100_000]
     if path.exists():
         if file != "run/./run.yaml":  # of another run
             READERS[file](place)
         whole = path.read_bytes()
-        contents = [*(content.encode() for content in CONTENTS), whole[: len(whole) // 2], whole[::-1], b"\xff" + whole]
-    else:
-        contents = [content.encode() for content in CONTENTS]
+        given += [whole[: len(whole) // 2], whole[::-1], b"\xff" + whole]
     usable, longest = [], 0
-    for content in contents:
+    for content in given:
         path.write_bytes(content)
         try:
             READERS[file](place)

@@ -123,11 +123,11 @@ def test_batch_size_and_company_change_nothing_even_when_sampling(pair: CoLLM) -
 def test_the_first_token_follows_the_stated_law(
     policy: Policy | str, tiny_model: Model, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """8,000 draws; Pearson's statistic over cells of expectation >= 5 stays below mean + 6 standard deviations
+    """2,000 draws; Pearson's statistic over cells of expectation >= 5 stays below mean + 6 standard deviations
     of its chi-squared law: odds of a false alarm below 1 in 100,000, and the seed is fixed."""
     base, assistant = tiny_model(0), tiny_model(1)
     head = random_head(32, 1, scale=0.2)
-    model, prompt, n = CoLLM(base, [assistant], head, tokenizer), [5, 9, 33], 8_000
+    model, prompt, n = CoLLM(base, [assistant], head, tokenizer), [5, 9, 33], 2_000
     with torch.no_grad():
         outputs = [m(torch.tensor([prompt]), output_hidden_states=True) for m in (base, assistant)]
         d = torch.sigmoid(head(outputs[0].hidden_states[-1][0, -1]))

@@ -62,7 +62,7 @@ def test_answers_are_as_the_schema_says(server: Running, method: str, path: str,
 
     @seed(0)
     @settings(
-        max_examples=25,
+        max_examples=15,
         database=None,
         deadline=None,
         phases=[Phase.generate],

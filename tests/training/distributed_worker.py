@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
@@ -62,6 +61,8 @@ def main() -> None:
         config = CoLLMConfig(**{**settings, **options})
         assert config.device.type == "cpu"  # has made the process group
         if config.deepspeed:  # as Accelerate does it on GPUs
+            import deepspeed  # takes seconds
+
             deepspeed.init_distributed(dist_backend="gloo")
         base = AutoModelForCausalLM.from_pretrained(start)
     if config.fsdp:  # which Accelerate would turn into DDP on a CPU, without a word
