@@ -21,6 +21,7 @@ ROOMS_OF_RUNS := benchmarks clients demo recipes serving vllm training/test_dist
 
 # Tests wait for a quarter of their time, so three processes keep two cores busy.
 WORKERS ?= 3
+unexport PYTHONDONTWRITEBYTECODE  # they share compiled modules
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-fast test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean

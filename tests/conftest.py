@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once, and threads that wait for a core spin
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU; read when Triton is imported
 
 import gc
@@ -58,9 +59,6 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _process() -> Iterator[None]:
-    import torch
-
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background ignore it
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # Every HTTP client reads all certificates, for 30 ms. No test speaks TLS.

@@ -411,6 +411,7 @@ def test_the_page_of_measurements(tmp_path: Path) -> None:
     assert len(sentences) == len(page.AT_ONCE)
 
 
+@pytest.mark.soak
 def test_the_table_of_the_document_is_what_the_command_prints() -> None:
     assert "\n".join(page.assumed()) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 

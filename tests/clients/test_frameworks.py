@@ -76,6 +76,7 @@ def test_langchain_gets_structured_answers(speaking: Running, method: Any) -> No
     assert isinstance(model.with_structured_output(Answer, method=method).invoke("the cat?"), Answer)
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")  # litellm's own
 def test_litellm_in_this_process(speaking: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for prices

@@ -56,7 +56,7 @@ def test_a_difference_turns_its_sign_with_the_order(pairs):
 def test_zero_one_scores_are_covered(share):
     # Wilson's coverage swings around 95 % with n and the share; for these three it is at least 92 %.
     rng = random.Random(0)
-    trials, covered = 2000, 0
+    trials, covered = 1000, 0
     for _ in range(trials):
         interval = bootstrap_interval([float(rng.random() < share) for _ in range(50)])
         covered += interval.low <= share <= interval.high
@@ -67,7 +67,7 @@ def test_zero_one_scores_are_covered(share):
 def test_graded_scores_are_covered():
     # The percentile bootstrap of 60 items covers 94 %.
     rng = random.Random(0)
-    trials, covered = 3000, 0
+    trials, covered = 1000, 0
     for _ in range(trials):
         interval = bootstrap_interval([rng.betavariate(2, 1) for _ in range(60)])
         covered += interval.low <= 2 / 3 <= interval.high
@@ -79,7 +79,7 @@ def test_graded_scores_are_covered():
 def test_differences_are_covered():
     # 95 % in the same simulation.
     rng = random.Random(0)
-    trials, covered = 2000, 0
+    trials, covered = 1000, 0
     for _ in range(trials):
         difficulty = [rng.random() for _ in range(60)]
         a = [float(rng.random() < 1 - hard / 2) for hard in difficulty]  # right with probability 3/4 on average

@@ -113,14 +113,23 @@ def test_the_kernel_equals_attention_one_query_at_a_time(
 def test_static_passes_equal_the_plain_forward_on_every_architecture(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if device == "cpu" and name != "gemma2":  # the interpreter takes its time
+    if device == "cpu":  # the interpreter takes its time
         monkeypatch.setattr("collm.models.fused_kernels.FusedKernels.applied", contextlib.nullcontext)
         monkeypatch.setattr("collm.models.paged_attention.paged_attention", obvious_attention)
+    _check_static(name, device, steps=15)
+
+
+@pytest.mark.soak
+def test_static_passes_with_the_kernels_equal_the_plain_forward() -> None:
+    _check_static("gemma2", "cpu", steps=3)
+
+
+def _check_static(name: str, device: str, steps: int) -> None:
     model = make_model(EXACT[name](), seed=0, device=device)
     runner = static_runner(model, name)
     assert runner._static is not None
     before = model.config._attn_implementation
-    play_schedule(model, runner, seed=3, steps=15 if device == "cuda" or name != "gemma2" else 3)
+    play_schedule(model, runner, seed=3, steps=steps)
     assert runner._static._buckets
     assert model.config._attn_implementation == before
 

@@ -120,6 +120,7 @@ def small_world(tmp_path: Path) -> Path:
     return data
 
 
+@pytest.mark.soak
 def test_the_recipe_runs_and_goes_on_where_it_was(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

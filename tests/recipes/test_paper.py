@@ -245,9 +245,7 @@ def test_tulu_is_read_as_the_hub_has_it(tmp_path: Path) -> None:
     assert rehearse.few_rows("tulu", str(tmp_path / "train.parquet"), 3) == SAMPLES["tulu"][:3]
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[pytest.mark.soak] if run in ("math", "bioasq") else []) for run in RUNS]
-)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[] if run == "tulu" else [pytest.mark.soak]) for run in RUNS])
 def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, with the server's part left to the command itself."""
     tokenizer = merging_tokenizer("Ann has boxes of eggs, so the answer is 12.", across_words=False)

@@ -114,6 +114,7 @@ def test_a_run_is_whole_and_goes_on_where_it_was(
     assert all(name in table for name in rows)
 
 
+@pytest.mark.soak
 def test_two_models_are_cut_healed_tuned_and_compared_under_every_rule(
     data: Path, small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

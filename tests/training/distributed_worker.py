@@ -42,7 +42,6 @@ def main() -> None:
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     resume = options.pop("resume", False)
     stop_after = options.pop("stop_after", None)
-    torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     settings: dict[str, Any] = {
         "output_dir": str(out),
