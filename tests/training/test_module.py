@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from collm.core.head import DeferralHead
-from collm.core.objective import expected_deferrals, marginal_logprobs
+from collm.core.objective import deferral_cost, marginal_logprobs
 from collm.errors import MismatchError
 from collm.training import fused
 from collm.training.dataset import TrainingSet, collate
@@ -42,7 +42,8 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
     base, head = tiny_model(1), make_head()
     batch = collate([DATA[i] for i in range(len(DATA))])
     out = JointModule(base, head)(**batch, per_token=True)
-    costly = JointModule(base, head, deferral_cost=0.7)
+    costs = [0.7, 0.2]
+    costly = JointModule(base, head, deferral_costs=costs)
     views = TokenViews(
         out["base_logprob"][batch["target_mask"]],
         out["base_correct"][batch["target_mask"]],
@@ -50,7 +51,7 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
         batch["assistant_correct"][batch["target_mask"]],
         out["defer_logits"][batch["target_mask"]].detach(),
     )
-    total, base_total, defer_total, count = 0.0, 0.0, 0.0, 0
+    total, base_total, defer_total, cost, count = 0.0, 0.0, 0.0, 0.0, 0
     for index, example in enumerate(EXAMPLES):
         with torch.no_grad():
             ids = torch.tensor([example.token_ids])
@@ -67,6 +68,7 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
             total -= math.log(sum(o / sum(odds) * math.exp(s) for o, s in zip(odds, says, strict=True)))
             base_total -= says[0]
             defer_total += 1 - odds[0] / sum(odds)
+            cost += (0.7 * odds[1] + 0.2 * odds[2]) / sum(odds)
             place, count = place + 1, count + 1
     assert len(views.base_logprob) == count
     assert out["loss"].item() == pytest.approx(total / count, rel=1e-4)
@@ -75,16 +77,16 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
     assert measured["base_nll"] == pytest.approx(base_total / count, rel=1e-4)
     assert measured["defer_prob"] == pytest.approx(defer_total / count, rel=1e-4)
     assert not out["base_logprob"][~batch["target_mask"]].any()
-    with_cost = (total + 0.7 * defer_total) / count
+    with_cost = (total + cost) / count
     assert costly(**batch)["loss"].item() == pytest.approx(with_cost, rel=1e-4)
     assert costly(**batch, per_token=True)["loss"].item() == pytest.approx(with_cost, rel=1e-4)
-    assert views.measures(0.7)["loss"] == pytest.approx(with_cost, rel=1e-4)
+    assert views.measures(costs)["loss"] == pytest.approx(with_cost, rel=1e-4)
 
 
 def test_batching_and_chunks_change_nothing(
     tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = JointModule(tiny_model(1), make_head(), deferral_cost=0.4)
+    module = JointModule(tiny_model(1), make_head(), deferral_costs=[0.4, 0.1])
     total = sum(example.num_targets for example in EXAMPLES)
 
     def gradients(batches: list[list[int]]) -> list[Tensor]:
@@ -140,7 +142,7 @@ def test_the_best_defer_prob_rises_with_the_gain_and_falls_with_the_cost(cost: f
     best = []
     for gain in gains:
         nll = -marginal_logprobs((-gain).expand(199), torch.zeros(199, 1), u)
-        best.append(grid[(nll + cost * torch.stack([expected_deferrals(each) for each in u])).argmin()])
+        best.append(grid[(nll + torch.stack([deferral_cost(each, [cost]) for each in u])).argmin()])
     formula = torch.where(gains > 0, (1 / cost if cost else torch.inf) - 1 / gains.expm1(), 0.0).clamp(0, 1)
     torch.testing.assert_close(torch.stack(best), formula, atol=6e-3, rtol=0)
 

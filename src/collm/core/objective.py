@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, K assistants. Values at position t belong to the toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -81,13 +82,16 @@ def marginal_nll(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits:
     return -marginal_logprobs(base_logprob[mask], assistant_logprobs[mask], defer_logits[mask]).mean()
 
 
-def expected_deferrals(defer_logits: Tensor) -> Tensor:
-    """Sum of 1 - P(Z = 0) over all positions, in fp32, with a gradient everywhere.
+def deferral_cost(defer_logits: Tensor, costs: Sequence[float]) -> Tensor:
+    """The sum of c_k P(Z = k) over all positions and assistants, a scalar in nats.
 
     Args:
         defer_logits: u, shape (..., K).
+        costs: c, in nats per token of each assistant, K of them.
     """
-    return torch.sigmoid(torch.logsumexp(defer_logits.float(), dim=-1)).sum()
+    probs = author_logprobs(defer_logits).exp()[..., 1:]
+    tokens = probs.reshape(-1, probs.shape[-1]).sum(0)  # (K,), in expectation
+    return torch.stack([cost * number for cost, number in zip(costs, tokens, strict=True)]).sum()
 
 
 def pseudo_labels(

@@ -73,6 +73,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
     if config.base_quantization is not None and args.method == "full":
         raise ConfigError("base_quantization does not fit method 'full': quantized weights take no updates; use lora")
+    args.deferral_costs(len(config.assistant))  # raises if their number does not fit
     check_extras(config, args)
     if args.method == "full" and (method := _quantized(config.base_model)) is not None:
         raise ConfigError(f"the base is quantized with {method}, and such weights take no updates; use method lora")

@@ -62,7 +62,7 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         lora_target_modules: names of modules, "all-linear" by default; never the output layer.
         deferral_cost: nats added to the loss per deferred token, 0 by default as in the paper. With a cost, the head
             learns to defer where the assistant is much better, not wherever it is better. Try 1 if the assistant is
-            better nearly everywhere (`JointModule` has the formula).
+            better nearly everywhere. Several assistants may have a cost each, in their order.
         padding_free: concatenate the examples of a batch to one row instead of padding them. Each example attends to
             itself only, so the loss is the same. Requires SDPA or FlashAttention.
         early_stopping_patience: stop after this number of evaluations without improvement of the loss. Requires an
@@ -83,7 +83,7 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
     lora_alpha: int | None = None
     lora_dropout: float | None = None
     lora_target_modules: list[str] | str | None = None
-    deferral_cost: float = 0.0
+    deferral_cost: list[float] | float = 0.0
     padding_free: bool = False
     early_stopping_patience: int | None = None
     warm_start: bool = True
@@ -109,6 +109,7 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         try:
             _check_ranges(self)
             _check_effects(self)
+            self.deferral_cost = _one_or_each(self.deferral_cost)
             if self.learning_rate is None:
                 self.learning_rate = _LEARNING_RATES[self.method]
             super().__post_init__()
@@ -138,6 +139,19 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         value = getattr(self, name)
         return _DEPENDENT[name][2] if value is None else value
 
+    def deferral_costs(self, num_assistants: int) -> list[float]:
+        """The deferral cost of each assistant.
+
+        Raises:
+            ConfigError: there are several costs, but not one for each assistant.
+        """
+        costs = _listed(self.deferral_cost)
+        if len(costs) not in (1, num_assistants):
+            raise ConfigError(
+                f"deferral_cost has {len(costs)} values, expected one, or one for each of {num_assistants} assistants"
+            )
+        return costs if len(costs) == num_assistants else costs * num_assistants
+
     def resolved_head_learning_rate(self, hidden_size: int) -> float:
         """The head's learning rate for a base of this hidden size."""
         return 0.1 / hidden_size if self.head_learning_rate is None else self.head_learning_rate
@@ -150,14 +164,25 @@ def _check_ranges(config: CoLLMConfig) -> None:
     for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
         value = getattr(config, name)
         _require(value is None or value > 0, name, value, "a number above 0")
-    cost = config.deferral_cost
-    _require(0 <= cost < float("inf"), "deferral_cost", cost, "0 or a finite number above it")
+    costs = _listed(_one_or_each(config.deferral_cost))
+    valid = bool(costs) and all(0 <= cost < float("inf") for cost in costs)
+    _require(valid, "deferral_cost", config.deferral_cost, "0 or a finite number above it")
     for name in ("lora_r", "warm_start_tokens", "early_stopping_patience"):
         value = getattr(config, name)
         _require(value is None or value >= 1, name, value, "at least 1")
     dropout, variant = config.lora_dropout, config.pseudo_label_variant
     _require(dropout is None or 0 <= dropout < 1, "lora_dropout", dropout, "a number from 0 to below 1")
     _require(variant is None or variant in variants, "pseudo_label_variant", variant, f"one of {', '.join(variants)}")
+
+
+def _one_or_each(costs: list[float] | float) -> list[float] | float:
+    """Costs as floats, and a list of one, which a flag gives, as that one."""
+    floats = [float(cost) for cost in _listed(costs)]
+    return floats[0] if len(floats) == 1 else floats
+
+
+def _listed(costs: list[float] | float) -> list[float]:
+    return costs if isinstance(costs, list) else [costs]
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from collm.core.objective import author_logprobs, defer_probs, marginal_logprobs, pseudo_labels
+from collm.core.objective import author_logprobs, defer_probs, deferral_cost, marginal_logprobs, pseudo_labels
 
 EVEN_ODDS = 0.5
 
@@ -61,26 +61,27 @@ class TokenViews:
         parts = (torch.split(getattr(self, field.name), list(sizes)) for field in fields(self))
         return [TokenViews(*one) for one in zip(*parts, strict=True)]
 
-    def measures(self, deferral_cost: float = 0.0) -> dict[str, float]:
+    def measures(self, deferral_costs: Sequence[float] = ()) -> dict[str, float]:
         """Means over the tokens.
 
         Args:
-            deferral_cost: nats that the loss adds per deferred token.
+            deferral_costs: nats that the loss adds per token of each assistant; none by default.
 
         Returns:
-            loss: marginal NLL in nats, plus the deferral cost. base_nll and assistant_nll (assistant_1_nll, ..): NLL of
-            each model alone. defer_prob. deferral_rate: share of tokens deferred at threshold 0.5. pseudo_label_share:
-            share of tokens that an assistant's argmax predicts and the current base's does not. pseudo_label_agreement:
-            share of tokens whose most probable author is the pseudo-label. head_auc: AUC of the defer prob for tokens
-            whose pseudo-label is an assistant.
+            loss: marginal NLL in nats, plus the deferral costs. base_nll and assistant_nll (assistant_1_nll, ..): NLL
+            of each model alone. defer_prob. deferral_rate: share of tokens deferred at threshold 0.5.
+            pseudo_label_share: share of tokens that an assistant's argmax predicts and the current base's does not.
+            pseudo_label_agreement: share of tokens whose most probable author is the pseudo-label. head_auc: AUC of the
+            defer prob for tokens whose pseudo-label is an assistant.
         """
         marginal = marginal_logprobs(self.base_logprob, self.assistant_logprobs, self.defer_logits)
         labels = pseudo_labels(self.base_correct, self.assistant_correct, self.assistant_logprobs)
         deferring = defer_probs(self.defer_logits)
+        cost = deferral_cost(self.defer_logits, deferral_costs).item() if any(deferral_costs) else 0.0
         nlls = -self.assistant_logprobs.mean(0)
         names = ["assistant_nll"] if len(nlls) == 1 else [f"assistant_{k}_nll" for k in range(1, len(nlls) + 1)]
         return {
-            "loss": -marginal.mean().item() + deferral_cost * deferring.mean().item(),
+            "loss": -marginal.mean().item() + cost / len(marginal),
             "base_nll": -self.base_logprob.mean().item(),
             **dict(zip(names, nlls.tolist(), strict=True)),
             "defer_prob": deferring.mean().item(),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from collm.core.head import DeferralHead
-from collm.core.objective import expected_deferrals, marginal_logprobs
+from collm.core.objective import deferral_cost, marginal_logprobs
 from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError, MismatchError, MissingExtra
 from collm.models.language_model import LanguageModel
@@ -35,7 +36,7 @@ class JointModule(nn.Module):
         frozen: whether the base stays in evaluation mode without gradients.
         vocab_size: as in `LanguageModel`.
         law: the base's tokens that begin a segment, if models have different tokenizers.
-        deferral_cost: c, in nats per deferred token.
+        deferral_costs: c, in nats per token of each assistant; none by default.
 
     Raises:
         MismatchError: the head has another hidden size than the base.
@@ -52,11 +53,11 @@ class JointModule(nn.Module):
         frozen: bool = False,
         vocab_size: int | None = None,
         law: SegmentLaw | None = None,
-        deferral_cost: float = 0.0,
+        deferral_costs: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self._law = law
-        self._deferral_cost = deferral_cost
+        self._deferral_costs = tuple(deferral_costs)
         self.base = base
         self.head = head
         self.frozen = frozen
@@ -156,7 +157,7 @@ class JointModule(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _with_cost(self, nll: Tensor, defer_logits: Tensor) -> Tensor:
-        return nll + self._deferral_cost * expected_deferrals(defer_logits)
+        return nll + deferral_cost(defer_logits, self._deferral_costs) if any(self._deferral_costs) else nll
 
     @torch.no_grad()
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]

@@ -81,7 +81,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
                 frozen=args.method == "head",
                 vocab_size=vocab_size,
                 law=train_dataset.law,
-                deferral_cost=args.deferral_cost,
+                deferral_costs=args.deferral_costs(head.num_assistants),
             ),
             args,
             data_collator=collate_padding_free if args.padding_free else collate,
@@ -239,9 +239,8 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         parts = [self._views(model, batch) for batch in self.get_eval_dataloader(eval_dataset)]
         model.train(training)
         views = TokenViews(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in views.measures(self.args.deferral_cost).items()
-        }
+        costs = self.args.deferral_costs(self.joint.head.num_assistants)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in views.measures(costs).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
