@@ -58,7 +58,6 @@ class PairPlan(Plan):
         heal_texts: number of paragraphs of Python's documentation for the same purpose.
         heal_learning_rate: learning rate of this training.
         expert_rows: number of solutions from which the assistant learns.
-        frozen: whether to also train a head alone, on the tuned base.
         deferral_cost: nats per deferred token, in the trainings with a cost.
     """
 
@@ -67,16 +66,15 @@ class PairPlan(Plan):
     heal_texts: int
     heal_learning_rate: float
     expert_rows: int
-    frozen: bool
     deferral_cost: float = 1.0
 
 
 PAIR_PLANS = {
     "cpu": PairPlan(
-        240, 8, 120, 32, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 10, 640, 320, 5e-4, 200, True
+        240, 8, 120, 32, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 10, 640, 320, 5e-4, 200
     ),
     "cpu-deep": PairPlan(
-        240, 8, 120, 0, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 24, 240, 60, 2e-4, 200, False
+        240, 8, 120, 0, "full", 1e-4, 1.0, 8, 384, 160, 16, "cpu", "float32", False, 24, 240, 60, 2e-4, 200
     ),
     "gpu": PairPlan(
         1000,
@@ -98,6 +96,5 @@ PAIR_PLANS = {
         1600,
         5e-4,
         3000,
-        True,
     ),
 }

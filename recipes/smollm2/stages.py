@@ -103,6 +103,7 @@ class Stages:
             max_new_tokens=plan.max_new_tokens,
             dtype="float32" if method == "full" else plan.dtype,
             device=plan.device,
+            cache_hidden_states=method == "head",
         )
         defaults = {
             "max_length": plan.max_length,

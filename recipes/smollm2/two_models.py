@@ -118,7 +118,7 @@ class PairRun(Stages):
         """Measure the rules on given solutions, and generated solutions."""
         given = {}
         ways = [(TOGETHER, self.together), (FROZEN, self.frozen)]
-        for (way, train), cost in product(ways if self.plan.frozen else ways[:1], (0.0, self.plan.deferral_cost)):
+        for (way, train), cost in product(ways, (0.0, self.plan.deferral_cost)):
             collaboration = train(cost)
             measured = self.kept(f"given, {collaboration.parent.name}", partial(self._given, collaboration))
             given[WITH_COST.format(way) if cost else way] = measured

@@ -425,7 +425,10 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny_model: Tiny, config: 
 
 
 @pytest.mark.slow
-def test_a_head_trains_from_kept_hidden_states_as_from_the_base(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+def test_a_head_trains_from_kept_hidden_states_as_from_the_base(
+    strategy: str, tiny_model: Tiny, config: Make, tmp_path: Path
+) -> None:
     base = tiny_model(1)
     spec, model = ModelSpec("base"), LanguageModel(base, name="base")
     kept = score_examples(model, EXAMPLES, tmp_path / "kept", spec=spec, hidden_states=True, shard_size=5)
@@ -434,7 +437,7 @@ def test_a_head_trains_from_kept_hidden_states_as_from_the_base(tiny_model: Tiny
         data = TrainingSet(EXAMPLES, [KNOWS_HALF], kept, from_hidden_states=from_hidden_states)
         trainer = trainer_of(
             tiny_model,
-            config(method="head", warm_start=True, head_learning_rate=1e-2),
+            config(method="head", warm_start=True, head_learning_rate=1e-2, train_sampling_strategy=strategy),
             data,
             base=base,
             eval_dataset=data,

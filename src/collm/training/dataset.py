@@ -63,6 +63,11 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     def num_assistants(self) -> int:
         return len(self.assistant_scores)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example.token_ids) for example in self.examples]
+
     def __len__(self) -> int:
         return len(self.examples)
 

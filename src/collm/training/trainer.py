@@ -245,6 +245,12 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_train_sampler(self, train_dataset: TrainingSet | None = None) -> Any:
+        return super()._get_train_sampler(_lengths_of(train_dataset or self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: TrainingSet) -> Any:
+        return super()._get_eval_sampler(_lengths_of(eval_dataset))
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Use padded batches in any case, because examples are counted by rows over processes."""
         training, self.data_collator = self.data_collator, collate
@@ -321,6 +327,11 @@ def _check_padding_free(base: LanguageModel) -> None:
 def _is_head(parameter_name: str) -> bool:
     """Whether a parameter of the joint module, wrapped or not, belongs to the head."""
     return next(part for part in parameter_name.split(".") if part in ("base", "head")) == "head"
+
+
+def _lengths_of(data: TrainingSet) -> list[dict[str, range]]:
+    """What samplers read of examples. Those from hidden states have no tokens, but form the same batches."""
+    return [{"input_ids": range(length)} for length in data.lengths]
 
 
 def _check(
