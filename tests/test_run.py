@@ -226,7 +226,7 @@ def test_hidden_states_kept_on_disk_train_the_same_head(setting: dict[str, Any],
     assert not read_header(tmp_path / "run-True/scores/assistant-1").hidden_states
     with pytest.raises(ConfigError, match="cache_hidden_states does not fit method 'full'"):
         train_collaboration(RunConfig(**setting, cache_hidden_states=True), options(tmp_path / "x", method="full"))
-    with pytest.raises(ConfigError, match="deferral_cost has 3 values, expected one, or one for each of 2 assistants"):
+    with pytest.raises(ConfigError, match=r"deferral_cost has 3 values, expected one, or one for each assistant \(2\)"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "x", deferral_cost=[0, 1, 2]))
     assert not (tmp_path / "x").exists()
 

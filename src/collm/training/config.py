@@ -107,9 +107,9 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         try:
+            self.deferral_cost = _one_or_each(self.deferral_cost)
             _check_ranges(self)
             _check_effects(self)
-            self.deferral_cost = _one_or_each(self.deferral_cost)
             if self.learning_rate is None:
                 self.learning_rate = _LEARNING_RATES[self.method]
             super().__post_init__()
@@ -148,7 +148,7 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         costs = _listed(self.deferral_cost)
         if len(costs) not in (1, num_assistants):
             raise ConfigError(
-                f"deferral_cost has {len(costs)} values, expected one, or one for each of {num_assistants} assistants"
+                f"deferral_cost has {len(costs)} values, expected one, or one for each assistant ({num_assistants})"
             )
         return costs if len(costs) == num_assistants else costs * num_assistants
 
@@ -164,7 +164,7 @@ def _check_ranges(config: CoLLMConfig) -> None:
     for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
         value = getattr(config, name)
         _require(value is None or value > 0, name, value, "a number above 0")
-    costs = _listed(_one_or_each(config.deferral_cost))
+    costs = _listed(config.deferral_cost)
     valid = bool(costs) and all(0 <= cost < float("inf") for cost in costs)
     _require(valid, "deferral_cost", config.deferral_cost, "0 or a finite number above it")
     for name in ("lora_r", "warm_start_tokens", "early_stopping_patience"):
@@ -177,7 +177,10 @@ def _check_ranges(config: CoLLMConfig) -> None:
 
 def _one_or_each(costs: list[float] | float) -> list[float] | float:
     """Costs as floats, and a list of one, which a flag gives, as that one."""
-    floats = [float(cost) for cost in _listed(costs)]
+    try:
+        floats = [float(cost) for cost in _listed(costs)]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"deferral_cost is {costs!r}, expected a number, or one for each assistant") from error
     return floats[0] if len(floats) == 1 else floats
 
 
