@@ -1,10 +1,11 @@
-"""Grammars of growing depth in every form: schemas with all ways of nesting, regular expressions, choices, Lark and GBNF.
+"""Grammars of growing depth: schemas with all ways of nesting, regular expressions, choices, Lark and GBNF.
 
 As a script it compiles them as the server does, walks through each, and reports: a crash would end it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -72,14 +73,24 @@ def lark(rng: random.Random, depth: int) -> str:
     upper = rng.random() < 0.5
     names = [f"R{i}" if upper else f"r{i}" for i in range(depth + 1)]
     shapes = ['{} "a"', '"a" {}', '{} | "b"', "({})+", "{}?", "{}~1..5", '"x" {} "y"', "{}"]
-    shapes += ["~{}", '{} & /[a-z]+/', '/[a-z]*/ & ({})'] if upper else ["{0} {0}", "{0} | {0}", '%json {{"type": "object"}} {}']
+    shapes += (
+        ["~{}", "{} & /[a-z]+/", "/[a-z]*/ & ({})"]
+        if upper
+        else ["{0} {0}", "{0} | {0}", '%json {{"type": "object"}} {}']
+    )
     few = rng.sample(shapes, rng.randint(1, 3))
-    rules = [f"{name}: {rng.choice(few).format(following)}" for name, following in zip(names, names[1:], strict=False)]
+    rules = [f"{name}: {rng.choice(few).format(following)}" for name, following in itertools.pairwise(names)]
     return "\n".join([f"start: {names[0]}", *rules, f'{names[-1]}: "z"'])
 
 
 def gbnf(rng: random.Random, depth: int) -> str:
-    return "\n".join([f"root ::= r0 {'(' * depth}\"a\"{')' * depth}", *(f"r{i} ::= r{i + 1} | \"b\"" for i in range(depth)), f'r{depth} ::= "c"'])
+    return "\n".join(
+        [
+            f'root ::= r0 {"(" * depth}"a"{")" * depth}',
+            *(f'r{i} ::= r{i + 1} | "b"' for i in range(depth)),
+            f'r{depth} ::= "c"',
+        ]
+    )
 
 
 def grammars(seed: int, count: int, deepest: int = 3000) -> Iterator[StructuredOutputs]:
@@ -102,8 +113,6 @@ def main(seed: int, count: int) -> None:
     compiler = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     rng, done, slowest = random.Random(seed), {"compiled": 0, "refused": 0}, 0.0
     for structured in grammars(seed, count):
-        if len(sys.argv) > 3:
-            import pickle; sys.setrecursionlimit(100000); pickle.dump(structured, open(sys.argv[3], "wb")); sys.setrecursionlimit(1000)
         start = time.monotonic()
         try:
             grammar = compiler.compile(structured, trusted=False)
