@@ -315,11 +315,11 @@ def test_a_prompt_that_is_scored_waits_for_memory_with_a_retry(serve: Any, token
             runner.set_capacity(64)  # type: ignore[union-attr]
         steps = Steps(server.worker())
         with ThreadPoolExecutor(2) as pool:
-            writing = pool.submit(server.post, "/v1/completions", **{**LONG, "prompt": [5] * 40, "max_tokens": 8})
+            writing = pool.submit(server.post, "/v1/completions", **{**LONG, "prompt": [5] * 40, "max_tokens": 20})
             server.until(lambda: server.worker().running == 1)
             scoring = pool.submit(server.post, "/v1/completions", **{**SCORED, "prompt": [7] * 30})
             server.until(lambda: server.worker().outstanding == 2)
-            steps.allow(2)
+            steps.allow(3)
             reply = scoring.result()
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "cache_full")
             assert reply.headers["Retry-After"] == "1"
