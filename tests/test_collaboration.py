@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
+from collm.atomic import atomic_directory, atomic_file, sole_writer
 from collm.core.calibration import Calibration, CalibrationPoint
 from collm.errors import ArtefactError, CollmError, ConfigError, LoadError, MismatchError, RequestError, WriteError
 from collm.models.loading import ModelSpec
@@ -214,6 +216,52 @@ def test_a_full_disk_leaves_the_old_artefact_and_no_rest(
         model.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_saving_keeps_what_is_not_ours(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    (saved / ".git" / "objects").mkdir(parents=True)
+    (saved / ".git" / "objects" / "pack").write_bytes(b"p")
+    (saved / ".git" / "objects" / "pack").chmod(0o444)
+    (saved / ".git" / "here").symlink_to("objects")
+    (saved / "base").mkdir()  # of a collaboration with a tuned base
+    model = CoLLM.from_pretrained(saved)
+    model._source = None
+    model.save_pretrained(saved)
+    model.save_pretrained(saved)
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert (saved / ".git" / "here" / "pack").read_bytes() == b"p"
+    assert (saved / ".git" / "here").is_symlink()
+    assert not (saved / "base").exists()
+    assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_writers_of_one_process_number_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "file"
+    (path.parent).mkdir()
+    for number in (os.getpid(), 1):  # what a kill left, or a link that somebody put there
+        (path.parent / f".file.{number}.tmp").symlink_to(tmp_path / "elsewhere")
+    with atomic_directory(tmp_path / "made") as one, atomic_file(path) as file:
+        (one / "a").touch()
+        with pytest.raises(WriteError), atomic_directory(tmp_path / "made") as two, atomic_file(path) as other:
+            (two / "b").touch()
+            other.write_text("other")
+            raise OSError(errno.ENOSPC, "full")
+        file.write_text("mine")
+    assert [entry.name for entry in (tmp_path / "made").iterdir()] == ["a"]
+    assert path.read_text() == "mine"
+    assert path.stat().st_mode & 0o777 == (tmp_path / "made" / "a").stat().st_mode & 0o777  # as any file
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["made", "out"]
+
+
+def test_one_process_at_a_time_writes_a_directory(tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "out"):
+        with pytest.raises(ConfigError, match=rf"out is being written by process {os.getpid()} on .*; wait until it"):
+            sole_writer(tmp_path / "out").__enter__()
+        with pytest.raises(ConfigError, match=rf"by process {os.getpid()} on "), sole_writer(tmp_path / "out"):
+            pass
+    with sole_writer(tmp_path / "out"):
+        pass
 
 
 def test_pushing_uploads_the_artefact(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

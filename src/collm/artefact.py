@@ -30,6 +30,9 @@ from collm.version import __version__
 FORMAT = 1
 CONFIG, HEAD, CALIBRATION, CARD = "collm.json", "head.safetensors", "calibration.json", "README.md"
 TABLES = "tables"
+ENTRIES = (CONFIG, HEAD, CALIBRATION, CARD, TABLES, "base", "adapter")
+"""Everything in a collaboration's directory that saving writes, replaces or removes."""
+
 MAX_JSON_BYTES = 16 << 20
 """Largest accepted JSON file of an artefact. Even a chat template has only a few thousand bytes."""
 

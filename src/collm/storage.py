@@ -108,7 +108,7 @@ def save_parts(parts: Parts, path: str | Path, source: Path | None = None) -> No
     path = Path(path)
     if path.exists() and not (path.is_dir() and ((path / artefact.CONFIG).exists() or not any(path.iterdir()))):
         raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
-    with atomic_directory(path.resolve()) as directory:
+    with atomic_directory(path.resolve(), replaces=artefact.ENTRIES) as directory:
         saved = _save_base(parts, directory, source)
         artefact.write_head(directory, parts.head)
         manifest = _manifest(parts, saved)
