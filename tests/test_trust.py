@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +17,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, ToolSpec
-from collm.artefact import MAX_JSON_BYTES
 from collm.cli.train import parse
-from collm.errors import ArtefactError, CollmError, ConfigError, LoadError
+from collm.errors import ArtefactError, CollmError, ConfigError, LoadError, WriteError
+from collm.evaluation.answers import AnswerFile
+from collm.evaluation.run_report import report_of
 from collm.models.loading import load_model, load_tokenizer
 from collm.redaction import redacted_command
 from collm.run import PastRun, RunConfig
 from collm.run.train import claim_directory
+from collm.untrusted import MAX_JSON_BYTES, contained
 from tests.processes import collm
 
 SavedModel = Callable[..., Path]
@@ -339,7 +342,7 @@ def test_a_link_out_of_the_artefact_is_not_followed(name: str, saved: Path, tmp_
     outside.write_text("secret")
     (saved / name).unlink(missing_ok=True)
     (saved / name).symlink_to(outside)
-    with pytest.raises(ArtefactError, match="is a link that leads out of the collaboration"):
+    with pytest.raises(ArtefactError, match=f"{name} is a link that leads out of {saved}; replace it"):
         CoLLM.from_pretrained(saved)
 
 
@@ -349,9 +352,65 @@ def test_a_hub_snapshot_is_made_of_links(saved: Path, tmp_path: Path) -> None:
     snapshot.parent.mkdir(parents=True)
     blobs.mkdir()
     saved.rename(snapshot)
-    (snapshot / "head.safetensors").rename(blobs / "h")
-    (snapshot / "head.safetensors").symlink_to(blobs / "h")
+    (snapshot / "head.safetensors").rename(blobs / ("ab" * 32))
+    (snapshot / "head.safetensors").symlink_to(Path("..", "..", "blobs", "ab" * 32))
     assert CoLLM.from_pretrained(snapshot).head.num_assistants == 1
+    (snapshot / "data").mkdir()
+    (snapshot / "data" / "rows").symlink_to(Path("..", "..", "..", "blobs", "ab" * 32))
+    contained(snapshot / "data")
+
+
+@pytest.mark.parametrize(
+    ("directory", "target"),
+    [
+        ("snapshots/saved", "../secret"),
+        ("snapshots/saved", "../../secret"),
+        ("me/snapshots/saved", f"../../blobs/{'ab' * 32}"),
+        ("models--a--b/snapshots/0123", "../../secret"),
+        ("models--a--b/snapshots/0123", "../4567/secret"),
+        ("models--a--b/snapshots/0123", "../../blobs/secret"),
+        ("models--a--b/snapshots/0123", f"../../blobs/more/{'ab' * 32}"),
+        ("models--a--b/snapshots/0123", f"../../blobs/{'ab' * 20}"),
+        ("models--a--b/other/0123", f"../../blobs/{'ab' * 32}"),
+        ("models--a--b/snapshots/0123", f"../../../models--c--d/blobs/{'ab' * 32}"),
+        ("saved", "../saved2/secret"),
+    ],
+)
+def test_no_name_of_a_parent_lets_links_out(directory: str, target: str, tmp_path: Path) -> None:
+    place = tmp_path / directory
+    place.mkdir(parents=True)
+    (place / "link").symlink_to(target)
+    aimed = Path(os.path.normpath(place / target))
+    aimed.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "private").write_text("secret")
+    aimed.symlink_to(tmp_path / "private") if len(aimed.name) == 40 else aimed.write_text("secret")
+    with pytest.raises(ArtefactError, match="link is a link that leads out of"):
+        contained(place)
+
+
+def test_links_that_go_in_circles_and_pipes_end_in_a_sentence(saved: Path) -> None:
+    (saved / "README.md").unlink()
+    (saved / "README.md").symlink_to("README.md")
+    assert CoLLM.from_pretrained(saved).head.num_assistants == 1  # nothing reads it
+    os.mkfifo(saved / "calibration.json")
+    with pytest.raises(ArtefactError, match=r"calibration.json is a pipe, expected a file; remove it"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["results.json", "items.json", "candidates.json", "answers", "answers/collaboration.jsonl", "report.html"]
+)
+def test_a_report_neither_reads_nor_writes_through_a_link(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir() if name == "answers" else outside.write_text('{"a": 1}\nhalf a line')
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(outside)
+    for act in (report_of, lambda run: AnswerFile(run / "answers" / "collaboration.jsonl", {})):
+        if act is report_of or name == "answers/collaboration.jsonl":
+            with pytest.raises((ArtefactError, WriteError), match="is a link that leads out|could not write|is damaged"):
+                act(tmp_path / "run")
+    assert outside.is_dir() or outside.read_text() == '{"a": 1}\nhalf a line'
 
 
 # Absurd files

@@ -25,6 +25,7 @@ from collm.models.members import AssistantSpec, Member
 from collm.models.names import looks_like_path
 from collm.models.template import PromptTemplate
 from collm.tools.spec import ToolSpec, not_trusted
+from collm.untrusted import read_text
 from collm.version import __version__
 
 FORMAT = 1
@@ -32,9 +33,6 @@ CONFIG, HEAD, CALIBRATION, CARD = "collm.json", "head.safetensors", "calibration
 TABLES = "tables"
 ENTRIES = (CONFIG, HEAD, CALIBRATION, CARD, TABLES, "base", "adapter")
 """Everything in a collaboration's directory that saving writes, replaces or removes."""
-
-MAX_JSON_BYTES = 16 << 20
-"""Largest accepted JSON file of an artefact. Even a chat template has only a few thousand bytes."""
 
 SavedBase = Literal["base", "adapter"]
 """Directory of the tuned base or of its adapter."""
@@ -161,24 +159,12 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise ArtefactError(f"{directory} is not a collaboration, as it has no {CONFIG}; save_pretrained writes one")
     try:
-        text = _read_text(path)
+        text = read_text(path)
         if json.loads(text).get("format") != FORMAT:
             raise ArtefactError(f"{path} has format {json.loads(text).get('format')!r}, this version reads {FORMAT}")
         return Manifest.from_json(text)
     except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or retrain") from error
-
-
-def _read_text(path: Path) -> str:
-    """Read the text of a JSON file.
-
-    Raises:
-        ValueError: the file is too large or not UTF-8.
-    """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"it has {size} bytes, expected at most {MAX_JSON_BYTES}")
-    return path.read_text(encoding="utf-8-sig")
 
 
 def local_directory(path: str | Path, revision: str | None) -> Path:
@@ -199,23 +185,6 @@ def local_directory(path: str | Path, revision: str | None) -> Path:
         raise ArtefactError(
             f"there is no collaboration at {path}: no such directory, and the Hub responds: {first_line}"
         ) from error
-
-
-def check_contained(directory: Path) -> None:
-    """Check that no symbolic link leads out of an artefact, where it could expose private files.
-
-    Links of a Hub snapshot to its blobs are allowed.
-
-    Raises:
-        ArtefactError: a link leads out; the message names the first.
-    """
-    root = directory.resolve()
-    root = root.parent.parent if root.parent.name == "snapshots" else root
-    for path in directory.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise ArtefactError(
-                f"{path} is a link that leads out of the collaboration; replace it with the file itself"
-            )
 
 
 def check_trusted(manifest: Manifest, directory: Path) -> None:
@@ -334,7 +303,7 @@ def read_calibration(directory: Path) -> Calibration | None:
     if not path.exists():
         return None
     try:
-        return Calibration.from_dict(json.loads(_read_text(path)))
+        return Calibration.from_dict(json.loads(read_text(path)))
     except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it and calibrate again"

@@ -14,6 +14,7 @@ from collm.evaluation.insights import Deferred, deferred_classes, deferred_token
 from collm.evaluation.report import Example, Report, Row, Table, Token
 from collm.evaluation.run_charts import Prices, run_charts, titled
 from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
+from collm.untrusted import contained
 
 
 def report_of(directory: Path, prices: Prices | None = None) -> Report:
@@ -23,9 +24,10 @@ def report_of(directory: Path, prices: Prices | None = None) -> Report:
         prices: token prices for the chart of costs; None for FLOPs.
 
     Raises:
-        ArtefactError: the directory has no finished evaluation, or a damaged one.
+        ArtefactError: the directory has no finished evaluation, a damaged one, or a link that leads out.
         ConfigError: a model has no price.
     """
+    contained(directory)
     try:
         results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         items = {item["id"]: item for item in json.loads((directory / "items.json").read_text(encoding="utf-8"))}
