@@ -24,7 +24,7 @@ from collm.evaluation.run_report import report_of
 from collm.models.loading import load_model, load_tokenizer
 from collm.redaction import redacted_command
 from collm.run import PastRun, RunConfig
-from collm.run.train import claim_directory
+from collm.run.train import check_directory, claim_directory
 from collm.untrusted import MAX_JSON_BYTES, contained
 from tests.processes import collm
 
@@ -151,6 +151,59 @@ def test_a_damaged_run_is_one_sentence(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"run.yaml is damaged"):
         PastRun.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"base": 3}, "base is 3, expected str"),
+        ({"base": None}, "base is None, expected str"),
+        ({"assistant": 3}, "run.yaml is damaged"),
+        ({"assistant": [["a"]]}, r"assistant is \[\['a'\]\], expected list\[str\]"),
+        ({"assistant": {"a": 1}}, "assistant is .*, expected list"),
+        ({"data": ["d"]}, "data is .*, expected str"),
+        ({"validation": 3}, r"validation is 3, expected str \| None"),
+        ({"metric": ["contains"]}, "metric is .*, expected str"),
+        ({"rates": 0.5}, r"rates is 0.5, expected list\[float\]"),
+        ({"rates": [True]}, r"rates is \[True\], expected list\[float\]"),
+        ({"rates": [float("nan")]}, "cannot aim at a deferral rate of nan"),
+        ({"stop": "x"}, "stop is 'x', expected list"),
+        ({"max_new_tokens": "many"}, "max_new_tokens is 'many', expected int"),
+        ({"calibrate": "no"}, "calibrate is 'no', expected bool"),
+        ({"tool_eps": "x"}, "tool_eps is 'x'"),
+        ({"refine": 1.5}, "refine is 1.5, expected int"),
+        ({"accept_differences": "eos"}, "accept_differences is 'eos'"),
+        ({"data_split": 3}, "data_split is 3"),
+        ({"seed": float("inf")}, "run.yaml is damaged"),
+        ({"seed": 1 << 70}, "run.yaml is damaged"),
+        ({"max_length": -1}, "run.yaml is damaged"),
+        ({"base": "x" * 300_000}, "expected at most 262144"),
+    ],
+)
+def test_values_of_another_kind_in_a_run_are_one_sentence(
+    changes: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        PastRun.read(past_run(tmp_path / "run", **changes))
+    assert len(str(caught.value)) < 1000
+
+
+def test_aliases_of_a_run_do_not_unfold(tmp_path: Path) -> None:
+    run = past_run(tmp_path / "run")
+    bomb = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}' if n else 'y'] * 9)}]\n" for n in range(12))
+    config = RunConfig(data="d", base="b", assistant=["a"])
+    args = CoLLMConfig(output_dir=str(run), use_cpu=True)
+    (run / "run.yaml").write_text(bomb + (run / "run.yaml").read_text().replace("base: b", "base: *x11"))
+    for read in (
+        lambda: PastRun.read(run),
+        lambda: check_directory(run, config, args),
+        lambda: parse(["--config", str(run / "run.yaml")]),
+    ):
+        with pytest.raises(ConfigError, match=r"run.yaml"):
+            read()
+    (run / "run.yaml").write_text("base: 0x" + "f" * 9000)
+    with pytest.raises(ConfigError, match=r"run.yaml is damaged"):
+        PastRun.read(run)
 
 
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
@@ -324,8 +377,10 @@ def test_scores_are_not_written_through_a_link(calibrated: Path, tmp_path: Path)
     (tmp_path / "target").mkdir()
     (calibrated / "scores").symlink_to(tmp_path / "target")
     model = CoLLM.from_pretrained(calibrated / "collaboration")
-    with pytest.raises(ConfigError, match=r"run/scores/validation/assistant-1 is a link that leads out of "):
+    with pytest.raises(ArtefactError, match=r"run/scores is a link that leads out of .*run; replace it"):
         PastRun.read(calibrated).curve(model, quiet=True)
+    with pytest.raises(ArtefactError, match=r"run/scores is a link that leads out of"):
+        check_directory(calibrated, RunConfig(data="d", base="b", assistant=["a"]), CoLLMConfig(use_cpu=True))
     assert list((tmp_path / "target").iterdir()) == []
 
 
