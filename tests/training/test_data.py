@@ -60,7 +60,7 @@ def test_a_chat_is_split_at_its_last_assistant_turn(tmp_path: Path) -> None:
     [
         ({"prompt": "a"}, "no field 'completion', the row has 'prompt'"),
         ({"prompt": 3, "completion": "b"}, "'prompt' is a int, expected a string"),
-        ({"prompt": "a", "completion": None}, "'completion' is a NoneType, expected a string"),
+        ({"prompt": "a", "completion": None}, "no field 'completion', the row has 'prompt'"),
         ({"prompt": "a", "completion": " \n"}, "'completion' is empty"),
         ({"prompt": "", "completion": "a"}, "'prompt' is empty"),
         (["a", "b"], "the row is a list, expected an object"),

@@ -76,8 +76,8 @@ def load_rows(
     """Read rows with prompts and completions, or chats.
 
     A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
-    form wins if a row has both. Prompt and completion may also be lists of messages (TRL), of which the completion is
-    the target. Messages have OpenAI's format with tool calls, text parts and `weight` (`models.chats`), next to an
+    form wins if a row has both, and a field that is null counts as absent. Prompt and completion may also be lists of
+    messages (TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and `weight` (`models.chats`), next to an
     optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` are recognised.
 
     Args:
@@ -117,7 +117,7 @@ def load_records(
     split: str | None = None,
     format: str = "rows",  # noqa: A002
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Read the unconverted fields of every row, with its location; sources as in `load_rows`.
+    """Read the unconverted fields of every row but those that are null, with its location; sources as in `load_rows`.
 
     Raises:
         DataError: there are no rows at `source`, the split does not exist, or a row has no named fields.
@@ -351,7 +351,7 @@ def _fields(where: str, record: Any) -> Mapping[str, Any]:
         raise record
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: the row is a {type(record).__name__}, expected an object with named fields")
-    return record
+    return {name: value for name, value in record.items() if value is not None}  # tables fill absent fields with null
 
 
 def _row(where: str, record: Any, layout: Format, prompt_field: str, completion_field: str) -> Row:
