@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,8 +77,8 @@ def load_rows(
     """Read rows with prompts and completions, or chats.
 
     A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
-    form wins if a row has both. Prompt and completion may also be lists of messages (TRL), of which the completion is
-    the target. Messages have OpenAI's format with tool calls, text parts and `weight` (`models.chats`), next to an
+    form wins if a row has both, and a field that is null counts as absent. Prompt and completion may also be lists of
+    messages (TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and `weight` (`models.chats`), next to an
     optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` are recognised.
 
     Args:
@@ -117,7 +118,7 @@ def load_records(
     split: str | None = None,
     format: str = "rows",  # noqa: A002
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Read the unconverted fields of every row, with its location; sources as in `load_rows`.
+    """Read the unconverted fields of every row but those that are null, with its location; sources as in `load_rows`.
 
     Raises:
         DataError: there are no rows at `source`, the split does not exist, or a row has no named fields.
@@ -165,7 +166,7 @@ def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[
         if not _is_saved(path) and next(path.rglob("*.parquet"), None) is None:
             patterns = " or ".join(layout.files.values())
             raise DataError(f"{path} has no {layout.name} data; expected {patterns}, or a copy of a Hub data set")
-    if path.is_dir() or not _looks_like_path(str(source)):
+    if Path(_configured(str(source))[0]).is_dir() or not _looks_like_path(str(source)):
         return _read_dataset(str(source), split, layout)
     raise DataError(
         f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a data set directory or a Hub name"
@@ -311,29 +312,43 @@ def _read_dataset(source: str, split: str | None, layout: Format) -> Iterator[Re
 
     try:
         if _is_saved(Path(source)):
-            tables = {source: _pick_split(datasets.load_from_disk(source), source, split)}
-        else:
-            tables = _load_tables(source, split or "train", layout)
+            return _numbered(source, _pick_split(datasets.load_from_disk(source), source, split))
+        name, configuration = _configured(source)
+        configurations = [configuration]
+        if configuration is None and layout.configurations:
+            available = datasets.get_dataset_config_names(name)
+            configurations = [one for one in layout.configurations if one in available] or [None]
+        tables = [_read_configuration(name, one, split or "train", layout) for one in configurations]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"could not load the data set {source!r}: {reason:.400}; expected a JSON or JSONL file, "
             "a directory written by datasets.save_to_disk, or a Hub name"
         ) from error
-    return ((f"{name}:{number}", record) for name, table in tables.items() for number, record in enumerate(table, 1))
+    return chain.from_iterable(tables)
 
 
-def _load_tables(source: str, split: str, layout: Format) -> dict[str, Any]:
-    """Load one split of a Hub data set, from each configuration to read."""
+def _configured(source: str) -> tuple[str, str | None]:
+    """A data set's name and the configuration after its colon, unless the colon is part of a directory's name."""
+    name, _, configuration = ("", "", "") if Path(source).is_dir() else source.rpartition(":")
+    return (name, configuration or None) if name else (source, None)
+
+
+def _read_configuration(name: str, configuration: str | None, split: str, layout: Format) -> Iterator[Record]:
+    """Rows of a split of a configuration. Those of a local directory are read file by file."""
     import datasets
 
-    name, _, configuration = source.partition(":")
-    if not configuration and layout.configurations:
-        available = datasets.get_dataset_config_names(name)
-        configurations = [one for one in layout.configurations if one in available]
-        if configurations:
-            return {f"{name}:{one}": datasets.load_dataset(name, one, split=split) for one in configurations}
-    return {source: datasets.load_dataset(name, configuration or None, split=split)}
+    if Path(name).is_dir():
+        data_files = datasets.load_dataset_builder(name, configuration).config.data_files or {}
+        files = [Path(file) for file in data_files.get(split, ())]
+        if files and all(file.suffix in FILES for file in files):
+            return chain.from_iterable(_read_file(file, layout) for file in files)
+    where = name if configuration is None else f"{name}:{configuration}"
+    return _numbered(where, datasets.load_dataset(name, configuration, split=split))
+
+
+def _numbered(source: str, table: Iterable[Any]) -> Iterator[Record]:
+    return ((f"{source}:{number}", record) for number, record in enumerate(table, 1))
 
 
 def _pick_split(found: Any, source: str, split: str | None) -> Any:
@@ -351,7 +366,7 @@ def _fields(where: str, record: Any) -> Mapping[str, Any]:
         raise record
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: the row is a {type(record).__name__}, expected an object with named fields")
-    return record
+    return {name: value for name, value in record.items() if value is not None}  # tables fill absent fields with null
 
 
 def _row(where: str, record: Any, layout: Format, prompt_field: str, completion_field: str) -> Row:
