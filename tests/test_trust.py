@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -25,6 +26,7 @@ from collm.models.loading import load_model, load_tokenizer
 from collm.redaction import redacted_command
 from collm.run import PastRun, RunConfig
 from collm.run.train import check_directory, claim_directory
+from collm.training.data import load_rows
 from collm.untrusted import MAX_JSON_BYTES, contained
 from tests.processes import collm
 
@@ -466,6 +468,49 @@ def test_a_report_neither_reads_nor_writes_through_a_link(name: str, tmp_path: P
             with pytest.raises((ArtefactError, WriteError), match="is a link that leads out|could not write|is damaged"):
                 act(tmp_path / "run")
     assert outside.is_dir() or outside.read_text() == '{"a": 1}\nhalf a line'
+
+
+@pytest.mark.parametrize("listed", ["{outside}/rows.jsonl", "../outside/rows.jsonl", "{address}/rows.jsonl"])
+def test_a_data_set_names_no_files_outside_of_it(
+    listed: str, listener: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    address, came = listener
+    directory, outside = tmp_path / "data", tmp_path / "outside"
+    for place in (directory, outside):
+        place.mkdir()
+        (place / "rows.jsonl").write_text(json.dumps({"prompt": place.name, "completion": "c"}) + "\n")
+    listed = listed.format(outside=outside, address=address)
+    (directory / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {listed}\n---\n")
+    assert [row.prompt for row in load_rows(directory)] == ["data"]
+    assert came == []
+
+
+@pytest.mark.parametrize("name", ["../outside/data.arrow", "{outside}/data.arrow", "link.arrow"])
+def test_a_saved_data_set_names_none_either(name: str, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "data")
+    rows.save_to_disk(tmp_path / "outside")
+    next((tmp_path / "outside").glob("*.arrow")).rename(tmp_path / "outside" / "data.arrow")
+    (tmp_path / "data" / "train" / "link.arrow").symlink_to(tmp_path / "outside" / "data.arrow")
+    if name != "link.arrow":
+        (tmp_path / "data" / "train" / "link.arrow").unlink()
+    state = tmp_path / "data" / "train" / "state.json"
+    files = [{"filename": name.format(outside=tmp_path / "outside")}]
+    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": files}))
+    with pytest.raises(ArtefactError, match=r".arrow is a link that leads out of|data.arrow is out of"):
+        load_rows(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "train/rows.jsonl", "train", "data.parquet"])
+def test_links_of_a_data_set_are_not_followed(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    link = tmp_path / "data" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside if name == "train" else outside / "rows.jsonl")
+    with pytest.raises(ArtefactError, match="is a link that leads out of"):
+        load_rows(tmp_path / "data")
 
 
 # Absurd files

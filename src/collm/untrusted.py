@@ -36,7 +36,8 @@ def contained(directory: Path, *parts: str) -> Path:
         if one is path or one.is_symlink():
             target = Path(os.path.realpath(one))
             if not target.is_relative_to(root) and not _is_cached(target, root):
-                raise ArtefactError(f"{one} is a link that leads out of {directory}; replace it with the file itself")
+                what = "is a link that leads" if one.is_symlink() else "is"
+                raise ArtefactError(f"{one} {what} out of {directory}; replace it with the file itself")
         if one.is_fifo():
             raise ArtefactError(f"{one} is a pipe, expected a file; remove it")
     return path
