@@ -176,6 +176,8 @@ def _read_file(path: Path, layout: Format) -> Iterator[Record]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); expected a JSON or JSONL file") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; expected a file") from error
     if path.suffix == ".csv":
         return _read_csv(text, path)
     if text.lstrip().startswith("["):
