@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,11 +210,50 @@ def test_aliases_of_a_run_do_not_unfold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
-def test_a_model_names_no_kernel_that_is_downloaded(field: str, saved_model: SavedModel) -> None:
+@pytest.mark.parametrize("named", ["stranger/kernel", "kernels-community/flash-attn2", ["stranger/kernel"], 3])
+def test_a_model_names_no_kernel_that_is_downloaded(field: str, named: Any, saved_model: SavedModel) -> None:
     directory = saved_model("model", 0)
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, field: "stranger/kernel"}))
-    with pytest.raises(LoadError, match="requires the attention 'stranger/kernel', which is not part of"):
+    (directory / "config.json").write_text(json.dumps({**config, field: named}))
+    with pytest.raises(LoadError, match=f"requires the attention {re.escape(repr(named))}, which is not part of"):
+        load_model(ModelSpec(str(directory)))
+
+
+@pytest.mark.parametrize("where", ["config", "option"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_is_the_installed_one_or_none(
+    name: str, where: str, saved_model: SavedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.lazy_import_flash_attention", lambda name, **options: fetched.append(name)
+    )
+    directory = saved_model("model", 0)
+    if where == "config":
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "attn_implementation": name}))
+        assert load_model(ModelSpec(str(directory), attention="sdpa")).config._attn_implementation == "sdpa"
+    with pytest.raises(LoadError, match=f"requires the attention '{name}', whose package is not installed"):
+        load_model(ModelSpec(str(directory), attention=name if where == "option" else None))
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"experts_implementation": "sonicmoe"}, "requires the experts 'sonicmoe', which is not part of transformers"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantized with mxfp4, .* run kernels from the Hub"),
+    ],
+)
+def test_other_kernels_are_not_fetched_either(
+    fields: dict[str, Any], complaint: str, saved_model: SavedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collm.models.loading.is_kernels_available", lambda: True)
+    directory = saved_model("model", 0)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(LoadError, match=complaint):
         load_model(ModelSpec(str(directory)))
 
 
