@@ -24,7 +24,7 @@ from collm.errors import ArtefactError, CollmError, ConfigError, LoadError, Writ
 from collm.evaluation.answers import AnswerFile
 from collm.evaluation.run_report import report_of
 from collm.models.loading import load_model, load_tokenizer
-from collm.redaction import redacted_command
+from collm.redaction import redacted_command, redacted_options
 from collm.run import PastRun, RunConfig
 from collm.run.train import check_directory, claim_directory
 from collm.training.data import load_rows
@@ -622,9 +622,16 @@ def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "sys.argv", ["collm", "train", "--hub_token", "hf_secret", "--data", "https://me:hf_secret@h/d"]
     )
-    past_run(tmp_path / "run")
+    secret = "https://me:hf_secret@h/d"
+    config = RunConfig(data="d", base="b", assistant=["a", secret], stop=["?token=hf_secret"], budgets=[0.5])
+    args = CoLLMConfig(output_dir=str(tmp_path / "run"), use_cpu=True, hub_token="hf_secret", report_to=[secret])
+    claim_directory(tmp_path / "run", config, args)
     for path in (tmp_path / "run").iterdir():
         assert "hf_secret" not in path.read_text()
+    check_directory(tmp_path / "run", config, args)
+    assert redacted_options({"a": ({"hub_token": "s", "b": secret},)}) == {
+        "a": [{"hub_token": None, "b": "https://<redacted>@h/d"}]
+    }
 
 
 @pytest.mark.parametrize(
@@ -633,6 +640,10 @@ def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--api-key", "s", "--out", "o"], ["--api-key", "<redacted>", "--out", "o"]),
         (["--hub_token=s"], ["--hub_token=<redacted>"]),
         (["--server", "http://u:s@host/v1"], ["--server", "http://<redacted>@host/v1"]),
+        (
+            ["https://h/d?rows=3&access_token=s&api-key=s#top", "https://h/d?X-Amz-Signature=s"],
+            ["https://h/d?rows=3&access_token=<redacted>&api-key=<redacted>#top", "https://h/d?X-Amz-Signature=<redacted>"],
+        ),
         (["--api-key-env", "NAME", "--max_new_tokens", "3"], ["--api-key-env", "NAME", "--max_new_tokens", "3"]),
     ],
 )
