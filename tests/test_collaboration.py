@@ -236,6 +236,12 @@ def test_saving_keeps_what_is_not_ours(saved: Path) -> None:
     assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def fail_after_writing(*paths: Path) -> None:
+    for path in paths:
+        path.write_text("other")
+    raise OSError(errno.ENOSPC, "full")
+
+
 def test_writers_of_one_process_number_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "out" / "file"
     (path.parent).mkdir()
@@ -244,9 +250,7 @@ def test_writers_of_one_process_number_do_not_meet(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "made") as one, atomic_file(path) as file:
         (one / "a").touch()
         with pytest.raises(WriteError), atomic_directory(tmp_path / "made") as two, atomic_file(path) as other:
-            (two / "b").touch()
-            other.write_text("other")
-            raise OSError(errno.ENOSPC, "full")
+            fail_after_writing(two / "b", other)
         file.write_text("mine")
     assert [entry.name for entry in (tmp_path / "made").iterdir()] == ["a"]
     assert path.read_text() == "mine"

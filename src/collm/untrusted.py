@@ -1,15 +1,19 @@
-"""Files that may come from somebody else: where their links lead, how large they are, what they unfold to."""
+"""Files that may come from somebody else: where links lead, how large they are, what kinds of values they hold."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from collm.errors import ArtefactError
+from collm.errors import ArtefactError, ConfigError
 
 MAX_JSON_BYTES = 16 << 20
 """Largest accepted JSON file of an artefact. Even a chat template has only a few thousand bytes."""
@@ -44,7 +48,7 @@ def contained(directory: Path, *parts: str) -> Path:
 
 
 def _is_cached(target: Path, directory: Path) -> bool:
-    """Whether a link's target is a blob of the cached repository that the directory is a snapshot of, or part of one."""
+    """Whether a link's target is a blob of the cached repository of which the directory is a snapshot or a part."""
     repo = target.parent.parent
     return (
         _CACHED_REPO.fullmatch(repo.name) is not None
@@ -81,3 +85,35 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+def check_fields(record: Any) -> None:
+    """Check that the fields of a dataclass have the types that it declares. An int is a float, and floats are finite.
+
+    Raises:
+        ConfigError: a field has another type; the message names the first.
+    """
+    kinds = get_type_hints(type(record))
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if not _fits(value, kinds[field.name]):
+            raise ConfigError(f"{field.name} is {value!r:.80}, expected {field.type}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, kinds = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return value in kinds
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in kinds)
+    if origin is tuple and kinds[-1] is not ...:
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(one, kinds[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(one, kinds[0]) and _fits(value[one], kinds[1]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) and abs(value) < math.inf if kind is float else isinstance(value, kind)

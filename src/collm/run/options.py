@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
 from collm.training.data import Row, Rows, load_rows
+from collm.untrusted import check_fields
 
 
 @dataclass
@@ -135,10 +136,7 @@ class RunConfig(DataConfig):
     max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for one, kind in get_type_hints(type(self)).items():
-            if not _is(getattr(self, one), kind):
-                expected = kind.__name__ if isinstance(kind, type) else kind
-                raise ConfigError(f"{one} is {getattr(self, one)!r:.80}, expected {expected}")
+        check_fields(self)
         if not self.assistant:
             raise ConfigError("there is no assistant; expected at least one directory, GGUF file or Hub id")
         if self.validation_split is not None and self.validation is None:
@@ -187,15 +185,6 @@ class RunConfig(DataConfig):
         return parse_model(
             name, dtype=self.dtype, device=self.device, attention=self.attention, quantization=quantization
         )
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value has the type of a field; an int is a float."""
-    if get_origin(kind) is list:
-        return isinstance(value, list | tuple) and all(_is(one, *get_args(kind)) for one in value)
-    if kinds := get_args(kind):
-        return any(_is(value, one) for one in kinds)
-    return isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) <= (kind is bool)
 
 
 def functions_named(options: Mapping[str, Any]) -> list[str]:

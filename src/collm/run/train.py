@@ -86,9 +86,7 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
         return _train(config, args, directory, processes, quiet=quiet)
 
 
-def _train(
-    config: RunConfig, args: CoLLMConfig, directory: Path, processes: PartialState, *, quiet: bool
-) -> RunResult:
+def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: PartialState, *, quiet: bool) -> RunResult:
     prepared = prepare(config, args)
     processes.wait_for_everyone()  # all have checked the directory before one writes
     if processes.is_main_process:

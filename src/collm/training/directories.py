@@ -64,7 +64,7 @@ def _saved(directory: Path, split: str | None) -> list[Path]:
 
 
 def _of_split(directory: Path, split: str) -> list[Path]:
-    """The files whose names tell their split, by the rules of the Hub. Without such names all files are for training."""
+    """The files of a split, which names tell by the rules of the Hub. Without such names all files are for training."""
     from datasets.data_files import get_data_patterns, resolve_pattern
 
     base, files = glob.escape(str(directory)), []
