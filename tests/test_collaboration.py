@@ -7,16 +7,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
-from collm.atomic import atomic_directory, atomic_file, sole_writer
+from collm.atomic import atomic_directory, atomic_file, sole_writer, write_text
 from collm.core.calibration import Calibration, CalibrationPoint
 from collm.errors import ArtefactError, CollmError, ConfigError, LoadError, MismatchError, RequestError, WriteError
 from collm.models.loading import ModelSpec
@@ -201,14 +203,15 @@ def test_saving_never_replaces_something_else(saved: Path, specs: list[ModelSpec
         CoLLM.from_pretrained(saved).save_pretrained(specs[0].path)
 
 
+@pytest.mark.parametrize("kind", [partial(OSError, errno.ENOSPC), SafetensorError])
 def test_a_full_disk_leaves_the_old_artefact_and_no_rest(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+    kind: Callable[[str], Exception], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = CoLLM.from_pretrained(saved)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
 
     def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr("collm.artefact.save_file", full)
     model.head.weight.data += 1
@@ -256,6 +259,19 @@ def test_writers_of_one_process_number_do_not_meet(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
     assert path.stat().st_mode & 0o777 == (tmp_path / "made" / "a").stat().st_mode & 0o777  # as any file
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["made", "out"]
+
+
+def test_where_nothing_can_be_written_is_one_sentence(saved: Path) -> None:
+    (saved / "notes").touch()
+    place = saved / "notes" / "under a file"
+    for write in (
+        lambda: write_text(place / "a", ""),
+        lambda: atomic_directory(place / "a").__enter__(),
+        lambda: sole_writer(place).__enter__(),
+        lambda: CoLLM.from_pretrained(saved).save_pretrained(place),
+    ):
+        with pytest.raises(WriteError, match=r"could not write .*under a file.*: (Not a directory|File exists)\. "):
+            write()
 
 
 def test_one_process_at_a_time_writes_a_directory(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_other_options_in_the_same_directory_are_refused(setting: dict[str, Any]
     (tmp_path / "foreign" / "file").touch()
     with pytest.raises(ConfigError, match="exists and holds no run"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "foreign"))
+    with pytest.raises(ConfigError, match="exists and holds no run"):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "foreign" / "file"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.yaml.x").touch()  # of a run that was killed while it wrote its first file
     with sole_writer(tmp_path / "run"), pytest.raises(ConfigError, match=r"is being written by process \d+ on "):

@@ -174,8 +174,8 @@ def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
                 f"{directory} holds a run with {name}={before.get(name)!r:.200}, now it is {now[name]!r:.200}; "
                 "choose another output_dir, or give the same options to resume"
             )
-    elif directory.exists() and any(
-        entry.name != "scores" and not entry.name.startswith(".") for entry in directory.iterdir()
+    elif directory.exists() and not (
+        directory.is_dir() and all(entry.name == "scores" or entry.name[0] == "." for entry in directory.iterdir())
     ):
         raise ConfigError(f"{directory} exists and holds no run; choose another output_dir")
 
