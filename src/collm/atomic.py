@@ -29,8 +29,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _directory_beside(path) as own:
-            yield own / "new"
-            os.replace(own / "new", path)
+            yield own / path.name
+            os.replace(own / path.name, path)
     except REFUSED as error:
         raise write_error(path, error) from error
 
