@@ -13,7 +13,7 @@ import pytest
 import collm
 
 SOURCE = Path(collm.__file__).parent
-BOTTOM = {"errors", "version", "atomic", "redaction", "noise"}
+BOTTOM = {"errors", "version", "atomic", "untrusted", "redaction", "noise"}
 MAY_IMPORT = {
     "core": {"core"},
     "tools": {"tools"},

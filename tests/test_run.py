@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from collm import CoLLM, CoLLMConfig, SamplingParams
+from collm.atomic import sole_writer
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
@@ -118,6 +119,12 @@ def test_other_options_in_the_same_directory_are_refused(setting: dict[str, Any]
     (tmp_path / "foreign" / "file").touch()
     with pytest.raises(ConfigError, match="exists and holds no run"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "foreign"))
+    with pytest.raises(ConfigError, match="exists and holds no run"):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "foreign" / "file"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.yaml.x").touch()  # of a run that was killed while it wrote its first file
+    with sole_writer(tmp_path / "run"), pytest.raises(ConfigError, match=r"is being written by process \d+ on "):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
     train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
     with pytest.raises(ConfigError, match=r"holds a run with seed=42, now it is 43"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "run", seed=43))

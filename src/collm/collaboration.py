@@ -190,7 +190,7 @@ class CoLLM:
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the artefact. An existing artefact at `path` is replaced atomically.
+        """Write the artefact. An existing artefact at `path` is replaced atomically; other files beside it are kept.
 
         The weights of a base that is a module are saved, of a PEFT model only the adapter. A base that is a spec is
         referenced by its path.

@@ -18,6 +18,7 @@ from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
 from collm.training.data import Row, Rows, load_rows
+from collm.untrusted import check_fields
 
 
 @dataclass
@@ -135,6 +136,7 @@ class RunConfig(DataConfig):
     max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.assistant:
             raise ConfigError("there is no assistant; expected at least one directory, GGUF file or Hub id")
         if self.validation_split is not None and self.validation is None:

@@ -33,6 +33,7 @@ from collm.models.language_model import LanguageModel
 from collm.models.loading import load_tokenizer
 from collm.models.members import load_members
 from collm.models.runner import ModelRunner
+from collm.untrusted import contained
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
 from collm.vllm.export_manifest import head_digest
@@ -395,8 +396,7 @@ def check_version(version: str) -> None:
 def _load_base(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
     """Load the base, the head and the calibration of a collaboration."""
     directory = artefact.local_directory(path, None)
-    manifest = artefact.read_manifest(directory)
-    artefact.check_contained(directory)
+    manifest = artefact.read_manifest(contained(directory))
     if len(manifest.assistants) != 1:
         raise ConfigError(
             f"{path} has {len(manifest.assistants)} assistants, expected 1 in one engine; use a server for each model"
