@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -194,17 +196,29 @@ def test_an_interrupt_leaves_no_reply_for_the_next(monkeypatch: pytest.MonkeyPat
     assert PromptTemplate(chat="{{ 1 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) == "1"
 
 
-def forked(queue: Any) -> None:
-    queue.put([PromptTemplate(chat="{{ 2 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) for _ in range(20)])
+def forked(texts: Any) -> None:
+    texts.put([PromptTemplate(chat="{{ 2 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) for _ in range(20)])
 
 
 @pytest.mark.slow
 def test_a_forked_process_has_its_own() -> None:
     assert PromptTemplate(chat="{{ 1 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) == "1"
     forks = multiprocessing.get_context("fork")
-    queue = forks.Queue()
-    process = forks.Process(target=forked, args=(queue,))
+    theirs = forks.Queue()
+    process = forks.Process(target=forked, args=(theirs,))
     process.start()
-    texts = [PromptTemplate(chat="{{ 1 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) for _ in range(20)]
-    assert (texts, queue.get(timeout=60)) == (["1"] * 20, ["2"] * 20)
+    ours = [PromptTemplate(chat="{{ 1 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) for _ in range(20)]
+    assert (ours, theirs.get(timeout=60)) == (["1"] * 20, ["2"] * 20)
     process.join()
+
+
+@pytest.mark.slow
+def test_its_modules_do_not_come_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformers.py").write_text("raise SystemExit('a module of a stranger')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    new: queue.LifoQueue[Any] = queue.LifoQueue()
+    new.put(None)
+    monkeypatch.setattr(rendering, "_workers", lambda pid: new)
+    assert PromptTemplate(chat="{{ 1 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) == "1"
+    rendering._end_all(new, os.getpid())

@@ -83,7 +83,8 @@ def _end(worker: _Worker) -> None:
 
 
 def _start() -> _Worker:
-    command = [sys.executable, "-I", render_worker.__file__, str(MOST_MEMORY_BYTES), json.dumps(sys.path)]
+    path = [entry for entry in sys.path if os.path.isabs(entry)]  # the working directory may be a stranger's
+    command = [sys.executable, "-I", render_worker.__file__, str(MOST_MEMORY_BYTES), json.dumps(path)]
     # A session of its own, so that Ctrl-C does not reach it. It ends with its input.
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
