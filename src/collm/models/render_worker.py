@@ -30,6 +30,7 @@ def main() -> None:
         most = used_bytes + int(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     for line in sys.stdin:
         try:
             request = json.loads(line)
