@@ -11,11 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.models.chats import Chat, Message, rendering_of, tool_name, tools_of
-from collm.models.time_limit import time_limit
+from collm.models.rendering import render
 from collm.models.token_ids import token_ids_of
-
-LONGEST_RENDERING_S = 10.0
-"""Time limit of a chat template in seconds, because templates are untrusted programs."""
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -212,27 +209,27 @@ class PromptTemplate:
         """
         if self.chat is None:
             raise RequestError("the prompt is a list of messages, but there is no chat template; pass a string")
+        if not messages:
+            raise RequestError("the chat template has no messages to render; expected at least one")
         rendering = rendering_of(messages)
         try:
-            with time_limit(LONGEST_RENDERING_S):
-                rendered = tokenizer.apply_chat_template(
-                    [self._known_role(message) for message in messages],
-                    tools=tools_of(messages),
-                    chat_template=self.chat,
-                    tokenize=False,
-                    add_generation_prompt=open_turn,
-                    continue_final_message=rendering.continue_final_message and not open_turn,
-                    **rendering.template_kwargs,
-                )
-        except Exception as error:  # a template is a program and may raise anything
+            return render(
+                conversations=[[self._known_role(message) for message in messages]],
+                tools=tools_of(messages),
+                chat_template=self.chat,
+                add_generation_prompt=open_turn,
+                continue_final_message=rendering.continue_final_message and not open_turn,
+                **{**tokenizer.special_tokens_map, **rendering.template_kwargs},
+            )
+        except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(
                 f"the chat template rejects the messages {json.dumps(messages, default=str)[:120]}: {error}"
             ) from error
-        return cast(str, rendered)
 
     def _known_role(self, message: Message) -> dict[str, Any]:
         renamed = message.get("role") == "developer" and "developer" not in str(self.chat)
-        return {**message, "role": "system"} if renamed else dict(message)
+        fields = {key: value for key, value in message.items() if value is not None}
+        return {**fields, "role": "system"} if renamed else fields
 
 
 def _is_list_of(prompt: object, kind: type) -> bool:

@@ -28,7 +28,8 @@ class Servers:
 
     Attributes:
         urls: base URLs, to which "/completions" is appended. Those of vLLM end in "/v1". The base's comes first, then
-            those of the assistants 1..K. A single URL is that of an engine with base and assistant.
+            those of the assistants 1..K. A single URL is that of an engine with base and assistant. The host
+            `%2Ftmp%2Fbase.sock` is the Unix socket /tmp/base.sock.
         on_failure: what happens if an assistant cannot be asked for a token. "fail" ends the request with an error.
             "base" lets the base write the token, which is marked.
         timeout_s: longest wait for an answer, and for the next token of a stream.
