@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.errors import ConfigError, DataError, MismatchError
+from collm.models.chats import Chat
 from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
 from collm.training.checkpoints import last_checkpoint
@@ -80,6 +82,51 @@ def test_each_way_of_training_gives_an_artefact_that_loads(
     card = (result.directory / "README.md").read_text()
     assert f"- method: {method}" in card
     assert result.calibration.num_prompts == 6  # a tenth of the rows, held out
+
+
+DEFAULT = (
+    "{% for m in messages %}{{ 'w1' if m.role == 'user' else 'w2' }} {{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}w2 {% endif %}"
+)
+TOOL_USE = "w3 {% for tool in tools %}{{ tool.function.name }} {% endfor %}" + DEFAULT
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"default": DEFAULT, "tool_use": TOOL_USE},
+        {"tool_use": TOOL_USE, "rag": "w4", "default": DEFAULT},
+        {"default": TOOL_USE.replace("in tools", "in tools or []")},
+        TOOL_USE.replace("in tools", "in tools or []"),
+    ],
+    ids=["two", "more", "one named", "one"],
+)
+def test_a_tokenizer_with_named_chat_templates(
+    named: Any, method: str, setting: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = named
+    for model in (setting["base"], *setting["assistant"]):
+        own.save_pretrained(model)
+    tools = [{"type": "function", "function": {"name": "w7"}}]
+    chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w8"}]
+    rows = [{"messages": chat, "tools": tools if i % 2 else None} for i in range(20)]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": str(data), "template": "{prompt}"}
+    args = options(tmp_path / "run", method=method, warm_start=False)
+    result = train_collaboration(RunConfig(**{**setting, **changes}), args, quiet=True)
+    loaded = CoLLM.from_pretrained(result.directory)
+    assert loaded.template == result.model.template
+    opening = [] if isinstance(named, dict) and len(named) > 1 else ["w3"]
+    for given, before in ((None, opening), (tools, ["w3", "w7"])):
+        prompt = Chat(chat[:1], given)
+        ids = loaded.template.encode_prompt(loaded.tokenizer, prompt)
+        assert tokenizer.convert_ids_to_tokens(ids) == [*before, "w1", "w5", "w6", "<eos>", "w2"]
+        transformers_ids = own.apply_chat_template(chat[:1], tools=given, add_generation_prompt=True)["input_ids"]
+        assert ids == transformers_ids
+        loaded.generate([prompt], SamplingParams(max_new_tokens=2))
 
 
 def artefact_bytes(run: Path) -> dict[str, bytes]:

@@ -124,7 +124,7 @@ def _check_kinds(content: dict[str, Any]) -> None:
     ends = content["template"].get("turn_ends", [])
     if not isinstance(ends, list) or not all(type(one) is int and one >= 0 for one in ends):
         raise ValueError(f"turn_ends is {ends!r:.80}, expected token ids")
-    texts = [*content["accept_differences"], *(content["template"].get(name) for name in ("text", "chat"))]
+    texts = [*content["accept_differences"], *(content["template"].get(name) for name in ("text", "chat", "tool_chat"))]
     specs = [value for spec in (content["base"], *content["assistants"]) for value in dict(spec).values()]
     if not all(isinstance(text, str | None) for text in texts) or any(isinstance(one, dict | list) for one in specs):
         raise ValueError("a model, a template or an accepted difference has a value that is not text")

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -78,8 +78,9 @@ def load_rows(
 
     A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
     form wins if a row has both, and a field that is null counts as absent. Prompt and completion may also be lists of
-    messages (TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and `weight` (`models.chats`), next to an
-    optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` are recognised.
+    messages (TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and
+    `weight` (`models.chats`), next to an optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`,
+    `input`, `output` are recognised.
 
     Args:
         source: a JSON file (a list of rows), a JSONL, CSV, Parquet or Arrow file, a directory of such files or one
