@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,59 @@ class StopAt(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def edit_rows(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    Path(setting["data"]).write_text(Path(setting["data"]).read_text().replace('"w3 ', '"w4 '))
+    return "rows"
+
+
+def retrain_base(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    saved_model("base", 7)
+    return "weights of the base"
+
+
+def retrain_assistant(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    saved_model("second", 7, hidden_size=48)
+    return "assistants"
+
+
+def edit_validation(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    Path(setting["validation"]).write_text('{"prompt": "w1", "completion": "w2"}\n')
+    return "evaluation rows"
+
+
+Change = Callable[[dict[str, Any], SavedModel], str]
+
+
+@pytest.mark.parametrize("change", [edit_rows, retrain_base, retrain_assistant, edit_validation])
+def test_a_checkpoint_of_other_rows_or_models_is_not_resumed(
+    change: Change,
+    setting: dict[str, Any],
+    saved_model: SavedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setting |= {"validation": str(shutil.copy(setting["data"], tmp_path / "validation.jsonl")), "calibrate": False}
+    saving = {"save_steps": 2, "method": "full", "eval_strategy": "steps", "eval_steps": 2}
+    plain = CoLLMTrainer.__init__
+
+    def train() -> None:
+        train_collaboration(RunConfig(**setting), options(tmp_path / "run", **saving), quiet=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoLLMTrainer, "__init__", lambda s, **kw: plain(s, **kw, callbacks=[StopAt(5)]))
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    what = change(setting, saved_model)
+    for _ in range(2):  # before anything is scored, and where the scores were removed
+        with pytest.raises(ConfigError, match=f"checkpoint-4 was trained with other {what}.* delete the checkpoints"):
+            train()
+        shutil.rmtree(tmp_path / "run/scores", ignore_errors=True)
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    train()
+    assert (tmp_path / "run/collaboration").exists()
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(
