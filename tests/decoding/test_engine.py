@@ -118,6 +118,12 @@ def test_batch_size_and_company_change_nothing_even_when_sampling(pair: CoLLM) -
         assert [c.authors for c in together] == [c.authors for c in in_turn]
 
 
+def test_completions_with_seeds_on_both_sides_of_zero_differ(pair: CoLLM) -> None:
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=-2)
+    drawn = {tuple(one.token_ids) for one in pair.generate(["w3 w4"] * 5, params, threshold=0.5)}  # seeds -2 to 2
+    assert len(drawn) == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["joint", ThresholdPolicy(0.5)])
 def test_the_first_token_follows_the_stated_law(
