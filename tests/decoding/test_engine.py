@@ -100,6 +100,25 @@ def test_threshold_extremes_are_each_model_alone_under_generate(pair: CoLLM, thr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_penalty_of_the_generation_config_is_a_sampling_parameter(
+    penalty: float, tiny_model: Model, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base = tiny_model(0)
+    base.generation_config.repetition_penalty = 1.3
+    model = CoLLM(base, [tiny_model(1)], random_head(32, 1), tokenizer)
+    params = SamplingParams(max_new_tokens=16, repetition_penalty=penalty)
+    for prompt, completion in zip(
+        prompts_of(2, 4), model.generate(prompts_of(2, 4), params, threshold=1.0), strict=True
+    ):
+        ids = torch.tensor([prompt])
+        options: dict[str, Any] = {} if penalty == 1.3 else {"repetition_penalty": penalty}
+        generate: Any = base.generate
+        expected = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, pad_token_id=0, **options)
+        assert completion.token_ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
 def test_one_model_as_base_and_assistant_is_that_model(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> None:
     model = CoLLM(tiny_model(0), [tiny_model(0)], random_head(32, 1), tokenizer)
     params = SamplingParams(max_new_tokens=16)
