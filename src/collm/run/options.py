@@ -209,6 +209,6 @@ def parse_model(
 ) -> ModelSpec:
     """Parse a model: a directory, a GGUF file or a Hub id, optionally with "@revision"."""
     path, at, revision = name.rpartition("@")
-    if not at or Path(name).exists():
+    if not at or Path(name).expanduser().exists():
         path, revision = name, ""
     return ModelSpec(path, revision or None, dtype, device, attention, quantization)
