@@ -87,6 +87,7 @@ def started(artefact: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         ("a=me/collaboration", "a", "me/collaboration"),
         ("me/collaboration", "collaboration", "me/collaboration"),
         ("=c", "=c", "=c"),
+        ("a/b=lr=0.1", "a/b", "lr=0.1"),  # a name that is refused
     ],
 )
 def test_a_path_may_have_an_equals_sign(

@@ -128,9 +128,10 @@ def check_extra() -> None:
 
 
 def named(given: str) -> tuple[str, str]:
-    """The model name and the path of NAME=DIR or DIR. A name is no path, and a directory may have = in its name."""
+    """The model name and the path of NAME=DIR or DIR, whose path may have a = too."""
     name, equals, path = given.partition("=")
-    if not (name and equals) or Path(name).name != name or Path(given).exists():
+    is_path = Path(given).exists() or (Path(name).name != name and not Path(path).exists())
+    if is_path or not (name and equals):
         return Path(given).resolve().name, given
     return name, path
 
