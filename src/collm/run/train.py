@@ -31,9 +31,10 @@ from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare
 from collm.run.options import RunConfig
 from collm.run.scores import score_all, scores_directory
-from collm.training.checkpoints import last_checkpoint
+from collm.training.checkpoints import check_origin, last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
+from collm.training.examples import fingerprint
 from collm.training.trainer import CoLLMTrainer
 from collm.untrusted import contained, read_yaml
 
@@ -68,7 +69,8 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     (`args.output_dir`) has run.yaml, run.json, example.txt, scores/, checkpoint-*/, metrics.json and collaboration/.
 
     Raises:
-        ConfigError: options that contradict each other, or a run directory with another run or another writer.
+        ConfigError: options that contradict each other, or a run directory with another run, another writer, or with
+            checkpoints of other rows or models.
         CollmError: an error of a step.
     """
     if config.cache_hidden_states and args.method != "head":
@@ -88,6 +90,14 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
 
 def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: PartialState, *, quiet: bool) -> RunResult:
     prepared = prepare(config, args)
+    if (checkpoint := last_checkpoint(directory)) is not None:
+        origin = {
+            "examples": fingerprint(prepared.examples),
+            "evaluation": None if prepared.evaluation is None else fingerprint(prepared.evaluation),
+            "base": config.base_model.identity()["weights"],  # None for a model on the Hub, until it is loaded
+            "assistants": [spec.identity() for spec in config.assistants],
+        }
+        check_origin(checkpoint, {name: value for name, value in origin.items() if value is not None})
     processes.wait_for_everyone()  # all have checked the directory before one writes
     if processes.is_main_process:
         claim_directory(directory, config, args)

@@ -115,7 +115,7 @@ class ToolSpec:
         except OSError as error:
             raise LoadError(f"could not read {path}, which {self} uses: {error}") from error
         described = f"{self} (eps {self.eps:g}, max_answer {self.max_answer})"
-        return {"path": described, "revision": None, "dtype": None, "weights": digest}
+        return {"path": described, "revision": None, "dtype": None, "quantization": None, "weights": digest}
 
 
 def _source(module: str) -> Path:

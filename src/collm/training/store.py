@@ -36,6 +36,8 @@ _FIELDS = {
     "shard_size": "shard size",
     "hidden_states": "kind (with or without hidden states)",
 }
+_MODEL = ("path", "revision", "dtype", "quantization", "weights")
+"""Fields of the model's `identity`."""
 
 _ADVICE = "run the same scoring again with the same --out, which recomputes the missing ones"
 
@@ -90,7 +92,7 @@ class Header:
             if own != value:
                 raise ConfigError(
                     f"{directory} has scores of another {_FIELDS[name]}: {name} is {own!r}, now {value!r}; "
-                    "choose another --out, or delete that directory"
+                    "choose another directory, or delete that one to score again"
                 )
 
 
@@ -219,7 +221,8 @@ class ScoreStore:
                 logprobs[offsets[index] : offsets[index + 1]] = tensors["logprob"][start:end]
                 corrects[offsets[index] : offsets[index + 1]] = tensors["correct"][start:end].bool()
         hidden = HiddenStates(places) if self.header.hidden_states else None
-        return Scores(logprobs, corrects, offsets, self.header.fingerprint, hidden)
+        model = {name: getattr(self.header, name) for name in _MODEL}
+        return Scores(logprobs, corrects, offsets, self.header.fingerprint, hidden, model)
 
     def _layout(self, shard: int) -> dict[str, Tensor]:
         indices = self.shards[shard]

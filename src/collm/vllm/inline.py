@@ -26,6 +26,7 @@ from collm import artefact
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.policies import Policy, ThresholdPolicy
+from collm.core.sampling import seeded
 from collm.decoding.draws import Draw
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
 from collm.models.guards import TokenizerIdentity
@@ -233,7 +234,8 @@ class Proposer:
             failure = error
         generator = None
         if params.seed is not None:
-            generator = torch.Generator(device=self._runner.device).manual_seed(params.seed)
+            generator = torch.Generator(device=self._runner.device)
+            generator.manual_seed(seeded(params.seed).getrandbits(63))  # of which a CPU's generator uses 32
         end_ids = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
         state = State(cached, generator)
         return Drafted(
