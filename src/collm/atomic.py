@@ -82,7 +82,7 @@ def atomic_directory(path: Path, replaces: Collection[str] = ()) -> Iterator[Pat
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory, which is created if it does not exist.
+    """Hold the lock of a directory, which is created if it does not exist. One that stays empty is removed.
 
     Raises:
         ConfigError: another process holds it; the message says which.
@@ -106,6 +106,9 @@ def sole_writer(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if [one.name for one in directory.iterdir()] == [path.name]:
+            path.unlink()
+            directory.rmdir()
 
 
 @contextmanager
