@@ -113,7 +113,7 @@ def test_time_and_memory_of_the_check_are_limited(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RequestError, match=r"cannot be compiled within 0.01 s, 1024 MiB"):
         compiler.compile(StructuredOutputs(regex="ab"), trusted=False)
     monkeypatch.setattr(grammars, "COMPILE_S", 60.0)
-    monkeypatch.setattr(grammars, "COMPILE_BYTES", 64 << 20)
+    monkeypatch.setattr(grammars, "COMPILE_BYTES", 16 << 20)
     with pytest.raises(RequestError, match="use a simpler one"):
         compiler.compile(StructuredOutputs(choice=[f"choice {i}" for i in range(15_000)]), trusted=False)
     compiler.compile(StructuredOutputs(choice=[f"choice {i}" for i in range(15_000)]))  # one of ours
