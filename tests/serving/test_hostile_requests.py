@@ -46,6 +46,21 @@ def test_long_lists_are_refused_by_their_length_or_their_first_fault(param: str,
         assert reply.json()["error"]["param"].startswith(param)
 
 
+@pytest.mark.parametrize("depth", [300, 900, 5000])
+@pytest.mark.parametrize("field", ["metadata", "chat_template_kwargs", "tools", "response_format", "messages", "stop"])
+def test_nesting_is_no_failure_of_the_server(field: str, depth: int, server: Running) -> None:
+    deep = '{"a":' * depth + "1" + "}" * depth
+    values = {
+        "tools": f'[{{"type": "function", "function": {{"name": "f", "parameters": {deep}}}}}]',
+        "response_format": f'{{"type": "json_schema", "json_schema": {{"name": "a", "schema": {deep}}}}}',
+        "messages": f'[{{"role": "user", "content": "w5", "more": {deep}}}]',
+    }
+    body = {**CHAT, "tool_choice": "required" if field == "tools" else "none", field: "HERE"}
+    content = json.dumps(body).replace('"HERE"', values.get(field, deep))
+    reply = server.client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code in (200, 400), reply.text
+
+
 # Hosts and connections
 
 
