@@ -167,7 +167,7 @@ def test_calls_are_told_from_text_whole_and_streamed(client: openai.OpenAI) -> N
     assert [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls] == [
         ("weather", {"city": "Oslo", "days": 2})
     ]
-    assert message.content == "so:"
+    assert message.content == "so: "
     assert "<tool_call>" in plain.choices[0].message.content
     content, arguments = "", ""
     for chunk in client.chat.completions.create(**CALLER, stream=True):

@@ -72,6 +72,34 @@ def test_arguments_that_are_no_object_are_refused(speaking: Running, arguments: 
     assert reply.json()["error"]["param"] == "messages[1]"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        ('{"city": "Ro', {"city": "Ro"}),
+        ('{"city": "Rome", "days": [1, 2', {"city": "Rome", "days": [1, 2]}),
+        ('{"city": "Rome", "da', {"city": "Rome"}),
+        ("{", {}),
+        ("", {}),
+        ('{"city": "Rome"} or so', {"city": "Rome"}),
+    ],
+)
+def test_a_call_that_was_cut_may_be_sent_back(speaking: Running, arguments: str, read: dict[str, Any]) -> None:
+    def rendered(arguments: str) -> list[int]:
+        messages = [*QUESTION, called(arguments), said()]
+        reply = speaking.post("/tokenize", model="pair", messages=messages)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["tokens"]  # type: ignore[no-any-return]
+
+    assert rendered(arguments) == rendered(json.dumps(read))
+    call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": arguments}
+    items = [
+        {"role": "user", "content": "x"},
+        call,
+        {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
+    ]
+    assert speaking.post("/v1/responses", model="pair", input=items, max_output_tokens=2).status_code == 200
+
+
 def test_conversations_of_the_agents_library_are_read(speaking: Running) -> None:
     message = {"type": "output_text", "text": "no", "annotations": [], "logprobs": []}
     items: list[dict[str, Any]] = [

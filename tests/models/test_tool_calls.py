@@ -79,7 +79,7 @@ CASES: list[tuple[ToolFormat, str, Read]] = [
     (
         HERMES,
         'Let me see.\n\n<tool_call>{"name":"f","arguments":{"x":1}}</tool_call>\n',
-        ("Let me see.", [("f", '{"x":1}')]),
+        ("Let me see.\n\n", [("f", '{"x":1}')]),
     ),
     (
         HERMES,
@@ -100,7 +100,17 @@ CASES: list[tuple[ToolFormat, str, Read]] = [
     (HERMES, "use <tool_call> to call", ("use <tool_call> to call", [])),
     (HERMES, 'say <tool_call>{"nam', ('say <tool_call>{"nam', [])),
     (HERMES, "a <tool_", ("a <tool_", [])),
-    (HERMES, 'a<tool_call>{"name": "f", "arguments": {}}</tool_call> and b', ("aand b", [("f", "{}")])),
+    (HERMES, 'a<tool_call>{"name": "f", "arguments": {}}</tool_call> and b', ("a and b", [("f", "{}")])),
+    (
+        HERMES,
+        'a \n<tool_call>{"name": "f"}</tool_call>\n<tool_call>{"name": "g"}</tool_call>\n b \n',
+        ("a \n\n b \n", [("f", "{}"), ("g", "{}")]),
+    ),
+    (
+        HERMES,
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n{"name": "g", "arguments": {}}\n</tool_call>',
+        ("", [("f", '{"x": 1}'), ("g", "{}")]),
+    ),
     (LLAMA, '{"name": "f", "parameters": {"x": "y"}}', ("", [("f", '{"x": "y"}')])),
     (LLAMA, ' \n<|python_tag|>{"name": "f", "parameters": {}}', ("", [("f", "{}")])),
     (
@@ -121,7 +131,7 @@ CASES: list[tuple[ToolFormat, str, Read]] = [
     (MISTRAL_NAMED, '[TOOL_CALLS]f{"x": 1}[TOOL_CALLS]g[ARGS]{}', ("", [("f", '{"x": 1}'), ("g", "{}")])),
     (MISTRAL_NAMED, "[TOOL_CALLS]f [ARGS] null", ("", [("f", "{}")])),
     (MISTRAL_WITH_IDS, '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"x": 1}', ("", [("f", '{"x": 1}')])),
-    (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}\n</tool_call> b', ("b", [("f", '{"x": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}\n</tool_call> b', (" b", [("f", '{"x": 1}')])),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}}}\n</tool_call>b', ("b", [("f", '{"x": 1}')])),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}, "arguments": {}}</tool_call>', ("", [("f", '{"x": 1}')])),
     *(
@@ -132,6 +142,25 @@ CASES: list[tuple[ToolFormat, str, Read]] = [
     (LLAMA, '{"name": "Ada", "parameters": 5}', ('{"name": "Ada", "parameters": 5}', [])),
     (MISTRAL, "[TOOL_CALLS] [nothing]", ("[TOOL_CALLS] [nothing]", [])),
 ]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (HERMES, 'so <tool_call>\n{"name": "h", "arguments": {"x": 1}}\n</tool_call> it is'),
+        (HERMES, '<tool_call>{"arguments": {"x": 1}, "name": "h"}</tool_call>'),
+        (LLAMA, '{"name": "resnet", "parameters": {"depth": 50}, "dataset": "imagenet"}'),
+        (LLAMA, '<|python_tag|>{"name": "h", "parameters": {}}'),
+        (MISTRAL, '[TOOL_CALLS] [{"name": "h", "arguments": {"x": [1]}}]'),
+        (MISTRAL_NAMED, '[TOOL_CALLS]h[ARGS]{"x": 1}'),
+        (MISTRAL_WITH_IDS, '[TOOL_CALLS]h[CALL_ID]abcdefghi[ARGS]{"x": 1}'),
+    ],
+)
+def test_a_call_of_no_tool_is_text(written: ToolFormat, text: str, pieces: int) -> None:
+    reader = ToolCallReader(written, {"f", "g"})
+    deltas = [delta for at in range(0, len(text), pieces) for delta in reader.push(text[at : at + pieces])]
+    assert joined(deltas + reader.finish()) == (text, [])
 
 
 @pytest.mark.slow

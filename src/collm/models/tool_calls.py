@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,20 +44,25 @@ Delta = Content | CallStart | CallArguments
 class ToolCallReader:
     """Parses an answer into text and tool calls while it is generated.
 
-    Text that may still become a marker is held back. A call without a name is returned as text, and a malformed call
-    keeps the arguments read so far.
+    Text that may still become a marker is held back. A call without the name of a tool is returned as text, and a
+    malformed call keeps the arguments read so far. White space is text, unless there is nothing else beside the calls.
 
     Args:
         written: the format of calls.
+        names: names of the tools; None for any name.
         new_id: creates the id of a call.
     """
 
-    def __init__(self, written: ToolFormat, new_id: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self, written: ToolFormat, names: Collection[str] | None = None, new_id: Callable[[], str] | None = None
+    ) -> None:
         self._format = written
+        self._names = names
         self._new_id = new_id or (_short_id if written.opening == MISTRAL.opening else _id)
         self._buffer = ""
         self._state: Callable[[], bool] = self._text
         self._begun = False  # whether any content or call was emitted
+        self._blank = True  # whether no text was emitted since the beginning or the last call
         self._raw = ""  # the text of a call that has no name yet
         self._object: _CallObject | None = None
         self._in_list = False
@@ -76,7 +81,7 @@ class ToolCallReader:
         if self._object is not None and not self._object.started:
             self._object.take(" ")  # nothing else closes a null
             self._report(self._object)
-        if self._state == self._text or self._raw:
+        if (self._state == self._text or self._raw) and not (self._count and self._is_space(self._raw + self._buffer)):
             self._emit_text(self._raw + self._buffer)
         self._buffer = self._raw = ""
         return self._take()
@@ -106,17 +111,20 @@ class ToolCallReader:
             if not text or opening.startswith(text):
                 return False
         place = self._buffer.find(opening)
+        end = place if place >= 0 else len(self._buffer) - _held(self._buffer, opening)
+        text = self._buffer[:end]
+        if not self._is_space(text):
+            self._emit_text(text)
+            self._buffer, text = self._buffer[end:], ""
         if place < 0:
-            held = _held(self._buffer, opening)
-            self._emit_text(self._buffer[: len(self._buffer) - held])
-            self._buffer = self._buffer[len(self._buffer) - held :]
             return False
-        before = self._buffer[:place]
-        text = before.rstrip(_SPACE)
-        self._emit_text(text)
-        self._raw, self._buffer = before[len(text) :] + opening, self._buffer[place + len(opening) :]
+        self._raw, self._buffer = text + opening, self._buffer[len(text) + len(opening) :]
         self._state = self._after_marker
         return True
+
+    def _is_space(self, text: str) -> bool:
+        """Whether a text is white space beside calls, with no other text so far."""
+        return self._blank and not text.strip(_SPACE)
 
     def _after_marker(self) -> bool:
         space = len(self._buffer) - len(self._buffer.lstrip(_SPACE))
@@ -142,7 +150,7 @@ class ToolCallReader:
             return False
         place, start = min(found)
         name, _, call_id = (part.strip(_SPACE) for part in self._buffer[:place].partition(_CALL_ID))
-        if not name or any(char in _SPACE for char in name):
+        if not name or any(char in _SPACE for char in name) or not self._may_call(name):
             self._give_up()
             return True
         self._object = _CallObject(self._format.arguments, name, call_id=call_id)
@@ -158,7 +166,7 @@ class ToolCallReader:
             if not self._object.started:
                 self._raw += char
             self._object.take(char)
-            if self._object.broken and not self._object.started:
+            if (self._object.broken or not self._may_call(self._object.name)) and not self._object.started:
                 self._give_up()
                 return True
             self._report(self._object)
@@ -171,6 +179,10 @@ class ToolCallReader:
                 return True
         return False
 
+    def _may_call(self, name: str | None) -> bool:
+        """Whether a name is that of a tool, or not known yet."""
+        return name is None or self._names is None or name in self._names
+
     def _to_closing(self) -> bool:
         """After a malformed call: drop the text before its closing marker."""
         closing = self._format.closing
@@ -178,13 +190,13 @@ class ToolCallReader:
         if place < 0:
             self._buffer = self._buffer[-len(closing) :]
             return False
-        self._buffer, self._state = self._buffer[place + len(closing) :], self._after_call
+        self._buffer, self._state = self._buffer[place + len(closing) :], self._text
         return True
 
     def _report(self, read: _CallObject) -> None:
         if not read.started and read.named and (read.arguments or read.done):
             read.started = True
-            self._begun, self._raw = True, ""
+            self._begun, self._blank, self._raw = True, True, ""
             self._found.append(CallStart(self._count, read.call_id or self._new_id(), str(read.name)))
             self._count += 1
         if read.started:
@@ -202,24 +214,18 @@ class ToolCallReader:
         if not rest or (closing and closing != rest and closing.startswith(rest)):
             self._buffer = rest
             return False
-        if rest[0] == "{" and (self._in_list or self._format.kind == "bare"):
+        several = self._in_list or self._format.kind == "bare" or (self._format.kind == "tags" and not self._raw)
+        if rest[0] == "{" and several:
             self._buffer, self._state = rest, self._call
         elif rest[0] == "]" and self._in_list:
             self._buffer, self._state, self._in_list, self._raw = rest[1:], self._text, False, ""
         elif closing and rest.startswith(closing):
-            self._buffer, self._state = rest[len(closing) :].lstrip(_SPACE) or "", self._after_call
+            self._buffer, self._state = rest[len(closing) :], self._text
         elif self._raw:
             self._give_up()
         else:
             self._buffer, self._state, self._in_list = rest, self._text, False
         return True
-
-    def _after_call(self) -> bool:
-        """After a call's closing marker: drop white space."""
-        self._buffer = self._buffer.lstrip(_SPACE)
-        if self._buffer:
-            self._state = self._text
-        return bool(self._buffer)
 
     def _give_up(self) -> None:
         """Return the current call as text, because it is not a call."""
@@ -229,15 +235,13 @@ class ToolCallReader:
 
     def _emit_text(self, text: str) -> None:
         if text:
-            self._begun = True
+            self._begun, self._blank = True, False
             self._found.append(Content(text))
 
 
 def _held(text: str, marker: str) -> int:
-    """Length of the longest suffix of a text that may become white space and a marker."""
-    partial = next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
-    before = text[: len(text) - partial]
-    return partial + len(before) - len(before.rstrip(_SPACE))
+    """Length of the longest suffix of a text that may become a marker."""
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
 
 
 def _id() -> str:

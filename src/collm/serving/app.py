@@ -20,7 +20,7 @@ from collm.collaboration import CoLLM
 from collm.models.template import Prompt
 from collm.serving import replies
 from collm.serving.collaborations import Target
-from collm.serving.errors import APIError, invalid, refused
+from collm.serving.errors import APIError, invalid
 from collm.serving.generating import answer
 from collm.serving.middleware import RequestMiddleware
 from collm.serving.parsing import as_chat, read_chat, read_completion, read_messages
@@ -172,8 +172,7 @@ async def candidates(body: CandidatesRequest, http: Request) -> Any:
     param = "prompt" if body.messages is None else "messages"
     prompt_ids = await service.in_thread(partial(target.encode, prompt, param, service.settings.max_prompt_tokens))
     model = target.served.model
-    with refused("token_ids"):
-        target.check([*prompt_ids.base, *body.token_ids])
+    target.check([*prompt_ids.base, *body.token_ids], "token_ids")
     found = await target.served.worker.collect(model.candidates_in_chunks(prompt, body.token_ids, body.most))
     return {"author_names": target.served.author_names, "candidates": found}
 
@@ -272,5 +271,6 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
             CORSMiddleware,
             allow_origins=list(service.settings.allow_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # clients add their own, such as x-stainless-os
+            expose_headers=["X-Request-Id", "Retry-After"],
         )

@@ -12,7 +12,7 @@ from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.core.types import BASE
 from collm.decoding.request import PromptIds, check_prompt
-from collm.errors import CollmError, ConfigError, MissingExtra
+from collm.errors import CollmError, ConfigError, MissingExtra, RequestError
 from collm.models.chats import Chat
 from collm.models.template import Prompt, tokenize
 from collm.serving.errors import APIError, invalid, refused
@@ -20,6 +20,8 @@ from collm.serving.schemas import CollmOptions
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
 
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code, at which clients shorten a conversation."""
 MAX_TOKEN_CHARACTERS = 128
 """A prompt with more characters than that for each token that fits is refused before it is tokenized."""
 
@@ -124,7 +126,7 @@ class Target:
             raise invalid(
                 f"the prompt has {_characters(prompt)} characters, this server takes {min(fitting)} tokens; shorten it",
                 param=param,
-                code="context_length_exceeded",
+                code=TOO_LONG,
             )
         with refused(param):
             token_ids = model.template.encode_prompt(model.tokenizer, prompt)
@@ -135,12 +137,12 @@ class Target:
                     token_ids[-(most if keep_last < 0 else min(keep_last, len(token_ids))) :] if keep_last else []
                 )
                 assistants = model.assistant_prompts(token_ids)
-            self.check(token_ids)
+        self.check(token_ids, param)
         if longest is not None and len(token_ids) > longest:
             raise invalid(
                 f"the prompt has {len(token_ids)} tokens, this server takes {longest}; shorten it",
                 param=param,
-                code="context_length_exceeded",
+                code=TOO_LONG,
             )
         return PromptIds(token_ids, assistants)
 
@@ -200,12 +202,16 @@ class Target:
             self.served.model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
-    def check(self, token_ids: list[int]) -> None:
-        """Raise a RequestError for unknown token ids, or a prompt that does not fit the context."""
+    def check(self, token_ids: list[int], param: str) -> None:
+        """Raise an APIError for unknown token ids, or a text that does not fit the context."""
         model = self.served.model
-        check_prompt(
-            model.runners if model.alignment is None else model.runners[:1], model.identity.vocab_size, token_ids
-        )
+        authors = model.runners if model.alignment is None else model.runners[:1]
+        try:
+            check_prompt(authors, model.identity.vocab_size, token_ids)
+        except RequestError as error:
+            limits = [one.max_length for one in authors if one.max_length is not None]
+            too_long = len(token_ids) >= min(limits, default=len(token_ids) + 1)
+            raise invalid(str(error), param, TOO_LONG if too_long else None) from error
 
 
 def _characters(prompt: Prompt) -> int:

@@ -10,9 +10,7 @@ from starlette.responses import Response
 
 from collm.core.types import PromptLogprob
 from collm.decoding.request import Request as EngineRequest
-from collm.errors import CollmError
 from collm.serving.collaborations import Target
-from collm.serving.errors import of_failure
 from collm.serving.parsing import ParsedRequest
 from collm.serving.schemas import Asked
 from collm.serving.service import Service
@@ -47,8 +45,7 @@ async def answer(
 
     requests = await service.in_thread(prepared)
     scored = await _scored(target, requests, reading) if reading.scored is not None else None
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    extras = await service.in_thread(partial(_extras, target, requests, reading, scored, usage))
+    extras = await service.in_thread(partial(_extras, target, requests, reading, scored, body))
     shape = make_shape(target.name, target.served.author_names, extras)
     if not reading.generates:
         parts = [Part(index, finish_reason="length") for index in range(len(requests))]
@@ -71,21 +68,26 @@ async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Pa
     for one in requests:
         if id(one.prompt_ids) not in found:
             chunks = model.prompt_logprobs_in_chunks(one.prompt_ids, reading.scored or 0, policy=one.policy)
-            try:
-                found[id(one.prompt_ids)] = await target.served.worker.collect(chunks)
-            except CollmError as error:
-                raise of_failure(error, target.served.name) from error
+            found[id(one.prompt_ids)] = await target.served.worker.collect(chunks)
     return [found[id(one.prompt_ids)] for one in requests]
 
 
 def _extras(
-    target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest, scored: list[Scored] | None, usage: bool
+    target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest, scored: list[Scored] | None, body: Asked
 ) -> Extras:
-    tokenizer, extras = target.served.model.tokenizer, Extras(include_usage=usage)
+    tokenizer, options = target.served.model.tokenizer, body.stream_options
+    usage = bool(options and options.include_usage)
+    extras = Extras(include_usage=usage, usage_so_far=usage and bool(options and options.continuous_usage_stats))
     of_each: Sequence[Scored | None] = scored if scored is not None else [None] * len(requests)
     if reading.logprobs:
         extras.spellers = [
-            TokenTexts(tokenizer, one.prompt_ids, reading.params.logprobs, of_prompt if reading.echo else None)
+            TokenTexts(
+                tokenizer,
+                one.prompt_ids,
+                reading.params.logprobs,
+                of_prompt if reading.echo else None,
+                as_ids=bool(body.return_tokens_as_token_ids),
+            )
             for one, of_prompt in zip(requests, of_each, strict=True)
         ]
     if reading.echo:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic_core import from_json
 
 from collm.core.params import SamplingParams, StructuredOutputs
 from collm.core.policies import Policy
@@ -107,12 +110,14 @@ def read_chat(body: ChatRequest, target: Target, settings: Settings) -> ParsedRe
         raise invalid(f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs", "top_logprobs")
     calls = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls, target)
     form = _form(body.response_format, body.structured_outputs)
+    chat = as_chat(body, calls)
     if calls is not None and calls.constraint is not None:
         form = calls.constraint
+    elif form is not None:
+        calls = None  # the text has a form, which is not that of calls
     policy = target.policy(body.collm)
     most = body.max_completion_tokens or body.max_tokens
     params = _params(body, policy, settings, most, body.top_logprobs or 0, form)
-    chat = as_chat(body, calls)
     reading = ParsedRequest([chat], "messages", params, policy, body.n or 1, bool(body.logprobs))
     return _checked(replace(reading, keep_last=body.truncate_prompt_tokens, calls=calls), settings)
 
@@ -139,10 +144,21 @@ def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     found = []
     for place, message in enumerate(messages):
         try:
-            found.append(as_message(message.model_dump(exclude_none=True)))
+            found.append(as_message(_with_whole_arguments(message.model_dump(exclude_none=True))))
         except RequestError as error:
             raise invalid(f"messages[{place}]{error}", f"messages[{place}]") from error
     return found
+
+
+def _with_whole_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Complete arguments of calls that `max_tokens` cut, because clients send a message back as it came."""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with suppress(ValueError):
+                read = from_json(function["arguments"] or "{}", allow_partial="trailing-strings")
+                function["arguments"] = read if isinstance(read, dict) else function["arguments"]
+    return message
 
 
 def _form(asked: ResponseFormat | None, structured: StructuredForm | None) -> StructuredOutputs | None:

@@ -96,7 +96,7 @@ class StreamOptions(Open):
 
     include_usage: bool | None = Field(None, description="A last chunk with the usage and no choices.")
     include_obfuscation: bool | None = Field(None, description="Not used.")
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
 
 
 class CollmOptions(Body):
@@ -178,7 +178,7 @@ class Sampled(Open):
     request_id: Text | None = None
     cache_salt: Text | None = None
     spaces_between_special_tokens: bool | None = None
-    return_tokens_as_token_ids: Literal[False] | None = None
+    return_tokens_as_token_ids: bool | None = Field(None, description="Log-probabilities name tokens as token_id:ID.")
     skip_special_tokens: Literal[True] | None = None
     use_beam_search: Literal[False] | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None

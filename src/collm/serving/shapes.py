@@ -58,12 +58,14 @@ class Extras:
         echoed: the prompts that the texts begin with.
         prompt_logprobs: log-probabilities of the prompts, in vLLM's format.
         include_usage: whether the last chunk of a stream has the usage.
+        usage_so_far: whether the other chunks have it too.
     """
 
     spellers: Sequence[TokenTexts] | None = None
     echoed: Sequence[str] | None = None
     prompt_logprobs: Sequence[Any] | None = None
     include_usage: bool = False
+    usage_so_far: bool = False
 
 
 class Shape:
@@ -94,10 +96,12 @@ class Shape:
         """The beginning of a stream."""
         return b""
 
-    def event(self, part: Part) -> bytes:
-        """A chunk of a stream."""
+    def event(self, part: Part, usage: Json) -> bytes:
+        """A chunk of a stream. `usage` is that so far."""
         body = {**self._head, "object": self.chunk, "choices": [self.chunk_choice(part)]}
-        return sse({**body, "usage": None} if self.extras.include_usage else body)
+        if self.extras.include_usage:
+            body["usage"] = usage if self.extras.usage_so_far else None
+        return sse(body)
 
     def end(self, usage: Json) -> bytes:
         """The end of a stream."""

@@ -15,6 +15,11 @@ from collm.serving.shapes import Json, Part, Shape, usage_of
 from collm.serving.submission import Submission, TokenOutput
 
 _LOG = logging.getLogger(__name__)
+_HEAD_S = 1.0
+"""Longest wait for the first token before the head of a stream is sent, because proxies end silent requests."""
+_COMMENT_S = 5.0
+"""Longest silence of a stream."""
+_COMMENT = b": nothing new\n\n"
 
 
 class Answer:
@@ -42,19 +47,20 @@ class Answer:
         return Response(self.shape.reply(parts, self._usage()), media_type="application/json")
 
     async def stream(self) -> Response:
-        """The response as a stream. An error before the first token is an HTTP error."""
-        return EventStream(self, await self._outputs())
+        """The response as a stream. An error within the first second is an HTTP error."""
+        return EventStream(self, await self._outputs(_HEAD_S))
 
-    async def events(self, outputs: Sequence[TokenOutput]) -> AsyncIterator[bytes]:
-        """All events of the stream. An error is the last event."""
+    async def events(self, outputs: Sequence[TokenOutput] | None) -> AsyncIterator[bytes]:
+        """All events of the stream, and comments while nothing comes. An error is the last event."""
         begun: set[int] = set()
         try:
             start = self.shape.begin()
-            while outputs:
-                parts = _parts(outputs, begun)
-                yield start + b"".join(self.shape.event(part) for part in parts)
+            while outputs is None or outputs:
+                parts = _parts(outputs or (), begun)
+                usage = self._usage()
+                yield start + (b"".join(self.shape.event(part, usage) for part in parts) or _COMMENT)
                 start = b""
-                outputs = await self._outputs()
+                outputs = await self._outputs(_COMMENT_S)
             yield start + self.shape.end(self._usage())
         except APIError as error:
             self.record.status = error.status
@@ -64,8 +70,8 @@ class Answer:
             self.record.status = 500
             yield self.shape.broken_off(broken())
 
-    async def _outputs(self) -> list[TokenOutput]:
-        outputs = await self._submission.outputs()
+    async def _outputs(self, seconds: float | None = None) -> list[TokenOutput] | None:
+        outputs = await self._submission.outputs(seconds)
         if outputs:
             authors = [one.step.author for one in outputs]
             self._authors += authors
@@ -81,7 +87,7 @@ def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -
     usage = usage_of(read, [], shape.author_names)
     if not stream:
         return Response(shape.reply(parts, usage), media_type="application/json")
-    events = shape.begin() + b"".join(map(shape.event, parts)) + shape.end(usage)
+    events = shape.begin() + b"".join(shape.event(part, usage) for part in parts) + shape.end(usage)
     return Response(events, media_type=EventStream.media_type)
 
 
@@ -108,7 +114,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, first: Sequence[TokenOutput]) -> None:
+    def __init__(self, answer: Answer, first: Sequence[TokenOutput] | None) -> None:
         self._answer = answer
         self._events = answer.events(first)
         self.status_code = 200

@@ -50,14 +50,20 @@ class Submission:
         self._failure: APIError | None = None
         self._arrived = asyncio.Event()
 
-    async def outputs(self) -> list[TokenOutput]:
-        """Wait for new tokens. Returns all tokens since the last call, or none if all requests are finished.
+    async def outputs(self, seconds: float | None = None) -> list[TokenOutput] | None:
+        """Wait for new tokens.
+
+        Returns:
+            All tokens since the last call, none if all requests are finished; None if nothing came within `seconds`.
 
         Raises:
             APIError: the submission failed.
         """
         if self.unfinished or self._failure:
-            await self._arrived.wait()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), seconds)
+            except asyncio.TimeoutError:
+                return None
         self._arrived.clear()
         outputs, self._outputs = self._outputs, []
         if self._failure is not None:

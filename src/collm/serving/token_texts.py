@@ -24,6 +24,7 @@ class TokenTexts:
         prompt_ids: the prompt of the completion.
         most: number of most probable tokens to list at each position.
         scored: log-probabilities of the prompt, if the text begins with it.
+        as_ids: name tokens by their ids, as in vLLM.
     """
 
     def __init__(
@@ -32,10 +33,13 @@ class TokenTexts:
         prompt_ids: Sequence[int],
         most: int,
         scored: Sequence[PromptLogprob | None] | None = None,
+        *,
+        as_ids: bool = False,
     ) -> None:
         self._read = TokenText(tokenizer, () if scored is not None else prompt_ids[-_CONTEXT_TOKENS:])
         self._start = len(self._read.text)
         self._most = most
+        self._as_ids = as_ids
         self._prompt: list[Spelled] = []
         if scored is not None:
             self._prompt = [
@@ -49,7 +53,7 @@ class TokenTexts:
         prompt, self._prompt = self._prompt, []
         for token_id, logprob, top in [*prompt, *((step.token_id, step.logprob, step.top_logprobs) for step in steps)]:
             found["text_offset"].append(len(self._read.text) - self._start)
-            token = self._read.spelling(token_id)
+            token = self._name(token_id)
             found["tokens"].append(token)
             found["token_logprobs"].append(logprob)
             found["top_logprobs"].append(None if logprob is None else self._likely(top) | {token: logprob})
@@ -59,8 +63,11 @@ class TokenTexts:
     def _likely(self, top: TopLogprobs) -> dict[str, float]:
         likely: dict[str, float] = {}
         for token_id, logprob in top[: self._most]:
-            likely.setdefault(self._read.spelling(token_id), logprob)
+            likely.setdefault(self._name(token_id), logprob)
         return likely
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self._read.spelling(token_id)
 
     def chat_logprobs(self, steps: Sequence[TokenStep]) -> list[dict[str, Any]]:
         """`logprobs.content` of /v1/chat/completions."""
@@ -75,7 +82,7 @@ class TokenTexts:
         length = len(self._read)
         text = self._read.push(token_id)
         self._read.cut(length)
-        token = text or self._read.spelling(token_id)
+        token = text if text and not self._as_ids else self._name(token_id)
         return {"token": token, "logprob": logprob, "bytes": list(text.encode()) if text else None}
 
 

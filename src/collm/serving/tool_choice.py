@@ -34,7 +34,7 @@ class ToolChoice:
 
     def reader(self) -> ToolCallReader:
         """A parser that separates calls from text."""
-        return ToolCallReader(self.written)
+        return ToolCallReader(self.written, {tool["function"]["name"] for tool in self.shown})
 
 
 def tool_choice(

@@ -49,7 +49,8 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
         return invalid(f"{param} is missing", param, "missing_parameter")
     expected = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in errors if _param(one["loc"]) == param)
     reasons = "; or ".join(expected)
-    why = f" ({WHY_NOT[param]})" if param in WHY_NOT else ""
+    unsupported = param in WHY_NOT and (param != "prompt" or first["type"] == "none_required")  # or of /v1/completions
+    why = f" ({WHY_NOT[param]})" if unsupported else ""
     return invalid(f"{param} is {_shown(first['input'])}: {reasons}{why}", param)
 
 

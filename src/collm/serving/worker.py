@@ -14,7 +14,7 @@ from collm.decoding.chunks import Chunks
 from collm.decoding.engine import DecodingLoop, RequestOutput
 from collm.decoding.request import Request
 from collm.errors import CollmError, ModelFailure
-from collm.serving.errors import not_now
+from collm.serving.errors import not_now, of_failure
 from collm.serving.submission import Submission
 
 _LOG = logging.getLogger(__name__)
@@ -104,14 +104,15 @@ class Worker:
         """Compute all items of a generator of chunks, a chunk after each decoding step.
 
         Raises:
-            APIError: as for `submit`.
-            Exception: the exception of the generator.
+            APIError: as for `submit`, or a failure of the generator.
         """
         self._admit(1)
         job = _Job(chunks, self._loop.create_future())
         self._do(lambda: self._jobs.append(job))
         try:
             return await job.future
+        except CollmError as error:
+            raise of_failure(error, self.name) from error
         finally:
             self.outstanding -= 1
 
