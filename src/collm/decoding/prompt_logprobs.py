@@ -57,8 +57,10 @@ def _chunk_logprobs(
     """Yield chunks: next-token log-probabilities of shape (T, V), and the position of their first token."""
     reading = [runners[each] for each in (range(len(runners)) if author is None else sorted({BASE, author}))]
     scores = {runner: _scores(runner, prompt_ids) for runner in reading if isinstance(runner, ToolRunner)}
-    slots = {runner: runner.open() for runner in reading}
+    slots = dict[ModelRunner | ToolRunner, int]()
     try:
+        for runner in reading:
+            slots[runner] = runner.open()
         for start in range(1, len(prompt_ids), _CHUNK_TOKENS):
             unseen = prompt_ids[start - 1 : min(start - 1 + _CHUNK_TOKENS, len(prompt_ids) - 1)]
             by_reader: list[Tensor] = []
