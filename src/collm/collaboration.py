@@ -223,9 +223,10 @@ class CoLLM:
 
         Raises:
             ArtefactError: `path` exists.
-            ConfigError, UnsupportedModel: the base's output layer cannot hold the head.
+            ConfigError, UnsupportedModel: the models are on servers, or the base's output layer cannot hold the head.
             WriteError: the disk is full or not writable.
         """
+        self.check_in_memory()
         threshold = default_threshold(self.calibration)
         export_base(self.base, self.head, self.tokenizer, Path(path), default_threshold=threshold)
 
@@ -447,8 +448,18 @@ class CoLLM:
 
     @property
     def members(self) -> list[LanguageModel | ToolModel]:
-        """All models and tools in memory, the base first. With servers, they are loaded for this."""
+        """All models and tools in memory, the base first.
+
+        Raises:
+            ConfigError: the models are on servers.
+        """
+        self.check_in_memory()
         return self._in_memory.members
+
+    def check_in_memory(self) -> None:
+        """Raise a ConfigError if the models are on servers, so that this process loads none."""
+        if self.servers is not None:
+            raise ConfigError("this needs the models in memory, but they are on servers; use engine 'local'")
 
 
 def _check_alone(threshold: float | None, budget: float | None) -> None:

@@ -15,10 +15,8 @@ from collm.core.combinations import MixturePolicy, ProductPolicy, ProxyTuningPol
 from collm.core.params import StructuredOutputs
 from collm.core.policies import ConfidencePolicy, Policy, StepView, ThresholdPolicy
 from collm.decoding.engine import Engine
-from collm.decoding.lookup import PromptLookup
-from collm.decoding.request import Request
 from collm.decoding.segments import SegmentSequence
-from collm.errors import CollmError, ModelFailure, PolicyFailure, RequestError
+from collm.errors import ModelFailure, PolicyFailure, RequestError
 from collm.models.grammars import Grammar
 from collm.models.runner import ModelRunner
 from tests.decoding.test_batches import POISON, run
@@ -65,9 +63,7 @@ def open_slots(model: CoLLM) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "policy", [MixturePolicy(), ConfidencePolicy(), ProductPolicy(), ProxyTuningPolicy()], ids=str
-)
+@pytest.mark.parametrize("policy", [MixturePolicy(), ConfidencePolicy(), ProductPolicy(), ProxyTuningPolicy()], ids=str)
 @pytest.mark.parametrize("failing", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("fail", [raise_on_poison, set_nan_on_poison])
 def test_any_authors_that_fail_end_one_request_once(
@@ -138,17 +134,17 @@ def test_a_grammar_that_breaks_down_ends_its_request(
     text = "a b a b a b a b a b "
     wanted = SamplingParams(max_new_tokens=8, structured_outputs=StructuredOutputs(regex="[ab ]{40}"))
     (good,) = model.generate([text], PARAMS, threshold=0.4)
-    plain, asked = Grammar.go_to, list[int]()
+    plain, left = Grammar.go_to, list[int]()
 
     def breaks_down(grammar: Grammar, token_ids: Sequence[int]) -> None:
-        asked.append(len(token_ids))
-        if len(asked) == last:
+        left.pop()
+        if not left:
             raise RequestError("the grammar cannot be enforced: too complex; use a simpler one")
         plain(grammar, token_ids)
 
     monkeypatch.setattr(Grammar, "go_to", breaks_down)
-    for last in range(1, 12):
-        asked.clear()
+    for calls in range(1, 12):
+        left[:] = range(calls)
         engine = model.engine()
         for params in (PARAMS, wanted):
             engine.add(model.request(text, params, ThresholdPolicy(0.4)))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.combinations import CombiningPolicy
 from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
+from collm.core.policies import SingleAuthorPolicy
 from collm.core.types import BASE, Completion, TokenStep
 from collm.decoding.author_outputs import AuthorOutputs, draw_from_chosen_author, draw_from_combination
 from collm.decoding.draws import Draw, draw_tokens
@@ -177,16 +178,17 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context or cache;
                 or the parameters name unknown tokens or an unusable grammar.
-            ConfigError: the policy consults an author that does not exist.
+            ConfigError: the policy names an author that does not exist.
         """
         for authors, vocab_size, prompt_ids in self._prompts(request):
             check_prompt(authors, vocab_size, prompt_ids)
             check_cache(authors, prompt_ids)
         check_params(request.params, self._vocab_size)
-        consulted = request.policy.consults(len(self.authors) - 1)
-        unknown = [author for author in consulted if not 1 <= author < len(self.authors)]
+        policy = request.policy
+        named = [policy.writer] if isinstance(policy, SingleAuthorPolicy) else policy.consults(len(self.authors) - 1)
+        unknown = [author for author in named if not 0 <= author < len(self.authors)]
         if unknown:
-            raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
+            raise ConfigError(f"{policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         structured = request.params.structured_outputs
         grammar = self.grammars.compile(structured) if structured is not None else None
         arguments = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._acceptance.copy(), grammar

@@ -152,7 +152,7 @@ def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Co
     """
     base = answers.get("base", {})
     others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
-    if not others or any(measure not in found[item].scores for found in [base, *others] for item in base):
+    if not base or not others or any(measure not in found[item].scores for found in [base, *others] for item in base):
         return []
     tokens, theirs = sum(len(answer.authors) for answer in base.values()), 0
     score = sum(answer.scores[measure] for answer in base.values())
