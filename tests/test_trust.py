@@ -310,7 +310,7 @@ def test_a_run_directory_decides_not_where_scores_are_written(calibrated: Path, 
     curve = PastRun.read(calibrated).curve(model, quiet=True)
     assert not (tmp_path / "outside").exists()
     written = calibrated / "scores" / "validation"
-    assert (written / "assistant-1" / "scores.json").exists()
+    assert (written / "assistant" / "scores.json").exists()
     (tmp_path / "outside").mkdir()
     written.rename(tmp_path / "outside" / "validation")  # scores shared by runs are read
     assert PastRun.read(calibrated).curve(model, quiet=True).accuracies.equal(curve.accuracies)
@@ -321,7 +321,7 @@ def test_scores_are_not_written_through_a_link(calibrated: Path, tmp_path: Path)
     (tmp_path / "target").mkdir()
     (calibrated / "scores").symlink_to(tmp_path / "target")
     model = CoLLM.from_pretrained(calibrated / "collaboration")
-    with pytest.raises(ConfigError, match=r"run/scores/validation/assistant-1 is a link that leads out of "):
+    with pytest.raises(ConfigError, match=r"run/scores/validation/assistant is a link that leads out of "):
         PastRun.read(calibrated).curve(model, quiet=True)
     assert list((tmp_path / "target").iterdir()) == []
 
@@ -333,7 +333,7 @@ def test_a_table_outside_of_the_artefact_is_not_read(table: str, saved: Path) ->
         CoLLM.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", ["tables/assistant-1.csv", "head.safetensors", "base"])
+@pytest.mark.parametrize("name", ["tables/assistant.csv", "head.safetensors", "base"])
 def test_a_link_out_of_the_artefact_is_not_followed(name: str, saved: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("secret")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from collm.atomic import atomic_file
 from collm.core.calibration import Calibration, threshold_text
 from collm.core.head import DeferralHead
+from collm.core.types import author_name
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec, load_with_adapter
@@ -231,12 +232,15 @@ def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[As
     saved = []
     for number, spec in enumerate(assistants, start=1):
         if isinstance(spec, ToolSpec) and spec.table is not None:
-            copy = Path(TABLES) / f"assistant-{number}{spec.table.suffix}"
+            name = author_name(number)
+            copy = Path(TABLES) / f"{name}{spec.table.suffix}"
             (directory / TABLES).mkdir(exist_ok=True)
             try:
                 shutil.copyfile(spec.table, directory / copy)
             except FileNotFoundError as error:
-                raise ArtefactError(f"the table {spec.table} of assistant {number} is missing; restore it") from error
+                raise ArtefactError(
+                    f"the table {spec.table} of {name} is missing; restore it"
+                ) from error
             spec = spec.with_table(copy)
         saved.append(spec)
     return saved
@@ -360,7 +364,7 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
         "# A collaboration of language models",
         "",
         f"- base: `{manifest.base.path}` ({saved[manifest.saved_base]})",
-        *(f"- assistant {k}: {_described(spec)}" for k, spec in enumerate(manifest.assistants, start=1)),
+        *(f"- {author_name(k)}: {_described(spec)}" for k, spec in enumerate(manifest.assistants, start=1)),
         f"- prompt template: `{manifest.template.text!r}`" + (", chats too" if manifest.template.chat else ""),
         "",
         "The base writes the text. Where its deferral head exceeds the threshold, an assistant writes the next token",

@@ -18,7 +18,7 @@ from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
-from collm.core.types import BASE, PromptLogprob, TokenStep
+from collm.core.types import BASE, PromptLogprob, TokenStep, author_name
 from collm.decoding.candidates import Candidates, aligned_candidates
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request, check_names_author, check_prompt
@@ -305,6 +305,11 @@ class CoLLM:
         engine = self.engine(1, lookahead)
         engine.add(self.request(prompt, params or SamplingParams(), chosen))
         return steps(engine)
+
+    @property
+    def author_names(self) -> list[str]:
+        """The name of each author, the base first: base, assistant, assistant-2, .."""
+        return [author_name(author) for author in range(1 + len(self.assistants))]
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:

@@ -186,7 +186,7 @@ def test_an_author_without_a_free_slot_ends_the_requests_that_need_one(
 
     def refuses(token_ids: Sequence[int] = ()) -> int:
         if not token_ids or POISON in token_ids:
-            raise RequestError("assistant 2 has no free slot")
+            raise RequestError("assistant-2 has no free slot")
         return opened(token_ids)
 
     monkeypatch.setattr(trio.runners[2], "open", refuses)

@@ -61,15 +61,15 @@ def gone(environment: dict[str, str]) -> bool:
 
 
 def test_servers_are_up_in_the_block_and_gone_after_it(environment: dict[str, str], tmp_path: Path) -> None:
-    plans = [plan(environment), plan(environment, name="assistant 1")]
+    plans = [plan(environment), plan(environment, name="assistant")]
     with launched(plans, sys.executable, tmp_path / "logs", wait_s=60) as running:
         assert len(processes(environment)) == 4
         assert [server.url for server in running] == [f"http://127.0.0.1:{server.port}/v1" for server in running]
         command = Path(f"/proc/{running[1].process.pid}/cmdline").read_text().split("\0")
-        assert command[command.index("--served-model-name") + 1] == "assistant-1"
+        assert command[command.index("--served-model-name") + 1] == "assistant"
         assert command[command.index("--seed") + 1] == "1"
     assert gone(environment)
-    assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == ["assistant-1.log", "base.log"]
+    assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == ["assistant.log", "base.log"]
 
 
 def test_one_that_dies_says_why_and_takes_the_others_down(environment: dict[str, str], tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from collm.evaluation.results import SystemResult, result_of
 from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
-from collm.models.members import author_name
 from collm.training.data import Row
 
 
@@ -112,9 +111,10 @@ def compare(
         asking.check(system)
     answers, results = _answered(systems, asking, out, progress)
     model = systems[0].load()
-    authors = [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
     used = {**(settings or {}), **_settings(asking)}
-    found = Comparison(task.name, task.main_measure(items), items, results, answers, authors, threshold, used)
+    found = Comparison(
+        task.name, task.main_measure(items), items, results, answers, model.author_names, threshold, used
+    )
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
     _write(out / "results.json", found.to_dict())
     try:

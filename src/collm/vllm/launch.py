@@ -47,7 +47,7 @@ class ServerPlan:
 
     def command(self, python: str, port: int) -> list[str]:
         """The server's command line."""
-        served = ["--model", self.model, "--served-model-name", self.name.replace(" ", "-")]
+        served = ["--model", self.model, "--served-model-name", self.name]
         return [python, "-m", _MODULE, *served, "--host", "127.0.0.1", "--port", str(port), *self.flags]
 
 

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from collm import artefact
+from collm.core.types import author_name
 from collm.errors import ConfigError
 from collm.models.loading import ModelSpec, empty_model
 from collm.models.names import names_gguf
@@ -196,7 +197,7 @@ def placed_in_one(
         )
     directory = artefact.local_directory(collaboration, None)
     manifest = artefact.read_manifest(directory)
-    assistant = Served("assistant", cast(ModelSpec, artefact.placed(manifest.assistants[0], directory)), flags)
+    assistant = Served(author_name(1), cast(ModelSpec, artefact.placed(manifest.assistants[0], directory)), flags)
     sizes = [Footprint.of(artefact.base_of(manifest, directory)), Footprint.of(assistant.spec)]
     (device,) = machine.devices(1)
     length = max_length or min(8192, *(size.max_length for size in sizes))
