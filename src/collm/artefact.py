@@ -238,9 +238,7 @@ def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[As
             try:
                 shutil.copyfile(spec.table, directory / copy)
             except FileNotFoundError as error:
-                raise ArtefactError(
-                    f"the table {spec.table} of {name} is missing; restore it"
-                ) from error
+                raise ArtefactError(f"the table {spec.table} of {name} is missing; restore it") from error
             spec = spec.with_table(copy)
         saved.append(spec)
     return saved
