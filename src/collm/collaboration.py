@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE, PromptLogprob, TokenStep, author_name
 from collm.decoding.candidates import Candidates, aligned_candidates
+from collm.decoding.chunks import Chunks
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request, check_names_author, check_prompt
 from collm.engines import Backend, EngineName, InMemory, InOneEngine, OnServers, check_engine
@@ -361,6 +363,12 @@ class CoLLM:
             ConfigError: the collaboration decodes on servers.
             ModelFailure, ToolFailure: an author failed.
         """
+        return list(chain.from_iterable(self.prompt_logprobs_in_chunks(prompt, most, policy=policy)))
+
+    def prompt_logprobs_in_chunks(
+        self, prompt: Prompt, most: int = 0, *, policy: Policy | None = None
+    ) -> Chunks[PromptLogprob | None]:
+        """Like `prompt_logprobs`, chunk by chunk. An `engine` may step in between."""
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
         author = policy.writer if isinstance(policy, SingleAuthorPolicy) else None
         if self.alignment is not None and author != BASE:
@@ -369,18 +377,23 @@ class CoLLM:
                 "those of the base alone (policy 'base')"
             )
         check_prompt(self.runners, self.identity.vocab_size, prompt_ids, room=0)
-        return self.backend.prompt_logprobs(prompt_ids, most, author)
+        yield from self.backend.prompt_logprobs(prompt_ids, most, author)
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
         """The most probable tokens of each author at each token of an answer (`decoding.candidates`).
 
         An assistant with another tokenizer has candidates only at the beginning of a segment.
         """
+        return list(chain.from_iterable(self.candidates_in_chunks(prompt, token_ids, most)))
+
+    def candidates_in_chunks(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> Chunks[list[Candidates]]:
+        """Like `candidates`, chunk by chunk. An `engine` may step in between."""
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
-        if self.alignment is not None:
+        if self.alignment is None:
+            yield from self.backend.candidates(prompt_ids, token_ids, most)
+        else:
             prompts = [prompt_ids, *self.assistant_prompts(prompt)]
-            return aligned_candidates(self._in_memory.runners, self.alignment, prompts, token_ids, most)
-        return self.backend.candidates(prompt_ids, token_ids, most)
+            yield from aligned_candidates(self._in_memory.runners, self.alignment, prompts, token_ids, most)
 
     def _policies(
         self, policy: str | Policy | Sequence[Policy] | None, threshold: float | None, budget: float | None, count: int

@@ -13,6 +13,7 @@ from collm.core.head import DeferralHead
 from collm.core.params import SamplingParams
 from collm.core.types import PromptLogprob, author_name
 from collm.decoding.candidates import Candidates, top_candidates
+from collm.decoding.chunks import Chunks
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
 from collm.decoding.prompt_logprobs import prompt_logprobs
 from collm.decoding.request import check_params, check_segment_params
@@ -45,10 +46,10 @@ class Backend(Protocol):
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> DecodingLoop:
         """Create a decoding loop; arguments as in `CoLLM.engine`."""
 
-    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
         """Each author's most probable tokens at each token, as in `decoding.candidates.top_candidates`."""
 
-    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
+    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> Chunks[PromptLogprob | None]:
         """Log-probabilities of a text's tokens, as in `decoding.prompt_logprobs.prompt_logprobs`."""
 
     def check_params(self, params: SamplingParams) -> None:
@@ -151,10 +152,10 @@ class InMemory:
             max_wait=MAX_WAIT if max_wait is None else max_wait,
         )
 
-    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
         return top_candidates(self.runners, self._tokenizer, prompt_ids, token_ids, most)
 
-    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
+    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> Chunks[PromptLogprob | None]:
         return prompt_logprobs(self.runners, self._head, prompt_ids, most, author)
 
     def check_params(self, params: SamplingParams) -> None:
@@ -224,10 +225,10 @@ class OnServers:
         _check_no_limits(lookahead, max_wait)
         return VllmEngine(self.fleet, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
 
-    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
-        return self.fleet.candidates(self._tokenizer, prompt_ids, token_ids, most)
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
+        yield self.fleet.candidates(self._tokenizer, prompt_ids, token_ids, most)
 
-    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> list[PromptLogprob | None]:
+    def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> Chunks[PromptLogprob | None]:
         raise ConfigError("log-probabilities of a prompt are not available across servers; use engine 'local'")
 
     def check_params(self, params: SamplingParams) -> None:
@@ -260,8 +261,8 @@ class InOneEngine(OnServers):
         _check_no_limits(lookahead, max_wait)
         return OneEngine(self.connection, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
 
-    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> list[list[Candidates]]:
-        return self.connection.candidates(self._tokenizer, prompt_ids, token_ids, most)
+    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
+        yield self.connection.candidates(self._tokenizer, prompt_ids, token_ids, most)
 
     def check_params(self, params: SamplingParams) -> None:
         check_params(params, self.connection.vocab_size)

@@ -9,6 +9,7 @@
     |-- MismatchError      models, tokenizers or a head do not match (vocabulary, special tokens, EOS, head shape)
     |-- UnsupportedModel   collm cannot manage a model's KV cache exactly
     |-- RequestError       a prompt or a sampling parameter of a request is invalid
+    |-- CacheFull          running requests use the KV cache that a request needs
     |-- ModelFailure       a model raised an exception or returned NaN
     |-- PolicyFailure      a policy raised an exception
     |-- ToolFailure        a tool raised an exception, hung or returned something other than text
@@ -57,6 +58,10 @@ class UnsupportedModel(CollmError):  # noqa: N818
 
 class RequestError(CollmError):
     """A prompt or a sampling parameter of a request is invalid."""
+
+
+class CacheFull(CollmError):  # noqa: N818
+    """Running requests use the KV cache that a request needs. It may succeed later."""
 
 
 class ModelFailure(CollmError):  # noqa: N818

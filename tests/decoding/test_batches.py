@@ -22,7 +22,7 @@ from collm.decoding import engine as engine_module
 from collm.decoding.engine import Engine
 from collm.decoding.request import Request
 from collm.decoding.sequence import Sequence
-from collm.errors import CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
+from collm.errors import CacheFull, CollmError, ConfigError, ModelFailure, PolicyFailure, RequestError
 from collm.models.kv_cache import MOST_SLOTS
 from collm.models.loading import ModelSpec
 from collm.models.runner import ModelRunner
@@ -347,7 +347,7 @@ def test_closed_slots_give_their_memory_to_those_that_need_it(pair: CoLLM) -> No
     runner.close(second)
     runner.extend({first: [5] * 20})
     assert (runner.length(first), runner.length(second)) == (50, 0)
-    with pytest.raises(RequestError, match="holds 64 tokens, 16 too few for the running sequences"):
+    with pytest.raises(CacheFull, match="holds 64 tokens, 16 too few for the running sequences"):
         runner.extend({first: [5] * 20})
     assert runner.length(first) == 50
 

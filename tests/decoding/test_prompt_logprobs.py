@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, SamplingParams, ToolSpec
 from collm.core.objective import author_logprobs
 from collm.core.policies import SingleAuthorPolicy
-from collm.decoding import prompt_logprobs as module
+from collm.decoding import chunks
 from collm.errors import ConfigError, RequestError
 from collm.evaluation.gold import gold_views
 from collm.evaluation.harness import _log_likelihood
@@ -48,7 +48,7 @@ def test_they_are_the_sum_over_authors(
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(chunks, "MAX_POSITIONS", chunk)
     model = CoLLM(trio[0], trio[1:], random_head(32, 2), tokenizer)
     policy = None if author is None else SingleAuthorPolicy(author)
     first, *found = model.prompt_logprobs(PROMPT, 3, policy=policy)

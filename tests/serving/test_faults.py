@@ -90,7 +90,7 @@ def asking(server: Running, **body: Any) -> Iterator[None]:
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     )
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + content)
@@ -182,7 +182,7 @@ def test_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may(
     with serve({"pair": make_pair(tokenizer)}, time_limit_s=0.05) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
             answer = HTTPResponse(connection)
             answer.begin()
             assert (answer.status, json.load(answer)["error"]["code"]) == (408, "body_timeout")
@@ -282,7 +282,7 @@ def test_a_defect_of_ours_is_an_answer_with_an_id_and_no_details(
     def broken(*arguments: Any) -> Any:
         raise ZeroDivisionError("secret thing")
 
-    monkeypatch.setattr(alone.models["pair"], "candidates", broken)
+    monkeypatch.setattr(alone.models["pair"], "candidates_in_chunks", broken)
     reply = alone.post("/v1/collm/candidates", model="pair", prompt="w1", token_ids=[5])
     assert reply.status_code == 500
     assert "secret thing" not in reply.text

@@ -41,9 +41,17 @@ def serve(
     time_limit_s: Annotated[
         float, typer.Option("--time-limit", help="Maximum time of a request including its waiting time, seconds.")
     ] = 300.0,
+    max_connections: Annotated[int, typer.Option(help="Maximum number of open connections.")] = 1000,
+    keep_alive_s: Annotated[
+        int, typer.Option("--keep-alive", help="Seconds that a connection stays open without a request.")
+    ] = 75,
     drain_s: Annotated[
         float, typer.Option("--drain", help="Seconds for running requests to finish when the server stops.")
     ] = 30.0,
+    allow_hosts: Annotated[
+        list[str],
+        typer.Option("--allow-host", help="Name of this server besides localhost, checked without an API key."),
+    ] = [],  # noqa: B006
     allow_origins: Annotated[
         list[str],
         typer.Option("--allow-origin", help="Web origin that may call the server. Can be given several times."),

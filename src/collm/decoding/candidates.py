@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from collm.decoding.chunks import Chunks, chunks, read_chunk
 from collm.errors import RequestError
 from collm.models.alignment import Alignment
 from collm.models.runner import ModelRunner
@@ -21,17 +22,16 @@ Likely = list[tuple[int, float]]
 """Token ids with probabilities, most probable first."""
 
 
-@torch.inference_mode()
 def top_candidates(
     runners: Sequence[ModelRunner | ToolRunner],
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[int],
     token_ids: Sequence[int],
     most: int = 5,
-) -> list[list[Candidates]]:
-    """For each token of an answer, list each author's most probable tokens, in author order.
+) -> Chunks[list[Candidates]]:
+    """For each token of an answer, list each author's most probable tokens, in author order. Yields chunks of tokens.
 
-    Every author reads prompt and answer in one pass. A tool has one candidate, or none where it abstains.
+    A tool has one candidate, or none where it abstains.
 
     Args:
         runners: runners of the authors, the base first.
@@ -40,11 +40,12 @@ def top_candidates(
 
     Raises:
         RequestError: prompt and answer exceed a model's context.
+        CacheFull: running requests use the KV cache.
     """
-    if not token_ids:
-        return []
-    by_author = [_top_tokens(runner, prompt_ids, token_ids, most) for runner in runners]
-    return spelled(tokenizer, prompt_ids, token_ids, by_author)
+    text = [*prompt_ids, *token_ids]
+    for start, end in chunks(len(prompt_ids), len(text), runners[0].model.vocab_size):
+        by_author = [_top_tokens(runner, text, start, end, most) for runner in runners]
+        yield spelled(tokenizer, text[:start], text[start:end], by_author)
 
 
 def spelled(
@@ -66,35 +67,37 @@ def spelled(
     return texts
 
 
-@torch.inference_mode()
 def aligned_candidates(
     runners: Sequence[ModelRunner | ToolRunner],
     alignment: Alignment,
     prompts: Sequence[list[int]],
     token_ids: Sequence[int],
     most: int = 5,
-) -> list[list[Candidates]]:
+) -> Chunks[list[Candidates]]:
     """Like `top_candidates`, for authors with different tokenizers. Assistants have candidates at boundaries only.
 
     Args:
         prompts: the prompt in each author's tokens.
-        token_ids: the answer in the base's tokens.
+        token_ids: the answer in the base's tokens. A character that is incomplete at its end is left out.
 
     Raises:
-        RequestError: prompt and answer exceed a model's context, or the answer ends within a character.
+        RequestError: prompt and answer exceed a model's context.
+        CacheFull: running requests use the KV cache.
     """
     base = alignment.tokenizers[0]
-    base_candidates = top_candidates(runners[:1], base.tokenizer, prompts[0], token_ids, most)
     spelled = [base.token_bytes[token_id] or b"" for token_id in token_ids]
-    answer = b"".join(spelled)
     starts = {at: place for place, at in reversed(list(enumerate(accumulate(map(len, spelled), initial=0))))}
-    boundaries = [at for at in alignment.boundaries(answer) if starts[at] < len(token_ids)]
-    texts = [[likely, *([] for _ in runners[1:])] for (likely,) in base_candidates]
-    for author, runner in enumerate(runners[1:], start=1):
-        found = _opening_candidates(runner, alignment, author, prompts[author], answer, boundaries, most)
-        for at, likely in zip(boundaries, found, strict=True):
-            texts[starts[at]][author] = likely
-    return texts
+    answer = b"".join(spelled).decode(errors="ignore").encode()
+    boundaries = {starts[at]: at for at in alignment.boundaries(answer) if starts[at] < len(token_ids)}
+    by_author = [
+        _opening_candidates(runner, alignment, author, prompts[author], answer, list(boundaries.values()), most)
+        for author, runner in enumerate(runners[1:], start=1)
+    ]
+    place = 0
+    for of_base in top_candidates(runners[:1], base.tokenizer, prompts[0], token_ids, most):
+        for (likely,) in of_base:
+            yield [[likely, *(next(each) if place in boundaries else [] for each in by_author)]]
+            place += 1
 
 
 def _opening_candidates(
@@ -105,40 +108,32 @@ def _opening_candidates(
     answer: bytes,
     boundaries: Sequence[int],
     most: int,
-) -> list[Candidates]:
+) -> Iterator[Candidates]:
     """An author's most probable first tokens of the segments that begin at these boundaries."""
     tokenizer = alignment.tokenizers[author]
-    try:
-        encoded = tokenizer.encode_after(prompt, answer.decode())
-    except UnicodeDecodeError:
-        encoded = None
+    encoded = tokenizer.encode_after(prompt, answer.decode())
     if encoded is None:
-        raise RequestError(f"the tokenizer of {tokenizer.name} cannot encode the answer; pass the complete answer")
-    slot = runner.open()
-    try:
-        output = runner.extend({slot: [*prompt, *encoded.ids]}, keep={slot: len(encoded.ids) + 1})
-    finally:
-        runner.close(slot)
-    rows = [0 if at == 0 else encoded.ends.index(at) + 1 for at in boundaries]
-    found = list[Candidates]()
-    for at, row in zip(boundaries, rows, strict=True):
-        logits = output.logits[row].float()
-        mask = alignment.opening_mask(author, alignment.row(answer[:at]), logits.device)
-        probs, ids = logits.masked_fill(~mask, -torch.inf).softmax(-1).topk(min(most, len(logits)))
-        likely = [(tokenizer.shown(one), prob) for one, prob in zip(ids.tolist(), probs.tolist(), strict=True) if prob]
-        abstained = bool(output.abstained) and output.abstained[row]
-        found.append([] if abstained else likely[:1] if output.abstained else likely)
-    return found
+        raise RequestError(f"the tokenizer of {tokenizer.name} cannot encode the answer; pass another answer")
+    text, ends = [*prompt, *encoded.ids], [0, *encoded.ends]
+    wanted = {len(prompt) + ends.index(at): at for at in boundaries}
+    for start, end in chunks(len(prompt), len(text) + 1, runner.model.vocab_size):
+        output = read_chunk(runner, text, start, end)
+        for position in range(start, end):
+            if position not in wanted:
+                continue
+            row, at = position - start, wanted[position]
+            logits = output.logits[row].float()
+            mask = alignment.opening_mask(author, alignment.row(answer[:at]), logits.device)
+            probs, ids = logits.masked_fill(~mask, -torch.inf).softmax(-1).topk(min(most, len(logits)))
+            likely = [
+                (tokenizer.shown(one), prob) for one, prob in zip(ids.tolist(), probs.tolist(), strict=True) if prob
+            ]
+            abstained = bool(output.abstained) and output.abstained[row]
+            yield [] if abstained else likely[:1] if output.abstained else likely
 
 
-def _top_tokens(
-    runner: ModelRunner | ToolRunner, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
-) -> list[Likely]:
-    slot = runner.open()
-    try:
-        output = runner.extend({slot: [*prompt_ids, *token_ids[:-1]]}, keep={slot: len(token_ids)})
-    finally:
-        runner.close(slot)
+def _top_tokens(runner: ModelRunner | ToolRunner, text: Sequence[int], start: int, end: int, most: int) -> list[Likely]:
+    output = read_chunk(runner, text, start, end)
     probs, ids = output.logits.float().softmax(-1).topk(min(most, output.logits.shape[-1]))
     found = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), probs.tolist(), strict=True)]
     if isinstance(runner, ToolRunner):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from collm.core.transfers import to_device
 from collm.core.types import ModelUsage
-from collm.errors import ConfigError, ModelFailure, RequestError, UnsupportedModel
+from collm.errors import CacheFull, ConfigError, ModelFailure, RequestError, UnsupportedModel
 from collm.models.cache_memory import share_cache_memory
 from collm.models.kv_cache import PAGE, PagedCache, ReservedCache
 from collm.models.language_model import LanguageModel
@@ -205,7 +205,7 @@ class ModelRunner:
         """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all.
 
         Raises:
-            RequestError: all slots are open.
+            CacheFull: all slots are open.
         """
         source, shared = self._longest_prefix(token_ids)
         if source in self._closed and 2 * shared >= len(self._texts[source]):
@@ -262,7 +262,8 @@ class ModelRunner:
             affect the others.
 
         Raises:
-            RequestError: a sequence would exceed the model's context or the cache.
+            RequestError: a sequence would exceed the model's context.
+            CacheFull: the open slots use too much of the cache.
             Exception: the model raised it. Every slot is then as before the call.
         """
         keep = {slot: keep[slot] if keep else 1 for slot in unseen}
@@ -395,7 +396,7 @@ class ModelRunner:
         """Allocate cache for `lengths` tokens of each slot, dropping caches of closed slots if necessary.
 
         Raises:
-            RequestError: the open slots use too much of the cache.
+            CacheFull: the open slots use too much of the cache.
         """
         missing = self._cache.missing(lengths)
         for slot in self._closed:
@@ -403,7 +404,7 @@ class ModelRunner:
                 missing -= self._cache.held.get(slot, 0)
                 self._drop(slot)
         if missing > 0:
-            raise RequestError(
+            raise CacheFull(
                 f"the KV cache of {self.name} holds {self._cache.capacity:,} tokens, {missing:,} too few for the "
                 "running sequences; raise cache_memory or decode fewer sequences at once"
             )
@@ -419,7 +420,7 @@ class ModelRunner:
         if shared:
             try:
                 self._make_room({target: shared}, except_slot=source)
-            except RequestError:
+            except CacheFull:
                 return 0
             self._cache.copy(source, target, shared)
         return shared
@@ -436,7 +437,7 @@ class ModelRunner:
         if self._closed:
             return min(self._closed, key=lambda slot: slot if not self._texts[slot] else len(self._texts))
         if len(self._texts) == self.most_slots:
-            raise RequestError(f"{self.name} has no free slot; all {self.most_slots} slots are open")
+            raise CacheFull(f"{self.name} has no free slot; all {self.most_slots} slots are open")
         self._texts.append([])
         return len(self._texts) - 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -91,15 +90,16 @@ async def responses(body: ResponsesRequest, http: Request) -> Response:
 @router.post("/tokenize", response_model=replies.TokenizeReply)
 async def tokenize(body: TokenizeRequest, http: Request) -> Any:
     """Token ids of a prompt or of messages."""
-    target = _target(http, body)
+    service, target = _service(http), _target(http, body)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("expected either prompt or messages; give one of them", "prompt")
     if body.messages is None:
         special = body.add_special_tokens is not False
-        token_ids = await asyncio.to_thread(target.tokenize, body.prompt or "", special=special)
+        token_ids = await service.in_thread(partial(target.tokenize, body.prompt or "", special=special))
     else:
         tools = tool_choice(body.tools, "auto", None, target)
-        token_ids = await asyncio.to_thread(target.render, as_chat(body, tools), special=bool(body.add_special_tokens))
+        chat = as_chat(body, tools)
+        token_ids = await service.in_thread(partial(target.render, chat, special=bool(body.add_special_tokens)))
     limits = [one.max_length for one in target.served.model.runners if one.max_length is not None]
     names = target.served.model.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
     return {
@@ -114,7 +114,7 @@ async def tokenize(body: TokenizeRequest, http: Request) -> Any:
 async def detokenize(body: DetokenizeRequest, http: Request) -> Any:
     """The text of token ids, including special tokens."""
     target = _target(http, body)
-    return {"prompt": await asyncio.to_thread(target.detokenize, body.tokens)}
+    return {"prompt": await _service(http).in_thread(partial(target.detokenize, body.tokens))}
 
 
 @router.get("/tokenizer_info", response_model=replies.TokenizerInfo)
@@ -170,11 +170,11 @@ async def candidates(body: CandidatesRequest, http: Request) -> Any:
         raise invalid("expected either prompt or messages; give one of them", "prompt")
     prompt = cast(Prompt, body.prompt if body.messages is None else read_messages(body.messages))
     param = "prompt" if body.messages is None else "messages"
-    prompt_ids = await asyncio.to_thread(target.encode, prompt, param, service.settings.max_prompt_tokens)
+    prompt_ids = await service.in_thread(partial(target.encode, prompt, param, service.settings.max_prompt_tokens))
     model = target.served.model
     with refused("token_ids"):
         target.check([*prompt_ids.base, *body.token_ids])
-    found = await target.served.worker.call(lambda: model.candidates(prompt, body.token_ids, body.most))
+    found = await target.served.worker.collect(model.candidates_in_chunks(prompt, body.token_ids, body.most))
     return {"author_names": target.served.author_names, "candidates": found}
 
 
@@ -260,17 +260,17 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
     app.state.metrics = Metrics(service.collaborations.served)
     for kind in (APIError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _refused)
-    _add_middleware(app, settings)
+    _add_middleware(app, service)
     return app
 
 
-def _add_middleware(app: FastAPI, settings: Settings) -> None:
+def _add_middleware(app: FastAPI, service: Service) -> None:
     routes = {str(getattr(route, "path", "")) for route in router.routes}
-    app.add_middleware(cast(Any, RequestMiddleware), settings=settings, metrics=app.state.metrics, routes=routes)
-    if settings.allow_origins:
+    app.add_middleware(cast(Any, RequestMiddleware), service=service, metrics=app.state.metrics, routes=routes)
+    if service.settings.allow_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(settings.allow_origins),
+            allow_origins=list(service.settings.allow_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )

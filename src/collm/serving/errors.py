@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from collm.errors import CollmError, ConfigError, RequestError
+from collm.errors import CacheFull, CollmError, ConfigError, RequestError
 
 DISCONNECTED = 499
 """Status in logs and metrics for a client that disconnected."""
@@ -70,6 +70,8 @@ def of_failure(failure: CollmError) -> APIError:
     """The error response for a failure. Details of internal failures are not sent."""
     if isinstance(failure, RequestError | ConfigError):
         return invalid(str(failure))
+    if isinstance(failure, CacheFull):
+        return not_now(503, str(failure), "cache_full")
     return broken()
 
 

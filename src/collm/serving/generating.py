@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,7 +14,6 @@ from collm.errors import CollmError
 from collm.serving.collaborations import Target
 from collm.serving.errors import of_failure
 from collm.serving.parsing import ParsedRequest
-from collm.serving.request_log import Record
 from collm.serving.schemas import Asked
 from collm.serving.service import Service
 from collm.serving.shapes import Extras, Part, Shape
@@ -47,17 +45,16 @@ async def answer(
         target.check_params(reading.params, _form_of(body, reading))
         return reading.requests(lambda prompt, param, last: target.encode(prompt, param, longest, last))
 
-    requests = await asyncio.to_thread(prepared)
+    requests = await service.in_thread(prepared)
     scored = await _scored(target, requests, reading) if reading.scored is not None else None
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    extras = await asyncio.to_thread(_extras, target, requests, reading, scored, usage)
+    extras = await service.in_thread(partial(_extras, target, requests, reading, scored, usage))
     shape = make_shape(target.name, target.served.author_names, extras)
     if not reading.generates:
         parts = [Part(index, finish_reason="length") for index in range(len(requests))]
         return unwritten(shape, parts, prompt_tokens(requests), stream=bool(body.stream))
     submission = target.served.worker.submit(requests)
-    record: Record = http.scope["collm.record"]
-    running = Answer(submission, shape, record, http, service.settings.time_limit_s)
+    running = Answer(submission, shape, http.scope["collm.record"])
     return await (running.stream() if body.stream else running.whole())
 
 
@@ -69,13 +66,13 @@ def _form_of(body: Asked, reading: ParsedRequest) -> str:
 
 
 async def _scored(target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest) -> list[Scored]:
-    """The log-probabilities of each completion's prompt. Prompts are scored one by one, between decoding steps."""
+    """The log-probabilities of each completion's prompt. Prompts are scored one by one."""
     model, found = target.served.model, dict[int, Scored]()
     for one in requests:
         if id(one.prompt_ids) not in found:
-            job = partial(model.prompt_logprobs, one.prompt_ids, reading.scored or 0, policy=one.policy)
+            chunks = model.prompt_logprobs_in_chunks(one.prompt_ids, reading.scored or 0, policy=one.policy)
             try:
-                found[id(one.prompt_ids)] = await target.served.worker.call(job)
+                found[id(one.prompt_ids)] = await target.served.worker.collect(chunks)
             except CollmError as error:
                 raise of_failure(error) from error
     return [found[id(one.prompt_ids)] for one in requests]

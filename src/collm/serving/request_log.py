@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from collm.core.types import BASE, deferral_rate
 from collm.serving.collaborations import Served
+from collm.serving.errors import APIError
+from collm.serving.submission import Submission
 
 LOG = logging.getLogger("collm.serving.requests")
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -31,6 +33,9 @@ class Record:
         authors: the authors of the generated tokens.
         first_s, last_s: time of the first and the latest token since the start.
         prompt: the prompt; only if prompts are logged.
+        submission: what the request asked of a worker.
+        answered: whether the response is complete.
+        last_event: writes the last event of an interrupted stream; None before a stream begins.
         started: `time.perf_counter()`.
     """
 
@@ -43,6 +48,9 @@ class Record:
     first_s: float | None = None
     last_s: float = 0.0
     prompt: Any = None
+    submission: Submission | None = None
+    answered: bool = False
+    last_event: Callable[[APIError], bytes] | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def wrote(self, authors: Sequence[int]) -> None:

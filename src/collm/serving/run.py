@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -16,6 +17,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so name
 from collm.collaboration import CoLLM
 from collm.errors import ConfigError, ToolFailure
 from collm.serving.app import create_app
+from collm.serving.connection import Connection, allow_connections, quiet_accept_errors
 from collm.serving.settings import Settings
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -39,6 +41,9 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop
         config = uvicorn.Config(
             app,
+            http=partial(Connection, max_connections=settings.max_connections),  # type: ignore[arg-type]
+            ws="none",
+            timeout_keep_alive=settings.keep_alive_s,
             host=host,
             port=port,
             log_config=None,
@@ -51,6 +56,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(quiet_accept_errors())
         try:
             await super().startup(sockets)
         except SystemExit as end:  # uvicorn's way to say that it cannot listen
@@ -86,6 +92,7 @@ def run(
         CollmError: the models cannot be loaded, or do not fit together.
     """
     check_address(host, settings, no_auth=no_auth)
+    allow_connections(settings.max_connections)
     log_as_json(log_prompts=settings.log_prompts)
     server = Server(models, settings, host=host, port=port)
     server.run()

@@ -2,31 +2,45 @@
 
 There are three kinds of fields: supported fields, fields without an effect on the text, which are ignored, and
 unsupported fields, which only accept the value without an effect (`WHY_NOT` has the reasons).
+
+Every list has a maximum length, and validation stops at its first invalid item. Texts are as long as the body may be.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from collm.core.params import MAX_LOGPROBS
 
 MAX_CANDIDATES = 10
 MAX_CANDIDATE_TOKENS = 4096
+MAX_ITEMS = 4096
+"""Largest number of items of a list, but for tokens."""
+MAX_TOKENS = 1 << 20
+"""Largest number of tokens of a list."""
 _INT64 = 1 << 63
 
 
-class Body(BaseModel):
-    """A JSON object without unknown keys and without type conversion."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+def _few_keys(value: Any) -> Any:
+    """Reject an object with many keys before each of them is validated."""
+    if isinstance(value, dict) and len(value) > MAX_ITEMS:
+        raise ValueError(f"it has {len(value)} keys, expected at most {MAX_ITEMS}")
+    return value
 
 
 class Open(BaseModel):
-    """A JSON object of OpenAI's API. `unknown_fields` finds its unknown keys."""
+    """A JSON object of OpenAI's API, without type conversion. `unknown_fields` finds its unknown keys."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    _limit_keys = model_validator(mode="before")(_few_keys)
+
+
+class Body(Open):
+    """A JSON object without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 def _encodable(text: str) -> str:
@@ -38,12 +52,17 @@ def _encodable(text: str) -> str:
     return text
 
 
+T = TypeVar("T")
 Text = Annotated[str, AfterValidator(_encodable)]
-Token = Annotated[int, Field(ge=0, lt=_INT64)]
-TokenIds = Annotated[list[Token], Field(min_length=1)]
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
-Texts = Annotated[list[NonEmpty], Field(min_length=1)]
+Some = Annotated[list[T], Field(max_length=MAX_ITEMS, fail_fast=True)]
+AtLeastOne = Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+Token = Annotated[int, Field(ge=0, lt=_INT64)]
+Tokens = Annotated[list[Token], Field(max_length=MAX_TOKENS, fail_fast=True)]
+TokenIds = Annotated[Tokens, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=_INT64)]
+StopText = Annotated[NonEmpty, Field(max_length=4096)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Object = dict[str, Any]
@@ -115,7 +134,7 @@ class StructuredForm(Body):
     json_: Object | Text | bool | None = Field(None, alias="json", description="A JSON schema.")
     json_object: bool | None = None
     regex: NonEmpty | None = None
-    choice: Texts | None = None
+    choice: AtLeastOne[NonEmpty] | None = None
     grammar: NonEmpty | None = Field(None, description="In llguidance's Lark syntax, or in GBNF.")
 
 
@@ -134,11 +153,11 @@ class Sampled(Open):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], BeforeValidator(_few_keys)] | None = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: list[NonEmpty] | None = None
+    bad_words: Some[NonEmpty] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: Some[Token] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = Field(
@@ -169,7 +188,7 @@ class Asked(Sampled):
 
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="Completions of each prompt. Default: 1.")
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=64)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=64, fail_fast=True)] | None = None
     prompt_logprobs: Logprobs | None = Field(
         None, description="Number of most probable tokens to list at each position of the prompt."
     )
@@ -179,7 +198,7 @@ class Asked(Sampled):
 class CompletionRequest(Asked):
     """POST /v1/completions."""
 
-    prompt: NonEmpty | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: NonEmpty | AtLeastOne[NonEmpty] | TokenIds | AtLeastOne[TokenIds]
     max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = Field(
         None, description="Maximum number of tokens. It can be 0 with echo or prompt_logprobs. Default: 256."
     )
@@ -201,9 +220,9 @@ class Message(Open):
     """A message. Its text parts are joined. Further keys go to the chat template."""
 
     role: NonEmpty
-    content: Text | list[ContentPart] | None = None
+    content: Text | Some[ContentPart] | None = None
     name: Text | None = None
-    tool_calls: list[Object] | None = None
+    tool_calls: Some[Object] | None = None
     tool_call_id: Text | None = None
 
 
@@ -236,7 +255,7 @@ class NamedTool(Open):
     function: FunctionName
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = AtLeastOne[Message]
 
 
 class ChatRequest(Asked):
@@ -247,7 +266,7 @@ class ChatRequest(Asked):
     max_completion_tokens: Count | None = Field(None, description="Maximum number of tokens. It overrides max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="With logprobs.")
-    tools: list[Tool] | None = None
+    tools: Some[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="Default: auto.")
     parallel_tool_calls: bool | None = Field(None, description="Allow several calls. Default: true.")
     add_generation_prompt: bool | None = Field(None, description="Begin an assistant turn. Default: true.")
@@ -307,21 +326,21 @@ class InputItem(Open):
 
     type: Text | None = None
     role: Text | None = None
-    content: Text | list[ContentPart] | None = None
+    content: Text | Some[ContentPart] | None = None
 
 
 class ResponsesRequest(Sampled):
     """POST /v1/responses."""
 
-    input: NonEmpty | Annotated[list[InputItem], Field(min_length=1)]
+    input: NonEmpty | AtLeastOne[InputItem]
     instructions: Text | None = Field(None, description="A system message before the input.")
     max_output_tokens: Count | None = Field(None, description="Maximum number of tokens of the answer. Default: 256.")
-    tools: list[FlatTool] | None = None
+    tools: Some[FlatTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatName | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     top_logprobs: Logprobs | None = Field(None, description="With include message.output_text.logprobs.")
-    include: list[Text] | None = Field(None, description="Supported: message.output_text.logprobs.")
+    include: Some[Text] | None = Field(None, description="Supported: message.output_text.logprobs.")
     stream_options: StreamOptions | None = None
     reasoning: Object | None = Field(None, description="Ignored, like max_tool_calls.")
     max_tool_calls: int | None = None
@@ -338,7 +357,7 @@ class TokenizeRequest(Open):
     model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
     prompt: Text | None = None
     messages: Messages | None = None
-    tools: list[Tool] | None = None
+    tools: Some[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -351,7 +370,7 @@ class DetokenizeRequest(Open):
     """POST /detokenize."""
 
     model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
-    tokens: list[Token]
+    tokens: Tokens
 
 
 class CandidatesRequest(Body):
@@ -360,7 +379,7 @@ class CandidatesRequest(Body):
     model: Text = Field(description="A collaboration.")
     prompt: NonEmpty | TokenIds | None = None
     messages: Messages | None = None
-    token_ids: Annotated[list[Token], Field(max_length=MAX_CANDIDATE_TOKENS)]
+    token_ids: Annotated[list[Token], Field(max_length=MAX_CANDIDATE_TOKENS, fail_fast=True)]
     most: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = Field(5, description="Number of candidates of each author.")
 
 

@@ -18,12 +18,15 @@ class Settings:
         max_waiting: maximum number of waiting completions of a collaboration.
         max_body_bytes: maximum size of a request body.
         max_prompt_tokens: maximum number of tokens of a prompt; None for the models' context.
+        max_connections: maximum number of open connections.
         max_tokens: maximum number of tokens of a completion.
         max_choices: maximum number of completions of a request: its prompts times n.
         time_limit_s: maximum time of a request, including its waiting time.
+        keep_alive_s: time that a connection stays open without a request.
         drain_s: time for running requests to finish when the server stops.
         api_key: API key of clients; None for no authentication.
         log_prompts: write prompts to the log.
+        allow_hosts: names of this server besides localhost, which are checked without an API key.
         allow_origins: web origins that can call the server.
         threshold: threshold of requests that have none; None for the calibrated one of each collaboration.
         ignore_unknown: ignore unknown fields of requests.
@@ -36,18 +39,22 @@ class Settings:
     max_waiting: int = 256
     max_body_bytes: int = 4 << 20
     max_prompt_tokens: int | None = None
+    max_connections: int = 1000
     max_tokens: int = 4096
     max_choices: int = 16
     time_limit_s: float = 300.0
+    keep_alive_s: int = 75
     drain_s: float = 30.0
     api_key: str | None = field(default=None, repr=False)
     log_prompts: bool = False
+    allow_hosts: Sequence[str] = ()
     allow_origins: Sequence[str] = ()
     threshold: float | None = None
     ignore_unknown: bool = False
 
     def __post_init__(self) -> None:
-        least = {"max_batch": 1, "max_body_bytes": 1, "max_tokens": 1, "max_choices": 1, "max_waiting": 0, "drain_s": 0}
+        least = dict.fromkeys(["max_batch", "max_body_bytes", "max_connections", "max_tokens", "max_choices"], 1)
+        least |= dict.fromkeys(["max_waiting", "keep_alive_s", "drain_s"], 0)
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {bound}")

@@ -2,70 +2,48 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 
-from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from collm.decoding.request import Request
-from collm.serving.errors import DISCONNECTED, APIError, broken
+from collm.serving.errors import APIError, broken
 from collm.serving.request_log import Record
 from collm.serving.shapes import Json, Part, Shape, usage_of
 from collm.serving.submission import Submission, TokenOutput
 
 _LOG = logging.getLogger(__name__)
-_READING_S = 1.0
-"""Time for the client to read the end of a stream."""
 
 
 class Answer:
     """The response to a submission.
 
-    If the client disconnects, the time limit is over or the server stops, the submission ends and its slots are free.
-    `close` must be called at the end.
-
     Args:
         submission: the submitted requests.
         shape: writes the response.
-        record: record of the HTTP request.
-        http: the HTTP request, which tells when the client disconnects.
-        time_limit_s: time limit of the whole response.
+        record: record of the HTTP request. With it, the submission ends.
     """
 
-    def __init__(
-        self, submission: Submission, shape: Shape, record: Record, http: HttpRequest, time_limit_s: float
-    ) -> None:
+    def __init__(self, submission: Submission, shape: Shape, record: Record) -> None:
         self.shape = shape
         self.record = record
-        self.time_limit_s = time_limit_s
-        self._submission = submission
+        self._submission = record.submission = submission
         self._authors: list[int] = []
-        self._time = asyncio.get_running_loop().call_later(time_limit_s, self._too_late, time_limit_s)
-        self._gone = asyncio.create_task(self._watch(http))
 
     async def whole(self) -> Response:
         """The whole response."""
         parts = [Part(index) for index in range(len(self._submission.requests))]
-        try:
-            while outputs := await self._outputs():
-                for one in outputs:
-                    parts[one.index].steps.append(one.step)
-                    parts[one.index].finish_reason = one.finish_reason
-            return Response(self.shape.reply(parts, self._usage()), media_type="application/json")
-        finally:
-            self.close()
+        while outputs := await self._outputs():
+            for one in outputs:
+                parts[one.index].steps.append(one.step)
+                parts[one.index].finish_reason = one.finish_reason
+        return Response(self.shape.reply(parts, self._usage()), media_type="application/json")
 
     async def stream(self) -> Response:
         """The response as a stream. An error before the first token is an HTTP error."""
-        try:
-            first = await self._outputs()
-        except BaseException:
-            self.close()
-            raise
-        return EventStream(self, first)
+        return EventStream(self, await self._outputs())
 
     async def events(self, outputs: Sequence[TokenOutput]) -> AsyncIterator[bytes]:
         """All events of the stream. An error is the last event."""
@@ -86,12 +64,6 @@ class Answer:
             self.record.status = 500
             yield self.shape.broken_off(broken())
 
-    def close(self) -> None:
-        """End the submission and its timers."""
-        self._time.cancel()
-        self._gone.cancel()
-        self._submission.close()
-
     async def _outputs(self) -> list[TokenOutput]:
         outputs = await self._submission.outputs()
         if outputs:
@@ -102,17 +74,6 @@ class Answer:
 
     def _usage(self) -> Json:
         return usage_of(prompt_tokens(self._submission.requests), self._authors, self.shape.author_names)
-
-    def _too_late(self, seconds: float) -> None:
-        message = (
-            f"the request did not finish within {seconds:g} s; request fewer tokens, or retry when the load is lower"
-        )
-        self._submission.fail(APIError(504, message, code="time_limit"))
-
-    async def _watch(self, http: HttpRequest) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        self._submission.fail(APIError(DISCONNECTED, "the client disconnected", code="client_disconnected"))
 
 
 def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -> Response:
@@ -143,10 +104,7 @@ def _parts(outputs: Sequence[TokenOutput], begun: set[int]) -> list[Part]:
 
 
 class EventStream(Response):
-    """Server-sent events of a response.
-
-    After the time limit there is an error event. If the client does not read it, the connection is closed.
-    """
+    """Server-sent events of a response."""
 
     media_type = "text/event-stream"
 
@@ -158,14 +116,7 @@ class EventStream(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await asyncio.wait_for(self._send(send), self._answer.time_limit_s + _READING_S)
-        except asyncio.TimeoutError:
-            self._answer.record.status = 504
-        finally:
-            self._answer.close()
-
-    async def _send(self, send: Send) -> None:
+        self._answer.record.last_event = self._answer.shape.broken_off
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
             await send({"type": "http.response.body", "body": event, "more_body": True})

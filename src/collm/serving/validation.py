@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from collm.serving.schemas import WHY_NOT
 
 _NESTED = {"collm", "stream_options", "response_format", "structured_outputs", "text"}
 _LISTS = {"messages", "tools", "input"}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 100
 
 
 def refusal_of(error: Exception, asked: str) -> APIError:
@@ -61,5 +64,5 @@ def _param(loc: Sequence[str | int]) -> str:
 
 
 def _shown(value: object) -> str:
-    shown = ascii(value)
+    shown = _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
     return shown if len(shown) <= 60 else f"{shown[:60]}.."

@@ -7,9 +7,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from collm.collaboration import CoLLM
+from collm.decoding.chunks import Chunks
 from collm.decoding.engine import DecodingLoop, RequestOutput
 from collm.decoding.request import Request
 from collm.errors import CollmError, ModelFailure
@@ -54,6 +55,7 @@ class Worker:
         self._engine: DecodingLoop
         self._waiting: deque[tuple[Submission, int]] = deque()
         self._running: dict[int, tuple[Submission, int]] = {}
+        self._jobs: deque[_Job[Any]] = deque()
 
     @property
     def waiting(self) -> int:
@@ -98,27 +100,27 @@ class Worker:
         if not submission.unfinished:
             self.submissions.discard(submission)
 
-    async def call(self, job: Callable[[], T]) -> T:
-        """Run a job between two decoding steps.
+    async def collect(self, chunks: Chunks[T]) -> list[T]:
+        """Compute all items of a generator of chunks, a chunk after each decoding step.
 
         Raises:
             APIError: as for `submit`.
-            Exception: the exception of the job.
+            Exception: the exception of the generator.
         """
         self._admit(1)
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._do(lambda: self._work(job, future))
+        job = _Job(chunks, self._loop.create_future())
+        self._do(lambda: self._jobs.append(job))
         try:
-            return await future
+            return await job.future
         finally:
             self.outstanding -= 1
 
-    def stop(self) -> None:
-        """Stop the thread after its current step, and wait for it."""
+    def stop(self, seconds: float) -> None:
+        """Stop the thread after its current step, and wait for it for some time. It does not keep the process alive."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     def check_open(self) -> None:
         """Raise an APIError if the models are not loaded yet or the server is stopping."""
@@ -153,6 +155,7 @@ class Worker:
                 self._fill()
                 if self._running:
                     self._step()
+                self._work()
             self._engine.close()
         except Exception as error:
             self.ready = False
@@ -162,7 +165,7 @@ class Worker:
     def _obey(self) -> bool:
         """Run the commands of the event loop. Wait for them if there is no other work. False to end."""
         with self._changed:
-            while not (self._commands or self._running or self._waiting or self._stopped):
+            while not (self._commands or self._running or self._waiting or self._jobs or self._stopped):
                 self._changed.wait()
             commands, self._commands = self._commands, []
         for command in commands:
@@ -201,18 +204,36 @@ class Worker:
             self._engine.cancel(number)
             del self._running[number]
 
-    def _work(self, job: Callable[[], T], future: asyncio.Future[T]) -> None:
-        if future.done():
+    def _work(self) -> None:
+        """Compute a chunk of the next job whose client still waits."""
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.future.done():
+                job.chunks.close()  # and with it its slots
+                continue
+            try:
+                job.items += next(job.chunks)
+            except StopIteration:
+                self._call(settle, job.future, job.items, None)
+            except Exception as error:
+                self._call(settle, job.future, None, error)
+            else:
+                self._jobs.append(job)
             return
-        try:
-            self._call(_settle, future, job(), None)
-        except Exception as error:
-            self._call(_settle, future, None, error)
 
     def _call(self, callback: Callable[..., None], *arguments: object) -> None:
         """Call a function in the event loop, unless the loop has ended."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *arguments)
+
+
+class _Job(Generic[T]):
+    """A generator of chunks, the items so far, and the future of all items."""
+
+    def __init__(self, chunks: Chunks[T], future: asyncio.Future[list[T]]) -> None:
+        self.chunks = chunks
+        self.future = future
+        self.items: list[T] = []
 
 
 def _deliver(delivered: Sequence[tuple[Submission, int, RequestOutput]]) -> None:
@@ -221,7 +242,8 @@ def _deliver(delivered: Sequence[tuple[Submission, int, RequestOutput]]) -> None
         submission.receive(index, output)
 
 
-def _settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:
+def settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:
+    """Set the result or the exception of a future, unless it was cancelled."""
     if future.done():
         return
     if error is not None:
