@@ -60,15 +60,14 @@ def test_one_engine_gives_no_candidates(tokenizer: PreTrainedTokenizerFast, tmp_
     assert "on servers" in left_out["token measures"]
 
 
-def test_an_answer_cut_inside_a_character_has_no_candidates(tmp_path: Path) -> None:
+def test_an_answer_cut_inside_a_character_is_shown(tmp_path: Path) -> None:
     base, assistant = two_tokenizers()
     cut = writing_model(base, 1)
     euro = next(n for n, spelled in enumerate(TextTokenizer(base).token_bytes) if spelled == b"\xe2")
     cut.lm_head.bias.data[euro] = 50.0
     pair = CoLLM(cut, [writing_model(assistant, 2)], DeferralHead(32, 1), base, tokenizers=[assistant])
-    left_out = evaluate(pair, tmp_path, ["the capital", "a river"], "assistant", solutions=False)["left_out"]
-    assert list(left_out) == ["candidates of item 0", "candidates of item 1"]
-    assert "pass the complete answer" in left_out["candidates of item 0"]
+    assert evaluate(pair, tmp_path, ["the capital", "a river"], "assistant", solutions=False)["left_out"] == {}
+    assert set(json.loads((tmp_path / "candidates.json").read_text())) == {"0", "1"}
 
 
 def test_a_server_that_goes_down_after_the_answers_costs_the_candidates_only(
