@@ -245,9 +245,12 @@ def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[As
 
 
 def base_of(manifest: Manifest, directory: Path) -> ModelSpec:
-    """The spec of the base's weights; with an adapter, of the model that the adapter modifies."""
+    """The spec of the base's weights; with an adapter, of the model that the adapter modifies.
+
+    Saved weights of a quantized model are quantized, and their config says how.
+    """
     if manifest.saved_base == "base":
-        return replace(manifest.base, path=str(directory / "base"), revision=None)
+        return replace(manifest.base, path=str(directory / "base"), revision=None, quantization=None)
     return manifest.base
 
 

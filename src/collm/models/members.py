@@ -12,7 +12,7 @@ from collm.core.types import author_name
 from collm.errors import ConfigError, MismatchError
 from collm.models.alignment import Alignment
 from collm.models.guards import TokenizerIdentity, check_tokenizers, check_vocab_sizes, token_difference
-from collm.models.language_model import LanguageModel
+from collm.models.language_model import LanguageModel, without_adapter
 from collm.models.loading import ModelSpec, load_model, saved_eos_ids
 from collm.models.packing import can_pack, pack_linears
 from collm.models.template import PromptTemplate
@@ -43,7 +43,7 @@ def spec_of(member: Member) -> AssistantSpec | None:
     """The spec of a member; None for a model created in memory."""
     if isinstance(member, ModelSpec | ToolSpec):
         return member
-    inner = cast(Any, member).get_base_model() if hasattr(member, "peft_config") else member
+    inner = without_adapter(member)
     path = getattr(inner.config, "_name_or_path", "")
     if not path:
         return None

@@ -16,7 +16,7 @@ from collm.atomic import atomic_directory
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.guards import TokenizerIdentity
-from collm.models.language_model import LanguageModel
+from collm.models.language_model import LanguageModel, without_adapter
 from collm.models.loading import ModelSpec, load_model
 from collm.vllm import ROW_SCALE
 from collm.vllm.export_manifest import Note, defer_names
@@ -91,7 +91,7 @@ def _merged_copy(base: nn.Module | ModelSpec) -> Any:
             )
         return load_model(replace(base, device="cpu"))
     copy: Any = deepcopy(base).to("cpu")
-    return copy.merge_and_unload() if hasattr(copy, "peft_config") else copy
+    return copy if without_adapter(copy) is copy else copy.merge_and_unload()
 
 
 @torch.no_grad()
