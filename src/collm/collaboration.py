@@ -324,9 +324,11 @@ class CoLLM:
         """The decoding loop's request for a prompt.
 
         Raises:
-            ConfigError: a seed without sampling.
+            ConfigError: a seed without sampling, or log-probabilities of a prompt that have no meaning.
             RequestError: an invalid prompt.
         """
+        if params.prompt_logprobs is not None:
+            self._scored_author(policy)
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
         return Request(prompt_ids, params, policy, self.assistant_prompts(prompt))
 
@@ -370,14 +372,19 @@ class CoLLM:
     ) -> Chunks[PromptLogprob | None]:
         """Like `prompt_logprobs`, chunk by chunk. An `engine` may step in between."""
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
+        author = self._scored_author(policy)
+        check_prompt(self.runners, self.identity.vocab_size, prompt_ids, room=0)
+        yield from self.backend.prompt_logprobs(prompt_ids, most, author)
+
+    def _scored_author(self, policy: Policy | None) -> int | None:
+        """The author whose log-probabilities a prompt gets; None for those of the joint model."""
         author = policy.writer if isinstance(policy, SingleAuthorPolicy) else None
         if self.alignment is not None and author != BASE:
             raise ConfigError(
                 "the models have different tokenizers, so only the base has log-probabilities of these tokens; ask for "
-                "those of the base alone (policy 'base')"
+                "those of the base alone (policy 'single:writer=0')"
             )
-        check_prompt(self.runners, self.identity.vocab_size, prompt_ids, room=0)
-        yield from self.backend.prompt_logprobs(prompt_ids, most, author)
+        return author
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
         """The most probable tokens of each author at each token of an answer (`decoding.candidates`).

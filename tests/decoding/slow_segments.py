@@ -15,6 +15,7 @@ from collm.core.objective import author_logprobs, defer_probs
 from collm.core.policies import Policy, StepView
 from collm.core.sampling import sample, token_probs
 from collm.models.alignment import ANYTHING, Alignment
+from tests.decoding.slow import _processed
 
 
 @dataclass
@@ -83,7 +84,8 @@ class SlowSegments:
         return written, None
 
     def _token(self, author: int, ids: list[int], row: int, at: int, *, opening: bool) -> int:
-        logits = self._read(author, ids)[1][0]
+        logits = self._read(author, ids)[1]
+        logits = _processed(logits, self.params, self.prompts[author], ids, self._eos(author), None)[0]
         logits = logits.masked_fill(~self.alignment.opening_mask(author, row, logits.device), -torch.inf)
         if not self.params.temperature:
             return int(logits.argmax())
