@@ -26,9 +26,10 @@ from collm.core.policies import BudgetPolicy, ConfidencePolicy, JointPolicy, Pol
 from collm.core.types import Completion, PromptLogprob
 from collm.errors import CollmError, ModelFailure
 from collm.evaluation.answers import read_answers
-from collm.evaluation.calibration import ValidationItem, calibrate
 from collm.evaluation.compare import compare
 from collm.evaluation.harness import HarnessLM
+from collm.evaluation.page import render_page
+from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import TaskItem
@@ -37,8 +38,10 @@ from collm.models.loading import load_model
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel
+from collm.run.calibrate import Validation
 from collm.serving.settings import Settings
 from collm.tools.calls import BuiltInTool
+from collm.training.data import Row
 from collm.vllm.servers import Servers
 from tests.decoding.slow import Reading, slow_decode
 from tests.decoding.slow_segments import SlowSegments
@@ -327,6 +330,8 @@ def before_work() -> Iterator[None]:
     """What is refused here is refused in one sentence."""
     try:
         yield
+    except ModelFailure:
+        raise
     except CollmError as error:
         raise Refused(str(error)) from error
 
@@ -508,18 +513,16 @@ def seeded(case: Case) -> list[Asked]:
 
 def calibrated(world: World, model: CoLLM, case: Case, saved: Path) -> None:
     prompts = [*case.prompts, POISON] if "failing neighbour" in case.ways else case.prompts
-    items = [ValidationItem(prompt, "the") for prompt in prompts]
-    measured: Callable[[], Any] = lambda: calibrate(  # noqa: E731
-        model, items, metric="token_f1", params=case.params[0], rates=(0.5,), refine=0
-    )
+    rows = [Row(prompt, "the river", None, prompt) for prompt in map(str, prompts)]
+    validation = Validation(rows, "these", "token_f1", case.params[0], rates=(0.5,), refine=0)
     if "failing neighbour" in case.ways:
         with pytest.raises(ModelFailure):
-            measured()
+            validation.calibrate(model, quiet=True)
         assert open_slots(model) == 0
         return
-    found = measured()
+    found = validation.calibrate(model, quiet=True)
     assert open_slots(model) == 0
-    for point in found.points:
+    for point in found.points[:3]:
         out = model.generate(case.prompts, case.params[0], threshold=point.threshold)
         check(world, replace(case, policy=ThresholdPolicy(point.threshold)), seeded(case), out)
         authors = [author for one in out for author in one.authors]
@@ -570,6 +573,7 @@ def evaluated(world: World, model: CoLLM, case: Case, out: Path, patch: pytest.M
         return
     ask()
     assert open_slots(model) == 0
+    assert name in render_page(report_of(out))
     answers = read_answers(out, name)
     found = [
         Completion(one.token_ids, one.token_texts, one.authors, one.defer_probs, [], "length", [])

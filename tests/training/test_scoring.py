@@ -182,6 +182,19 @@ def test_missing_or_damaged_headers_are_said(tiny_model: Callable[..., PreTraine
             load_scores(tmp_path, EXAMPLES)
 
 
+def test_a_model_that_raises_is_named(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel(tiny_model(0), name="assistant")
+
+    def raises(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "hidden_states", raises)
+    with pytest.raises(ModelFailure, match="assistant raised OutOfMemoryError while it read 1 examples at once: CUDA"):
+        read_scores(model, [Example([5, 6, 7], [False, True, True])])
+
+
 def test_nan_names_the_model_and_the_example(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     module = tiny_model(1)
     with torch.no_grad():
