@@ -19,7 +19,7 @@ from collm.models.loading import ModelSpec, load_model
 from collm.training import scoring
 from collm.training.examples import Example, Examples
 from collm.training.scores import Scores
-from collm.training.scoring import find_scores, load_scores, progress_bar, score_examples, write_scores
+from collm.training.scoring import find_scores, load_scores, progress_bar, read_scores, score_examples, write_scores
 from collm.training.store import ScoreStore
 from tests.training.conftest import random_examples
 
