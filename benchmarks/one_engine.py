@@ -31,6 +31,7 @@ from benchmarks.record import run_parts
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.policies import RandomPolicy
 from collm.vllm import POLICY
+from collm.vllm.endpoint import sockets
 from collm.vllm.launch import ServerPlan, ServerProcess, check_engine_python, launched
 from collm.vllm.placement import Machine, Served, placed, placed_in_one
 from collm.vllm.servers import Servers
@@ -169,7 +170,7 @@ class Bench:
     async def _requests(self, server: ServerProcess, count: int, batch: int, more: dict[str, Any]) -> int:
         """Generate `count` completions, `batch` at once. Returns their number of tokens."""
         room = asyncio.Semaphore(batch)
-        async with httpx.AsyncClient(timeout=None) as client:
+        async with httpx.AsyncClient(timeout=None, mounts=sockets([server.url])) as client:
 
             async def one(prompt: list[int]) -> int:
                 body = {"model": server.plan.name, "prompt": prompt, "max_tokens": self.arguments.new, "temperature": 1}

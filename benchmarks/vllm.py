@@ -38,6 +38,7 @@ from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.objective import defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.vllm import ROW_SCALE
+from collm.vllm.endpoint import sockets
 from collm.vllm.export_manifest import Note
 from collm.vllm.launch import ServerProcess, check_python, launched
 from collm.vllm.placement import BLOCK_TOKENS, Machine, Served, placed
@@ -104,7 +105,7 @@ class Bench:
         return predictions({"servers": self.measured, "cases": self.cases, "cores": self.cores})
 
     async def _figures(self, server: ServerProcess) -> dict[str, Any]:
-        async with httpx.AsyncClient(timeout=None) as client:
+        async with httpx.AsyncClient(timeout=None, mounts=sockets([server.url])) as client:
 
             async def request_s(prompt: list[int], **more: Any) -> float:
                 start = time.perf_counter()
@@ -214,7 +215,8 @@ class Bench:
 
     async def _per_token(self, batch: int, count: int, new: int) -> dict[str, Any]:
         room = asyncio.Semaphore(batch)
-        async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
+        mounts = sockets([server.url for server in self.servers], limits=httpx.Limits(max_connections=None))
+        async with httpx.AsyncClient(timeout=None, mounts=mounts) as client:
 
             async def one(prompt: list[int]) -> list[int]:
                 async with room:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
+from collm.atomic import atomic_directory, atomic_file, sole_writer, write_text
 from collm.core.calibration import Calibration, CalibrationPoint
 from collm.errors import (
     ArtefactError,
@@ -209,14 +213,15 @@ def test_saving_never_replaces_something_else(saved: Path, specs: list[ModelSpec
         CoLLM.from_pretrained(saved).save_pretrained(specs[0].path)
 
 
+@pytest.mark.parametrize("kind", [partial(OSError, errno.ENOSPC), SafetensorError])
 def test_a_full_disk_leaves_the_old_artefact_and_no_rest(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+    kind: Callable[[str], Exception], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = CoLLM.from_pretrained(saved)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
 
     def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr("collm.artefact.save_file", full)
     model.head.weight.data += 1
@@ -224,6 +229,69 @@ def test_a_full_disk_leaves_the_old_artefact_and_no_rest(
         model.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_saving_keeps_what_is_not_ours(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    (saved / ".git" / "objects").mkdir(parents=True)
+    (saved / ".git" / "objects" / "pack").write_bytes(b"p")
+    (saved / ".git" / "objects" / "pack").chmod(0o444)
+    (saved / ".git" / "here").symlink_to("objects")
+    (saved / "base").mkdir()  # of a collaboration with a tuned base
+    model = CoLLM.from_pretrained(saved)
+    model._source = None
+    model.save_pretrained(saved)
+    model.save_pretrained(saved)
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert (saved / ".git" / "here" / "pack").read_bytes() == b"p"
+    assert (saved / ".git" / "here").is_symlink()
+    assert not (saved / "base").exists()
+    assert [path for path in saved.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def fail_after_writing(*paths: Path) -> None:
+    for path in paths:
+        path.write_text("other")
+    raise OSError(errno.ENOSPC, "full")
+
+
+def test_writers_of_one_process_number_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "file"
+    (path.parent).mkdir()
+    for number in (os.getpid(), 1):  # what a kill left, or a link that somebody put there
+        (path.parent / f".file.{number}.tmp").symlink_to(tmp_path / "elsewhere")
+    with atomic_directory(tmp_path / "made") as one, atomic_file(path) as file:
+        (one / "a").touch()
+        with pytest.raises(WriteError), atomic_directory(tmp_path / "made") as two, atomic_file(path) as other:
+            fail_after_writing(two / "b", other)
+        file.write_text("mine")
+    assert [entry.name for entry in (tmp_path / "made").iterdir()] == ["a"]
+    assert path.read_text() == "mine"
+    assert path.stat().st_mode & 0o777 == (tmp_path / "made" / "a").stat().st_mode & 0o777  # as any file
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["made", "out"]
+
+
+def test_where_nothing_can_be_written_is_one_sentence(saved: Path) -> None:
+    (saved / "notes").touch()
+    place = saved / "notes" / "under a file"
+    for write in (
+        lambda: write_text(place / "a", ""),
+        lambda: atomic_directory(place / "a").__enter__(),
+        lambda: sole_writer(place).__enter__(),
+        lambda: CoLLM.from_pretrained(saved).save_pretrained(place),
+    ):
+        with pytest.raises(WriteError, match=r"could not write .*under a file.*: (Not a directory|File exists)\. "):
+            write()
+
+
+def test_one_process_at_a_time_writes_a_directory(tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "out"):
+        with pytest.raises(ConfigError, match=rf"out is being written by process {os.getpid()} on .*; wait until it"):
+            sole_writer(tmp_path / "out").__enter__()
+        with pytest.raises(ConfigError, match=rf"by process {os.getpid()} on "), sole_writer(tmp_path / "out"):
+            pass
+    with sole_writer(tmp_path / "out"):
+        pass
 
 
 def test_pushing_uploads_the_artefact(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

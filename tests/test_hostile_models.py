@@ -248,3 +248,20 @@ def test_other_reports_of_transformers_pass(saved_model: SavedModel, caplog: pyt
         logger.setLevel(before[0])
         logger.propagate = before[1]
     assert "UNEXPECTED" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("listed", "complaint"),
+    [
+        (3, "or damaged"),
+        ([{"filename": 3}], "or damaged"),
+        ([{"filename": "\0"}], "or damaged"),
+        ([{"filename": ""}], "cannot be read: Is a directory"),
+        ([{"filename": "none.arrow"}], "is not arrow, or damaged after row 0"),
+        ([], "has no rows"),
+    ],
+)
+def test_a_saved_data_set_of_absurd_files_is_one_sentence(listed: Any, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": listed}))
+    with pytest.raises(DataError, match=complaint):
+        load_rows(tmp_path)

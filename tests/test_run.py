@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from collm import CoLLM, CoLLMConfig, SamplingParams
+from collm.atomic import sole_writer
 from collm.errors import ConfigError, DataError, MismatchError
+from collm.models.chats import Chat
 from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
 from collm.training.checkpoints import last_checkpoint
@@ -82,6 +86,51 @@ def test_each_way_of_training_gives_an_artefact_that_loads(
     assert result.calibration.num_prompts == 6  # a tenth of the rows, held out
 
 
+DEFAULT = (
+    "{% for m in messages %}{{ 'w1' if m.role == 'user' else 'w2' }} {{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}w2 {% endif %}"
+)
+TOOL_USE = "w3 {% for tool in tools %}{{ tool.function.name }} {% endfor %}" + DEFAULT
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"default": DEFAULT, "tool_use": TOOL_USE},
+        {"tool_use": TOOL_USE, "rag": "w4", "default": DEFAULT},
+        {"default": TOOL_USE.replace("in tools", "in tools or []")},
+        TOOL_USE.replace("in tools", "in tools or []"),
+    ],
+    ids=["two", "more", "one named", "one"],
+)
+def test_a_tokenizer_with_named_chat_templates(
+    named: Any, method: str, setting: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = named
+    for model in (setting["base"], *setting["assistant"]):
+        own.save_pretrained(model)
+    tools = [{"type": "function", "function": {"name": "w7"}}]
+    chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w8"}]
+    rows = [{"messages": chat, "tools": tools if i % 2 else None} for i in range(20)]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": str(data), "template": "{prompt}"}
+    args = options(tmp_path / "run", method=method, warm_start=False)
+    result = train_collaboration(RunConfig(**{**setting, **changes}), args, quiet=True)
+    loaded = CoLLM.from_pretrained(result.directory)
+    assert loaded.template == result.model.template
+    opening = [] if isinstance(named, dict) and len(named) > 1 else ["w3"]
+    for given, before in ((None, opening), (tools, ["w3", "w7"])):
+        prompt = Chat(chat[:1], given)
+        ids = loaded.template.encode_prompt(loaded.tokenizer, prompt)
+        assert tokenizer.convert_ids_to_tokens(ids) == [*before, "w1", "w5", "w6", "<eos>", "w2"]
+        transformers_ids = own.apply_chat_template(chat[:1], tools=given, add_generation_prompt=True)["input_ids"]
+        assert ids == transformers_ids
+        loaded.generate([prompt], SamplingParams(max_new_tokens=2))
+
+
 def artefact_bytes(run: Path) -> dict[str, bytes]:
     names = ("head.safetensors", "calibration.json", "base/model.safetensors")
     return {name: (run / "collaboration" / name).read_bytes() for name in names}
@@ -94,6 +143,59 @@ class StopAt(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def edit_rows(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    Path(setting["data"]).write_text(Path(setting["data"]).read_text().replace('"w3 ', '"w4 '))
+    return "rows"
+
+
+def retrain_base(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    saved_model("base", 7)
+    return "weights of the base"
+
+
+def retrain_assistant(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    saved_model("second", 7, hidden_size=48)
+    return "assistants"
+
+
+def edit_validation(setting: dict[str, Any], saved_model: SavedModel) -> str:
+    Path(setting["validation"]).write_text('{"prompt": "w1", "completion": "w2"}\n')
+    return "evaluation rows"
+
+
+Change = Callable[[dict[str, Any], SavedModel], str]
+
+
+@pytest.mark.parametrize("change", [edit_rows, retrain_base, retrain_assistant, edit_validation])
+def test_a_checkpoint_of_other_rows_or_models_is_not_resumed(
+    change: Change,
+    setting: dict[str, Any],
+    saved_model: SavedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setting |= {"validation": str(shutil.copy(setting["data"], tmp_path / "validation.jsonl")), "calibrate": False}
+    saving = {"save_steps": 2, "method": "full", "eval_strategy": "steps", "eval_steps": 2}
+    plain = CoLLMTrainer.__init__
+
+    def train() -> None:
+        train_collaboration(RunConfig(**setting), options(tmp_path / "run", **saving), quiet=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoLLMTrainer, "__init__", lambda s, **kw: plain(s, **kw, callbacks=[StopAt(5)]))
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    what = change(setting, saved_model)
+    for _ in range(2):  # before anything is scored, and where the scores were removed
+        with pytest.raises(ConfigError, match=f"checkpoint-4 was trained with other {what}.* delete the checkpoints"):
+            train()
+        shutil.rmtree(tmp_path / "run/scores", ignore_errors=True)
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    train()
+    assert (tmp_path / "run/collaboration").exists()
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(
@@ -118,6 +220,12 @@ def test_other_options_in_the_same_directory_are_refused(setting: dict[str, Any]
     (tmp_path / "foreign" / "file").touch()
     with pytest.raises(ConfigError, match="exists and holds no run"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "foreign"))
+    with pytest.raises(ConfigError, match="exists and holds no run"):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "foreign" / "file"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.yaml.x").touch()  # of a run that was killed while it wrote its first file
+    with sole_writer(tmp_path / "run"), pytest.raises(ConfigError, match=r"is being written by process \d+ on "):
+        train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
     train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
     with pytest.raises(ConfigError, match=r"holds a run with seed=42, now it is 43"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "run", seed=43))

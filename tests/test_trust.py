@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -16,13 +19,16 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, ToolSpec
-from collm.artefact import MAX_JSON_BYTES
 from collm.cli.train import parse
-from collm.errors import ArtefactError, CollmError, ConfigError, LoadError
+from collm.errors import ArtefactError, CollmError, ConfigError, LoadError, WriteError
+from collm.evaluation.answers import AnswerFile
+from collm.evaluation.run_report import report_of
 from collm.models.loading import load_model, load_tokenizer
-from collm.redaction import redacted_command
+from collm.redaction import redacted_command, redacted_options
 from collm.run import PastRun, RunConfig
-from collm.run.train import claim_directory
+from collm.run.train import check_directory, claim_directory
+from collm.training.data import load_rows
+from collm.untrusted import MAX_JSON_BYTES, contained
 from tests.processes import collm
 
 SavedModel = Callable[..., Path]
@@ -150,12 +156,104 @@ def test_a_damaged_run_is_one_sentence(content: str, tmp_path: Path) -> None:
         PastRun.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"base": 3}, "base is 3, expected str"),
+        ({"base": None}, "base is None, expected str"),
+        ({"assistant": 3}, "run.yaml is damaged"),
+        ({"assistant": [["a"]]}, r"assistant is \[\['a'\]\], expected list\[str\]"),
+        ({"assistant": {"a": 1}}, "assistant is .*, expected list"),
+        ({"data": ["d"]}, "data is .*, expected str"),
+        ({"validation": 3}, r"validation is 3, expected str \| None"),
+        ({"metric": ["contains"]}, "metric is .*, expected str"),
+        ({"rates": 0.5}, r"rates is 0.5, expected list\[float\]"),
+        ({"rates": [True]}, r"rates is \[True\], expected list\[float\]"),
+        ({"rates": [float("nan")]}, r"rates is \[nan\], expected list\[float\]"),
+        ({"stop": "x"}, "stop is 'x', expected list"),
+        ({"max_new_tokens": "many"}, "max_new_tokens is 'many', expected int"),
+        ({"calibrate": "no"}, "calibrate is 'no', expected bool"),
+        ({"tool_eps": "x"}, "tool_eps is 'x'"),
+        ({"refine": 1.5}, "refine is 1.5, expected int"),
+        ({"accept_differences": "eos"}, "accept_differences is 'eos'"),
+        ({"data_split": 3}, "data_split is 3"),
+        ({"seed": float("inf")}, "run.yaml is damaged"),
+        ({"seed": 1 << 70}, "run.yaml is damaged"),
+        ({"max_length": -1}, "run.yaml is damaged"),
+        ({"base": "x" * 300_000}, "expected at most 262144"),
+    ],
+)
+def test_values_of_another_kind_in_a_run_are_one_sentence(
+    changes: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        PastRun.read(past_run(tmp_path / "run", **changes))
+    assert len(str(caught.value)) < 1000
+
+
+def test_aliases_of_a_run_do_not_unfold(tmp_path: Path) -> None:
+    run = past_run(tmp_path / "run")
+    bomb = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}' if n else 'y'] * 9)}]\n" for n in range(12))
+    config = RunConfig(data="d", base="b", assistant=["a"])
+    args = CoLLMConfig(output_dir=str(run), use_cpu=True)
+    (run / "run.yaml").write_text(bomb + (run / "run.yaml").read_text().replace("base: b", "base: *x11"))
+    for read in (
+        lambda: PastRun.read(run),
+        lambda: check_directory(run, config, args),
+        lambda: parse(["--config", str(run / "run.yaml")]),
+    ):
+        with pytest.raises(ConfigError, match=r"run.yaml"):
+            read()
+    (run / "run.yaml").write_text("base: 0x" + "f" * 9000)
+    with pytest.raises(ConfigError, match=r"run.yaml is damaged"):
+        PastRun.read(run)
+
+
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
-def test_a_model_names_no_kernel_that_is_downloaded(field: str, saved_model: SavedModel) -> None:
+@pytest.mark.parametrize("named", ["stranger/kernel", "kernels-community/flash-attn2", ["stranger/kernel"], 3])
+def test_a_model_names_no_kernel_that_is_downloaded(field: str, named: Any, saved_model: SavedModel) -> None:
     directory = saved_model("model", 0)
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, field: "stranger/kernel"}))
-    with pytest.raises(LoadError, match="requires the attention 'stranger/kernel', which is not part of"):
+    (directory / "config.json").write_text(json.dumps({**config, field: named}))
+    with pytest.raises(LoadError, match=f"requires the attention {re.escape(repr(named))}, which is not part of"):
+        load_model(ModelSpec(str(directory)))
+
+
+@pytest.mark.parametrize("where", ["config", "option"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_is_the_installed_one_or_none(
+    name: str, where: str, saved_model: SavedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.lazy_import_flash_attention", lambda name, **options: fetched.append(name)
+    )
+    directory = saved_model("model", 0)
+    if where == "config":
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "attn_implementation": name}))
+        assert load_model(ModelSpec(str(directory), attention="sdpa")).config._attn_implementation == "sdpa"
+    with pytest.raises(LoadError, match=f"requires the attention '{name}', whose package is not installed"):
+        load_model(ModelSpec(str(directory), attention=name if where == "option" else None))
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"experts_implementation": "sonicmoe"}, "requires the experts 'sonicmoe', which is not part of transformers"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantized with mxfp4, .* run kernels from the Hub"),
+    ],
+)
+def test_other_kernels_are_not_fetched_either(
+    fields: dict[str, Any], complaint: str, saved_model: SavedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collm.models.loading.is_kernels_available", lambda: True)
+    directory = saved_model("model", 0)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(LoadError, match=complaint):
         load_model(ModelSpec(str(directory)))
 
 
@@ -321,8 +419,10 @@ def test_scores_are_not_written_through_a_link(calibrated: Path, tmp_path: Path)
     (tmp_path / "target").mkdir()
     (calibrated / "scores").symlink_to(tmp_path / "target")
     model = CoLLM.from_pretrained(calibrated / "collaboration")
-    with pytest.raises(ConfigError, match=r"run/scores/validation/assistant is a link that leads out of "):
+    with pytest.raises(ArtefactError, match=r"run/scores is a link that leads out of .*run; replace it"):
         PastRun.read(calibrated).curve(model, quiet=True)
+    with pytest.raises(ArtefactError, match=r"run/scores is a link that leads out of"):
+        check_directory(calibrated, RunConfig(data="d", base="b", assistant=["a"]), CoLLMConfig(use_cpu=True))
     assert list((tmp_path / "target").iterdir()) == []
 
 
@@ -339,7 +439,7 @@ def test_a_link_out_of_the_artefact_is_not_followed(name: str, saved: Path, tmp_
     outside.write_text("secret")
     (saved / name).unlink(missing_ok=True)
     (saved / name).symlink_to(outside)
-    with pytest.raises(ArtefactError, match="is a link that leads out of the collaboration"):
+    with pytest.raises(ArtefactError, match=f"{name} is a link that leads out of {saved}; replace it"):
         CoLLM.from_pretrained(saved)
 
 
@@ -349,9 +449,106 @@ def test_a_hub_snapshot_is_made_of_links(saved: Path, tmp_path: Path) -> None:
     snapshot.parent.mkdir(parents=True)
     blobs.mkdir()
     saved.rename(snapshot)
-    (snapshot / "head.safetensors").rename(blobs / "h")
-    (snapshot / "head.safetensors").symlink_to(blobs / "h")
+    (snapshot / "head.safetensors").rename(blobs / ("ab" * 32))
+    (snapshot / "head.safetensors").symlink_to(Path("..", "..", "blobs", "ab" * 32))
     assert CoLLM.from_pretrained(snapshot).head.num_assistants == 1
+    (snapshot / "data").mkdir()
+    (snapshot / "data" / "rows").symlink_to(Path("..", "..", "..", "blobs", "ab" * 32))
+    contained(snapshot / "data")
+
+
+@pytest.mark.parametrize(
+    ("directory", "target"),
+    [
+        ("snapshots/saved", "../secret"),
+        ("snapshots/saved", "../../secret"),
+        ("me/snapshots/saved", f"../../blobs/{'ab' * 32}"),
+        ("models--a--b/snapshots/0123", "../../secret"),
+        ("models--a--b/snapshots/0123", "../4567/secret"),
+        ("models--a--b/snapshots/0123", "../../blobs/secret"),
+        ("models--a--b/snapshots/0123", f"../../blobs/more/{'ab' * 32}"),
+        ("models--a--b/snapshots/0123", f"../../blobs/{'ab' * 20}"),
+        ("models--a--b/other/0123", f"../../blobs/{'ab' * 32}"),
+        ("models--a--b/snapshots/0123", f"../../../models--c--d/blobs/{'ab' * 32}"),
+        ("saved", "../saved2/secret"),
+    ],
+)
+def test_no_name_of_a_parent_lets_links_out(directory: str, target: str, tmp_path: Path) -> None:
+    place = tmp_path / directory
+    place.mkdir(parents=True)
+    (place / "link").symlink_to(target)
+    aimed = Path(os.path.normpath(place / target))
+    aimed.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "private").write_text("secret")
+    aimed.symlink_to(tmp_path / "private") if len(aimed.name) == 40 else aimed.write_text("secret")
+    with pytest.raises(ArtefactError, match="link is a link that leads out of"):
+        contained(place)
+
+
+def test_links_that_go_in_circles_and_pipes_end_in_a_sentence(saved: Path) -> None:
+    (saved / "README.md").unlink()
+    (saved / "README.md").symlink_to("README.md")
+    assert CoLLM.from_pretrained(saved).head.num_assistants == 1  # nothing reads it
+    os.mkfifo(saved / "calibration.json")
+    with pytest.raises(ArtefactError, match=r"calibration.json is a pipe, expected a file; remove it"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["results.json", "items.json", "candidates.json", "answers", "answers/collaboration.jsonl", "report.html"]
+)
+def test_a_report_neither_reads_nor_writes_through_a_link(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir() if name == "answers" else outside.write_text('{"a": 1}\nhalf a line')
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(outside)
+    for act in (report_of, lambda run: AnswerFile(run / "answers" / "collaboration.jsonl", {})):
+        if act is report_of or name == "answers/collaboration.jsonl":
+            with pytest.raises((ArtefactError, WriteError), match=r"leads out of|could not write|is damaged"):
+                act(tmp_path / "run")
+    assert outside.is_dir() or outside.read_text() == '{"a": 1}\nhalf a line'
+
+
+@pytest.mark.parametrize("listed", ["{outside}/rows.jsonl", "../outside/rows.jsonl", "{address}/rows.jsonl"])
+def test_a_data_set_names_no_files_outside_of_it(listed: str, listener: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, came = listener
+    directory, outside = tmp_path / "data", tmp_path / "outside"
+    for place in (directory, outside):
+        place.mkdir()
+        (place / "rows.jsonl").write_text(json.dumps({"prompt": place.name, "completion": "c"}) + "\n")
+    listed = listed.format(outside=outside, address=address)
+    (directory / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {listed}\n---\n")
+    assert [row.prompt for row in load_rows(directory)] == ["data"]
+    assert came == []
+
+
+@pytest.mark.parametrize("name", ["../outside/data.arrow", "{outside}/data.arrow", "link.arrow"])
+def test_a_saved_data_set_names_none_either(name: str, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "data")
+    rows.save_to_disk(tmp_path / "outside")
+    next((tmp_path / "outside").glob("*.arrow")).rename(tmp_path / "outside" / "data.arrow")
+    (tmp_path / "data" / "train" / "link.arrow").symlink_to(tmp_path / "outside" / "data.arrow")
+    if name != "link.arrow":
+        (tmp_path / "data" / "train" / "link.arrow").unlink()
+    state = tmp_path / "data" / "train" / "state.json"
+    files = [{"filename": name.format(outside=tmp_path / "outside")}]
+    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": files}))
+    with pytest.raises(ArtefactError, match=r".arrow is a link that leads out of|data.arrow is out of"):
+        load_rows(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "train/rows.jsonl", "train", "data.parquet"])
+def test_links_of_a_data_set_are_not_followed(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    link = tmp_path / "data" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside if name == "train" else outside / "rows.jsonl")
+    with pytest.raises(ArtefactError, match="is a link that leads out of"):
+        load_rows(tmp_path / "data")
 
 
 # Absurd files
@@ -380,7 +577,7 @@ def test_a_file_too_long_to_be_one_is_not_read(name: str, saved: Path) -> None:
 )
 def test_a_head_of_an_absurd_shape_takes_no_memory(head: Any, saved: Path) -> None:
     change(saved, head=head)
-    with pytest.raises(ArtefactError, match=r"expected .*weight|expected hidden_size"):
+    with pytest.raises(ArtefactError, match=r"expected .*weight|expected hidden_size|expected dict"):
         CoLLM.from_pretrained(saved)
 
 
@@ -398,6 +595,48 @@ def test_a_head_with_more_in_it_is_refused(saved: Path) -> None:
         {"weight": torch.zeros(1, 32), "bias": torch.zeros(1), "more": torch.zeros(1)}, saved / "head.safetensors"
     )
     with pytest.raises(ArtefactError, match="belongs to another pair"):
+        CoLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("collm.json", ["default_threshold"], float("nan")),
+        ("collm.json", ["default_threshold"], 10**12),
+        ("collm.json", ["default_threshold"], True),
+        ("collm.json", ["base", "revision"], float("nan")),
+        ("collm.json", ["base", "device"], 10**12),
+        ("collm.json", ["assistants", 0, "seconds"], float("inf")),
+        ("collm.json", ["assistants", 0, "max_answer"], 1.5),
+        ("collm.json", ["template", "turn_ends"], [10**12]),
+        ("collm.json", ["template", "turn_ends"], [-1]),
+        ("collm.json", ["accept_differences"], [float("nan")]),
+        ("collm.json", ["versions", "torch"], 10**12),
+        ("calibration.json", ["points", 0, "threshold"], float("nan")),
+        ("calibration.json", ["points", 0, "metric"], 10**12),
+        ("calibration.json", ["points", 0, "deferral_rate"], "x"),
+        ("calibration.json", ["points", 0, "rate_low"], float("nan")),
+        ("calibration.json", ["points"], []),
+        ("calibration.json", ["num_prompts"], float("nan")),
+        ("calibration.json", ["budgets"], [10**12]),
+        ("calibration.json", ["checks", 0, "rate_difference"], [float("nan"), 0.1]),
+        ("calibration.json", ["checks", 0, "rate_difference"], [0.1]),
+        ("calibration.json", ["checks", 0, "held_out", "low"], -1),
+    ],
+)
+def test_impossible_numbers_are_refused(name: str, path: list[Any], value: Any, saved: Path) -> None:
+    point = {"threshold": 0.5, "deferral_rate": 0.1, "metric": 0.5, "low": 0, "high": 1, "rate_low": 0, "rate_high": 1}
+    check = {"budget": 1, "num_prompts": 2, "rate_difference": [-0.1, 0.1], "metric_difference": [-0.1, 0.1]}
+    checks = [{**check, "promised": point, "held_out": point}]
+    calibration = {"points": [point], "metric_name": "contains", "num_prompts": 2, "settings": {}, "checks": checks}
+    (saved / "calibration.json").write_text(json.dumps(calibration))
+    assert CoLLM.from_pretrained(saved).calibration is not None
+    content = part = json.loads((saved / name).read_text())
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    (saved / name).write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match=f"{name} is damaged"):
         CoLLM.from_pretrained(saved)
 
 
@@ -423,9 +662,16 @@ def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "sys.argv", ["collm", "train", "--hub_token", "hf_secret", "--data", "https://me:hf_secret@h/d"]
     )
-    past_run(tmp_path / "run")
+    secret = "https://me:hf_secret@h/d"
+    config = RunConfig(data="d", base="b", assistant=["a", secret], stop=["?token=hf_secret"], budgets=[0.5])
+    args = CoLLMConfig(output_dir=str(tmp_path / "run"), use_cpu=True, hub_token="hf_secret", report_to=[secret])
+    claim_directory(tmp_path / "run", config, args)
     for path in (tmp_path / "run").iterdir():
         assert "hf_secret" not in path.read_text()
+    check_directory(tmp_path / "run", config, args)
+    assert redacted_options({"a": ({"hub_token": "s", "b": secret},)}) == {
+        "a": [{"hub_token": None, "b": "https://<redacted>@h/d"}]
+    }
 
 
 @pytest.mark.parametrize(
@@ -434,6 +680,13 @@ def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--api-key", "s", "--out", "o"], ["--api-key", "<redacted>", "--out", "o"]),
         (["--hub_token=s"], ["--hub_token=<redacted>"]),
         (["--server", "http://u:s@host/v1"], ["--server", "http://<redacted>@host/v1"]),
+        (
+            ["https://h/d?rows=3&access_token=s&api-key=s#top", "https://h/d?X-Amz-Signature=s"],
+            [
+                "https://h/d?rows=3&access_token=<redacted>&api-key=<redacted>#top",
+                "https://h/d?X-Amz-Signature=<redacted>",
+            ],
+        ),
         (["--api-key-env", "NAME", "--max_new_tokens", "3"], ["--api-key-env", "NAME", "--max_new_tokens", "3"]),
     ],
 )

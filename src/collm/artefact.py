@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from collm.atomic import atomic_file
 from collm.core.calibration import Calibration, threshold_text
 from collm.core.head import DeferralHead
-from collm.core.types import author_name
+from collm.core.types import author_name, check_threshold
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec, load_with_adapter
@@ -26,13 +25,14 @@ from collm.models.members import AssistantSpec, Member
 from collm.models.names import looks_like_path
 from collm.models.template import PromptTemplate
 from collm.tools.spec import ToolSpec, not_trusted
+from collm.untrusted import check_fields, read_text
 from collm.version import __version__
 
 FORMAT = 1
 CONFIG, HEAD, CALIBRATION, CARD = "collm.json", "head.safetensors", "calibration.json", "README.md"
 TABLES = "tables"
-MAX_JSON_BYTES = 16 << 20
-"""Largest accepted JSON file of an artefact. Even a chat template has only a few thousand bytes."""
+ENTRIES = (CONFIG, HEAD, CALIBRATION, CARD, TABLES, "base", "adapter")
+"""Everything in a collaboration's directory that saving writes, replaces or removes."""
 
 SavedBase = Literal["base", "adapter"]
 """Directory of the tuned base or of its adapter."""
@@ -75,20 +75,27 @@ class Manifest:
         """Parse collm.json.
 
         Raises:
-            ValueError, KeyError, TypeError: the content is invalid.
+            ValueError, KeyError, TypeError, AttributeError, ConfigError: the content is invalid.
         """
         content = json.loads(text)
         unknown = content.keys() - {one.name for one in fields(cls)}
         if unknown:
             raise ValueError(f"it has the unknown field {min(unknown)!r}")
-        _check_kinds(content)
         content["base"] = _spec(content["base"])
-        if not isinstance(content["base"], ModelSpec):
-            raise ValueError("the base is not a language model")
         content["assistants"] = [_spec(spec) for spec in content["assistants"]]
         template = content["template"]
         content["template"] = PromptTemplate(**{**template, "turn_ends": tuple(template.get("turn_ends", ()))})
-        return cls(**content)
+        manifest = cls(**content)
+        for record in (manifest, manifest.base, *manifest.assistants, manifest.template):
+            check_fields(record)
+        if manifest.default_threshold is not None:
+            check_threshold(manifest.default_threshold)
+        if manifest.head.keys() != {"hidden_size", "num_assistants"} or min(manifest.head.values()) < 1:
+            raise ValueError(f"head is {manifest.head!r:.80}, expected hidden_size and num_assistants")
+        ends = manifest.template.turn_ends
+        if not all(0 <= end < 1 << 31 for end in ends):
+            raise ValueError(f"turn_ends is {ends!r:.80}, expected token ids")
+        return manifest
 
 
 _ENGINES: dict[str, type[ModelSpec] | type[ToolSpec]] = {"transformers": ModelSpec, "python": ToolSpec}
@@ -99,47 +106,6 @@ def _spec(content: dict[str, Any]) -> AssistantSpec:
     if engine not in _ENGINES:
         raise ValueError(f"engine {engine!r} is not known to this version")
     return _ENGINES[engine](**content)
-
-
-_KINDS: dict[str, type | UnionType] = {
-    "base": dict,
-    "assistants": list,
-    "saved_base": str | None,
-    "tokenizer_hash": str,
-    "chat_template_hash": str | None,
-    "template": dict,
-    "accept_differences": list,
-    "default_threshold": float | int | None,
-    "training": dict,
-    "versions": dict,
-}
-
-
-def _check_kinds(content: dict[str, Any]) -> None:
-    """Raise a ValueError if a field has the wrong type."""
-    for name, kind in _KINDS.items():
-        if name in content and not isinstance(content[name], kind):
-            raise ValueError(f"{name} is {content[name]!r:.80}")
-    if content["saved_base"] not in (None, *get_args(SavedBase)):
-        raise ValueError(f"saved_base is {content['saved_base']!r:.80}")
-    ends = content["template"].get("turn_ends", [])
-    if not isinstance(ends, list) or not all(type(one) is int and one >= 0 for one in ends):
-        raise ValueError(f"turn_ends is {ends!r:.80}, expected token ids")
-    texts = [*content["accept_differences"], *(content["template"].get(name) for name in ("text", "chat"))]
-    specs = [value for spec in (content["base"], *content["assistants"]) for value in dict(spec).values()]
-    if not all(isinstance(text, str | None) for text in texts) or any(isinstance(one, dict | list) for one in specs):
-        raise ValueError("a model, a template or an accepted difference has a value that is not text")
-    _check_head_shape(content["head"])
-
-
-def _check_head_shape(shape: Any) -> None:
-    known = {"hidden_size", "num_assistants"}
-    if (
-        not isinstance(shape, dict)
-        or shape.keys() != known
-        or not all(type(n) is int and n > 0 for n in shape.values())
-    ):
-        raise ValueError(f"head is {shape!r:.80}, expected hidden_size and num_assistants")
 
 
 def library_versions() -> dict[str, str]:
@@ -159,24 +125,12 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise ArtefactError(f"{directory} is not a collaboration, as it has no {CONFIG}; save_pretrained writes one")
     try:
-        text = _read_text(path)
+        text = read_text(path)
         if json.loads(text).get("format") != FORMAT:
             raise ArtefactError(f"{path} has format {json.loads(text).get('format')!r}, this version reads {FORMAT}")
         return Manifest.from_json(text)
     except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or retrain") from error
-
-
-def _read_text(path: Path) -> str:
-    """Read the text of a JSON file.
-
-    Raises:
-        ValueError: the file is too large or not UTF-8.
-    """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"it has {size} bytes, expected at most {MAX_JSON_BYTES}")
-    return path.read_text(encoding="utf-8-sig")
 
 
 def local_directory(path: str | Path, revision: str | None) -> Path:
@@ -197,23 +151,6 @@ def local_directory(path: str | Path, revision: str | None) -> Path:
         raise ArtefactError(
             f"there is no collaboration at {path}: no such directory, and the Hub responds: {first_line}"
         ) from error
-
-
-def check_contained(directory: Path) -> None:
-    """Check that no symbolic link leads out of an artefact, where it could expose private files.
-
-    Links of a Hub snapshot to its blobs are allowed.
-
-    Raises:
-        ArtefactError: a link leads out; the message names the first.
-    """
-    root = directory.resolve()
-    root = root.parent.parent if root.parent.name == "snapshots" else root
-    for path in directory.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise ArtefactError(
-                f"{path} is a link that leads out of the collaboration; replace it with the file itself"
-            )
 
 
 def check_trusted(manifest: Manifest, directory: Path) -> None:
@@ -336,7 +273,7 @@ def read_calibration(directory: Path) -> Calibration | None:
     if not path.exists():
         return None
     try:
-        return Calibration.from_dict(json.loads(_read_text(path)))
+        return Calibration.from_dict(json.loads(read_text(path)))
     except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it and calibrate again"

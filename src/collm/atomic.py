@@ -1,14 +1,22 @@
-"""Atomic writes: a reader finds either the old or the new content."""
+"""Atomic writes: a reader finds either the old or the new content. One process at a time writes a directory."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from collm.errors import WriteError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from collm.errors import ConfigError, WriteError
+
+REFUSED = (OSError, SafetensorError)
+"""Exceptions of a refused write. That of safetensors is no OSError."""
 
 
 @contextmanager
@@ -18,15 +26,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the write failed; `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with _directory_beside(path) as own:
+            yield own / path.name
+            os.replace(own / path.name, path)
+    except REFUSED as error:
+        raise write_error(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,31 +46,89 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, replaces: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary directory next to `path`, and replace `path` by it if the block succeeds.
+
+    Args:
+        replaces: names of the entries that are replaced or removed. All others of an existing `path` are kept.
 
     Raises:
         WriteError: a write failed; `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+
+    def replaced(directory: str, names: list[str]) -> set[str]:
+        return set(names) & set(replaces) if Path(directory) == path else set()
+
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _directory_beside(path) as own:
+            new, old = own / "new", own / "old"
+            new.mkdir()
+            yield new
+            if path.exists():
+                shutil.copytree(
+                    path, new, symlinks=True, ignore=replaced, copy_function=_link_or_copy, dirs_exist_ok=True
+                )
+                os.replace(path, old)
+            try:
+                os.replace(new, path)
+            except OSError:
+                if old.exists() and not path.exists():
+                    os.replace(old, path)
+                raise
+    except REFUSED as error:
+        raise write_error(path, error) from error
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which is created if it does not exist. One that stays empty is removed.
+
+    Raises:
+        ConfigError: another process holds it; the message says which.
+        WriteError: the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / ".lock"
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"{directory} is being written by {path.read_text(encoding='utf-8', errors='replace')[:200]}; wait "
+                "until it ends, or choose another directory"
+            ) from error
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except OSError as error:
-        if replaced.exists() and not path.exists():
-            os.replace(replaced, path)
-        raise _write_error(path, error) from error
+        raise write_error(directory, error) from error
+    try:
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        lock.release()
+        if [one.name for one in directory.iterdir()] == [path.name]:
+            path.unlink()
+            directory.rmdir()
 
 
-def _write_error(path: Path, error: OSError) -> WriteError:
+@contextmanager
+def _directory_beside(path: Path) -> Iterator[Path]:
+    """Make a directory next to `path` that no other process knows, and remove it with its content at the end."""
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.", ignore_cleanup_errors=True) as own:
+        yield Path(own)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # of a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def write_error(path: Path, error: Exception) -> WriteError:
+    """The error for a write that was refused."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return WriteError(
-        f"could not write {path}: {error.strerror or error}. Its previous content is unchanged; "
+        f"could not write {path}: {reason}. Its previous content is unchanged; "
         "free some space or choose another location"
     )

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -91,7 +91,7 @@ class CoLLM:
         self.head = head
         self.tokenizer = tokenizer
         self.identity = TokenizerIdentity.of(tokenizer)
-        self.template = template or PromptTemplate(chat=cast("str | None", tokenizer.chat_template))
+        self.template = template or PromptTemplate.of(tokenizer)
         self.calibration = calibration
         self.accept_differences = tuple(accept_differences)
         self.training = training or {}
@@ -190,7 +190,7 @@ class CoLLM:
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the artefact. An existing artefact at `path` is replaced atomically.
+        """Write the artefact. An existing artefact at `path` is replaced atomically; other files beside it are kept.
 
         The weights of a base that is a module are saved, of a PEFT model only the adapter. A base that is a spec is
         referenced by its path.

@@ -15,6 +15,7 @@ from collm.core.types import PromptLogprob, author_name
 from collm.decoding.candidates import Candidates, top_candidates
 from collm.decoding.chunks import Chunks
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
+from collm.decoding.logits_processors import bad_word_tokens
 from collm.decoding.prompt_logprobs import prompt_logprobs
 from collm.decoding.request import check_params, check_segment_params
 from collm.errors import ConfigError, MismatchError
@@ -162,8 +163,9 @@ class InMemory:
         check_params(params, TokenizerIdentity.of(self._tokenizer).vocab_size)
         if self._alignment is not None:
             check_segment_params(params)
+        bad_word_tokens(self._tokenizer, tuple(params.bad_words))  # is cached, as the decoding loop needs it at once
         if params.structured_outputs is not None:
-            self.grammars.compile(params.structured_outputs)
+            self.grammars.compile(params.structured_outputs, trusted=False)
 
     def weights_per_token(self, author: int) -> int:
         member = self.members[author]

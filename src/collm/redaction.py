@@ -10,6 +10,7 @@ REDACTED = "<redacted>"
 
 _SECRET = re.compile(r"(^|[-_])(token|key|password|secret)$", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
+_SECRET_IN_URL = re.compile(r"([?&][\w-]*(?:token|key|password|secret|signature|sig)=)[^&\s#]+", re.IGNORECASE)
 
 # C0 and C1 controls but tab and newline, and what reorders or hides text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -21,12 +22,12 @@ def visible(text: str) -> str:
 
 
 def redacted_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, without the values of those that are secrets (`hub_token`, `api_key`)."""
-    return {name: None if _SECRET.search(name) else _without_user(value) for name, value in options.items()}
+    """Options by name, without the values of those that are secrets (`hub_token`, `api_key`), in lists of them too."""
+    return {name: None if _SECRET.search(str(name)) else _redacted(value) for name, value in options.items()}
 
 
 def redacted_command(arguments: Sequence[str]) -> list[str]:
-    """A command line, without the values of `--hub_token VALUE`, `--api-key=VALUE`, and users in URLs."""
+    """A command line, without the values of `--hub_token VALUE`, `--api-key=VALUE`, and users and keys in URLs."""
     kept: list[str] = []
     for argument in arguments:
         name, equals, _ = argument.partition("=")
@@ -35,7 +36,7 @@ def redacted_command(arguments: Sequence[str]) -> list[str]:
         elif equals and _names_secret(name):
             kept.append(f"{name}={REDACTED}")
         else:
-            kept.append(_without_user(argument))
+            kept.append(_redacted(argument))
     return kept
 
 
@@ -43,5 +44,9 @@ def _names_secret(argument: str) -> bool:
     return argument.startswith("--") and _SECRET.search(argument) is not None
 
 
-def _without_user(value: Any) -> Any:
-    return _USER_IN_URL.sub(f"{REDACTED}@", value) if isinstance(value, str) else value
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SECRET_IN_URL.sub(rf"\1{REDACTED}", _USER_IN_URL.sub(f"{REDACTED}@", value))
+    if isinstance(value, Mapping):
+        return redacted_options(value)
+    return [_redacted(one) for one in value] if isinstance(value, list | tuple) else value

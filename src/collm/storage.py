@@ -25,6 +25,7 @@ from collm.models.members import AssistantSpec, Member, spec_of
 from collm.models.progress import quiet_if_small
 from collm.models.template import PromptTemplate
 from collm.tools.spec import ToolFunction
+from collm.untrusted import contained
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def load_parts(
     Args:
         load_adapter: load a base that has an adapter; without it such a base stays a spec.
     """
-    manifest = artefact.read_manifest(directory)
-    artefact.check_contained(directory)
+    manifest = artefact.read_manifest(contained(directory))
     if not trust_code and assistants is None:
         artefact.check_trusted(manifest, directory)
     head = artefact.read_head(directory, manifest.head)
@@ -109,7 +109,7 @@ def save_parts(parts: Parts, path: str | Path, source: Path | None = None) -> No
     path = Path(path)
     if path.exists() and not (path.is_dir() and ((path / artefact.CONFIG).exists() or not any(path.iterdir()))):
         raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
-    with atomic_directory(path.resolve()) as directory:
+    with atomic_directory(path.resolve(), replaces=artefact.ENTRIES) as directory:
         saved = _save_base(parts, directory, source)
         artefact.write_head(directory, parts.head)
         manifest = _manifest(parts, saved)
@@ -119,7 +119,7 @@ def save_parts(parts: Parts, path: str | Path, source: Path | None = None) -> No
 
 def save_calibration(calibration: Calibration | None, path: str | Path) -> None:
     """Write a calibration, its default threshold and the model card into an existing artefact."""
-    manifest = replace(artefact.read_manifest(Path(path)), default_threshold=default_threshold(calibration))
+    manifest = replace(artefact.read_manifest(contained(Path(path))), default_threshold=default_threshold(calibration))
     artefact.write_text_files(Path(path), manifest, calibration)
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.cli.chat import Conversation, _converse
+from collm.cli.terminal import Console
 from collm.errors import RequestError
 from collm.models.loading import ModelSpec
 from collm.models.template import PromptTemplate
@@ -43,7 +43,7 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 def typed(talk: Conversation, *lines: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the terminal shows for these lines."""
     left = iter(lines)
-    console = Console(file=io.StringIO(), width=1000, highlight=False)
+    console = Console(file=io.StringIO(), width=1000)
 
     def read(prompt: str) -> str:
         assert prompt == "you: "  # readline has to know it, or editing and history would write over it

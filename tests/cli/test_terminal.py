@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from collm.cli.authors import coloured
-from collm.cli.main import _say
+from collm.cli.chat import _converse
+from collm.cli.main import WRONG_USAGE, _say, main
 from collm.cli.terminal import Console, log_to_terminal
 from collm.redaction import visible
 
@@ -30,10 +32,57 @@ def test_a_terminal_shows_control_characters_and_obeys_none(text: str) -> None:
     )
 
 
-def test_piped_text_stays_as_it_is() -> None:
-    out = io.StringIO()
-    Console(file=out, soft_wrap=True).print(coloured([SimpleNamespace(text="a\x1b]0;b", author=0)]), end="")
-    assert out.getvalue() == "a\x1b]0;b"
+@pytest.mark.parametrize(
+    "text",
+    [
+        *EVIL,
+        "all:\n\tcc -o a a.c\n",
+        "a\tb\r\nc\td\r\n",
+        "one\x0ctwo\x0bthree\x08\x08\x07",
+        "  [bold]x[/bold] :smile: \n\n\n ",
+        "x" * 500,
+        "".join(map(chr, range(0x250))),
+    ],
+)
+def test_piped_text_stays_as_it_is(text: str) -> None:
+    out = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(out, encoding="utf-8"), soft_wrap=True)
+    for part in (text[:2], text[2:]):
+        console.show([SimpleNamespace(text=part, author=1)])
+    assert out.getvalue() == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("cp1252", b"\x80 \\U0001f98a\n"), ("ascii", b"\\u20ac \\U0001f98a\n")]
+)
+def test_a_character_that_the_output_cannot_hold_is_written_as_its_code_point(
+    encoding: str, written: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.BytesIO()
+
+    def run(arguments: list[str]) -> None:
+        console = Console(soft_wrap=True)
+        console.show([SimpleNamespace(text="€ 🦊", author=1)])
+        console.print()
+
+    monkeypatch.setattr("collm.cli.main.app", run)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
+    main()
+    assert out.getvalue() == written
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_standard_input_that_is_no_text_is_one_sentence(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["collm", "generate", "nowhere", "-"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    if command == "chat":
+        monkeypatch.setattr("collm.cli.main.app", lambda _: _converse(Mock(), Console()))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == WRONG_USAGE
+    assert capsys.readouterr().err.startswith("collm: standard input is not utf-8 text ('utf-8' codec can't decode")
 
 
 @pytest.mark.parametrize(

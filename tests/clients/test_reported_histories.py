@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.clients.conftest import QUESTION, WEATHER
-from tests.serving.conftest import Running
+from collm.models.chats import Chat
+from collm.models.template import PromptTemplate
+from tests.clients.conftest import QUESTION, WEATHER, make_speaking_pair
+from tests.serving.conftest import CALIBRATION, Running
 
 CHAT, RESPONSE = "/v1/chat/completions", "/v1/responses"
 FORM: dict[str, Any] = {
@@ -17,6 +21,7 @@ FORM: dict[str, Any] = {
     "required": ["agreed"],
     "additionalProperties": False,
 }
+TURNS = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
 EMPTY: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -102,6 +107,20 @@ def test_a_function_needs_no_schema(speaking: Running, function: dict[str, Any])
     tools = [{"type": "function", "function": function}]  # llama.cpp#17667
     reply = speaking.post(CHAT, model="pair", messages=QUESTION, tools=tools, max_tokens=2)
     assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.slow
+def test_tools_are_shown_by_the_template_that_is_named_for_them(serve: Callable[..., Any]) -> None:
+    pair = make_speaking_pair(calibration=CALIBRATION)
+    tool_use, pair.template = pair.template, replace(pair.template, chat=TURNS, tool_chat=pair.template.chat)
+    question: dict[str, Any] = {"model": "pair", "messages": QUESTION, "max_tokens": 2}
+    with serve({"pair": pair}) as running:
+        for tools, template in (([WEATHER], tool_use), ([], PromptTemplate(chat=TURNS))):
+            expected = template.encode_prompt(pair.tokenizer, Chat(QUESTION, tools or None))
+            asked = question | ({"tools": tools} if tools else {})
+            assert running.post(CHAT, **asked).json()["usage"]["prompt_tokens"] == len(expected)
+        forced = running.post(CHAT, **question | {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 300})
+    assert forced.json()["choices"][0]["finish_reason"] in ("tool_calls", "length"), forced.text
 
 
 def test_a_call_that_must_come_goes_before_a_form(speaking: Running) -> None:

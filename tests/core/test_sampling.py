@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collm.core.sampling import sample, token_probs
+from collm.core.sampling import sample, seeded, token_probs
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
@@ -56,3 +56,12 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform: float, weights: lis
     probs = torch.tensor([*weights, 1.0])
     drawn = sample(probs / probs.sum(), torch.tensor(uniform, dtype=torch.float64))
     assert probs[drawn] > 0
+
+
+def test_every_seed_draws_its_own_numbers() -> None:
+    near = [sign * (2**power + one) for power in (31, 32, 62, 63) for one in (-1, 0, 1) for sign in (-1, 1)]
+    seeds = [*range(-50, 50), *near]
+    drawn = {seed: tuple(seeded(seed).random() for _ in range(4)) for seed in seeds}
+    assert len(set(drawn.values())) == len(set(seeds))
+    assert all(tuple(seeded(seed).random() for _ in range(4)) == numbers for seed, numbers in drawn.items())
+    assert seeded(None).random() != seeded(None).random()

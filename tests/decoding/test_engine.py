@@ -100,6 +100,25 @@ def test_threshold_extremes_are_each_model_alone_under_generate(pair: CoLLM, thr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_penalty_of_the_generation_config_is_a_sampling_parameter(
+    penalty: float, tiny_model: Model, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base = tiny_model(0)
+    base.generation_config.repetition_penalty = 1.3
+    model = CoLLM(base, [tiny_model(1)], random_head(32, 1), tokenizer)
+    params = SamplingParams(max_new_tokens=16, repetition_penalty=penalty)
+    for prompt, completion in zip(
+        prompts_of(2, 4), model.generate(prompts_of(2, 4), params, threshold=1.0), strict=True
+    ):
+        ids = torch.tensor([prompt])
+        options: dict[str, Any] = {} if penalty == 1.3 else {"repetition_penalty": penalty}
+        generate: Any = base.generate
+        expected = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, pad_token_id=0, **options)
+        assert completion.token_ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
 def test_one_model_as_base_and_assistant_is_that_model(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> None:
     model = CoLLM(tiny_model(0), [tiny_model(0)], random_head(32, 1), tokenizer)
     params = SamplingParams(max_new_tokens=16)
@@ -116,6 +135,12 @@ def test_batch_size_and_company_change_nothing_even_when_sampling(pair: CoLLM) -
         in_turn = pair.generate(prompts_of(4, 5), params, policy=policy, max_batch=1)
         assert [c.token_ids for c in together] == [c.token_ids for c in in_turn]
         assert [c.authors for c in together] == [c.authors for c in in_turn]
+
+
+def test_completions_with_seeds_on_both_sides_of_zero_differ(pair: CoLLM) -> None:
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=-2)
+    drawn = {tuple(one.token_ids) for one in pair.generate(["w3 w4"] * 5, params, threshold=0.5)}  # seeds -2 to 2
+    assert len(drawn) == 5
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams, ToolSpec
+from collm.atomic import sole_writer
 from collm.core.calibration import Calibration, CalibrationPoint
 from collm.core.policies import ThresholdPolicy
-from collm.errors import ArtefactError, ConfigError, DataError, LoadError, ModelFailure, ToolFailure
+from collm.errors import ArtefactError, ConfigError, DataError, LoadError, ModelFailure, ToolFailure, WriteError
 from collm.evaluation.answers import Answer, AnswerFile, answer_path, read_answers
 from collm.evaluation.compare import Comparison, compare
 from collm.evaluation.gold import gold_views
@@ -135,8 +138,10 @@ def test_an_interrupted_evaluation_goes_on_item_by_item(
             run(model, task, items, tmp_path / "cut")
     assert not (tmp_path / "cut" / "results.json").exists()
     path = answer_path(tmp_path / "cut", "collaboration")
-    assert len(AnswerFile(path).answers.items) == 6
     path.write_bytes(path.read_bytes() + b'{"answer": {"id": "h')  # a line cut short
+    before = path.read_bytes()
+    assert len(read_answers(tmp_path / "cut", "collaboration")) == 6
+    assert path.read_bytes() == before, "reading does not write"
     asked: list[int] = []
     generate = CoLLM.generate
     monkeypatch.setattr(CoLLM, "generate", lambda self, p, *a, **k: asked.append(len(p)) or generate(self, p, *a, **k))
@@ -163,7 +168,31 @@ def test_answers_to_something_else_are_refused(model: CoLLM, task: Task, items: 
         run(model, task, items, tmp_path, "base")
     answer_path(tmp_path, "base").write_text('{"identity": {}}\n{"answer": {}}\n')
     with pytest.raises((ArtefactError, ConfigError)):
-        AnswerFile(answer_path(tmp_path, "base"))
+        read_answers(tmp_path, "base")
+
+
+def test_two_evaluations_do_not_share_a_directory(
+    model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
+) -> None:
+    with sole_writer(tmp_path), pytest.raises(ConfigError, match=r"is being written by process \d+ on "):
+        run(model, task, items, tmp_path, "base")
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_answers_so_far_are_kept(tmp_path: Path) -> None:
+    answer = Answer("a", [1], ["w1" * 400], [0], [0.0], "length", {}, 0.1)
+    file = AnswerFile(answer_path(tmp_path, "base"), {"seed": 0})
+    file.add(answer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1200, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"could not write .*base.jsonl: File too large"):
+            file.add(replace(answer, id="b"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(read_answers(tmp_path, "base")) == ["a"]
+    AnswerFile(answer_path(tmp_path, "base"), {"seed": 0}).add(replace(answer, id="c"))
+    assert list(read_answers(tmp_path, "base")) == ["a", "c"]
 
 
 def test_a_failing_model_stops_the_run_and_scores_nothing(

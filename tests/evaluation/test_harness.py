@@ -302,6 +302,10 @@ def test_draws_follow_the_seed_of_the_harness(model: CoLLM) -> None:
         ({}, SamplingParams(256)),
         ({"until": "\n", "max_new_tokens": 3, "do_sample": False, "temperature": 1}, SamplingParams(3, stop=["\n"])),
         ({"temperature": 0.5, "num_beams": 1}, SamplingParams(256, 0.5)),
+        ({"until": [""]}, SamplingParams(256)),
+        ({"until": ""}, SamplingParams(256)),
+        ({"until": ["", "\n", ""]}, SamplingParams(256, stop=["\n"])),
+        ({"until": None}, SamplingParams(256)),
     ],
 )
 def test_options_mean_what_they_mean_to_the_harness(options: dict[str, Any], params: SamplingParams) -> None:

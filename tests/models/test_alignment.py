@@ -131,6 +131,14 @@ def lower_cased(text: str) -> PreTrainedTokenizerFast:
     return made
 
 
+@pytest.mark.parametrize("token", ["<0xZZ>", "<0x 4>", "<0x4 >", "<0x-0>", "<0x+a>", "<0x\u0664\u0661>"])
+def test_a_token_that_looks_like_a_byte_is_spelled_as_it_is_decoded(token: str) -> None:
+    tokenizer = sentencepiece(TEXTS[0])
+    tokenizer.add_tokens([token])
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert TextTokenizer(tokenizer).spell([token_id]) == decoders.ByteFallback().decode([token]).encode()
+
+
 def word_level() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "w": 1}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

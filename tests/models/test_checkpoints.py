@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from collm.errors import ConfigError, LoadError
 from collm.models.loading import ModelSpec, load_model
 from collm.models.members import spec_of
+from collm.models.progress import quiet_if_small
 from collm.run.options import RunConfig
 from collm.run.train import train_collaboration
 from collm.training.config import CoLLMConfig
@@ -45,6 +49,25 @@ def test_shards_are_one_model(tiny_model: Callable[..., PreTrainedModel], tmp_pa
     shards[1].unlink()
     with pytest.raises(LoadError, match=rf"could not load the model .*{shards[1].name}"):
         load_model(spec)
+
+
+def test_one_thread_at_a_time_changes_the_settings_of_the_process(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    before, entered, done = list(warnings.filters), threading.Event(), threading.Event()
+
+    def load() -> None:
+        with quiet_if_small(tiny_model(0)):
+            entered.set()
+            done.wait(5)
+
+    other = threading.Thread(target=load)
+    with quiet_if_small(tiny_model(0)), quiet_if_small(tiny_model(0)):
+        other.start()
+        assert not entered.wait(0.05)
+    assert entered.wait(5)
+    done.set()
+    other.join()
+    assert warnings.filters == before
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_bin_files_are_read(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedModel
 
 from collm.errors import RequestError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.models.packing import PackedLinear, can_pack, pack_linears
 from collm.models.runner import ModelRunner
-from tests.architectures import ARCHITECTURES, EXACT, REFUSED, VOCAB_SIZE
+from tests.architectures import ARCHITECTURES, COMMON, EXACT, REFUSED, VOCAB_SIZE
 from tests.tiny_models import DEVICES, make_model, tiny_config
 
 Model = Callable[..., PreTrainedModel]
@@ -146,6 +146,33 @@ def test_a_sequence_beyond_the_context_is_refused_before_reading(tiny_model: Mod
     with pytest.raises(RequestError, match="at most 8 tokens, got a sequence of 9"):
         runner.extend({slot: list(range(9))})
     assert runner.length(slot) == 0
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+LONG = {**DYNAMIC, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize(
+    ("ropes", "length"),
+    [
+        ((PLAIN, PLAIN), 256),
+        ((DYNAMIC, PLAIN), 256),
+        ((PLAIN, {**DYNAMIC, "original_max_position_embeddings": 48}), 48),
+        (({**LONG, "original_max_position_embeddings": 64}, {**DYNAMIC, "original_max_position_embeddings": 96}), 64),
+        ((YARN, {**LONG, "original_max_position_embeddings": 32}), 32),
+        ((YARN, YARN), 256),
+    ],
+)
+def test_a_rope_that_depends_on_the_length_limits_it(ropes: tuple[dict[str, Any], ...], length: int) -> None:
+    nested = dict(zip(("full_attention", "sliding_attention"), ropes, strict=True))
+    gemma = Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=4, rope_parameters=nested)
+    assert LanguageModel(make_model(gemma, 0), name="m").max_length == length
+    for rope in ropes:
+        llama = LlamaConfig(**COMMON, head_dim=8, rope_parameters=rope)
+        original = rope.get("original_max_position_embeddings") if rope["rope_type"] != "yarn" else None
+        assert LanguageModel(make_model(llama, 0), name="m").max_length == (original or 256)
 
 
 def test_nan_stays_in_its_row_and_a_wiped_slot_can_be_used_again(tiny_model: Model) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -212,9 +214,30 @@ def test_norms_and_rotary_embeddings_as_single_kernels(name: str, device: str) -
             during = model(text, use_cache=False).logits
         after = model(text, use_cache=False).logits
     assert bool(fused._norms) == (name not in NO_NORM)
-    assert (fused._rotary is not None) == (name in ROTATED)
+    assert bool(fused._attentions) == (name in ROTATED)
     torch.testing.assert_close(during, before, atol=1e-4, rtol=1e-4)
     assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_the_kernels_of_one_model_are_not_those_of_another(name: str) -> None:
+    """As when two threads load models of one architecture: their blocks overlap."""
+    from collm.models.fused_kernels import FusedKernels
+
+    first, second, third = (make_model(EXACT[name](), seed=seed) for seed in range(3))
+    kernels = [FusedKernels(LanguageModel(model, name=name)) for model in (first, second)]
+    file: Any = sys.modules[type(first).__module__]
+    rotary, text = file.apply_rotary_pos_emb, torch.arange(2, 9).unsqueeze(0)
+    blocks = [one.applied() for one in kernels]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        expected = third(text).logits
+        patch.setattr("collm.models.fused_kernels.rotate", lambda *_: pytest.fail("another model's kernel"))
+        leaving = [partial(block.__exit__, None, None, None) for block in blocks]
+        for step in (*(block.__enter__ for block in blocks), *leaving):
+            step()
+            assert torch.equal(third(text).logits, expected)
+            assert file.apply_rotary_pos_emb is rotary
+    assert not any("forward" in vars(module) for model in (first, second) for module in model.modules())
 
 
 def test_a_mask_that_the_kernel_does_not_know_is_said_once(

@@ -57,6 +57,26 @@ def test_the_distribution_sums_to_one_and_has_its_limits() -> None:
         assert probs[1].tolist() == pytest.approx([1 / V] * V)
 
 
+def test_the_calls_for_one_token_are_limited_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("collm.models.tools.time.monotonic", lambda: now[0])
+
+    def slow(text: str) -> str | None:
+        now[0] += 0.5
+        return answer(text)
+
+    model = tool_model(slow, seconds=0.6)
+    token_ids, answers = TOKENIZER("a long text that goes on")["input_ids"], dict[int, Answer]()
+    read = TokenText(TOKENIZER, token_ids)
+    with pytest.raises(ToolFailure, match=r"took longer than 2\.4 s for one token; make it faster"):
+        model.next_token(read, len(token_ids), answers)
+    assert len(answers) == 5
+    for _ in range(3):  # it gets further each time
+        with pytest.raises(ToolFailure):
+            model.next_token(read, len(token_ids), answers)
+    assert model.next_token(read, len(token_ids), answers) is None
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
-from collm.errors import DataError
+from collm.errors import DataError, RequestError
+from collm.models.chats import Chat
 from collm.models.loading import ModelSpec, stop_ids
 from collm.models.template import PromptTemplate
 from collm.run.options import DataConfig
@@ -71,6 +72,26 @@ def test_a_special_token_behind_the_content_ends_a_turn_though_it_is_no_eos() ->
     assert template.turn_ends == (EOS, TOOL)
     (encoded,) = template.encode_chat(tokenizer, CHAT)
     assert [turn[-1] for _, turn in turns_of(encoded)] == [EOS, EOS]
+
+
+def test_turns_with_tools_end_as_their_own_template_says() -> None:
+    with_tools = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}" + CHATML.replace("<|end|>", "<|tool|>")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    tokenizer = copy.deepcopy(ROLES)
+    for named, ends in (
+        ({"default": CHATML, "tool_use": with_tools}, (EOS, TOOL)),
+        ({"default": PLAIN, "tool_use": with_tools}, (TOOL, EOS)),
+        ({"default": CHATML, "tool_use": "{{ raise_exception('no') }}"}, (EOS,)),
+        ({"tool_use": with_tools}, (TOOL, EOS)),
+    ):
+        tokenizer.chat_template = named
+        template = PromptTemplate.of(tokenizer).with_turn_ends(tokenizer, [EOS])
+        assert template.turn_ends == ends
+        if TOOL in ends:
+            (encoded,) = template.encode_chat(tokenizer, Chat(CHAT, tools))
+            assert [turn[-1] for _, turn in turns_of(encoded)] == [TOOL, TOOL]
+    with pytest.raises(RequestError, match="there is no chat template"):
+        template.encode_prompt(tokenizer, CHAT[:1])
 
 
 def test_any_of_several_eos_ids_ends_a_turn() -> None:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from collm import CoLLM
 from collm.cli.main import app
+from collm.cli.serve import named
 from collm.errors import ConfigError, MissingExtra
 from collm.models.loading import ModelSpec
 from collm.models.template import PromptTemplate
@@ -69,6 +70,32 @@ def started(artefact: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "path"),
+    [
+        ("runs/c", "c", "runs/c"),
+        ("a=runs/c", "a", "runs/c"),
+        ("runs/lr=0.1/c", "c", "runs/lr=0.1/c"),
+        ("a=runs/lr=0.1/c", "a", "runs/lr=0.1/c"),
+        ("./lr=0.1", "lr=0.1", "./lr=0.1"),
+        ("~/lr=0.1", "lr=0.1", "~/lr=0.1"),
+        ("lr=0.1", "lr=0.1", "lr=0.1"),
+        ("lr=0.2", "lr", "0.2"),
+        ("a=lr=0.1", "a", "lr=0.1"),
+        ("a=me/collaboration", "a", "me/collaboration"),
+        ("me/collaboration", "collaboration", "me/collaboration"),
+        ("=c", "=c", "=c"),
+        ("a/b=lr=0.1", "a/b", "lr=0.1"),  # a name that is refused
+    ],
+)
+def test_a_path_may_have_an_equals_sign(
+    given: str, name: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=0.1").mkdir()
+    assert named(given) == (name, path)
 
 
 @pytest.mark.soak

@@ -89,11 +89,9 @@ def asking(server: Running, **body: Any) -> Iterator[None]:
     """A client that asks, and leaves when the block ends."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    )
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}"
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + content)
+        connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + content)
         yield
 
 

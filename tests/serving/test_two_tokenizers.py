@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from collm import CoLLM, SamplingParams
+from collm.models.chats import Chat
 from collm.models.template import PromptTemplate
 from collm.serving.settings import Settings
 from tests.decoding.test_segments import random_head
@@ -23,7 +24,7 @@ CHAT = [{"role": "user", "content": "what is the capital of it?"}]
 @pytest.fixture(scope="module")
 def pair() -> CoLLM:
     base, assistant = two_tokenizers()
-    assistant.chat_template = TURNS  # each model has its own
+    assistant.chat_template = {"default": TURNS, "tool_use": "can call it " + TURNS}  # each model has its own
     model = CoLLM(
         writing_model(base, 1),
         [writing_model(assistant, 2, hidden_size=48)],
@@ -47,6 +48,8 @@ def test_each_model_reads_a_chat_by_its_own_template(pair: CoLLM) -> None:
     assert pair.alignment is not None
     (ids,) = pair.assistant_prompts(CHAT)
     assert pair.tokenizers[1].decode(ids) == "[user] what is the capital of it? [answer]"
+    (ids,) = pair.assistant_prompts(Chat(CHAT, [{"type": "function", "function": {"name": "f"}}]))
+    assert pair.tokenizers[1].decode(ids) == "can call it [user] what is the capital of it? [answer]"
     assert pair.tokenizer.decode(pair.template.encode_prompt(pair.tokenizer, CHAT)).endswith("it? answer:")
 
 

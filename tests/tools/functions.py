@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -30,6 +32,12 @@ def moody(text: str) -> Any:
         sys.exit(3)
     if word == "die":
         os._exit(7)
+    if word == "close":
+        os.closerange(3, 64)
+        time.sleep(60)
+    if word == "stop":  # a moment after its answer it no longer reads
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        return " fine"
     if word == "number":
         return 42
     if word == "surrogate":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +40,7 @@ def test_every_prefix_is_asked_in_order(moody: IsolatedTool) -> None:
         ("raise", "raised ValueError: no good"),
         ("sleep", "did not answer within 0.5 s"),
         ("backtrack", "did not answer within 0.5 s"),
+        ("close", "did not answer within 0.5 s"),
         ("exit", "raised SystemExit: 3"),
         ("die", "ended its process with status 7"),
         ("number", "returned int, expected text or None"),
@@ -58,6 +62,32 @@ def test_a_long_text_is_quoted_by_its_end(moody: IsolatedTool) -> None:
     failure = said(moody, "x" * 10_000 + " raise")
     assert len(str(failure)) < 250
     assert str(failure).endswith("x raise'")
+
+
+@pytest.mark.slow
+def test_one_that_no_longer_reads_is_bounded(moody: IsolatedTool) -> None:
+    assert said(moody, "stop") == " fine"
+    time.sleep(0.2)
+    began = time.monotonic()
+    failure = said(moody, "a long text " * 100_000)
+    assert "did not answer within 0.5 s" in str(failure)
+    assert time.monotonic() - began < 10
+    assert said(moody, "x" * 1_000_000 + " go") == " fine"
+
+
+@pytest.mark.slow
+def test_it_answers_beyond_1024_descriptors() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, before[1]), before[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        tool = IsolatedTool(ToolSpec("tests.tools.functions:moody"))
+        assert said(tool, "go") == " fine"
+        tool.close()
+    finally:
+        for one in taken:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_its_input_and_output_are_not_the_callers(moody: IsolatedTool) -> None:

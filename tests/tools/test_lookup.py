@@ -125,6 +125,12 @@ def test_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
         ("a.json", [{"pattern": "x {pattern}"}], "unknown placeholder {pattern}"),
         ("a.json", '[{"pattern": "x {a}", "a": "\\ud800"}]', "not valid Unicode"),
         ("a.json", {"patterns": ["x {a}"], "facts": [{"b": "1"}]}, "pattern 1: no fact has all of ['a']"),
+        (
+            "a.json",
+            [{"pattern": "{a}" * 200 + "{b}", "a": "x" * 10**6, "b": "y"}],
+            "fact 1: the facts have over 100000000 characters",
+        ),
+        ("a.json", {"patterns": ["x {a}"] * 1001, "facts": [{"b": "c"}] * 1000}, "in 1001000 ways, expected at most"),
         ("a.json", {"patterns": ["x {a}"], "facts": ["b"]}, "pattern 1 with fact 1: the fact is 'b'"),
         ("a.json", {"patterns": ["x {a}"], "facts": [{"a": "1"}, {"a": "2"}]}, "pattern 1 with fact 2: 'x'"),
         ("a.txt", "", "has the suffix '.txt', expected a .csv or .json file"),

@@ -42,6 +42,7 @@ def test_the_head_has_its_own_learning_rate(config: Make) -> None:
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha has no effect"),
         ({"remove_unused_columns": True}, "remove_unused_columns has no effect"),
+        ({"seed": -5}, "seed is -5, expected 0 to 2"),
         ({"resume_from_checkpoint": "x"}, "pass it to CoLLMTrainer.train"),
         ({"method": "both"}, "method is 'both', expected one of full, lora, head"),
         ({"max_length": 1}, "max_length is 1"),

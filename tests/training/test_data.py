@@ -60,7 +60,7 @@ def test_a_chat_is_split_at_its_last_assistant_turn(tmp_path: Path) -> None:
     [
         ({"prompt": "a"}, "no field 'completion', the row has 'prompt'"),
         ({"prompt": 3, "completion": "b"}, "'prompt' is a int, expected a string"),
-        ({"prompt": "a", "completion": None}, "'completion' is a NoneType, expected a string"),
+        ({"prompt": "a", "completion": None}, "no field 'completion', the row has 'prompt'"),
         ({"prompt": "a", "completion": " \n"}, "'completion' is empty"),
         ({"prompt": "", "completion": "a"}, "'prompt' is empty"),
         (["a", "b"], "the row is a list, expected an object"),
@@ -112,8 +112,67 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"there is no .*rows"):
             load_rows(missing)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="could not load the data set"):
+    with pytest.raises(DataError, match=r"has no split 'train' in files of the kinds .json, .*nor any other"):
         load_rows(tmp_path / "empty")
+
+
+def test_files_of_a_directory_are_read_as_they_are_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows: list[Any] = [
+        {"prompt": "a", "completion": "b", "id": 1, "tools": None},
+        {"prompt": "c", "completion": "d", "id": "x", "tools": [{"name": "f"}]},
+        {"prompt": "e", "completion": "f", "id": [1.5, None], "extra": {"a": {}}},
+        {"messages": CHAT, "tools": json.dumps([{"name": "f"}])},
+    ]
+    files = [jsonl(folder / f"{name}.jsonl", [row, ROWS[1]]) for name, row in zip("abcd", rows, strict=True)]
+    assert load_rows(folder) == [row for file in files for row in load_rows(file)]
+    assert load_records(folder) == [record for file in files for record in load_records(file)]
+    (folder / "c.jsonl").write_text('\n{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"^.*folder/c.jsonl:2: no field 'completion'"):
+        load_rows(folder)
+    (folder / "b.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match=r"^.*folder/b.jsonl:1: bad JSON"):
+        load_rows(folder)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_splits_of_a_directory_are_files(tmp_path: Path, suffix: str) -> None:
+    for split in ("train", "test"):
+        rows = [{"prompt": split, "completion": "007"}]
+        text = json.dumps(rows) if suffix == "json" else "prompt,completion\n" + ",".join(rows[0].values())
+        (tmp_path / f"{split}.{suffix}").write_text(text)
+        if suffix == "jsonl":
+            jsonl(tmp_path / f"{split}.{suffix}", rows)
+    for given, split in ((None, "train"), ("test", "test")):
+        (row,) = load_rows(tmp_path, split=given)
+        assert (row.prompt, row.completion) == (split, "007")
+        assert row.where.startswith(f"{tmp_path / split}.{suffix}:")
+    with pytest.raises(DataError, match=r"has no split 'dev' .*, only train, test"):
+        load_rows(tmp_path, split="dev")
+
+
+def test_a_colon_names_a_configuration_unless_a_directory_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("d:1", "d/1", "g/2:3", "d/rest", "e:f/main"):
+        Path(name).mkdir(parents=True)
+        jsonl(Path(name) / "train.jsonl", [{"prompt": name, "completion": "b"}])
+    for directory, one, other in (("d", "1", "rest"), ("e:f", "main", "main")):
+        configurations = [f"- config_name: '{name}'\n  data_files: {name}/train.jsonl\n" for name in {one, other}]
+        (Path(directory) / "README.md").write_text(f"---\nconfigs:\n{''.join(configurations)}---\n")
+    for source, prompt in (
+        ("d:1", "d:1"),
+        ("d:rest", "d/rest"),
+        ("./d:rest", "d/rest"),
+        (str(tmp_path / "d:rest"), "d/rest"),
+        ("g/2:3", "g/2:3"),
+        ("e:f:main", "e:f/main"),
+    ):
+        assert load_rows(source)[0].prompt == prompt
+    with pytest.raises(DataError, match="there is no g/2:4"):
+        load_rows("./g/2:4")
 
 
 def test_a_split_is_chosen_among_those_there(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -74,14 +75,23 @@ class Hub:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tables: dict[tuple[str, str | None], dict[str, Any]]) -> None:
         self.tables = tables
+        self.files: dict[str, list[str]] | None = {"train": [f"hf://datasets/{name}@0/r.jsonl" for name, _ in tables]}
         self.asked: list[tuple[str, str | None, str]] = []
-        monkeypatch.setattr(datasets, "load_dataset", self.load)
+        monkeypatch.setattr(datasets, "load_dataset_builder", self.builder)
         monkeypatch.setattr(datasets, "get_dataset_config_names", self.configurations)
 
     def configurations(self, name: str) -> list[str]:
         return [configuration or "default" for known, configuration in self.tables if known == name]
 
-    def load(self, name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+    def builder(self, name: str, configuration: str | None) -> SimpleNamespace:
+        """What `datasets` makes of a name, as far as it is used."""
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files=self.files),
+            download_and_prepare=lambda: None,
+            as_dataset=lambda split: self.load(name, configuration, split),
+        )
+
+    def load(self, name: str, configuration: str | None, split: str) -> datasets.Dataset:
         self.asked.append((name, configuration, split))
         there = self.tables[name, configuration]
         if split not in there:
@@ -243,7 +253,7 @@ def test_a_bioasq_file_that_cannot_be_read_stops(tmp_path: Path, text: str, comp
     ("name", "row", "complaint"),
     [
         ("gsm8k", {"question": "q"}, "no field 'answer', the row has 'question'"),
-        ("gsm8k", {"question": None, "answer": "a"}, "'question' is a NoneType, expected a string"),
+        ("gsm8k", {"question": None, "answer": "a"}, "no field 'question', the row has 'answer'"),
         ("gsm8k-plain", {"question": "q", "answer": "<<1+1=2>>"}, "'completion' is empty"),
         ("math", {"problem": "p", "solution": " "}, "'solution' is empty"),
         ("math", {"question": "p", "solution": "s"}, "no field 'problem', the row has 'question', 'solution'"),
@@ -300,6 +310,17 @@ def test_gsm8k_of_the_hub_is_main_unless_another_is_named(monkeypatch: pytest.Mo
         load_rows("openai/gsm8k", split="dev", format="gsm8k")
 
 
+@pytest.mark.parametrize("file", ["/etc/passwd", "https://example.org/rows.jsonl", "zip://a.jsonl::/home/me/a.zip"])
+def test_a_hub_data_set_lists_files_of_the_hub_alone(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, {("me/rows", None): {"train": GSM8K}})
+    hub.files = {"test": ["hf://datasets/me/rows@0/a.jsonl"], "train": ["hf://datasets/me/rows@0/b.jsonl", file]}
+    with pytest.raises(DataError, match=f"'me/rows' lists the file '{file}', which is not on the Hub"):
+        load_rows("me/rows", format="gsm8k")
+    assert hub.asked == []
+    hub.files = None  # offline, from the cache
+    assert len(load_rows("me/rows", format="gsm8k")) == 2
+
+
 def test_math_of_the_hub_is_every_subject_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "EleutherAI/hendrycks_math"
     subjects = FORMATS["math"].configurations
@@ -333,9 +354,19 @@ def test_a_copy_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     datasets.Dataset.from_list([MATH]).save_to_disk(tmp_path / "saved")
     assert len(load_rows(copy.parent, format="gsm8k")) == 2
     assert load_rows(copy.parent, split="test", format="gsm8k")[0].prompt == GSM8K[1]["question"]
-    with pytest.raises(DataError, match=r"could not load .*Unknown split.*train.*test"):
+    with pytest.raises(DataError, match=r"has no split 'dev' .*, only train, test"):
         load_rows(copy.parent, split="dev", format="gsm8k")
     assert load_rows(tmp_path / "saved", format="math")[0].completion == MATH["solution"]
+
+
+def test_configurations_of_a_copy_are_directories(tmp_path: Path) -> None:
+    for name, rows in (("main", GSM8K), ("socratic", GSM8K[:1])):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / name / "train-00000-of-00001.parquet")
+    assert len(load_rows(tmp_path, format="gsm8k")) == 2
+    assert len(load_rows(f"{tmp_path}:socratic", format="gsm8k")) == 1
+    with pytest.raises(DataError, match="has no directory 'other' for the configuration"):
+        load_rows(f"{tmp_path}:other", format="gsm8k")
 
 
 def test_what_an_official_format_has_not_is_refused(tmp_path: Path) -> None:

@@ -132,6 +132,10 @@ def test_sharegpt_with_calls(tmp_path: Path) -> None:
         ({"instruction": "do", "input": "", "output": "done"}, "do"),
         ({"instruction": "do", "output": "done", "history": [], "text": "ignored"}, "do"),
         ({"instruction": "do", "output": "done", "system": "be"}, "be\n\ndo"),
+        ({"instruction": "do", "input": " ", "output": "done"}, "do"),
+        ({"instruction": "do", "input": "\n\t", "output": "done", "history": ""}, "do"),
+        ({"instruction": "do", "input": None, "output": "done", "system": "  "}, "do"),
+        ({"instruction": "do", "input": " it", "output": "done", "system": "\n"}, "do\n\n it"),
     ],
 )
 def test_alpaca_is_known_by_its_columns(tmp_path: Path, row: dict[str, Any], prompt: str) -> None:
@@ -219,6 +223,44 @@ def test_arrow_fills_what_a_row_lacks_and_that_is_not_read(tmp_path: Path) -> No
     assert first.messages == [USER, {**ANSWER, "tool_calls": [READ_CALL]}]
     assert second.messages == [USER, ANSWER]
     assert second.messages.tools is None
+
+
+FORMS: dict[str, tuple[dict[str, Any], Any]] = {
+    "prompt": ({"prompt": "a", "completion": "x"}, "a"),
+    "chat": ({"messages": [USER, ANSWER]}, [USER]),
+    "tools": ({"messages": [USER, ANSWER], "tools": json.dumps(TOOLS)}, [USER]),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "x"}]}, [USER]),
+    "alpaca": ({"instruction": "do", "input": "it", "output": "x", "system": "be"}, "be\n\ndo\n\nit"),
+    "bare alpaca": ({"instruction": "do", "output": "x"}, "do"),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved", "jsonl"])
+def test_forms_of_rows_can_be_mixed_in_one_table(tmp_path: Path, kind: str) -> None:
+    columns = {name: None for row, _ in FORMS.values() for name in row}
+    rows = [{**columns, **row} for row, _ in FORMS.values()]
+    source = jsonl(tmp_path / "rows.jsonl", rows)
+    if kind == "parquet":
+        source = tmp_path / "rows.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(source)
+    elif kind != "jsonl":
+        source = tmp_path / "saved"
+        datasets.Dataset.from_list(rows).save_to_disk(source)
+        source = next(source.glob("*.arrow")) if kind == "arrow" else source
+    found = load_rows(source, bad_rows="skip")
+    assert found.num_bad == 0
+    assert [row.prompt for row in found] == [prompt for _, prompt in FORMS.values()]
+    assert {row.completion for row in found} == {"x"}
+    assert [row.messages.tools for row in found if row.messages is not None] == [None, TOOLS, None]
+
+
+def test_named_fields_that_are_null_leave_the_chat(tmp_path: Path) -> None:
+    rows = [
+        {"question": None, "answer": None, "messages": [USER, ANSWER]},
+        {"question": "q", "answer": "x", "messages": None},
+    ]
+    found = load_rows(jsonl(tmp_path / "r.jsonl", rows), prompt_field="question", completion_field="answer")
+    assert [row.prompt for row in found] == [[USER], "q"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,3 +62,27 @@ def test_what_is_missing_or_does_not_fit_is_named(tiny_model: Callable[..., PreT
         inspect_scores(tmp_path)
     with pytest.raises(ConfigError, match="at least one assistant"):
         inspect(EVEN, [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_examples": 10**12},
+        {"num_examples": 29},
+        {"num_examples": 31},
+        {"num_examples": -1},
+        {"num_examples": float("nan")},
+        {"shard_size": 0},
+        {"shard_size": "7"},
+        {"path": None},
+    ],
+)
+def test_absurd_headers_take_no_memory(
+    changes: dict[str, object], tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    for name in ("base", "assistant-1"):
+        write_scores(LanguageModel(tiny_model(0), name=name), EXAMPLES, tmp_path / name, spec=ModelSpec(name))
+    header = tmp_path / "base" / "scores.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), **changes}))
+    with pytest.raises(ArtefactError, match="scores"):
+        inspect_scores(tmp_path)

@@ -151,7 +151,7 @@ def test_scores_of_something_else_are_refused(tiny_model: Callable[..., PreTrain
         ("another shard size", {"shard_size": 6}),
     ]
     for complaint, changes in attempts:
-        with pytest.raises(ConfigError, match=f"{complaint}.*choose another --out"):
+        with pytest.raises(ConfigError, match=f"{complaint}.*choose another directory, or delete that one"):
             run(module, tmp_path, **changes)
     with pytest.raises(ConfigError, match="another vocabulary size"):
         run(tiny_model(1, vocab_size=98), tmp_path)

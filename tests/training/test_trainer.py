@@ -6,6 +6,7 @@ import builtins
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Tiny, config: Make, 
     assert same(weights(resumed), weights(undisturbed))
 
 
-def test_what_cannot_be_resumed_is_said(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_said(
+    tiny_model: Tiny, saved_model: Callable[..., Path], config: Make, tmp_path: Path
+) -> None:
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     with pytest.raises(ConfigError, match="no complete checkpoint to resume from"):
         trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=True)
@@ -199,6 +202,21 @@ def test_what_cannot_be_resumed_is_said(tiny_model: Tiny, config: Make, tmp_path
     run = tmp_path / "run"
     with pytest.raises(ArtefactError, match="nowhere is not a complete checkpoint"):
         trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / "nowhere")
+    others = random_examples(24, longest=13)
+    knows = make_scores(others, lambda gold: torch.where(gold % 2 == 0, -0.05, -7.0))
+    for data, more, what in (
+        (TrainingSet(others, [knows]), {}, "rows"),
+        (TrainingSet(EXAMPLES, [replace(KNOWS_HALF, model={"weights": "x"})]), {}, "assistants"),
+        (DATA, {"eval_dataset": DATA}, "evaluation rows"),
+        (DATA, {"base": load_model(ModelSpec(str(saved_model("base", 1))))}, "weights of the base"),
+    ):
+        with pytest.raises(ConfigError, match=f"checkpoint-2 was trained with other {what}"):
+            trainer_of(tiny_model, config(**options), data, **more).train(resume_from_checkpoint=True)
+    for number, content in enumerate(("", "[]", "{}")):
+        shutil.copytree(run / "checkpoint-2", run / f"unknown-{number}")
+        (run / f"unknown-{number}" / "trained_on.json").write_text(content)
+        with pytest.raises(ArtefactError, match=r"trained_on.json is damaged"):
+            trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / f"unknown-{number}")
     shutil.copytree(run / "checkpoint-2", run / "damaged")
     with (run / "damaged" / "head.safetensors").open("r+b") as file:
         file.truncate(20)

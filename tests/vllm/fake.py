@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ class FakeVllm:
         logprobs_mode: raw_logprobs as by default, or raw_logits.
         tokenizes: whether there is /tokenize.
         cards: in place of the one that says what is served.
+        socket: where it listens, in place of a port.
 
     Attributes:
         bodies: of all completions asked for, in order.
@@ -123,6 +125,7 @@ class FakeVllm:
         logprobs_mode: str = "raw_logprobs",
         tokenizes: bool = True,
         cards: list[dict[str, Any]] | None = None,
+        socket: Path | None = None,
     ) -> None:
         self.served, self.name, self.pieces, self.key = served, name, pieces, key
         self.max_model_len, self.logprobs_mode, self.tokenizes = max_model_len, logprobs_mode, tokenizes
@@ -142,10 +145,12 @@ class FakeVllm:
         self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake-vllm")
         self.port = 0
+        self.socket = socket
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        host = f"127.0.0.1:{self.port}" if self.socket is None else quote(str(self.socket), safe="")
+        return f"http://{host}/v1"
 
     def __enter__(self) -> FakeVllm:
         self._thread.start()
@@ -183,6 +188,9 @@ class FakeVllm:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(LATEST_S)
 
     async def _listen(self) -> None:
+        if self.socket is not None:
+            self._server = await asyncio.start_unix_server(self._accept, self.socket)
+            return
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=256)
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -61,7 +61,7 @@ class Engine:
     def run(self, prompts: Sequence[list[int]], policies: Sequence[Policy]) -> list[tuple[list[int], list[int]]]:
         """Tokens and their authors."""
         requests = [
-            Drafted(None, policy, len(prompt), end_ids=self.end_ids, seed=seed)
+            Drafted(None, policy, len(prompt), end_ids=self.end_ids, seed=-seed)
             for seed, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))
         ]
         texts = {one: list(prompt) for one, prompt in zip(requests, prompts, strict=True)}
@@ -113,7 +113,7 @@ def test_texts_are_those_of_the_local_engine_for_mixed_rules(pair: CoLLM, most: 
     policies = POLICIES_AT_ONCE * 2
     prompts = prompts_of(1, len(policies))
     params = [
-        SamplingParams(max_new_tokens=NEW, seed=seed if policy.draws else None) for seed, policy in enumerate(policies)
+        SamplingParams(max_new_tokens=NEW, seed=-seed if policy.draws else None) for seed, policy in enumerate(policies)
     ]
     expected = pair.generate(prompts, params, policy=policies)
     found = engine_of(pair, most, trims=trims).run(prompts, policies)

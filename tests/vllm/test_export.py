@@ -119,7 +119,9 @@ def test_what_no_row_can_hold_is_refused(tokenizer: PreTrainedTokenizerFast, tmp
         export_base(ModelSpec("anywhere", quantization="nf4"), biased_head(), tokenizer, out)
     make_model(tiny_config(), 0).save_pretrained(tmp_path / "named" / "model")
     with pytest.raises(ConfigError, match="quantized"):
-        export_base(load_model(ModelSpec(str(tmp_path / "named" / "model"), quantization="nf4")), biased_head(), tokenizer, out)
+        export_base(
+            load_model(ModelSpec(str(tmp_path / "named" / "model"), quantization="nf4")), biased_head(), tokenizer, out
+        )
     tokenizer = AutoTokenizer.from_pretrained(_saved(tokenizer, tmp_path / "named"))
     tokenizer.add_tokens(["<|defer|>"])
     with pytest.raises(UnsupportedModel, match=r"token '<\|defer\|>' already"):

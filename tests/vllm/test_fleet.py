@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +162,23 @@ def test_a_key_is_needed_where_servers_want_one(cluster: Clusters, monkeypatch: 
     check(world, ConfigError, "the environment variable THE_KEY holds no key", api_key_env="THE_KEY")
     monkeypatch.setenv("THE_KEY", "secret")
     assert world.connect(api_key_env="THE_KEY").generate([[5]], SamplingParams(max_new_tokens=2), threshold=0.5)
+
+
+def test_servers_may_listen_on_unix_sockets(
+    members: Callable[[int], Members], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # is for other servers
+    world, greedy = members(1), SamplingParams(max_new_tokens=4)
+    with ExitStack() as stack:
+        paths = [tmp_path / f"Author {author}.sock" for author in range(2)]
+        pairs = zip(world.served, paths, strict=True)
+        fakes = [stack.enter_context(FakeVllm(served, pieces=(1,), socket=path)) for served, path in pairs]
+        servers = Servers([fake.url for fake in fakes])
+        model = CoLLM(world.models[0], world.models[1:], world.head, world.tokenizer, servers=servers)
+        with model.backend.fleet:
+            (found,) = model.generate([[5, 6]], greedy, threshold=0.5)
+    (expected,) = world.local.generate([[5, 6]], greedy, threshold=0.5)
+    assert found.token_ids == expected.token_ids
 
 
 # Waiting

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from openai import OpenAI
 from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +36,7 @@ from collm.vllm.servers import Servers
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 from tests.vllm.test_engine import check_drawn, check_equal
-from tests.vllm.test_servers import GREEDY, PYTHON, QUIET, SHAPE, _address, _counter
+from tests.vllm.test_servers import GREEDY, PYTHON, QUIET, SHAPE, _address, _counter, ask
 
 pytestmark = pytest.mark.vllm
 
@@ -59,8 +58,8 @@ class World:
         return CoLLM.from_pretrained(self.artefact)
 
     @property
-    def root(self) -> str:
-        return self.servers.urls[0].removesuffix("/v1")
+    def url(self) -> str:
+        return self.servers.urls[0]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +92,9 @@ def test_greedy_equals_the_models_in_memory_for_mixed_rules_under_preemption(wor
     prompts = prompts_of(11, len(policies))  # ragged
     prompts[5] = [*range(3, 93)] * 4  # is read in several steps
     params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies)]
-    before = _counter(world.root, "vllm:num_preemptions_total")
+    before = _counter(world.url, "vllm:num_preemptions_total")
     found = world.served.generate(prompts, params, policy=policies, max_batch=40)
-    assert _counter(world.root, "vllm:num_preemptions_total") > before
+    assert _counter(world.url, "vllm:num_preemptions_total") > before
     for ours, theirs in zip(found, world.local.generate(prompts, params, policy=policies), strict=True):
         check_equal(ours, theirs)
     assert {author for one in found for author in one.authors} == {0, 1}
@@ -172,10 +171,10 @@ def test_a_request_that_fails_in_the_worker_gets_an_error_and_no_other_does(worl
     wrong = {**body, "vllm_xargs": {**body["vllm_xargs"], HEAD: "0"}}  # type: ignore[dict-item]
     prompts = prompts_of(4, 6)
     with ThreadPoolExecutor(8) as pool:
-        failing = [pool.submit(httpx.post, url, json=wrong, timeout=60) for _ in range(4)]
+        failing = [pool.submit(ask, url, json=wrong, timeout=60) for _ in range(4)]
         found = world.served.generate(prompts, GREEDY, threshold=0.5)
     assert {reply.result().status_code for reply in failing} == {500}
-    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    assert ask(url, json=body, timeout=60).status_code == 200
     for ours, theirs in zip(found, world.local.generate(prompts, GREEDY, threshold=0.5), strict=True):
         check_equal(ours, theirs)
 
@@ -210,10 +209,10 @@ def test_what_one_engine_cannot_do_is_refused(world: World) -> None:
         ({POLICY: "random:rate=0.1", THRESHOLD: 0.5}, "give one of them"),
     ]
     for given, words in wrong:
-        refused = httpx.post(url, json={**body, "vllm_xargs": given})
+        refused = ask(url, json={**body, "vllm_xargs": given})
         assert refused.status_code == 400, given
         assert words in refused.text
-    refused = httpx.post(url, json={**body, "structured_outputs": {"regex": "a"}})
+    refused = ask(url, json={**body, "structured_outputs": {"regex": "a"}})
     assert refused.status_code == 400
     assert "structured_outputs" in refused.text
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from collm.errors import ConfigError, LoadError
 from collm.vllm.launch import ServerPlan, check_python, launched
 
 SERVER = """
-import http.server, os, signal, subprocess, sys
+import http.server, os, signal, socketserver, subprocess, sys
 
 behaviour = os.environ["BEHAVIOUR"]
 if behaviour == "dies":
@@ -31,9 +33,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(503 if behaviour == "never" else 200)
         self.end_headers()
 
+    def log_message(self, *_):
+        pass
 
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+socketserver.ThreadingUnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
 """
 
 
@@ -64,12 +68,21 @@ def test_servers_are_up_in_the_block_and_gone_after_it(environment: dict[str, st
     plans = [plan(environment), plan(environment, name="assistant")]
     with launched(plans, sys.executable, tmp_path / "logs", wait_s=60) as running:
         assert len(processes(environment)) == 4
-        assert [server.url for server in running] == [f"http://127.0.0.1:{server.port}/v1" for server in running]
+        assert len({server.url for server in running}) == 2
         command = Path(f"/proc/{running[1].process.pid}/cmdline").read_text().split("\0")
         assert command[command.index("--served-model-name") + 1] == "assistant"
         assert command[command.index("--seed") + 1] == "1"
     assert gone(environment)
     assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == ["assistant.log", "base.log"]
+
+
+def test_no_other_user_can_reach_or_replace_them(environment: dict[str, str], tmp_path: Path) -> None:
+    with launched([plan(environment)], sys.executable, tmp_path / "logs", wait_s=60) as (server,):
+        directory = server.address.parent
+        assert (directory.stat().st_uid, stat.S_IMODE(directory.stat().st_mode)) == (os.getuid(), 0o700)
+        assert stat.S_ISSOCK(server.address.stat().st_mode)
+        assert not any(one.net_connections("inet") for one in processes(environment))
+    assert not directory.exists()
 
 
 def test_one_that_dies_says_why_and_takes_the_others_down(environment: dict[str, str], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from collm import CoLLM, DeferralHead, ModelSpec
@@ -47,6 +48,31 @@ def test_a_footprint_is_read_from_the_config_alone(saved_model: Saved) -> None:
     assert size == Footprint(size.weights, 2 * 2 * 32 // 4 * 2 * 4, 128, "float32")  # layers, kv heads x width, fp32
     half = Footprint.of(ModelSpec(str(path), dtype="bfloat16"))
     assert (half.weights, half.kv_per_token) == (size.weights // 2, size.kv_per_token // 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4), None),
+        (MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, max_seq_len=256), 256),
+        (GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64), 64),
+        (LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, seq_length=9), 2048),
+    ],
+    ids=["bloom", "mpt", "gpt2", "llama"],
+)
+def test_a_config_may_lack_a_length(config: PretrainedConfig, length: int | None, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    spec = ModelSpec(str(tmp_path))
+    assert Footprint.of(spec).max_length == length
+    for wanted in (None, 16):
+        (plan,) = placed([Served("base", spec)], Machine([], 64 * GIB, 2), max_batch=2, max_length=wanted)
+        assert flag(plan, "--max-model-len") == str(wanted or min(length or 8192, 8192))
+
+
+def test_a_model_without_attention_is_refused(tmp_path: Path) -> None:
+    MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match="is a MambaForCausalLM without attention"):
+        Footprint.of(ModelSpec(str(tmp_path)))
 
 
 def test_what_has_no_footprint_is_refused(tmp_path: Path) -> None:

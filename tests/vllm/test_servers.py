@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import psutil
 import pytest
@@ -144,15 +146,21 @@ def test_two_requests_a_deferral_and_one_more(world: World) -> None:
 def test_prefixes_are_not_read_again(world: World) -> None:
     """All but the last block, of 32 tokens, comes from the cache at each deferral after the first."""
     prompt = [*range(3, 93)] * 4
-    before = _counter(world.assistants[0].root, "vllm:prefix_cache_hits_total")
+    before = _counter(world.assistants[0].url, "vllm:prefix_cache_hits_total")
     (out,) = world.served(1).generate([prompt], GREEDY, threshold=0.5)
-    hits = _counter(world.assistants[0].root, "vllm:prefix_cache_hits_total") - before
+    hits = _counter(world.assistants[0].url, "vllm:prefix_cache_hits_total") - before
     assert sum(out.authors) > 5
     assert hits >= (sum(out.authors) - 1) * (len(prompt) - 32)
 
 
-def _counter(root: str, name: str) -> float:
-    lines = httpx.get(f"{root}/metrics").text.splitlines()
+def ask(url: str, json: Any = None, **options: Any) -> httpx.Response:
+    """The answer of a server that listens on a Unix socket."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=unquote(url.split("/")[2])), **options) as client:
+        return client.request("GET" if json is None else "POST", url, json=json)
+
+
+def _counter(url: str, name: str) -> float:
+    lines = ask(url.replace("/v1", "/metrics")).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
@@ -177,14 +185,14 @@ def test_rows_are_never_text_and_wrong_values_are_refused(world: World) -> None:
     note = Note.read(world.exports[2])
     url = f"{world.bases[2].url}/completions"
     body = {"prompt": [5, 6], "max_tokens": 200, "temperature": 2.0, "ignore_eos": True, "return_token_ids": True}
-    written = httpx.post(url, json=body, timeout=60).json()["choices"][0]["token_ids"]
+    written = ask(url, json=body, timeout=60).json()["choices"][0]["token_ids"]
     assert len(written) == 200
     assert max(written) < note.vocab_size
     for value in (2, "much"):
-        refused = httpx.post(url, json={**body, "vllm_xargs": {THRESHOLD: value}})
+        refused = ask(url, json={**body, "vllm_xargs": {THRESHOLD: value}})
         assert refused.status_code == 400
         assert THRESHOLD in refused.text
-    assert httpx.post(url, json={**body, "vllm_xargs": {"defer_treshold": 0.5}}).status_code == 400
+    assert ask(url, json={**body, "vllm_xargs": {"defer_treshold": 0.5}}).status_code == 400
 
 
 def test_candidates_are_those_of_the_models(world: World) -> None:

@@ -146,6 +146,7 @@ class Conversation:
 
 def _converse(talk: Conversation, console: Console) -> None:
     """Read lines until there are no more."""
+    from collm.cli.terminal import not_text
     from collm.errors import CollmError
 
     with suppress(ImportError):  # lines can be typed without
@@ -159,6 +160,8 @@ def _converse(talk: Conversation, console: Console) -> None:
         except KeyboardInterrupt:
             console.print()
             continue
+        except UnicodeDecodeError as error:
+            raise not_text(error) from error
         if line == "/quit":
             return
         try:
@@ -171,13 +174,12 @@ def _converse(talk: Conversation, console: Console) -> None:
 
 
 def _answer(talk: Conversation, console: Console, question: str) -> None:
-    from collm.cli.authors import coloured
     from collm.core.types import deferral_rate
 
     answer = talk.ask(question)
     try:
         for step in answer:
-            console.print(coloured([step]), end="")
+            console.show([step])
     except KeyboardInterrupt:
         console.print(" [dim](stopped)[/dim]", end="")
     finally:
@@ -249,9 +251,8 @@ def _save(talk: Conversation, name: str) -> str:
 
 
 def _show(talk: Conversation, console: Console) -> None:
-    from collm.cli.authors import coloured
-
     for question, steps in talk.turns:
         console.print("[bold]you:[/bold] ", end="")
         console.print(question, markup=False)
-        console.print(coloured(steps))
+        console.show(steps)
+        console.print()

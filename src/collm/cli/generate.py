@@ -67,6 +67,7 @@ def generate(
     """Continue prompts. In a terminal, each token has the colour of its author."""
     import transformers
 
+    from collm.cli.terminal import not_text
     from collm.collaboration import CoLLM
     from collm.core.params import SamplingParams
 
@@ -90,12 +91,18 @@ def generate(
         bad_words=bad_words or (),
         structured_outputs=sampling.structured_outputs(json_schema, json_object, regex, choice, grammar),
     )
+    try:
+        texts = [
+            typer.get_binary_stream("stdin").read().decode("utf-8-sig") if prompt == "-" else prompt
+            for prompt in prompts
+        ]
+    except UnicodeDecodeError as error:
+        raise not_text(error) from error
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_code": trust_code, "eager": eager}
     loading |= {"engine": engine, "cache_memory": cache_memory}
     model = CoLLM.from_pretrained(collaboration, servers=options.servers_named(servers), **loading)
     if not chat and model.training.get("rows") == "chats":
         typer.echo("this collaboration was trained on chats; --chat sends the prompt as a user's message", err=True)
-    texts = [typer.get_text_stream("stdin").read() if prompt == "-" else prompt for prompt in prompts]
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
     deciding = {"threshold": threshold, "budget": budget, "policy": policy, "lookahead": lookahead}
     show = _print_json if json_ else _print_coloured
@@ -115,7 +122,7 @@ def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, dec
 
 def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, deciding: dict[str, Any]) -> None:
     """Print each token when it is generated."""
-    from collm.cli.authors import coloured, legend
+    from collm.cli.authors import legend
     from collm.cli.terminal import Console
     from collm.core.types import deferral_rate
 
@@ -125,7 +132,7 @@ def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams,
             console.print(f"[dim]prompt {index + 1}[/dim]")
         authors, is_empty = [], True
         for step in model.stream(prompt, params, **deciding):
-            console.print(coloured([step]), end="")
+            console.show([step])
             authors.append(step.author)
             is_empty = is_empty and not step.text
         console.print()

@@ -107,7 +107,7 @@ def _engine_of(collaborations: list[str], max_batch: int) -> Iterator[Servers]:
 
     if len(collaborations) > 1:
         raise ConfigError("one engine holds one collaboration; give --servers to serve several")
-    path = collaborations[0].rpartition("=")[2]
+    _, path = named(collaborations[0])
     logs = Path(f"{Path(path).resolve().name}-vllm") / "logs"
     with one_engine(path, logs, max_batch=max_batch) as servers:
         yield servers
@@ -135,6 +135,15 @@ def check_extra() -> None:
         raise MissingExtra(str(error.name).partition(".")[0], "serve") from error
 
 
+def named(given: str) -> tuple[str, str]:
+    """The model name and the path of NAME=DIR or DIR, whose path may have a = too."""
+    name, equals, path = given.partition("=")
+    is_path = Path(given).exists() or (Path(name).name != name and not Path(path).exists())
+    if is_path or not (name and equals):
+        return Path(given).resolve().name, given
+    return name, path
+
+
 def _models(collaborations: list[str], servers: Sequence[Servers | None], loading: dict[str, Any]) -> dict[str, Any]:
     """Load the collaborations, by name."""
     import transformers
@@ -144,9 +153,7 @@ def _models(collaborations: list[str], servers: Sequence[Servers | None], loadin
     transformers.utils.logging.disable_progress_bar()  # the log is JSON
     models: dict[str, Any] = {}
     for given, served in zip(collaborations, servers, strict=True):
-        name, equals, path = given.partition("=")
-        if not equals:
-            name, path = Path(given).resolve().name, given
+        name, path = named(given)
         if name in models:
             raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
         models[name] = CoLLM.from_pretrained(path, servers=served, **loading)

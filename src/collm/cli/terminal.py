@@ -1,4 +1,7 @@
-"""What a terminal shows of texts that models, rows and files of strangers hold: never their control sequences."""
+"""What a terminal shows of texts that models, rows and files of strangers hold: never their control sequences.
+
+Where the output is no terminal, it holds the text of models unchanged.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from collm.cli.authors import Written, coloured
+from collm.errors import ConfigError
 from collm.redaction import visible
 
 
 class Console(RichConsole):
-    """A rich console whose texts cannot control the terminal, though its colours do; piped, texts stay as they are."""
+    """A rich console whose texts cannot control the terminal, though its colours do."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, **options)
@@ -25,6 +30,19 @@ class Console(RichConsole):
                 yield segment
             else:
                 yield Segment(visible(segment.text), segment.style)
+
+    def show(self, steps: Iterable[Written]) -> None:
+        """Print text of authors in their colours. Piped, it is written as it is: rich would change tabs and more."""
+        if self.is_terminal:
+            self.print(coloured(steps), end="")
+            return
+        self.file.write("".join(step.text for step in steps))
+        self.file.flush()
+
+
+def not_text(error: UnicodeDecodeError) -> ConfigError:
+    """The error of standard input that cannot be decoded."""
+    return ConfigError(f"standard input is not {error.encoding} text ({error}); convert it to UTF-8")
 
 
 def log_to_terminal() -> None:

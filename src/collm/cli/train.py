@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -140,16 +141,14 @@ def _is_list(field: Any) -> bool:
 
 
 def _read_yaml(path: str | None) -> dict[str, Any]:
-    import yaml
-
     from collm.errors import ConfigError
+    from collm.untrusted import read_yaml
 
     if path is None:
         return {}
     try:
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = read_yaml(Path(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"could not read {path}: {error}; expected a YAML file of fields") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}, expected fields with values")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from collm.errors import ConfigError
+from collm.untrusted import check_fields
 
 
 def threshold_text(threshold: float) -> str:
@@ -33,6 +34,16 @@ class CalibrationPoint:
     high: float
     rate_low: float
     rate_high: float
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> CalibrationPoint:
+        """Read the output of `dataclasses.asdict`."""
+        point = cls(**content)
+        check_fields(point)
+        shares = [value for name, value in content.items() if name != "threshold"]
+        if not -1 <= point.threshold <= 1 or not all(0 <= share <= 1 for share in shares):
+            raise ConfigError(f"{point!s:.300} is impossible, expected shares from 0 to 1")
+        return point
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,11 @@ class HeldOutCheck:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> HeldOutCheck:
         """Read the output of `dataclasses.asdict`."""
-        points = {name: CalibrationPoint(**content[name]) for name in ("promised", "held_out")}
+        points = {name: CalibrationPoint.from_dict(content[name]) for name in ("promised", "held_out")}
         differences = {name: tuple(content[name]) for name in ("rate_difference", "metric_difference")}
-        return cls(**{**content, **points, **differences})
+        check = cls(**{**content, **points, **differences})
+        check_fields(check)
+        return check
 
 
 def best_within(points: Sequence[CalibrationPoint], budget: float) -> CalibrationPoint:
@@ -147,8 +160,12 @@ class Calibration:
         """Read the output of `to_dict`.
 
         Raises:
-            KeyError, TypeError: `content` has another structure.
+            KeyError, TypeError, ValueError, ConfigError: `content` has another structure.
         """
-        points = [CalibrationPoint(**point) for point in content["points"]]
+        points = [CalibrationPoint.from_dict(point) for point in content["points"]]
         checks = [HeldOutCheck.from_dict(check) for check in content["checks"]]
-        return cls(**{**content, "points": points, "checks": checks})
+        calibration = cls(**{**content, "points": points, "checks": checks})
+        check_fields(calibration)
+        for budget in (1.0, *calibration.budgets):
+            calibration.best(budget)
+        return calibration

@@ -107,7 +107,9 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             texts = getattr(self, name)
             object.__setattr__(self, name, (texts,) if isinstance(texts, str) else tuple(texts))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            token_ids = getattr(self, name)
+            object.__setattr__(self, name, None if token_ids is None else tuple(dict.fromkeys(token_ids)))
         if self.temperature is None:
             object.__setattr__(self, "temperature", 1.0 if self._truncates else 0.0)  # type: ignore[unreachable]
         self._check_lengths()

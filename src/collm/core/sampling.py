@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 from torch import Tensor
+
+
+def seeded(seed: int | None) -> random.Random:
+    """The random numbers of a seed; of the operating system's entropy if it is None. Python alone ignores the sign."""
+    return random.Random(seed if seed is None or seed >= 0 else str(seed))
 
 
 def penalised(logits: Tensor, counts: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ like final ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +46,11 @@ class LogitsProcessors:
     ) -> None:
         self.params = params
         self._end_ids = sorted(end_ids)
-        self._bad_words = _bad_words(params.bad_words, tokenizer)
+        self._bad_words: dict[tuple[int, ...], list[int]] = {}  # tokens -> the last tokens that are bad after them
+        for *before, last in bad_word_tokens(tokenizer, tuple(params.bad_words)):
+            self._bad_words.setdefault(tuple(before), []).append(last)
+        self._lengths = {len(before) for before in self._bad_words if before}
+        self._fixed: dict[torch.device, _Fixed] = {}
         self._counts = _TokenCounts(prompt_ids) if params.penalises else None
         self._grammar = grammar
 
@@ -58,12 +63,20 @@ class LogitsProcessors:
         Raises:
             RequestError: the grammar has become too complex.
         """
-        edits.bias(row, self.params.logit_bias)
+        if edits.device not in self._fixed:
+            self._fixed[edits.device] = self._make_fixed(edits)
+        fixed = self._fixed[edits.device]
+        if fixed.bias is not None:
+            edits.bias(row, fixed.bias)
         if self._counts is not None:
             edits.penalise(row, self._counts.of(generated), self.params)
-        edits.ban(row, self._banned(generated, len(generated) if length is None else length))
-        if self.params.allowed_token_ids is not None:
-            edits.allow(row, self.params.allowed_token_ids)
+        if fixed.forbidden is not None:
+            edits.forbid(row, fixed.forbidden)
+        if (len(generated) if length is None else length) < self.params.min_tokens:
+            edits.forbid(row, fixed.ends)
+        for count in self._lengths:
+            if count <= len(generated):
+                edits.ban(row, self._bad_words.get(tuple(generated[len(generated) - count :]), ()))
         if self._grammar is not None:
             self._grammar.go_to(generated)
             edits.constrain(row, self._grammar)
@@ -82,16 +95,38 @@ class LogitsProcessors:
         self._grammar.go_to(generated)
         return self._grammar.complete
 
-    def _banned(self, generated: Sequence[int], length: int) -> Iterator[int]:
-        if length < self.params.min_tokens:
-            yield from self._end_ids
-        for *before, last in self._bad_words:
-            if list(generated[len(generated) - len(before) :]) == before:
-                yield last
+    def _make_fixed(self, edits: Edits) -> _Fixed:
+        bias = forbidden = None
+        if self.params.logit_bias:
+            bias = torch.zeros(edits.vocab_size)
+            bias[list(self.params.logit_bias)] = torch.tensor(list(self.params.logit_bias.values()))
+        allowed, banned = self.params.allowed_token_ids, self._bad_words.get((), [])
+        if allowed is not None or banned:
+            forbidden = torch.zeros(edits.vocab_size, dtype=torch.bool)
+            if allowed is not None:
+                forbidden.fill_(True)[list(allowed)] = False
+            forbidden[banned] = True
+        ends = torch.zeros(edits.vocab_size, dtype=torch.bool)
+        ends[self._end_ids] = True
+        moved = (None if one is None else one.to(edits.device) for one in (bias, forbidden))
+        return _Fixed(next(moved), next(moved), ends.to(edits.device))
 
 
-def _bad_words(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each text without and, if it has as many tokens, with a leading space, as in vLLM."""
+class _Fixed(NamedTuple):
+    """What a request changes at every token: a bias, forbidden tokens, and the tokens that end the text, each (V,)."""
+
+    bias: Tensor | None
+    forbidden: Tensor | None
+    ends: Tensor
+
+
+@lru_cache(maxsize=64)
+def bad_word_tokens(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> list[list[int]]:
+    """Tokens of each text without and, if it has as many tokens, with a leading space, as in vLLM.
+
+    Raises:
+        RequestError: the tokenizer fails on a text.
+    """
     found = []
     for text in texts:
         bare, spaced = (tokenize(tokenizer, space + text.lstrip(), special=False) for space in ("", " "))
@@ -144,12 +179,12 @@ class Edits:
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.device = device
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._kept: list[tuple[int, Tensor]] = []
-        self._biased: list[tuple[int, int, float]] = []
+        self._biased: list[tuple[int, Tensor]] = []
         self._penalties: list[Array] = []  # (6, tokens): row, token, count, and the three penalties
         self._banned: list[tuple[int, int]] = []
-        self._allowed: list[tuple[int, Sequence[int]]] = []
+        self._forbidden: list[tuple[int, Tensor]] = []
         self._grammar_rows: list[int] = []
         self._bits: list[Array] = []
 
@@ -157,8 +192,9 @@ class Edits:
         """Exclude all tokens but those of a mask, bool, shape (V,), on the device of the logits."""
         self._kept.append((row, mask))
 
-    def bias(self, row: int, by_token: Mapping[int, float]) -> None:
-        self._biased += [(row, token_id, bias) for token_id, bias in by_token.items()]
+    def bias(self, row: int, bias: Tensor) -> None:
+        """Add a bias, shape (V,), on the device of the logits."""
+        self._biased.append((row, bias))
 
     def penalise(self, row: int, counts: tuple[Array, Array], params: SamplingParams) -> None:
         token_ids, times = counts
@@ -167,14 +203,15 @@ class Edits:
         each[3:] = [[params.repetition_penalty], [params.presence_penalty], [params.frequency_penalty]]
         self._penalties.append(each)
 
-    def ban(self, row: int, token_ids: Iterator[int]) -> None:
+    def ban(self, row: int, token_ids: Iterable[int]) -> None:
         self._banned += [(row, token_id) for token_id in token_ids]
 
-    def allow(self, row: int, token_ids: Sequence[int]) -> None:
-        self._allowed.append((row, token_ids))
+    def forbid(self, row: int, mask: Tensor) -> None:
+        """Exclude the tokens of a mask, bool, shape (V,), on the device of the logits."""
+        self._forbidden.append((row, mask))
 
     def constrain(self, row: int, grammar: Grammar) -> None:
-        bits = bit_row(self._vocab_size)
+        bits = bit_row(self.vocab_size)
         grammar.fill(bits)
         self._grammar_rows.append(row)
         self._bits.append(bits)
@@ -187,9 +224,8 @@ class Edits:
             at = to_device(rows_kept, logits.device)
             logits[at] = logits[at].masked_fill(~torch.stack(masks), -torch.inf)
         if self._biased:
-            rows, token_ids, biases = zip(*self._biased, strict=True)
-            at = to_device([rows, token_ids], logits.device)
-            logits.index_put_(tuple(at), to_device(biases, logits.device, logits.dtype), accumulate=True)
+            rows, biases = zip(*self._biased, strict=True)
+            logits[to_device(rows, logits.device)] += torch.stack(biases).to(logits.dtype)
         if self._penalties:
             columns = torch.from_numpy(np.concatenate(self._penalties, axis=1)).to(logits.device)
             at = columns[:2].long()
@@ -197,12 +233,10 @@ class Edits:
             logits[tuple(at)] = penalised(logits[tuple(at)], counts, *penalties)
         if self._banned:
             logits[tuple(to_device(self._banned, logits.device).T)] = -torch.inf
-        for row, allowed in self._allowed:
-            kept = logits[row, list(allowed)]
-            logits[row] = -torch.inf
-            logits[row, list(allowed)] = kept
+        for row, mask in self._forbidden:
+            logits[row].masked_fill_(mask, -torch.inf)
         if self._bits:
-            mask = forbidden(np.stack(self._bits), self._vocab_size).to(logits.device)
+            mask = forbidden(np.stack(self._bits), self.vocab_size).to(logits.device)
             at = to_device(self._grammar_rows, logits.device)
             logits[at] = logits[at].masked_fill(mask, -torch.inf)
         return logits

@@ -46,9 +46,10 @@ class PromptIds(NamedTuple):
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raise a RequestError if the parameters hold token ids outside the vocabulary."""
     for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-        outside = sorted(token for token in getattr(params, name) or () if not 0 <= token < vocab_size)
-        if outside:
-            raise RequestError(f"{name} has token id {outside[0]}, outside the vocabulary of {vocab_size} tokens")
+        token_ids = getattr(params, name) or (0,)
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            outside = min(token for token in token_ids if not 0 <= token < vocab_size)
+            raise RequestError(f"{name} has token id {outside}, outside the vocabulary of {vocab_size} tokens")
 
 
 def check_names_author(policy: Policy, num_assistants: int) -> None:

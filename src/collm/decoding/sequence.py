@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.policies import StepView
+from collm.core.sampling import seeded
 from collm.core.types import BASE, Completion, FinishReason, TokenStep
 from collm.decoding.draws import Draw, Sampling
 from collm.decoding.logits_processors import Edits, LogitsProcessors
@@ -106,7 +106,7 @@ class Sequence:
         self._stream = TextStream(
             tokenizer, request.prompt_ids, params.stop, keep_stop=params.include_stop_str_in_output
         )
-        self._rng = random.Random(params.seed)
+        self._rng = seeded(params.seed)
         self._uniforms: list[tuple[float, float]] = []
 
     @property

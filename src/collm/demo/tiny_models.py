@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from collm.atomic import atomic_directory
+from collm.core.sampling import seeded
 from collm.demo.lessons import (
     IGNORED,
     Example,
@@ -123,7 +124,7 @@ def fine_tune(base_dir: Path, rows: Sequence[dict[str, str]], out_dir: Path, *, 
         raise DataError("there are no rows to fine-tune on; expected at least one {'prompt', 'completion'}")
     spec = ModelSpec(str(base_dir), dtype="float32", device="cpu")
     model, tokenizer = load_model(spec), load_tokenizer(spec)
-    encode, rng = encoder(tokenizer), random.Random(seed)
+    encode, rng = encoder(tokenizer), seeded(seed)
     eos = _eos_token_id(tokenizer)
     examples = [answered(encode(row["prompt"]), [*encode(row["completion"]), eos]) for row in rows]
     batch_size = min(BASE_RECIPE.batch_size, len(examples))

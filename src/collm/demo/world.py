@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 
+from collm.core.sampling import seeded
 from collm.errors import ConfigError
 
 PUNCTUATION = ".,!?"
@@ -136,7 +137,7 @@ class DemoWorld:
         if num_assistants not in (1, 2):
             raise ConfigError(f"num_assistants is {num_assistants!r}, expected 1 or 2: the demo has two experts")
         self.domains = (geography(), chemistry())[:num_assistants]
-        rng = random.Random(seed)
+        rng = seeded(seed)
         train: list[Statement] = []
         validation: list[Statement] = []
         test: list[Statement] = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from collm.atomic import write_error
 from collm.core.types import Completion, FinishReason, ModelUsage
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 
@@ -90,28 +92,29 @@ def read_answers(directory: Path, system: str) -> dict[str, Answer]:
     path = answer_path(directory, system)
     if not path.exists():
         raise ArtefactError(f"there is no {path}; run the same 'collm eval' again")
-    return AnswerFile(path).answers.items
+    return _read(path, {})[0].items
 
 
 class AnswerFile:
-    """A JSONL file: the identity of the evaluation, then a line for each answer and each batch.
+    """The writer of a JSONL file: the identity of the evaluation, then a line for each answer and each batch.
 
     Args:
         path: created if it does not exist.
-        identity: all settings that the answers depend on; None to read an existing file.
+        identity: all settings that the answers depend on.
 
     Raises:
         ConfigError: the file holds the answers of another evaluation.
         ArtefactError: a line is damaged.
+        WriteError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
-        self.identity = json.loads(json.dumps(identity))
-        self.answers = Answers()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not (path.exists() and self._read()):
-            self._append({"identity": self.identity})
+        identity = json.loads(json.dumps(identity))
+        self.answers, whole = _read(path, identity) if path.exists() else (Answers(), 0)
+        self._write(lambda stream: stream.truncate(whole))  # the last line may be cut
+        if not whole:
+            self._append({"identity": identity})
 
     def add(self, answer: Answer) -> None:
         self.answers.items[answer.id] = answer
@@ -124,37 +127,46 @@ class AnswerFile:
         self._append({"batch": asdict(batch)})
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        self._write(lambda stream: stream.write(line.encode()))
 
-    def _read(self) -> bool:
-        """Read the existing lines. Return whether there are any."""
-        lines = self.path.read_bytes().split(b"\n")
-        if lines[-1]:  # a kill in the middle of a line
-            self.path.write_bytes(b"\n".join([*lines[:-1], b""]))
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                self._take(json.loads(line))
-            except DAMAGED as error:
-                raise ArtefactError(f"{self.path}, line {number} is damaged ({error}); delete the file") from error
-        return len(lines) > 1
+    def _write(self, change: Callable[[BinaryIO], object]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", opener=_not_through_a_link) as stream:
+                change(stream)
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
-    def _take(self, record: Mapping[str, Any]) -> None:
-        if "identity" in record:
-            self._check(record["identity"])
-        elif "answer" in record:
-            answer = Answer(**record["answer"])
-            self.answers.items[answer.id] = answer
-        else:
-            content = record["batch"]
-            usage = {name: ModelUsage(**used) for name, used in content["usage"].items()}
-            self.answers.batches.append(Batch(content["ids"], usage, content["seconds"]))
 
-    def _check(self, before: Mapping[str, Any]) -> None:
-        for name, value in (self.identity or {}).items():
-            if before.get(name) != value:
-                hashed = name in ("items", "models")
-                held = f"of other {name}" if hashed else f"with {name}={before.get(name)!r}, now it is {value!r}"
-                raise ConfigError(
-                    f"{self.path} holds answers {held}; choose another --out, or give the same options to go on"
-                )
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _read(path: Path, identity: Mapping[str, Any]) -> tuple[Answers, int]:
+    """Read the whole lines of a file, as a kill may have cut the last one. Also return their number of bytes."""
+    answers = Answers()
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if "identity" in record:
+                _check(path, record["identity"], identity)
+            elif "answer" in record:
+                answer = Answer(**record["answer"])
+                answers.items[answer.id] = answer
+            else:
+                content = record["batch"]
+                usage = {name: ModelUsage(**used) for name, used in content["usage"].items()}
+                answers.batches.append(Batch(content["ids"], usage, content["seconds"]))
+        except DAMAGED as error:
+            raise ArtefactError(f"{path}, line {number} is damaged ({error}); delete the file") from error
+    return answers, sum(len(line) + 1 for line in lines)
+
+
+def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            hashed = name in ("items", "models")
+            held = f"of other {name}" if hashed else f"with {name}={before.get(name)!r}, now it is {value!r}"
+            raise ConfigError(f"{path} holds answers {held}; choose another --out, or give the same options to go on")

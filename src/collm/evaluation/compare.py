@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.artefact import library_versions
-from collm.atomic import write_text
+from collm.atomic import sole_writer, write_text
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
 from collm.core.types import deferral_rate
@@ -25,6 +25,7 @@ from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
 from collm.training.data import Row
+from collm.untrusted import contained
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def compare(
 
     Raises:
         DataError: no items, or two items with the same id.
-        ConfigError: `out` holds the answers of another evaluation, or the collaboration cannot decode as a system does.
+        ConfigError: `out` holds the answers of another evaluation, another process writes there, or the collaboration
+            cannot decode as a system does.
+        ArtefactError: a link in `out` leads out.
         ModelFailure, ToolFailure: a model failed. The run stops and the item is not scored as wrong. Earlier answers
             are kept.
     """
@@ -133,14 +136,15 @@ def _answered(
     task, items = asking.task, asking.items
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
-    for system in systems:
-        report = progress(system.name) if progress else None
-        found, model = asking.answers(system, out, rate=_rate(answers), report=report)
-        answers[system.name] = [found.items[item.id] for item in items]
-        results.append(result_of(system, model, task, items, answers, found))
-        outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
-        if outputs is not None:
-            _write(out / "outputs" / f"{answer_path(out, system.name).stem}.json", outputs)
+    with sole_writer(contained(out)):
+        for system in systems:
+            report = progress(system.name) if progress else None
+            found, model = asking.answers(system, out, rate=_rate(answers), report=report)
+            answers[system.name] = [found.items[item.id] for item in items]
+            results.append(result_of(system, model, task, items, answers, found))
+            outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
+            if outputs is not None:
+                _write(out / "outputs" / f"{answer_path(out, system.name).stem}.json", outputs)
     return answers, results
 
 

@@ -94,7 +94,9 @@ def max_length_of(model: CoLLM, wanted: int | None) -> int:
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters from generation options of the harness. `do_sample=False` means temperature 0.
+    """Sampling parameters from generation options of the harness.
+
+    `do_sample=False` means temperature 0, and empty texts of `until` end nothing, as for the harness's own models.
 
     Raises:
         ConfigError: an unsupported option, or a value out of range.
@@ -102,7 +104,7 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     from lm_eval.models.utils import normalize_gen_kwargs
 
     asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), MAX_GEN_TOKS))
-    stop, max_new_tokens = asked.pop("until"), asked.pop("max_gen_toks")
+    stop, max_new_tokens = filter(None, asked.pop("until")), asked.pop("max_gen_toks")
     sampled, temperature = asked.pop("do_sample"), float(asked.pop("temperature", 0.0))
     truncation = {name: asked.pop(name) for name in ("top_p", "top_k") if name in asked}
     if asked.pop("num_beams", 1) != 1 or asked:
@@ -113,4 +115,4 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
         )
     if sampled and temperature == 0:
         raise ConfigError("do_sample=True has no effect at temperature 0; give a temperature above 0")
-    return SamplingParams(max_new_tokens, temperature, stop=stop, **truncation)
+    return SamplingParams(max_new_tokens, temperature, stop=tuple(stop), **truncation)

@@ -15,6 +15,10 @@ from collm.evaluation.insights import Deferred, deferred_classes, deferred_token
 from collm.evaluation.report import Example, Report, Row, Table, Token
 from collm.evaluation.run_charts import Prices, run_charts, titled
 from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
+from collm.untrusted import contained, read_text
+
+MAX_BYTES = 1 << 30
+"""Largest accepted file of an evaluation."""
 
 
 def report_of(directory: Path, prices: Prices | None = None) -> Report:
@@ -24,13 +28,15 @@ def report_of(directory: Path, prices: Prices | None = None) -> Report:
         prices: token prices for the chart of costs; None for FLOPs.
 
     Raises:
-        ArtefactError: the directory has no finished evaluation, or a damaged one.
+        ArtefactError: the directory has no finished evaluation, a damaged one, or a link that leads out.
         ConfigError: a model has no price.
     """
+    contained(directory)
     try:
-        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-        items = {item["id"]: item for item in json.loads((directory / "items.json").read_text(encoding="utf-8"))}
-        candidates = json.loads((directory / "candidates.json").read_text(encoding="utf-8"))
+        results, listed, candidates = (
+            json.loads(read_text(directory / f"{name}.json", MAX_BYTES)) for name in ("results", "items", "candidates")
+        )
+        items = {item["id"]: item for item in listed}
         short = short_names([row["name"] for row in results["rows"]])
         results["rows"] = [{**row, "name": short[row["name"]]} for row in results["rows"]]
         answers = {short[name]: read_answers(directory, name) for name in short}

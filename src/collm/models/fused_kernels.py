@@ -8,9 +8,9 @@ Shapes: T tokens, H heads, D head dimension, N normalised dimension.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from collm.models.language_model import LanguageModel
 
+_ROTARY = "apply_rotary_pos_emb"
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -112,29 +113,29 @@ class FusedKernels:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        self._norms: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
+        self._norms: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._attentions: list[tuple[nn.Module, Callable[..., Any]]] = []
+        equal: dict[Any, bool] = {}
         for module in model.decoder.modules():
-            fused = _fused_norm(module) if type(module).__name__.endswith("RMSNorm") else None
-            if fused is not None:
+            if "forward" in vars(module):
+                continue
+            plain = _rotary_of(module)
+            if type(module).__name__.endswith("RMSNorm") and (fused := _fused_norm(module)) is not None:
                 self._norms.append((module, fused))
-        modeling = sys.modules.get(type(model.decoder).__module__)
-        self._rotary: Any = modeling if modeling is not None and _rotates_halves(modeling, model) else None
+            elif plain is not None and equal.setdefault(plain, _rotates_halves(plain, model)):
+                self._attentions.append((module, _with_rotary(module, _rotary_of_halves(plain))))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the model with the kernels inside the block."""
-        before: Any = None if self._rotary is None else self._rotary.apply_rotary_pos_emb
+        replaced = [*self._norms, *self._attentions]
         try:
-            for module, fused in self._norms:
+            for module, fused in replaced:
                 module.forward = fused
-            if self._rotary is not None:
-                self._rotary.apply_rotary_pos_emb = _rotary_of_halves(before)
             yield
         finally:
-            for module, _ in self._norms:
+            for module, _ in replaced:
                 vars(module).pop("forward", None)
-            if self._rotary is not None:
-                self._rotary.apply_rotary_pos_emb = before
 
 
 @torch.no_grad()
@@ -142,12 +143,7 @@ def _fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The norm as one kernel; None if the results differ."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if (
-        not isinstance(weight, Tensor)
-        or weight.ndim != 1
-        or not isinstance(epsilon, float)
-        or "forward" in vars(module)
-    ):
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(epsilon, float):
         return None
     states = _random(3, len(weight), like=weight)
     expected = module(states)
@@ -172,12 +168,26 @@ def _rotary_of_halves(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[.
     return apply
 
 
+def _rotary_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The rotary embedding that a layer's forward pass calls; None if it calls none by this name."""
+    forward = type(module).forward
+    called = _ROTARY in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return forward.__globals__.get(_ROTARY) if called else None
+
+
+def _with_rotary(module: nn.Module, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward pass with another rotary embedding. Other models use that of the modeling file meanwhile."""
+    forward: Any = type(module).forward
+    names = {**forward.__globals__, _ROTARY: rotary}
+    own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(own, module)
+
+
 @torch.no_grad()
-def _rotates_halves(modeling: Any, model: LanguageModel) -> bool:
+def _rotates_halves(apply: Callable[..., Any], model: LanguageModel) -> bool:
     """Whether the rotary embedding of a modeling file equals `rotate`."""
-    apply, dim = getattr(modeling, "apply_rotary_pos_emb", None), 16
-    if apply is None:
-        return False
+    dim = 16
     weight = model.output_weight
     q, k = (_random(1, heads, 3, dim, like=weight) for heads in (4, 2))
     cos, sin = (_random(1, 3, dim, like=weight) for _ in range(2))

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.gguf import GGUF_ARCHS, read_gguf_metadata
 
 from collm.errors import LoadError
+from collm.models.language_model import ropes_of
 
 ROPE_TENSORS = ("rope_freqs.", "rope_factors_")
 """Prefixes of tensors that scale the frequencies of a rotary embedding."""
@@ -33,7 +34,8 @@ def check_gguf(name: str, file: str, config: PretrainedConfig) -> None:
             "the package kernels, or use the original checkpoint"
         )
     scaled = metadata.get(f"{architecture}.rope.scaling.type", "none") != "none"
-    if (scaled or any(one.startswith(ROPE_TENSORS) for one in tensors)) and _rope_types(config) <= {"default"}:
+    kinds = {rope.get("rope_type", "default") for rope in ropes_of(config.get_text_config())}
+    if (scaled or any(one.startswith(ROPE_TENSORS) for one in tensors)) and kinds == {"default"}:
         raise LoadError(
             f"{name!r} scales its rotary embedding, which transformers does not read from a GGUF file of the "
             f"architecture {architecture}; use the original checkpoint"
@@ -47,10 +49,3 @@ def drop_additions(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
         content = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
         content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < size]
         cast(Any, tokenizer)._tokenizer = Tokenizer.from_str(json.dumps(content))
-
-
-def _rope_types(config: PretrainedConfig) -> set[str]:
-    """RoPE types of all kinds of layers."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [one for one in rope.values() if isinstance(one, dict)] or [rope]
-    return {kind.get("rope_type", "default") for kind in kinds}

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import StructuredOutputs
 from collm.errors import ConfigError, MissingExtra, RequestError
+from collm.models import grammar_process
 from collm.models.runner import common_prefix
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+LIMITS = {"bytes": 256 << 10, "rules": 2000, "alternatives": 20_000, "references": 1000}
+"""Bounds of the source of a stranger's grammar."""
+COMPILE_S = 4.0
+"""Time limit for compiling a stranger's grammar, in seconds."""
+COMPILE_BYTES = 1 << 30
+"""Memory limit for compiling a stranger's grammar, where the system enforces it."""
 _MAX_CACHED = 64
 """Number of compiled grammars to cache."""
+_MAX_CACHED_BYTES = 1 << 20
+"""Largest total size of the sources of cached grammars, which take some hundred times as much memory."""
 _WORD_BITS = 32
+_RULE = re.compile(r"^\s*[?!]?[\w-]+[^:\n\"/]*:", re.MULTILINE)
 
 
 class Grammar:
@@ -102,25 +119,65 @@ class Grammars:
         self._llg_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
-    def compile(self, structured: StructuredOutputs) -> Grammar:
+    def compile(self, structured: StructuredOutputs, *, trusted: bool = True) -> Grammar:
         """Compile a constraint and return its initial state.
+
+        Args:
+            trusted: whether the constraint may crash this process. One of a stranger is bounded by `LIMITS`, and
+                compiled first in a process of its own.
 
         Raises:
             RequestError: the schema, regular expression or grammar is invalid or too large.
             ConfigError: the tokenizer is not supported, or has no EOS.
             MissingExtra: llguidance is not installed.
         """
+        if not trusted:
+            _check_size(structured)
         source = _source(structured)
         with self._lock:
             matcher = self._compiled.get(source)
         if matcher is None:
+            if not trusted:
+                self._rehearse(source)
             matcher = self._matcher(source)  # may be slow, so do not hold the lock
         with self._lock:
             self._compiled[source] = matcher
             self._compiled.move_to_end(source)
-            if len(self._compiled) > _MAX_CACHED:
+            while len(self._compiled) > _MAX_CACHED or sum(map(len, self._compiled)) > _MAX_CACHED_BYTES:
                 self._compiled.popitem(last=False)
             return Grammar(matcher.deep_copy())
+
+    def _rehearse(self, source: str) -> None:
+        """Compile a grammar in a process that may die, with a vocabulary of bytes and special tokens."""
+        asked = {
+            "source": source,
+            "tokenizer": self._small_tokenizer,
+            "vocab_size": max(self._vocab_size, 256 + len(self._tokenizer.added_tokens_decoder)),
+            "memory_bytes": COMPILE_BYTES,
+            "path": sys.path,
+        }
+        command = [sys.executable, "-I", grammar_process.__file__]
+        environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+        try:
+            done = subprocess.run(
+                command, input=json.dumps(asked), text=True, capture_output=True, env=environment, timeout=COMPILE_S
+            )
+        except subprocess.TimeoutExpired:
+            done = None
+        if done is None or done.returncode:
+            raise RequestError(
+                f"structured_outputs cannot be compiled within {COMPILE_S:g} s, {COMPILE_BYTES >> 20} MiB and a stack "
+                f"of {grammar_process.STACK_BYTES >> 20} MiB; use a simpler one"
+            )
+
+    @cached_property
+    def _small_tokenizer(self) -> str:
+        """A tokenizer of all bytes, with the special tokens of the tokenizer."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        small = Tokenizer(BPE({character: place for place, character in enumerate(alphabet)}, []))
+        small.pre_tokenizer, small.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        small.add_tokens(list(self._tokenizer.added_tokens_decoder.values()))
+        return small.to_str()
 
     def _matcher(self, source: str) -> LLMatcher:
         llguidance = _llguidance()
@@ -146,6 +203,26 @@ class Grammars:
             ) from error
 
 
+def _check_size(structured: StructuredOutputs) -> None:
+    """Raise a RequestError for a constraint that exceeds `LIMITS`."""
+    parts: Sequence[object] = structured.choice or [structured.regex or structured.grammar or structured.json or ""]
+    try:
+        source = "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)
+    except RecursionError as error:
+        raise RequestError("structured_outputs.json is nested too deeply; use a simpler schema") from error
+    found = {
+        "bytes": len(source.encode()),
+        "rules": len(_RULE.findall(source)) if structured.grammar else 0,
+        "alternatives": len(structured.choice or ()) + source.count("|"),
+        "references": source.count("$ref"),
+    }
+    for what, most in LIMITS.items():
+        if found[what] > most:
+            raise RequestError(
+                f"structured_outputs has {found[what]} {what}, expected at most {most}; use a smaller one"
+            )
+
+
 def _llguidance() -> Any:
     try:
         import llguidance
@@ -166,12 +243,12 @@ def _source(structured: StructuredOutputs) -> str:
         return cast(str, matcher.grammar_from_lark(f"start: {choices}"))
     if structured.grammar is not None:
         return cast(str, matcher.grammar_from_lark(_lark(structured.grammar)))
-    schema = structured.json if isinstance(structured.json, str) else json.dumps(structured.json)
     try:
+        schema = structured.json if isinstance(structured.json, str) else json.dumps(structured.json)
         json.loads(schema)
         return cast(str, matcher.grammar_from_json_schema(schema))
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"structured_outputs.json is {schema!r:.80}, expected a JSON schema ({error})") from error
+        raise RequestError(f"structured_outputs.json is no JSON, expected a JSON schema ({error})") from error
 
 
 def _lark(grammar: str) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
+from collm.models.template import PromptTemplate
 from collm.models.token_ids import token_ids_of
 
 ACCEPTABLE = ("special_tokens", "eos", "chat_template")
@@ -26,7 +27,7 @@ class TokenizerIdentity:
     Attributes:
         tokens: token id -> token.
         special_tokens: role (bos, eos, unk, ...) -> token, without padding, which no model reads.
-        chat_template: None if the tokenizer has none.
+        chat_template: None if the tokenizer has none; as JSON if it has one of its own for tools.
         probe_ids: token ids of a fixed text, which depend on merges and normalisation.
     """
 
@@ -38,11 +39,12 @@ class TokenizerIdentity:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerIdentity:
         special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
-        template = tokenizer.chat_template
+        template = PromptTemplate.of(tokenizer)
+        chats = [template.chat, template.tool_chat]
         return cls(
             tokens={token_id: token for token, token_id in tokenizer.get_vocab().items()},
             special_tokens=special,
-            chat_template=template if isinstance(template, str) or template is None else json.dumps(template),
+            chat_template=template.chat if template.tool_chat is None else json.dumps(chats),
             probe_ids=tuple(token_ids_of(tokenizer, PROBE, special=False)),
         )
 

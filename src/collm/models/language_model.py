@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from collm.errors import LoadError, UnsupportedModel
 from collm.models.packing import PackedLinear
@@ -94,11 +95,14 @@ class LanguageModel:
         A RoPE whose frequencies change beyond its original length would invalidate cached keys. The limit is then the
         original length.
         """
-        limit = getattr(self.config, "max_position_embeddings", None)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            return cast("int | None", rope.get("original_max_position_embeddings") or limit)
-        return limit
+        config = self.config.get_text_config()
+        longest = context_length(config)
+        limits = [
+            rope.get("original_max_position_embeddings") or longest
+            for rope in ropes_of(config)
+            if rope.get("rope_type") in ("dynamic", "longrope")
+        ]
+        return min((limit for limit in (longest, *limits) if limit is not None), default=None)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -138,6 +142,18 @@ class LanguageModel:
     def output_bias(self) -> Tensor | None:
         """Bias of the output layer, shape (padded V,), or None."""
         return cast("Tensor | None", getattr(self._output_layer, "bias", None))
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Number of positions that a text config states; None if it states none, as with ALiBi."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
+
+
+def ropes_of(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The RoPE parameters of a text config, for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
 
 
 def eos_set(eos: Any, name: str) -> frozenset[int]:

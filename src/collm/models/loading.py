@@ -26,7 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import (
+    find_adapter_config_file,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+)
 
 from collm.errors import ConfigError, LoadError, MissingExtra
 from collm.models.adapters import check_adapter
@@ -40,7 +45,14 @@ from collm.models.token_ids import MAX_GROWTH, normalizer_growth
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Attention implementations of transformers itself. Given a name with a slash, it would download and run a kernel."""
+"""Attention implementations of transformers itself. Given a name with a slash, or one of flash attention without its
+package, it would download and run a kernel."""
+
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+"""Implementations of mixtures of experts that are part of transformers. Others are kernels from the Hub."""
+
+KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "nvfp4")
+"""Quantization methods for which transformers downloads and runs kernels where the package kernels is installed."""
 
 MAX_LAYERS = 1000
 """Largest accepted number of layers, because layers are allocated before the weights are read."""
@@ -207,13 +219,36 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise LoadError(f"the config of {spec.path!r} has num_hidden_layers {layers}, expected at most {MAX_LAYERS}")
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    for named in {getattr(part, "_attn_implementation", None) for part in parts} - {None, *ATTENTIONS}:
-        raise LoadError(
-            f"the config of {spec.path!r} requires the attention {named!r}, which is not part of transformers; "
-            "remove attn_implementation from its config.json"
-        )
+    _check_no_kernels(spec, config)
     return config
+
+
+def _check_no_kernels(spec: ModelSpec, config: PretrainedConfig) -> None:
+    """Raise a LoadError if transformers would download and run a kernel for a model."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for what, option, known in (
+        ("attention", "attn_implementation", ATTENTIONS),
+        ("experts", "experts_implementation", EXPERTS),
+    ):
+        for named in (getattr(part, f"_{option}", None) for part in parts):
+            if named not in (None, *known):
+                raise LoadError(
+                    f"the config of {spec.path!r} requires the {what} {named!r}, which is not part of transformers; "
+                    f"remove {option} from its config.json"
+                )
+    asked = [spec.attention] if spec.attention else [getattr(part, "_attn_implementation", None) for part in parts]
+    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    for named, is_installed in installed.items():
+        if named in asked and not is_installed():
+            raise LoadError(
+                f"{spec.path!r} requires the attention {named!r}, whose package is not installed or not for this "
+                "machine; install it, or choose another attention"
+            )
+    if is_kernels_available() and (method := quantized_with(config)) in KERNELS:
+        raise LoadError(
+            f"{spec.path!r} is quantized with {method}, for which transformers would run kernels from the Hub; use the "
+            "original checkpoint, or uninstall the package kernels"
+        )
 
 
 def _check_no_adapter(spec: ModelSpec) -> None:

@@ -99,8 +99,8 @@ def aligned(
 def _text_tokenizer(
     name: str, member: Member, tokenizer: PreTrainedTokenizerBase, base_template: PromptTemplate
 ) -> TextTokenizer:
-    eos_ids, chat = _eos_ids(tokenizer, member), cast("str | None", tokenizer.chat_template)
-    template = PromptTemplate(base_template.text, chat or base_template.chat).with_turn_ends(tokenizer, eos_ids)
+    eos_ids, own = _eos_ids(tokenizer, member), PromptTemplate.of(tokenizer, base_template.text)
+    template = (base_template if own.chat is None else own).with_turn_ends(tokenizer, eos_ids)
     return TextTokenizer(tokenizer, name=name, template=template, eos_ids=eos_ids)
 
 

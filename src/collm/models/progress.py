@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 SMALL_BYTES = 1 << 30
 """Size below which no progress bar is shown."""
 
+_LOADING = threading.RLock()
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -22,18 +24,20 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
     """Disable transformers' progress bars while a small local model is read or written.
 
-    Also suppresses a deprecation warning that peft causes in transformers.
+    Also suppresses a deprecation warning that peft causes in transformers. One thread is inside at a time, because
+    these settings, and others that transformers changes while it loads, are those of the process.
     """
-    shown = transformers_logging.is_progress_bar_enabled()
-    if _num_bytes(model) < SMALL_BYTES:
-        transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    with _LOADING:
+        shown = transformers_logging.is_progress_bar_enabled()
+        if _num_bytes(model) < SMALL_BYTES:
+            transformers_logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                yield
+        finally:
+            if shown:
+                transformers_logging.enable_progress_bar()
 
 
 class LoadReport(logging.Filter):

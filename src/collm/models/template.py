@@ -11,13 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.models.chats import Chat, Message, rendering_of, tool_name, tools_of
-from collm.models.time_limit import time_limit
+from collm.models.rendering import render
 from collm.models.token_ids import token_ids_of
 
-LONGEST_RENDERING_S = 10.0
-"""Time limit of a chat template in seconds, because templates are untrusted programs."""
-
 Prompt = str | Sequence[Message] | Sequence[int]
+
+_SOME_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class PromptTemplate:
     Attributes:
         text: template of string prompts; contains `{prompt}` once.
         chat: Jinja chat template for lists of messages; None if the collaboration does not support chats.
+        tool_chat: chat template for chats with tools; None if `chat` renders them too.
         turn_ends: ids of tokens that end an assistant's turn. Training appends the first one to a turn without an
             end. Empty means the tokenizer's EOS only.
 
@@ -50,12 +50,24 @@ class PromptTemplate:
     text: str = "{prompt}"
     chat: str | None = None
     turn_ends: tuple[int, ...] = ()
+    tool_chat: str | None = None
 
     def __post_init__(self) -> None:
         if self.text.count("{prompt}") != 1:
             raise ConfigError(
                 f"prompt template is {self.text!r}, expected a text that contains {{prompt}} exactly once"
             )
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str = "{prompt}") -> PromptTemplate:
+        """A template with a tokenizer's chat template. Of several named ones, `default` and `tool_use` are used."""
+        found = tokenizer.chat_template
+        named = found if isinstance(found, Mapping) else {"default": found}
+        return cls(text, chat=named.get("default"), tool_chat=named.get("tool_use"))
+
+    def chat_for(self, tools: Sequence[object] | None) -> str | None:
+        """The template of chats with these tools; None if there is none."""
+        return self.tool_chat if tools and self.tool_chat is not None else self.chat
 
     def with_turn_ends(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> PromptTemplate:
         """This template with `turn_ends` set, determined by rendering a turn.
@@ -69,7 +81,9 @@ class PromptTemplate:
         Raises:
             DataError: no token ends a turn, and the tokenizer has no EOS.
         """
-        ends = self._closing_tokens(tokenizer, stop_ids) or _eos_ids(tokenizer)
+        kinds = [None] if self.tool_chat is None else [None, [_SOME_TOOL]]
+        found = [end for tools in kinds for end in self._closing_tokens(tokenizer, stop_ids, tools)]
+        ends = found or _eos_ids(tokenizer)
         if not ends:
             raise DataError(
                 "no token ends an assistant's turn, so decoding would not stop: the chat template writes no special "
@@ -77,9 +91,11 @@ class PromptTemplate:
             )
         return replace(self, turn_ends=tuple(dict.fromkeys([*ends, *sorted(stop_ids)])))
 
-    def _closing_tokens(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> list[int]:
+    def _closing_tokens(
+        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[int]:
         content = "answer"
-        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+        turn = Chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": content}], tools)
         try:
             closed = self._turn(tokenizer, turn, 1)[1]
         except (DataError, RequestError):
@@ -93,12 +109,11 @@ class PromptTemplate:
         openers = [self._opener(tokenizer, turn, closed, role) for role in ("user", "tool", "system")]
         return [token for token in dict.fromkeys(openers) if token in special]
 
-    def _opener(
-        self, tokenizer: PreTrainedTokenizerBase, turn: list[dict[str, str]], closed: str, role: str
-    ) -> int | None:
+    def _opener(self, tokenizer: PreTrainedTokenizerBase, turn: Chat, closed: str, role: str) -> int | None:
         """The first token of a message of this role after a finished turn."""
         try:
-            whole = self.render_chat(tokenizer, [*turn, {"role": role, "content": "next"}], open_turn=False)
+            longer = Chat([*turn, {"role": role, "content": "next"}], turn.tools)
+            whole = self.render_chat(tokenizer, longer, open_turn=False)
         except RequestError:
             return None
         following = tokenize(tokenizer, whole[len(closed) :], special=False) if whole.startswith(closed) else []
@@ -210,29 +225,31 @@ class PromptTemplate:
         Raises:
             RequestError: there is no chat template, or it rejects the messages.
         """
-        if self.chat is None:
+        chat = self.chat_for(tools_of(messages))
+        if chat is None:
             raise RequestError("the prompt is a list of messages, but there is no chat template; pass a string")
+        if not messages:
+            raise RequestError("the chat template has no messages to render; expected at least one")
         rendering = rendering_of(messages)
         try:
-            with time_limit(LONGEST_RENDERING_S):
-                rendered = tokenizer.apply_chat_template(
-                    [self._known_role(message) for message in messages],
-                    tools=tools_of(messages),
-                    chat_template=self.chat,
-                    tokenize=False,
-                    add_generation_prompt=open_turn,
-                    continue_final_message=rendering.continue_final_message and not open_turn,
-                    **rendering.template_kwargs,
-                )
-        except Exception as error:  # a template is a program and may raise anything
+            return render(
+                conversations=[[_known_role(message, chat) for message in messages]],
+                tools=tools_of(messages),
+                chat_template=chat,
+                add_generation_prompt=open_turn,
+                continue_final_message=rendering.continue_final_message and not open_turn,
+                **{**tokenizer.special_tokens_map, **rendering.template_kwargs},
+            )
+        except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(
                 f"the chat template rejects the messages {json.dumps(messages, default=str)[:120]}: {error}"
             ) from error
-        return cast(str, rendered)
 
-    def _known_role(self, message: Message) -> dict[str, Any]:
-        renamed = message.get("role") == "developer" and "developer" not in str(self.chat)
-        return {**message, "role": "system"} if renamed else dict(message)
+
+def _known_role(message: Message, chat: str) -> dict[str, Any]:
+    renamed = message.get("role") == "developer" and "developer" not in chat
+    fields = {key: value for key, value in message.items() if value is not None}
+    return {**fields, "role": "system"} if renamed else fields
 
 
 def _is_list_of(prompt: object, kind: type) -> bool:

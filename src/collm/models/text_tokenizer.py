@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -22,6 +23,8 @@ _WINDOW_BYTES = 32
 """Distance in bytes from the end of the known text to the boundary from which it is encoded again."""
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's character for a space."""
+_BYTE = re.compile("<0x[+0-9A-Fa-f][0-9A-Fa-f]>")
+"""A token that stands for a byte, as the decoder reads it."""
 
 
 class TextTokenizer:
@@ -263,7 +266,7 @@ def _spell_byte_level(token: str) -> bytes | None:
 
 
 def _spell_sentencepiece(token: str) -> bytes | None:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if _BYTE.fullmatch(token):
         return bytes([int(token[3:5], 16)])
     return token.replace(_SPACE, " ").encode()
 

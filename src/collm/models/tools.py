@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
@@ -20,6 +21,9 @@ from collm.tools.calls import Answer, open_tool
 from collm.tools.spec import ToolSpec
 
 _LOG = logging.getLogger(__name__)
+
+CALLS_PER_TOKEN = 4
+"""Time limit of all calls of a tool for one token, in time limits of one call."""
 
 
 class ToolModel:
@@ -75,9 +79,18 @@ class ToolModel:
         return self._first_match(text, self._possible_answers(text, answers))
 
     def _possible_answers(self, text: str, answers: dict[int, Answer]) -> Iterator[tuple[int, Answer]]:
-        """Yield positions at which an unfinished answer may have begun, latest first, with the tool's answers."""
+        """Yield positions at which an unfinished answer may have begun, latest first, with the tool's answers.
+
+        Answers are kept, so a tool that is too slow for one token gets further at the next.
+        """
+        due = time.monotonic() + CALLS_PER_TOKEN * self.spec.seconds
         for at in range(len(text), max(len(text) - self.spec.max_answer, -1), -1):
             if at not in answers:
+                if time.monotonic() > due:
+                    raise ToolFailure(
+                        f"{self.spec} took longer than {CALLS_PER_TOKEN * self.spec.seconds:g} s for one token; make "
+                        "it faster, or lower max_answer, which bounds its calls"
+                    )
                 (answers[at],) = self._tool.answers(text, [at])
             yield at, answers[at]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from collm.collaboration import CoLLM
@@ -26,6 +25,7 @@ from collm.training.data import Row
 from collm.training.examples import Example
 from collm.training.scores import Scores
 from collm.training.scoring import find_scores, progress_bar
+from collm.untrusted import contained, read_yaml
 
 
 @dataclass(frozen=True)
@@ -137,26 +137,26 @@ class PastRun:
 
         Raises:
             ConfigError: run.yaml is missing or damaged, or names a function that is not trusted.
+            ArtefactError: a symbolic link leads out of the directory.
         """
-        path = directory / "run.yaml"
+        path = contained(directory) / "run.yaml"
         if not path.exists():
             raise ConfigError(f"there is no {path} with the validation rows; pass --data")
         try:
-            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+            options = read_yaml(path)
             values = {one.name: options[one.name] for one in fields(RunConfig)}
-            seed, max_length = int(options["seed"]), int(options["max_length"])
-        except (*DAMAGED, yaml.YAMLError) as error:
+            named = functions_named(values)
+            if named and not trust_code:
+                raise ConfigError(not_trusted(path, named[0]))
+            config = RunConfig(**values)
+            seed, max_length = (int(options[name]) for name in ("seed", "max_length"))
+            if abs(seed) >= 1 << 63 or max_length < 2:
+                raise ValueError(f"seed is {seed}, max_length {max_length}")
+        except (*DAMAGED, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"{path} is damaged ({type(error).__name__}: {reason:.200}); restore it, or pass --data"
             ) from error
-        named = functions_named(values)
-        if named and not trust_code:
-            raise ConfigError(not_trusted(path, named[0]))
-        try:
-            config = RunConfig(**values)
-        except TypeError as error:
-            raise ConfigError(f"{path} is damaged ({error}); restore it, or pass --data") from error
         return cls(directory, config, seed, max_length)
 
     def validation(self) -> Validation:
@@ -167,9 +167,6 @@ class PastRun:
         """The teacher-forced curve, with the stored scores of the assistants, so that only the base is loaded.
 
         Missing scores are computed and stored in the run's directory.
-
-        Raises:
-            ConfigError: a symbolic link leads out of the directory.
         """
         rows, config = self.validation().rows, self.config
         examples = gold_examples(model, rows, max_length=self.max_length)
@@ -196,12 +193,7 @@ class PastRun:
         found = find_scores(shared, examples, spec)
         if found is not None:
             return found
-        own = self.directory / "scores" / part
-        out = shared if self._contains(shared) else own
-        if not self._contains(out):
-            raise ConfigError(f"{out} is a link that leads out of {self.directory}; replace it by a directory")
+        inside = shared.resolve().is_relative_to(self.directory.resolve())
+        out = shared if inside else self.directory / "scores" / part
         batch = self.config.max_batch_tokens
         return score(examples, spec, out, tokenizer, max_batch_tokens=batch, quiet=quiet)
-
-    def _contains(self, path: Path) -> bool:
-        return path.resolve().is_relative_to(self.directory.resolve())

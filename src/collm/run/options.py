@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from collm.models.members import AssistantSpec
 from collm.models.template import PromptTemplate
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
 from collm.training.data import Row, Rows, load_rows
+from collm.untrusted import check_fields
 
 
 @dataclass
@@ -53,16 +54,16 @@ class DataConfig:
             ConfigError: the chat template cannot be read.
             DataError: no token ends a turn.
         """
-        chat = tokenizer.chat_template
+        template = PromptTemplate.of(tokenizer, self.template)
         if self.chat_template is not None:
             try:
                 chat = Path(self.chat_template).read_text(encoding="utf-8")
+                template = PromptTemplate(self.template, chat)
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(
                     f"chat_template {self.chat_template} cannot be read ({error}); name a file"
                 ) from error
-        template = PromptTemplate(self.template, chat=cast("str | None", chat))
-        if chat is None or all(row.messages is None for row in rows):
+        if (template.chat or template.tool_chat) is None or all(row.messages is None for row in rows):
             return template
         return template.with_turn_ends(tokenizer, stop_ids(tokenizer, base))
 
@@ -136,6 +137,7 @@ class RunConfig(DataConfig):
     max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.assistant:
             raise ConfigError("there is no assistant; expected at least one directory, GGUF file or Hub id")
         if self.validation_split is not None and self.validation is None:
@@ -210,6 +212,6 @@ def parse_model(
 ) -> ModelSpec:
     """Parse a model: a directory, a GGUF file or a Hub id, optionally with "@revision"."""
     path, at, revision = name.rpartition("@")
-    if not at or Path(name).exists():
+    if not at or Path(name).expanduser().exists():
         path, revision = name, ""
     return ModelSpec(path, revision or None, dtype, device, attention, quantization)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ import yaml
 from accelerate import PartialState
 
 from collm.artefact import library_versions
-from collm.atomic import write_text
+from collm.atomic import sole_writer, write_text
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
@@ -30,10 +31,12 @@ from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare
 from collm.run.options import RunConfig
 from collm.run.scores import score_all, scores_directory
-from collm.training.checkpoints import last_checkpoint
+from collm.training.checkpoints import check_origin, last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
+from collm.training.examples import fingerprint
 from collm.training.trainer import CoLLMTrainer
+from collm.untrusted import contained, read_yaml
 
 _LETTING_GO_S = 0.5
 
@@ -66,7 +69,8 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     (`args.output_dir`) has run.yaml, run.json, example.txt, scores/, checkpoint-*/, metrics.json and collaboration/.
 
     Raises:
-        ConfigError: options that contradict each other, or a run directory with another run.
+        ConfigError: options that contradict each other, or a run directory with another run, another writer, or with
+            checkpoints of other rows or models.
         CollmError: an error of a step.
     """
     if config.cache_hidden_states and args.method != "head":
@@ -80,7 +84,20 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     directory = Path(args.output_dir)
     processes = processes_of(args)
     check_directory(directory, config, args)
+    with sole_writer(directory) if processes.is_main_process else nullcontext():
+        return _train(config, args, directory, processes, quiet=quiet)
+
+
+def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: PartialState, *, quiet: bool) -> RunResult:
     prepared = prepare(config, args)
+    if (checkpoint := last_checkpoint(directory)) is not None:
+        origin = {
+            "examples": fingerprint(prepared.examples),
+            "evaluation": None if prepared.evaluation is None else fingerprint(prepared.evaluation),
+            "base": config.base_model.identity()["weights"],  # None for a model on the Hub, until it is loaded
+            "assistants": [spec.identity() for spec in config.assistants],
+        }
+        check_origin(checkpoint, {name: value for name, value in origin.items() if value is not None})
     processes.wait_for_everyone()  # all have checked the directory before one writes
     if processes.is_main_process:
         claim_directory(directory, config, args)
@@ -152,22 +169,24 @@ def _save(
 
 
 def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
-    """Raise a ConfigError for a directory with another run or other files."""
-    path = directory / "run.yaml"
+    """Raise a ConfigError for a directory with another run or other files, an ArtefactError if a link leads out."""
+    path = contained(directory) / "run.yaml"
     if path.exists():
         now = yaml.safe_load(to_yaml(config, args))
         try:
-            before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (*DAMAGED, yaml.YAMLError) as error:
+            before = dict(read_yaml(path))
+        except DAMAGED as error:
             raise ConfigError(f"{path} is damaged; restore it, or choose another output_dir") from error
         different = [name for name in now if before.get(name) != now[name]]
         if different:
             name = different[0]
             raise ConfigError(
-                f"{directory} holds a run with {name}={before.get(name)!r}, now it is {now[name]!r}; "
+                f"{directory} holds a run with {name}={before.get(name)!r:.200}, now it is {now[name]!r:.200}; "
                 "choose another output_dir, or give the same options to resume"
             )
-    elif directory.exists() and any(entry.name != "scores" for entry in directory.iterdir()):
+    elif directory.exists() and not (
+        directory.is_dir() and all(entry.name == "scores" or entry.name[0] == "." for entry in directory.iterdir())
+    ):
         raise ConfigError(f"{directory} exists and holds no run; choose another output_dir")
 
 

@@ -227,7 +227,7 @@ def _target(http: Request, body: Sampled | CandidatesRequest | TokenizeRequest |
     return target
 
 
-async def _refused(http: Request, error: Exception) -> Response:
+async def _refused(http: Request, error: Any) -> Response:
     refusal = refusal_of(error, f"{http.method} {http.url.path}")
     return JSONResponse(refusal.content, refusal.status, refusal.headers)
 

@@ -20,6 +20,9 @@ from collm.serving.schemas import CollmOptions
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
 
+MAX_TOKEN_CHARACTERS = 128
+"""A prompt with more characters than that for each token that fits is refused before it is tokenized."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -115,12 +118,19 @@ class Target:
             APIError: the prompt is empty or too long, or has an unknown token id.
         """
         model = self.served.model
+        fitting = [one.max_length - 1 for one in model.runners if one.max_length is not None]
+        fitting += [] if longest is None else [longest]
+        if keep_last is None and fitting and _characters(prompt) > min(fitting) * MAX_TOKEN_CHARACTERS:
+            raise invalid(
+                f"the prompt has {_characters(prompt)} characters, this server takes {min(fitting)} tokens; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
         with refused(param):
             token_ids = model.template.encode_prompt(model.tokenizer, prompt)
             assistants = model.assistant_prompts(prompt)
             if keep_last is not None:
-                fitting = [one.max_length - 1 for one in model.runners if one.max_length is not None]
-                most = min([*fitting, *([] if longest is None else [longest]), len(token_ids)])
+                most = min([*fitting, len(token_ids)])
                 token_ids = (
                     token_ids[-(most if keep_last < 0 else min(keep_last, len(token_ids))) :] if keep_last else []
                 )
@@ -196,6 +206,13 @@ class Target:
         check_prompt(
             model.runners if model.alignment is None else model.runners[:1], model.identity.vocab_size, token_ids
         )
+
+
+def _characters(prompt: Prompt) -> int:
+    """Number of characters of a text, or about that of a chat; 0 for token ids."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(str(one.get("content") or "")) for one in prompt if isinstance(one, Mapping))
 
 
 def _at_fault(options: CollmOptions) -> str:

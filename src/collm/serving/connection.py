@@ -1,4 +1,4 @@
-"""Connections of the server: how many there are, and how long one may take to send the head of a request."""
+"""Connections of the server: how many there are, and how long a client may take to send a request and to read."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from collm.errors import ConfigError
 
 HEAD_S = 20.0
 """Time for the head of a request after its first byte, and for the first byte of a connection, in seconds."""
+UNREAD_S = 60.0
+"""Time for a client to read what fills the buffer of its connection, in seconds."""
 OTHER_DESCRIPTORS = 256
 """Descriptors for everything but connections: files, libraries, tools, model servers."""
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -25,12 +27,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Connection(H11Protocol):
-    """A connection. It is closed if there are too many, or if the head of a request does not arrive in time."""
+    """A connection. It is closed if there are too many, or if its client does not send or read in time."""
 
     def __init__(self, *, max_connections: int, **options: Any) -> None:
         super().__init__(**options)
         self._max_connections = max_connections
         self._late: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -41,6 +44,8 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_awaiting()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -49,6 +54,15 @@ class Connection(H11Protocol):
             self._stop_awaiting()
         elif self._late is None:
             self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def _await_head(self) -> None:
         self._late = self.loop.call_later(HEAD_S, self.transport.abort)

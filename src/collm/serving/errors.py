@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from collm.errors import CacheFull, CollmError, ConfigError, RequestError
+
+_LOG = logging.getLogger(__name__)
 
 DISCONNECTED = 499
 """Status in logs and metrics for a client that disconnected."""
@@ -66,12 +69,13 @@ def not_now(status: int, message: str, code: str, retry_after_s: int = 1) -> API
     return APIError(status, message, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
-def of_failure(failure: CollmError) -> APIError:
-    """The error response for a failure. Details of internal failures are not sent."""
+def of_failure(failure: CollmError, model: str) -> APIError:
+    """The error response for a failure of a request to a model. Details of internal failures are logged, not sent."""
     if isinstance(failure, RequestError | ConfigError):
         return invalid(str(failure))
     if isinstance(failure, CacheFull):
         return not_now(503, str(failure), "cache_full")
+    _LOG.error("a request to %s failed: %s", model, failure, exc_info=failure)
     return broken()
 
 

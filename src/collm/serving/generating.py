@@ -74,7 +74,7 @@ async def _scored(target: Target, requests: Sequence[EngineRequest], reading: Pa
             try:
                 found[id(one.prompt_ids)] = await target.served.worker.collect(chunks)
             except CollmError as error:
-                raise of_failure(error) from error
+                raise of_failure(error, target.served.name) from error
     return [found[id(one.prompt_ids)] for one in requests]
 
 

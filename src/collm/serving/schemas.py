@@ -61,6 +61,7 @@ Token = Annotated[int, Field(ge=0, lt=_INT64)]
 Tokens = Annotated[list[Token], Field(max_length=MAX_TOKENS, fail_fast=True)]
 TokenIds = Annotated[Tokens, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=_INT64)]
+BadWord = Annotated[NonEmpty, Field(max_length=256)]
 StopText = Annotated[NonEmpty, Field(max_length=4096)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -155,7 +156,7 @@ class Sampled(Open):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], BeforeValidator(_few_keys)] | None = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: Some[NonEmpty] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=1000, fail_fast=True)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     stop_token_ids: Some[Token] | None = None
     ignore_eos: bool | None = None

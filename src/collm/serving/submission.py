@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,10 +10,7 @@ from typing import Protocol
 from collm.core.types import TokenStep
 from collm.decoding.engine import RequestOutput
 from collm.decoding.request import Request
-from collm.errors import CollmError
 from collm.serving.errors import APIError, of_failure
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Submission:
         if not self.unfinished:
             return
         if output.failure is not None:
-            self._failed(output.failure)
+            self.fail(of_failure(output.failure, self._owner.name))
             return
         assert output.step is not None
         finish_reason = output.completion.finish_reason if output.completion else None
@@ -93,9 +89,3 @@ class Submission:
         self._arrived.set()
         if finish_reason is not None:
             self._owner.finish(self)
-
-    def _failed(self, failure: CollmError) -> None:
-        error = of_failure(failure)
-        if error.status >= 500:
-            _LOG.error("a request to %s failed: %s", self._owner.name, failure, exc_info=failure)
-        self.fail(error)

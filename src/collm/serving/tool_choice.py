@@ -55,7 +55,7 @@ def tool_choice(
     if choice == "none":
         return None
     model = target.served.model
-    written = tool_format(model.template.chat or "")
+    written = tool_format(model.template.chat_for(tools) or "")
     if written is None:
         raise invalid(
             f"the chat template of {target.served.name} has no known format of tools; leave tools out",

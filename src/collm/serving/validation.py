@@ -9,7 +9,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from collm.serving.errors import APIError, broken, invalid
+from collm.serving.errors import APIError, invalid
 from collm.serving.schemas import WHY_NOT
 
 _NESTED = {"collm", "stream_options", "response_format", "structured_outputs", "text"}
@@ -18,17 +18,15 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = 100
 
 
-def refusal_of(error: Exception, asked: str) -> APIError:
+def refusal_of(error: APIError | RequestValidationError | HTTPException, asked: str) -> APIError:
     """The API error for an exception. `asked` is the method and path of the request."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
-    if isinstance(error, HTTPException):
-        return APIError(
-            error.status_code, f"{asked[:80]}: {error.detail}; /openapi.json lists all routes", headers=error.headers
-        )
-    return broken()
+    return APIError(
+        error.status_code, f"{asked[:80]}: {error.detail}; /openapi.json lists all routes", headers=error.headers
+    )
 
 
 def unknown(params: Sequence[str]) -> APIError:

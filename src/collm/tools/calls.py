@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -117,25 +118,34 @@ class IsolatedTool:
             raise LoadError(f"could not load {self.spec}: it {why}; {HOW_TO_FIND}")
 
     def _send(self, content: object) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(content).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # reading the reply reports the failure
+        self._unsent = memoryview(json.dumps(content).encode() + b"\n")
 
     def _receive(self, seconds: float) -> Any:
-        """Read the next reply, or return `_Lost` with the reason why there is none."""
+        """Send the rest of the request and read the next reply, or return `_Lost` with the reason why there is none."""
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        requests, replies = self._process.stdin.fileno(), self._process.stdout.fileno()
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
+            poll = select.poll()
+            poll.register(replies, select.POLLIN)
+            if self._unsent:
+                poll.register(requests, select.POLLOUT)
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+            ready = dict(poll.poll(left * 1000)) if left > 0 else {}
+            if not ready:
                 return _Lost(f"did not answer within {seconds:g} s")
-            piece = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not piece:
-                return _Lost(f"ended its process with status {self._process.wait()}")
-            self._buffer += piece
+            if requests in ready:
+                try:
+                    self._unsent = self._unsent[os.write(requests, self._unsent[: select.PIPE_BUF]) :]
+                except BrokenPipeError:
+                    self._unsent = memoryview(b"")  # the end of the replies reports the failure
+            if replies in ready:
+                piece = os.read(replies, 1 << 16)
+                if not piece:
+                    with suppress(subprocess.TimeoutExpired):
+                        return _Lost(f"ended its process with status {self._process.wait(left)}")
+                self._buffer += piece
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 

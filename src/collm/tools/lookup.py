@@ -14,6 +14,8 @@ from collm.errors import DataError
 
 _PATTERN = "pattern"
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_MAX_CHARACTERS = 100_000_000  # of all facts together, as a short pattern may repeat a long value
+_MAX_COMBINATIONS = 1_000_000  # of patterns and facts
 _MAX_TAIL = 16  # characters at the end of a text by which most texts without a match are recognised
 
 _Fact = tuple[str, str, dict[str, Any]]
@@ -41,8 +43,10 @@ class Lookup:
     def __init__(self, path: Path) -> None:
         self._following: dict[str, str] = {}
         answers: dict[str, tuple[str, str]] = {}
+        left = _MAX_CHARACTERS
         for where, pattern, fields in _facts(path):
-            opening, following = _fill(where, pattern, fields)
+            opening, following = _fill(where, pattern, fields, left)
+            left -= len(opening) + len(following)
             bare = opening.rstrip()
             answer = opening[len(bare) :] + following
             before, other = answers.setdefault(bare, (where, answer))
@@ -75,14 +79,22 @@ def _in_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _fill(where: str, pattern: str, fields: dict[str, Any]) -> tuple[str, str]:
-    """Fill a pattern. Returns its text before the last placeholder, and the text from there on."""
+def _fill(where: str, pattern: str, fields: dict[str, Any], most: int) -> tuple[str, str]:
+    """Fill a pattern. Returns its text before the last placeholder, and the text from there on.
+
+    Raises:
+        DataError: a value is blank, or the text has over `most` characters or is not valid Unicode.
+    """
     parts = _PLACEHOLDER.split(pattern)
     for at in range(1, len(parts), 2):
         value = fields.get(parts[at], "")
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: the field {parts[at]!r} is {value!r}, expected a text that is not blank")
         parts[at] = value
+    if sum(map(len, parts)) > most:
+        raise DataError(
+            f"{where}: the facts have over {_MAX_CHARACTERS} characters in total; use fewer or shorter ones"
+        )
     opening, following = "".join(parts[:-2]), "".join(parts[-2:])
     try:
         (opening + following).encode()
@@ -142,6 +154,12 @@ def _json_facts(path: Path, text: str) -> Iterator[_Fact]:
     shape = {name: type(each) for name, each in content.items()} if isinstance(content, dict) else type(content)
     if shape != {"patterns": list, "facts": list}:
         raise DataError(f'{path}: expected a list of facts or {{"patterns": [..], "facts": [..]}}')
+    combinations = len(content["patterns"]) * len(content["facts"])
+    if combinations > _MAX_COMBINATIONS:
+        raise DataError(
+            f"{path} combines patterns and facts in {combinations} ways, expected at most {_MAX_COMBINATIONS}; list "
+            "facts with a pattern each"
+        )
     for at, pattern in enumerate(content["patterns"], start=1):
         names = set(_placeholders(f"{path}, pattern {at}", pattern))
         is_used = False

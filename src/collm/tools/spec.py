@@ -27,7 +27,7 @@ class ToolSpec:
         argument: argument of a built-in tool: the table of "lookup" (a CSV or JSON file), or "marks" for a calculator
             that only completes `<<..=` marks.
         eps: probability that the tool's distribution gives to all tokens but the next one of its answer, in (0, 1).
-        seconds: time limit of one call of a user function.
+        seconds: time limit of one call of a user function. All calls for one token may take four times as long.
         max_answer: largest number of characters of an answer; longer answers are truncated.
 
     Raises:
@@ -115,7 +115,7 @@ class ToolSpec:
         except OSError as error:
             raise LoadError(f"could not read {path}, which {self} uses: {error}") from error
         described = f"{self} (eps {self.eps:g}, max_answer {self.max_answer})"
-        return {"path": described, "revision": None, "dtype": None, "weights": digest}
+        return {"path": described, "revision": None, "dtype": None, "quantization": None, "weights": digest}
 
 
 def _source(module: str) -> Path:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.tensor import DTensor
 
 from collm.core.head import DeferralHead
-from collm.errors import ArtefactError
+from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.loading import ModelSpec, load_with_adapter
 from collm.models.members import spec_of
 from collm.models.progress import quiet_if_small
@@ -25,6 +25,15 @@ FOLDERS = {"full": "base", "lora": "adapter", "head": None}
 """Method -> directory of the tuned base; None for a frozen base."""
 
 STATE = "trainer_state.json"
+ORIGIN = "trained_on.json"
+_ORIGIN = {
+    "examples": "rows (or another tokenizer, template or max_length)",
+    "evaluation": "evaluation rows",
+    "base": "weights of the base",
+    "assistants": "assistants",
+}
+"""What a checkpoint depends on besides the options of its run."""
+
 _PREFIX = "checkpoint-"
 
 
@@ -111,3 +120,27 @@ def is_whole(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return False
+
+
+def check_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
+    """Check that a checkpoint was trained on the same rows, from the same models.
+
+    Args:
+        origin: the values of `CoLLMTrainer.origin` that are known.
+
+    Raises:
+        ConfigError: they differ; the message names the first.
+        ArtefactError: the checkpoint's own values cannot be read.
+    """
+    try:
+        found = json.loads((checkpoint / ORIGIN).read_text(encoding="utf-8"))
+        different = [what for name, what in _ORIGIN.items() if name in origin and found[name] != origin[name]]
+    except DAMAGED as error:
+        raise ArtefactError(
+            f"{checkpoint / ORIGIN} is damaged ({error}); delete this checkpoint to resume from an earlier one"
+        ) from error
+    if different:
+        raise ConfigError(
+            f"{checkpoint} was trained with other {different[0]} than are there now; choose another output_dir, or "
+            f"delete the checkpoints in {checkpoint.parent} to train from the beginning"
+        )

@@ -164,6 +164,7 @@ def _check_ranges(config: CoLLMConfig) -> None:
     for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
         value = getattr(config, name)
         _require(value is None or value > 0, name, value, "a number above 0")
+    _require(0 <= config.seed < 1 << 32, "seed", config.seed, "0 to 2^32 - 1")
     costs = _listed(config.deferral_cost)
     valid = bool(costs) and all(0 <= cost < float("inf") for cost in costs)
     _require(valid, "deferral_cost", config.deferral_cost, "0 or a finite number above it")

@@ -8,20 +8,19 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.models.chats import Chat, Message, read_message, read_tools
+from collm.training.directories import FILES, files_in
 from collm.training.formats import Format, format_named, text_field
 
 logger = logging.getLogger(__name__)
 
 Record = tuple[str, Any]
 """Location of a row, and its fields or the DataError that explains why it could not be read."""
-
-FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-"""Suffixes of files with rows."""
 
 BAD_ROWS = ("stop", "skip")
 """Ways to handle a bad row."""
@@ -76,9 +75,10 @@ def load_rows(
     """Read rows with prompts and completions, or chats.
 
     A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
-    form wins if a row has both. Prompt and completion may also be lists of messages (TRL), of which the completion is
-    the target. Messages have OpenAI's format with tool calls, text parts and `weight` (`models.chats`), next to an
-    optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` are recognised.
+    form wins if a row has both, and a field that is null counts as absent. Prompt and completion may also be lists of
+    messages (TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and
+    `weight` (`models.chats`), next to an optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`,
+    `input`, `output` are recognised.
 
     Args:
         source: a JSON file (a list of rows), a JSONL, CSV, Parquet or Arrow file, a directory of such files or one
@@ -95,6 +95,7 @@ def load_rows(
         DataError: there are no rows at `source`, the split does not exist, or a row is malformed (with its file and
             line); with "skip", if every row is malformed.
         ConfigError: `format` or `bad_rows` is unknown, a file has a split, or an official format has field names.
+        ArtefactError: a link leads out of the directory.
     """
     layout = format_named(format)
     if bad_rows not in BAD_ROWS:
@@ -117,7 +118,7 @@ def load_records(
     split: str | None = None,
     format: str = "rows",  # noqa: A002
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Read the unconverted fields of every row, with its location; sources as in `load_rows`.
+    """Read the unconverted fields of every row but those that are null, with its location; sources as in `load_rows`.
 
     Raises:
         DataError: there are no rows at `source`, the split does not exist, or a row has no named fields.
@@ -158,15 +159,12 @@ def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[
         if split is not None:
             raise ConfigError(f"split {split!r} has no effect on the file {path}; leave it out")
         return _read_file(path, layout)
-    if path.is_dir() and layout.files:
-        files = layout.files_in(path, split)
-        if files:
-            return (record for file in files for record in _read_file(file, layout))
-        if not _is_saved(path) and next(path.rglob("*.parquet"), None) is None:
-            patterns = " or ".join(layout.files.values())
-            raise DataError(f"{path} has no {layout.name} data; expected {patterns}, or a copy of a Hub data set")
-    if path.is_dir() or not _looks_like_path(str(source)):
-        return _read_dataset(str(source), split, layout)
+    name, configuration = _configured(str(source))
+    if Path(name).is_dir():
+        files = files_in(Path(name), configuration, split, layout)
+        return chain.from_iterable(_read_file(file, layout) for file in files)
+    if not _looks_like_path(str(source)):
+        return _read_hub(name, configuration, split or "train", layout)
     raise DataError(
         f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a data set directory or a Hub name"
     )
@@ -179,6 +177,8 @@ def _read_file(path: Path, layout: Format) -> Iterator[Record]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); expected a JSON or JSONL file") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; expected a file") from error
     if path.suffix == ".csv":
         return _read_csv(text, path)
     if text.lstrip().startswith("["):
@@ -302,48 +302,40 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in FILES
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+def _configured(source: str) -> tuple[str, str | None]:
+    """A data set's name and the configuration after its colon, unless the colon is part of a directory's name."""
+    name, _, configuration = ("", "", "") if Path(source).is_dir() else source.rpartition(":")
+    return (name, configuration or None) if name else (source, None)
 
 
-def _read_dataset(source: str, split: str | None, layout: Format) -> Iterator[Record]:
+def _read_hub(name: str, configuration: str | None, split: str, layout: Format) -> Iterator[Record]:
+    """Rows of a split of a Hub data set, from each configuration to read."""
     import datasets
 
+    configurations = [configuration]
     try:
-        if _is_saved(Path(source)):
-            tables = {source: _pick_split(datasets.load_from_disk(source), source, split)}
-        else:
-            tables = _load_tables(source, split or "train", layout)
+        if configuration is None and layout.configurations:
+            available = datasets.get_dataset_config_names(name)
+            configurations = [one for one in layout.configurations if one in available] or [None]
+        tables = {":".join(filter(None, (name, one))): _table(name, one, split) for one in configurations}
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"could not load the data set {source!r}: {reason:.400}; expected a JSON or JSONL file, "
-            "a directory written by datasets.save_to_disk, or a Hub name"
+            f"could not load the data set {name!r}: {reason:.400}; expected a file, a directory or a Hub name"
         ) from error
-    return ((f"{name}:{number}", record) for name, table in tables.items() for number, record in enumerate(table, 1))
+    return ((f"{place}:{number}", record) for place, table in tables.items() for number, record in enumerate(table, 1))
 
 
-def _load_tables(source: str, split: str, layout: Format) -> dict[str, Any]:
-    """Load one split of a Hub data set, from each configuration to read."""
+def _table(name: str, configuration: str | None, split: str) -> Iterable[Any]:
+    """A split of a Hub data set, unless its README lists files that are not on the Hub."""
     import datasets
 
-    name, _, configuration = source.partition(":")
-    if not configuration and layout.configurations:
-        available = datasets.get_dataset_config_names(name)
-        configurations = [one for one in layout.configurations if one in available]
-        if configurations:
-            return {f"{name}:{one}": datasets.load_dataset(name, one, split=split) for one in configurations}
-    return {source: datasets.load_dataset(name, configuration or None, split=split)}
-
-
-def _pick_split(found: Any, source: str, split: str | None) -> Any:
-    if not isinstance(found, Mapping):
-        if split is not None:
-            raise ConfigError(f"split {split!r} has no effect on {source}, which has a single table; leave it out")
-        return found
-    if (split or "train") not in found:
-        raise DataError(f"{source} has no split {split or 'train'!r}, only {', '.join(found)}")
-    return found[split or "train"]
+    builder = datasets.load_dataset_builder(name, configuration)
+    for file in chain.from_iterable((builder.config.data_files or {}).values()):
+        if not file.startswith("hf://"):
+            raise DataError(f"the data set {name!r} lists the file {file!r:.200}, which is not on the Hub")
+    builder.download_and_prepare()
+    return cast(Iterable[Any], builder.as_dataset(split=split))
 
 
 def _fields(where: str, record: Any) -> Mapping[str, Any]:
@@ -351,7 +343,7 @@ def _fields(where: str, record: Any) -> Mapping[str, Any]:
         raise record
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: the row is a {type(record).__name__}, expected an object with named fields")
-    return record
+    return {name: value for name, value in record.items() if value is not None}  # tables fill absent fields with null
 
 
 def _row(where: str, record: Any, layout: Format, prompt_field: str, completion_field: str) -> Row:

@@ -128,11 +128,17 @@ def text_field(
     return value
 
 
+def _holds(record: Mapping[str, Any], name: str) -> bool:
+    """Whether an optional field is there and not blank."""
+    value = record.get(name)
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
 def _rows(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Convert a row of collm's own format, of ShareGPT or of Alpaca, recognised by its columns."""
-    if record.get("messages") is not None or ("prompt" in record and "completion" in record):
+    if "messages" in record or ("prompt" in record and "completion" in record):
         return record
-    if record.get("conversations") is not None:
+    if "conversations" in record:
         return {**record, "messages": _sharegpt(where, record)}
     if "instruction" in record and "output" in record:
         return {**record, **_alpaca(where, record)}
@@ -156,7 +162,7 @@ def _sharegpt(where: str, record: Mapping[str, Any]) -> list[Any]:
     turns = record["conversations"]
     if not isinstance(turns, list):
         raise DataError(f"{where}: 'conversations' is a {type(turns).__name__}, expected a list of turns")
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    system = [{"role": "system", "content": record["system"]}] if _holds(record, "system") else []
     return system + [_sharegpt_turn(where, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
@@ -179,12 +185,11 @@ def _sharegpt_turn(where: str, number: int, turn: Any) -> Any:
 
 def _alpaca(where: str, record: Mapping[str, Any]) -> dict[str, str]:
     """Use the instruction as the prompt, followed by the input on its own lines if there is one."""
-    if record.get("history"):
+    if _holds(record, "history"):
         raise DataError(f"{where}: the row has a 'history', expected a single turn; write it as 'messages'")
-    given = record.get("input")
-    asked = [text_field(where, record, "instruction")] + ([text_field(where, record, "input")] if given else [])
-    system = [text_field(where, record, "system")] if record.get("system") else []
-    return {"prompt": "\n\n".join(system + asked), "completion": text_field(where, record, "output")}
+    asked = [name for name in ("system", "instruction", "input") if name == "instruction" or _holds(record, name)]
+    prompt = "\n\n".join(text_field(where, record, name) for name in asked)
+    return {"prompt": prompt, "completion": text_field(where, record, "output")}
 
 
 def _tulu(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from safetensors import safe_open
 from torch import Tensor
@@ -53,6 +53,7 @@ class Scores:
         offsets: example i has entries offsets[i] to offsets[i + 1], int64, shape (N + 1,).
         fingerprint: fingerprint of the examples.
         hidden: the model's last hidden states at the target tokens, if they were stored.
+        model: the model's `identity`, if they were stored.
     """
 
     logprobs: Tensor
@@ -60,6 +61,7 @@ class Scores:
     offsets: Tensor
     fingerprint: str
     hidden: HiddenStates | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

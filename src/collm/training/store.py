@@ -20,6 +20,7 @@ from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.members import AssistantSpec
 from collm.training.examples import Example, fingerprint
 from collm.training.scores import HiddenStates, Scores
+from collm.untrusted import check_fields, read_text
 from collm.version import __version__
 
 FORMAT = 1
@@ -35,6 +36,8 @@ _FIELDS = {
     "shard_size": "shard size",
     "hidden_states": "kind (with or without hidden states)",
 }
+_MODEL = ("path", "revision", "dtype", "quantization", "weights")
+"""Fields of the model's `identity`."""
 
 _ADVICE = "run the same scoring again with the same --out, which recomputes the missing ones"
 
@@ -89,7 +92,7 @@ class Header:
             if own != value:
                 raise ConfigError(
                     f"{directory} has scores of another {_FIELDS[name]}: {name} is {own!r}, now {value!r}; "
-                    "choose another --out, or delete that directory"
+                    "choose another directory, or delete that one to score again"
                 )
 
 
@@ -122,13 +125,14 @@ class ScoreStore:
             raise ArtefactError(f"there are no scores in {directory}: no {HEADER}; run 'collm score' first")
         store = cls(directory, header, [], [])
         order: list[int] = []
-        counts = [0] * header.num_examples
+        counts: dict[int, int] = {}
         for shard in range(-(-header.num_examples // header.shard_size)):
             tensors = store._read_existing(shard)
             order += tensors["examples"].tolist()
-            for index, count in zip(tensors["examples"].tolist(), tensors["offsets"].diff().tolist(), strict=True):
-                counts[index] = count
-        return cls(directory, header, order, counts)
+            counts.update(zip(tensors["examples"].tolist(), tensors["offsets"].diff().tolist(), strict=True))
+        if len(order) != header.num_examples or sorted(counts) != [*range(len(order))]:
+            raise ArtefactError(f"{directory / HEADER} is damaged: the shards hold other examples; {_ADVICE}")
+        return cls(directory, header, order, [counts[index] for index in range(len(order))])
 
     def path(self, shard: int) -> Path:
         return self.directory / f"scores-{shard:05d}.safetensors"
@@ -217,7 +221,8 @@ class ScoreStore:
                 logprobs[offsets[index] : offsets[index + 1]] = tensors["logprob"][start:end]
                 corrects[offsets[index] : offsets[index + 1]] = tensors["correct"][start:end].bool()
         hidden = HiddenStates(places) if self.header.hidden_states else None
-        return Scores(logprobs, corrects, offsets, self.header.fingerprint, hidden)
+        model = {name: getattr(self.header, name) for name in _MODEL}
+        return Scores(logprobs, corrects, offsets, self.header.fingerprint, hidden, model)
 
     def _layout(self, shard: int) -> dict[str, Tensor]:
         indices = self.shards[shard]
@@ -243,9 +248,13 @@ def read_header(directory: Path) -> Header | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         if content["format"] != FORMAT:
             raise ArtefactError(f"{path} has format {content['format']!r}, this version reads {FORMAT}; score again")
-        return Header(**content)
-    except DAMAGED as error:
+        header = Header(**content)
+        check_fields(header)
+        if header.shard_size < 1:
+            raise ValueError(f"shard_size is {header.shard_size}")
+        return header
+    except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(f"{path} is damaged ({error}); delete {directory} and score again") from error

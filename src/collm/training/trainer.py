@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,17 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
-from collm.training.checkpoints import STATE, is_whole, last_checkpoint, load_tuned, read_tuned, save_tuned
+from collm.models.members import spec_of
+from collm.training.checkpoints import (
+    ORIGIN,
+    STATE,
+    check_origin,
+    is_whole,
+    last_checkpoint,
+    load_tuned,
+    read_tuned,
+    save_tuned,
+)
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet, collate, collate_padding_free
 from collm.training.labels import LabelReport, label_tokens
@@ -45,6 +56,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
     Attributes:
         label_report: shares of pseudo-labels; None before the warm start.
         warm_start_report: results of the warm start; None before it.
+        origin: fingerprints of the rows and identities of the models, which checkpoints record.
 
     Raises:
         ConfigError: the options do not match the data or the base.
@@ -71,6 +83,13 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         self.vocab_size = vocab_size
         self.label_report: LabelReport | None = None
         self.warm_start_report: WarmStartReport | None = None
+        spec = spec_of(base)
+        self.origin: dict[str, Any] = {
+            "examples": train_dataset.fingerprint,
+            "evaluation": None if eval_dataset is None else eval_dataset.fingerprint,
+            "base": None if spec is None else spec.identity()["weights"] or spec.identity()["revision"],
+            "assistants": [dict(scores.model) for scores in train_dataset.assistant_scores],
+        }
         if args.method == "full":
             base.requires_grad_(True)
         tuned = with_adapter(base, args) if args.method == "lora" else base
@@ -129,7 +148,8 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
                 continues as if it had not been interrupted.
 
         Raises:
-            ConfigError: there is no checkpoint to resume from, or the output directory has checkpoints of another run.
+            ConfigError: there is no checkpoint to resume from, it was trained on other rows or models, or the output
+                directory has checkpoints of another run.
             ArtefactError: the checkpoint is incomplete or damaged.
             ModelFailure: the loss is not finite.
         """
@@ -152,6 +172,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             raise ArtefactError(
                 f"{checkpoint} is not a complete checkpoint: no readable {STATE}; resume from an earlier one"
             )
+        check_origin(checkpoint, self.origin)
         return super().train(str(checkpoint), **options)
 
     def _warm_start(self) -> None:
@@ -280,6 +301,9 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (checkpoint / STATE).unlink(missing_ok=True)  # marks a checkpoint as complete
         try:
+            if self.args.should_save:
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                (checkpoint / ORIGIN).write_text(json.dumps(self.origin, indent=2) + "\n", encoding="utf-8")
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             raise WriteError(

@@ -8,7 +8,6 @@ deferred token. Therefore every draft is accepted, and nothing is computed twice
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdPolicy
+from collm.core.sampling import seeded
 from collm.core.types import BASE
 from collm.decoding.draws import Draw
 from collm.errors import CollmError, ConfigError, ModelFailure
@@ -83,7 +83,7 @@ class Drafted:
     failure: Exception | None = None
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
+        self._random = seeded(self.seed)
         self._uniforms: list[float] = []
 
     @property

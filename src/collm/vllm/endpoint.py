@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import anyio
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every version re-exports it
@@ -363,6 +365,12 @@ class Endpoint:
             self._check(error.status, str(error))
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise _FailedAttempt(self._redacted(str(error)), outage=False) from error
+
+
+def sockets(urls: Sequence[str], **options: Any) -> dict[str, httpx.AsyncHTTPTransport]:
+    """Transports, for `mounts`, to those servers that listen on Unix sockets, with `options` of each transport."""
+    hosts = filter(None, (re.match("http://(%2[Ff][^/]+)", url) for url in urls))
+    return {host[0]: httpx.AsyncHTTPTransport(uds=unquote(host[1]), **options) for host in hosts}
 
 
 async def _drain(events: AsyncGenerator[str, None]) -> None:

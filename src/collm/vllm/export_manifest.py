@@ -10,6 +10,7 @@ from pathlib import Path
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ArtefactError, LoadError
 from collm.models.loading import ModelSpec, load_tokenizer
+from collm.untrusted import read_text
 from collm.version import __version__
 from collm.vllm import NOTE, NOTE_FORMAT
 
@@ -71,7 +72,7 @@ class Note:
         """
         path = directory / NOTE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
             if content["format"] != NOTE_FORMAT:
                 raise ArtefactError(f"{path} has format {content['format']!r}, this version reads {NOTE_FORMAT}")
             return cls(**content)

@@ -20,7 +20,7 @@ from collm.decoding.candidates import Candidates, Likely, spelled
 from collm.errors import ConfigError, MismatchError
 from collm.models.guards import PROBE, TokenizerIdentity
 from collm.vllm import THRESHOLD
-from collm.vllm.endpoint import Endpoint
+from collm.vllm.endpoint import Endpoint, sockets
 from collm.vllm.export_manifest import defer_names
 from collm.vllm.servers import Servers
 
@@ -67,7 +67,9 @@ class Connections:
         self.authors = [Endpoint(author_name(author), url, servers, vocab_size) for author, url in enumerate(urls)]
         self.vocab_size = vocab_size
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S)
-        self.client = httpx.AsyncClient(headers=servers.headers, timeout=servers.timeout_s, limits=limits)
+        self.client = httpx.AsyncClient(
+            headers=servers.headers, timeout=servers.timeout_s, limits=limits, mounts=sockets(urls, limits=limits)
+        )
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_run_loop, args=(self._loop,), name="collm-vllm", daemon=True)
         thread.start()

@@ -26,6 +26,7 @@ from collm import artefact
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.policies import Policy, ThresholdPolicy
+from collm.core.sampling import seeded
 from collm.decoding.draws import Draw
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
 from collm.models.guards import TokenizerIdentity
@@ -33,6 +34,7 @@ from collm.models.language_model import LanguageModel
 from collm.models.loading import load_tokenizer
 from collm.models.members import load_members
 from collm.models.runner import ModelRunner
+from collm.untrusted import contained
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
 from collm.vllm.export_manifest import head_digest
@@ -232,7 +234,8 @@ class Proposer:
             failure = error
         generator = None
         if params.seed is not None:
-            generator = torch.Generator(device=self._runner.device).manual_seed(params.seed)
+            generator = torch.Generator(device=self._runner.device)
+            generator.manual_seed(seeded(params.seed).getrandbits(63))  # of which a CPU's generator uses 32
         end_ids = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
         state = State(cached, generator)
         return Drafted(
@@ -395,8 +398,7 @@ def check_version(version: str) -> None:
 def _load_base(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
     """Load the base, the head and the calibration of a collaboration."""
     directory = artefact.local_directory(path, None)
-    manifest = artefact.read_manifest(directory)
-    artefact.check_contained(directory)
+    manifest = artefact.read_manifest(contained(directory))
     if len(manifest.assistants) != 1:
         raise ConfigError(
             f"{path} has {len(manifest.assistants)} assistants, expected 1 in one engine; use a server for each model"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every version re-exports it
+from urllib.parse import quote
 
 from collm.errors import ConfigError, LoadError
 
@@ -31,7 +32,7 @@ class ServerPlan:
     Attributes:
         name: name of the author that it serves.
         model: a directory or a Hub repository id.
-        flags: vLLM's flags, other than model, address and port.
+        flags: vLLM's flags, other than model and address.
         environment: environment variables in addition to those of this process.
     """
 
@@ -45,10 +46,10 @@ class ServerPlan:
         """The GPUs that the server may use, as in CUDA_VISIBLE_DEVICES."""
         return self.environment.get("CUDA_VISIBLE_DEVICES", "")
 
-    def command(self, python: str, port: int) -> list[str]:
+    def command(self, python: str, address: Path) -> list[str]:
         """The server's command line."""
         served = ["--model", self.model, "--served-model-name", self.name]
-        return [python, "-m", _MODULE, *served, "--host", "127.0.0.1", "--port", str(port), *self.flags]
+        return [python, "-m", _MODULE, *served, "--uds", str(address), *self.flags]
 
 
 class ServerProcess:
@@ -58,16 +59,16 @@ class ServerProcess:
         plan: what to start.
         python: the interpreter that has vLLM.
         log: file for the server's output.
+        address: the Unix socket on which it listens. Others must not be able to create it.
     """
 
-    def __init__(self, plan: ServerPlan, python: str, log: Path) -> None:
+    def __init__(self, plan: ServerPlan, python: str, log: Path, address: Path) -> None:
         self.plan = plan
         self.log = log
-        self.port = _free_port()
-        self.root = f"http://127.0.0.1:{self.port}"
+        self.address = address
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                plan.command(python, self.port),
+                plan.command(python, address),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -78,7 +79,7 @@ class ServerProcess:
     @property
     def url(self) -> str:
         """The base URL, to which "/completions" is appended."""
-        return f"{self.root}/v1"
+        return f"http://{quote(str(self.address), safe='')}/v1"
 
     def wait(self, deadline: float) -> None:
         """Wait until the server answers.
@@ -119,10 +120,15 @@ class ServerProcess:
         self.process.wait()
 
     def _answers(self) -> bool:
-        try:
-            return bool(httpx.get(f"{self.root}/health", timeout=2.0).status_code == 200)
-        except httpx.TransportError:
-            return False
+        health = http.client.HTTPConnection("localhost")
+        with socket.socket(socket.AF_UNIX) as health.sock:
+            health.sock.settimeout(2.0)
+            try:
+                health.sock.connect(str(self.address))
+                health.request("GET", "/health")
+                return health.getresponse().status == 200
+            except (OSError, http.client.HTTPException):
+                return False
 
     def _last_error(self) -> str:
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -173,7 +179,7 @@ def check_engine_python(python: str) -> str:
 @contextmanager
 def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: float) -> Iterator[list[ServerProcess]]:
     """Run servers while the block runs. Servers on one GPU start one after another, because each measures the free
-    memory.
+    memory. They listen in a directory that only this user can enter, so no other user can reach or replace them.
 
     Args:
         plans: the servers to start.
@@ -187,21 +193,17 @@ def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: fl
     logs.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
     running: list[ServerProcess] = []
-    try:
-        for plan in plans:
-            for other in running:
-                if plan.gpus and plan.gpus == other.plan.gpus:
-                    other.wait(deadline)
-            running.append(ServerProcess(plan, python, logs / f"{plan.name.replace(' ', '-')}.log"))
-        for server in running:
-            server.wait(deadline)
-        yield running
-    finally:
-        for server in reversed(running):
-            server.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    with tempfile.TemporaryDirectory(prefix="collm-") as sockets:
+        try:
+            for plan in plans:
+                for other in running:
+                    if plan.gpus and plan.gpus == other.plan.gpus:
+                        other.wait(deadline)
+                log, address = logs / f"{plan.name}.log", Path(sockets, f"{plan.name}.sock")
+                running.append(ServerProcess(plan, python, log, address))
+            for server in running:
+                server.wait(deadline)
+            yield running
+        finally:
+            for server in reversed(running):
+                server.stop()

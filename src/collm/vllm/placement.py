@@ -16,7 +16,8 @@ import torch
 
 from collm import artefact
 from collm.core.types import author_name
-from collm.errors import ConfigError
+from collm.errors import ConfigError, LoadError
+from collm.models.language_model import context_length
 from collm.models.loading import ModelSpec, empty_model
 from collm.models.names import names_gguf
 from collm.vllm import PROPOSER, SETTINGS
@@ -29,6 +30,8 @@ OVERHEAD_BYTES = 2 << 30
 """Memory of a server for activations, CUDA graphs and libraries; on a CPU, for the interpreter."""
 DRAFTS = 12
 """Default limit of tokens that the base of one engine writes before the assistant reads them."""
+LENGTH = 8192
+"""Default limit of the longest sequence, in tokens."""
 BLOCK_TOKENS = 32
 """Tokens that a sequence may leave unused in its last cache block. vLLM's CPU builds require multiples of 32."""
 
@@ -40,14 +43,14 @@ class Footprint:
     Attributes:
         weights: size of all weights.
         kv_per_token: size of a token's keys and values in all layers; an upper bound if layers share or compress them.
-        max_length: longest sequence that the model was made for, in tokens.
+        max_length: longest sequence that the model was made for, in tokens; None if its config states none.
         dtype: dtype in which the model is saved or is to be loaded. vLLM's own default is half precision for
             float32 models.
     """
 
     weights: int
     kv_per_token: int
-    max_length: int
+    max_length: int | None
     dtype: str
 
     @classmethod
@@ -56,7 +59,7 @@ class Footprint:
 
         Raises:
             ConfigError: the model is to be quantized, or is a GGUF file.
-            LoadError: there is no config of a causal LM.
+            LoadError: there is no config of a causal LM with attention.
         """
         if spec.quantization is not None:
             raise ConfigError(
@@ -71,13 +74,17 @@ class Footprint:
         model = empty_model(spec)
         config: Any = model.config
         text = config.get_text_config()
+        if not getattr(text, "num_attention_heads", None):
+            raise LoadError(
+                f"{spec.path!r} is a {type(model).__name__} without attention heads; expected a Transformer"
+            )
         dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             weights=sum(weight.numel() for weight in model.parameters()) * dtype.itemsize,
             kv_per_token=2 * text.num_hidden_layers * heads * width * dtype.itemsize,
-            max_length=text.max_position_embeddings,
+            max_length=context_length(text),
             dtype=str(dtype).removeprefix("torch."),
         )
 
@@ -200,7 +207,7 @@ def placed_in_one(
     assistant = Served(author_name(1), cast(ModelSpec, artefact.placed(manifest.assistants[0], directory)), flags)
     sizes = [Footprint.of(artefact.base_of(manifest, directory)), Footprint.of(assistant.spec)]
     (device,) = machine.devices(1)
-    length = max_length or min(8192, *(size.max_length for size in sizes))
+    length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
     tokens = _kv_tokens(sizes, device, assistant.name, max_batch=max_batch, length=length)
     settings = {"collaboration": str(directory), "cache_memory": tokens * sizes[0].kv_per_token}
     proposer = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": drafts}
@@ -326,7 +333,7 @@ def placed(
     """
     sizes = [Footprint.of(model.spec) for model in models]
     devices = machine.devices(len(models))
-    length = max_length or min(8192, *(size.max_length for size in sizes))
+    length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
     plans = []
     for model, size, device in zip(models, sizes, devices, strict=True):
         sharing = [other for other, its in zip(sizes, devices, strict=True) if its.gpus == device.gpus]

@@ -14,6 +14,7 @@ import yaml
 
 from collm.atomic import atomic_file
 from collm.errors import ConfigError
+from collm.untrusted import read_yaml
 
 OnFailure = Literal["fail", "base"]
 _URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
@@ -27,7 +28,8 @@ class Servers:
 
     Attributes:
         urls: base URLs, to which "/completions" is appended. Those of vLLM end in "/v1". The base's comes first, then
-            those of the assistants 1..K. A single URL is that of an engine with base and assistant.
+            those of the assistants 1..K. A single URL is that of an engine with base and assistant. The host
+            `%2Ftmp%2Fbase.sock` is the Unix socket /tmp/base.sock.
         on_failure: what happens if an assistant cannot be asked for a token. "fail" ends the request with an error.
             "base" lets the base write the token, which is marked.
         timeout_s: longest wait for an answer, and for the next token of a stream.
@@ -47,11 +49,13 @@ class Servers:
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.urls, str):
-            raise ConfigError(f"urls is {self.urls!r}, expected a list of addresses, the base's first")
+        if not isinstance(self.urls, list | tuple) or not all(isinstance(url, str) for url in self.urls):
+            raise ConfigError("urls is not a list of addresses, the base's first; write one")  # which may hold a key
         object.__setattr__(self, "urls", tuple(url.strip().rstrip("/") for url in self.urls))
         if not all(_URL.fullmatch(url) for url in self.urls):  # not shown, as it may hold a key
             raise ConfigError("a server's address is not a URL like http://localhost:8001/v1 without a user or key")
+        if self.api_key_env is not None and not str(self.api_key_env).isidentifier():
+            raise ConfigError("api_key_env is not the name of an environment variable; put the key into one")
         if self.on_failure not in get_args(OnFailure):
             raise ConfigError(f"on_failure is {self.on_failure!r}, expected 'fail' or 'base'")
         if not 0 < self.timeout_s < math.inf or not 0 <= self.wait_s < math.inf or self.retries < 0:
@@ -72,8 +76,8 @@ class Servers:
             return cls(text.split(","))
         path = Path(text)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            content = read_yaml(path)
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"could not read servers from {text!r}: {type(error).__name__}; expected addresses like "
                 "http://localhost:8001/v1 separated by commas, or a YAML file with a list 'urls'"
@@ -92,7 +96,8 @@ class Servers:
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(content, dict) or "urls" not in content or content.keys() - known:
-            raise ConfigError(f"{where} has {content!r}, expected 'urls' and any of {', '.join(sorted(known))}")
+            found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+            raise ConfigError(f"{where} has {found:.200}, expected 'urls' and any of {', '.join(sorted(known))}")
         try:
             return cls(**content)
         except TypeError as error:

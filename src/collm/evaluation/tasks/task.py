@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from collm.core.sampling import seeded
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval
 from collm.models.chats import Chat, Message
@@ -206,7 +206,7 @@ def _draw(values: Sequence[_T], count: int, seed: int | None) -> list[_T]:
     """A random sample in the original order. Without a seed, the first values."""
     if seed is None:
         return list(values[:count])
-    return [values[place] for place in sorted(random.Random(seed).sample(range(len(values)), count))]
+    return [values[place] for place in sorted(seeded(seed).sample(range(len(values)), count))]
 
 
 def _turns(question: str, answer: str | None = None) -> list[Message]:

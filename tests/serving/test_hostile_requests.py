@@ -1,0 +1,393 @@
+"""A request costs what it may: no body, connection or client that leaves takes the server from the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from typing import Any
+
+import httpx
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from collm.decoding import chunks
+from collm.errors import ConfigError
+from collm.serving import connection
+from collm.serving.collaborations import Target
+from collm.serving.connection import allow_connections, quiet_accept_errors
+from collm.serving.settings import Settings
+from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
+from tests.serving.test_faults import LONG, asking, held, written
+
+MAX_BODY = 4 << 20
+CHAT = '{"model": "pair", "messages": [{"role": "user", "content": "w5"}], '
+
+
+def filled(head: str, item: str, end: str) -> str:
+    """A body of the largest size: items between head and end."""
+    return (head + item * ((MAX_BODY - len(head) - len(end)) // len(item)))[:-1] + end
+
+
+def keys(count: int) -> str:
+    return ",".join(f'"k{i}":1' for i in range(count))
+
+
+BODIES = {
+    "lists": ("/v1/completions", filled('{"model": "pair", "prompt": [', "[],", "]}")),
+    "few lists": ("/v1/completions", '{"model": "pair", "prompt": [' + "[]," * 200_000 + "[]]}"),
+    "token lists": ("/v1/completions", '{"model": "pair", "prompt": [' + "[1]," * 200_000 + "[1]]}"),
+    "numbers": ("/v1/completions", filled('{"model": "pair", "prompt": [', "1,", "]}")),
+    "texts": ("/v1/completions", filled('{"model": "pair", "prompt": [', '"a",', "]}")),
+    "one text": ("/v1/completions", filled('{"model": "pair", "prompt": "', "w5 ", '"}')),
+    "deep": ("/v1/completions", '{"model": "pair", "prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    "long number": ("/v1/completions", filled('{"model": "pair", "seed": ', "9", "9}")),
+    "stop tokens": ("/v1/chat/completions", filled(CHAT + '"stop_token_ids": [', '"x",', "]}")),
+    "allowed tokens": ("/v1/chat/completions", filled(CHAT + '"max_tokens": 1, "allowed_token_ids": [', "5,", "]}")),
+    "bad words": ("/v1/chat/completions", filled(CHAT + '"bad_words": [', '"w6",', "]}")),
+    "messages": (
+        "/v1/chat/completions",
+        '{"model": "pair", "messages": [' + '{"role":"user","content":"x"},' * 60_000 + "1]}",
+    ),
+    "content": (
+        "/v1/chat/completions",
+        '{"model": "pair", "messages": [{"role": "user", "content": [' + '{"type":"text"},' * 60_000 + "1]}]}",
+    ),
+    "biases": ("/v1/chat/completions", CHAT + f'"logit_bias": {{{keys(200_000)}}}}}'),
+    "unknown keys": ("/v1/chat/completions", CHAT + keys(200_000) + "}"),
+    "unknown options": ("/v1/chat/completions", CHAT + f'"collm": {{{keys(200_000)}}}}}'),
+    "variables": ("/v1/chat/completions", CHAT + f'"chat_template_kwargs": {{{keys(200_000)}}}}}'),
+    "choices": ("/v1/chat/completions", filled(CHAT + '"structured_outputs": {"choice": [', '"c",', "]}}")),
+    "detokenized": ("/detokenize", filled('{"model": "pair", "tokens": [', "5,", "]}")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_of_any_shape_is_answered_soon_and_holds_up_nobody(name: str, server: Running) -> None:
+    path, body = BODIES[name]
+    assert len(body) <= MAX_BODY
+    done, waits = threading.Event(), list[float]()
+
+    def look() -> None:
+        with httpx.Client(base_url=server.url) as client:
+            while not done.is_set():
+                start = time.monotonic()
+                assert client.get("/health").status_code == 200
+                waits.append(time.monotonic() - start)
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        start = time.monotonic()
+        reply = server.client.post(path, content=body, headers={"Content-Type": "application/json"})
+        seconds = time.monotonic() - start
+        done.set()
+        looking.result()
+    assert reply.status_code in (200, 400, 413)
+    assert reply.status_code == 200 or len(reply.text) < 1000
+    assert seconds < 5  # generous: about 0.2 s
+    assert max(waits) < 2
+
+
+@pytest.mark.parametrize("param", ["bad_words", "stop_token_ids", "messages", "tools", "stop"])
+def test_long_lists_are_refused_by_their_length_or_their_first_fault(param: str, server: Running) -> None:
+    body = json.loads(CHAT + '"x": 1}')
+    del body["x"]
+    for items in ([1.5] * 5000, [{"type": "function"}] * 5000, ["w5"] * 5000):
+        reply = server.post("/v1/chat/completions", **{**body, param: items})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"].startswith(param)
+
+
+# Hosts and connections
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1", 200),
+        ("10.0.0.7:80", 200),
+        ("[::1]:8000", 200),
+        ("models.lan", 200),
+        ("evil.example", 421),
+        ("evil.example:8000", 421),
+        ("localhost.evil.example", 421),
+        ("", 421),
+    ],
+)
+def test_without_a_key_only_own_names_are_answered(
+    host: str, status: int, serve: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, allow_hosts=["models.lan"]) as server:
+        reply = server.client.get("/v1/models", headers={"Host": host})
+        assert reply.status_code == status
+        assert server.client.get("/health", headers={"Host": host}).status_code == 200
+        if status == 421:
+            assert reply.json()["error"]["code"] == "unknown_host"
+            assert "--allow-host" in reply.json()["error"]["message"]
+
+
+def test_with_a_key_any_name_is_answered(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with serve({"pair": make_pair(tokenizer)}, api_key="secret") as server:
+        for authorization in ("Bearer secret", "bearer secret", "BEARER  secret"):
+            headers = {"Host": "evil.example", "Authorization": authorization}
+            assert server.client.get("/v1/models", headers=headers).status_code == 200
+        for authorization in ("Bearer", "Bearer secret2", "Basic secret", "secret"):
+            headers = {"Authorization": authorization}
+            assert server.client.get("/v1/models", headers=headers).status_code == 401
+
+
+def connect(server: Running) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def closed(connection: socket.socket) -> bool:
+    """Wait until the server has closed a connection."""
+    with suppress(ConnectionResetError):
+        while connection.recv(1000):
+            pass
+    return True  # recv would raise a time-out
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n"])
+def test_a_head_that_does_not_come_closes_the_connection(
+    sent: bytes, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 0.1)
+    with connect(server) as late:
+        late.sendall(sent)
+        assert closed(late)
+    with connect(server) as again:  # also after a first request
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert again.recv(1000).startswith(b"HTTP/1.1 200")
+        again.sendall(b"GET /he")
+        assert closed(again)
+    assert server.client.get("/health").status_code == 200
+
+
+def test_connections_beyond_the_limit_are_closed(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with serve({"pair": make_pair(tokenizer)}, max_connections=3) as server:
+        server.client.get("/health")
+        server.client.close()
+        server.until(lambda: not server.server.server_state.connections)
+        held_open = [connect(server) for _ in range(3)]
+        server.until(lambda: len(server.server.server_state.connections) == 3)
+        with connect(server) as another:
+            assert closed(another)
+        held_open[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert held_open[0].recv(1000).startswith(b"HTTP/1.1 200")
+        for one in held_open:
+            one.close()
+
+
+def test_connections_need_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (64, 1000))
+    monkeypatch.setattr("resource.setrlimit", lambda kind, limit: limits.append(limit))
+    allow_connections(500)
+    assert limits == [(756, 1000)]
+    with pytest.raises(ConfigError, match=r"allows 1000 open files, expected at least 1256; lower"):
+        allow_connections(1000)
+
+
+def test_connections_that_cannot_be_accepted_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(asyncio.new_event_loop()) as loop:
+        loop.set_exception_handler(quiet_accept_errors())
+        for _ in range(100):
+            loop.call_exception_handler({"message": "accept", "exception": OSError(24, "Too many open files")})
+        assert [record.getMessage() for record in caplog.records] == [
+            "connections cannot be accepted: Too many open files"
+        ]
+        loop.call_exception_handler({"message": "another thing", "exception": ValueError("of ours")})
+        assert "another thing" in caplog.text
+
+
+def test_a_body_has_one_length(server: Running) -> None:
+    with connect(server) as smuggling:
+        smuggling.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\n\r\n"
+        )
+        assert smuggling.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+# One deadline, one owner
+
+
+def busy_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "collm request"]
+
+
+@pytest.fixture
+def slow_encoding(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Prompts are encoded when the event is set."""
+    gate, encode = threading.Event(), Target.encode
+
+    def waiting(self: Target, *arguments: Any, **options: Any) -> Any:
+        gate.wait(30)
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(Target, "encode", waiting)
+    return gate
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_time_limit_includes_encoding(
+    stream: bool, slow_encoding: threading.Event, serve: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, time_limit_s=0.2) as server:
+        reply = server.post("/v1/completions", **LONG, stream=stream)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "time_limit")
+        slow_encoding.set()
+        server.until(lambda: server.idle() and not busy_threads())
+
+
+def test_a_client_that_leaves_while_its_prompt_is_encoded_submits_nothing(
+    slow_encoding: threading.Event, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[Any] = []
+    monkeypatch.setattr(server.worker(), "submit", submitted.append)
+    with asking(server, **LONG):
+        server.until(lambda: bool(busy_threads()))
+    server.until(lambda: not server.service.requests)
+    slow_encoding.set()
+    server.until(lambda: not busy_threads())
+    assert submitted == []
+
+
+SCORED = {"model": "pair", "prompt": [5, 6, 7] * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/collm/candidates"])
+def test_jobs_and_steps_alternate_and_jobs_end_with_their_clients(
+    path: str, serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "MAX_POSITIONS", 1)
+    job = SCORED if path == "/v1/completions" else {"model": "pair", "prompt": [5], "token_ids": [6] * 60}
+    read_chunk, read = chunks.read_chunk, list[str]()
+    for module in ("candidates", "prompt_logprobs"):
+        monkeypatch.setattr(
+            f"collm.decoding.{module}.read_chunk", lambda *arguments: (read.append("chunk"), read_chunk(*arguments))[1]
+        )
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}) as server:
+        expected = server.post(path, **job).json()
+        alone = written(server.post("/v1/completions", **LONG))
+        steps = Steps(server.worker())
+        monkeypatch.setattr(steps.engine, "step", lambda step=steps.engine.step: (read.append("step"), step())[1])
+        read.clear()
+        with ThreadPoolExecutor(2) as pool:
+            writing = pool.submit(server.post, "/v1/completions", **LONG)
+            server.until(lambda: server.worker().running == 1)
+            working = pool.submit(server.post, path, **job)
+            server.until(lambda: server.worker().outstanding == 2)
+            steps.allow(1000)
+            assert written(writing.result()) == alone
+            reply = working.result().json()
+        for one in (reply, expected):
+            one.pop("id", None), one.pop("created", None)
+        assert reply == expected
+        assert "step chunk chunk step" in " ".join(read)  # a chunk is of both authors
+        gate = threading.Event()
+        monkeypatch.setattr(
+            "collm.decoding.prompt_logprobs.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
+        )
+        monkeypatch.setattr(
+            "collm.decoding.candidates.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
+        )
+        with httpx.Client(base_url=server.url, timeout=0.3) as leaving, pytest.raises(httpx.ReadTimeout):
+            leaving.post(path, json=job)
+        server.until(lambda: not server.worker()._jobs, seconds=2)
+        server.until(server.idle)
+
+
+def test_a_prompt_that_is_scored_waits_for_memory_with_a_retry(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = make_pair(tokenizer, calibration=CALIBRATION, cache_memory=None)
+    with serve({"pair": pair}) as server:
+        for runner in pair.runners:
+            runner.set_capacity(64)  # type: ignore[union-attr]
+        steps = Steps(server.worker())
+        with ThreadPoolExecutor(2) as pool:
+            writing = pool.submit(server.post, "/v1/completions", **{**LONG, "prompt": [5] * 40, "max_tokens": 20})
+            server.until(lambda: server.worker().running == 1)
+            scoring = pool.submit(server.post, "/v1/completions", **{**SCORED, "prompt": [7] * 30})
+            server.until(lambda: server.worker().outstanding == 2)
+            steps.allow(3)
+            reply = scoring.result()
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "cache_full")
+            assert reply.headers["Retry-After"] == "1"
+            steps.allow(1000)
+            assert writing.result().status_code == 200
+        too_long = server.post("/v1/completions", **{**SCORED, "prompt": [7] * 70})
+        assert (too_long.status_code, too_long.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert server.post("/v1/completions", **{**SCORED, "prompt": [7] * 30}).status_code == 200
+
+
+def test_a_server_that_stops_waits_for_no_thread(
+    slow_encoding: threading.Event, serve: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, drain_s=0.2) as server:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.post, "/v1/completions", **LONG)
+            server.until(lambda: bool(busy_threads()))
+            server.server.handle_exit(15, None)
+            assert asked.result().json()["error"]["code"] == "stopping"
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+        assert all(thread.daemon for thread in busy_threads())
+        slow_encoding.set()
+
+
+@pytest.mark.soak
+def test_a_hundred_clients_that_leave_at_random_leave_nothing_behind(
+    serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "MAX_POSITIONS", 4)
+    rng = random.Random(0)
+    requests = [
+        ("/v1/completions", {**LONG, "stream": True}),
+        ("/v1/completions", {**LONG, "n": 3}),
+        ("/v1/completions", {**LONG, "prompt": "w5 " * 100, "echo": True, "logprobs": 2}),
+        ("/v1/completions", SCORED),
+        ("/v1/chat/completions", json.loads(CHAT + '"stream": true}')),
+        ("/v1/collm/candidates", {"model": "pair", "prompt": [5], "token_ids": [6] * 60}),
+        ("/tokenize", {"model": "pair", "prompt": "w5 " * 10_000}),
+    ]
+
+    async def leave(client: httpx.AsyncClient, path: str, body: dict[str, Any], seconds: float) -> None:
+        try:
+            reply = await asyncio.wait_for(client.post(path, json=body), seconds)
+            assert reply.status_code in (200, 429)
+        except (asyncio.TimeoutError, httpx.TransportError):
+            pass
+
+    async def all_of_them(url: str) -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            await asyncio.gather(*(leave(client, *rng.choice(requests), rng.random() ** 2 * 2) for _ in range(100)))
+
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, max_batch=8) as server:
+        expected = written(server.post("/v1/completions", **LONG))
+        for _ in range(3):
+            asyncio.run(all_of_them(server.url))
+            server.until(lambda: server.idle() and not server.worker()._jobs and not busy_threads())
+            server.until(lambda: not server.service.requests)
+        assert written(server.post("/v1/completions", **LONG)) == expected
+
+
+def test_limits_are_checked() -> None:
+    for option in ("max_connections", "keep_alive_s"):
+        with pytest.raises(ConfigError, match=f"{option} is -1"):
+            Settings(**{option: -1})
+
+
+def test_held_workers_answer_health(server: Running) -> None:
+    with held(server.worker()):
+        assert server.client.get("/health").status_code == 200
