@@ -102,19 +102,25 @@ def test_a_tool_that_fails_on_a_solution_costs_the_token_measures_only(
 
 
 def test_systems_that_cannot_run_are_refused_before_anything_is_answered(
-    tokenizer: PreTrainedTokenizerFast, cluster: Callable[..., Cluster], tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast,
+    cluster: Callable[..., Cluster],
+    saved_model: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     base, assistant = two_tokenizers()
     two = CoLLM(
         writing_model(base, 1), [writing_model(assistant, 2)], DeferralHead(32, 1), base, tokenizers=[assistant]
     )
     one = CoLLM(make_model(tiny_config(), 0), [make_model(tiny_config(), 1)], random_head(32, 1), tokenizer)
+    with_tool = CoLLM(make_model(tiny_config(), 0), [ToolSpec.of(miles)], random_head(32, 1), tokenizer)
     for model, names in (
         (two, "base,confidence"),
         (cluster(1).connect(), "base,mixture"),
         (one, "base,single:writer=2"),
         (one, "random,contrastive:expert=3"),
+        (cluster(1).connect(), f"base,proxy={saved_model('untuned')}"),
+        (with_tool, f"base,proxy={saved_model('untuned')}"),
     ):
         with pytest.raises(ConfigError):
-            evaluate(model, tmp_path, PROMPTS, names)
-    assert not list(tmp_path.iterdir())
+            evaluate(model, tmp_path / "out", PROMPTS, names)
+    assert not (tmp_path / "out").exists()

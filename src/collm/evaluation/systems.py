@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -114,6 +115,9 @@ def _system(model: CoLLM, name: str) -> System:
     if kind == "proxy" and value:
         if model.alignment is not None:
             raise ConfigError("proxy compares the tokens of several models, and these have different tokenizers")
+        if isinstance(model.assistants[0], ToolSpec):
+            raise ConfigError(f"proxy steers {author_name(1)}, which is a tool; expected a language model")
+        model.check_in_memory()
         _check_tokenizer(model, value)
         called = {author_name(2): "untuned"}
         rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
@@ -146,12 +150,7 @@ def _assistant(model: CoLLM, name: str) -> System:
 
 
 def _module(model: CoLLM, author: int) -> nn.Module:
-    if model.servers is not None:
-        raise ConfigError("proxy needs all models in memory; leave it out, or use engine 'local'")
-    member = model.members[author]
-    if not isinstance(member, LanguageModel):
-        raise ConfigError(f"{member.name} is a tool, expected a language model")
-    return member.module
+    return cast(LanguageModel, model.members[author]).module
 
 
 def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
