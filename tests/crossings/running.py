@@ -157,8 +157,10 @@ def ask_http(running: Running, case: Case, prompt: Prompt) -> list[Completion]:
         reply = running.client.post(path, json=body)
         events, refused = [reply.json()] if reply.is_success else [], reply.text
     if 400 <= reply.status_code < 500:
+        error = json.loads(refused)["error"]
+        assert error["param"] is None or error["param"] in body, error
         with before_work():
-            raise CollmError(json.loads(refused)["error"]["message"])
+            raise CollmError(error["message"])
     assert reply.is_success, f"{reply.status_code}: {refused}"
     for event in events:
         for choice in event["choices"]:

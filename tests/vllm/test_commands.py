@@ -19,11 +19,13 @@ from collm.errors import ArtefactError, ConfigError
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.systems import systems_named
 from collm.models.loading import load_model
+from collm.serving.settings import Settings
 from collm.training.data import Row
 from collm.training.examples import Example, Examples
 from collm.vllm.export_manifest import check_exported
 from collm.vllm.servers import Servers
 from tests.decoding.test_engine import random_head
+from tests.serving.conftest import Running
 from tests.vllm.conftest import Cluster, Members
 
 NOBODY = "http://127.0.0.1:9/v1"
@@ -213,3 +215,26 @@ def test_an_export_of_another_head_is_refused(members: Callable[[int], Members],
         check_exported(m.exported, random_head(32, 1, scale=2.0))
     with pytest.raises(ArtefactError, match=r"there is no .*; expected a directory that 'collm export vllm' wrote"):
         check_exported(tmp_path, m.head)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", {"5": 1}),
+        ("allowed_token_ids", [5, 6]),
+        ("response_format", {"type": "json_object"}),
+        ("structured_outputs", {"regex": "w5"}),
+    ],
+)
+def test_a_server_across_servers_names_the_field_that_it_cannot_follow(
+    field: str, value: Any, cluster: Callable[..., Cluster]
+) -> None:
+    running = Running({"pair": cluster(1).connect()}, Settings()).start()
+    try:
+        asked = {"prompt": "w5 w6", "collm": {"threshold": 0.5}, field: value}
+        reply = running.post("/v1/completions", model="pair", **asked)
+    finally:
+        running.stop()
+    error = {"message": f"{field} is not available across servers; leave it out, or use engine 'local'"}
+    error |= {"type": "invalid_request_error", "param": field, "code": None}
+    assert (reply.status_code, reply.json()) == (400, {"error": error})
