@@ -75,6 +75,7 @@ CAPABILITIES: dict[str, Callable[[Case], None]] = {
     "save and load": step("save and load"),
     "calibrate": step("calibrate"),
     "servers": step("servers"),
+    "one engine": step("one engine"),
     "serve": step("serve"),
     "eval": step("eval"),
     "resume": step("resume"),
@@ -92,7 +93,8 @@ WITHOUT_MEANING: list[tuple[set[str], set[str]]] = [
     ({"eval", "resume", "lm-eval", "calibrate"}, {"tools", "n", "echo", "stream", "cancel"}),
     ({"calibrate"}, RULES - {"threshold"}),
     ({"lm-eval"}, {"seed", "penalties", "grammar"}),
-    ({"servers"}, {"preempt"}),  # the caches are theirs
+    ({"servers", "one engine"}, {"preempt"}),  # the caches are theirs
+    ({"servers"}, {"one engine"}),
 ]
 PAIRS = [
     (one, other)
@@ -100,16 +102,16 @@ PAIRS = [
     if not any((one in a and other in b) or (one in b and other in a) for a, b in WITHOUT_MEANING)
 ]
 REFUSED = {
-    *(("two tokenizers", rule) for rule in ASKING),
-    ("two tokenizers", "grammar"),
-    ("two tokenizers", "echo"),
-    ("two tokenizers", "servers"),
-    ("tool", "servers"),
+    *(("two tokenizers", what) for what in (*ASKING, "grammar", "echo", "servers", "one engine")),
+    *(("tool", where) for where in ("servers", "one engine")),
+    *((rule, where) for rule in ASKING for where in ("servers", "one engine")),
+    *((feature, where) for feature in ("grammar", "echo") for where in ("servers", "one engine")),
+    *((where, "lm-eval") for where in ("servers", "one engine")),
     ("quantized base", "servers"),
-    *((rule, "servers") for rule in (*ASKING, "joint")),
-    *((feature, "servers") for feature in ("grammar", "penalties", "echo")),
+    ("joint", "servers"),
+    ("penalties", "servers"),
+    ("two assistants", "one engine"),
     ("echo", "stream"),
-    ("servers", "lm-eval"),
 }
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from lm_eval.api.instance import Instance
-from transformers import PreTrainedModel
 
 from collm import CoLLM, SamplingParams
 from collm.core.named import name_of
@@ -29,6 +28,7 @@ from collm.evaluation.tasks.task import TaskItem
 from collm.run.calibrate import Validation
 from collm.serving.settings import Settings
 from collm.training.data import Row
+from collm.vllm.fleet import Connections
 from collm.vllm.servers import Servers
 from tests.crossings.cases import POISON, PROMPTS, THRESHOLD, Asked, Case
 from tests.crossings.running import ask_http, before_work, decode, leave_http, prepare, stream
@@ -36,6 +36,7 @@ from tests.crossings.world import World, check
 from tests.serving.conftest import Running, open_slots
 from tests.two_tokenizers import two_tokenizers
 from tests.vllm.fake import FakeVllm, Served, refusal
+from tests.vllm.test_one_engine import FakeEngine
 
 
 def run(world: World, case: Case, tmp_path: Path, patch: pytest.MonkeyPatch, stack: ExitStack) -> None:
@@ -64,30 +65,41 @@ def build(world: World, case: Case, tmp_path: Path, stack: ExitStack) -> CoLLM:
     path = tmp_path / "collaboration"
     if "save and load" in case.steps:
         members.model().save_pretrained(path)
-    if "servers" not in case.steps:
-        return CoLLM.from_pretrained(path) if "save and load" in case.steps else members.model()
+    where: dict[str, Any] = {}
+    if case.steps & {"servers", "one engine"}:
+        serve = engine_of if "one engine" in case.steps else servers_of
+        fakes = [stack.enter_context(fake) for fake in serve(world, case)]
+        if "failing neighbour" in case.ways:
+            (poison,) = two_tokenizers()[0](POISON)["input_ids"]
+            for fake in fakes:
+                fake.always = lambda body: refusal(400, "poison") if poison in body["prompt"] else None
+        where["servers"] = Servers([fake.url for fake in fakes], timeout_s=20.0)
+    model = CoLLM.from_pretrained(path, **where) if "save and load" in case.steps else members.model(**where)
+    stack.callback(lambda: [one.close() for one in vars(model.backend).values() if isinstance(one, Connections)])
+    return model
+
+
+def servers_of(world: World, case: Case) -> list[FakeVllm]:
+    """One for each author."""
+    members = world.members(case)
     exported = world.folder / f"export {case.members}"
     if not exported.exists():
         members.model().export_vllm(exported)
     served = [Served.exported(exported)]
     served += [
-        Served(module, tokenizer)
-        for module, tokenizer in zip(members.slow[1:], members.tokenizers[1:], strict=True)
-        if isinstance(module, PreTrainedModel)
+        Served(*author)
+        for author in zip(members.slow[1 : 1 + case.models], members.tokenizers[1 : 1 + case.models], strict=True)
     ]
-    fakes = [stack.enter_context(FakeVllm(one, pieces=(1, 3, 2), max_model_len=512)) for one in served]
-    if "failing neighbour" in case.ways:
-        (poison,) = two_tokenizers()[0](POISON)["input_ids"]
-        for fake in fakes:
-            fake.always = lambda body: refusal(400, "poison") if poison in body["prompt"] else None
-    urls = [fake.url for fake in fakes] + ["http://127.0.0.1:9/v1"] * case.tools
-    servers = Servers(urls, timeout_s=20.0)
-    if "save and load" in case.steps:
-        model = CoLLM.from_pretrained(path, servers=servers)
-    else:
-        model = members.model(servers=servers)
-    stack.callback(lambda: model.backend.fleet.close() if "fleet" in vars(model.backend) else None)
-    return model
+    served += [served[0]] * case.tools  # nobody asks it
+    return [FakeVllm(one, pieces=(1, 3, 2), max_model_len=512) for one in served]
+
+
+def engine_of(world: World, case: Case) -> list[FakeVllm]:
+    """One that holds base and assistant."""
+    members = world.members(case)
+    assistants = [*members.slow[1 : 1 + case.models], *members.assistants[case.models :]]
+    pair = CoLLM(members.base, assistants, members.head, members.tokenizers[0], tokenizers=members.tokenizers[1:])
+    return [FakeEngine(pair, pieces=(1, 3, 2), max_model_len=512)]
 
 
 def seeded(case: Case) -> list[Asked]:
