@@ -119,6 +119,22 @@ def test_time_and_memory_of_the_check_are_limited(monkeypatch: pytest.MonkeyPatc
     compiler.compile(StructuredOutputs(choice=[f"choice {i}" for i in range(15_000)]))  # one of ours
 
 
+def test_an_ambiguous_grammar_ends_its_text_before_it_holds_up_others(speaking: Running) -> None:
+    grammar = 'start: s\ns: s s | "a" | s s s |'
+    asked = {
+        "model": "pair",
+        "prompt": "x",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "logit_bias": {str(BYTES.eos_token_id): -100},
+    }
+    start = time.monotonic()
+    reply = speaking.post("/v1/completions", **asked, structured_outputs={"grammar": grammar})
+    assert reply.status_code == 400
+    assert "the grammar cannot be enforced" in reply.json()["error"]["message"]
+    assert time.monotonic() - start < 10  # generous: about 1 s
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_no_generated_grammar_ends_the_process() -> None:
