@@ -98,9 +98,6 @@ class World:
         if model.alignment is None:
             eos, tokenizer = model.tokenizer.eos_token_id, model.tokenizer
             return slow_decode(slow, members.head, token_ids, case.policy, params, eos, tokenizer, guess=guess)
-        if case.tools:  # no slow loop has tools and segments
-            (alone,) = model.generate([prompt], params, policy=case.policy, max_batch=1)
-            return alone.token_ids, alone.authors
         prompts = [token_ids, *model.assistant_prompts(prompt)]
         return SlowSegments(slow, model.alignment, members.head, prompts, case.policy, params).run()[:2]
 
