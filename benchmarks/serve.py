@@ -30,7 +30,7 @@ from collm import CoLLM, SamplingParams, StructuredOutputs
 from collm.serving.run import Server
 from collm.serving.settings import Settings
 
-PARTS = ("throughput", "processors", "load")
+PARTS = ("throughput", "processors", "load", "bodies")
 POLICY = "random:rate=0.3"
 _ENDLESS: dict[str, Any] = {
     "type": "array",
@@ -169,6 +169,14 @@ class Bench:
                 }
                 rows.append(_logged(row))
         return rows
+
+    def bodies(self) -> list[dict[str, Any]]:
+        """Send bodies of the largest size and of many shapes, one after another, and ask /health meanwhile."""
+        with serving(self.pair, 1) as (server, _):
+            host, port = server.servers[0].sockets[0].getsockname()
+            command = [sys.executable, "-m", "benchmarks.bodies", host, str(port)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [_logged(row) for row in json.loads(done.stdout)]
 
     def _request(self, rng: random.Random) -> dict[str, Any]:
         (prompt,) = prompts_of(1, rng.randrange(4, 64), self.vocab_size)

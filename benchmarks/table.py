@@ -63,6 +63,12 @@ LOAD = {
     "open_slots": "slots open after",
     "resident_mb": "memory, MB",
 }
+BODIES = {
+    "shape": "body",
+    "status": "status",
+    "seconds": "answered after, s",
+    "longest_health_s": "longest wait for /health, s",
+}
 SERVERS = {
     "batch": "at once",
     "deferral_rate": "deferral rate",
@@ -136,6 +142,7 @@ PARTS = [
         "What a round would give on a GPU that is bound by reading weights (arithmetic, not measured):",
         FORECAST,
     ),
+    ("bodies", "Bodies of 4 MiB, or as many values as the limit allows, while another client asks `/health`:", BODIES),
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
     ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
     ("throughput", "The same requests over HTTP, compared with the engine alone:", THROUGHPUT),

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,9 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import StructuredOutputs
-from collm.errors import ConfigError, MissingExtra, RequestError
+from collm.errors import ConfigError, MismatchError, MissingExtra, RequestError
 from collm.models import grammar_process
+from collm.models.guards import TokenizerIdentity
 from collm.models.runner import common_prefix
+from collm.models.text_tokenizer import bytes_of_tokens
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -193,17 +196,49 @@ class Grammars:
         return cast("LLMatcher", matcher)
 
     def _make_tokenizer(self) -> LLTokenizer:
-        from llguidance import hf
+        from llguidance import LLTokenizer, TokenizerWrapper
 
         if not self._eos_ids:
             raise ConfigError("structured_outputs require an EOS token, but the tokenizer has none; set one")
         try:
-            return hf.from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_ids)
-        except Exception as error:  # llguidance's tokenizer conversion may raise anything
+            vocabulary = _Vocabulary(self._tokenizer, self._eos_ids[0])
+        except MismatchError as error:
             raise ConfigError(
-                "structured_outputs require a tokenizer whose tokens are bytes of text, such as byte-level BPE: "
-                f"{str(error).partition(':')[0]:.100}"
+                "structured_outputs require a tokenizer whose tokens are bytes of text, such as byte-level BPE"
             ) from error
+        return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=self._eos_ids)
+
+
+class _Vocabulary:
+    """A tokenizer in the form of llguidance's `TokenizerWrapper`.
+
+    llguidance's own conversion takes every added token for a special one, which is no text. Here text contains those
+    that are not special, such as Qwen's <tool_call>, and the names of special ones are spelled with other tokens.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int) -> None:
+        spelled = bytes_of_tokens(tokenizer, TokenizerIdentity.of(tokenizer), "the base")
+        names = tokenizer.convert_ids_to_tokens(range(len(spelled)))
+        self.eos_token_id = eos_token_id
+        self.special_token_ids = [token_id for token_id, one in enumerate(spelled) if one is None]
+        self.tokens = [str(name).encode() if one is None else one for one, name in zip(spelled, names, strict=True)]
+        self._byte_ids = {one: token_id for token_id, one in enumerate(spelled) if one is not None and len(one) == 1}
+        self._backend = copy(cast(Any, tokenizer).backend_tokenizer)
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokenise a text that follows another."""
+        for before in ("", "\n", "."):  # a tokenizer may add a space before the first word
+            token_ids = self._backend.encode(before + text, add_special_tokens=False).ids
+            if before:
+                token_ids = token_ids[len(self._backend.encode(before, add_special_tokens=False).ids) :]
+            if b"".join(self.tokens[token_id] for token_id in token_ids) == text.encode():
+                return cast("list[int]", token_ids)
+        return [self._byte_ids[bytes([byte])] for byte in text.encode()]  # one that normalises this text
 
 
 def _check_size(structured: StructuredOutputs) -> None:
@@ -243,7 +278,7 @@ def _source(structured: StructuredOutputs) -> str:
         return cast(str, matcher.grammar_from_regex(structured.regex))
     if structured.choice is not None:
         choices = " | ".join(json.dumps(one, ensure_ascii=False) for one in structured.choice)
-        return cast(str, matcher.grammar_from_lark(f"start: {choices}"))
+        return cast(str, matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))  # a terminal may be larger
     if structured.grammar is not None:
         return cast(str, matcher.grammar_from_lark(_lark(structured.grammar)))
     try:

@@ -58,7 +58,7 @@ class TextTokenizer:
         self.template = template or PromptTemplate()
         self.eos_ids = frozenset(eos_ids).union(self.template.turn_ends)
         self.identity = TokenizerIdentity.of(tokenizer)
-        self.token_bytes = _token_bytes(tokenizer, self.identity, name)
+        self.token_bytes = bytes_of_tokens(tokenizer, self.identity, name)
         self._backend = cast(Any, tokenizer).backend_tokenizer
         self._plain = self._backend.truncation is None and self._backend.padding is None
         self.first_byte = torch.tensor([spelled[0] if spelled else -1 for spelled in self.token_bytes])
@@ -230,7 +230,12 @@ class GrowingIds:
             return None
 
 
-def _token_bytes(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity, name: str) -> list[bytes | None]:
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdentity, name: str) -> list[bytes | None]:
+    """The bytes of each token id; None for special tokens and ids without a token.
+
+    Raises:
+        MismatchError: the bytes of the tokens cannot be determined.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise MismatchError(

@@ -87,6 +87,8 @@ class RequestMiddleware:
                 await _end(error, noting, record)
         except APIError as error:
             await send_error(error, noting)
+        except RecursionError:  # parsing allows some hundred levels more than what is done with the result
+            await send_error(invalid("the request body is nested too deeply; use fewer levels"), noting)
         except Exception:
             _LOG.exception("request %s failed", record.id)
             if record.status:

@@ -62,11 +62,11 @@ Tokens = Annotated[list[Token], Field(max_length=MAX_TOKENS, fail_fast=True)]
 TokenIds = Annotated[Tokens, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=_INT64)]
 BadWord = Annotated[NonEmpty, Field(max_length=256)]
-StopText = Annotated[NonEmpty, Field(max_length=4096)]
+StopText = Annotated[NonEmpty, Field(max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-Object = dict[str, Any]
+Object = Annotated[dict[str, Any], BeforeValidator(_few_keys)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 
 WHY_NOT = {
