@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -20,8 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.atomic import atomic_directory, atomic_file, sole_writer, write_text
 from collm.core.calibration import Calibration, CalibrationPoint
-from collm.errors import ArtefactError, CollmError, ConfigError, LoadError, MismatchError, RequestError, WriteError
-from collm.models.loading import ModelSpec
+from collm.errors import (
+    ArtefactError,
+    CollmError,
+    ConfigError,
+    LoadError,
+    MismatchError,
+    RequestError,
+    UnsupportedModel,
+    WriteError,
+)
+from collm.models.loading import ModelSpec, load_model
 from collm.models.template import PromptTemplate
 
 SavedModel = Callable[..., Path]
@@ -311,3 +321,36 @@ def test_each_model_has_a_device_or_all_the_same(saved: Path) -> None:
     assert [cast(ModelSpec, one).device for one in (placed.base, *placed.assistants)] == ["cpu", "cuda:1"]
     with pytest.raises(ConfigError, match=r"names 3 devices .*expected one, or one for each of 2 models"):
         CoLLM.from_pretrained(saved, device="cpu,cpu,cpu")
+
+
+@pytest.mark.slow
+def test_a_quantized_base_that_is_saved_loads_again(
+    saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Its weights are saved as they are in memory, and quantized no second time."""
+    assistant = ModelSpec(str(saved_model("assistant", 1)))
+    base = load_model(ModelSpec(str(saved_model("base", 0)), dtype="float32", quantization="nf4"))
+    pair = CoLLM(base, [assistant], DeferralHead(32, 1), tokenizer)
+    pair.save_pretrained(tmp_path / "pair")
+    loaded = CoLLM.from_pretrained(tmp_path / "pair")
+    said = [one.generate("w5 w6", SamplingParams(8), threshold=0.4)[0].token_ids for one in (pair, loaded)]
+    assert said[0] == said[1]
+    loaded.save_pretrained(tmp_path / "again")
+    (again,) = CoLLM.from_pretrained(tmp_path / "again").generate("w5 w6", SamplingParams(8), threshold=0.4)
+    assert again.token_ids == said[0]
+
+
+def test_a_model_with_an_adapter_inside_is_refused(
+    tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """transformers puts an adapter into a model itself; only a `PeftModel` says what belongs to it."""
+    base = tiny_model(0)
+    base.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    for use in (
+        lambda pair: pair.generate("w5", threshold=0.5),
+        lambda pair: pair.save_pretrained(tmp_path / "pair"),
+        lambda pair: pair.export_vllm(tmp_path / "exported"),
+    ):
+        with pytest.raises(UnsupportedModel, match="wrap it with peft"):
+            use(CoLLM(base, [tiny_model(1)], DeferralHead(32, 1), tokenizer))
+    assert not any((tmp_path / name).exists() for name in ("pair", "exported"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import collm
+from collm.core.types import author_name
 
 SOURCE = Path(collm.__file__).parent
 BOTTOM = {"errors", "version", "atomic", "untrusted", "redaction", "noise"}
@@ -107,6 +109,14 @@ def test_help_imports_no_torch() -> None:
     program += "try: main()\nexcept SystemExit as e: print('torch' in sys.modules or e.code)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0"
+
+
+def test_names_of_authors_are_made_in_one_function() -> None:
+    """No other file makes one, and no document spells one otherwise."""
+    made = re.compile(r"\bassistant[ -]1\b|f\"assistant[ -]?\{")
+    texts = [*FILES, *(SOURCE.parents[1] / "docs").glob("*.md")]
+    assert {path.name for path in texts if made.search(path.read_text(encoding="utf-8"))} == {"types.py"}
+    assert [author_name(author) for author in range(4)] == ["base", "assistant", "assistant-2", "assistant-3"]
 
 
 def test_public_names_are_there() -> None:

@@ -261,7 +261,7 @@ def test_the_assistants_are_not_in_memory_while_training(
 def test_a_pair_that_does_not_fit_is_refused_before_scoring(setting: dict[str, Any], tmp_path: Path) -> None:
     path = Path(setting["assistant"][1]) / "tokenizer.json"
     path.write_text(path.read_text().replace('"w40"', '"x40"'))
-    with pytest.raises(MismatchError, match=r"assistant 2 .*token 43 is 'x40'"):
+    with pytest.raises(MismatchError, match=r"assistant-2 .*token 43 is 'x40'"):
         train_collaboration(RunConfig(**setting), options(tmp_path / "run"))
     assert not (tmp_path / "run").exists()  # so that the corrected command may use it
 
@@ -311,7 +311,7 @@ def test_evaluations_while_training_use_the_validation_rows(setting: dict[str, A
     result = train_collaboration(RunConfig(**setting), args, quiet=True)
     assert {path.name for path in (tmp_path / "run/scores/validation").iterdir()} == {
         "base",
-        "assistant-1",
+        "assistant",
         "assistant-2",
     }
     checkpoint = last_checkpoint(tmp_path / "run")
@@ -331,7 +331,7 @@ def test_hidden_states_kept_on_disk_train_the_same_head(setting: dict[str, Any],
         heads.append(result.model.head.weight.detach())
     torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-6)
     assert read_header(tmp_path / "run-True/scores/base").hidden_states
-    assert not read_header(tmp_path / "run-True/scores/assistant-1").hidden_states
+    assert not read_header(tmp_path / "run-True/scores/assistant").hidden_states
     with pytest.raises(ConfigError, match="cache_hidden_states does not fit method 'full'"):
         train_collaboration(RunConfig(**setting, cache_hidden_states=True), options(tmp_path / "x", method="full"))
     with pytest.raises(ConfigError, match=r"deferral_cost has 3 values, expected one, or one for each assistant \(2\)"):

@@ -65,7 +65,7 @@ def test_a_model_and_a_tool_get_the_tokens_they_own(saved_model: SavedModel, tmp
     assert sum(right) / len(right) > 0.97
     assert sum(owner) / len(owner) > 0.97
     card = (tmp_path / "run/collaboration/README.md").read_text()
-    assert f"assistant 2: `{ADDER}`, code that is not included" in card
+    assert f"assistant-2: `{ADDER}`, code that is not included" in card
 
 
 @pytest.mark.slow
@@ -103,10 +103,10 @@ def test_a_table_travels_with_the_artefact(
     again = CoLLM.from_pretrained(tmp_path / "moved")
     assert again.generate("w1 w2", SamplingParams(max_new_tokens=1), threshold=-1)[0].text == " w3"
     assert json.loads((tmp_path / "moved/collm.json").read_text())["assistants"][0]["argument"] == (
-        "tables/assistant-1.csv"
+        "tables/assistant.csv"
     )
     shutil.rmtree(tmp_path / "moved/tables")
-    with pytest.raises(ArtefactError, match=r"the table .*assistant-1.csv of assistant 1 is missing"):
+    with pytest.raises(ArtefactError, match=r"the table .*assistant.csv of assistant is missing"):
         again.save_pretrained(tmp_path / "other")
 
 

@@ -408,7 +408,7 @@ def test_a_run_directory_decides_not_where_scores_are_written(calibrated: Path, 
     curve = PastRun.read(calibrated).curve(model, quiet=True)
     assert not (tmp_path / "outside").exists()
     written = calibrated / "scores" / "validation"
-    assert (written / "assistant-1" / "scores.json").exists()
+    assert (written / "assistant" / "scores.json").exists()
     (tmp_path / "outside").mkdir()
     written.rename(tmp_path / "outside" / "validation")  # scores shared by runs are read
     assert PastRun.read(calibrated).curve(model, quiet=True).accuracies.equal(curve.accuracies)
@@ -433,7 +433,7 @@ def test_a_table_outside_of_the_artefact_is_not_read(table: str, saved: Path) ->
         CoLLM.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", ["tables/assistant-1.csv", "head.safetensors", "base"])
+@pytest.mark.parametrize("name", ["tables/assistant.csv", "head.safetensors", "base"])
 def test_a_link_out_of_the_artefact_is_not_followed(name: str, saved: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("secret")

@@ -106,7 +106,7 @@ def rehearse(run: str, model: Path, data: str | None, out: Path, *, rows: int, l
     task = ["--task", "rows", "--metric", "token_f1", "--max-new-tokens", "32"] if run == "tulu" else ["--task", run]
     options = [*chat, "--threshold", THRESHOLD]
     commands = {
-        "score": ["score", "--config", config, "--author", "assistant-1"],
+        "score": ["score", "--config", config, "--author", "assistant"],
         "train": ["train", "--config", config],
         "inspect": ["score", "--inspect", out / "run" / "scores"],
         "calibrate": ["calibrate", collaboration],

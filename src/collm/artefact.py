@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from collm.atomic import atomic_file
 from collm.core.calibration import Calibration, threshold_text
 from collm.core.head import DeferralHead
-from collm.core.types import check_threshold
+from collm.core.types import author_name, check_threshold
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec, load_with_adapter
@@ -169,21 +169,25 @@ def save_tables(directory: Path, assistants: Sequence[AssistantSpec]) -> list[As
     saved = []
     for number, spec in enumerate(assistants, start=1):
         if isinstance(spec, ToolSpec) and spec.table is not None:
-            copy = Path(TABLES) / f"assistant-{number}{spec.table.suffix}"
+            name = author_name(number)
+            copy = Path(TABLES) / f"{name}{spec.table.suffix}"
             (directory / TABLES).mkdir(exist_ok=True)
             try:
                 shutil.copyfile(spec.table, directory / copy)
             except FileNotFoundError as error:
-                raise ArtefactError(f"the table {spec.table} of assistant {number} is missing; restore it") from error
+                raise ArtefactError(f"the table {spec.table} of {name} is missing; restore it") from error
             spec = spec.with_table(copy)
         saved.append(spec)
     return saved
 
 
 def base_of(manifest: Manifest, directory: Path) -> ModelSpec:
-    """The spec of the base's weights; with an adapter, of the model that the adapter modifies."""
+    """The spec of the base's weights; with an adapter, of the model that the adapter modifies.
+
+    Saved weights of a quantized model are quantized, and their config says how.
+    """
     if manifest.saved_base == "base":
-        return replace(manifest.base, path=str(directory / "base"), revision=None)
+        return replace(manifest.base, path=str(directory / "base"), revision=None, quantization=None)
     return manifest.base
 
 
@@ -298,7 +302,7 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
         "# A collaboration of language models",
         "",
         f"- base: `{manifest.base.path}` ({saved[manifest.saved_base]})",
-        *(f"- assistant {k}: {_described(spec)}" for k, spec in enumerate(manifest.assistants, start=1)),
+        *(f"- {author_name(k)}: {_described(spec)}" for k, spec in enumerate(manifest.assistants, start=1)),
         f"- prompt template: `{manifest.template.text!r}`" + (", chats too" if manifest.template.chat else ""),
         "",
         "The base writes the text. Where its deferral head exceeds the threshold, an assistant writes the next token",

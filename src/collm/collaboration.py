@@ -19,7 +19,7 @@ from collm.core.head import DeferralHead
 from collm.core.named import policy_named
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
-from collm.core.types import BASE, PromptLogprob, TokenStep
+from collm.core.types import BASE, PromptLogprob, TokenStep, author_name
 from collm.decoding.candidates import Candidates, aligned_candidates
 from collm.decoding.chunks import Chunks
 from collm.decoding.engine import DecodingLoop
@@ -225,9 +225,10 @@ class CoLLM:
 
         Raises:
             ArtefactError: `path` exists.
-            ConfigError, UnsupportedModel: the base's output layer cannot hold the head.
+            ConfigError, UnsupportedModel: the models are on servers, or the base's output layer cannot hold the head.
             WriteError: the disk is full or not writable.
         """
+        self.check_in_memory()
         threshold = default_threshold(self.calibration)
         export_base(self.base, self.head, self.tokenizer, Path(path), default_threshold=threshold)
 
@@ -308,6 +309,11 @@ class CoLLM:
         return steps(engine)
 
     @property
+    def author_names(self) -> list[str]:
+        """The name of each author, the base first: base, assistant, assistant-2, .."""
+        return [author_name(author) for author in range(1 + len(self.assistants))]
+
+    @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
         """The tokenizer of each author, the base first."""
         if self.alignment is None:
@@ -318,9 +324,11 @@ class CoLLM:
         """The decoding loop's request for a prompt.
 
         Raises:
-            ConfigError: a seed without sampling.
+            ConfigError: a seed without sampling, or log-probabilities of a prompt that have no meaning.
             RequestError: an invalid prompt.
         """
+        if params.prompt_logprobs is not None:
+            self._scored_author(policy)
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
         return Request(prompt_ids, params, policy, self.assistant_prompts(prompt))
 
@@ -364,14 +372,19 @@ class CoLLM:
     ) -> Chunks[PromptLogprob | None]:
         """Like `prompt_logprobs`, chunk by chunk. An `engine` may step in between."""
         prompt_ids = self.template.encode_prompt(self.tokenizer, prompt)
+        author = self._scored_author(policy)
+        check_prompt(self.runners, self.identity.vocab_size, prompt_ids, room=0)
+        yield from self.backend.prompt_logprobs(prompt_ids, most, author)
+
+    def _scored_author(self, policy: Policy | None) -> int | None:
+        """The author whose log-probabilities a prompt gets; None for those of the joint model."""
         author = policy.writer if isinstance(policy, SingleAuthorPolicy) else None
         if self.alignment is not None and author != BASE:
             raise ConfigError(
                 "the models have different tokenizers, so only the base has log-probabilities of these tokens; ask for "
-                "those of the base alone (policy 'base')"
+                "those of the base alone (policy 'single:writer=0')"
             )
-        check_prompt(self.runners, self.identity.vocab_size, prompt_ids, room=0)
-        yield from self.backend.prompt_logprobs(prompt_ids, most, author)
+        return author
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
         """The most probable tokens of each author at each token of an answer (`decoding.candidates`).
@@ -460,8 +473,18 @@ class CoLLM:
 
     @property
     def members(self) -> list[LanguageModel | ToolModel]:
-        """All models and tools in memory, the base first. With servers, they are loaded for this."""
+        """All models and tools in memory, the base first.
+
+        Raises:
+            ConfigError: the models are on servers.
+        """
+        self.check_in_memory()
         return self._in_memory.members
+
+    def check_in_memory(self) -> None:
+        """Raise a ConfigError if the models are on servers, so that this process loads none."""
+        if self.servers is not None:
+            raise ConfigError("this needs the models in memory, but they are on servers; use engine 'local'")
 
 
 def _check_alone(threshold: float | None, budget: float | None) -> None:

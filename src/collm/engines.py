@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
 from collm.core.params import SamplingParams
-from collm.core.types import PromptLogprob
+from collm.core.types import PromptLogprob, author_name
 from collm.decoding.candidates import Candidates, top_candidates
 from collm.decoding.chunks import Chunks
 from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
@@ -25,7 +25,7 @@ from collm.models.grammars import Grammars
 from collm.models.guards import TokenizerIdentity, check_eos
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, empty_model, saved_eos_ids
-from collm.models.members import Member, author_name, load_members
+from collm.models.members import Member, load_members
 from collm.models.runner import ModelRunner
 from collm.models.tools import ToolModel, ToolRunner
 from collm.vllm.endpoint import Endpoint
@@ -220,8 +220,7 @@ class OnServers:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        count = len(self._given) - 1
-        named = [(author_name(author, count), _eos_ids_of(member)) for author, member in enumerate(self._given)]
+        named = [(author_name(author), _eos_ids_of(member)) for author, member in enumerate(self._given)]
         return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:

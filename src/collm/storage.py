@@ -16,11 +16,12 @@ from collm.artefact import Manifest, SavedBase
 from collm.atomic import atomic_directory
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
+from collm.core.types import author_name
 from collm.errors import ArtefactError, ConfigError
 from collm.models.adapters import check_adapter
 from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec, load_tokenizer
-from collm.models.members import AssistantSpec, Member, author_name, spec_of
+from collm.models.members import AssistantSpec, Member, spec_of
 from collm.models.progress import quiet_if_small
 from collm.models.template import PromptTemplate
 from collm.tools.spec import ToolFunction
@@ -173,7 +174,7 @@ def _assistant_specs(assistants: Sequence[Member]) -> list[AssistantSpec]:
     for number, spec in enumerate(specs, start=1):
         if spec is None:
             raise ArtefactError(
-                f"{author_name(number, len(specs))} was made in memory and has no path to reference; save it with "
+                f"{author_name(number)} was made in memory and has no path to reference; save it with "
                 "save_pretrained and load it from there"
             )
     return cast("list[AssistantSpec]", specs)

@@ -92,6 +92,20 @@ def test_commands_change_who_answers(model: CoLLM, monkeypatch: pytest.MonkeyPat
     assert len(talk.turns) == 3
 
 
+def test_each_of_two_assistants_answers_to_its_name(
+    model: CoLLM, tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [*model.assistants, tiny_model(2)]
+    talk = talk_of(CoLLM(model.base, members, DeferralHead(32, 2), model.tokenizer, template=model.template))
+    for author, name in enumerate(("base", "assistant", "assistant-2")):
+        shown = typed(talk, f"/model {name}", "w2", monkeypatch=monkeypatch)
+        assert {step.author for step in talk.turns[-1][1]} == {author}
+        assert f"{name} alone" in shown
+    assert "expected one of collaboration, base, assistant, assistant-2" in typed(
+        talk, "/model assistant-1", monkeypatch=monkeypatch
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "answer"),

@@ -48,7 +48,7 @@ def pair(saved_model: Callable[..., Path], tmp_path: Path) -> dict[str, Path]:
 
 @pytest.mark.slow
 def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -> None:
-    scores = tmp_path / "run" / "scores" / "assistant-1"
+    scores = tmp_path / "run" / "scores" / "assistant"
     scored = collm(
         "score", pair["data"], "--model", pair["assistant"], "--tokenizer", pair["base"], "--out", scores,
         "--max-length", 64, cwd=tmp_path,
@@ -116,7 +116,7 @@ def _calibrate_as_the_run_says(artefact: Path, pair: dict[str, Path], tmp_path: 
     assert "20 gold tokens, " in curve.stdout
     assert "of all" in curve.stdout
     assert "within 0.3" in curve.stdout
-    kept = tmp_path / "run" / "scores" / "validation" / "assistant-1"
+    kept = tmp_path / "run" / "scores" / "validation" / "assistant"
     assert json.loads((kept / "scores.json").read_text())["num_targets"] == 20
     here = collm(*calibrate, "--teacher-forced", "--data", pair["validation"], "--budget", 0.3, cwd=tmp_path)
     assert here.stdout == curve.stdout
@@ -148,11 +148,11 @@ def fails(status: int, message: str, *arguments: object, cwd: Path) -> None:
 
 @pytest.mark.slow
 def test_inspecting_scores(pair: dict[str, Path], tmp_path: Path) -> None:
-    for name, model in (("base", pair["base"]), ("assistant-1", pair["assistant"])):
+    for name, model in (("base", pair["base"]), ("assistant", pair["assistant"])):
         collm("score", pair["data"], "--model", model, "--out", tmp_path / "scores" / name, cwd=tmp_path)
     shown = collm("score", "--inspect", tmp_path / "scores", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    for text in ("160 target tokens", "assistant 1", "best author", "pseudo-labels give"):
+    for text in ("160 target tokens", "assistant", "best author", "pseudo-labels give"):
         assert text in shown.stdout
     both = collm("score", pair["data"], "--inspect", tmp_path / "scores", cwd=tmp_path)
     neither = collm("score", pair["data"], cwd=tmp_path)
@@ -171,7 +171,7 @@ def test_a_run_in_parts(pair: dict[str, Path], tmp_path: Path) -> None:
         "chat_template": str(tmp_path / "chat.jinja"), "metric": "token_f1", "rates": [0.0, 0.5],
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    for author in ("base", "assistant-1"):
+    for author in ("base", "assistant"):
         scored = collm("score", "--config", "run.yaml", "--author", author, cwd=tmp_path)
         assert scored.returncode == 0, scored.stderr
         assert "144 target tokens" in scored.stdout  # 4 of 40 rows are held out

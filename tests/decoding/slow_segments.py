@@ -15,13 +15,16 @@ from collm.core.objective import author_logprobs, defer_probs
 from collm.core.policies import Policy, StepView
 from collm.core.sampling import sample, token_probs
 from collm.models.alignment import ANYTHING, Alignment
+from collm.models.token_text import TokenText
+from collm.models.tools import ToolModel
+from tests.decoding.slow import _processed
 
 
 @dataclass
 class SlowSegments:
     """Decodes one prompt."""
 
-    models: Sequence[PreTrainedModel]
+    models: Sequence[PreTrainedModel | ToolModel]
     alignment: Alignment
     head: DeferralHead
     prompts: Sequence[list[int]]
@@ -54,6 +57,9 @@ class SlowSegments:
             written, following = self._segment(author, answer, kept[1] if kept and kept[0] == author else None)
             if author != 0:
                 deferred += 1
+            if not written:  # a tool that abstains
+                author = 0
+                written, following = self._segment(author, answer, kept[1] if kept and kept[0] == author else None)
             if written == [self._eos(author)]:
                 new, text = [self._eos(0)], answer
             else:
@@ -73,18 +79,30 @@ class SlowSegments:
         """What the author writes from a boundary to the next, and what it would go on with."""
         row, ids = self.alignment.row(answer), self._ids(author, answer)
         token = first if first is not None else self._token(author, ids, row, len(answer), opening=True)
+        if token is None:
+            return [], None
         written = [token]
         while written[-1] != self._eos(author) and len(written) <= self.params.max_new_tokens:
             text = answer + self._spell(author, answer, written)
             token = self._token(author, [*ids, *written], ANYTHING, len(text), opening=False)
-            if self.alignment.is_opening(author, self.alignment.row(text), token):
+            if token is None or self.alignment.is_opening(author, self.alignment.row(text), token):
                 return written, token
             written.append(token)
         return written, None
 
-    def _token(self, author: int, ids: list[int], row: int, at: int, *, opening: bool) -> int:
-        logits = self._read(author, ids)[1][0]
+    def _token(self, author: int, ids: list[int], row: int, at: int, *, opening: bool) -> int | None:
+        """None where a tool abstains."""
+        model = self.models[author]
+        if not isinstance(model, ToolModel):
+            raw = self._read(author, ids)[1]
+        elif (said := model.next_token(TokenText(model.tokenizer, ids), len(ids), {})) is None:
+            return None
+        else:
+            raw = model.logits([said])
+        logits = _processed(raw, self.params, self.prompts[author], ids, self._eos(author), None)[0]
         logits = logits.masked_fill(~self.alignment.opening_mask(author, row, logits.device), -torch.inf)
+        if isinstance(model, ToolModel) and logits.argmax() != raw.argmax():
+            return None
         if not self.params.temperature:
             return int(logits.argmax())
         params = self.params

@@ -118,6 +118,14 @@ class BadPolicy(Policy):
 
 
 @dataclass(frozen=True)
+class Stranger(Policy):
+    """Chooses an author that does not exist."""
+
+    def author(self, step: StepView) -> int:
+        return 7
+
+
+@dataclass(frozen=True)
 class BadMixture(MixturePolicy):
     """Makes NaN."""
 
@@ -131,7 +139,7 @@ class BadMixture(MixturePolicy):
     [
         (BadPolicy(3), PolicyFailure, "BadPolicy.* raised KeyError: 'no such rule'", 3),
         (BadMixture(), PolicyFailure, "BadMixture.* returned NaN logits although", 0),
-        (SingleAuthorPolicy(7), ConfigError, "chose author 7, expected 0 to 1", 0),
+        (Stranger(), ConfigError, "chose author 7, expected 0 to 1", 0),
     ],
 )
 def test_a_policy_that_breaks_down_fails_its_own_sequence(
@@ -290,6 +298,7 @@ def test_one_sequence_never_waits(pair: CoLLM) -> None:
         ({"max_wait": -2}, "max_wait is -2, expected at least 0"),
         ({"policy": "contrastive:expert=3"}, "asks for author 3, expected 0 to 1"),
         ({"policy": "proxy"}, "asks for author 2, expected 0 to 1"),
+        ({"policy": "single:writer=2"}, "asks for author 2, expected 0 to 1"),
     ],
 )
 def test_limits_and_authors_that_do_not_exist_are_refused(pair: CoLLM, options: Any, message: str) -> None:

@@ -106,7 +106,7 @@ def test_every_system_answers_every_item_as_generate_does(
 def test_a_model_alone_costs_its_own_passes(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     found = {result.name: result for result in run(model, task, items, tmp_path, "base,assistant-2").results}
     assert list(found["base"].models) == ["base"]
-    assert list(found["assistant-2"].models) == ["assistant 2"]
+    assert list(found["assistant-2"].models) == ["assistant-2"]
     for name, author in (("base", 0), ("assistant-2", 2)):
         member = model.members[author]
         weights = (
@@ -115,7 +115,7 @@ def test_a_model_alone_costs_its_own_passes(model: CoLLM, task: Task, items: lis
         (used,) = found[name].models.values()
         assert found[name].flops == pytest.approx(2 * weights * used["tokens_read"])
         assert used["tokens_read"] >= 2 + 5  # the prompt, and every token but the last
-    assert set(found["collaboration"].models) >= {"base", "assistant 1"}
+    assert set(found["collaboration"].models) >= {"base", "assistant"}
 
 
 @pytest.mark.slow
@@ -235,8 +235,9 @@ def test_items_must_be_there_and_differ(model: CoLLM, task: Task, items: list[Ta
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("assistant-3", "the collaboration has 2 assistants"),
-        ("assistant-x", "the collaboration has 2 assistants"),
+        ("assistant-3", "the authors are base, assistant, assistant-2"),
+        ("assistant-1", "the authors are base, assistant, assistant-2"),
+        ("assistant-x", "the authors are base, assistant, assistant-2"),
         ("better", "cannot compare 'better'; expected one of base, assistant"),
         ("threshold=high", "expected a number"),
         ("sft=", "cannot compare 'sft='"),
@@ -254,7 +255,7 @@ def test_other_models_by_path(
     path = saved_model("other", 7, hidden_size=64)
     found = run(model, task, items, tmp_path / "out", f"sft={path},proxy={saved_model('untuned', 8)}")
     assert [result.name.partition("=")[0] for result in found.results] == ["collaboration", "sft", "proxy"]
-    assert [list(result.models) for result in found.results[1:]] == [["sft"], ["base", "assistant 1", "untuned"]]
+    assert [list(result.models) for result in found.results[1:]] == [["sft"], ["base", "assistant", "untuned"]]
     alone = CoLLM.generate(
         next(s for s in systems_named(model, [f"sft={path}"], ThresholdPolicy(0.5)) if s.name.startswith("sft")).load(),
         [str(item.prompt) for item in items], SamplingParams(max_new_tokens=6), threshold=1.0,
@@ -307,13 +308,13 @@ def test_the_line_of_an_oracle_by_hand() -> None:
 def test_prices_are_of_tokens_read_and_written() -> None:
     prices = Prices.parse(["base=0.5", "assistant-2=2:8"])
     used = {"tokens_read": 100.0, "tokens_written": 10.0, "forward_passes": 3.0}
-    row = {"name": "collaboration", "models": {"base": used, "assistant 2": used}}
+    row = {"name": "collaboration", "models": {"base": used, "assistant-2": used}}
     assert prices.of(row) == pytest.approx((100 * 0.5 + 100 * 2 + 10 * 8) / 1e6 * 1000)
-    row["models"]["assistant 1"] = used
-    with pytest.raises(ConfigError, match="assistant 1, which has no price; add --price assistant-1="):
+    row["models"]["assistant"] = used
+    with pytest.raises(ConfigError, match="assistant, which has no price; add --price assistant="):
         prices.of(row)
-    with pytest.raises(ConfigError, match=r"there is a price for sft, .* expected base, assistant-1, assistant-2"):
-        Prices.parse(["base=1", "assistant-1=1", "assistant-2=1", "sft=1"]).check([row])
+    with pytest.raises(ConfigError, match=r"there is a price for sft, .* expected base, assistant, assistant-2"):
+        Prices.parse(["base=1", "assistant=1", "assistant-2=1", "sft=1"]).check([row])
 
 
 @pytest.mark.parametrize("text", ["base", "base=", "=1", "base=1:2:3", "base=-1", "base=cheap", "base=nan"])
@@ -471,18 +472,18 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     shown = found.answers["collaboration"][0]
     assert all(len(of_author) == 5 for token in report.examples[0].tokens for of_author in token.candidates)
     assert len(report.examples[0].tokens) == len(shown.token_ids)
-    priced = report_of(tmp_path, Prices.parse(["base=1", "assistant-1=2", "assistant-2=3"]))
+    priced = report_of(tmp_path, Prices.parse(["base=1", "assistant=2", "assistant-2=3"]))
     used = found.results[1].models["base"]["tokens_read"]
     assert next(mark.x for mark in priced.charts[1].marks if mark.name == "base") == pytest.approx(used / 1000)
     page = render_page(report)
     measures, costs, *_ = report.tables
     assert measures.rows == []  # exact_match alone, which stands above
-    assert [name for name, *_ in costs.rows][:2] == ["collaboration: base", "collaboration: assistant 1"]
+    assert [name for name, *_ in costs.rows][:2] == ["collaboration: base", "collaboration: assistant"]
     for text in (
         "What kind of token assistants write",
         "How many tokens in a row",
         "Where an assistant led",
-        "assistant 2",
+        "assistant-2",
     ):
         assert text in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "").replace(

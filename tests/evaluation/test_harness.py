@@ -219,7 +219,7 @@ def test_a_failing_model_stops_the_run(world: World) -> None:
     model = CoLLM.from_pretrained(world.sharing)
     with torch.no_grad():
         model.members[2].module.get_input_embeddings().weight.fill_(torch.nan)
-    with pytest.raises(ModelFailure, match="assistant 2 returned NaN"):
+    with pytest.raises(ModelFailure, match="assistant-2 returned NaN"):
         HarnessLM(model, threshold=THRESHOLD).loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
 
 

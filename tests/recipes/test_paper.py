@@ -200,7 +200,7 @@ def test_the_readmes_commands_take_the_configurations() -> None:
     assert {Path(command[1]).stem for command in scored} == set(RUNS)
     for command in scored:
         config, _ = parse(["--config", str(ROOT / command[1]), "--use_cpu", "true"])
-        assert command[2:4] == ["--author", "assistant-1"]
+        assert command[2:4] == ["--author", "assistant"]
         assert command[3] in config.authors
         assert not config.calibrate
     directories = {parsed(run)[1].output_dir for run in RUNS}

@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM
 from collm.core.calibration import Calibration, CalibrationPoint
+from collm.models.runner import ModelRunner
 from collm.models.template import PromptTemplate
 from collm.serving.run import Server
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
+from collm.vllm.endpoint import Endpoint
 from tests.decoding.test_engine import random_head
 from tests.tiny_models import make_model, tiny_config
 
@@ -30,6 +32,15 @@ CALIBRATION = Calibration(
     20,
     {},
 )
+
+
+def open_slots(model: CoLLM) -> int:
+    """Of all authors in memory."""
+    return sum(
+        runner.open_slots if isinstance(runner, ModelRunner) else len(runner._slots)
+        for runner in model.runners
+        if not isinstance(runner, Endpoint)
+    )
 
 
 class Running:
@@ -84,7 +95,7 @@ class Running:
 
     @property
     def open_slots(self) -> int:
-        return sum(runner.open_slots for model in self.models.values() for runner in model.runners)
+        return sum(open_slots(model) for model in self.models.values())
 
     def idle(self) -> bool:
         """Nothing runs, nothing waits, no slot is open."""

@@ -67,7 +67,7 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str | None, str]] = [
     ({"collm": {"threshold": 0.5, "budget": 0.5}}, "collm.budget", "give one of them"),
     ({"collm": {"budget": -1}}, "collm.budget", "greater than or equal to 0"),
     ({"collm": {"policy": "best"}}, "collm.policy", "policy is 'best', expected one of"),
-    ({"collm": {"policy": "single:writer=7"}}, None, "chose author 7"),
+    ({"collm": {"policy": "single:writer=7"}}, None, "asks for author 7"),
     ({"collm": {"policy": "proxy:model=5,tuned=0,untuned=1"}}, None, "asks for author 5"),
     ({"collm": {"policy": "joint", "threshold": 0.5}}, "collm.policy", "no effect"),
     ({"collm": {"eta": 0.5}}, "collm.eta", "no parameter"),

@@ -43,22 +43,22 @@ def test_counts_by_hand() -> None:
 
 
 def test_reads_the_scores_of_a_run(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    for seed, name in enumerate(("base", "assistant-1", "assistant-2")):
+    for seed, name in enumerate(("base", "assistant", "assistant-2")):
         model = LanguageModel(tiny_model(seed), name=name)
         write_scores(model, EXAMPLES, tmp_path / name, spec=ModelSpec(name), shard_size=7)
     found = inspect_scores(tmp_path)
-    base, *assistants = (load_scores(tmp_path / name, EXAMPLES) for name in ("base", "assistant-1", "assistant-2"))
+    base, *assistants = (load_scores(tmp_path / name, EXAMPLES) for name in ("base", "assistant", "assistant-2"))
     assert found == inspect(base, assistants)
     assert found.labels == label_tokens(base, assistants).report()
     assert found.summaries[2] == assistants[1].summary()
 
 
 def test_what_is_missing_or_does_not_fit_is_named(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="has no assistant-1"):
+    with pytest.raises(ArtefactError, match="has no assistant"):
         inspect_scores(tmp_path)
-    for name, examples in (("base", EXAMPLES), ("assistant-1", random_examples(4))):
+    for name, examples in (("base", EXAMPLES), ("assistant", random_examples(4))):
         write_scores(LanguageModel(tiny_model(0), name=name), examples, tmp_path / name, spec=ModelSpec(name))
-    with pytest.raises(ConfigError, match="assistant 1 was scored on other examples"):
+    with pytest.raises(ConfigError, match="assistant was scored on other examples"):
         inspect_scores(tmp_path)
     with pytest.raises(ConfigError, match="at least one assistant"):
         inspect(EVEN, [])

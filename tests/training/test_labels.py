@@ -43,7 +43,7 @@ def test_variant_b_labels_wherever_the_base_is_wrong() -> None:
         ((0.0,), 0.0, "deferring has no benefit"),
         ((0.004,), 0.3, "expect few deferrals"),
         ((0.03,), 0.7, "3 % on GSM8K"),
-        ((0.2, 0.0), 0.7, "no token is labelled with assistant 2"),
+        ((0.2, 0.0), 0.7, "no token is labelled with assistant-2"),
         ((0.2, 0.1), 0.84, "gives 84% of the tokens more probability than the base does"),
     ],
 )
@@ -55,7 +55,7 @@ def test_the_report_says_what_a_share_means(shares: tuple[float, ...], better: f
 
 def test_scores_of_different_sets_do_not_mix() -> None:
     other = random_examples(12, seed=5)
-    with pytest.raises(ConfigError, match="assistant 2 was scored on other examples"):
+    with pytest.raises(ConfigError, match="assistant-2 was scored on other examples"):
         label_tokens(NEVER, [EVEN, make_scores(other, lambda gold: -gold.float())])
     with pytest.raises(ConfigError, match="at least one assistant"):
         label_tokens(NEVER, [])

@@ -19,7 +19,7 @@ from collm.models.loading import ModelSpec, load_model
 from collm.training import scoring
 from collm.training.examples import Example, Examples
 from collm.training.scores import Scores
-from collm.training.scoring import find_scores, load_scores, progress_bar, score_examples, write_scores
+from collm.training.scoring import find_scores, load_scores, progress_bar, read_scores, score_examples, write_scores
 from collm.training.store import ScoreStore
 from tests.training.conftest import random_examples
 
@@ -180,6 +180,19 @@ def test_missing_or_damaged_headers_are_said(tiny_model: Callable[..., PreTraine
         header.write_text(damaged)
         with pytest.raises(ArtefactError, match=r"scores\.json"):
             load_scores(tmp_path, EXAMPLES)
+
+
+def test_a_model_that_raises_is_named(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel(tiny_model(0), name="assistant")
+
+    def raises(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "hidden_states", raises)
+    with pytest.raises(ModelFailure, match="assistant raised OutOfMemoryError while it read 1 examples at once: CUDA"):
+        read_scores(model, [Example([5, 6, 7], [False, True, True])])
 
 
 def test_nan_names_the_model_and_the_example(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

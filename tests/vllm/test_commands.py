@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from collm import CoLLM, ModelSpec
 from collm.cli.main import app
+from collm.core.policies import ThresholdPolicy
 from collm.errors import ArtefactError, ConfigError
+from collm.evaluation.gold import gold_examples, gold_views
+from collm.evaluation.systems import systems_named
+from collm.models.loading import load_model
+from collm.serving.settings import Settings
+from collm.training.data import Row
+from collm.training.examples import Example, Examples
 from collm.vllm.export_manifest import check_exported
 from collm.vllm.servers import Servers
 from tests.decoding.test_engine import random_head
+from tests.serving.conftest import Running
 from tests.vllm.conftest import Cluster, Members
 
 NOBODY = "http://127.0.0.1:9/v1"
@@ -60,17 +69,59 @@ def test_generate_writes_the_same(saved: Saved) -> None:
 
 def test_calibrate_finds_the_same(saved: Saved, tmp_path: Path) -> None:
     asked = ["calibrate", saved.path, "--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1"]
-    asked += ["--rate", 0.3, "--max-new-tokens", 8]
+    asked += ["--rate", 0.3, "--max-new-tokens", 8, "--refine", 0]
     found = []
     for more in ((), ("--servers", saved.servers)):
         run(*asked, *more)
-        found.append(CoLLM.from_pretrained(saved.path).calibration)
+        calibration = CoLLM.from_pretrained(saved.path).calibration
+        assert calibration is not None
+        found.append({round(point.threshold, 5): point for point in calibration.points})
     local, served = found
-    assert local is not None
-    assert served is not None
-    assert [point.deferral_rate for point in served.points] == [point.deferral_rate for point in local.points]
-    assert [point.metric for point in served.points] == [point.metric for point in local.points]
-    assert served.best().threshold == pytest.approx(local.best().threshold, abs=1e-5)
+    assert local.keys() >= served.keys()  # with models in memory, the best of the teacher-forced curve too
+    for threshold, point in served.items():
+        assert (point.deferral_rate, point.metric) == (local[threshold].deferral_rate, local[threshold].metric)
+
+
+@pytest.fixture
+def tuned(saved: Saved, tmp_path: Path) -> Saved:
+    """The same with a LoRA adapter on the base, and without the weights of the models."""
+    pair = CoLLM.from_pretrained(saved.path)
+    base: Any = load_model(ModelSpec(str(tmp_path / "base")))
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    CoLLM(adapted, pair.assistants, pair.head, pair.tokenizer).save_pretrained(tmp_path / "tuned")
+    for name in ("base", "assistant"):
+        (tmp_path / name / "model.safetensors").unlink()
+    return Saved(str(tmp_path / "tuned"), saved.servers)
+
+
+def test_commands_across_servers_load_no_model(tuned: Saved, tmp_path: Path) -> None:
+    """Who uses servers because the models do not fit has no other."""
+    asked = ["--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1", "--max-new-tokens", 4]
+    asked += ["--servers", tuned.servers]
+    run("calibrate", tuned.path, *asked, "--budget", 0.2, "--check", 0.4)
+    run("eval", tuned.path, *asked, "--task", "rows", "--out", tmp_path / "out")
+    run("generate", tuned.path, "w5 w6", "--max-new-tokens", 4, "--servers", tuned.servers)
+
+
+def test_what_needs_models_in_memory_is_refused_across_servers(tuned: Saved, tmp_path: Path) -> None:
+    asked = ["calibrate", tuned.path, "--teacher-forced", "--servers", f"{NOBODY},{NOBODY}"]
+    for more in ([], ["--data", str(rows(tmp_path / "rows.jsonl"))]):
+        done = CliRunner().invoke(app, [*asked, *more])
+        assert done.exit_code == 2
+        assert "leave --servers out" in " ".join(done.stderr.split())
+    model = CoLLM.from_pretrained(tuned.path, servers=Servers([NOBODY, NOBODY]))
+    row = Row("w5", "w6", None, "line 1")
+    uses: list[Callable[[], object]] = [
+        lambda: model.members,
+        lambda: gold_examples(model, [row], max_length=9),
+        lambda: gold_views(model, Examples([Example([5, 6], [False, True])]), []),
+        lambda: model.export_vllm(tmp_path / "exported"),
+        lambda: systems_named(model, ["proxy=" + str(tmp_path / "base")], ThresholdPolicy(0.5))[1].load(),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError, match="in memory"):
+            use()
+    assert not (tmp_path / "exported").exists()
 
 
 def test_eval_scores_the_same(saved: Saved, tmp_path: Path) -> None:
@@ -164,3 +215,26 @@ def test_an_export_of_another_head_is_refused(members: Callable[[int], Members],
         check_exported(m.exported, random_head(32, 1, scale=2.0))
     with pytest.raises(ArtefactError, match=r"there is no .*; expected a directory that 'collm export vllm' wrote"):
         check_exported(tmp_path, m.head)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", {"5": 1}),
+        ("allowed_token_ids", [5, 6]),
+        ("response_format", {"type": "json_object"}),
+        ("structured_outputs", {"regex": "w5"}),
+    ],
+)
+def test_a_server_across_servers_names_the_field_that_it_cannot_follow(
+    field: str, value: Any, cluster: Callable[..., Cluster]
+) -> None:
+    running = Running({"pair": cluster(1).connect()}, Settings()).start()
+    try:
+        asked = {"prompt": "w5 w6", "collm": {"threshold": 0.5}, field: value}
+        reply = running.post("/v1/completions", model="pair", **asked)
+    finally:
+        running.stop()
+    error = {"message": f"{field} is not available across servers; leave it out, or use engine 'local'"}
+    error |= {"type": "invalid_request_error", "param": field, "code": None}
+    assert (reply.status_code, reply.json()) == (400, {"error": error})

@@ -323,7 +323,7 @@ def test_what_servers_cannot_follow_is_refused(cluster: Clusters) -> None:
         model.generate([[5]], GREEDY, policy=JointPolicy())
     with pytest.raises(ConfigError, match="author 2, expected 0 to 1"):
         model.generate([[5]], GREEDY, policy=SingleAuthorPolicy(2))
-    with pytest.raises(ConfigError, match="logprobs=2"):
+    with pytest.raises(ConfigError, match="logprobs is not available"):
         model.generate([[5]], SamplingParams(logprobs=2), threshold=0.5)
     with pytest.raises(ConfigError, match="which servers raise"):
         model.generate([[5]], SamplingParams(temperature=0.005), threshold=0.5)

@@ -17,6 +17,7 @@ from collm import CoLLM, DeferralHead, ModelSpec
 from collm.cli.main import app
 from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.language_model import LanguageModel
+from collm.models.loading import load_model
 from collm.vllm import NOTE
 from collm.vllm.export import export_base
 from collm.vllm.export_manifest import Note, defer_names
@@ -116,6 +117,11 @@ def test_what_no_row_can_hold_is_refused(tokenizer: PreTrainedTokenizerFast, tmp
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="quantized"):
         export_base(ModelSpec("anywhere", quantization="nf4"), biased_head(), tokenizer, out)
+    make_model(tiny_config(), 0).save_pretrained(tmp_path / "named" / "model")
+    with pytest.raises(ConfigError, match="quantized"):
+        export_base(
+            load_model(ModelSpec(str(tmp_path / "named" / "model"), quantization="nf4")), biased_head(), tokenizer, out
+        )
     tokenizer = AutoTokenizer.from_pretrained(_saved(tokenizer, tmp_path / "named"))
     tokenizer.add_tokens(["<|defer|>"])
     with pytest.raises(UnsupportedModel, match=r"token '<\|defer\|>' already"):

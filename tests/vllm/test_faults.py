@@ -218,8 +218,8 @@ def test_one_assistant_of_two_that_is_down_leaves_the_other_at_work(cluster: Clu
     world.fakes[2].down()
     out = model.generate(prompts, GREEDY, threshold=0.4)
     assert {author for one in out for author in one.authors} == {0, 1}
-    assert out.usage["assistant 2"].failed == sum(len(one.stood_in) for one in out) > 0
-    assert out.usage["assistant 1"].failed == 0
+    assert out.usage["assistant-2"].failed == sum(len(one.stood_in) for one in out) > 0
+    assert out.usage["assistant"].failed == 0
 
 
 def test_a_fault_of_our_own_fails_its_request_and_no_other(cluster: Clusters, monkeypatch: pytest.MonkeyPatch) -> None:

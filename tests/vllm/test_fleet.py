@@ -43,7 +43,7 @@ def test_the_right_servers_are_accepted_with_few_requests(cluster: Clusters) -> 
         assert fleet.defer_ids == [97, 98]
         assert fleet.zero_id == 99
         assert [author.max_length for author in fleet.authors] == [128] * 3
-        assert [author.name for author in fleet.authors] == ["base", "assistant 1", "assistant 2"]
+        assert [author.name for author in fleet.authors] == ["base", "assistant", "assistant-2"]
     assert [len(fake.bodies) for fake in world.fakes] == [2, 1, 1]
 
 

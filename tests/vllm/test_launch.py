@@ -65,15 +65,15 @@ def gone(environment: dict[str, str]) -> bool:
 
 
 def test_servers_are_up_in_the_block_and_gone_after_it(environment: dict[str, str], tmp_path: Path) -> None:
-    plans = [plan(environment), plan(environment, name="assistant 1")]
+    plans = [plan(environment), plan(environment, name="assistant")]
     with launched(plans, sys.executable, tmp_path / "logs", wait_s=60) as running:
         assert len(processes(environment)) == 4
         assert len({server.url for server in running}) == 2
         command = Path(f"/proc/{running[1].process.pid}/cmdline").read_text().split("\0")
-        assert command[command.index("--served-model-name") + 1] == "assistant-1"
+        assert command[command.index("--served-model-name") + 1] == "assistant"
         assert command[command.index("--seed") + 1] == "1"
     assert gone(environment)
-    assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == ["assistant-1.log", "base.log"]
+    assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == ["assistant.log", "base.log"]
 
 
 def test_no_other_user_can_reach_or_replace_them(environment: dict[str, str], tmp_path: Path) -> None:

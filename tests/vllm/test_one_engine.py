@@ -49,6 +49,9 @@ class FakeEngine(FakeVllm):
             stop_token_ids=body.get("stop_token_ids", ()),
             seed=body.get("seed") if policy.draws else None,
             logprobs=max(body["logprobs"] - 1, 0),
+            presence_penalty=body.get("presence_penalty", 0.0),
+            frequency_penalty=body.get("frequency_penalty", 0.0),
+            repetition_penalty=body.get("repetition_penalty", 1.0),
         )
         (out,) = self.pair.generate([body["prompt"]], params, policy=policy)
         yield from ((token_id, (out, place)) for place, token_id in enumerate(out.token_ids))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from collm.collaboration import CoLLM
 
 STYLES = ("", "bold green", "bold magenta", "bold cyan", "bold yellow", "bold blue", "bold red")
 
@@ -34,13 +31,6 @@ def coloured(steps: Iterable[Written]) -> Text:
     for step in steps:
         text.append(step.text, style_of(step.author))
     return text
-
-
-def author_names(model: CoLLM) -> list[str]:
-    """The base's name, then those of the assistants."""
-    from collm.models.members import author_name
-
-    return [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
 
 
 def legend(names: Sequence[str]) -> Text:

@@ -104,6 +104,7 @@ def _check_usage(context: typer.Context, *, generates: bool, has_data: bool) -> 
     if not generates:
         generating = {"metric", "rate", "refine", "check", "check_data", "max_batch", "max_new_tokens", "stop"}
         refuse(context, "--teacher-forced generates nothing", none=generating)
+        refuse(context, "--teacher-forced reads the gold completions with the models in this process", none={"servers"})
     if not has_data:
         loading = {"collaboration", "device", "engine", "servers", "trust_code"}
         choosing = {"budget", "refine", "check", "check_data", "teacher_forced"}

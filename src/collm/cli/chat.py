@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from collm.cli import options, sampling
-from collm.cli.authors import author_names
 
 if TYPE_CHECKING:
     from collm.cli.terminal import Console
@@ -84,7 +83,7 @@ def chat(
     talk = Conversation(model, params, model.threshold(threshold, budget), system)
     talk.check()
     console = Console(soft_wrap=True)
-    console.print(legend(author_names(model)), "[dim]/help for more[/dim]")
+    console.print(legend(model.author_names), "[dim]/help for more[/dim]")
     _converse(talk, console)
 
 
@@ -141,7 +140,7 @@ class Conversation:
         if path.exists():
             raise WriteError(f"{path} exists; choose another name")
         authors = [[step.author for step in steps] for _, steps in self.turns]
-        row = {"messages": self.messages(), "authors": authors, "author_names": author_names(self.model)}
+        row = {"messages": self.messages(), "authors": authors, "author_names": self.model.author_names}
         write_text(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -228,7 +227,7 @@ def _set(talk: Conversation, **limits: float) -> str:
 def _choose(talk: Conversation, name: str) -> str:
     from collm.errors import ConfigError
 
-    names = [known.replace(" ", "-") for known in author_names(talk.model)]
+    names = talk.model.author_names
     if name == "collaboration":
         return _set(talk, threshold=talk.threshold)
     if name not in names:

@@ -122,7 +122,7 @@ def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, dec
 
 def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, deciding: dict[str, Any]) -> None:
     """Print each token when it is generated."""
-    from collm.cli.authors import author_names, legend
+    from collm.cli.authors import legend
     from collm.cli.terminal import Console
     from collm.core.types import deferral_rate
 
@@ -137,7 +137,7 @@ def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams,
             is_empty = is_empty and not step.text
         console.print()
         if is_empty and authors:
-            who = author_names(model)[authors[-1]]
+            who = model.author_names[authors[-1]]
             typer.echo(f"the answer is empty: the {who} ended the text at once", err=True)
         if console.is_terminal:
-            console.print(legend(author_names(model)), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")
+            console.print(legend(model.author_names), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")

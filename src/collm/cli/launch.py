@@ -123,17 +123,17 @@ def _plans(
     collaboration: str, directory: Path, flags: list[list[str]], max_batch: int, max_length: int | None
 ) -> Sequence[ServerPlan]:
     from collm.collaboration import CoLLM
+    from collm.core.types import BASE, author_name
     from collm.models.loading import ModelSpec
-    from collm.models.members import author_name
     from collm.vllm.placement import Machine, Served, placed
 
     model = CoLLM.from_pretrained(collaboration, engine="local")
     base = ModelSpec(str(_exported(model, directory / "export")))
-    models = [Served("base", base, flags[0])]
+    models = [Served(author_name(BASE), base, flags[0])]
     for number, assistant in enumerate(model.assistants, start=1):
         if not isinstance(assistant, ModelSpec):
             raise ConfigError(f"the assistant {assistant} is a program, which no server runs; use 'collm serve'")
-        models.append(Served(author_name(number, len(model.assistants)), assistant, flags[1]))
+        models.append(Served(author_name(number), assistant, flags[1]))
     return placed(models, Machine.this(), max_batch=max_batch, max_length=max_length)
 
 

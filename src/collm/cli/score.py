@@ -27,14 +27,15 @@ def score(
     inspect: Annotated[
         Path | None,
         typer.Option(
-            metavar="SCORES", help="Only compare the scores in SCORES/base with those in SCORES/assistant-1, .."
+            metavar="SCORES",
+            help="Only compare the scores in SCORES/base with those in SCORES/assistant, SCORES/assistant-2, ..",
         ),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="run.yaml", help="Compute the scores of --author that 'collm train --config' needs."),
     ] = None,
-    author: Annotated[str | None, typer.Option(help="With --config: base, assistant-1, ..")] = None,
+    author: Annotated[str | None, typer.Option(help="With --config: base, assistant, assistant-2, ..")] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="The base that training will use, for its tokenizer and template. Default: the model."),
@@ -82,7 +83,7 @@ def score(
         of_run = {"config", "author", "server", "concurrency", "api_key_env", "trust_code"}
         refuse(context, "--config says what to score", only=of_run)
         if author is None:
-            raise typer.BadParameter("--config needs --author: base, assistant-1, ..")
+            raise typer.BadParameter("--config needs --author: base, assistant, assistant-2, ..")
         _report(_score_of_run(config, author, served, trust_code=trust_code), None)
         return
     if trust_code:

@@ -79,17 +79,18 @@ def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) ->
 
 def inspection_table(inspection: Inspection) -> Table:
     """Base and assistants beside each other: how well each predicts, and who is right where the other is not."""
+    from collm.core.types import author_name
+
     number = f"{inspection.summaries[0].num_targets:,} target tokens"
     headings = ("", "mean NLL", "right", "both", "base only", "assistant only", "neither")
     table = _table(number, headings, left={""}, narrow=True, caption="right = the gold token is the argmax")
     for number_of_author, summary in enumerate(inspection.summaries):
-        name = f"assistant {number_of_author}" if number_of_author else "base"
         cells = [f"{summary.mean_nll_nats:.4f}", f"{summary.accuracy:.2%}"]
         if number_of_author:
             with_base = inspection.agreements[number_of_author - 1]
             shares = (with_base.both, with_base.base_only, with_base.assistant_only, with_base.neither)
             cells += [f"{share:.2%}" for share in shares]
-        table.add_row(name, *cells)
+        table.add_row(author_name(number_of_author), *cells)
     table.add_row("best author", f"{inspection.best_nll_nats:.4f}", f"{inspection.best_accuracy:.2%}")
     return table
 

@@ -17,6 +17,13 @@ TopLogprobs = tuple[tuple[int, float], ...]
 FinishReason = Literal["eos", "stop", "length"]
 
 
+def author_name(author: int) -> str:
+    """The name of an author, everywhere: base, assistant, assistant-2, .."""
+    if author == BASE:
+        return "base"
+    return "assistant" if author == 1 else f"assistant-{author}"
+
+
 def check_threshold(threshold: float) -> float:
     """Return `threshold` as a float if it is in [-1, 1]. At 1 only the base writes, below 0 only the assistants.
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.combinations import CombiningPolicy
 from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
+from collm.core.policies import SingleAuthorPolicy
 from collm.core.types import BASE, Completion, TokenStep
 from collm.decoding.author_outputs import AuthorOutputs, draw_from_chosen_author, draw_from_combination
 from collm.decoding.draws import Draw, draw_tokens
@@ -177,16 +178,17 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, holds unknown token ids or leaves no room in a model's context or cache;
                 or the parameters name unknown tokens or an unusable grammar.
-            ConfigError: the policy consults an author that does not exist.
+            ConfigError: the policy names an author that does not exist.
         """
         for authors, vocab_size, prompt_ids in self._prompts(request):
             check_prompt(authors, vocab_size, prompt_ids)
             check_cache(authors, prompt_ids)
         check_params(request.params, self._vocab_size)
-        consulted = request.policy.consults(len(self.authors) - 1)
-        unknown = [author for author in consulted if not 1 <= author < len(self.authors)]
+        policy = request.policy
+        named = [policy.writer] if isinstance(policy, SingleAuthorPolicy) else policy.consults(len(self.authors) - 1)
+        unknown = [author for author in named if not 0 <= author < len(self.authors)]
         if unknown:
-            raise ConfigError(f"{request.policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
+            raise ConfigError(f"{policy} asks for author {unknown[0]}, expected 0 to {len(self.authors) - 1}")
         structured = request.params.structured_outputs
         grammar = self.grammars.compile(structured) if structured is not None else None
         arguments = self._count, request, self.authors, self.tokenizer, self.eos_ids, self._acceptance.copy(), grammar
@@ -211,13 +213,13 @@ class Engine:
         """Drop a running or waiting request and free its slots."""
         self._waiting = deque(sequence for sequence in self._waiting if sequence.number != number)
         if number in self._active:
-            self._active.pop(number).release()
+            self._leave(self._active[number])
 
     def close(self) -> None:
         """Drop all requests."""
         self._waiting.clear()
-        while self._active:
-            self._active.popitem()[1].release()
+        for sequence in list(self._active.values()):
+            self._leave(sequence)
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -242,7 +244,8 @@ class Engine:
     def _schedule(self) -> None:
         """Preempt the youngest sequences while the caches are too small, then admit waiting ones that fit."""
         while len(self._active) > 1 and not self._have_room(self._active.values()):
-            sequence = self._active.popitem()[1]
+            sequence = next(reversed(self._active.values()))
+            self._leave(sequence)
             sequence.preempt()
             self._waiting.appendleft(sequence)
             _LOG.debug("sequence %d was preempted because the KV caches are full", sequence.number)
@@ -266,7 +269,9 @@ class Engine:
         reader = self._readers[BASE]
         reading = [s for s in self._active.values() if not reader.has_read(s, s.length)]
         for sequence in reading:
-            self._draft_lookup(sequence)
+            with self._isolate_failures(sequence):
+                self._draft_lookup(sequence)
+        reading = [sequence for sequence in reading if self._runs(sequence)]
         run = self._run_length(reading)
         output = self._read(reader, {s: ReadSpan(s.length, len(s.draft) + 1 - len(s.decisions)) for s in reading}, run)
         if output is None:
@@ -307,8 +312,7 @@ class Engine:
                 if author != BASE or guess.token_id != followed or sequence.ends(guess.token_id):
                     break
                 sequence.draft.append(guess.token_id)
-        runner, slot = self._base, sequence.slots[BASE]
-        runner.confirm(slot, sequence.text[runner.length(slot) :])
+        self._readers[BASE].confirm(sequence)
 
     def _draft_lookup(self, sequence: Sequence) -> None:
         """Draft tokens by prompt lookup, if they are likely enough to be accepted."""
@@ -368,14 +372,15 @@ class Engine:
                         row = rows[i - asked[sequence][0]]
                         sequence.resolve(i, None if row in fetched.abstained else fetched.draws[row])
                     self._settle(sequence)
-        self._draft_with_assistant(author, [s for s in due if s.number in self._active])
+        self._draft_with_assistant(author, list(filter(self._runs, due)))
 
     def _skip_unreadable(self, author: int) -> None:
         """Let the base write where this assistant cannot continue the text."""
         for sequence in list(self._active.values()):
-            if sequence.waits_for == author and not sequence.can_ask(author):
-                sequence.resolve(0, None)
-                self._settle(sequence)
+            with self._isolate_failures(sequence):
+                if sequence.waits_for == author and not sequence.can_ask(author):
+                    sequence.resolve(0, None)
+                    self._settle(sequence)
 
     def _should_call(self, author: int, due: ListOf[Sequence]) -> bool:
         """Whether some sequence has waited long enough, or no sequence can continue without an assistant."""
@@ -412,27 +417,36 @@ class Engine:
         """Draw the tokens of sequences whose policy has consulted assistants."""
         by_policy: dict[int, list[Sequence]] = {}
         for sequence in consultations:
-            if sequence.number in self._active:
+            if self._runs(sequence):
                 by_policy.setdefault(id(sequence.request.policy), []).append(sequence)
-        for sequences in by_policy.values():
+        groups = list(by_policy.values())
+        for sequences in groups:
             policy = sequences[0].request.policy
             outputs = [consultations[sequence] for sequence in sequences]
             with self._isolate_failures(*sequences):
-                if isinstance(policy, CombiningPolicy):
-                    written = draw_from_combination(policy, sequences, outputs)
-                else:
-                    written = draw_from_chosen_author(sequences, outputs)
+                try:
+                    if isinstance(policy, CombiningPolicy):
+                        written = draw_from_combination(policy, sequences, outputs)
+                    else:
+                        written = draw_from_chosen_author(sequences, outputs)
+                except Exception:
+                    if len(sequences) == 1:
+                        raise
+                    groups += [[sequence] for sequence in sequences]  # again one by one, so that only faulty ones fail
+                    continue
                 for sequence, output, (author, drawn) in zip(sequences, outputs, written, strict=True):
-                    if drawn.invalid:
-                        raise PolicyFailure(f"{policy} returned NaN logits although its authors' logits are finite")
-                    abstained = author in output.abstained
-                    sequence.decisions.append(Decision(author, output.defer_prob, None, drawn, abstained))
-                    self._settle(sequence)
+                    with self._isolate_failures(sequence):
+                        if drawn.invalid:
+                            raise PolicyFailure(f"{policy} returned NaN logits although its authors' logits are finite")
+                        abstained = author in output.abstained
+                        sequence.decisions.append(Decision(author, output.defer_prob, None, drawn, abstained))
+                        self._settle(sequence)
 
     # Reading, failures and finished sequences
 
     def _read(self, reader: Reader, wanted: Mapping[Sequence, ReadSpan], run: int = 0) -> AuthorOutput | None:
-        """Run an author and apply each request's logits processors to its output."""
+        """Run an author and apply each request's logits processors to its output. Sequences that ended are left out."""
+        wanted = {sequence: span for sequence, span in wanted.items() if self._runs(sequence)}
         output = reader.read(wanted, run) if wanted else None
         while reader.failures:
             self._fail(*reader.failures.popitem())
@@ -461,7 +475,7 @@ class Engine:
             others = torch.stack([best, argmax != output.raw.argmax(-1)], dim=-1), *others
         draws, numbers = draw_tokens(output.logits, output.samplings, *others, raw=output.raw)
         reader.record_time()
-        rows = {sequence: rows for sequence, rows in output.rows.items() if sequence.number in self._active}
+        rows = {sequence: rows for sequence, rows in output.rows.items() if self._runs(sequence)}
         if not edited:
             return HostOutput(rows, draws, numbers, output.abstained)
         abstained = output.abstained
@@ -485,7 +499,16 @@ class Engine:
             self._outputs.append(RequestOutput(sequence.number, step, sequence.completion() if last else None))
         if sequence.finish_reason is not None:
             self._acceptance = sequence.acceptance
-            self._active.pop(sequence.number).release()
+            self._leave(sequence)
+
+    def _runs(self, sequence: Sequence) -> bool:
+        return sequence.number in self._active
+
+    def _leave(self, sequence: Sequence, wiped: int | None = None) -> None:
+        """Take a sequence out of the batch and close its slots. The slot of author `wiped` holds NaN."""
+        del self._active[sequence.number]
+        for reader in self._readers:
+            reader.close(sequence, wipe=reader.author == wiped)
 
     @contextmanager
     def _isolate_failures(self, *sequences: Sequence) -> Iterator[None]:
@@ -501,9 +524,8 @@ class Engine:
             self._fail_all(sequences, failure)
 
     def _fail_all(self, sequences: ListOf[Sequence], failure: CollmError) -> None:
-        for sequence in sequences:
-            if sequence.number in self._active:
-                self._fail(sequence, failure)
+        for sequence in filter(self._runs, sequences):
+            self._fail(sequence, failure)
 
     def _fail_with_nan(self, sequence: Sequence, author: int) -> None:
         self._fail(
@@ -516,7 +538,7 @@ class Engine:
         )
 
     def _fail(self, sequence: Sequence, failure: CollmError, wiped: int | None = None) -> None:
-        self._active.pop(sequence.number).release(wiped)
+        self._leave(sequence, wiped)
         self._outputs.append(RequestOutput(sequence.number, failure=failure))
 
     # Planning

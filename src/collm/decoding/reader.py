@@ -1,4 +1,4 @@
-"""Runs one author on sequences: opens slots, shares prefixes and isolates failures."""
+"""Runs one author on sequences: owns their slots, shares prefixes and isolates failures."""
 
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ class AuthorOutput:
 
 
 class Reader:
-    """Runs one author.
+    """Runs one author. It alone opens, rolls back and closes the author's slots.
 
     Attributes:
+        slots: sequence -> its KV slot, from its first read until `close`.
         times: durations of its passes.
         run_times: durations of each further pass of a run.
         seconds: total time spent in passes.
@@ -68,6 +69,7 @@ class Reader:
     def __init__(self, author: int, runner: Assistant) -> None:
         self.author = author
         self.runner = runner
+        self.slots: dict[Sequence, int] = {}
         self.times, self.run_times = PassTimes(), PassTimes()
         self.seconds = 0.0
         self.failures: dict[Sequence, CollmError] = {}
@@ -77,8 +79,19 @@ class Reader:
 
     def has_read(self, sequence: Sequence, length: int) -> bool:
         """Whether the author has read the first `length` tokens of the sequence."""
-        slot = sequence.slots.get(self.author)
-        return slot is not None and self.runner.length(slot) >= length
+        return sequence in self.slots and self.runner.length(self._slot(sequence)) >= length
+
+    def confirm(self, sequence: Sequence) -> None:
+        """Accept the tokens of a run that the sequence has made its own."""
+        assert isinstance(self.runner, ModelRunner)
+        slot = self._slot(sequence)
+        self.runner.confirm(slot, sequence.text[self.runner.length(slot) :])
+
+    def close(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        """Close the sequence's slot, if it has one. `wipe` is necessary after NaN."""
+        slot = self.slots.pop(sequence, None)
+        if slot is not None:
+            self.runner.close(slot, wipe=wipe)
 
     def read(self, wanted: Mapping[Sequence, ReadSpan], run: int = 0) -> AuthorOutput | None:
         """Read the unread tokens of every span. Return None if no span could be read.
@@ -123,7 +136,7 @@ class Reader:
     def _followers(self, wanted: Mapping[Sequence, ReadSpan]) -> set[Sequence]:
         leaders, followers = set(), set()
         for sequence in wanted:
-            if self.author not in sequence.slots and wanted[sequence].end > MIN_SHARED:
+            if sequence not in self.slots and wanted[sequence].end > MIN_SHARED:
                 beginning = tuple(sequence.text_of(self.author)[:MIN_SHARED])
                 if beginning in leaders:
                     followers.add(sequence)
@@ -135,14 +148,15 @@ class Reader:
         if not wanted:
             return []
         unseen, keep = {}, {}
-        for sequence, span in wanted.items():
-            text = sequence.text_of(self.author)[: span.end]
-            if self.author not in sequence.slots:
-                # A shared prefix must end before the first token that needs an output.
-                sequence.slots[self.author] = self.runner.open(text[: span.end - span.keep + 1])
-            slot = sequence.slots[self.author]
-            unseen[slot], keep[slot] = text[self.runner.length(slot) :], span.keep
         try:
+            for sequence, span in wanted.items():
+                text = sequence.text_of(self.author)[: span.end]
+                if sequence not in self.slots:
+                    # A shared prefix must end before the first token that needs an output.
+                    self.slots[sequence] = self.runner.open(text[: span.end - span.keep + 1])
+                    sequence.cuts.pop(self.author, None)
+                slot = self._slot(sequence)
+                unseen[slot], keep[slot] = text[self.runner.length(slot) :], span.keep
             output = self._extend(unseen, keep)
         except Exception as error:
             if len(wanted) > 1:
@@ -154,6 +168,13 @@ class Reader:
             return []
         self._tokens += sum(map(len, unseen.values()))
         return [(list(wanted), output)]
+
+    def _slot(self, sequence: Sequence) -> int:
+        """The sequence's slot, without tokens that the sequence has cut."""
+        slot, cut = self.slots[sequence], sequence.cuts.pop(self.author, None)
+        if cut is not None:
+            self.runner.rollback(slot, min(self.runner.length(slot), cut))
+        return slot
 
     def _extend(self, unseen: Mapping[int, ListOf[int]], keep: Mapping[int, int]) -> ModelOutput:
         if not self._run:

@@ -75,13 +75,12 @@ class SegmentSequence(Sequence):
 
     @property
     def cache_length(self) -> int:
-        """Length of the longest text that an author holds, plus a segment."""
-        return max(self._length(author) for author in {BASE, *self.slots}) + MAX_SEGMENT_TOKENS
+        """Length of the longest text that an author may hold, plus a segment."""
+        return max(map(self._length, range(len(self._authors)))) + MAX_SEGMENT_TOKENS
 
     @property
     def most_tokens(self) -> int:
-        longest = max(self._length(author) for author in {BASE, *self.slots})
-        return super().most_tokens + longest - self.length + MAX_SEGMENT_TOKENS
+        return super().most_tokens + self.cache_length - self.length
 
     def text_of(self, author: int) -> list[int]:
         if author == BASE:
@@ -175,7 +174,7 @@ class SegmentSequence(Sequence):
         kept = min(common_prefix(canonical, self.token_ids), len(canonical) - 1)
         self.token_ids[:] = canonical
         self.lookup = PromptLookup(self.token_ids)
-        self._roll_back(BASE, kept)
+        self._cut(BASE, kept)
         return False
 
     def _catch_up(self, author: int) -> None:
@@ -184,7 +183,7 @@ class SegmentSequence(Sequence):
         before = text.ids
         if not text.grow(self._answer, self._boundaries):
             return
-        self._roll_back(author, len(self._prompts[author]) + common_prefix(before, text.ids))
+        self._cut(author, len(self._prompts[author]) + common_prefix(before, text.ids))
 
     def _has_room(self, author: int) -> bool:
         most = self._authors[author].max_length
@@ -243,7 +242,7 @@ class SegmentSequence(Sequence):
         known = self._texts[author].ids
         if decision.abstained or not at_boundary:
             self._row = self._row if decision.abstained else NO_BOUNDARY
-            self._roll_back(author, len(self._prompts[author]) + len(known))
+            self._cut(author, len(self._prompts[author]) + len(known))
             return
         self._texts[BASE].grow(answer, self._boundaries)
         self._texts[author].grow(answer, self._boundaries)
@@ -251,13 +250,7 @@ class SegmentSequence(Sequence):
         canonical = self._texts[author].ids
         if following is not None and canonical == [*known, *written]:
             self._next_opening = author, following
-        self._roll_back(author, len(self._prompts[author]) + common_prefix(canonical, [*known, *written]))
-
-    def _roll_back(self, author: int, length: int) -> None:
-        """Roll the author's cache back to `length` tokens."""
-        if author in self.slots:
-            runner, slot = self._authors[author], self.slots[author]
-            runner.rollback(slot, min(runner.length(slot), length))
+        self._cut(author, len(self._prompts[author]) + common_prefix(canonical, [*known, *written]))
 
     def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
         if decision.author == BASE or decision.abstained:

@@ -57,7 +57,7 @@ class Sequence:
         draft: tentative tokens.
         decisions: at most one more than there are draft tokens.
         assistant_draft: completion position -> assistant and its token, valid if the draft up to there is accepted.
-        slots: author -> its KV slot, opened when that author first reads the sequence.
+        cuts: author -> number of leading tokens that it need not read again; its `Reader` rolls back to them.
         steps: the tokens generated so far.
         deferred: number of these for which an assistant was asked.
         last_author: the policy's choice for the last of these.
@@ -84,7 +84,7 @@ class Sequence:
         self.draft: list[int] = []
         self.decisions: list[Decision] = []
         self.assistant_draft: dict[int, tuple[int, Draw]] = {}
-        self.slots: dict[int, int] = {}
+        self.cuts: dict[int, int] = {}
         self.steps: list[TokenStep] = []
         self.deferred = 0
         self.last_author = BASE
@@ -266,10 +266,12 @@ class Sequence:
             if decision.choice and i < len(self.draft) and self.draft[i] != decision.choice.token_id:
                 del self.draft[i:], self.decisions[i + 1 :]
                 self.assistant_draft.clear()
-                for each, slot in self.slots.items():
-                    runner = self._authors[each]
-                    runner.rollback(slot, min(runner.length(slot), self.length))
+                for author in range(len(self._authors)):
+                    self._cut(author, self.length)
                 return
+
+    def _cut(self, author: int, length: int) -> None:
+        self.cuts[author] = min(self.cuts.get(author, length), length)
 
     def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
         self.acceptance.observe_token(self.last_author, decision.author, self.lookup.next_token(), drawn.token_id)
@@ -306,18 +308,11 @@ class Sequence:
         return None
 
     def preempt(self) -> None:
-        """Release all slots and drop everything that is not final. It is computed again later."""
-        self.release()
+        """Drop everything that is not final. It is computed again later."""
         self.draft.clear()
         self.decisions.clear()
         self.assistant_draft.clear()
         self.waited = 0
-
-    def release(self, wiped: int | None = None) -> None:
-        """Close all slots. The slot of author `wiped` holds NaN and is wiped."""
-        for author, slot in self.slots.items():
-            self._authors[author].close(slot, wipe=author == wiped)
-        self.slots.clear()
 
     def completion(self) -> Completion:
         """The completion of a finished sequence."""

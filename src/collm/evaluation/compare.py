@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from collm.atomic import sole_writer, write_text
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
 from collm.core.types import deferral_rate
-from collm.errors import DataError
+from collm.errors import CollmError, DataError
 from collm.evaluation.answers import Answer, answer_path
 from collm.evaluation.generation import Generation, OnProgress
 from collm.evaluation.gold import gold_examples, gold_views
@@ -24,7 +24,6 @@ from collm.evaluation.results import SystemResult, result_of
 from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
-from collm.models.members import author_name
 from collm.training.data import Row
 from collm.untrusted import contained
 
@@ -40,6 +39,7 @@ class Comparison:
         authors: names of the collaboration's authors, the base first.
         threshold: the collaboration's threshold.
         tokens: token-level measures on the items' solutions; None if the data has no solutions.
+        left_out: what a report does not show, with the reason.
     """
 
     task: str
@@ -51,6 +51,7 @@ class Comparison:
     threshold: float
     settings: dict[str, Any]
     tokens: dict[str, Any] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the items and their answers, for JSON."""
@@ -62,6 +63,7 @@ class Comparison:
             "threshold": self.threshold,
             "settings": self.settings,
             "tokens": self.tokens,
+            "left_out": self.left_out,
             "rows": [asdict(result) for result in self.results],
             "verdict": verdict(self.task, self.measure, self.results),
         }
@@ -85,7 +87,8 @@ def compare(
 
     Each answer is written to `out`/answers/NAME.jsonl immediately, so an interrupted evaluation can resume. The results
     are written to `out`/results.json. For the report there are items.json, and candidates.json with the most probable
-    tokens of each author for some answers. For a task with an external judge, outputs/NAME.json is the judge's input.
+    tokens of each author for some answers. What only the report shows comes last; if it cannot be computed, it is left
+    out with the reason. For a task with an external judge, outputs/NAME.json is the judge's input.
 
     Args:
         systems: the collaboration first, as from `systems_named`.
@@ -99,23 +102,31 @@ def compare(
 
     Raises:
         DataError: no items, or two items with the same id.
-        ConfigError: `out` holds the answers of another evaluation, or another process writes there.
+        ConfigError: `out` holds the answers of another evaluation, another process writes there, or the collaboration
+            cannot decode as a system does.
         ArtefactError: a link in `out` leads out.
         ModelFailure, ToolFailure: a model failed. The run stops and the item is not scored as wrong. Earlier answers
             are kept.
     """
     _check(items)
     asking = Generation(task, items, params or SamplingParams(), chat, max_batch, seed)
+    for system in systems:
+        asking.check(system)
     answers, results = _answered(systems, asking, out, progress)
     model = systems[0].load()
-    authors = [author_name(author, len(model.assistants)) for author in range(1 + len(model.assistants))]
-    measure, tokens = task.main_measure(items), _tokens(model, asking.solutions())
     used = {**(settings or {}), **_settings(asking)}
-    comparison = Comparison(task.name, measure, items, results, answers, authors, threshold, used, tokens)
-    _write(out / "candidates.json", _candidates(model, asking, comparison))
+    found = Comparison(
+        task.name, task.main_measure(items), items, results, answers, model.author_names, threshold, used
+    )
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
-    _write(out / "results.json", comparison.to_dict())
-    return comparison
+    _write(out / "results.json", found.to_dict())
+    try:
+        found = replace(found, tokens=_tokens(model, asking.solutions()))
+    except CollmError as error:
+        found.left_out["token measures"] = str(error)
+    _write(out / "candidates.json", _candidates(model, asking, found))
+    _write(out / "results.json", found.to_dict())
+    return found
 
 
 def _answered(
@@ -155,9 +166,9 @@ def _write(path: Path, content: Any) -> None:
 def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
     """Token-level measures on solutions (NaN as None), and the reliability of the defer prob.
 
-    None if there are no solutions or the models are not in memory.
+    None if there are no solutions.
     """
-    if not solutions or model.servers is not None:
+    if not solutions:
         return None
     views = gold_views(model, gold_examples(model, solutions))
     measures = {name: None if math.isnan(value) else value for name, value in views.measures().items()}
@@ -169,13 +180,17 @@ def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _candidates(model: CoLLM, asking: Generation, found: Comparison) -> dict[str, Any]:
-    """The candidates of the answers that a report shows, by item."""
+    """The candidates of the answers that a report shows, by item. Where there are none, `left_out` has the reason."""
     base = {answer.id: answer for answer in found.answers.get("base", ())}
     by_id = {item.id: item for item in found.items}
     answers = {one.id: one for group in shown(found.answers[COLLABORATION], base, found.measure) for one in group}
-    return {
-        id_: model.candidates(asking.prompt(by_id[id_], model), answer.token_ids) for id_, answer in answers.items()
-    }
+    candidates = {}
+    for id_, answer in answers.items():
+        try:
+            candidates[id_] = model.candidates(asking.prompt(by_id[id_], model), answer.token_ids)
+        except CollmError as error:
+            found.left_out[f"candidates of item {id_}"] = str(error)
+    return candidates
 
 
 def _check(items: Sequence[TaskItem]) -> None:

@@ -42,6 +42,30 @@ class Generation:
     max_batch: int
     seed: int
 
+    def check(self, system: System) -> None:
+        """Check that the collaboration can decode as a system does, before anything is answered.
+
+        A system of other models is left out, because it loads them.
+
+        Raises:
+            ConfigError, RequestError: it cannot follow the policy or the parameters, or read the first prompt.
+        """
+        if system.called:
+            return
+        model, policy = system.load(), system.at_rate(rate=0.5)
+        engine = model.engine(self.max_batch)
+        params = self._drawing(self._params_for(model), policy, 0)
+        engine.add(model.request(self.prompt(self.items[0], model), params, policy))
+        engine.close()
+
+    def _params_for(self, model: CoLLM) -> SamplingParams:
+        stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
+        return replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop)
+
+    def _drawing(self, params: SamplingParams, policy: Policy, place: int) -> SamplingParams:
+        draws = policy.draws or params.temperature > 0
+        return replace(params, seed=self.seed + place if draws else None)
+
     def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[Answers, CoLLM]:
         """All answers of a system, and its model. Answers that are already in a file are reused.
 
@@ -52,8 +76,7 @@ class Generation:
                 not stored.
         """
         model, policy = system.load(), system.at_rate(rate)
-        stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
-        params = replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop)
+        params = self._params_for(model)
         identity = {
             "system": f"{system.name}: {policy}",
             "models": _digest(model),
@@ -64,10 +87,7 @@ class Generation:
             **asdict(params),
             "seed": self.seed,
         }
-        draws = policy.draws or params.temperature > 0
-        drawing = {
-            item.id: replace(params, seed=self.seed + place if draws else None) for place, item in enumerate(self.items)
-        }
+        drawing = {item.id: self._drawing(params, policy, place) for place, item in enumerate(self.items)}
         file = AnswerFile(answer_path(out, system.name), identity)
         left = [item for item in self.items if item.id not in file.answers.items]
         for start in range(0, len(left), self.max_batch):

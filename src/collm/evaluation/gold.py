@@ -34,7 +34,9 @@ def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None =
 
     Raises:
         DataError: the template rejects a row, or no row has a target token.
+        ConfigError: the models are on servers.
     """
+    model.check_in_memory()
     if max_length is None:
         max_length = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
     return encode(rows, model.template, model.tokenizer, model.alignment, max_length=max_length)
@@ -48,10 +50,11 @@ def gold_views(model: CoLLM, examples: Examples, scores: Sequence[Scores] | None
         scores: scores of the assistants on these examples. With them, only the base is loaded.
 
     Raises:
-        ConfigError: an example is longer than a model's context.
+        ConfigError: an example is longer than a model's context, or the models are on servers.
         ModelFailure: NaN logits, naming the model and the example.
         ToolFailure: a tool raised, hung or returned no text.
     """
+    model.check_in_memory()
     if scores is None:
         base, *assistants = model.members
         of_assistants = [read_scores(one, examples.read_by(number)) for number, one in enumerate(assistants, start=1)]

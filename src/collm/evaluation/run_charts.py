@@ -48,16 +48,16 @@ class Prices:
                 raise ConfigError(
                     f"price is {text!r}, expected NAME=READ or NAME=READ:WRITTEN per million tokens, like base=0.1:0.4"
                 )
-            model = name.replace("-", " ")
-            read[model], written[model] = prices[0], prices[1] if len(prices) == 2 else 0.0
+            read[name], written[name] = prices[0], prices[1] if len(prices) == 2 else 0.0
         return cls(read, written)
 
     def check(self, rows: Iterable[ResultRow]) -> None:
         """Raise a ConfigError for the price of a model that no system uses."""
         used = sorted({name for row in rows for name in row["models"]}, key=lambda name: (name != "base", name))
         if unused := [name for name in self.read if name not in used]:
-            expected = ", ".join(name.replace(" ", "-") for name in used)
-            raise ConfigError(f"there is a price for {', '.join(unused)}, which no system uses; expected {expected}")
+            raise ConfigError(
+                f"there is a price for {', '.join(unused)}, which no system uses; expected {', '.join(used)}"
+            )
 
     def of(self, row: ResultRow) -> float:
         """The price of 1,000 items with a system.
@@ -70,9 +70,7 @@ class Prices:
             if used["forward_passes"] == 0:  # a program
                 continue
             if name not in self.read:
-                raise ConfigError(
-                    f"{row['name']} uses {name}, which has no price; add --price {name.replace(' ', '-')}=.."
-                )
+                raise ConfigError(f"{row['name']} uses {name}, which has no price; add --price {name}=..")
             total += self.read[name] * used["tokens_read"] + self.written[name] * used["tokens_written"]
         return total / 1000
 
@@ -152,7 +150,7 @@ def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Co
     """
     base = answers.get("base", {})
     others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
-    if not others or any(measure not in found[item].scores for found in [base, *others] for item in base):
+    if not base or not others or any(measure not in found[item].scores for found in [base, *others] for item in base):
         return []
     tokens, theirs = sum(len(answer.authors) for answer in base.values()), 0
     score = sum(answer.scores[measure] for answer in base.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,4 +144,8 @@ def _shares(counted: Sequence[Deferred]) -> list[tuple[str, ...]]:
 
 def _settings(results: Mapping[str, Any]) -> dict[str, str]:
     flat = {name: value for name, value in results["settings"].items() if not isinstance(value, dict)}
-    return {name: str(value) for name, value in {**flat, **results["settings"]["versions"]}.items()}
+    reasons = defaultdict[str, list[str]](list)
+    for name, reason in results["left_out"].items():
+        reasons[reason].append(name)
+    left_out = {f"no {', '.join(names)}": reason for reason, names in reasons.items()}
+    return {name: str(value) for name, value in {**flat, **left_out, **results["settings"]["versions"]}.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -14,12 +15,11 @@ from collm.core.combinations import ProxyTuningPolicy
 from collm.core.head import DeferralHead
 from collm.core.named import POLICIES, policy_named
 from collm.core.policies import Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
-from collm.core.types import BASE
+from collm.core.types import BASE, author_name
 from collm.errors import ConfigError
 from collm.models.guards import TokenizerIdentity, check_tokenizers
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
-from collm.models.members import author_name
 from collm.tools.spec import ToolSpec
 
 COLLABORATION = "collaboration"
@@ -115,8 +115,11 @@ def _system(model: CoLLM, name: str) -> System:
     if kind == "proxy" and value:
         if model.alignment is not None:
             raise ConfigError("proxy compares the tokens of several models, and these have different tokenizers")
+        if isinstance(model.assistants[0], ToolSpec):
+            raise ConfigError(f"proxy steers {author_name(1)}, which is a tool; expected a language model")
+        model.check_in_memory()
         _check_tokenizer(model, value)
-        called = {"assistant 1": author_name(1, len(model.assistants)), "assistant 2": "untuned"}
+        called = {author_name(2): "untuned"}
         rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
         return System(name, lambda: _with_untuned(model, value), rule, called=called)
     if kind.partition("-")[0] == "assistant" and not equals:
@@ -137,23 +140,17 @@ def _policy(name: str, kind: str, value: str) -> Policy | None:
 
 
 def _assistant(model: CoLLM, name: str) -> System:
-    number = name.partition("-")[2] or "1"
-    if not number.isdecimal() or not 1 <= int(number) <= len(model.assistants):
-        raise ConfigError(f"cannot compare {name!r}: the collaboration has {len(model.assistants)} assistants")
-    author = int(number)
+    if name not in model.author_names:
+        raise ConfigError(f"cannot compare {name!r}: the authors are {', '.join(model.author_names)}")
+    author = model.author_names.index(name)
     if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
         return System(name, lambda: model, SingleAuthorPolicy(author))  # the base writes where a tool abstains
-    called = {"base": author_name(author, len(model.assistants))}
+    called = {"base": name}
     return System(name, lambda: _alone(model, _module(model, author), author), SingleAuthorPolicy(BASE), author, called)
 
 
 def _module(model: CoLLM, author: int) -> nn.Module:
-    if model.servers is not None:
-        raise ConfigError("proxy needs all models in memory; leave it out, or use engine 'local'")
-    member = model.members[author]
-    if not isinstance(member, LanguageModel):
-        raise ConfigError(f"{member.name} is a tool, expected a language model")
-    return member.module
+    return cast(LanguageModel, model.members[author]).module
 
 
 def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:

@@ -12,6 +12,22 @@ from collm.errors import LoadError, UnsupportedModel
 from collm.models.packing import PackedLinear
 
 
+def without_adapter(module: nn.Module) -> Any:
+    """The model inside a `PeftModel`; any other module unchanged.
+
+    Raises:
+        UnsupportedModel: the module holds an adapter that no `PeftModel` wraps.
+    """
+    if hasattr(module, "get_base_model"):
+        return cast(Any, module).get_base_model()
+    if hasattr(module, "peft_config"):
+        raise UnsupportedModel(
+            f"the {type(module).__name__} holds an adapter that is no PeftModel; load the model without it and wrap it "
+            "with peft.PeftModel.from_pretrained"
+        )
+    return module
+
+
 class LanguageModel:
     """A transformers causal LM (plain or PEFT-wrapped), split at its last hidden state.
 
@@ -21,14 +37,13 @@ class LanguageModel:
         vocab_size: keep only logits of token ids below this, as models pad their vocabularies; None keeps all.
 
     Raises:
-        UnsupportedModel: the module has no decoder or no output layer.
+        UnsupportedModel: the module has no decoder or no output layer, or holds an adapter that no `PeftModel` wraps.
     """
 
     def __init__(self, module: nn.Module, *, name: str, vocab_size: int | None = None) -> None:
         self.module = module
         self.name = name
-        inner: Any = cast(Any, module).get_base_model() if hasattr(module, "peft_config") else module
-        self.inner = inner
+        inner = self.inner = without_adapter(module)
         self.decoder = _decoder(inner, name)
         self.config = self.decoder.config
         self._output_layer = inner.get_output_embeddings()

@@ -8,10 +8,11 @@ from typing import Any, cast
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from collm.core.types import author_name
 from collm.errors import ConfigError, MismatchError
 from collm.models.alignment import Alignment
 from collm.models.guards import TokenizerIdentity, check_tokenizers, check_vocab_sizes, token_difference
-from collm.models.language_model import LanguageModel
+from collm.models.language_model import LanguageModel, without_adapter
 from collm.models.loading import ModelSpec, load_model, saved_eos_ids
 from collm.models.packing import can_pack, pack_linears
 from collm.models.template import PromptTemplate
@@ -23,13 +24,6 @@ AssistantSpec = ModelSpec | ToolSpec
 """The source of an assistant."""
 Member = nn.Module | AssistantSpec
 """A model in memory, or the spec of a model or tool that is loaded on first use."""
-
-
-def author_name(author: int, num_assistants: int) -> str:
-    """The name of an author in error messages and usage counts."""
-    if author == 0:
-        return "base"
-    return "assistant" if num_assistants == 1 else f"assistant {author}"
 
 
 def as_member(given: Member | ToolFunction) -> Member:
@@ -49,7 +43,7 @@ def spec_of(member: Member) -> AssistantSpec | None:
     """The spec of a member; None for a model created in memory."""
     if isinstance(member, ModelSpec | ToolSpec):
         return member
-    inner = cast(Any, member).get_base_model() if hasattr(member, "peft_config") else member
+    inner = without_adapter(member)
     path = getattr(inner.config, "_name_or_path", "")
     if not path:
         return None
@@ -80,7 +74,7 @@ def aligned(
         MismatchError: there are differences that are not accepted, or the tokenizers cannot be aligned.
     """
     own = TokenizerIdentity.of(tokenizers[0])
-    names = [author_name(number, len(assistants)) for number in range(1, len(assistants) + 1)]
+    names = [author_name(number) for number in range(1, len(assistants) + 1)]
     differences = []
     for name, tokenizer in zip(names, tokenizers[1:], strict=True):
         other = own if tokenizer is tokenizers[0] else TokenizerIdentity.of(tokenizer)
@@ -147,7 +141,7 @@ def load_members(
 
     loaded: list[LanguageModel | ToolModel] = []
     for author, member in enumerate(members):
-        name = author_name(author, len(members) - 1)
+        name = author_name(author)
         if isinstance(member, ToolSpec):
             loaded.append(ToolModel(member, tokenizer, name=name, vocab_size=vocab_size))
             continue

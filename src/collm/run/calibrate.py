@@ -88,9 +88,11 @@ class Validation:
         return replace(self, rows=chosen), replace(self, rows=[self.rows[i] for i in sorted(checked)])
 
     def calibrate(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
-        """Calibrate on these rows. The best thresholds of the teacher-forced curve are also measured."""
-        curve = self.curve(model)
-        guesses = [curve.best(budget).threshold for budget in (1.0, *self.budgets)]
+        """Calibrate on these rows. With models in memory, the best thresholds of the teacher-forced curve are added."""
+        guesses = list[float]()
+        if model.servers is None:
+            curve = self.curve(model)
+            guesses = [curve.best(budget).threshold for budget in (1.0, *self.budgets)]
         with progress_bar("calibrating", enabled=not quiet) as progress:
             return calibrate(
                 model,

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from collm.core.types import author_name
 from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, check_rates, check_refine
 from collm.evaluation.metrics import metric_named
@@ -105,8 +106,8 @@ class RunConfig(DataConfig):
         accept_differences: differences between the models to accept: special_tokens, eos, chat_template.
         cache_hidden_states: store the base's hidden states at all target tokens with its scores. With method "head",
             training only reads these.
-        scores: directory of the scores (`base`, `assistant-1`, ...), by default in the run directory. Missing scores
-            are computed.
+        scores: directory of the scores (`base`, `assistant`, `assistant-2`, ...), by default in the run directory.
+            Missing scores are computed.
         max_batch_tokens: maximum number of tokens in a scoring batch, with padding; by default 512 on a CPU, otherwise
             16,384.
     """
@@ -163,8 +164,8 @@ class RunConfig(DataConfig):
 
     @property
     def authors(self) -> dict[str, AssistantSpec]:
-        """Base and assistants by name: base, assistant-1, .."""
-        return {"base": self.base_model, **{f"assistant-{k}": spec for k, spec in enumerate(self.assistants, start=1)}}
+        """Base and assistants by name: base, assistant, assistant-2, .."""
+        return {author_name(author): spec for author, spec in enumerate([self.base_model, *self.assistants])}
 
     @property
     def base_model(self) -> ModelSpec:

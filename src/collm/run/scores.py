@@ -168,7 +168,7 @@ def score_author(
     These are the scores of the training rows, and of the validation rows if the run evaluates.
 
     Args:
-        author: base, assistant-1, ..
+        author: base, assistant, assistant-2, ..
 
     Raises:
         ConfigError: the run has no such author, or a server is given for a tool.

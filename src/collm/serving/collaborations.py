@@ -41,8 +41,8 @@ class Served:
 
     @property
     def author_names(self) -> list[str]:
-        """base, assistant, assistant-2, .."""
-        return ["base", "assistant", *(f"assistant-{k}" for k in range(2, len(self.model.assistants) + 1))]
+        """As in `CoLLM.author_names`."""
+        return self.model.author_names
 
     @property
     def alone(self) -> list[str]:

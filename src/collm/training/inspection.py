@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from collm.core.types import author_name
 from collm.errors import ArtefactError, ConfigError
 from collm.training.labels import LabelReport, label_tokens
 from collm.training.scores import Scores, ScoreSummary
@@ -44,17 +45,17 @@ class Inspection:
 
 
 def inspect_scores(directory: Path) -> Inspection:
-    """Compare the scores in the subdirectories `base`, `assistant-1`, .. of a directory.
+    """Compare the scores in the subdirectories `base`, `assistant`, `assistant-2`, .. of a directory.
 
     Raises:
         ArtefactError: scores are missing, incomplete or damaged.
         ConfigError: the scores are of different examples.
     """
     names = ["base"]
-    while (directory / f"assistant-{len(names)}").is_dir():
-        names.append(f"assistant-{len(names)}")
+    while (directory / author_name(len(names))).is_dir():
+        names.append(author_name(len(names)))
     if len(names) == 1:
-        raise ArtefactError(f"{directory} has no assistant-1; expected the scores of a run: base, assistant-1, ..")
+        raise ArtefactError(f"{directory} has no assistant; expected the scores of a run: base, assistant, ..")
     base, *assistants = (ScoreStore.opened(directory / name).collect() for name in names)
     return inspect(base, assistants)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from collm.core.objective import PseudoLabelVariant, pseudo_labels
+from collm.core.types import author_name
 from collm.errors import ConfigError
 from collm.training.scores import Scores
 
@@ -37,7 +38,7 @@ class LabelReport:
         return sum(self.shares)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{share:.2%} to assistant {k}" for k, share in enumerate(self.shares, start=1))
+        parts = ", ".join(f"{share:.2%} to {author_name(k)}" for k, share in enumerate(self.shares, start=1))
         each = f" ({parts})" if len(self.shares) > 1 else ""
         given = f"pseudo-labels give {self.share:.2%} of {self.num_tokens} target tokens to an assistant{each}"
         return f"{given}: {self._meaning}"
@@ -51,9 +52,9 @@ class LabelReport:
             )
         if self.share < LOW_SHARE:
             return "the assistants rarely predict tokens that the base does not, so expect few deferrals"
-        idle = [str(k) for k, share in enumerate(self.shares, start=1) if share == 0]
+        idle = [author_name(k) for k, share in enumerate(self.shares, start=1) if share == 0]
         if idle:
-            return f"no token is labelled with assistant {' and '.join(idle)}, so expect no deferrals to it"
+            return f"no token is labelled with {' and '.join(idle)}, so expect no deferrals to it"
         if self.better > MOSTLY_BETTER:
             return (
                 f"an assistant gives {self.better:.0%} of the tokens more probability than the base does, so the head "
@@ -102,7 +103,7 @@ def label_tokens(base: Scores, assistants: Sequence[Scores], variant: PseudoLabe
     for number, scores in enumerate(assistants, start=1):
         if scores.fingerprint != base.fingerprint:
             raise ConfigError(
-                f"assistant {number} was scored on other examples ({scores.fingerprint[:12]}) than the base "
+                f"{author_name(number)} was scored on other examples ({scores.fingerprint[:12]}) than the base "
                 f"({base.fingerprint[:12]}); score both on the same data"
             )
     corrects, logprobs = (

@@ -98,7 +98,7 @@ def write_scores(
         ConfigError: `out_dir` has scores of other examples or another model (the message names the field), an example
             exceeds the model's context, or the model has no hidden states to store.
         MismatchError: the model does not have a token id.
-        ModelFailure: the model returned NaN logits; the message names the model and the example.
+        ModelFailure: the model raised or returned NaN logits; the message names the model and, for NaN, the example.
         ToolFailure: a tool raised an exception, hung or returned something other than text; with its input.
         WriteError: a write failed; complete shards remain.
     """
@@ -291,7 +291,11 @@ def _score_batch(
     shifted = [shift(examples[index]) for index in indices]
     counts = [int(one.mask.sum()) for one in shifted]
     segments = examples[indices[0]].segments
-    read = _read_batch(model, shifted, hidden_states, None if segments is None else segments.law)
+    try:
+        read = _read_batch(model, shifted, hidden_states, None if segments is None else segments.law)
+    except Exception as error:
+        what = f"{type(error).__name__} while it read {len(indices)} examples at once"
+        raise ModelFailure(f"{model.name} raised {what}: {error}") from error
     by_example = list(zip(*(torch.split(values, counts) for values in read), strict=True))
     for index, (values, *_) in zip(indices, by_example, strict=True):
         if values.isnan().any():

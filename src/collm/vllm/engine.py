@@ -377,9 +377,7 @@ def check_local_params(params: SamplingParams, local_only: ListOf[str] = _LOCAL_
     """
     name = next((name for name in local_only if getattr(params, name) != getattr(SamplingParams(), name)), None)
     if name is not None:
-        raise ConfigError(
-            f"{name}={getattr(params, name)!r:.60} is not available across servers; leave it out, or use engine 'local'"
-        )
+        raise ConfigError(f"{name} is not available across servers; leave it out, or use engine 'local'")
 
 
 def check_temperature(params: SamplingParams) -> None:

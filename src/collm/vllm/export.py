@@ -16,8 +16,9 @@ from collm.atomic import atomic_directory
 from collm.core.head import DeferralHead
 from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.guards import TokenizerIdentity
-from collm.models.language_model import LanguageModel
+from collm.models.language_model import LanguageModel, without_adapter
 from collm.models.loading import ModelSpec, load_model
+from collm.models.members import spec_of
 from collm.vllm import ROW_SCALE
 from collm.vllm.export_manifest import Note, defer_names
 
@@ -83,15 +84,16 @@ def _note(head: DeferralHead, identity: TokenizerIdentity, first: int, default_t
 
 def _merged_copy(base: nn.Module | ModelSpec) -> Any:
     """Copy the base to the CPU and merge its adapter."""
+    spec = spec_of(base)
+    if isinstance(spec, ModelSpec) and spec.quantization is not None:
+        raise ConfigError(
+            f"the base is quantized ({spec.quantization}), so rows cannot be added to its output layer; export a "
+            "collaboration whose base is not quantized"
+        )
     if isinstance(base, ModelSpec):
-        if base.quantization is not None:
-            raise ConfigError(
-                f"the base is quantized ({base.quantization}), so rows cannot be added to its output layer; export a "
-                "collaboration whose base is not quantized"
-            )
         return load_model(replace(base, device="cpu"))
     copy: Any = deepcopy(base).to("cpu")
-    return copy.merge_and_unload() if hasattr(copy, "peft_config") else copy
+    return copy if without_adapter(copy) is copy else copy.merge_and_unload()
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every v
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
+from collm.core.types import author_name
 from collm.decoding.candidates import Candidates, Likely, spelled
 from collm.errors import ConfigError, MismatchError
 from collm.models.guards import PROBE, TokenizerIdentity
-from collm.models.members import author_name
 from collm.vllm import THRESHOLD
 from collm.vllm.endpoint import Endpoint, sockets
 from collm.vllm.export_manifest import defer_names
@@ -64,9 +64,7 @@ class Connections:
     def __init__(self, servers: Servers, urls: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
         self.servers = servers
         vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
-        self.authors = [
-            Endpoint(author_name(author, len(urls) - 1), url, servers, vocab_size) for author, url in enumerate(urls)
-        ]
+        self.authors = [Endpoint(author_name(author), url, servers, vocab_size) for author, url in enumerate(urls)]
         self.vocab_size = vocab_size
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S)
         self.client = httpx.AsyncClient(

@@ -46,14 +46,9 @@ class ServerPlan:
         """The GPUs that the server may use, as in CUDA_VISIBLE_DEVICES."""
         return self.environment.get("CUDA_VISIBLE_DEVICES", "")
 
-    @property
-    def file_name(self) -> str:
-        """The name of the server's model and of its files."""
-        return self.name.replace(" ", "-")
-
     def command(self, python: str, address: Path) -> list[str]:
         """The server's command line."""
-        served = ["--model", self.model, "--served-model-name", self.file_name]
+        served = ["--model", self.model, "--served-model-name", self.name]
         return [python, "-m", _MODULE, *served, "--uds", str(address), *self.flags]
 
 
@@ -204,7 +199,7 @@ def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: fl
                 for other in running:
                     if plan.gpus and plan.gpus == other.plan.gpus:
                         other.wait(deadline)
-                log, address = logs / f"{plan.file_name}.log", Path(sockets, f"{plan.file_name}.sock")
+                log, address = logs / f"{plan.name}.log", Path(sockets, f"{plan.name}.sock")
                 running.append(ServerProcess(plan, python, log, address))
             for server in running:
                 server.wait(deadline)

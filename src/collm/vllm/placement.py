@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from collm import artefact
+from collm.core.types import author_name
 from collm.errors import ConfigError, LoadError
 from collm.models.language_model import context_length
 from collm.models.loading import ModelSpec, empty_model
@@ -203,7 +204,7 @@ def placed_in_one(
         )
     directory = artefact.local_directory(collaboration, None)
     manifest = artefact.read_manifest(directory)
-    assistant = Served("assistant", cast(ModelSpec, artefact.placed(manifest.assistants[0], directory)), flags)
+    assistant = Served(author_name(1), cast(ModelSpec, artefact.placed(manifest.assistants[0], directory)), flags)
     sizes = [Footprint.of(artefact.base_of(manifest, directory)), Footprint.of(assistant.spec)]
     (device,) = machine.devices(1)
     length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
