@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from collm.core.types import TokenStep
 from collm.models.tool_calls import CallStart, Content, Delta
 from collm.serving.errors import APIError, invalid
+from collm.serving.parsing import ToolChoice
 from collm.serving.schemas import ChatRequest, FlatName, FlatTool, InputItem, ResponsesRequest, Sampled
 from collm.serving.shapes import Extras, Json, Message, Part, Shape, encoded, sse
-from collm.serving.tool_choice import ToolChoice
 
 _LOGPROBS = "message.output_text.logprobs"
 

@@ -12,8 +12,8 @@ from typing import Any
 from collm.core.types import TokenStep, deferral_rate
 from collm.models.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
 from collm.serving.errors import APIError
+from collm.serving.parsing import ToolChoice
 from collm.serving.token_texts import TokenTexts
-from collm.serving.tool_choice import ToolChoice
 
 Json = dict[str, Any]
 

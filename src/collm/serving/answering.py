@@ -1,18 +1,107 @@
-"""Respond to submitted requests, whole or as a stream."""
+"""Answer a parsed request, whole or as a stream: encode and score prompts, submit completions, write the response."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from collm.decoding.request import Request
+from collm.core.types import PromptLogprob
+from collm.decoding.request import Request as EngineRequest
+from collm.serving.collaborations import Target
 from collm.serving.errors import APIError, broken
+from collm.serving.parsing import ParsedRequest
 from collm.serving.request_log import Record
-from collm.serving.shapes import Json, Part, Shape, usage_of
-from collm.serving.submission import Submission, TokenOutput
+from collm.serving.schemas import Asked
+from collm.serving.service import Service
+from collm.serving.shapes import Extras, Json, Part, Shape, usage_of
+from collm.serving.token_texts import TokenTexts, spelled_prompt
+from collm.serving.worker import Submission, TokenOutput
+
+Scored = list[PromptLogprob | None]
+
+
+async def answer(
+    http: Request,
+    service: Service,
+    target: Target,
+    reading: ParsedRequest,
+    body: Asked,
+    make_shape: Callable[[str, Sequence[str], Extras], Shape],
+) -> Response:
+    """Answer a request, whole or as a stream.
+
+    Args:
+        make_shape: creates the shape of the response from the model's name, the authors' names and the extras.
+
+    Raises:
+        APIError: an invalid prompt or parameter, a full queue, or a failure before the first token.
+    """
+    longest = service.settings.max_prompt_tokens
+
+    def prepared() -> list[EngineRequest]:
+        target.check_params(reading.params, _form_of(body, reading))
+        return reading.requests(lambda prompt, param, last: target.encode(prompt, param, longest, last))
+
+    requests = await service.in_thread(prepared)
+    scored = await _scored(target, requests, reading) if reading.scored is not None else None
+    extras = await service.in_thread(partial(_extras, target, requests, reading, scored, body))
+    shape = make_shape(target.name, target.served.author_names, extras)
+    if not reading.generates:
+        parts = [Part(index, finish_reason="length") for index in range(len(requests))]
+        return unwritten(shape, parts, prompt_tokens(requests), stream=bool(body.stream))
+    submission = target.served.worker.submit(requests)
+    running = Answer(submission, shape, http.scope["collm.record"])
+    return await (running.stream() if body.stream else running.whole())
+
+
+def _form_of(body: Asked, reading: ParsedRequest) -> str:
+    """The parameter with the structured output."""
+    if reading.calls is not None and reading.calls.constraint is not None:
+        return "tools"
+    return "response_format" if body.structured_outputs is None else "structured_outputs"
+
+
+async def _scored(target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest) -> list[Scored]:
+    """The log-probabilities of each completion's prompt. Prompts are scored one by one."""
+    model, found = target.served.model, dict[int, Scored]()
+    for one in requests:
+        if id(one.prompt_ids) not in found:
+            chunks = model.prompt_logprobs_in_chunks(one.prompt_ids, reading.scored or 0, policy=one.policy)
+            found[id(one.prompt_ids)] = await target.served.worker.collect(chunks)
+    return [found[id(one.prompt_ids)] for one in requests]
+
+
+def _extras(
+    target: Target, requests: Sequence[EngineRequest], reading: ParsedRequest, scored: list[Scored] | None, body: Asked
+) -> Extras:
+    tokenizer, options = target.served.model.tokenizer, body.stream_options
+    usage = bool(options and options.include_usage)
+    extras = Extras(include_usage=usage, usage_so_far=usage and bool(options and options.continuous_usage_stats))
+    of_each: Sequence[Scored | None] = scored if scored is not None else [None] * len(requests)
+    if reading.logprobs:
+        extras.spellers = [
+            TokenTexts(
+                tokenizer,
+                one.prompt_ids,
+                reading.params.logprobs,
+                of_prompt if reading.echo else None,
+                as_ids=bool(body.return_tokens_as_token_ids),
+            )
+            for one, of_prompt in zip(requests, of_each, strict=True)
+        ]
+    if reading.echo:
+        texts = [target.text_of(prompt) for prompt in reading.prompts]
+        extras.echoed = [text for text in texts for _ in range(reading.n)]
+    most = reading.params.prompt_logprobs
+    if scored is not None and most is not None:
+        extras.prompt_logprobs = [spelled_prompt(tokenizer, of_prompt, most) for of_prompt in scored]
+    return extras
+
 
 _LOG = logging.getLogger(__name__)
 _HEAD_S = 1.0
@@ -91,7 +180,7 @@ def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -
     return Response(events, media_type=EventStream.media_type)
 
 
-def prompt_tokens(requests: Sequence[Request]) -> int:
+def prompt_tokens(requests: Sequence[EngineRequest]) -> int:
     """Number of tokens of all prompts. A prompt with several completions counts once."""
     read = {id(request.prompt_ids): len(request.prompt_ids) for request in requests}
     return sum(read.values())
