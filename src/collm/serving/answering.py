@@ -22,6 +22,13 @@ from collm.serving.shapes import Extras, Json, Part, Shape, usage_of
 from collm.serving.token_texts import TokenTexts, spelled_prompt
 from collm.serving.worker import Submission, TokenOutput
 
+_LOG = logging.getLogger(__name__)
+_HEAD_S = 1.0
+"""Longest wait for the first token before the head of a stream is sent, because proxies end silent requests."""
+_COMMENT_S = 5.0
+"""Longest silence of a stream."""
+_COMMENT = b": nothing new\n\n"
+
 Scored = list[PromptLogprob | None]
 
 
@@ -52,11 +59,17 @@ async def answer(
     extras = await service.in_thread(partial(_extras, target, requests, reading, scored, body))
     shape = make_shape(target.name, target.served.author_names, extras)
     if not reading.generates:
-        parts = [Part(index, finish_reason="length") for index in range(len(requests))]
-        return unwritten(shape, parts, prompt_tokens(requests), stream=bool(body.stream))
-    submission = target.served.worker.submit(requests)
-    running = Answer(submission, shape, http.scope["collm.record"])
-    return await (running.stream() if body.stream else running.whole())
+        return _unwritten(shape, requests, stream=bool(body.stream))
+    record: Record = http.scope["collm.record"]
+    record.submission = submission = target.served.worker.submit(requests)
+    if body.stream:
+        return EventStream(submission, shape, record, await _outputs(submission, record, _HEAD_S))
+    parts = [Part(index) for index in range(len(requests))]
+    while outputs := await _outputs(submission, record):
+        for one in outputs:
+            parts[one.index].steps.append(one.step)
+            parts[one.index].finish_reason = one.finish_reason
+    return Response(shape.reply(parts, _usage(requests, record, shape)), media_type="application/json")
 
 
 def _form_of(body: Asked, reading: ParsedRequest) -> str:
@@ -103,87 +116,84 @@ def _extras(
     return extras
 
 
-_LOG = logging.getLogger(__name__)
-_HEAD_S = 1.0
-"""Longest wait for the first token before the head of a stream is sent, because proxies end silent requests."""
-_COMMENT_S = 5.0
-"""Longest silence of a stream."""
-_COMMENT = b": nothing new\n\n"
-
-
-class Answer:
-    """The response to a submission.
-
-    Args:
-        submission: the submitted requests.
-        shape: writes the response.
-        record: record of the HTTP request. With it, the submission ends.
-    """
-
-    def __init__(self, submission: Submission, shape: Shape, record: Record) -> None:
-        self.shape = shape
-        self.record = record
-        self._submission = record.submission = submission
-        self._authors: list[int] = []
-
-    async def whole(self) -> Response:
-        """The whole response."""
-        parts = [Part(index) for index in range(len(self._submission.requests))]
-        while outputs := await self._outputs():
-            for one in outputs:
-                parts[one.index].steps.append(one.step)
-                parts[one.index].finish_reason = one.finish_reason
-        return Response(self.shape.reply(parts, self._usage()), media_type="application/json")
-
-    async def stream(self) -> Response:
-        """The response as a stream. An error within the first second is an HTTP error."""
-        return EventStream(self, await self._outputs(_HEAD_S))
-
-    async def events(self, outputs: Sequence[TokenOutput] | None) -> AsyncIterator[bytes]:
-        """All events of the stream, and comments while nothing comes. An error is the last event."""
-        begun: set[int] = set()
-        try:
-            start = self.shape.begin()
-            while outputs is None or outputs:
-                parts = _parts(outputs or (), begun)
-                usage = self._usage()
-                yield start + (b"".join(self.shape.event(part, usage) for part in parts) or _COMMENT)
-                start = b""
-                outputs = await self._outputs(_COMMENT_S)
-            yield start + self.shape.end(self._usage())
-        except APIError as error:
-            self.record.status = error.status
-            yield self.shape.broken_off(error)
-        except Exception:
-            _LOG.exception("request %s failed", self.record.id)
-            self.record.status = 500
-            yield self.shape.broken_off(broken())
-
-    async def _outputs(self, seconds: float | None = None) -> list[TokenOutput] | None:
-        outputs = await self._submission.outputs(seconds)
-        if outputs:
-            authors = [one.step.author for one in outputs]
-            self._authors += authors
-            self.record.wrote(authors)
-        return outputs
-
-    def _usage(self) -> Json:
-        return usage_of(prompt_tokens(self._submission.requests), self._authors, self.shape.author_names)
-
-
-def unwritten(shape: Shape, parts: Sequence[Part], read: int, *, stream: bool) -> Response:
+def _unwritten(shape: Shape, requests: Sequence[EngineRequest], *, stream: bool) -> Response:
     """The response to a request that generates nothing."""
-    usage = usage_of(read, [], shape.author_names)
+    parts = [Part(index, finish_reason="length") for index in range(len(requests))]
+    usage = usage_of(_prompt_tokens(requests), [], shape.author_names)
     if not stream:
         return Response(shape.reply(parts, usage), media_type="application/json")
     events = shape.begin() + b"".join(shape.event(part, usage) for part in parts) + shape.end(usage)
     return Response(events, media_type=EventStream.media_type)
 
 
-def prompt_tokens(requests: Sequence[EngineRequest]) -> int:
+async def _outputs(
+    submission: Submission, record: Record, seconds: float | None = None
+) -> Sequence[TokenOutput] | None:
+    """The next outputs, as `Submission.outputs` says. They are noted in the record."""
+    outputs = await submission.outputs(seconds)
+    if outputs:
+        record.wrote([one.step.author for one in outputs])
+    return outputs
+
+
+def _usage(requests: Sequence[EngineRequest], record: Record, shape: Shape) -> Json:
+    return usage_of(_prompt_tokens(requests), record.authors, shape.author_names)
+
+
+def _prompt_tokens(requests: Sequence[EngineRequest]) -> int:
     """Number of tokens of all prompts. A prompt with several completions counts once."""
-    read = {id(request.prompt_ids): len(request.prompt_ids) for request in requests}
-    return sum(read.values())
+    return sum({id(request.prompt_ids): len(request.prompt_ids) for request in requests}.values())
+
+
+class EventStream(Response):
+    """Server-sent events of a response.
+
+    Args:
+        submission: the submitted requests.
+        shape: writes the events.
+        record: record of the HTTP request.
+        first: the first outputs; None if there are none yet.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, submission: Submission, shape: Shape, record: Record, first: Sequence[TokenOutput] | None
+    ) -> None:
+        self._submission = submission
+        self._shape = shape
+        self._record = record
+        self._first = first
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._record.last_event = self._shape.broken_off
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events():
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        """All events, and comments while nothing comes. An error is the last event."""
+        outputs, begun = self._first, set[int]()
+        try:
+            start = self._shape.begin()
+            while outputs is None or outputs:
+                usage = _usage(self._submission.requests, self._record, self._shape)
+                events = b"".join(self._shape.event(part, usage) for part in _parts(outputs or (), begun))
+                yield start + (events or _COMMENT)
+                start = b""
+                outputs = await _outputs(self._submission, self._record, _COMMENT_S)
+            yield start + self._shape.end(_usage(self._submission.requests, self._record, self._shape))
+        except APIError as error:
+            self._record.status = error.status
+            yield self._shape.broken_off(error)
+        except Exception:
+            _LOG.exception("request %s failed", self._record.id)
+            self._record.status = 500
+            yield self._shape.broken_off(broken())
 
 
 def _parts(outputs: Sequence[TokenOutput], begun: set[int]) -> list[Part]:
@@ -196,23 +206,3 @@ def _parts(outputs: Sequence[TokenOutput], begun: set[int]) -> list[Part]:
         parts[one.index].steps.append(one.step)
         parts[one.index].finish_reason = one.finish_reason
     return list(parts.values())
-
-
-class EventStream(Response):
-    """Server-sent events of a response."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: Answer, first: Sequence[TokenOutput] | None) -> None:
-        self._answer = answer
-        self._events = answer.events(first)
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._answer.record.last_event = self._answer.shape.broken_off
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})

@@ -22,13 +22,13 @@ from collm.serving.errors import invalid, refused
 from collm.serving.schemas import (
     Asked,
     ChatRequest,
+    ChatTool,
     CompletionRequest,
     Message,
     NamedTool,
     ResponseFormat,
     StructuredForm,
     TokenizeRequest,
-    Tool,
 )
 from collm.serving.settings import Settings
 
@@ -267,7 +267,7 @@ class ToolChoice:
 
 
 def tool_choice(
-    tools: Sequence[Tool] | None,
+    tools: Sequence[ChatTool] | None,
     choice: Literal["none", "auto", "required"] | NamedTool | None,
     parallel: bool | None,
     target: Target,

@@ -14,7 +14,7 @@ from collm.models.tool_calls import CallStart, Content, Delta
 from collm.serving.errors import APIError, invalid
 from collm.serving.parsing import ToolChoice
 from collm.serving.schemas import ChatRequest, FlatName, FlatTool, InputItem, ResponsesRequest, Sampled
-from collm.serving.shapes import Extras, Json, Message, Part, Shape, encoded, sse
+from collm.serving.shapes import AssistantMessage, Extras, Json, Part, Shape, encoded, sse
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -107,7 +107,7 @@ class ResponseShape(Shape):
         self._model = model
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._body = body
-        self._said = Message(calls)
+        self._said = AssistantMessage(calls)
         self._steps: list[TokenStep] = []
         self._pending: list[TokenStep] = []  # whose text is not out yet
         self._logprobs: list[Json] = []
