@@ -17,7 +17,7 @@ GSM8K ?= gsm8k
 ELSEWHERE := not vllm and not clients and not tokenizers
 
 # What is tested by whole runs or against servers.
-ROOMS_OF_RUNS := benchmarks clients demo recipes serving vllm training/test_distributed.py
+ROOMS_OF_RUNS := clients demo recipes serving vllm training/test_distributed.py
 
 # Tests wait for a quarter of their time, so three processes keep two cores busy.
 WORKERS ?= 3

@@ -79,16 +79,6 @@ SERVERS = {
     "speed_vs_base": "vs base alone",
     "speed_vs_memory": "vs in memory",
 }
-PREDICTIONS = {
-    "name": "case",
-    "measured_s": "measured, s",
-    "predicted_s": "predicted, s",
-    "ratio": "predicted / measured",
-    "requests": "requests",
-    "predicted_requests": "predicted",
-    "base_busy": "base's model at work",
-    "assistant_busy": "assistant's",
-}
 PACKING = {
     "model": "model",
     "dtype": "dtype",
@@ -144,7 +134,6 @@ PARTS = [
     ),
     ("bodies", "Bodies of 4 MiB, or as many values as the limit allows, while another client asks `/health`:", BODIES),
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
-    ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
     ("throughput", "The same requests over HTTP, compared with the engine alone:", THROUGHPUT),
     ("processors", "Time of the engine with penalties and a JSON schema, for the same number of tokens:", PROCESSORS),
     ("load", "Rounds of many streams of mixed lengths. Some clients disconnect early:", LOAD),
