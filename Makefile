@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each model alone (about 2 minutes).
-	$(BIN)/collm demo --out demo-out
+	$(BIN)/python -m recipes.facts.run --out demo-out
 
 test: $(INSTALLED)  ## All tests but the soak tests.
 	$(PYTEST) -m 'not soak and $(ELSEWHERE)'

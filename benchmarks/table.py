@@ -145,7 +145,7 @@ PARTS = [
     ("context", "Time per token as the context grows, while the base writes:", CONTEXT),
     ("cache", "KV cache memory of sequences of mixed lengths, 48 steps after their prompts, at a rate of 0.3:", CACHE),
     ("pairs", "Base tokens per segment:", PAIRS),
-    ("ends", "The demo's world, 117 questions about entities that no training row names:", ENDS),
+    ("ends", "The world of facts, 117 questions about entities that no training row names:", ENDS),
     ("speed", "Microseconds per byte of the answers, with lookahead where it has an effect:", SPEED),
     ("packing", "Speed of a pass with one token per sequence, compared with plain layers:", PACKING),
 ]
@@ -171,7 +171,7 @@ def section(path: Path) -> list[str]:
     if "ways" in result:
         heading += ", on vLLM"
     if "tokenizers" in given:
-        heading = "Tokenizers" if "pairs" in given["parts"] else "The demo's models"
+        heading = "Tokenizers" if "pairs" in given["parts"] else "The models of facts"
     lines = [
         f"### {heading}",
         "",

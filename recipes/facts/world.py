@@ -1,4 +1,4 @@
-"""The demo's world: real facts, and short conversations around them.
+"""The world of the recipe: real facts, and short conversations around them.
 
 A question decides the whole answer: its wording fixes the sentences, its entity the fact inside them. So an answer is
 right or wrong as a whole, and only the fact in it (about 8 % of the tokens) asks for knowledge.
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
+from pathlib import Path
 
 from collm.core.sampling import seeded
 from collm.errors import ConfigError
@@ -24,7 +24,7 @@ _TOKEN = re.compile(rf"[{re.escape(PUNCTUATION)}]|[^\s{re.escape(PUNCTUATION)}]+
 
 
 def split_words(text: str) -> list[str]:
-    """The words and punctuation marks of `text`: one per token of the demo's tokenizer."""
+    """The words and punctuation marks of `text`: one per token of the recipe's tokenizer."""
     return _TOKEN.findall(text)
 
 
@@ -92,8 +92,8 @@ def fill(template: Template, name: str, fact: str) -> Statement:
 
 
 def read_csv(name: str) -> list[dict[str, str]]:
-    """The rows of a file of the demo's data."""
-    text = (resources.files("collm.demo") / "data" / name).read_text(encoding="utf-8")
+    """The rows of a file of the recipe's data."""
+    text = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 
@@ -135,7 +135,7 @@ class DemoWorld:
 
     def __init__(self, *, num_assistants: int = 1, seed: int = 0, separator: str = "") -> None:
         if num_assistants not in (1, 2):
-            raise ConfigError(f"num_assistants is {num_assistants!r}, expected 1 or 2: the demo has two experts")
+            raise ConfigError(f"num_assistants is {num_assistants!r}, expected 1 or 2: there are two experts")
         self.domains = (geography(), chemistry())[:num_assistants]
         rng = seeded(seed)
         train: list[Statement] = []

@@ -1,4 +1,4 @@
-"""The demo from nothing to its files, what it claims, and what its tiny models can."""
+"""The recipe from nothing to its files, what it claims, and what its tiny models can."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from collm.demo.run import clear, run_demo
-from collm.demo.systems import FULL, HEAD_ONLY
-from collm.demo.tiny_models import ModelPaths, fine_tune
-from collm.demo.world import DemoWorld, Statement
 from collm.errors import ConfigError
-from collm.evaluation.report import Report
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from recipes.facts.run import clear, main
+from recipes.facts.systems import FULL, HEAD_ONLY
+from recipes.facts.tiny_models import ModelPaths, fine_tune
+from recipes.facts.world import DemoWorld, Statement
 
 pytestmark = pytest.mark.soak
 
@@ -38,20 +37,21 @@ class FewerQuestions(DemoWorld):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    """What it leaves, and its report."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What it leaves."""
     out = tmp_path_factory.mktemp("demo") / "out"
     # Of the thresholds only the ends and 1/2, and not every question: they cost most of the time.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("collm.demo.run.RATES", (0, 1))
-        patch.setattr("collm.demo.run.DemoWorld", FewerQuestions)
-        return out, run_demo(out, num_assistants=2, quiet=True)
+        patch.setattr("recipes.facts.run.RATES", (0, 1))
+        patch.setattr("recipes.facts.run.DemoWorld", FewerQuestions)
+        main(["--out", str(out), "--assistants", "2"])
+    return out
 
 
 @pytest.fixture(scope="module")
-def trained(world: DemoWorld, demo: tuple[Path, Report]) -> ModelPaths:
-    """The demo's, which are those of its world."""
-    models = demo[0] / "seed-0" / "models"
+def trained(world: DemoWorld, made: Path) -> ModelPaths:
+    """The models of its world."""
+    models = made / "seed-0" / "models"
     return ModelPaths(models / "base", [models / f"expert-{domain.name}" for domain in world.domains])
 
 
@@ -108,24 +108,22 @@ def of_rows(world: DemoWorld, rows: list[dict[str, str]]) -> list[Statement]:
     return [by_prompt[row["prompt"]] for row in rows]
 
 
-def test_the_collaboration_beats_every_single_model(demo: tuple[Path, Report], tmp_path: Path) -> None:
-    out, report = demo
-    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
-    assert list(rows) == [row.name for row in report.rows]
+def test_the_collaboration_beats_every_single_model(made: Path, tmp_path: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((made / "results.json").read_text())["rows"]}
     for name in ("base alone", "base fine-tuned", "geography expert alone", "chemistry expert alone"):
         assert rows[name]["accuracy"] <= 0.2
     for name in (HEAD_ONLY, FULL):
         assert rows[name]["accuracy"] >= 0.95
         assert rows[name]["low"] <= rows[name]["accuracy"] <= rows[name]["high"]
-    fact_share = json.loads((out / "results.json").read_text())["fact_share"]
+    fact_share = json.loads((made / "results.json").read_text())["fact_share"]
     assert abs(rows[FULL]["deferral_rate"] - fact_share) < 0.03
     assert rows["random, same rate"]["accuracy"] < 0.3
-    shares = json.loads((out / "results.json").read_text())["calls_by_domain"]
+    shares = json.loads((made / "results.json").read_text())["calls_by_domain"]
     assert shares["geography"]["geography"] > 0.95
     assert shares["chemistry"]["chemistry"] > 0.95
-    page = (out / "report.html").read_text()
+    page = (made / "report.html").read_text()
     assert "collaboration (full)" in page
-    copy = shutil.copytree(out, tmp_path / "copy")
+    copy = shutil.copytree(made, tmp_path / "copy")
     clear(copy)
     assert list(copy.iterdir()) == []
 
@@ -133,10 +131,8 @@ def test_the_collaboration_beats_every_single_model(demo: tuple[Path, Report], t
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds thesis\.txt, which this demo did not write"):
-        run_demo(tmp_path)
+        main(["--out", str(tmp_path)])
     assert (tmp_path / "thesis.txt").read_text() == "mine"
-    with pytest.raises(ConfigError, match="no seed"):
-        run_demo(tmp_path / "new", seeds=())
 
 
 def test_all_models_are_loaded_with_the_same_tokenizer(world: DemoWorld, trained: ModelPaths) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from collm.demo.world import Domain, Statement, fill
+from recipes.facts.world import Domain, Statement, fill
 
 IGNORED = -100
 """The label of a token that is not to be learned."""

@@ -1,21 +1,22 @@
-"""The demo's facts are complete and right where known by hand, and its splits keep entities apart."""
+"""The facts are complete and right where known by hand, and its splits keep entities apart."""
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
-from importlib import resources
+from pathlib import Path
 
 import pytest
 
-from collm.demo.world import DemoWorld, Statement, Template, chemistry, fill, geography, split_words
 from collm.errors import ConfigError
+from recipes.facts import world as world_of_facts
+from recipes.facts.world import DemoWorld, Statement, Template, chemistry, fill, geography, split_words
 
 CONTINENTS = {"Africa": 54, "Asia": 48, "Europe": 44, "North America": 23, "Oceania": 14, "South America": 12}
 
 
 def read(name: str) -> list[dict[str, str]]:
-    text = (resources.files("collm.demo") / "data" / name).read_text(encoding="utf-8")
+    text = (Path(world_of_facts.__file__).parent / "data" / name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 

@@ -1,4 +1,4 @@
-"""The demo's models with different tokenizers: base and experts tokenize names differently."""
+"""Models with different tokenizers: base and experts tokenize names differently."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from collm.atomic import atomic_directory
-from collm.demo.lessons import IGNORED, Example, shuffled_forever
-from collm.demo.tiny_models import (
+from collm.models.text_tokenizer import TextTokenizer
+from recipes.facts.lessons import IGNORED, Example, shuffled_forever
+from recipes.facts.tiny_models import (
     CONTEXT_TOKENS,
     EOS,
     PAD,
@@ -23,8 +24,7 @@ from collm.demo.tiny_models import (
     save_model,
     trained_model,
 )
-from collm.demo.world import DemoWorld, Domain, Statement, fill
-from collm.models.text_tokenizer import TextTokenizer
+from recipes.facts.world import DemoWorld, Domain, Statement, fill
 
 BASE_RECIPE = Recipe(hidden_size=64, steps=300, learning_rate=1e-2)
 EXPERT_RECIPE = Recipe(hidden_size=96, steps=900, learning_rate=4e-3)

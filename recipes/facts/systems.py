@@ -13,11 +13,11 @@ from collm.core.head import DeferralHead
 from collm.core.params import SamplingParams
 from collm.core.policies import OraclePolicy, Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import Completion, deferral_rate
-from collm.demo.world import DemoWorld
 from collm.evaluation.calibration import point_of
 from collm.evaluation.metrics import exact_match
 from collm.models.loading import ModelSpec, load_tokenizer
 from collm.run import RunResult
+from recipes.facts.world import DemoWorld
 
 PARAMS = SamplingParams(max_new_tokens=64)
 MAX_BATCH = 64

@@ -25,7 +25,9 @@ from transformers import (
 
 from collm.atomic import atomic_directory
 from collm.core.sampling import seeded
-from collm.demo.lessons import (
+from collm.errors import ConfigError, DataError
+from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from recipes.facts.lessons import (
     IGNORED,
     Example,
     answered,
@@ -35,9 +37,7 @@ from collm.demo.lessons import (
     noisy_facts,
     shuffled_forever,
 )
-from collm.demo.world import PUNCTUATION, DemoWorld, split_words
-from collm.errors import ConfigError, DataError
-from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from recipes.facts.world import PUNCTUATION, DemoWorld, split_words
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CONTEXT_TOKENS = 128

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from collm.demo import tiny_models
-from collm.demo.lessons import IGNORED, encoder, noisy_facts
-from collm.demo.tiny_models import Recipe, fine_tune, make_models, make_tokenizer
-from collm.demo.world import DemoWorld, split_words
 from collm.errors import ConfigError, DataError, LoadError
+from recipes.facts import tiny_models
+from recipes.facts.lessons import IGNORED, encoder, noisy_facts
+from recipes.facts.tiny_models import Recipe, fine_tune, make_models, make_tokenizer
+from recipes.facts.world import DemoWorld, split_words
 
 pytestmark = pytest.mark.slow
 

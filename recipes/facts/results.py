@@ -1,18 +1,16 @@
-"""Results of a demo: table, report and results.json."""
+"""Results of a run: table, report and results.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from collm.artefact import library_versions
 from collm.core.calibration import CalibrationPoint, threshold_text
-from collm.core.types import Completion, deferral_rate
-from collm.demo.systems import FULL, Measured
-from collm.demo.world import DemoWorld
-from collm.evaluation.intervals import bootstrap_interval
+from collm.core.types import Completion
 from collm.evaluation.report import Example, Point, Report, Row, Token, deferral_chart
+from recipes.facts.systems import FULL, Measured
+from recipes.facts.world import DemoWorld
 
 NUM_EXAMPLES = 12
 
@@ -42,23 +40,7 @@ def _row(name: str, results: list[SeedResult]) -> Row:
     measured = [m for result in results for m in result.measured if m.name == name]
     scores = [score for m in measured for score in m.scores]
     completions = [completion for m in measured for completion in m.completions]
-    return scored_row(name, scores, completions, sum(m.seconds for m in measured))
-
-
-def scored_row(
-    name: str, scores: Sequence[float], completions: Sequence[Completion], seconds: float, note: str = ""
-) -> Row:
-    """One line of a demo's table, from the completions of a system and their scores."""
-    interval = bootstrap_interval(scores)
-    authors = [author for completion in completions for author in completion.authors]
-    rates = {"deferral_rate": deferral_rate(authors), "tokens_per_s": len(authors) / seconds}
-    return Row(name, interval.mean, interval.low, interval.high, **rates, note=note)
-
-
-def tokens_of(completion: Completion) -> list[Token]:
-    """The tokens of a completion that have a text."""
-    tokens = zip(completion.token_texts, completion.authors, completion.defer_probs, strict=True)
-    return [Token(*token) for token in tokens if token[0]]
+    return Row.of(name, scores, completions, sum(m.seconds for m in measured))
 
 
 def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
@@ -80,7 +62,7 @@ def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
 
 
 def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds: float) -> Report:
-    """The report of the demo, with the curve and the examples of the first seed."""
+    """The report, with the curve and the examples of the first seed."""
     first = results[0]
     names = [domain.name for domain in first.world.domains]
     curve = [
@@ -88,7 +70,7 @@ def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds:
     ]
     rate = next(row for row in rows if row.name == FULL).deferral_rate
     return Report(
-        title="collm demo: a generalist base and " + ("an expert" if len(names) == 1 else "its experts"),
+        title="Facts: a generalist base and " + ("an expert" if len(names) == 1 else "its experts"),
         summary=_summary(results, rows),
         rows=rows,
         charts=[deferral_chart(curve, rows, rate)],
@@ -105,7 +87,7 @@ def _examples(result: SeedResult) -> list[Example]:
         Example(
             prompt=question["prompt"],
             reference=question["completion"],
-            tokens=tokens_of(_trimmed(completion)),
+            tokens=Token.of(_trimmed(completion)),
             score=score,
         )
         for question, completion, score in questions

@@ -1,4 +1,4 @@
-"""The demo's models with a tokenizer each: what they are taught, before they are trained."""
+"""The recipe's models with a tokenizer each: what they are taught, before they are trained."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import get_args
 
 import pytest
 
-from collm.demo.lessons import IGNORED
-from collm.demo.run import run_demo
-from collm.demo.two_tokenizers import FactEnds, base_tokenizer, conversations, expert_tokenizer, noisy_facts
-from collm.demo.world import DemoWorld
-from collm.errors import ConfigError
 from collm.models.alignment import Alignment
 from collm.models.text_tokenizer import TextTokenizer
+from recipes.facts.lessons import IGNORED
+from recipes.facts.two_tokenizers import FactEnds, base_tokenizer, conversations, expert_tokenizer, noisy_facts
+from recipes.facts.world import DemoWorld
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +64,3 @@ def test_an_expert_learns_facts_and_where_they_end(
         assert (expert.spell(fact) or b"").decode().strip() in facts
         if rest:
             assert (expert.spell(rest) or b"").decode()[0].isalnum() == (fact_ends == "never")
-
-
-def test_another_word_for_tokenizers_is_refused(tmp_path: object) -> None:
-    with pytest.raises(ConfigError, match="expected 'same' or 'different'"):
-        run_demo(tmp_path, tokenizers="some", quiet=True)  # type: ignore[arg-type]
