@@ -48,7 +48,9 @@ def written(run: str) -> dict[str, Any]:
 
 
 def parsed(run: str) -> tuple[RunConfig, CoLLMConfig]:
-    return parse(["--config", str(FOLDER / f"{run}.yaml"), "--use_cpu", "true"])  # bf16 asks for a GPU otherwise
+    return parse(
+        ["--config", str(FOLDER / f"{run}.yaml"), "--use_cpu", "true", "--trust-code"]
+    )  # bf16 asks for a GPU otherwise
 
 
 def test_there_is_one_for_each_training_set() -> None:
@@ -140,7 +142,7 @@ def test_the_readmes_commands_take_the_configurations() -> None:
     scored = [command for command in readme_commands("score") if "--config" in command]
     assert {Path(command[1]).stem for command in scored} == set(RUNS)
     for command in scored:
-        config, _ = parse(["--config", str(ROOT / command[1]), "--use_cpu", "true"])
+        config, _ = parse(["--config", str(ROOT / command[1]), "--use_cpu", "true", "--trust-code"])
         assert command[2:4] == ["--author", "assistant"]
         assert command[3] in config.authors
         assert not config.calibrate

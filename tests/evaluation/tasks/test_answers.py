@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collm.evaluation.tasks.answers import before_next_question, boxed, first_line, stated_answer
-from collm.evaluation.tasks.bioasq import names_in, split_answer, yes_or_no
 from collm.evaluation.tasks.gsm8k import final_number
-from collm.evaluation.tasks.math import final_answer
 from collm.evaluation.tasks.multiple_choice import chosen_letter
+from recipes.paper.bioasq import names_in, split_answer, yes_or_no
+from recipes.paper.hendrycks_math import final_answer
 
 READERS = {
     "before_next_question": before_next_question,

@@ -8,13 +8,13 @@ import re
 import threading
 from importlib.util import find_spec
 
-from collm.errors import MissingExtra, ToolFailure
+from collm.errors import ConfigError, ToolFailure
 from collm.tools.calls import IsolatedTool
 from collm.tools.spec import ToolSpec
 
 logger = logging.getLogger(__name__)
 
-JUDGE = ToolSpec("collm.evaluation.tasks.math_judge:judge", seconds=10.0)
+JUDGE = ToolSpec("recipes.paper.math_judge:judge", seconds=10.0)
 """The comparison, with a time limit for each."""
 
 MAX_CHARACTERS = 400
@@ -27,13 +27,13 @@ class Equivalence:
     """Compares answers written in LaTeX or as plain expressions. Calls are thread-safe.
 
     Raises:
-        MissingExtra: math-verify is not installed.
+        ConfigError: math-verify is not installed.
         LoadError: on a call, if math-verify cannot be imported.
     """
 
     def __init__(self) -> None:
         if find_spec("math_verify") is None:
-            raise MissingExtra("math-verify", "eval")
+            raise ConfigError("math-verify is not installed; install it with: pip install math-verify")
         self._process: IsolatedTool | None = None
         self._lock = threading.Lock()
 

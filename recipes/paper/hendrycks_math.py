@@ -6,9 +6,9 @@ from pathlib import Path
 
 from collm.errors import DataError
 from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question, boxed, stated_answer
-from collm.evaluation.tasks.equivalence import Equivalence
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.training.data import Row
+from recipes.paper.equivalence import Equivalence
 
 
 class HendrycksMath(Task):
@@ -18,7 +18,7 @@ class HendrycksMath(Task):
     final answer.
 
     Raises:
-        MissingExtra: math-verify is not installed.
+        ConfigError: math-verify is not installed.
     """
 
     name = "math"
@@ -26,7 +26,7 @@ class HendrycksMath(Task):
     source = "EleutherAI/hendrycks_math"
     max_new_tokens = 1024
     stop = NEXT_QUESTION
-    format = "math"
+    format = "recipes.paper.formats:MATH"
 
     def __init__(self) -> None:
         self._equal = Equivalence()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collm.errors import DataError, MissingExtra
-from collm.evaluation.tasks.bioasq import Bioasq, rouge_scores
+from collm.errors import DataError
 from collm.evaluation.tasks.task import TaskItem
 from collm.training.data import load_rows
+from recipes.paper.bioasq import Bioasq, rouge_scores
 
 
 def item(kind: str, entities: list[list[str]], ideal: tuple[str, ...] = ("It is so.",)) -> TaskItem:
@@ -256,7 +255,7 @@ def golden(folder: Path, *questions: dict[str, Any]) -> Path:
 def test_what_training_teaches_is_right(tmp_path: Path) -> None:
     task = Bioasq()
     items = task.load(golden(tmp_path, *QUESTIONS))
-    rows = load_rows(tmp_path, split="test", format="bioasq")
+    rows = load_rows(tmp_path, split="test", format=Bioasq.format)
     assert [one.id for one in items] == ["5a", "5b", "5c", "5d"]
     assert [one.prompt for one in items] == [row.prompt for row in rows]
     for one, row in zip(items, rows, strict=True):
@@ -270,9 +269,3 @@ def test_a_bad_question_is_named(tmp_path: Path) -> None:
     golden(tmp_path, QUESTIONS[0], {**QUESTIONS[1], "exact_answer": None})
     with pytest.raises(DataError, match=r"11B1_golden.json:14: no 'exact_answer', expected one for a list question"):
         Bioasq().load(tmp_path)
-
-
-def test_a_missing_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
-    with pytest.raises(MissingExtra, match=r"rouge-score is not installed; .* 'collm\[eval\]'"):
-        Bioasq()

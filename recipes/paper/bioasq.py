@@ -6,19 +6,19 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
 import torch
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize
 from torch import Tensor
 
-from collm.errors import MissingExtra
 from collm.evaluation.intervals import Interval, ratio_interval, statistic_interval
 from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question
 from collm.evaluation.tasks.task import Scored, Task, TaskItem
 from collm.training.data import Row, load_records
-from collm.training.formats import bioasq_completion, bioasq_question
+from recipes.paper.formats import bioasq_completion, bioasq_question
 
 MAX_FACTOID_ANSWERS = 5
 """Number of names of a factoid answer that count."""
@@ -32,7 +32,7 @@ _MAIN = {"factoid": "factoid_mrr", "list": "list_f1", "yesno": "yesno_accuracy",
 
 
 class Bioasq(Task):
-    """BioASQ task B, phase B. Answers have the form of `collm.training.formats`.
+    """BioASQ task B, phase B. Answers have the form of `recipes.paper.formats`.
 
     Measures, each over the questions of a type:
         factoid: `factoid_strict` (the first name is right), `factoid_lenient` (one of the first 5 is), `factoid_mrr`.
@@ -47,24 +47,17 @@ class Bioasq(Task):
 
     As in the challenge, the comparison of names ignores case. White space, and quotes and punctuation around names, are
     also ignored.
-
-    Raises:
-        MissingExtra: rouge-score is not installed.
     """
 
     name = "bioasq"
     measure = "factoid_mrr"
     max_new_tokens = 512
     stop = NEXT_QUESTION
-    format = "bioasq"
-
-    def __init__(self) -> None:
-        if find_spec("rouge_score") is None:
-            raise MissingExtra("rouge-score", "eval")
+    format = "recipes.paper.formats:BIOASQ"
 
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
         items = []
-        for number, (where, record) in enumerate(load_records(source, split=split, format="bioasq"), 1):
+        for number, (where, record) in enumerate(load_records(source, split=split, format=self.format), 1):
             question = bioasq_question(where, record)
             reference = {"type": question.kind, "ideal": question.ideal, "entities": question.entities}
             name = str(record.get("id", number))
@@ -126,8 +119,6 @@ def yes_or_no(text: str) -> str:
 
 def rouge_scores(text: str, references: Sequence[str]) -> dict[str, float]:
     """ROUGE-2 and ROUGE-SU4, recall and F1 of each, the best over the references (Lin 2004)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
     scorer = RougeScorer(["rouge2"])
     rouge2 = [scorer.score(reference, text)["rouge2"] for reference in references]
     units = _skip_units(text)
@@ -142,8 +133,6 @@ def rouge_scores(text: str, references: Sequence[str]) -> dict[str, float]:
 
 def _skip_units(text: str) -> Counter[tuple[str, ...]]:
     """The words of a text, and its pairs of words in order with up to 4 others between them."""
-    from rouge_score.tokenize import tokenize
-
     words = tokenize(text, None)
     pairs = ((first, second) for at, first in enumerate(words) for second in words[at + 1 : at + 6])
     return Counter([(word,) for word in words]) + Counter(pairs)

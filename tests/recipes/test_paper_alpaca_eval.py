@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from collm.errors import ConfigError, DataError
-from collm.evaluation.tasks.alpaca_eval import AlpacaEval
+from recipes.paper.alpaca_eval import AlpacaEval
 
 ROWS = [
     {"instruction": "Name a river.", "output": "The Po.", "generator": "reference", "dataset": "helpful_base"},
