@@ -15,7 +15,7 @@ from rouge_score.tokenize import tokenize
 from torch import Tensor
 
 from collm.evaluation.intervals import Interval, ratio_interval, statistic_interval
-from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question
+from collm.evaluation.tasks.gsm8k import NEXT_QUESTION, before_next_question
 from collm.evaluation.tasks.task import Scored, Task, TaskItem
 from collm.training.data import Row, load_records
 from recipes.paper.formats import bioasq_completion, bioasq_question

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from collm.errors import DataError
-from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question, boxed, stated_answer
+from collm.evaluation.tasks.gsm8k import NEXT_QUESTION, before_next_question, stated_answer
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.training.data import Row
 from recipes.paper.equivalence import Equivalence
+
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z{])[ \t]*([^\s${}][^\n$]*)")
 
 
 class HendrycksMath(Task):
@@ -54,3 +58,22 @@ def _reference(row: Row) -> str:
     if not answer:
         raise DataError(f"{row.where}: no \\boxed{{...}} in 'solution', expected the answer in one")
     return answer
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last complete \boxed{...} or \fbox{...}, or of the last "\boxed 5"; None if there is none."""
+    opened: list[int | None] = []  # for each open brace the start of its box; None for other braces
+    box: tuple[int, int] | None = None
+    for brace in _BRACE.finditer(text):
+        if brace["box"]:
+            opened.append(brace.end())
+        elif brace[0] == "{":
+            opened.append(None)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and (box is None or start > box[0]):
+                box = start, brace.start()
+    if box is not None:
+        return text[slice(*box)].strip()
+    bare = _BARE_BOX.findall(text)
+    return bare[-1].strip().rstrip(".") if bare else None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     collaboration: options.CollaborationArgument,
-    task: Annotated[str, typer.Option(help="gsm8k, multiple_choice, rows, or your own as module:Class.")],
+    task: Annotated[str, typer.Option(help="gsm8k, rows, or your own as module:Class.")],
     out: Annotated[Path, typer.Option(help="Output directory. An interrupted evaluation resumes from it.")],
     data: Annotated[
         str | None,

@@ -165,7 +165,7 @@ def test_every_task_is_made_by_its_name() -> None:
 
 
 def test_unknown_names_and_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"task is 'gsm', expected one of gsm8k, .*, rows, or package.module:Class"):
+    with pytest.raises(ConfigError, match=r"task is 'gsm', expected one of gsm8k, rows, or package.module:Class"):
         task_named("gsm")
     with pytest.raises(ConfigError, match="task 'gsm8k' has no option 'metric', expected format"):
         task_named("gsm8k", metric="exact_match")

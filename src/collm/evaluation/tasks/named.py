@@ -8,11 +8,10 @@ from typing import Any
 from collm.core.named import imported
 from collm.errors import ConfigError
 from collm.evaluation.tasks.gsm8k import Gsm8k
-from collm.evaluation.tasks.multiple_choice import MultipleChoice
 from collm.evaluation.tasks.rows import RowsTask
 from collm.evaluation.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Gsm8k, MultipleChoice, RowsTask)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Gsm8k, RowsTask)}
 
 
 def task_named(name: str, **options: Any) -> Task:
