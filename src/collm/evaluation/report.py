@@ -168,7 +168,7 @@ def deferral_chart(
         name="curve",
         heading=f"{measure} against deferral rate",
         note=("The line is the collaboration at different thresholds, the band its 95% interval. " if curve else "")
-        + "Diamonds are the systems of the table.",
+        + "The marks are the systems of the table.",
         x_label="Deferral rate",
         y_label=measure,
         curve=curve,
