@@ -17,7 +17,7 @@ GSM8K ?= gsm8k
 ELSEWHERE := not vllm and not clients and not tokenizers
 
 # What is tested by whole runs or against servers.
-ROOMS_OF_RUNS := benchmarks clients demo recipes serving vllm training/test_distributed.py
+ROOMS_OF_RUNS := clients demo recipes serving vllm training/test_distributed.py
 
 # Tests wait for a quarter of their time, so three processes keep two cores busy.
 WORKERS ?= 3
@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)  ## Train a pair on real facts and show that it beats each model alone (about 2 minutes).
-	$(BIN)/collm demo --out demo-out
+	$(BIN)/python -m recipes.facts.run --out demo-out
 
 test: $(INSTALLED)  ## All tests but the soak tests.
 	$(PYTEST) -m 'not soak and $(ELSEWHERE)'

@@ -13,7 +13,7 @@ from collm.artefact import library_versions
 
 
 def run_parts(name: str, arguments: Namespace, parts: Mapping[str, Callable[[], Any]]) -> None:
-    """Run the parts named in `arguments.parts`. Write the results to `arguments.out`, or to stdout if that is None.
+    """Run the parts named in `arguments.parts`, or all. Write the results to `arguments.out`, or without it to stdout.
 
     The file is written after every part, so a run that is interrupted keeps its results.
     """
@@ -24,7 +24,7 @@ def run_parts(name: str, arguments: Namespace, parts: Mapping[str, Callable[[], 
         "versions": library_versions(),
     }
     out: Path | None = arguments.out
-    for part in arguments.parts:
+    for part in vars(arguments).get("parts", parts):
         results[part] = parts[part]()
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,6 @@ from benchmarks.tokenizers import PACKAGES, fetch, load
 from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.core.objective import defer_probs
 from collm.core.policies import SingleAuthorPolicy
-from collm.demo.two_tokenizers import FactEnds, make_models
-from collm.demo.world import DemoWorld
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import bootstrap_interval
 from collm.evaluation.metrics import exact_match
@@ -37,6 +35,8 @@ from collm.models.alignment import Alignment
 from collm.models.text_tokenizer import GrowingIds, TextTokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.data import load_rows
+from recipes.facts.two_tokenizers import FactEnds, make_models
+from recipes.facts.world import DemoWorld
 
 REPEATS = 5
 EXPERTS: dict[str, tuple[FactEnds, float]] = {

@@ -79,16 +79,6 @@ SERVERS = {
     "speed_vs_base": "vs base alone",
     "speed_vs_memory": "vs in memory",
 }
-PREDICTIONS = {
-    "name": "case",
-    "measured_s": "measured, s",
-    "predicted_s": "predicted, s",
-    "ratio": "predicted / measured",
-    "requests": "requests",
-    "predicted_requests": "predicted",
-    "base_busy": "base's model at work",
-    "assistant_busy": "assistant's",
-}
 PACKING = {
     "model": "model",
     "dtype": "dtype",
@@ -144,7 +134,6 @@ PARTS = [
     ),
     ("bodies", "Bodies of 4 MiB, or as many values as the limit allows, while another client asks `/health`:", BODIES),
     ("comparison", "Tokens per second of `collm` across servers, as ratios:", SERVERS),
-    ("predictions", "What the simulator says from each server's own figures, against what was measured:", PREDICTIONS),
     ("throughput", "The same requests over HTTP, compared with the engine alone:", THROUGHPUT),
     ("processors", "Time of the engine with penalties and a JSON schema, for the same number of tokens:", PROCESSORS),
     ("load", "Rounds of many streams of mixed lengths. Some clients disconnect early:", LOAD),
@@ -156,7 +145,7 @@ PARTS = [
     ("context", "Time per token as the context grows, while the base writes:", CONTEXT),
     ("cache", "KV cache memory of sequences of mixed lengths, 48 steps after their prompts, at a rate of 0.3:", CACHE),
     ("pairs", "Base tokens per segment:", PAIRS),
-    ("ends", "The demo's world, 117 questions about entities that no training row names:", ENDS),
+    ("ends", "The world of facts, 117 questions about entities that no training row names:", ENDS),
     ("speed", "Microseconds per byte of the answers, with lookahead where it has an effect:", SPEED),
     ("packing", "Speed of a pass with one token per sequence, compared with plain layers:", PACKING),
 ]
@@ -182,7 +171,7 @@ def section(path: Path) -> list[str]:
     if "ways" in result:
         heading += ", on vLLM"
     if "tokenizers" in given:
-        heading = "Tokenizers" if "pairs" in given["parts"] else "The demo's models"
+        heading = "Tokenizers" if "pairs" in given["parts"] else "The models of facts"
     lines = [
         f"### {heading}",
         "",

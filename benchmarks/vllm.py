@@ -7,10 +7,6 @@ same servers: `collm` across them; one request for each token with the log-proba
 method's authors run it; the assistant alone and the base alone, with one request each; and the same pair in this
 process. Tokens are sampled at temperature 1, because random models repeat themselves otherwise. The threshold is set so
 that about three of ten tokens are deferred.
-
-In the JSON, "servers" has the time of a step, of a request and of reading a token on each server. "cases" has the
-results of the methods. "predictions" has what the simulator computes from "servers". `python -m benchmarks.simulate`
-reads the JSON.
 """
 
 from __future__ import annotations
@@ -18,13 +14,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +27,6 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from benchmarks.pairs import SHAPES, make_model, make_tokenizer, prompts_of
 from benchmarks.record import run_parts
-from benchmarks.simulate import predictions
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.objective import defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
@@ -41,7 +34,7 @@ from collm.vllm import ROW_SCALE
 from collm.vllm.endpoint import sockets
 from collm.vllm.export_manifest import Note
 from collm.vllm.launch import ServerProcess, check_python, launched
-from collm.vllm.placement import BLOCK_TOKENS, Machine, Served, placed
+from collm.vllm.placement import Machine, Served, placed
 from collm.vllm.servers import Servers
 
 PER_TOKEN = "token by token"
@@ -71,11 +64,8 @@ class Bench:
             launched(plans, check_python(arguments.vllm_python), root / "logs", wait_s=600)
         )
         self.remote = CoLLM(specs[0], [specs[1]], head, tokenizer, servers=Servers([one.url for one in self.servers]))
-        self.cores = Machine.this().cores
         self._num_prompts = 0
         self.threshold = self._threshold()
-        self.measured: dict[str, Any] = {}
-        self.cases: list[dict[str, Any]] = []
 
     def _threshold(self) -> float:
         """The threshold at which three of ten tokens of the base's own text are deferred."""
@@ -92,70 +82,12 @@ class Bench:
         prompts = prompts_of(count, self.arguments.prompt - 1, self.arguments.vocabulary)
         return [[10 + start + i, *prompt] for i, prompt in enumerate(prompts)]
 
-    # Measurements of one server
-
-    def measure_servers(self) -> dict[str, Any]:
-        """Measurements of each server by name, as `benchmarks.servers.cost.calibrated` reads them."""
-        for server in self.servers:
-            self.measured[server.plan.name] = _logged(asyncio.run(self._figures(server)))
-        return self.measured
-
-    def predict(self) -> list[dict[str, Any]]:
-        """The simulator's predictions for the cases."""
-        return predictions({"servers": self.measured, "cases": self.cases, "cores": self.cores})
-
-    async def _figures(self, server: ServerProcess) -> dict[str, Any]:
-        async with httpx.AsyncClient(timeout=None, mounts=sockets([server.url])) as client:
-
-            async def request_s(prompt: list[int], **more: Any) -> float:
-                start = time.perf_counter()
-                await _post(client, server, {"prompt": prompt, "max_tokens": 1, "temperature": 0, **more})
-                return time.perf_counter() - start
-
-            await request_s([11])
-            once = statistics.median([await request_s([20 + n]) for n in range(20)])
-            length = 512
-            reads = [await request_s([40 + n, *range(100, 100 + length)]) for n in range(5)]
-            start = time.perf_counter()
-            await asyncio.gather(*(request_s([200 + n]) for n in range(64)))
-            per_second = 64 / (time.perf_counter() - start)
-            whole = statistics.median([await request_s([300 + n], logprobs=self.note.vocab_size) for n in range(3)])
-            steps = {str(n): await self._step(client, server, n) for n in (1, 4, max(self.arguments.batch))}
-        return {
-            "round_trip_s": once,
-            "prefill_s_per_token": max((statistics.median(reads) - once) / length, 1e-9),
-            "step_s_at_batch": steps,
-            "requests_per_s": per_second,
-            "logprob_s": (whole - once) / self.note.vocab_size,
-            "max_batch": max(self.arguments.batch),
-            "block_tokens": BLOCK_TOKENS,
-        }
-
-    async def _step(self, client: httpx.AsyncClient, server: ServerProcess, count: int) -> float:
-        """Seconds between two tokens of a stream, with `count` streams at once."""
-        body = {"max_tokens": 48, "temperature": 0, "ignore_eos": True, "stream": True}
-
-        async def stream(number: int) -> list[float]:
-            times = []
-            request = {**body, "model": server.plan.name, "prompt": [500 + number]}
-            async with client.stream("POST", f"{server.url}/completions", json=request) as reply:
-                async for line in reply.aiter_lines():
-                    if line.startswith("data: {"):
-                        times.append(time.perf_counter())
-            return times
-
-        streams = await asyncio.gather(*(stream(number) for number in range(count)))
-        return statistics.median(later - before for times in streams for before, later in pairwise(times[8:]))
-
-    # Comparison of methods
-
     def compare(self) -> list[dict[str, Any]]:
         """Compare all methods at each batch size. Speeds are ratios of tokens per second."""
         rows = []
         for batch in self.arguments.batch:
             found = [self._measured(method, batch) for method in self._methods(batch)]
-            self.cases += [case for case in found if case["name"].partition(",")[0] != "in memory"]
-            speed = {case["name"].partition(",")[0]: case["tokens"] / case["wall_s"] for case in found}
+            speed = {case["name"]: case["tokens"] / case["wall_s"] for case in found}
             ours, slow = found[0], found[-1]
             rows.append(
                 _logged(
@@ -197,21 +129,13 @@ class Bench:
         out = model.generate(prompts, self._params(), policy=policy, max_batch=batch)
         wall_s = time.perf_counter() - start
         authors = [one.authors for one in out]
-        case = {
-            "name": f"{name}, {batch} at once",
-            "completions": count,
+        return {
+            "name": name,
             "tokens": sum(map(len, authors)),
-            "prompt_tokens": self.arguments.prompt,
             "deferrals": sum(map(sum, authors)),
-            "runs": sum(_runs(one) for one in authors),
-            "concurrency": batch,
             "wall_s": wall_s,
             "requests": sum(used.calls for used in out.usage.values()),
         }
-        if name == "assistant alone":
-            case = {key: value for key, value in case.items() if key not in ("deferrals", "runs")}
-            case["method"] = "assistant alone"
-        return case
 
     async def _per_token(self, batch: int, count: int, new: int) -> dict[str, Any]:
         room = asyncio.Semaphore(batch)
@@ -228,15 +152,9 @@ class Bench:
             wall_s = time.perf_counter() - start
         deferrals = sum(map(sum, authors))
         return {
-            "name": f"{PER_TOKEN}, {batch} at once",
-            "method": PER_TOKEN,
-            "vocab_size": self.note.vocab_size,
-            "completions": count,
+            "name": PER_TOKEN,
             "tokens": count * new,
-            "prompt_tokens": self.arguments.prompt,
             "deferrals": deferrals,
-            "runs": sum(map(_runs, authors)),
-            "concurrency": batch,
             "wall_s": wall_s,
             "requests": count * new + deferrals,
         }
@@ -270,11 +188,6 @@ async def _post(client: httpx.AsyncClient, server: ServerProcess, body: dict[str
     return reply.json()
 
 
-def _runs(authors: list[int]) -> int:
-    """Number of runs of deferred tokens."""
-    return sum(author and not before for before, author in pairwise([0, *authors]))
-
-
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
     """Print a row to stderr, because stdout is for the JSON."""
     print(row, file=sys.stderr, flush=True)
@@ -293,22 +206,13 @@ def main() -> None:
     parser.add_argument("--new-per-token", type=int, default=16, help="new tokens of the token-by-token method")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--completions", type=int, default=16, help="completions of each method at each batch size")
-    names = ("cores", "servers", "comparison", "cases", "predictions")
-    parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with ExitStack() as stack:
         bench = Bench(arguments, stack)
-        parts = {
-            "cores": lambda: bench.cores,
-            "servers": bench.measure_servers,
-            "comparison": bench.compare,
-            "cases": lambda: bench.cases,
-            "predictions": bench.predict,
-        }
-        run_parts("benchmarks.vllm", arguments, parts)
+        run_parts("benchmarks.vllm", arguments, {"comparison": bench.compare})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 # torch and transformers are imported where they are needed: the process that hands out tests needs neither.
 
-LONG = ("demo/test_run", "vllm/test_engine", "training/test_distributed", "cli/test_cli", "serving/test_playground")
+LONG = (
+    "recipes/test_facts_run",
+    "vllm/test_engine",
+    "training/test_distributed",
+    "cli/test_cli",
+    "serving/test_playground",
+)
 # They run on one worker, as starting the process that they fork (tests/processes.py) takes long.
 FORKING = (
     "training/test_distributed",

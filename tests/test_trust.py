@@ -115,6 +115,7 @@ def past_run(directory: Path, **changes: Any) -> Path:
     [
         {"metric": "this:d"},
         {"metric": "os:symlink"},
+        {"format": "this:d"},
         {"assistant": ["a", "tool:this:d"]},
         {"assistant": "tool:os:system"},
     ],

@@ -24,11 +24,22 @@ import yaml
 from collm.atomic import atomic_directory, atomic_file
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.training.data import load_records, load_rows
-from collm.training.formats import FORMATS
+from collm.training.formats import format_named
 from recipes.paper.samples import SAMPLES
 
 FOLDER = Path(__file__).parent
-RUNS = ("gsm8k", "math", "bioasq", "tulu")
+FORMATS = {
+    "gsm8k": "gsm8k",
+    "math": "recipes.paper.formats:MATH",
+    "bioasq": "recipes.paper.formats:BIOASQ",
+    "tulu": "tulu",
+}
+TASKS = {
+    "gsm8k": ["gsm8k"],
+    "math": ["recipes.paper.hendrycks_math:HendrycksMath"],
+    "bioasq": ["recipes.paper.bioasq:Bioasq"],
+    "tulu": ["rows", "--metric", "token_f1", "--max-new-tokens", "32"],
+}
 QUESTION = "What is 3 + 4?"
 THRESHOLD = 0.5
 """A threshold at which both models write. On a few rows, calibration may choose one that never defers."""
@@ -69,12 +80,12 @@ def few_rows(run: str, data: str | None, count: int) -> list[dict[str, Any]]:
     """The first rows of a data set, in any format that `collm train` reads; made-up rows if there is none."""
     if data is None:
         return SAMPLES[run][:count]
-    return [dict(row) for _, row in load_records(data, format=run)[:count]]
+    return [dict(row) for _, row in load_records(data, format=FORMATS[run])[:count]]
 
 
 def written_rows(run: str, rows: list[dict[str, Any]], out: Path) -> Path:
     """Write rows to a file in the format of the data set, each on a new line. The format determines the suffix."""
-    key = FORMATS[run].key
+    key = format_named(FORMATS[run]).key
     path = out.with_suffix(".json" if key else ".jsonl")
     with atomic_file(path) as temporary:
         lines = json.dumps({key: rows}, indent=1) if key else "".join(json.dumps(row) + "\n" for row in rows)
@@ -84,8 +95,8 @@ def written_rows(run: str, rows: list[dict[str, Any]], out: Path) -> Path:
 
 def good_rows(run: str, data: Path) -> list[dict[str, Any]]:
     """The rows of a file without those that training skips. Evaluation would stop at them."""
-    good = {row.where for row in load_rows(data, format=run, bad_rows="skip")}
-    return [dict(row) for where, row in load_records(data, format=run) if where in good]
+    good = {row.where for row in load_rows(data, format=FORMATS[run], bad_rows="skip")}
+    return [dict(row) for where, row in load_records(data, format=FORMATS[run]) if where in good]
 
 
 def rehearse(run: str, model: Path, data: str | None, out: Path, *, rows: int, layers: int) -> dict[str, float]:
@@ -103,13 +114,12 @@ def rehearse(run: str, model: Path, data: str | None, out: Path, *, rows: int, l
         temporary.write_text(yaml.safe_dump(original | replaced(base, model, few, out / "run")), encoding="utf-8")
     collaboration = out / "run" / "collaboration"
     chat = ["--chat"] if run == "tulu" else []
-    task = ["--task", "rows", "--metric", "token_f1", "--max-new-tokens", "32"] if run == "tulu" else ["--task", run]
-    options = [*chat, "--threshold", THRESHOLD]
+    task, options = ["--task", *TASKS[run]], [*chat, "--threshold", THRESHOLD]
     commands = {
-        "score": ["score", "--config", config, "--author", "assistant"],
-        "train": ["train", "--config", config],
+        "score": ["score", "--config", config, "--author", "assistant", "--trust-code"],
+        "train": ["train", "--config", config, "--trust-code"],
         "inspect": ["score", "--inspect", out / "run" / "scores"],
-        "calibrate": ["calibrate", collaboration],
+        "calibrate": ["calibrate", collaboration, "--trust-code"],
         "eval": ["eval", collaboration, *task, "--data", good, "--limit", "4", "--out", out / "eval", *options],
         "generate": ["generate", collaboration, QUESTION, "--max-new-tokens", "16", *options],
     }
@@ -160,7 +170,7 @@ def _is_ready(port: int) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", choices=RUNS)
+    parser.add_argument("run", choices=FORMATS)
     parser.add_argument(
         "--model", type=Path, required=True, help="model to use as the assistant; its first layers become the base"
     )

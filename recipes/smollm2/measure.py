@@ -19,8 +19,7 @@ from collm.evaluation.metrics import last_number
 from collm.models.text_tokenizer import TextTokenizer
 from collm.training.data import Row
 from collm.training.examples import Example, Examples
-from recipes.gsm8k_calculator.data import MARK
-from recipes.gsm8k_calculator.measure import equations, is_right
+from recipes.smollm2.gsm8k import MARK, equations, is_right
 
 ORACLE = "oracle"
 

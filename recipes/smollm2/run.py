@@ -24,7 +24,7 @@ from collm.demo.real import smollm2
 from collm.evaluation.gold import gold_examples
 from collm.models.loading import load_tokenizer
 from collm.training.data import load_rows
-from recipes.gsm8k_calculator.data import HUB_NAME, Problems, load_problems
+from recipes.smollm2.gsm8k import HUB_NAME, Problems, load_problems
 from recipes.smollm2.measure import ORACLE, System, read_solutions, solve, summary
 from recipes.smollm2.plans import PLANS, Plan
 from recipes.smollm2.stages import SILENT, Stages
@@ -35,7 +35,7 @@ SHOTS = 5
 AS_IT_COMES, FEW_SHOT, TUNED = "as it comes", f"as it comes, {SHOTS} examples", "tuned as long without the tool"
 REGEX, LEARNED, ALWAYS = "tuned, calculator by a regular expression", "learned", "learned, asked at every token"
 RANDOM = "learned, asked at random"
-METRIC = "recipes.gsm8k_calculator.measure:mark_score"
+METRIC = "recipes.smollm2.gsm8k:mark_score"
 
 
 class Run(Stages):

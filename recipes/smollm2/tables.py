@@ -10,7 +10,6 @@ from typing import Any
 from collm.atomic import atomic_file
 from collm.evaluation.page import write_report
 from collm.evaluation.report import Example, Report, Row, Token
-from recipes.gsm8k_calculator.tables import write_section
 from recipes.smollm2.rules import DOUBT, LEARNED, ORACLE, RANDOM, SURER
 
 NAME, PAIR = "smollm2", "smollm2_pair"
@@ -25,6 +24,18 @@ def write_results(out: Path, results: dict[str, Any], docs: Path | None) -> None
     for folder in filter(None, (out, docs)):
         write_section(folder / "results.md", NAME, lines(results))
     write_report(out / "report.html", _report(results))
+
+
+def write_section(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Write lines between the markers of this name in a page. If there are none, append them, or create the page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    if begin not in text:
+        text += f"{begin}\n{end}\n"
+    before, rest = text.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    with atomic_file(page) as temporary:
+        temporary.write_text("\n".join([f"{before}{begin}", *lines, f"{end}{after}"]), encoding="utf-8")
 
 
 def lines(results: dict[str, Any]) -> list[str]:

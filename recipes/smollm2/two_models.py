@@ -34,7 +34,7 @@ from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.gsm8k import Gsm8k
 from collm.models.loading import load_model, load_tokenizer
 from collm.training.data import Row, load_rows
-from recipes.gsm8k_calculator.data import HUB_NAME, Problems, load_problems
+from recipes.smollm2.gsm8k import HUB_NAME, Problems, load_problems
 from recipes.smollm2.plans import PAIR_PLANS, PairPlan
 from recipes.smollm2.rules import compared, read_pair, threshold_at
 from recipes.smollm2.stages import SILENT, Stages, write

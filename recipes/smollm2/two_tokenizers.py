@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import Interval, statistic_interval
 from collm.run import RunConfig, train_collaboration
 from collm.training.data import Row, load_rows
-from recipes.gsm8k_calculator.data import HUB_NAME, TEMPLATE, load_problems
-from recipes.gsm8k_calculator.models import SIZES, Training, make_base, save
+from recipes.smollm2.from_scratch import make_base
+from recipes.smollm2.gsm8k import HUB_NAME, load_problems
 
 BASE_TOKENIZER = "Llama-2"
+TEMPLATE = "{prompt}\n"
 STEPS, TRAIN_ROWS, TEST_ROWS = 500, 160, 80
 
 
@@ -44,14 +45,14 @@ def make(data: str, tokenizers: Path, out: Path, *, steps: int, train_rows: int,
         fetch(tokenizers)
         tokenizer = load(tokenizers, BASE_TOKENIZER).tokenizer
         tokenizer.eos_token = "</s>"
-        size = replace(SIZES["small"], base=Training(steps, 2048, 4e-3))
-        save(make_base(problems.train, tokenizer, size, seed=0), tokenizer, base)
+        texts = [TEMPLATE.replace("{prompt}", str(row.prompt)) + row.completion for row in problems.train]
+        make_base(texts, tokenizer, base, steps=steps, seed=0)
     config = RunConfig(
         base=str(base),
         assistant=[str(assistant)],
         data=str(out / "train.jsonl"),
         validation=str(out / "validation.jsonl"),
-        template=TEMPLATE.text,
+        template=TEMPLATE,
         calibrate=False,
         dtype="float32",
         device="cpu",

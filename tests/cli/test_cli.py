@@ -294,7 +294,7 @@ def test_wrong_usage_has_status_2() -> None:
         ["generate"],
         ["generate", "x", "y", "--nothing"],
         ["nothing"],
-        ["demo", "--out", "x", "--seeds", "0"],
+        ["demo", "--out", "x", "--seed", "one"],
     ):
         assert CliRunner().invoke(app, arguments).exit_code == 2
 

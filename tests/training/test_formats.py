@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from collm.errors import ConfigError, DataError
 from collm.training.data import Row, load_rows
-from collm.training.formats import FORMATS
 
 GSM8K = [
     {
@@ -22,12 +20,6 @@ GSM8K = [
     },
     {"question": "A shelf holds $5 books, 4 of them. What are they worth?", "answer": "5*4=<<5*4=20>>20\n#### 20"},
 ]
-MATH = {
-    "problem": "What is $\\frac{1}{2} + \\frac{1}{3}$?",
-    "level": "Level 2",
-    "type": "Prealgebra",
-    "solution": "Over 6 the sum is $\\frac{3+2}{6} = \\boxed{\\frac{5}{6}}$.",
-}
 TULU = {
     "dataset": "open_assistant",
     "id": "oasst_17",
@@ -38,32 +30,11 @@ TULU = {
         {"role": "assistant", "content": "The Ebro."},
     ],
 }
-SNIPPET = {"text": "Insulin is made by beta cells.", "document": "http://www.ncbi.nlm.nih.gov/pubmed/1"}
-
-
-def bioasq(kind: str, ideal: Any = "It is so.", exact: Any = None, **changes: Any) -> dict[str, Any]:
-    question = {"id": "5a", "body": "What makes insulin?", "type": kind, "snippets": [SNIPPET], "documents": ["1"]}
-    return {**question, "ideal_answer": ideal, "exact_answer": exact, **changes}
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def questions(path: Path, *rows: Any, **others: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**others, "questions": rows}, indent=2), encoding="utf-8")
-    return path
-
-
-def math_tree(root: Path) -> Path:
-    """Files made in an order that is neither theirs nor the alphabet's."""
-    for name in ("train/geometry/10", "train/geometry/9", "train/algebra/2", "test/algebra/1", "train/algebra/11"):
-        file = root / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**MATH, "problem": name}, indent=4), encoding="utf-8")
-    return root
 
 
 def texts(rows: list[Row]) -> list[tuple[Any, str]]:
@@ -124,26 +95,6 @@ def test_a_gsm8k_directory_has_its_splits(tmp_path: Path, name: str) -> None:
         load_rows(test, split="test", format=name)
 
 
-def test_math_is_read_by_subject_and_number(tmp_path: Path) -> None:
-    root = math_tree(tmp_path / "MATH")
-    rows = load_rows(root, format="math")
-    order = ["train/algebra/2", "train/algebra/11", "train/geometry/9", "train/geometry/10"]
-    assert texts(rows) == [(name, MATH["solution"]) for name in order]
-    assert [row.where for row in rows] == [f"{root}/{name}.json:1" for name in order]
-    assert [row.prompt for row in load_rows(root, split="test", format="math")] == ["test/algebra/1"]
-    with pytest.raises(DataError, match="has no split 'dev', only train, test"):
-        load_rows(root, split="dev", format="math")
-    with pytest.raises(DataError, match=r"has no math data; expected train/\*/\*.json or test/\*/\*.json"):
-        load_rows(root / "train", format="math")
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "one.json"])
-def test_math_is_read_from_single_files(tmp_path: Path, name: str) -> None:
-    source = tmp_path / name
-    source.write_text({"rows.jsonl": json.dumps(MATH), "rows.json": json.dumps([MATH])}.get(name, json.dumps(MATH)))
-    assert texts(load_rows(source, format="math")) == [(MATH["problem"], MATH["solution"])]
-
-
 def test_a_tulu_chat_stays_a_chat(tmp_path: Path) -> None:
     row, again = (load_rows(found, format="tulu")[0] for found in (jsonl(tmp_path / "train.jsonl", [TULU]), tmp_path))
     assert row == again
@@ -153,117 +104,18 @@ def test_a_tulu_chat_stays_a_chat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "completion"),
-    [
-        (bioasq("summary"), "It is so."),
-        (bioasq("summary", ["It is so.", "Or said otherwise."], exact=[]), "It is so."),
-        (bioasq("summary", [" ", " It is so.\n"]), "It is so."),
-        (bioasq("yesno", "Yes, it is.", "yes"), "Yes, it is.\nThe final answer is: yes"),
-        (bioasq("yesno", ["It is not."], ["No."]), "It is not.\nThe final answer is: no"),
-        (bioasq("factoid", exact="beta cells"), "It is so.\nThe final answer is:\n- beta cells"),
-        (bioasq("factoid", exact=["beta cells"]), "It is so.\nThe final answer is:\n- beta cells"),
-        (
-            bioasq("factoid", exact=[["beta cells", "B cells", "beta cells"]]),
-            "It is so.\nThe final answer is:\n- beta cells\n- B cells",
-        ),
-        (
-            bioasq("factoid", exact=["beta cells", "B cells"]),
-            "It is so.\nThe final answer is:\n- beta cells\n- B cells",
-        ),
-        (bioasq("list", exact=[["zinc", "Zn"], ["calcium"]]), "It is so.\nThe final answer is:\n- zinc\n- calcium"),
-        (bioasq("list", exact=["zinc", " calcium "]), "It is so.\nThe final answer is:\n- zinc\n- calcium"),
-        (bioasq("list", exact=[["", "zinc, bound"], []]), "It is so.\nThe final answer is:\n- zinc, bound"),
-    ],
-)
-def test_bioasq_answers_end_with_the_exact_answer(tmp_path: Path, question: Any, completion: str) -> None:
-    source = questions(tmp_path / "training11b.json", question, name="BioASQ")
-    assert texts(load_rows(source, format="bioasq")) == [("What makes insulin?", completion)]
-
-
-@pytest.mark.parametrize(
-    ("question", "complaint"),
-    [
-        (bioasq("factoid"), "no 'exact_answer', expected one for a factoid question"),
-        (bioasq("list", exact=[[" "], []]), "no 'exact_answer', expected one for a list question"),
-        (
-            {key: value for key, value in bioasq("yesno").items() if key != "exact_answer"},
-            "no 'exact_answer', expected one for a",
-        ),
-        (bioasq("yesno", exact="perhaps"), "'exact_answer' is 'perhaps', expected yes or no"),
-        (bioasq("yesno", exact=["yes", "no"]), "'exact_answer' is ['yes', 'no'], expected yes or no"),
-        (bioasq("list", exact=[[["zinc"]]]), "'exact_answer' contains a list, expected text"),
-        (bioasq("factoid", exact=7), "'exact_answer' contains a int, expected text"),
-        (bioasq("summary", None), "no 'ideal_answer'"),
-        (bioasq("summary", []), "no 'ideal_answer'"),
-        (bioasq("summary", {"a": 1}), "'ideal_answer' contains a dict, expected text"),
-        (bioasq("essay"), "'type' is 'essay', expected one of factoid, list, yesno, summary"),
-        (bioasq("summary", body=""), "'body' is empty"),
-        ("a question", "the row is a str"),
-    ],
-)
-def test_a_bad_bioasq_question_names_its_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, question: Any, complaint: str
-) -> None:
-    source = questions(tmp_path / "training11b.json", bioasq("summary"), question, note=["}", '"questions": ['])
-    lines = source.read_text().split("\n")
-    starts = [number for number, line in enumerate(lines, start=1) if line.startswith("    ") and line[4] in '{"']
-    with pytest.raises(DataError) as caught:
-        load_rows(source, format="bioasq")
-    assert str(caught.value).startswith(f"{source}:{starts[-1]}: ")
-    assert complaint in str(caught.value)
-    with caplog.at_level(logging.WARNING):
-        rows = load_rows(source, format="bioasq", bad_rows="skip")
-    assert (len(rows), rows.num_bad) == (1, 1)
-    assert f"{source}:{starts[-1]}: " in caplog.text
-
-
-def test_a_bioasq_directory_has_its_splits(tmp_path: Path) -> None:
-    questions(tmp_path / "BioASQ-training11b" / "training11b.json", bioasq("summary", body="train"))
-    for batch in (10, 2, 1):
-        questions(tmp_path / "Task11BGoldenEnriched" / f"11B{batch}_golden.json", bioasq("summary", body=f"{batch}"))
-    assert [row.prompt for row in load_rows(tmp_path, format="bioasq")] == ["train"]
-    assert [row.prompt for row in load_rows(tmp_path, split="test", format="bioasq")] == ["1", "2", "10"]
-    with pytest.raises(DataError, match="has no split 'train', only test"):
-        load_rows(tmp_path / "Task11BGoldenEnriched", format="bioasq")
-    questions(tmp_path / "training10b.json", bioasq("summary"))
-    with pytest.raises(DataError, match=r"has 2 editions \(10b, 11b\) of bioasq, expected one"):
-        load_rows(tmp_path, format="bioasq")
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ('{"questions": [\n{"body": ', ":2: bad JSON"),
-        ('{"questions": [{}]\n} x', ":2: bad JSON"),
-        ('{"questions": {"body": "b"}}', 'no list of rows; expected {"questions": [...]}'),
-        ('{"body": "b"}', 'no list of rows; expected {"questions": [...]}'),
-        ('{"questions": []}', "has no rows"),
-    ],
-)
-@pytest.mark.parametrize("bad_rows", ["stop", "skip"])
-def test_a_bioasq_file_that_cannot_be_read_stops(tmp_path: Path, text: str, complaint: str, bad_rows: str) -> None:
-    source = tmp_path / "training11b.json"
-    source.write_text(text)
-    with pytest.raises(DataError) as caught:
-        load_rows(source, format="bioasq", bad_rows=bad_rows)
-    assert complaint in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("name", "row", "complaint"),
     [
         ("gsm8k", {"question": "q"}, "no field 'answer', the row has 'question'"),
         ("gsm8k", {"question": None, "answer": "a"}, "no field 'question', the row has 'answer'"),
         ("gsm8k-plain", {"question": "q", "answer": "<<1+1=2>>"}, "'completion' is empty"),
-        ("math", {"problem": "p", "solution": " "}, "'solution' is empty"),
-        ("math", {"question": "p", "solution": "s"}, "no field 'problem', the row has 'question', 'solution'"),
         ("tulu", {"id": "a", "prompt": "p", "completion": "c"}, "no field 'messages', the row has 'id', 'prompt'"),
         ("tulu", {"messages": TULU["messages"][:1]}, "no assistant turn to train on"),
         ("tulu", "text", "the row is a str"),
     ],
 )
 def test_a_row_of_another_form_is_bad(tmp_path: Path, name: str, row: Any, complaint: str) -> None:
-    good = {"tulu": TULU, "math": MATH}.get(name, GSM8K[0])
+    good = TULU if name == "tulu" else GSM8K[0]
     source = jsonl(tmp_path / "rows.jsonl", [good, row])
     with pytest.raises(DataError) as caught:
         load_rows(source, format=name)
@@ -271,18 +123,6 @@ def test_a_row_of_another_form_is_bad(tmp_path: Path, name: str, row: Any, compl
     assert complaint in str(caught.value)
     rows = load_rows(source, format=name, bad_rows="skip")
     assert (len(rows), rows.num_bad) == (1, 1)
-
-
-def test_a_bad_file_of_a_tree_is_one_bad_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = math_tree(tmp_path)
-    broken = root / "train" / "algebra" / "3.json"
-    broken.write_text('{\n"problem": "p",\n"solution": ')
-    with pytest.raises(DataError, match=r"train/algebra/3.json:3: bad JSON"):
-        load_rows(root, format="math")
-    with caplog.at_level(logging.WARNING):
-        rows = load_rows(root, format="math", bad_rows="skip")
-    assert (len(rows), rows.num_bad) == (4, 1)
-    assert f"{broken}:3: bad JSON" in caplog.text
 
 
 def test_gsm8k_of_the_hub_is_main_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,28 +161,12 @@ def test_a_hub_data_set_lists_files_of_the_hub_alone(file: str, monkeypatch: pyt
     assert len(load_rows("me/rows", format="gsm8k")) == 2
 
 
-def test_math_of_the_hub_is_every_subject_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "EleutherAI/hendrycks_math"
-    subjects = FORMATS["math"].configurations
-    assert len(subjects) == 7
-    Hub(monkeypatch, {(name, subject): {"test": [{**MATH, "problem": subject}]} for subject in reversed(subjects)})
-    rows = load_rows(name, split="test", format="math")
-    assert [row.prompt for row in rows] == list(subjects)
-    assert rows[0].where == f"{name}:algebra:1"
-    assert [row.prompt for row in load_rows(f"{name}:geometry", split="test", format="math")] == ["geometry"]
-
-
-def test_tulu_and_bioasq_come_from_the_hub_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    golden = [bioasq("yesno", ["It does."], "yes"), bioasq("yesno", ["It may."], "maybe")]
+def test_tulu_comes_from_the_hub_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tulu = "allenai/tulu-v2-sft-mixture"
-    Hub(monkeypatch, {(tulu, None): {"train": [TULU]}, ("me/bioasq", None): {"train": golden}})
+    Hub(monkeypatch, {(tulu, None): {"train": [TULU]}})
     assert load_rows(tulu, format="tulu")[0].messages == TULU["messages"]
     with pytest.raises(DataError, match=r"Should be one of \['train'\]"):
         load_rows(tulu, split="test", format="tulu")
-    with pytest.raises(DataError, match=r"^me/bioasq:2: 'exact_answer' is 'maybe'"):
-        load_rows("me/bioasq", format="bioasq")
-    rows = load_rows("me/bioasq", format="bioasq", bad_rows="skip")
-    assert (texts(rows), rows.num_bad) == ([("What makes insulin?", "It does.\nThe final answer is: yes")], 1)
 
 
 def test_a_copy_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,12 +175,12 @@ def test_a_copy_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     copy.mkdir(parents=True)
     for split, rows in (("train", GSM8K), ("test", GSM8K[1:])):
         datasets.Dataset.from_list(rows).to_parquet(copy / f"{split}-00000-of-00001.parquet")
-    datasets.Dataset.from_list([MATH]).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(GSM8K).save_to_disk(tmp_path / "saved")
     assert len(load_rows(copy.parent, format="gsm8k")) == 2
     assert load_rows(copy.parent, split="test", format="gsm8k")[0].prompt == GSM8K[1]["question"]
     with pytest.raises(DataError, match=r"has no split 'dev' .*, only train, test"):
         load_rows(copy.parent, split="dev", format="gsm8k")
-    assert load_rows(tmp_path / "saved", format="math")[0].completion == MATH["solution"]
+    assert load_rows(tmp_path / "saved", format="gsm8k")[0].completion == GSM8K[0]["answer"]
 
 
 def test_configurations_of_a_copy_are_directories(tmp_path: Path) -> None:
@@ -371,8 +195,14 @@ def test_configurations_of_a_copy_are_directories(tmp_path: Path) -> None:
 
 def test_what_an_official_format_has_not_is_refused(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "train.jsonl", GSM8K)
-    with pytest.raises(ConfigError, match="format is 'gsm', expected one of rows, tulu, gsm8k, gsm8k-plain, math, bio"):
+    with pytest.raises(ConfigError, match="format is 'gsm', expected one of rows, tulu, gsm8k, gsm8k-plain, or"):
         load_rows(source, format="gsm")
+    with pytest.raises(
+        ConfigError, match=r"format 'builtins:dict' is a type, expected a collm\.training\.formats\.Format"
+    ):
+        load_rows(source, format="builtins:dict")
+    with pytest.raises(ConfigError, match="builtins has nothing of that name"):
+        load_rows(source, format="builtins:ROWS")
     for names in ({"prompt_field": "question"}, {"completion_field": "answer"}):
         with pytest.raises(ConfigError, match="no effect with format 'gsm8k'"):
             load_rows(source, format="gsm8k", **names)

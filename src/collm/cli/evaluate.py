@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def evaluate(
     collaboration: options.CollaborationArgument,
-    task: Annotated[str, typer.Option(help="gsm8k, math, bioasq, alpaca_eval, multiple_choice or rows.")],
+    task: Annotated[str, typer.Option(help="gsm8k, rows, or your own as module:Class.")],
     out: Annotated[Path, typer.Option(help="Output directory. An interrupted evaluation resumes from it.")],
     data: Annotated[
         str | None,
-        typer.Option(help="A file, a directory or a Hub name. Default for gsm8k and math: the published data set."),
+        typer.Option(help="A file, a directory or a Hub name. Default for gsm8k: the published data set."),
     ] = None,
     compare: Annotated[
         str,

@@ -39,7 +39,7 @@ CacheMemoryOption = Annotated[
     ),
 ]
 TrustCodeOption = Annotated[
-    bool, typer.Option("--trust-code", help="Run the functions that files name as tools or metrics.")
+    bool, typer.Option("--trust-code", help="Run the functions that files name as tools, metrics or formats.")
 ]
 EngineOption = Annotated[
     Literal["local", "vllm"] | None,
@@ -64,7 +64,7 @@ CompletionFieldOption = Annotated[str, typer.Option(help="Name of the completion
 FormatOption = Annotated[
     str,
     typer.Option(
-        "--format", help="rows, or the published format of a data set: tulu, gsm8k, gsm8k-plain, math, bioasq."
+        "--format", help="rows, the published format of a data set (tulu, gsm8k, gsm8k-plain), or module:NAME."
     ),
 ]
 BadRowsOption = Annotated[str, typer.Option(help="stop: fail at an invalid row. skip: skip and count invalid rows.")]

@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-code",
         action="store_true",
         default=False,
-        help="run the functions that the file names as tools or metrics; a function in a flag needs no consent",
+        help="run the code that the file names as tools, metrics or formats; code that a flag names needs no consent",
     )
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
         group = parser.add_argument_group(title)

@@ -1,7 +1,8 @@
-"""Policies written as text in a command line or a request: "name" or "name:option=value,option=value"."""
+"""Policies and objects written as text: "name:option=value,option=value", and "package.module:object"."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, cast
@@ -75,3 +76,25 @@ def policy_named(text: str) -> Policy:
         raise ConfigError(f"policy {name!r} requires {' and '.join(missing)}; write {name}:{example}")
     policy: Policy = kind(**options)
     return policy
+
+
+def imported(name: str, what: str) -> Any:
+    """The object of a module that a user names as "package.module:object".
+
+    Args:
+        what: what the object is used as, for errors.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has nothing of that name.
+    """
+    module_name, _, object_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise ConfigError(
+            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}); "
+            f"check the name, or add the folder that holds {module_name!r} to PYTHONPATH"
+        ) from error
+    if not hasattr(module, object_name):
+        raise ConfigError(f"{what} {name!r}: {module_name} has nothing of that name; check it")
+    return getattr(module, object_name)

@@ -1,1 +1,1 @@
-"""A small world of real facts and tiny models made on the spot, to see a collaboration at work in minutes."""
+"""`collm demo`: a real model learns when to use a calculator."""

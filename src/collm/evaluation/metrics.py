@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import unicodedata
 from collections import Counter
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from numbers import Real
 
+from collm.core.named import imported
 from collm.errors import ConfigError
 
 Metric = Callable[[str, str], float]
@@ -97,7 +97,19 @@ def metric_named(name: str) -> Metric:
     if ":" not in name:
         known = ", ".join(METRICS)
         raise ConfigError(f"metric is {name!r}, expected one of {known}, or a Python function package.module:function")
-    return _checked(name, _imported(name))
+    function = imported(name, "metric")
+    if not callable(function):
+        raise ConfigError(
+            f"metric {name!r} is a {type(function).__name__}, expected a function (prediction, reference)"
+        )
+
+    def metric(prediction: str, reference: str) -> float:
+        score = function(prediction, reference)
+        if not isinstance(score, Real) or not 0 <= float(score) <= 1:  # also for NaN
+            raise ConfigError(f"metric {name!r} returned {score!r}, expected a number from 0 to 1")
+        return float(score)
+
+    return metric
 
 
 def _normalised(text: str) -> str:
@@ -111,29 +123,3 @@ def _bag_of_words(text: str) -> Counter[str]:
 def _decimal(number: re.Match[str]) -> Decimal:
     sign = "" if number["sign"] in (None, "+") else "-"
     return Decimal(sign + number["digits"].replace(",", "") + (number["exponent"] or ""))
-
-
-def _imported(name: str) -> Callable[[str, str], object]:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        raise ConfigError(
-            f"metric {name!r} cannot be imported ({type(error).__name__}: {error}); "
-            f"check the name, or add the folder that holds {module_name!r} to PYTHONPATH"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        found = "nothing of that name" if function is None else f"a {type(function).__name__}"
-        raise ConfigError(f"metric {name!r}: {module_name} has {found}, expected a function (prediction, reference)")
-    return function  # type: ignore[no-any-return]
-
-
-def _checked(name: str, function: Callable[[str, str], object]) -> Metric:
-    def metric(prediction: str, reference: str) -> float:
-        score = function(prediction, reference)
-        if not isinstance(score, Real) or not 0 <= float(score) <= 1:  # also for NaN
-            raise ConfigError(f"metric {name!r} returned {score!r}, expected a number from 0 to 1")
-        return float(score)
-
-    return metric

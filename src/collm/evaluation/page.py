@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from collm.atomic import write_text
 from collm.core.types import BASE, deferral_rate
-from collm.evaluation import chart
+from collm.evaluation.chart import draw
 from collm.evaluation.report import Report, Token
 
 _COLOURS = 6
@@ -28,6 +28,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     same bytes.
 
     Raises:
+        MissingExtra: the report has a chart, and matplotlib is not installed.
         WriteError: the file cannot be written. An existing file stays as it was.
     """
     write_text(Path(path), render_page(report))
@@ -41,11 +42,7 @@ def render_page(report: Report) -> str:
         .render(
             report=report,
             paragraphs=[part for part in re.split(r"\n\s*\n", report.summary.strip()) if part],
-            drawings=[chart.draw(one) for one in report.charts if one.curve or one.marks],
-            width=chart.WIDTH,
-            height=chart.HEIGHT,
-            inside=chart.INSIDE,
-            line_height=chart.LINE_HEIGHT,
+            drawings=[(one, draw(one)) for one in report.charts if one.curve or one.marks],
         )
     )
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from collm.core.types import Completion, deferral_rate
 from collm.decoding.candidates import Candidates
 from collm.errors import DataError
+from collm.evaluation.intervals import bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class Row:
     def __post_init__(self) -> None:
         _check_shares(self, "accuracy", "low", "high", "deferral_rate")
 
+    @classmethod
+    def of(
+        cls, name: str, scores: Sequence[float], completions: Sequence[Completion], seconds: float, note: str = ""
+    ) -> Row:
+        """The row of a system, from its completions, their scores in [0, 1] and the time to generate them."""
+        interval = bootstrap_interval(scores)
+        authors = [author for completion in completions for author in completion.authors]
+        speed = len(authors) / seconds
+        return cls(name, interval.mean, interval.low, interval.high, deferral_rate(authors), speed, note)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -53,6 +65,12 @@ class Token:
 
     def __post_init__(self) -> None:
         _check_shares(self, "defer_prob")
+
+    @staticmethod
+    def of(completion: Completion) -> list[Token]:
+        """The tokens of a completion that have a text."""
+        tokens = zip(completion.token_texts, completion.authors, completion.defer_probs, strict=True)
+        return [Token(*token) for token in tokens if token[0]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +168,7 @@ def deferral_chart(
         name="curve",
         heading=f"{measure} against deferral rate",
         note=("The line is the collaboration at different thresholds, the band its 95% interval. " if curve else "")
-        + "Diamonds are the systems of the table.",
+        + "The marks are the systems of the table.",
         x_label="Deferral rate",
         y_label=measure,
         curve=curve,

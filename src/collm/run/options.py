@@ -31,7 +31,8 @@ class DataConfig:
         data_split: split of the data set.
         prompt_field, completion_field: names of the two fields.
         template: prompt template, for training and decoding.
-        format: rows (default), or the published format of a data set: tulu, gsm8k, gsm8k-plain, math, bioasq.
+        format: rows (default), or the published format of a data set: tulu, gsm8k, gsm8k-plain, or
+            module:NAME.
         chat_template: file with the Jinja template of chats; by default the base tokenizer's template.
         bad_rows: "stop" at an invalid row, or "skip" invalid rows and count them.
     """
@@ -189,11 +190,12 @@ class RunConfig(DataConfig):
 
 
 def functions_named(options: Mapping[str, Any]) -> list[str]:
-    """The Python functions that the options of a run name as metric or tools."""
-    metric, assistants = str(options.get("metric", "")), options.get("assistant") or []
+    """The Python objects that the options of a run name as metric, format or tools."""
+    assistants = options.get("assistant") or []
+    named = [str(options.get(name, "")) for name in ("metric", "format")]
     tools = [str(one) for one in ([assistants] if isinstance(assistants, str) else assistants)]
     foreign = [name for name in tools if name.startswith(PREFIX) and name.split(":")[1] not in BUILT_IN]
-    return [metric] * (":" in metric) + foreign
+    return [name for name in named if ":" in name] + foreign
 
 
 def parse_tool(name: str, eps: float | None = None, seconds: float | None = None) -> ToolSpec:

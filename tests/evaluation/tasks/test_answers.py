@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collm.evaluation.tasks.answers import before_next_question, boxed, first_line, stated_answer
-from collm.evaluation.tasks.bioasq import names_in, split_answer, yes_or_no
-from collm.evaluation.tasks.gsm8k import final_number
-from collm.evaluation.tasks.math import final_answer
-from collm.evaluation.tasks.multiple_choice import chosen_letter
+from collm.evaluation.tasks.gsm8k import before_next_question, final_number, first_line, stated_answer
+from recipes.paper.bioasq import names_in, split_answer, yes_or_no
+from recipes.paper.hendrycks_math import boxed, final_answer
 
 READERS = {
     "before_next_question": before_next_question,
@@ -21,7 +19,6 @@ READERS = {
     "boxed": boxed,
     "final_number": final_number,
     "final_answer": final_answer,
-    "chosen_letter": lambda text: chosen_letter(text, {"A": "a cat", "B": "a dog"}),
     "split_answer": split_answer,
     "names_in": lambda text: names_in(text, several=True),
     "yes_or_no": yes_or_no,

@@ -165,9 +165,13 @@ def test_every_task_is_made_by_its_name() -> None:
 
 
 def test_unknown_names_and_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"task is 'gsm', expected one of gsm8k, math, .*, rows"):
+    with pytest.raises(ConfigError, match=r"task is 'gsm', expected one of gsm8k, rows, or package.module:Class"):
         task_named("gsm")
     with pytest.raises(ConfigError, match="task 'gsm8k' has no option 'metric', expected format"):
         task_named("gsm8k", metric="exact_match")
-    with pytest.raises(ConfigError, match="task 'math' has no option 'metric', expected none"):
-        task_named("math", metric="exact_match")
+    with pytest.raises(ConfigError, match="AlpacaEval' has no option 'metric', expected none"):
+        task_named("recipes.paper.alpaca_eval:AlpacaEval", metric="exact_match")
+    with pytest.raises(ConfigError, match="is <class 'dict'>, expected a subclass of"):
+        task_named("builtins:dict")
+    with pytest.raises(ConfigError, match=r"task 'none:Task' cannot be imported .* PYTHONPATH"):
+        task_named("none:Task")

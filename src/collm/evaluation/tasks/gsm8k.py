@@ -9,11 +9,15 @@ from pathlib import Path
 
 from collm.errors import ConfigError, DataError
 from collm.evaluation.metrics import numbers_in
-from collm.evaluation.tasks.answers import NEXT_QUESTION, before_next_question, first_line, stated_answer
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.training.data import Row
 from collm.training.formats import CALCULATOR_MARK
 
+NEXT_QUESTION = ("\n\nQuestion:", "\n\nProblem:", "\n\nQ:")
+"""Stop strings: the model continues with a question of its own."""
+
+_NEXT_QUESTION = re.compile(r"^[ \t]*(?:Question|Problem|Q)(?: \d{1,4})?:", re.MULTILINE)
+_STATED = re.compile(r"\b(?:answer\s{1,9}is\b|final\s{1,9}answer\s{0,9}:)", re.IGNORECASE)
 _MARKED = re.compile(r"####[ \t]*(?=[^\w\n]{0,4}\d)")
 _FORMATS = ("gsm8k", "gsm8k-plain")
 
@@ -72,3 +76,21 @@ def _reference(row: Row) -> Decimal:
     if "####" not in row.completion or len(numbers) != 1:
         raise DataError(f"{row.where}: 'answer' ends with {row.completion[-40:]!r}, expected '####' and one number")
     return numbers[0]
+
+
+def before_next_question(text: str) -> str:
+    """The text before another question. A question at the very beginning is a repetition of the prompt."""
+    words = len(text) - len(text.lstrip())
+    found = _NEXT_QUESTION.search(text, words + 1)
+    return text[: found.start()] if found else text
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty, without emphasis."""
+    return text.lstrip(" \t\r\n:*_").split("\n", 1)[0].strip(" \t\r*_")
+
+
+def stated_answer(text: str) -> str | None:
+    """The line after the last "answer is" or "final answer:"; None if there is neither."""
+    stated = list(_STATED.finditer(text))
+    return first_line(text[stated[-1].end() :]) if stated else None

@@ -1,0 +1,1 @@
+"""A base that speaks and knows no facts, and experts that know facts and cannot speak."""

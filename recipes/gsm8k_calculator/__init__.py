@@ -1,1 +1,0 @@
-"""A small language model trained on GSM8K that learns when a calculator should write the next token."""
