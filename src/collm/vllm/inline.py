@@ -1,8 +1,8 @@
 """A collaboration inside vLLM. The base proposes drafts for vLLM's speculative decoding, and every draft is accepted.
 
 vLLM's model is the assistant. vLLM creates a `Proposer` in each of its workers (`speculative_config`, method
-custom_class) and calls `plugin.register` in each of its processes. The code depends on model runner V1 of the version
-in `TESTED`. No file of vLLM is edited. Engines without a `Proposer` are unaffected.
+custom_class) and calls `plugin.register` in each of its processes. The code depends on parts of model runner V1 that
+`hooks` lists and checks. No file of vLLM is edited. Engines without a `Proposer` are unaffected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
-import vllm
 from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -38,11 +37,10 @@ from collm.untrusted import contained
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
 from collm.vllm.export_manifest import head_digest
+from collm.vllm.hooks import check_hooks
 from collm.vllm.inline_sampling import SamplingRequest, sample
 
 T = TypeVar("T")
-TESTED = "0.32"
-"""The version of vLLM on whose internals this module depends."""
 _LOG = logging.getLogger(__name__)
 _NO_TOKEN = -1
 """Padding of sampled token ids, as in vLLM."""
@@ -54,14 +52,14 @@ class Proposer:
     With tensor parallelism, the first rank holds the base and decides. It broadcasts its decisions to the other ranks.
 
     Raises:
-        ConfigError: vLLM has another version than `TESTED`, `additional_config` names no collaboration, or the
-            collaboration has several assistants.
+        ConfigError: vLLM lacks something in `hooks`, `additional_config` names no collaboration, or the collaboration
+            has several assistants.
         MismatchError: the base's context is shorter than the longest request that vLLM admits.
         ArtefactError, LoadError: as in `CoLLM.from_pretrained`.
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        check_version(vllm.__version__)
+        check_hooks()
         self._config = vllm_config
         self._device = _device_of(vllm_config)
         self._requests: dict[str, Drafted] = {}
@@ -380,19 +378,6 @@ def _read_a_token(runner: ModelRunner) -> int:
 def _device_of(config: Any) -> str:
     device = config.device_config.device
     return f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else str(device)
-
-
-def check_version(version: str) -> None:
-    """Check that vLLM has the version on which this module depends.
-
-    Raises:
-        ConfigError: it has another version.
-    """
-    if not version.startswith(f"{TESTED}."):
-        raise ConfigError(
-            f"vLLM has version {version}, expected {TESTED}, because one engine depends on vLLM's internals; install "
-            f"'vllm=={TESTED}.*', or use a server for each model"
-        )
 
 
 def _load_base(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
