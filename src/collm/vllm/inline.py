@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-from collm import artefact
+from collm.artefact import load_parts, local_directory
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.policies import Policy, ThresholdPolicy
@@ -30,10 +30,8 @@ from collm.decoding.draws import Draw
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
-from collm.models.loading import load_tokenizer
 from collm.models.members import load_members
 from collm.models.runner import ModelRunner
-from collm.untrusted import contained
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
 from collm.vllm.export_manifest import head_digest
@@ -382,20 +380,14 @@ def _device_of(config: Any) -> str:
 
 def _load_base(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
     """Load the base, the head and the calibration of a collaboration."""
-    directory = artefact.local_directory(path, None)
-    manifest = artefact.read_manifest(contained(directory))
-    if len(manifest.assistants) != 1:
+    parts = load_parts(local_directory(path, None), device=device)
+    if len(parts.assistants) != 1:
         raise ConfigError(
-            f"{path} has {len(manifest.assistants)} assistants, expected 1 in one engine; use a server for each model"
+            f"{path} has {len(parts.assistants)} assistants, expected 1 in one engine; use a server for each model"
         )
-    spec = replace(artefact.base_of(manifest, directory), device=device)
-    tokenizer = load_tokenizer(spec)
-    identity = TokenizerIdentity.of(tokenizer)
-    artefact.check_tokenizer(identity, manifest, directory)
-    member = artefact.with_adapter(spec, manifest, directory)
-    (base,) = load_members([member], tokenizer, vocab_size=identity.vocab_size)
-    head = artefact.read_head(directory, manifest.head)
-    return cast(LanguageModel, base), head, artefact.read_calibration(directory)
+    vocab_size = TokenizerIdentity.of(parts.tokenizer).vocab_size
+    (base,) = load_members([parts.base], parts.tokenizer, vocab_size=vocab_size)
+    return cast(LanguageModel, base), parts.head, parts.calibration
 
 
 def _wrap_model_runner() -> None:
