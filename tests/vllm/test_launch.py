@@ -134,7 +134,12 @@ def test_an_interpreter_without_vllm_or_plug_in_is_refused(tmp_path: Path, monke
         check_python(str(tmp_path / "nothing"))
     (tmp_path / "vllm.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert check_python(sys.executable) == sys.executable  # collm is installed here
-    monkeypatch.setattr("collm.vllm.launch.GROUP", "nothing.of.that.name")
-    with pytest.raises(ConfigError, match=r"no collm plug-in; run '.* -m pip install --no-deps collm'"):
+    monkeypatch.setattr("collm.vllm.launch.GROUP", "collm.tests")
+    with pytest.raises(ConfigError, match=r"no collm plug-in; install collm-vllm"):
         check_python(sys.executable)
+    (tmp_path / "plugin-1.dist-info").mkdir()
+    (tmp_path / "plugin-1.dist-info" / "METADATA").write_text("Name: plugin\nVersion: 1\n")
+    (tmp_path / "plugin-1.dist-info" / "entry_points.txt").write_text(
+        "[collm.tests]\ncollm = collm.vllm.plugin:register"
+    )
+    assert check_python(sys.executable) == sys.executable

@@ -38,7 +38,7 @@ from collm.models.adapters import check_adapter
 from collm.models.gguf import check_gguf, drop_additions
 from collm.models.language_model import eos_set
 from collm.models.names import absolute, check_there, gguf_file, names_gguf
-from collm.models.progress import load_report, quiet_if_small
+from collm.models.progress import quiet_if_small
 from collm.models.quantized import check_known, quantized_with
 from collm.models.token_ids import MAX_GROWTH, normalizer_growth
 
@@ -151,12 +151,18 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     _check_no_adapter(spec)
     with _source(spec) as source:
         try:
-            with quiet_if_small(spec.path), load_report() as report:
+            with quiet_if_small(spec.path):
                 model, found = AutoModelForCausalLM.from_pretrained(
-                    config=config, output_loading_info=True, **source, **options
+                    config=config, output_loading_info=True, ignore_mismatched_sizes=True, **source, **options
                 )
         except Exception as error:  # the libraries may raise anything on untrusted files
-            raise LoadError(_could_not_load("model", spec, report.reason or error, quantized_with(config))) from error
+            raise LoadError(_could_not_load("model", spec, error, quantized_with(config))) from error
+    if other := sorted(found["mismatched_keys"]):
+        name, saved, expected = other[0]
+        raise LoadError(
+            f"the weight {name} of {spec.path!r} has shape {tuple(saved)}, but its config.json requires "
+            f"{tuple(expected)}; restore matching files"
+        )
     if missing := sorted(found["missing_keys"]):
         raise LoadError(
             f"the weights of {spec.path!r} lack {len(missing)} tensors that its config.json requires, such as "

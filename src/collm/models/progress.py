@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -17,64 +16,34 @@ SMALL_BYTES = 1 << 30
 """Size below which no progress bar is shown."""
 
 _LOADING = threading.RLock()
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_REPORTS = logging.getLogger("transformers.modeling_utils")
 
 
 @contextmanager
 def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
     """Disable transformers' progress bars while a small local model is read or written.
 
-    Also suppresses a deprecation warning that peft causes in transformers. One thread is inside at a time, because
-    these settings, and others that transformers changes while it loads, are those of the process.
+    Also suppresses a deprecation warning that peft causes in transformers, and tables of weights that do not fit, which
+    `load_model` raises as an error. One thread is inside at a time, because these settings, and others that
+    transformers changes while it loads, are those of the process.
     """
     with _LOADING:
         shown = transformers_logging.is_progress_bar_enabled()
         if _num_bytes(model) < SMALL_BYTES:
             transformers_logging.disable_progress_bar()
+        _REPORTS.addFilter(_is_no_error)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                 yield
         finally:
+            _REPORTS.removeFilter(_is_no_error)
             if shown:
                 transformers_logging.enable_progress_bar()
 
 
-class LoadReport(logging.Filter):
-    """Keeps transformers' table of mismatched weights off the terminal and extracts the first mismatch.
-
-    Attributes:
-        reason: the first tensor that does not match the config, with the reason; None if all match.
-    """
-
-    reason: str | None = None
-
-    def __init__(self, level: int) -> None:
-        super().__init__()
-        self._level = level
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = _COLOURS.sub("", record.getMessage())
-        wrong = [line for line in text.splitlines() if "| MISMATCH" in line or "| CONVERSION" in line]
-        if wrong:
-            name, _, why = (part.strip() for part in wrong[0].split("|")[:3])
-            self.reason = f"{name} does not fit its config.json ({why.partition(' - ')[2] or why})"
-        return not wrong and "| MISSING" not in text and record.levelno >= self._level
-
-
-@contextmanager
-def load_report() -> Iterator[LoadReport]:
-    """Capture transformers' report about loaded weights, so that mismatches can be raised as errors."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before, report = logger.level, LoadReport(logger.getEffectiveLevel())
-    logger.addFilter(report)
-    if not logger.isEnabledFor(logging.WARNING):  # otherwise there would be no report
-        logger.setLevel(logging.WARNING)
-    try:
-        yield report
-    finally:
-        logger.setLevel(before)
-        logger.removeFilter(report)
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return not any(word in record.getMessage() for word in ("MISSING:", "MISMATCH:"))
 
 
 def _num_bytes(model: str | nn.Module) -> int:

@@ -207,8 +207,8 @@ class Fleet(Connections):
         never = await base.one(self.client, {**body, "vllm_xargs": {THRESHOLD: 1}})
         if always.token_id not in self.defer_ids or never.token_id >= self.vocab_size:
             raise MismatchError(
-                f"the base at {base.url} does not defer, because its vLLM has no collm plug-in; install it there with "
-                "'pip install --no-deps collm' and restart the server"
+                f"the base at {base.url} does not defer, because its vLLM has no collm plug-in; install collm-vllm "
+                "(plugins/vllm) there and restart the server"
             )
         if any(token not in never.about for token in [*self.defer_ids, self.zero_id]):
             raise MismatchError(

@@ -1,8 +1,8 @@
 """A collaboration inside vLLM. The base proposes drafts for vLLM's speculative decoding, and every draft is accepted.
 
 vLLM's model is the assistant. vLLM creates a `Proposer` in each of its workers (`speculative_config`, method
-custom_class) and calls `plugin.register` in each of its processes. The code depends on model runner V1 of the version
-in `TESTED`. No file of vLLM is edited. Engines without a `Proposer` are unaffected.
+custom_class) and calls `plugin.register` in each of its processes. The code depends on parts of model runner V1 that
+`hooks` lists and checks. No file of vLLM is edited. Engines without a `Proposer` are unaffected.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
-import vllm
 from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-from collm import artefact
+from collm.artefact import load_parts, local_directory
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.policies import Policy, ThresholdPolicy
@@ -31,18 +30,15 @@ from collm.decoding.draws import Draw
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
-from collm.models.loading import load_tokenizer
 from collm.models.members import load_members
 from collm.models.runner import ModelRunner
-from collm.untrusted import contained
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
 from collm.vllm.export_manifest import head_digest
+from collm.vllm.hooks import check_hooks
 from collm.vllm.inline_sampling import SamplingRequest, sample
 
 T = TypeVar("T")
-TESTED = "0.32"
-"""The version of vLLM on whose internals this module depends."""
 _LOG = logging.getLogger(__name__)
 _NO_TOKEN = -1
 """Padding of sampled token ids, as in vLLM."""
@@ -54,14 +50,14 @@ class Proposer:
     With tensor parallelism, the first rank holds the base and decides. It broadcasts its decisions to the other ranks.
 
     Raises:
-        ConfigError: vLLM has another version than `TESTED`, `additional_config` names no collaboration, or the
-            collaboration has several assistants.
+        ConfigError: vLLM lacks something in `hooks`, `additional_config` names no collaboration, or the collaboration
+            has several assistants.
         MismatchError: the base's context is shorter than the longest request that vLLM admits.
         ArtefactError, LoadError: as in `CoLLM.from_pretrained`.
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        check_version(vllm.__version__)
+        check_hooks()
         self._config = vllm_config
         self._device = _device_of(vllm_config)
         self._requests: dict[str, Drafted] = {}
@@ -382,35 +378,16 @@ def _device_of(config: Any) -> str:
     return f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else str(device)
 
 
-def check_version(version: str) -> None:
-    """Check that vLLM has the version on which this module depends.
-
-    Raises:
-        ConfigError: it has another version.
-    """
-    if not version.startswith(f"{TESTED}."):
-        raise ConfigError(
-            f"vLLM has version {version}, expected {TESTED}, because one engine depends on vLLM's internals; install "
-            f"'vllm=={TESTED}.*', or use a server for each model"
-        )
-
-
 def _load_base(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
     """Load the base, the head and the calibration of a collaboration."""
-    directory = artefact.local_directory(path, None)
-    manifest = artefact.read_manifest(contained(directory))
-    if len(manifest.assistants) != 1:
+    parts = load_parts(local_directory(path, None), device=device)
+    if len(parts.assistants) != 1:
         raise ConfigError(
-            f"{path} has {len(manifest.assistants)} assistants, expected 1 in one engine; use a server for each model"
+            f"{path} has {len(parts.assistants)} assistants, expected 1 in one engine; use a server for each model"
         )
-    spec = replace(artefact.base_of(manifest, directory), device=device)
-    tokenizer = load_tokenizer(spec)
-    identity = TokenizerIdentity.of(tokenizer)
-    artefact.check_tokenizer(identity, manifest, directory)
-    member = artefact.with_adapter(spec, manifest, directory)
-    (base,) = load_members([member], tokenizer, vocab_size=identity.vocab_size)
-    head = artefact.read_head(directory, manifest.head)
-    return cast(LanguageModel, base), head, artefact.read_calibration(directory)
+    vocab_size = TokenizerIdentity.of(parts.tokenizer).vocab_size
+    (base,) = load_members([parts.base], parts.tokenizer, vocab_size=vocab_size)
+    return cast(LanguageModel, base), parts.head, parts.calibration
 
 
 def _wrap_model_runner() -> None:

@@ -150,11 +150,11 @@ def check_python(python: str) -> str:
         found = int(done.stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, LookupError) as error:
         raise ConfigError(
-            f"{python} has no vLLM; install vLLM and then 'pip install --no-deps collm' in a separate environment, and "
-            "name its interpreter with --vllm-python"
+            f"{python} has no vLLM; install vLLM and collm-vllm (plugins/vllm) in a separate environment, and name its "
+            "interpreter with --vllm-python"
         ) from error
     if not found:
-        raise ConfigError(f"vLLM of {python} has no collm plug-in; run '{python} -m pip install --no-deps collm'")
+        raise ConfigError(f"vLLM of {python} has no collm plug-in; install collm-vllm (plugins/vllm) beside it")
     return python
 
 
@@ -162,17 +162,14 @@ def check_engine_python(python: str) -> str:
     """Check that an interpreter can run one engine with base and assistant, and return its name.
 
     Raises:
-        ConfigError: it lacks vLLM, the plug-in or a dependency of collm, or has another version of vLLM.
+        ConfigError: it lacks vLLM, the plug-in or something in `hooks`.
     """
-    code = "import vllm; from collm.vllm.inline import check_version; check_version(vllm.__version__)"
+    code = "from collm.vllm import hooks; hooks.check_hooks(); import collm.vllm.inline"
     check_python(python)
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         error = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ConfigError(
-            f"{python} cannot run base and assistant in one engine: {error}; run 'pip install --no-deps collm "
-            "accelerate' in vLLM's environment"
-        )
+        raise ConfigError(f"{python} cannot run base and assistant in one engine: {error}")
     return python
 
 

@@ -204,8 +204,8 @@ def placed_in_one(
         )
     directory = artefact.local_directory(collaboration, None)
     manifest = artefact.read_manifest(directory)
-    assistant = Served(author_name(1), cast(ModelSpec, artefact.placed(manifest.assistants[0], directory)), flags)
-    sizes = [Footprint.of(artefact.base_of(manifest, directory)), Footprint.of(assistant.spec)]
+    assistant = Served(author_name(1), cast(ModelSpec, manifest.assistants[0]), flags)
+    sizes = [Footprint.of(manifest.base_weights(directory)), Footprint.of(assistant.spec)]
     (device,) = machine.devices(1)
     length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
     tokens = _kv_tokens(sizes, device, assistant.name, max_batch=max_batch, length=length)

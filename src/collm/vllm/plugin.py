@@ -9,6 +9,7 @@ of collm that need nothing else.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from functools import wraps
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
+from collm.errors import ConfigError
 from collm.vllm import FAILED, NOTE, NOTE_FORMAT, OF_ONE_ENGINE, PREFIX, PROPOSER, THRESHOLD
+from collm.vllm.hooks import check_hooks
 from collm.vllm.rows import decide
 
 try:  # model runner V2, vLLM's choice on recent GPUs
@@ -29,6 +32,8 @@ else:
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
 
 
 class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
@@ -107,7 +112,15 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Patch vLLM: check the requests to one engine, and let the scheduler end requests that fail in a worker."""
+    """Patch vLLM: check the requests to one engine, and let the scheduler end requests that fail in a worker.
+
+    If vLLM lacks what one engine depends on, nothing is patched, and only one engine refuses to start.
+    """
+    try:
+        check_hooks()
+    except ConfigError as error:
+        _LOG.info("%s", error)
+        return
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -147,7 +160,6 @@ def _error_in_other_engine(params: Any) -> str | None:
 
 def _error_in_one_engine(params: Any) -> str | None:
     """The error for a request that an engine with base and assistant does not support, or None."""
-    from collm.errors import ConfigError
     from collm.vllm.drafting import policy_of
 
     for name in ("structured_outputs", "thinking_token_budget", "trace_decode_token_ids"):
