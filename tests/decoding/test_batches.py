@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, SamplingParams
 from collm.core.combinations import MixturePolicy
 from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdPolicy
-from collm.decoding import engine as engine_module
+from collm.decoding import planner as planner_module
 from collm.decoding.engine import Engine
 from collm.decoding.request import Request
 from collm.decoding.sequence import Sequence
@@ -261,7 +261,7 @@ def test_a_model_trained_between_two_calls_is_read_afresh(pair: CoLLM) -> None:
 def test_sequences_wait_for_company_and_no_longer_than_allowed(pair: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, params = prompts_of(3, 6), SamplingParams(max_new_tokens=30)
     alone = pair.generate(prompts, params, threshold=0.9, lookahead=0, max_wait=0)
-    monkeypatch.setattr(engine_module, "wait_steps", lambda *rest: rest[-1])
+    monkeypatch.setattr(planner_module, "wait_steps", lambda *rest: rest[-1])
     passes = [alone.usage["assistant"].forward_passes]
     for max_wait in (1, 3):
         engine = pair.engine(max_batch=6, lookahead=0, max_wait=max_wait)

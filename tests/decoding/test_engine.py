@@ -220,7 +220,7 @@ def test_a_draft_behind_a_prompt_that_was_read_before_is_answered_in_full(
     prompt, params = (prompts_of(3, 1)[0] * 20)[:60], SamplingParams(max_new_tokens=6)
     (alone,) = pair.generate([prompt], params, threshold=0.5, lookahead=0)
     monkeypatch.setattr("collm.decoding.lookup.PromptLookup.draft", lambda self, length: alone.token_ids[:length])
-    monkeypatch.setattr("collm.decoding.engine.lookup_length", lambda odds, base, other, active, available: available)
+    monkeypatch.setattr("collm.decoding.planner.lookup_length", lambda odds, base, other, active, available: available)
     for completion in pair.generate([prompt] * 3, params, threshold=0.5, max_batch=1):
         assert (completion.token_ids, completion.authors) == (alone.token_ids, alone.authors)
 

@@ -25,7 +25,7 @@ from collm.core.policies import (
     ThresholdPolicy,
 )
 from collm.core.types import Completion
-from collm.decoding import engine as engine_module
+from collm.decoding import planner as planner_module
 from collm.decoding.request import Request
 from collm.errors import ConfigError
 from collm.models.runner import ModelRunner
@@ -63,10 +63,10 @@ class Plans:
             ("guess_depth", 1),
             ("wait_steps", 0),
         ):
-            monkeypatch.setattr(engine_module, name, lambda *rest, least=lowest: self._plan(least, rest[-1]))
+            monkeypatch.setattr(planner_module, name, lambda *rest, least=lowest: self._plan(least, rest[-1]))
 
         self.run_passes = 0
-        monkeypatch.setattr(engine_module, "run_length", lambda *rest: self._run(rest[-1]))
+        monkeypatch.setattr(planner_module, "run_length", lambda *rest: self._run(rest[-1]))
 
     def _run(self, longest: int) -> int:
         length = self._plan(0, max(longest, 0))

@@ -15,7 +15,7 @@ from collm.core.combinations import MixturePolicy, ProductPolicy, ProxyTuningPol
 from collm.core.params import StructuredOutputs
 from collm.core.policies import ConfidencePolicy, Policy, StepView, ThresholdPolicy
 from collm.decoding.engine import Engine
-from collm.decoding.segments import SegmentSequence
+from collm.decoding.segments import SegmentUnit
 from collm.errors import ModelFailure, PolicyFailure, RequestError
 from collm.models.grammars import Grammar
 from collm.models.runner import ModelRunner
@@ -160,14 +160,14 @@ def test_an_assistant_that_cannot_be_asked_ends_one_request(monkeypatch: pytest.
     models = writing_model(base, 1), writing_model(assistant, 2, hidden_size=48)
     model = CoLLM(models[0], [models[1]], DeferralHead(32, 1), base, tokenizers=[assistant])
     good = [c.token_ids for c in model.generate(["the", "a river", "miles"], PARAMS, threshold=-1.0)]
-    plain = SegmentSequence.can_ask
+    plain = SegmentUnit.can_ask
 
-    def fails(sequence: SegmentSequence, author: int) -> bool:
-        if sequence.number == 1 and len(sequence.steps) > 2:
+    def fails(segments: SegmentUnit, author: int) -> bool:
+        if segments.sequence.number == 1:
             raise RuntimeError("no such text")
-        return plain(sequence, author)
+        return plain(segments, author)
 
-    monkeypatch.setattr(SegmentSequence, "can_ask", fails)
+    monkeypatch.setattr(SegmentUnit, "can_ask", fails)
     engine = model.engine()
     for prompt in ("the", "a river", "miles"):
         engine.add(model.request(prompt, PARAMS, ThresholdPolicy(-1.0)))

@@ -304,7 +304,7 @@ def test_drafts_hold_under_a_grammar(trio: list[PreTrainedModel]) -> None:
 
 
 def test_nothing_is_copied_without_processors(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collm.decoding.engine.Edits.apply", lambda *_: pytest.fail("logits were processed"))
+    monkeypatch.setattr("collm.decoding.reader.Edits.apply", lambda *_: pytest.fail("logits were processed"))
     assert model.generate([[5, 6]], SamplingParams(5), threshold=0.5)[0].token_ids
 
 

@@ -21,7 +21,7 @@ from collm.core.policies import (
     ThresholdPolicy,
 )
 from collm.core.types import Completion
-from collm.models.runner import ModelOutput
+from collm.models.assistant import ModelOutput
 from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.calls import BuiltInTool
 from tests.architectures import ARCHITECTURES, EXACT

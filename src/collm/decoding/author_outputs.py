@@ -14,14 +14,15 @@ from collm.core.combinations import CombiningPolicy
 from collm.core.transfers import to_device
 from collm.core.types import BASE
 from collm.decoding.draws import Draw, Logits, draw_tokens
-from collm.decoding.sequence import Sequence
+from collm.decoding.reader import AuthorOutput
+from collm.decoding.sequence import Decision, Sequence
 
 _MIN_LOGPROB = -1e4
 """Log-probability passed to combinations for a logit of -inf, so that sums and differences stay finite."""
 
 
 @dataclass
-class AuthorOutputs:
+class Consultation:
     """Outputs of all authors for the next token of one sequence.
 
     Attributes:
@@ -37,6 +38,13 @@ class AuthorOutputs:
     logits: dict[int, Logits]
     abstained: set[int] = field(default_factory=set)
 
+    @classmethod
+    def of_base(cls, output: AuthorOutput, row: int) -> Consultation:
+        """The base's output at one row."""
+        assert output.author_logprobs is not None
+        _, defer_prob, *probs = output.numbers[row]
+        return cls(defer_prob, probs, output.author_logprobs[row], {BASE: output.at(row)})
+
     def add(self, author: int, logits: Logits | None) -> None:
         """Add an assistant's logits, or None if it abstains."""
         if logits is None:
@@ -45,7 +53,20 @@ class AuthorOutputs:
         self.logits[author] = Logits(*(each.to(self.author_logprobs.device) for each in logits))
 
 
-def draw_from_chosen_author(sequences: ListOf[Sequence], all_outputs: ListOf[AuthorOutputs]) -> list[tuple[int, Draw]]:
+def decide_together(sequences: ListOf[Sequence], all_outputs: ListOf[Consultation]) -> list[Decision]:
+    """Let the policy that all these sequences share decide about the next token of each."""
+    policy = sequences[0].request.policy
+    if isinstance(policy, CombiningPolicy):
+        written = _draw_from_combination(policy, sequences, all_outputs)
+    else:
+        written = _draw_from_chosen(sequences, all_outputs)
+    return [
+        Decision(author, outputs.defer_prob, None, drawn, author in outputs.abstained)
+        for outputs, (author, drawn) in zip(all_outputs, written, strict=True)
+    ]
+
+
+def _draw_from_chosen(sequences: ListOf[Sequence], all_outputs: ListOf[Consultation]) -> list[tuple[int, Draw]]:
     """Let each sequence's policy choose one of the authors, and draw that author's token."""
     rows = [
         (sequence, outputs, author)
@@ -57,7 +78,7 @@ def draw_from_chosen_author(sequences: ListOf[Sequence], all_outputs: ListOf[Aut
     )
     best = processed.max(-1, keepdim=True)
     logprobs = best.values - processed.logsumexp(-1, keepdim=True)
-    samplings = [sequence.sampling(len(sequence.steps)) for sequence, _, _ in rows]
+    samplings = [sequence.sampling(author, 0) for sequence, _, author in rows]
     draws, numbers = draw_tokens(processed, samplings, best.indices, logprobs, raw=raw)
     drawn = list(zip(rows, draws, numbers, strict=True))
     written = []
@@ -69,8 +90,8 @@ def draw_from_chosen_author(sequences: ListOf[Sequence], all_outputs: ListOf[Aut
     return written
 
 
-def draw_from_combination(
-    policy: CombiningPolicy, sequences: ListOf[Sequence], all_outputs: ListOf[AuthorOutputs]
+def _draw_from_combination(
+    policy: CombiningPolicy, sequences: ListOf[Sequence], all_outputs: ListOf[Consultation]
 ) -> list[tuple[int, Draw]]:
     """Draw a token of each sequence from the policy's combined distribution, and credit it to an author."""
     by_author = torch.stack([outputs.author_logprobs for outputs in all_outputs])  # (n, K + 1)
@@ -80,13 +101,13 @@ def draw_from_combination(
         allowed = torch.stack([_allowed(outputs) for outputs in all_outputs])
         logits = logits.masked_fill(~allowed, -torch.inf)
         raw = policy.combine(_logprobs(all_outputs, "raw"), by_author)
-    draws, _ = draw_tokens(logits, [sequence.sampling(len(sequence.steps)) for sequence in sequences], raw=raw)
+    draws, _ = draw_tokens(logits, [sequence.sampling(BASE, 0) for sequence in sequences], raw=raw)
     token_ids = to_device([[draw.token_id] for draw in draws], logits.device)
     token_logprobs = {author: each.gather(-1, token_ids).squeeze(-1) for author, each in logprobs.items()}
     return list(zip(policy.credit(token_logprobs, by_author).tolist(), draws, strict=True))
 
 
-def _logprobs(all_outputs: ListOf[AuthorOutputs], kind: Literal["raw", "processed"]) -> dict[int, Tensor]:
+def _logprobs(all_outputs: ListOf[Consultation], kind: Literal["raw", "processed"]) -> dict[int, Tensor]:
     """Author -> log-probabilities of n sequences, shape (n, V), nats, finite."""
     stacked = {
         author: torch.stack([getattr(outputs.logits[author], kind) for outputs in all_outputs])
@@ -95,6 +116,6 @@ def _logprobs(all_outputs: ListOf[AuthorOutputs], kind: Literal["raw", "processe
     return {author: torch.log_softmax(each, dim=-1).clamp(min=_MIN_LOGPROB) for author, each in stacked.items()}
 
 
-def _allowed(outputs: AuthorOutputs) -> Tensor:
+def _allowed(outputs: Consultation) -> Tensor:
     """Tokens that no constraint forbids, bool, shape (V,). A combination of logits may not respect constraints."""
     return outputs.logits[BASE].processed > -torch.inf

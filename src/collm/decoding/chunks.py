@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 
 from collm.decoding.request import check_cache
-from collm.models.runner import ModelOutput, ModelRunner
+from collm.models.assistant import ModelOutput
+from collm.models.runner import ModelRunner
 from collm.models.tools import ToolRunner
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from collm.core.params import SamplingParams
 from collm.core.sampling import penalised
 from collm.core.transfers import to_device
 from collm.models.grammars import Grammar, bit_row, forbidden
-from collm.models.runner import common_prefix
+from collm.models.slot_table import common_prefix
 from collm.models.template import tokenize
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -180,17 +180,12 @@ class Edits:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.device = device
         self.vocab_size = vocab_size
-        self._kept: list[tuple[int, Tensor]] = []
         self._biased: list[tuple[int, Tensor]] = []
         self._penalties: list[Array] = []  # (6, tokens): row, token, count, and the three penalties
         self._banned: list[tuple[int, int]] = []
         self._forbidden: list[tuple[int, Tensor]] = []
         self._grammar_rows: list[int] = []
         self._bits: list[Array] = []
-
-    def keep(self, row: int, mask: Tensor) -> None:
-        """Exclude all tokens but those of a mask, bool, shape (V,), on the device of the logits."""
-        self._kept.append((row, mask))
 
     def bias(self, row: int, bias: Tensor) -> None:
         """Add a bias, shape (V,), on the device of the logits."""
@@ -219,10 +214,6 @@ class Edits:
     def apply(self, logits: Tensor) -> Tensor:
         """Return a copy of the logits with all edits applied."""
         logits = logits.clone()
-        if self._kept:
-            rows_kept, masks = zip(*self._kept, strict=True)
-            at = to_device(rows_kept, logits.device)
-            logits[at] = logits[at].masked_fill(~torch.stack(masks), -torch.inf)
         if self._biased:
             rows, biases = zip(*self._biased, strict=True)
             logits[to_device(rows, logits.device)] += torch.stack(biases).to(logits.dtype)

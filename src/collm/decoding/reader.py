@@ -1,8 +1,9 @@
-"""Runs one author on sequences: owns their slots, shares prefixes and isolates failures."""
+"""Runs one author on sequences: owns their slots, shares prefixes, draws the author's tokens and isolates failures."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
@@ -11,21 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collm.decoding.draws import Logits, Sampling
+from collm.core.head import DeferralHead
+from collm.core.objective import author_logprobs, defer_probs
+from collm.decoding.draws import Draw, Logits, Sampling, draw_tokens
+from collm.decoding.logits_processors import Edits
 from collm.decoding.sequence import Sequence
 from collm.decoding.speculation import PassTimes
-from collm.errors import CollmError, ModelFailure
-from collm.models.runner import MIN_SHARED, Assistant, ModelOutput, ModelRunner
+from collm.errors import CollmError, ModelFailure, PolicyFailure, RequestError
+from collm.models.assistant import Assistant, ModelOutput
+from collm.models.runner import ModelRunner
+from collm.models.slot_table import MIN_SHARED
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ReadSpan:
-    """The part of a sequence to read: tokens up to `end`, with output for each of the last `keep` tokens."""
-
-    end: int
-    keep: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,21 +32,19 @@ class AuthorOutput:
 
     Attributes:
         rows: sequence -> its rows; sequences that failed are missing.
+        draws: the token that the author writes at each row; None where it abstains.
         raw: the author's logits, shape (R, V), fp32.
         logits: logits after the requests' logits processors, shape (R, V), fp32.
-        hidden: hidden states, shape (R, H); None for an assistant without hidden states.
-        abstained: rows at which the author abstains.
-        followed: the token that a run read after each row, else -1, shape (R,); None without a run.
-        samplings: sampling settings of each row.
+        numbers: for each row of the base, the token that a run read after it or -1, the defer prob, P(author 0..K).
+        author_logprobs: log P(Z) at each row of the base, shape (R, K + 1); None for an assistant.
     """
 
     rows: dict[Sequence, range]
+    draws: list[Draw | None]
     raw: Tensor
     logits: Tensor
-    hidden: Tensor | None
-    abstained: frozenset[int]
-    followed: Tensor | None
-    samplings: list[Sampling]
+    numbers: list[list[float]]
+    author_logprobs: Tensor | None
 
     def at(self, row: int) -> Logits:
         """One row of the logits."""
@@ -58,6 +54,9 @@ class AuthorOutput:
 class Reader:
     """Runs one author. It alone opens, rolls back and closes the author's slots.
 
+    Args:
+        head: the deferral head, for the reader of the base.
+
     Attributes:
         slots: sequence -> its KV slot, from its first read until `close`.
         times: durations of its passes.
@@ -66,26 +65,36 @@ class Reader:
         failures: sequences that failed, with the error; the caller removes them.
     """
 
-    def __init__(self, author: int, runner: Assistant) -> None:
+    def __init__(self, author: int, runner: Assistant, head: DeferralHead | None = None) -> None:
         self.author = author
         self.runner = runner
         self.slots: dict[Sequence, int] = {}
         self.times, self.run_times = PassTimes(), PassTimes()
         self.seconds = 0.0
         self.failures: dict[Sequence, CollmError] = {}
-        self._started = 0.0
-        self._tokens = 0
-        self._run = 0
+        self._head = head
+        self._num_tokens = 0  # read in the current call
 
-    def has_read(self, sequence: Sequence, length: int) -> bool:
-        """Whether the author has read the first `length` tokens of the sequence."""
-        return sequence in self.slots and self.runner.length(self._slot(sequence)) >= length
+    def num_computed_tokens(self, sequence: Sequence) -> int:
+        """Number of leading tokens of the sequence that the author has read, after a rollback to where it was cut."""
+        if sequence not in self.slots:
+            return 0
+        slot = self.slots[sequence]
+        length = self.runner.length(slot)
+        cut = sequence.cuts.pop(self.author, length)
+        if cut < length:
+            self.runner.rollback(slot, cut)
+        return min(cut, length)
+
+    def has_read(self, sequence: Sequence) -> bool:
+        """Whether the author has read all final and draft tokens."""
+        return self.num_computed_tokens(sequence) >= sequence.num_tokens
 
     def confirm(self, sequence: Sequence) -> None:
         """Accept the tokens of a run that the sequence has made its own."""
         assert isinstance(self.runner, ModelRunner)
-        slot = self._slot(sequence)
-        self.runner.confirm(slot, sequence.text[self.runner.length(slot) :])
+        length = self.num_computed_tokens(sequence)
+        self.runner.confirm(self.slots[sequence], sequence.text_of(self.author)[length:])
 
     def close(self, sequence: Sequence, *, wipe: bool = False) -> None:
         """Close the sequence's slot, if it has one. `wipe` is necessary after NaN."""
@@ -93,105 +102,162 @@ class Reader:
         if slot is not None:
             self.runner.close(slot, wipe=wipe)
 
-    def read(self, wanted: Mapping[Sequence, ReadSpan], run: int = 0) -> AuthorOutput | None:
-        """Read the unread tokens of every span. Return None if no span could be read.
+    def read(self, wanted: Mapping[Sequence, range], run: int = 0) -> AuthorOutput | None:
+        """Read the unread tokens of sequences, and draw the author's tokens. Return None if none could be read.
 
-        If several new sequences share a prefix, one is read first and the others copy its cache.
+        If several new sequences share a prefix, one is read first and the others copy its cache. A tool abstains where
+        a request's constraints change its token.
 
         Args:
+            wanted: sequence -> the decisions for which the author's output is needed, without gaps.
             run: number of further tokens to generate and read greedily, as in `ModelRunner.extend`.
         """
-        self._started, self._tokens, self._run = time.perf_counter(), 0, run
-        followers = self._followers(wanted)
-        parts = [self._read({s: span for s, span in wanted.items() if s not in followers})]
+        start, self._num_tokens, followers = time.perf_counter(), 0, self._followers(wanted)
+        parts = self._extend({s: wanted[s] for s in wanted if s not in followers}, run)
         if followers:
-            parts.append(self._read({s: wanted[s] for s in followers}))
-        outputs = [(sequences, output) for part in parts for sequences, output in part]
-        if not outputs:
+            parts += self._extend({s: wanted[s] for s in followers}, run)
+        if not parts:
             return None
         rows, samplings = dict[Sequence, range](), list[Sampling]()
-        for sequence in (sequence for sequences, _ in outputs for sequence in sequences):
-            span = wanted[sequence]
-            first = span.end - span.keep + 1 - len(sequence.request.prompt_ids)
-            rows[sequence] = range(len(samplings), len(samplings) + span.keep + run)
-            samplings += [sequence.sampling_of(self.author, first + i) for i in range(span.keep + run)]
-        names = ("logits", "hidden", "followed")
-        logits, hidden, followed = (_concat([getattr(output, name) for _, output in outputs]) for name in names)
-        assert logits is not None
-        abstained = [abstains for _, output in outputs for abstains in output.abstained]
-        raw = logits.float()
-        abstaining = frozenset(row for row, abstains in enumerate(abstained) if abstains)
-        return AuthorOutput(rows, raw, raw, hidden, abstaining, followed, samplings)
+        for sequence in [sequence for sequences, _ in parts for sequence in sequences]:
+            places = range(wanted[sequence].start, wanted[sequence].stop + run)
+            rows[sequence] = range(len(samplings), len(samplings) + len(places))
+            samplings += [sequence.sampling(self.author, i) for i in places]
+        output = parts[0][1] if len(parts) == 1 else _joined([output for _, output in parts])
+        raw = output.logits.float()
+        logits = self._edited(raw, rows, wanted)
+        numbers, by_author = self._head_numbers(output)
+        if logits is not raw:
+            best, argmax = logits.max(-1)
+            numbers += [torch.stack([best, argmax != raw.argmax(-1)], dim=-1)]
+        draws, fetched = draw_tokens(logits, samplings, *numbers, raw=raw)
+        self._record_time(time.perf_counter() - start, run)
+        edits = []
+        if logits is not raw:
+            edits, fetched = [row[-2:] for row in fetched], [row[:-2] for row in fetched]
+        self._check(rows, draws, fetched, edits)
+        rows = {sequence: at for sequence, at in rows.items() if sequence not in self.failures}
+        abstained = {row for row, abstains in enumerate(output.abstained) if abstains}
+        if self.runner.may_abstain:
+            abstained |= {row for row, (_, changed) in enumerate(edits) if changed}
+        written = [None if row in abstained else draw for row, draw in enumerate(draws)]
+        return AuthorOutput(rows, written, raw, logits, fetched, by_author)
 
-    def record_time(self) -> None:
-        """Record the duration of the last `read`. Call this once its results are on the host."""
-        seconds = time.perf_counter() - self._started
-        self.seconds += seconds
-        if self._run:
-            first = self.times.at(self._tokens)
-            self.run_times.record(self._tokens, max(seconds - first, 0.0) / self._run)
-        elif self._tokens:
-            self.times.record(self._tokens, seconds)
+    def _head_numbers(self, output: ModelOutput) -> tuple[list[Tensor], Tensor | None]:
+        """The first numbers of each row, as in `AuthorOutput.numbers`, and log P(Z), shape (R, K + 1)."""
+        if self._head is None:
+            return [], None
+        assert output.hidden is not None
+        u = self._head(output.hidden)  # (R, K)
+        by_author = author_logprobs(u)
+        followed = u.new_full((len(u),), -1) if output.followed is None else output.followed
+        return [followed.unsqueeze(-1), defer_probs(u).unsqueeze(-1), by_author.exp()], by_author
 
-    def _followers(self, wanted: Mapping[Sequence, ReadSpan]) -> set[Sequence]:
+    def _followers(self, wanted: Mapping[Sequence, range]) -> set[Sequence]:
+        """New sequences whose first tokens are those of another new sequence."""
         leaders, followers = set(), set()
         for sequence in wanted:
-            if sequence not in self.slots and wanted[sequence].end > MIN_SHARED:
-                beginning = tuple(sequence.text_of(self.author)[:MIN_SHARED])
-                if beginning in leaders:
+            if sequence not in self.slots:
+                text = sequence.text_of(self.author)
+                beginning = tuple(text[:MIN_SHARED])
+                if len(text) > MIN_SHARED and beginning in leaders:
                     followers.add(sequence)
                 leaders.add(beginning)
         return followers
 
-    def _read(self, wanted: Mapping[Sequence, ReadSpan]) -> list[tuple[ListOf[Sequence], ModelOutput]]:
+    def _extend(self, wanted: Mapping[Sequence, range], run: int) -> list[tuple[ListOf[Sequence], ModelOutput]]:
         """Extend all sequences at once. If the model raises, retry them one by one so that only faulty ones fail."""
-        if not wanted:
-            return []
         unseen, keep = {}, {}
         try:
-            for sequence, span in wanted.items():
-                text = sequence.text_of(self.author)[: span.end]
+            for sequence, places in wanted.items():
+                text = sequence.text_of(self.author)
+                text = text[: len(text) - len(sequence.draft) + places[-1]]
                 if sequence not in self.slots:
                     # A shared prefix must end before the first token that needs an output.
-                    self.slots[sequence] = self.runner.open(text[: span.end - span.keep + 1])
+                    self.slots[sequence] = self.runner.open(text[: len(text) - len(places) + 1])
                     sequence.cuts.pop(self.author, None)
-                slot = self._slot(sequence)
-                unseen[slot], keep[slot] = text[self.runner.length(slot) :], span.keep
-            output = self._extend(unseen, keep)
+                slot, length = self.slots[sequence], self.num_computed_tokens(sequence)
+                unseen[slot], keep[slot] = text[length:], len(places)
+            if run:
+                assert isinstance(self.runner, ModelRunner)
+                output = self.runner.extend(unseen, keep, run=run)
+            else:
+                output = self.runner.extend(unseen, keep)
         except Exception as error:
             if len(wanted) > 1:
                 _LOG.warning(
                     "%s failed on %d sequences (%r); retrying them one by one", self.runner.name, len(wanted), error
                 )
-                return [part for each in wanted for part in self._read({each: wanted[each]})]
-            self.failures[next(iter(wanted))] = self._wrap_failure(error)
+                return [part for each in wanted for part in self._extend({each: wanted[each]}, run)]
+            self.failures[next(iter(wanted))] = as_failure(error, ModelFailure, self.runner.name)
             return []
-        self._tokens += sum(map(len, unseen.values()))
+        self._num_tokens += sum(map(len, unseen.values()))
         return [(list(wanted), output)]
 
-    def _slot(self, sequence: Sequence) -> int:
-        """The sequence's slot, without tokens that the sequence has cut."""
-        slot, cut = self.slots[sequence], sequence.cuts.pop(self.author, None)
-        if cut is not None:
-            self.runner.rollback(slot, min(self.runner.length(slot), cut))
-        return slot
+    def _edited(self, raw: Tensor, rows: Mapping[Sequence, range], wanted: Mapping[Sequence, range]) -> Tensor:
+        """Logits after the requests' processors; the same tensor if there are none."""
+        edits = None
+        for sequence, at in rows.items():
+            if sequence.edits_logits:
+                edits = edits or Edits(raw.shape[-1], raw.device)
+                try:
+                    sequence.add_edits(edits, self.author, at, wanted[sequence].start)
+                except Exception as error:
+                    self.failures[sequence] = as_failure(error, PolicyFailure, sequence.request.policy)
+        return raw if edits is None else edits.apply(raw)
 
-    def _extend(self, unseen: Mapping[int, ListOf[int]], keep: Mapping[int, int]) -> ModelOutput:
-        if not self._run:
-            return self.runner.extend(unseen, keep)
-        assert isinstance(self.runner, ModelRunner)
-        return self.runner.extend(unseen, keep, run=self._run)
+    def _check(
+        self,
+        rows: Mapping[Sequence, range],
+        draws: ListOf[Draw],
+        numbers: ListOf[list[float]],
+        edits: ListOf[list[float]],
+    ) -> None:
+        """Fail sequences with NaN, and those whose constraints allow no token.
 
-    def _wrap_failure(self, error: Exception) -> CollmError:
-        if isinstance(error, CollmError):
-            return error
-        failure = ModelFailure(f"{self.runner.name} raised {type(error).__name__}: {error}")
-        failure.__cause__ = error
-        return failure
+        Args:
+            edits: for each row, the largest logit and whether its token changed; empty if nothing was processed.
+        """
+        for sequence, at in rows.items():
+            if sequence in self.failures:
+                continue
+            best = [edits[row][0] for row in at] if edits and sequence.edits_logits else []
+            if -math.inf in best and not self.runner.may_abstain:
+                reason = "the request's constraints allow no next token; loosen one of them"
+                self.failures[sequence] = RequestError(reason)
+            elif any(draws[row].invalid or any(map(math.isnan, numbers[row])) for row in at):
+                self.failures[sequence] = ModelFailure(
+                    f"{self.runner.name} returned NaN logits after {len(sequence.token_ids)} tokens; "
+                    "check its weights and dtype"
+                )
+                self.close(sequence, wipe=True)
+
+    def _record_time(self, seconds: float, run: int) -> None:
+        """Record the duration of a read whose results are on the host."""
+        self.seconds += seconds
+        if run:
+            first = self.times.at(self._num_tokens)
+            self.run_times.record(self._num_tokens, max(seconds - first, 0.0) / run)
+        elif self._num_tokens:
+            self.times.record(self._num_tokens, seconds)
 
 
-def _concat(tensors: ListOf[Tensor | None]) -> Tensor | None:
-    present = [tensor for tensor in tensors if tensor is not None]
-    if not present:
-        return None
-    return present[0] if len(present) == 1 else torch.cat(present)
+def _joined(outputs: ListOf[ModelOutput]) -> ModelOutput:
+    """The rows of several outputs of one author."""
+    hidden = [output.hidden for output in outputs if output.hidden is not None]
+    followed = [output.followed for output in outputs if output.followed is not None]
+    return ModelOutput(
+        torch.cat([output.logits for output in outputs]),
+        torch.cat(hidden) if hidden else None,
+        [abstains for output in outputs for abstains in output.abstained],
+        torch.cat(followed) if followed else None,
+    )
+
+
+def as_failure(error: Exception, kind: type[CollmError], raiser: object) -> CollmError:
+    """An error of the package as it is; another one as a failure of what raised it."""
+    if isinstance(error, CollmError):
+        return error
+    failure = kind(f"{raiser} raised {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from collm.core.params import SamplingParams
-from collm.core.policies import Policy
+from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.errors import ConfigError, RequestError
-from collm.models.runner import Assistant, Limited
+from collm.models.alignment import Alignment
+from collm.models.assistant import Assistant, Limited
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,33 @@ class Request:
                 f"seed={self.params.seed} has no effect because nothing is random at temperature 0; "
                 "set a temperature above 0 or leave the seed out"
             )
+
+
+def check_request(request: Request, authors: Sequence[Assistant], vocab_size: int, alignment: Alignment | None) -> None:
+    """Check that the authors can decode a request.
+
+    Args:
+        vocab_size: the size of the base's vocabulary.
+        alignment: alignment of authors with different tokenizers.
+
+    Raises:
+        RequestError: a prompt is empty, holds unknown token ids or leaves no room in a model's context or cache; or the
+            parameters name unknown tokens.
+        ConfigError: the policy names an author that does not exist.
+    """
+    prompts = [(authors, vocab_size, request.prompt_ids)]
+    if alignment is not None:
+        by_author = zip(authors, alignment.tokenizers, [request.prompt_ids, *request.assistant_prompts], strict=True)
+        prompts = [([author], tokenizer.vocab_size, prompt_ids) for author, tokenizer, prompt_ids in by_author]
+    for readers, size, prompt_ids in prompts:
+        check_prompt(readers, size, prompt_ids)
+        check_cache(readers, prompt_ids)
+    check_params(request.params, vocab_size)
+    policy = request.policy
+    named = [policy.writer] if isinstance(policy, SingleAuthorPolicy) else policy.consults(len(authors) - 1)
+    unknown = [author for author in named if not 0 <= author < len(authors)]
+    if unknown:
+        raise ConfigError(f"{policy} asks for author {unknown[0]}, expected 0 to {len(authors) - 1}")
 
 
 class PromptIds(NamedTuple):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,8 +19,8 @@ from collm.decoding.request import Request
 from collm.decoding.speculation import AcceptanceRates
 from collm.decoding.text import TextStream
 from collm.errors import ConfigError
+from collm.models.assistant import Assistant
 from collm.models.grammars import Grammar
-from collm.models.runner import Assistant
 
 
 @dataclass
@@ -45,6 +46,25 @@ class Decision:
     rest: list[Draw] = field(default_factory=list)
 
 
+class Unit(Protocol):
+    """What a decision is about, if not a token (`decoding.segments`)."""
+
+    current: list[Draw]
+
+    @property
+    def longest(self) -> int: ...
+
+    def text_of(self, author: int) -> list[int]: ...
+
+    def add_edits(self, edits: Edits, author: int, row: int) -> None: ...
+
+    def uniform(self, author: int) -> float: ...
+
+    def decide(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> None: ...
+
+    def resolve(self, decision: Decision, draw: Draw | None) -> None: ...
+
+
 class Sequence:
     """A request in progress.
 
@@ -56,6 +76,7 @@ class Sequence:
         token_ids: prompt and completion.
         draft: tentative tokens.
         decisions: at most one more than there are draft tokens.
+        segments: the unit of decisions if the authors have different tokenizers; None if it is a token.
         assistant_draft: completion position -> assistant and its token, valid if the draft up to there is accepted.
         cuts: author -> number of leading tokens that it need not read again; its `Reader` rolls back to them.
         steps: the tokens generated so far.
@@ -63,6 +84,8 @@ class Sequence:
         last_author: the policy's choice for the last of these.
         waited: steps since the sequence began to wait for an assistant.
         consulted: assistants that the policy consults before it decides; if there are any, nothing is drafted.
+        end_ids: the tokens that end the text.
+        max_length: largest length of `token_ids` in the models' contexts and caches; None if unlimited.
         processors: the request's logits processors, or None.
         acceptance: acceptance rates of this sequence's drafts.
         finish_reason: set with the last token.
@@ -78,11 +101,14 @@ class Sequence:
         acceptance: AcceptanceRates,
         grammar: Grammar | None = None,
     ) -> None:
+        params = request.params
         self.number = number
         self.request = request
+        self.authors = authors
         self.token_ids = list(request.prompt_ids)
         self.draft: list[int] = []
         self.decisions: list[Decision] = []
+        self.segments: Unit | None = None
         self.assistant_draft: dict[int, tuple[int, Draw]] = {}
         self.cuts: dict[int, int] = {}
         self.steps: list[TokenStep] = []
@@ -93,129 +119,112 @@ class Sequence:
         self.lookup = PromptLookup(self.token_ids)
         self.consulted = request.policy.consults(len(authors) - 1)
         self.finish_reason: FinishReason | None = None
-        self._authors = authors
-        params = request.params
+        self.max_length = shortest_limit(authors)
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
-        self._stop_ids = frozenset(params.stop_token_ids)
+        self.end_ids = self._eos_ids.union(params.stop_token_ids)
         self.processors: LogitsProcessors | None = None
         if params.changes_logits:
-            ends = eos_ids | self._stop_ids  # min_tokens forbids EOS even if EOS is ignored
+            ends = eos_ids | self.end_ids  # min_tokens forbids EOS even if EOS is ignored
             self.processors = LogitsProcessors(params, request.prompt_ids, tokenizer, ends, grammar)
-        limits = [limit for one in authors for limit in (one.max_length, one.capacity) if limit is not None]
-        self._max_length = min(limits, default=None)
         self._stream = TextStream(
             tokenizer, request.prompt_ids, params.stop, keep_stop=params.include_stop_str_in_output
         )
-        self._rng = seeded(params.seed)
+        self.rng = seeded(params.seed)
         self._uniforms: list[tuple[float, float]] = []
 
+    # What authors read
+
     @property
-    def text(self) -> list[int]:
-        """The final tokens and the draft."""
-        return self.token_ids + self.draft
+    def num_tokens(self) -> int:
+        """Number of final and draft tokens."""
+        return len(self.token_ids) + len(self.draft)
 
     @property
     def generated(self) -> list[int]:
         """The final tokens after the prompt."""
         return self.token_ids[len(self.request.prompt_ids) :]
 
+    def text_of(self, author: int) -> list[int]:
+        """The tokens that an author reads: the final ones and the draft."""
+        if self.segments is not None and author != BASE:
+            return self.segments.text_of(author)
+        return self.token_ids + self.draft
+
     @property
-    def length(self) -> int:
-        """Length of `text`."""
-        return len(self.token_ids) + len(self.draft)
+    def draft_limit(self) -> int:
+        """Longest draft that leaves room for one more token. Segments are not drafted."""
+        if self.segments is not None:
+            return 0
+        limit = self.request.params.max_new_tokens - len(self.steps) - 1
+        return limit if self.max_length is None else min(limit, self.max_length - len(self.token_ids) - 1)
+
+    def most_positions(self, extra: int) -> int:
+        """Cache positions that an author may need after `extra` more tokens."""
+        most = len(self.request.prompt_ids) + self.request.params.max_new_tokens
+        most = most if self.max_length is None else min(most, self.max_length)
+        longest = self.num_tokens if self.segments is None else self.segments.longest
+        return longest + min(extra, most - self.num_tokens)
+
+    # Logits and random numbers
+
+    @property
+    def edits_logits(self) -> bool:
+        return self.processors is not None or self.segments is not None
+
+    def add_edits(self, edits: Edits, author: int, rows: range, first: int) -> None:
+        """Add the request's edits of an author's logits, whose rows belong to the decisions from `first` on."""
+        if self.segments is not None:
+            self.segments.add_edits(edits, author, rows[0])
+        if self.processors is not None and (self.segments is None or author == BASE):
+            generated = self.generated
+            for i, row in enumerate(rows, first):
+                self.processors.add_edits(edits, row, generated + self.draft[:i])
+
+    def uniform(self, position: int, of: int) -> float:
+        """The random number from [0, 1) of a completion position: for its author (`of` = 0) or its token (1)."""
+        while len(self._uniforms) <= position:
+            self._uniforms.append((self.rng.random(), self.rng.random()))
+        return self._uniforms[position][of]
+
+    def sampling(self, author: int, i: int) -> Sampling:
+        """Sampling settings for an author's token at decision i."""
+        params = self.request.params
+        if not params.temperature:
+            return Sampling(params)
+        if self.segments is not None:
+            return Sampling(params, self.segments.uniform(author))
+        return Sampling(params, self.uniform(len(self.steps) + i, 1))
+
+    # Decisions
 
     @property
     def waits_for(self) -> int | None:
         """The assistant that must run before the next token is final."""
         return self.decisions[0].author if self.decisions and self.decisions[0].choice is None else None
 
-    @property
-    def draft_limit(self) -> int:
-        """Longest draft that leaves room for one more token."""
-        limit = self.request.params.max_new_tokens - len(self.steps) - 1
-        return limit if self._max_length is None else min(limit, self._max_length - len(self.token_ids) - 1)
+    def undecided(self, author: int) -> range:
+        """The decisions from the first to the last one that waits for this assistant."""
+        waiting = [i for i, decision in enumerate(self.decisions) if decision.author == author and not decision.choice]
+        return range(waiting[0], waiting[-1] + 1)
 
-    @property
-    def most_tokens(self) -> int:
-        """Largest length that `text` can reach."""
-        most = len(self.request.prompt_ids) + self.request.params.max_new_tokens
-        return most if self._max_length is None else min(most, self._max_length)
-
-    @property
-    def cache_length(self) -> int:
-        """Cache positions that `text` occupies."""
-        return self.length
-
-    def text_of(self, author: int) -> list[int]:
-        """The tokens that an author reads."""
-        return self.text
-
-    def length_of(self, author: int, decision: int) -> int:
-        """Number of these tokens that precede the given decision."""
-        return len(self.token_ids) + decision
-
-    @property
-    def in_segment(self) -> bool:
-        """Whether an assistant has written only part of a segment."""
-        return False
-
-    def can_ask(self, author: int) -> bool:
-        """Whether an assistant can continue the text."""
-        return True
-
-    @property
-    def edits_logits(self) -> bool:
-        """Whether the request modifies logits."""
-        return self.processors is not None
-
-    def process(self, edits: Edits, author: int, rows: range, end: int) -> None:
-        """Add the request's edits of an author's logits. The last row follows the first `end` tokens of the text."""
-        if self.processors is None:
-            return
-        text, start = self.text, len(self.request.prompt_ids)
-        for row, length in zip(rows, range(end - len(rows) + 1, end + 1), strict=True):
-            self.processors.add_edits(edits, row, text[start:length])
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The tokens that end the text."""
-        return self._eos_ids | self._stop_ids
-
-    def ends(self, token_id: int) -> bool:
-        """Whether this token ends the text."""
-        return token_id in self._eos_ids or token_id in self._stop_ids
-
-    def uniform(self, position: int, of: int) -> float:
-        """The random number from [0, 1) of a completion position: for its author (`of` = 0) or its token (1)."""
-        while len(self._uniforms) <= position:
-            self._uniforms.append((self._rng.random(), self._rng.random()))
-        return self._uniforms[position][of]
-
-    def sampling(self, position: int) -> Sampling:
-        """Sampling settings for the token at a completion position."""
-        params = self.request.params
-        return Sampling(params, self.uniform(position, 1)) if params.temperature else Sampling(params)
-
-    def sampling_of(self, author: int, position: int) -> Sampling:
-        """Sampling settings for an author's token at a completion position."""
-        return self.sampling(position)
-
-    def next_author(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> int | None:
-        """The author after the last decision; None if the base must first read the text in other tokens.
+    def decide(self, rows: Iterable[tuple[Draw | None, ListOf[float]]]) -> None:
+        """Choose authors for the positions that the base has just read.
 
         Args:
-            guess: the token that the base would write.
+            rows: for each position, the token that the base would write; and the token fed next in a run or -1, the
+                defer prob, and P(author).
         """
-        return self.choose_author(defer_prob, author_probs)
-
-    def resolve(self, i: int, draw: Draw | None) -> None:
-        """Set the token that an assistant writes at decision i; `draw` is None if it abstains."""
-        decision = self.decisions[i]
-        decision.abstained = draw is None
-        decision.choice = draw or decision.guess
-        self.waited = 0
-        if decision.guess is not None and decision.choice is not None:
-            self.acceptance.observe_agreement(decision.guess.token_id == decision.choice.token_id)
+        for guess, (followed, defer_prob, *author_probs) in rows:
+            assert guess is not None
+            if self.segments is not None:
+                self.segments.decide(guess, defer_prob, author_probs)
+                return
+            author = self.choose_author(defer_prob, author_probs)
+            self.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
+            if followed >= 0:
+                if author != BASE or guess.token_id != followed or followed in self.end_ids:
+                    return
+                self.draft.append(guess.token_id)
 
     def choose_author(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
@@ -229,25 +238,36 @@ class Sequence:
             ConfigError: the policy chose an author that does not exist.
             Exception: the policy raised it.
         """
-        position = len(self.steps) + len(self.decisions)
+        position, top = len(self.steps) + len(self.decisions), top or {}
         view = StepView(
             position=position,
-            deferred=self.deferred + sum(decision.author != BASE for decision in self.decisions),
+            deferred=self.deferred + sum([decision.author != BASE for decision in self.decisions]),
             author_probs=author_probs,
             defer_prob=defer_prob,
             temperature=self.request.params.temperature,
             uniform=self.uniform(position, 0),
-            top_tokens={author: token for author, (token, _) in (top or {}).items()},
-            top_probs={author: prob for author, (_, prob) in (top or {}).items()},
+            top_tokens={author: token for author, (token, _) in top.items()},
+            top_probs={author: prob for author, (_, prob) in top.items()},
         )
         author = self.request.policy.author(view)
-        if not 0 <= author < len(self._authors):
-            raise ConfigError(f"{self.request.policy} chose author {author}, expected 0 to {len(self._authors) - 1}")
+        if not 0 <= author < len(self.authors):
+            raise ConfigError(f"{self.request.policy} chose author {author}, expected 0 to {len(self.authors) - 1}")
         return author
+
+    def resolve(self, i: int, draw: Draw | None) -> None:
+        """Set the token that an assistant writes at decision i; `draw` is None if it abstains."""
+        decision, self.waited = self.decisions[i], 0
+        if self.segments is not None:
+            self.segments.resolve(decision, draw)
+            return
+        decision.abstained = draw is None
+        decision.choice = draw or decision.guess
+        if decision.guess is not None and decision.choice is not None:
+            self.acceptance.observe_agreement(decision.guess.token_id == decision.choice.token_id)
 
     def settle(self) -> list[TokenStep]:
         """Reject draft tokens that their author does not write, and return the tokens that are now final."""
-        self._check_draft()
+        self._reject_draft()
         steps = []
         while self.decisions and (drawn := self.decisions[0].choice) and self.finish_reason is None:
             decision = self.decisions.pop(0)
@@ -258,7 +278,7 @@ class Sequence:
             del self.draft[:1]
         return steps
 
-    def _check_draft(self) -> None:
+    def _reject_draft(self) -> None:
         for i, decision in enumerate(self.decisions):
             author, drawn = self.assistant_draft.get(len(self.steps) + i, (BASE, None))
             if decision.choice is None and decision.author == author:
@@ -266,43 +286,40 @@ class Sequence:
             if decision.choice and i < len(self.draft) and self.draft[i] != decision.choice.token_id:
                 del self.draft[i:], self.decisions[i + 1 :]
                 self.assistant_draft.clear()
-                for author in range(len(self._authors)):
-                    self._cut(author, self.length)
+                for author in range(len(self.authors)):
+                    self.cut(author, self.num_tokens)
                 return
 
-    def _cut(self, author: int, length: int) -> None:
+    def cut(self, author: int, length: int) -> None:
+        """Let an author keep only the first `length` tokens that it has read."""
         self.cuts[author] = min(self.cuts.get(author, length), length)
 
     def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
-        self.acceptance.observe_token(self.last_author, decision.author, self.lookup.next_token(), drawn.token_id)
+        token_id, params = drawn.token_id, self.request.params
+        self.acceptance.observe_token(self.last_author, decision.author, self.lookup.next_token(), token_id)
         self.last_author = decision.author
-        self.token_ids.append(drawn.token_id)
+        self.token_ids.append(token_id)
         self.deferred += decision.author != BASE
-        text = self._push(drawn.token_id)
-        self.finish_reason = self._finished(drawn.token_id)
+        text = ""
+        if token_id not in self.end_ids or (params.include_stop_str_in_output and token_id in params.stop_token_ids):
+            text = self._stream.push(token_id, may_stop=len(self.steps) >= params.min_tokens)
+        self.finish_reason = self._finished(token_id)
         if self.finish_reason is not None:
             text += self._stream.finish()
         writer = BASE if decision.abstained else decision.author
         numbers = (decision.defer_prob, drawn.logprob, drawn.top)
-        step = TokenStep(drawn.token_id, text, writer, *numbers, stood_in=decision.stood_in)
+        step = TokenStep(token_id, text, writer, *numbers, stood_in=decision.stood_in)
         self.steps.append(step)
         return step
-
-    def _push(self, token_id: int) -> str:
-        """Detokenise the last token and return the text that is final."""
-        params = self.request.params
-        if self.ends(token_id) and not (params.include_stop_str_in_output and token_id in self._stop_ids):
-            return ""
-        return self._stream.push(token_id, may_stop=len(self.steps) >= params.min_tokens)
 
     def _finished(self, token_id: int) -> FinishReason | None:
         if token_id in self._eos_ids:
             return "eos"
-        if token_id in self._stop_ids or self._stream.stopped:
+        if token_id in self.end_ids or self._stream.stopped:
             return "stop"
         if self.processors is not None and self.processors.is_complete(self.generated):
             return "stop"
-        full = self._max_length is not None and len(self.token_ids) >= self._max_length
+        full = self.max_length is not None and len(self.token_ids) >= self.max_length
         if full or len(self.steps) + 1 >= self.request.params.max_new_tokens:
             return "length"
         return None
@@ -313,6 +330,8 @@ class Sequence:
         self.decisions.clear()
         self.assistant_draft.clear()
         self.waited = 0
+        if self.segments is not None:
+            self.segments.current.clear()
 
     def completion(self) -> Completion:
         """The completion of a finished sequence."""
@@ -328,3 +347,8 @@ class Sequence:
             top_logprobs=[step.top_logprobs for step in self.steps if step.top_logprobs],
             stood_in=[i for i, step in enumerate(self.steps) if step.stood_in],
         )
+
+
+def shortest_limit(authors: ListOf[Assistant]) -> int | None:
+    """Largest length that the contexts and caches of all these authors allow; None if unlimited."""
+    return min([n for one in authors for n in (one.max_length, one.capacity) if n is not None], default=None)

@@ -42,17 +42,9 @@ class TextStream:
             may_stop: whether to look for stop strings in this token.
         """
         new = self._tokens.push(token_id)
-        if not may_stop:
+        if not may_stop or not new:
             return new
-        return self._release(new) if new else ""
-
-    def finish(self) -> str:
-        """Return the text held back for a possible stop string. An incomplete character is dropped."""
-        held, self._held = self._held, ""
-        return held
-
-    def _release(self, text: str) -> str:
-        text = self._held + text
+        text = self._held + new
         found = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
             self.stopped, self._held = True, ""
@@ -61,6 +53,11 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Return the text held back for a possible stop string. An incomplete character is dropped."""
+        held, self._held = self._held, ""
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -26,7 +26,7 @@ from collm.core.params import StructuredOutputs
 from collm.errors import ConfigError, MismatchError, MissingExtra, RequestError
 from collm.models import grammar_process
 from collm.models.guards import TokenizerIdentity
-from collm.models.runner import common_prefix
+from collm.models.slot_table import common_prefix
 from collm.models.text_tokenizer import bytes_of_tokens
 
 if TYPE_CHECKING:

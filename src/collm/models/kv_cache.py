@@ -58,7 +58,6 @@ class KVCache(Cache):  # type: ignore[misc]
     """
 
     layers: list[KVLayer]
-
     slots: int
 
     def __init__(self, num_layers: int, capacity: int, max_length: int | None) -> None:
@@ -67,16 +66,16 @@ class KVCache(Cache):  # type: ignore[misc]
         self.held: dict[int, int] = {}
         self.used = 0
         self.layout: PackedPass | StaticPass
-        super().__init__(layers=[self._layer() for _ in range(num_layers)])
+        super().__init__(layers=[self._layer_class(self) for _ in range(num_layers)])
 
     @property
     def as_argument(self) -> dict[str, KVCache]:
         """Keyword argument that passes the cache to a model."""
         return {_ARGUMENT: self}
 
+    @property
     @abstractmethod
-    def _layer(self) -> KVLayer:
-        """Create a layer. Its memory is allocated on the first write, when its shape is known."""
+    def _layer_class(self) -> type[KVLayer]: ...
 
     @property
     def bytes_per_position(self) -> int:
@@ -123,8 +122,8 @@ class KVCache(Cache):  # type: ignore[misc]
             if layer.is_initialized:
                 layer.copy(source, target, length)
 
-    @abstractmethod
-    def _grow(self, slot: int, before: int, after: int) -> None: ...
+    def _grow(self, slot: int, before: int, after: int) -> None:
+        """Allocate more positions of a slot, if the memory does not grow on write."""
 
     @abstractmethod
     def _release(self, slot: int, held: int, wipe: bool) -> None: ...
@@ -135,13 +134,12 @@ class KVCache(Cache):  # type: ignore[misc]
 
 
 class KVLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer."""
+    """Keys and values of one layer. Memory is allocated on the first write, when its shape is known."""
 
     is_sliding = False
     is_croppable = True
     keys: Tensor
     values: Tensor
-
     is_initialized: bool
 
     def __init__(self, cache: KVCache) -> None:
@@ -197,17 +195,13 @@ class ReservedLayer(KVLayer):
         # Align slots to pages of the operating system. An odd number of them avoids conflicts in CPU caches.
         step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, heads * dim * states.element_size())
         length = (-(-self.cache.max_length // step) | 1) * step
-        shape = (heads, length, dim)
-        return self._reserved(shape, states.dtype)
-
-    def _reserved(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         while True:
             try:
-                memory, tensor = _lazy_zeros((self.cache.slots, *shape), dtype)
+                memory, tensor = _lazy_zeros((self.cache.slots, heads, length, dim), states.dtype)
             except OSError as error:
                 if self.cache.slots == 1:
                     raise ConfigError(
-                        f"the system cannot reserve addresses for a sequence of {shape[1]:,} tokens in the KV cache "
+                        f"the system cannot reserve addresses for a sequence of {length:,} tokens in the KV cache "
                         f"({error}); raise its limit (ulimit -v) or lower cache_memory"
                     ) from error
                 self.cache.slots //= 2  # the system does not overcommit memory
@@ -219,24 +213,19 @@ class ReservedLayer(KVLayer):
         return memory.shape[1] * memory.shape[3] * memory.element_size()
 
     def copy(self, source: int, target: int, length: int) -> None:
-        self.keys[target, :, :length] = self.keys[source, :, :length]
-        self.values[target, :, :length] = self.values[source, :, :length]
+        for memory in (self.keys, self.values):
+            memory[target, :, :length] = memory[source, :, :length]
 
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
         layout = cast(PackedPass, self.cache.layout)
         if len(layout.rows) == 1:
             row = layout.rows[0]
-            self.keys[row.slot, :, row.start : row.end] = key_states[0]
-            self.values[row.slot, :, row.start : row.end] = value_states[0]
+            at = row.slot, slice(None), slice(row.start, row.end)
+            self.keys[at], self.values[at] = key_states[0], value_states[0]
         else:
-            at = layout.slot_of, slice(None), layout.positions
-            self.keys[at] = key_states[0].transpose(0, 1)
-            self.values[at] = value_states[0].transpose(0, 1)
-
-    @property
-    def held(self) -> tuple[Tensor, ...]:
-        """Keys and values; empty before the first write."""
-        return (self.keys, self.values) if self.is_initialized else ()
+            places = layout.slot_of, slice(None), layout.positions
+            self.keys[places] = key_states[0].transpose(0, 1)
+            self.values[places] = value_states[0].transpose(0, 1)
 
     def release(self, slot: int, held: int) -> None:
         for memory, tensor in zip(self._memory, (self.keys, self.values), strict=True):
@@ -251,25 +240,16 @@ class ReservedCache(KVCache):
     """CPU cache that reserves addresses for all slots and allocates memory on write."""
 
     layers: list[ReservedLayer]
-
-    def __init__(self, num_layers: int, capacity: int, max_length: int | None) -> None:
-        self.slots = MOST_SLOTS
-        super().__init__(num_layers, capacity, max_length)
-
-    def _layer(self) -> KVLayer:
-        return ReservedLayer(self)
+    slots = MOST_SLOTS
+    _layer_class = ReservedLayer
 
     @property
     def allocated_bytes(self) -> int:
         """Memory allocated to slots, in whole pages of the operating system."""
-        rows = [
-            (memory.shape[1], memory.stride(2) * memory.element_size()) for one in self.layers for memory in one.held
-        ]
+        memories = [memory for one in self.layers if one.is_initialized for memory in (one.keys, one.values)]
+        rows = [(memory.shape[1], memory.stride(2) * memory.element_size()) for memory in memories]
         pages = (heads * -(-held * size // mmap.PAGESIZE) for heads, size in rows for held in self.held.values())
         return sum(pages) * mmap.PAGESIZE
-
-    def _grow(self, slot: int, before: int, after: int) -> None:
-        pass
 
     def _release(self, slot: int, held: int, wipe: bool) -> None:
         for layer in self.layers:
@@ -333,16 +313,14 @@ class PagedCache(KVCache):
     """
 
     layers: list[PagedLayer]
+    slots = MOST_SLOTS
+    _layer_class = PagedLayer
 
     def __init__(self, num_layers: int, capacity: int, max_length: int | None, device: torch.device) -> None:
         super().__init__(num_layers, capacity, max_length)
-        self.slots = MOST_SLOTS
         self.pages: dict[int, list[int]] = {}
         self.table = torch.zeros(self.slots + 1, self.max_length // PAGE, dtype=torch.int32, device=device)
         self._free = list(range(self.capacity // PAGE, 0, -1))
-
-    def _layer(self) -> KVLayer:
-        return PagedLayer(self)
 
     def _grow(self, slot: int, before: int, after: int) -> None:
         count = (after - before) // PAGE

@@ -54,7 +54,7 @@ def slot_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for group in slot_pass.groups:
-        keys, values = slot_pass.held(key, group), slot_pass.held(value, group)
+        keys, values = slot_pass.held(key, value, group)
         queries = query[0, :, group.tokens if group.padded is None else group.padded]  # (H, n * width, D)
         queries = queries.reshape(queries.shape[0], keys.shape[0], group.width, -1).transpose(0, 1)  # (n, H, width, D)
         mask = slot_pass.mask_of(group, attention_mask, query.dtype)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -65,6 +67,11 @@ class PackedPass:
         window: the model's smallest attention window, None without one.
         places: index of each token among all positions of all pages, (T,); None without pages.
         table: the pages of each slot, (S, P); None without pages.
+
+    Attributes:
+        positions: position of each packed token, (T,).
+        kv_length: largest length of a row after this pass.
+        most_new: number of new tokens of the longest row.
     """
 
     def __init__(
@@ -79,28 +86,25 @@ class PackedPass:
         self.rows = rows
         self.places = places
         self.table = table
-        self.kv_length = max(row.end for row in rows)
+        self.kv_length = max([row.end for row in rows])
         self.windowed = window is not None and self.kv_length > window
         self.groups = _groups(rows, device)
+        self.needs_mask = self.windowed or any(group.ragged for group in self.groups)
+        self.most_new = max([row.size for row in rows])
         self.positions = to_device([p for row in rows for p in range(row.start, row.end)], device)  # (T,)
-        self.slot_of = to_device([row.slot for row in rows for _ in range(row.size)], device)  # (T,)
         self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    @property
-    def needs_mask(self) -> bool:
-        return self.windowed or any(group.ragged for group in self.groups)
+    @cached_property
+    def slot_of(self) -> Tensor:
+        """Slot of each packed token, (T,)."""
+        return to_device([row.slot for row in self.rows for _ in range(row.size)], self.positions.device)
 
-    @property
-    def most_new(self) -> int:
-        """Number of new tokens of the longest row."""
-        return max(row.size for row in self.rows)
-
-    def held(self, memory: Tensor, group: Group) -> Tensor:
-        """The cached keys or values that a group attends to: (n, H, L, D)."""
+    def held(self, keys: Tensor, values: Tensor, group: Group) -> list[Tensor]:
+        """The cached keys and values that a group attends to: (n, H, L, D) each."""
         if self.table is None:
-            return memory[group.slots, :, : group.kv_length]
-        pages = self.table[group.slots, : -(-group.kv_length // memory.shape[1])].to(memory.device)
-        return memory[pages].flatten(1, 2)[:, : group.kv_length].transpose(1, 2)
+            return [memory[group.slots, :, : group.kv_length] for memory in (keys, values)]
+        pages = self.table[group.slots, : -(-group.kv_length // keys.shape[1])].to(keys.device)
+        return [memory[pages].flatten(1, 2)[:, : group.kv_length].transpose(1, 2) for memory in (keys, values)]
 
     def mask_of(self, group: Group, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Additive attention mask of a group, (n, 1, width, L): 0 where visible, else -inf. None if not needed.
@@ -177,16 +181,14 @@ def packing_order(rows: Sequence[Row]) -> list[int]:
 
 
 def _groups(rows: Sequence[Row], device: torch.device) -> list[Group]:
-    groups: list[Group] = []
-    members: list[Row] = []
-    at = 0
+    members: list[list[Row]] = []
     for row in rows:
-        if members and not _can_join(members, row):
-            groups.append(_group(members, at, device))
-            at += sum(member.size for member in members)
-            members = []
-        members.append(row)
-    return [*groups, _group(members, at, device)]
+        if members and _can_join(members[-1], row):
+            members[-1].append(row)
+        else:
+            members.append([row])
+    starts = accumulate([sum([row.size for row in group]) for group in members], initial=0)
+    return [_group(group, at, device) for group, at in zip(members, starts, strict=False)]
 
 
 def _can_join(members: Sequence[Row], row: Row) -> bool:
@@ -198,7 +200,8 @@ def _can_join(members: Sequence[Row], row: Row) -> bool:
 
 
 def _group(rows: Sequence[Row], at: int, device: torch.device) -> Group:
-    first, size, width = rows[0], sum(row.size for row in rows), max(row.size for row in rows)
+    first, sizes = rows[0], [row.size for row in rows]
+    size, width = sum(sizes), max(sizes)
     slots = slice(first.slot, rows[-1].slot + 1)
     ends = {row.end for row in rows}
     ragged = len(ends) > 1 or (width > 1 and (len(rows) > 1 or first.start > 0))

@@ -26,7 +26,8 @@ from collm.core.types import BASE
 from collm.decoding.draws import Draw
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.kv_cache import in_pages
-from collm.models.runner import ModelRunner, common_prefix
+from collm.models.runner import ModelRunner
+from collm.models.slot_table import common_prefix
 from collm.vllm import OF_ONE_ENGINE, POLICY, PREFIX, THRESHOLD
 
 _KNOWN_KEYS = (THRESHOLD, *OF_ONE_ENGINE)

@@ -26,7 +26,7 @@ from collm.decoding.request import Request, check_params, check_prompt
 from collm.decoding.sequence import Decision, Sequence
 from collm.decoding.speculation import AcceptanceRates
 from collm.errors import CollmError, ConfigError, ModelFailure
-from collm.models.runner import Assistant
+from collm.models.assistant import Assistant
 from collm.vllm import ROW_SCALE, THRESHOLD
 from collm.vllm.answers import Written
 from collm.vllm.circuit_breaker import CircuitBreaker
