@@ -12,7 +12,7 @@ from rich.text import Text
 
 from collm import CoLLM, SamplingParams
 from collm.atomic import atomic_file
-from collm.cli.authors import coloured, legend
+from collm.cli.terminal import coloured, legend
 from collm.core.policies import ThresholdPolicy
 from collm.training.data import Row
 

@@ -55,9 +55,8 @@ def demo(
 
 
 def _show(report: Report, title: str, out: Path) -> None:
-    from collm.cli.authors import coloured, legend
     from collm.cli.tables import results_table
-    from collm.cli.terminal import Console
+    from collm.cli.terminal import Console, coloured, legend
 
     console = Console()
     console.print(results_table(report.rows, title))
