@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 import collm
 from collm.core.types import author_name
@@ -35,6 +37,7 @@ MAY_IMPORT["demo"] = {*MAY_IMPORT["evaluation"], "run", "demo"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["demo"], "vllm", "serving", "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "matplotlib", "numpy"}
+HTTP_CLIENTS = {"aiohttp", "httpcore", "httpx", "requests"}
 
 
 def imports_of(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -98,16 +101,43 @@ def test_core_imports_torch_and_nothing_else_of_weight() -> None:
 def test_commands_import_nothing_heavy_before_they_run(path: Path) -> None:
     names = imports_of(path, top_level_only=True)
     assert not {name.split(".")[0] for name in names} & HEAVY
-    allowed = ("collm.cli", "collm.errors", "collm.redaction", "collm.version")
+    allowed = (
+        "collm.cli",
+        "collm.core.params",
+        "collm.errors",
+        "collm.redaction",
+        "collm.serving.settings",
+        "collm.version",
+    )
     assert all(name.startswith(allowed) for name in names if name.startswith("collm"))
 
 
 @pytest.mark.slow
-def test_help_imports_no_torch() -> None:
-    program = "import sys; sys.argv = ['collm', '--help']\nfrom collm.cli.main import main\n"
-    program += "try: main()\nexcept SystemExit as e: print('torch' in sys.modules or e.code)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0"
+@pytest.mark.parametrize("asked", ["", "--help", "generate --help", "score --help", "serve --help"])
+def test_the_package_and_its_help_import_neither_torch_nor_an_http_client(asked: str) -> None:
+    program = "from collm.cli.main import main; main()" if asked else "import collm"
+    command = [sys.executable, "-X", "importtime", "-c", program, *asked.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "collm" in imported
+    assert not imported & (HEAVY | HTTP_CLIENTS)
+
+
+def test_what_the_source_imports_is_declared() -> None:
+    pyproject = (SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    dependencies = pyproject[pyproject.index("dependencies = [") : pyproject.index("\ndev = [")]
+    declared = {canonicalize_name(name) for name in re.findall(r'"([\w-]+)', dependencies)}
+    found = {name.split(".")[0] for path in FILES for name in imports_of(path)} - sys.stdlib_module_names - {"collm"}
+    sold_by = packages_distributions()
+    missing = {name for name in found if not declared & set(map(canonicalize_name, sold_by.get(name, [name])))}
+    assert missing == {"deepspeed", "triton", "vllm"}  # imported only where somebody installed them
+
+
+def test_no_command_has_many_parameters() -> None:
+    for path in (SOURCE / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, (path.name, node.name)
 
 
 def test_names_of_authors_are_made_in_one_function() -> None:

@@ -1,4 +1,4 @@
-"""No text of a model, a row or a file controls the terminal that shows it."""
+"""Colours by author in a terminal, plain text elsewhere, and no text controls the terminal that shows it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from rich.console import Console as RichConsole
 
-from collm.cli.authors import coloured
 from collm.cli.chat import _converse
 from collm.cli.main import WRONG_USAGE, _say, main
-from collm.cli.terminal import Console, log_to_terminal
+from collm.cli.terminal import Console, coloured, legend, log_to_terminal, style_of
+from collm.core.types import TokenStep
 from collm.redaction import visible
 
 TITLE = "\x1b]0;owned\x07"
@@ -100,3 +101,26 @@ def test_errors_and_logs_are_shown_alike(capsys: pytest.CaptureFixture[str], mon
     log_to_terminal()
     logging.getLogger("collm.test").warning("skipped %s", TITLE)
     assert capsys.readouterr().err == "skipped <1b>]0;owned<07>\n"
+
+
+def printed(*, terminal: bool) -> str:
+    out = io.StringIO()
+    console = RichConsole(file=out, force_terminal=terminal, color_system="standard" if terminal else None)
+    steps = [
+        TokenStep(i, text, author, 0.5, -1.0) for i, (text, author) in enumerate([("The ", 0), ("Pa", 1), ("ris", 2)])
+    ]
+    console.print(coloured(steps), legend(["base", "first", "second"]))
+    return out.getvalue()
+
+
+def test_every_author_has_a_style_of_its_own_and_the_base_none() -> None:
+    styles = [style_of(author) for author in range(7)]
+    assert styles[0] == ""
+    assert len(set(styles)) == 7
+    assert style_of(7) == style_of(1)
+
+
+def test_a_terminal_shows_colours_and_a_pipe_plain_text() -> None:
+    assert printed(terminal=False) == "The Paris written by: base  first  second  \n"
+    coloured_text = printed(terminal=True)
+    assert "The \x1b[1;32mPa\x1b[0m\x1b[1;35mris\x1b[0m" in coloured_text

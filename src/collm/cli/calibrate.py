@@ -3,112 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli import options
-from collm.cli.usage import refuse
+from collm.cli.options import Fields, Loading, RowFormat, refuse, with_options
+from collm.core.params import SamplingParams
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
     from collm.run import DataConfig, PastRun, Validation
 
 
+@dataclass(frozen=True)
+class Choosing:
+    """How thresholds are chosen and checked.
+
+    Attributes:
+        data: validation rows: JSON, JSONL, data set directory or Hub name, by default those of DIR's run.
+        limit: use only the first rows, up to this number.
+        metric: metric of the completions: exact_match, contains, last_number, token_f1 or module:function.
+        max_batch: maximum number of prompts decoded at once.
+        rate: deferral rate to aim at, by default 0, 0.1, .. 1.
+        budget: also find the best threshold within this deferral rate.
+        refine: number of thresholds to add near the best one, and near that of each budget, by default 3.
+        check: hold back this share of the rows and check the chosen thresholds on it.
+        check_data: check the chosen thresholds on these rows, which have the format of --data.
+        teacher_forced: only show all thresholds on the gold completions. Choose none.
+    """
+
+    data: str | None = None
+    limit: int | None = None
+    metric: str = "exact_match"
+    max_batch: int = 16
+    rate: Sequence[float] = ()
+    budget: Sequence[float] = ()
+    refine: int | None = None
+    check: float | None = None
+    check_data: str | None = None
+    teacher_forced: bool = False
+
+
+@with_options
 def calibrate(
     context: typer.Context,
     collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="Validation rows: JSON, JSONL, data set directory or Hub name. Default: those of DIR's run."),
-    ] = None,
-    split: options.SplitOption = None,
-    prompt_field: options.PromptFieldOption = "prompt",
-    completion_field: options.CompletionFieldOption = "completion",
-    format_: options.FormatOption = "rows",
-    bad_rows: options.BadRowsOption = "stop",
-    metric: Annotated[
-        str, typer.Option(help="exact_match, contains, last_number, token_f1 or module:function.")
-    ] = "exact_match",
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(help="Deferral rate to aim at. Can be given several times. Default: 0, 0.1, .. 1."),
-    ] = None,
-    budget: Annotated[
-        list[float] | None,
-        typer.Option(help="Also find the best threshold within this deferral rate. Can be given several times."),
-    ] = None,
-    refine: Annotated[
-        int | None,
-        typer.Option(help="Number of thresholds to add near the best one, and near that of each budget.  [default: 3]"),
-    ] = None,
-    check: Annotated[
-        float | None, typer.Option(help="Hold back this share of the rows and check the chosen thresholds on it.")
-    ] = None,
-    check_data: Annotated[
-        str | None, typer.Option(help="Check the chosen thresholds on these rows, which have the format of --data.")
-    ] = None,
-    teacher_forced: Annotated[
-        bool, typer.Option("--teacher-forced", help="Only show all thresholds on the gold completions. Choose none.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option(help="Use only the first rows, up to this number.")] = None,
-    max_batch: options.MaxBatchOption = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a completion.")] = 256,
-    stop: options.StopOption = None,
-    device: options.DeviceOption = None,
-    engine: options.EngineOption = None,
-    servers: options.ServersOption = None,
-    trust_code: options.TrustCodeOption = False,
+    choosing: Choosing,
+    rows: Annotated[RowFormat, Fields("split prompt_field completion_field format bad_rows")],
+    params: Annotated[SamplingParams, Fields("max_new_tokens stop")],
+    loading: Annotated[Loading, Fields("device trust_code", "engine servers")],
 ) -> None:
     """Decode a validation set at several thresholds and store the best one.
 
     Without --data, the rows and the options are those of the training run that made DIR.
     """
     from collm import run
-    from collm.collaboration import CoLLM
-    from collm.core.params import SamplingParams
     from collm.evaluation.calibration import DEFERRAL_RATES
 
-    if check is not None and check_data is not None:
+    if choosing.check is not None and choosing.check_data is not None:
         raise typer.BadParameter("--check and --check-data are both given; use one of them")
-    _check_usage(context, generates=not teacher_forced, has_data=data is not None)
-    model = CoLLM.from_pretrained(
-        collaboration, engine=engine, servers=options.servers_named(servers), device=device, trust_code=trust_code
-    )
+    _check_usage(context, choosing)
+    model = loading.load(collaboration)
     past = None
-    if data is None:
-        past = run.PastRun.read(Path(collaboration).resolve().parent, trust_code=trust_code)
+    if choosing.data is None:
+        past = run.PastRun.read(Path(collaboration).resolve().parent, trust_code=loading.trust_code)
         source: run.DataConfig = past.config
         validation = past.validation()
     else:
-        source = run.DataConfig(data, split, prompt_field, completion_field, format=format_, bad_rows=bad_rows)
-        params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop or ())
-        rows = source.rows(data, split)[:limit]
-        validation = run.Validation(rows, data, metric, params, rate or DEFERRAL_RATES, max_batch=max_batch)
+        source, rates = rows.of(choosing.data), choosing.rate or DEFERRAL_RATES
+        found, most = source.rows(choosing.data, rows.split)[: choosing.limit], choosing.max_batch
+        validation = run.Validation(found, choosing.data, choosing.metric, params, rates, max_batch=most)
     validation = replace(
         validation,
-        budgets=budget or validation.budgets,
-        refine=validation.refine if refine is None else refine,
+        budgets=choosing.budget or validation.budgets,
+        refine=validation.refine if choosing.refine is None else choosing.refine,
     )
-    if teacher_forced:
+    if choosing.teacher_forced:
         _show_curve(model, past or validation, validation.budgets)
     else:
-        validation, held_back = _held_back(validation, source, check, check_data)
+        validation, held_back = _held_back(validation, source, choosing)
         _choose(model, collaboration, validation, held_back)
 
 
-def _check_usage(context: typer.Context, *, generates: bool, has_data: bool) -> None:
+def _check_usage(context: typer.Context, choosing: Choosing) -> None:
     """Refuse options that would have no effect."""
-    if not generates:
+    if choosing.teacher_forced:
         generating = {"metric", "rate", "refine", "check", "check_data", "max_batch", "max_new_tokens", "stop"}
         refuse(context, "--teacher-forced generates nothing", none=generating)
         refuse(context, "--teacher-forced reads the gold completions with the models in this process", none={"servers"})
-    if not has_data:
+    if choosing.data is None:
         loading = {"collaboration", "device", "engine", "servers", "trust_code"}
-        choosing = {"budget", "refine", "check", "check_data", "teacher_forced"}
-        refuse(context, "without --data the run of DIR says the rest", only=loading | choosing)
+        how = {"budget", "refine", "check", "check_data", "teacher_forced"}
+        refuse(context, "without --data the run of DIR says the rest", only=loading | how)
 
 
 def _show_curve(model: CoLLM, rows: PastRun | Validation, budgets: Sequence[float]) -> None:
@@ -118,14 +106,13 @@ def _show_curve(model: CoLLM, rows: PastRun | Validation, budgets: Sequence[floa
     Console().print(teacher_forced_table(rows.curve(model), budgets))
 
 
-def _held_back(
-    validation: Validation, source: DataConfig, check: float | None, check_data: str | None
-) -> tuple[Validation, Validation | None]:
+def _held_back(validation: Validation, source: DataConfig, choosing: Choosing) -> tuple[Validation, Validation | None]:
     """Rows to choose thresholds on, and others, if wanted, to check them on."""
-    if check is not None:
-        return validation.split(check)
-    if check_data is not None:
-        return validation, replace(validation, rows=source.rows(check_data, None), source=check_data)
+    if choosing.check is not None:
+        return validation.split(choosing.check)
+    if choosing.check_data is not None:
+        rows = source.rows(choosing.check_data, None)
+        return validation, replace(validation, rows=rows, source=choosing.check_data)
     return validation, None
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli import options, sampling
+from collm.cli.options import CollaborationArgument, Fields, Loading, OperatingPoint, with_options
+from collm.core.params import SamplingParams
 
 if TYPE_CHECKING:
     from collm.cli.terminal import Console
     from collm.collaboration import CoLLM
-    from collm.core.params import SamplingParams
     from collm.core.types import TokenStep
 
 HELP = """\
@@ -31,24 +31,21 @@ HELP = """\
 /quit          quit, like Ctrl-D. Ctrl-C stops an answer"""
 
 
+@with_options
 def chat(
-    collaboration: options.CollaborationArgument,
+    collaboration: CollaborationArgument,
+    operating: OperatingPoint,
+    params: Annotated[
+        SamplingParams,
+        Fields(
+            "max_new_tokens temperature",
+            "top_p top_k min_p presence_penalty frequency_penalty repetition_penalty",
+            "Sampling",
+            {"max_new_tokens": 1024},
+        ),
+    ],
+    loading: Annotated[Loading, Fields("device trust_code", "dtype engine servers")],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    threshold: options.ThresholdOption = None,
-    budget: options.BudgetOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")] = 1024,
-    temperature: sampling.TemperatureOption = None,
-    top_p: sampling.TopPOption = 1.0,
-    top_k: sampling.TopKOption = 0,
-    min_p: sampling.MinPOption = 0.0,
-    presence_penalty: sampling.PresenceOption = 0.0,
-    frequency_penalty: sampling.FrequencyOption = 0.0,
-    repetition_penalty: sampling.RepetitionOption = 1.0,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    engine: options.EngineOption = None,
-    servers: options.ServersOption = None,
-    trust_code: options.TrustCodeOption = False,
 ) -> None:
     """Chat with a collaboration in the terminal. /help lists the commands.
 
@@ -56,31 +53,12 @@ def chat(
     """
     import transformers
 
-    from collm.cli.authors import legend
-    from collm.cli.terminal import Console
-    from collm.collaboration import CoLLM
-    from collm.core.params import SamplingParams
+    from collm.cli.terminal import Console, legend
 
     transformers.utils.logging.disable_progress_bar()
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,  # type: ignore[arg-type]  # None for its default
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
-    )
-    model = CoLLM.from_pretrained(
-        collaboration,
-        engine=engine,
-        servers=options.servers_named(servers),
-        device=device,
-        dtype=dtype,
-        trust_code=trust_code,
-    )
-    talk = Conversation(model, params, model.threshold(threshold, budget), system)
+    model = loading.load(collaboration)
+    threshold = model.threshold(operating.threshold, operating.budget)
+    talk = Conversation(model, params, threshold, system)
     talk.check()
     console = Console(soft_wrap=True)
     console.print(legend(model.author_names), "[dim]/help for more[/dim]")

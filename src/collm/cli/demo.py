@@ -39,9 +39,8 @@ def demo(
 
 def show(report: Report, title: str, out: Path) -> None:
     """Print the table of a report in `out`, and the first answers in their authors' colours."""
-    from collm.cli.authors import coloured, legend
     from collm.cli.tables import results_table
-    from collm.cli.terminal import Console
+    from collm.cli.terminal import Console, coloured, legend
 
     console = Console()
     console.print(results_table(report.rows, title))

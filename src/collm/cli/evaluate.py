@@ -4,110 +4,139 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli import options
+from collm.cli.options import CollaborationArgument, Fields, Loading, OperatingPoint, with_options
+from collm.core.params import SamplingParams
+from collm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collm.collaboration import CoLLM
     from collm.evaluation.compare import Comparison
-    from collm.evaluation.tasks.task import Task
 
 
+@dataclass(frozen=True)
+class Items:
+    """Which items of a task are answered, and how.
+
+    Attributes:
+        data: a file, a directory or a Hub name. Default for gsm8k: the published data set.
+        split: split of the data set, by default the task's test split.
+        limit: evaluate a random sample of this many items.
+        shots: number of few-shot examples, taken from the train split.
+        shots_data: take the few-shot examples from this data instead.
+        chat: send each item as a chat message of the user.
+        max_batch: maximum number of prompts decoded at once.
+        seed: seed for sampled items, few-shot examples and tokens.
+    """
+
+    data: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    shots: int = 0
+    shots_data: str | None = None
+    chat: bool = False
+    max_batch: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Options of some tasks.
+
+    Attributes:
+        metric: for task rows: exact_match, contains, last_number, token_f1 or module:function.
+        format: for task gsm8k: gsm8k or gsm8k-plain.
+        prompt_field: for task rows: name of the prompt field.
+        completion_field: for task rows: name of the completion field.
+        max_new_tokens: for task rows: maximum number of tokens of an answer.
+        stop: for task rows: text that ends an answer.
+    """
+
+    metric: str | None = None
+    format: str | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    max_new_tokens: int | None = None
+    stop: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Compared(OperatingPoint):
+    """The systems that answer.
+
+    Attributes:
+        compare: comma-separated systems: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4 or POLICY.
+        curve: also evaluate every threshold of the calibration.
+    """
+
+    compare: str = "base,assistant"
+    curve: bool = False
+
+
+@with_options
 def evaluate(
-    collaboration: options.CollaborationArgument,
+    collaboration: CollaborationArgument,
     task: Annotated[str, typer.Option(help="gsm8k, rows, or your own as module:Class.")],
     out: Annotated[Path, typer.Option(help="Output directory. An interrupted evaluation resumes from it.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="A file, a directory or a Hub name. Default for gsm8k: the published data set."),
-    ] = None,
-    compare: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated systems: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4 or POLICY."
-        ),
-    ] = "base,assistant",
-    split: Annotated[str | None, typer.Option(help="Split of the data set. Default: the task's test split.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Evaluate a random sample of this many items.")] = None,
-    shots: Annotated[int, typer.Option(help="Number of few-shot examples, taken from the train split.")] = 0,
-    shots_data: Annotated[str | None, typer.Option(help="Take the few-shot examples from this data instead.")] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(help="For task rows: exact_match, contains, last_number, token_f1 or module:function."),
-    ] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="For task gsm8k: gsm8k or gsm8k-plain.")] = None,
-    prompt_field: Annotated[str | None, typer.Option(help="For task rows: name of the prompt field.")] = None,
-    completion_field: Annotated[str | None, typer.Option(help="For task rows: name of the completion field.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="For task rows: maximum tokens of an answer.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="For task rows: text that ends an answer. Can be given several times.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send each item as a chat message of the user.")] = False,
-    threshold: options.ThresholdOption = None,
-    budget: options.BudgetOption = None,
-    curve: Annotated[bool, typer.Option("--curve", help="Also evaluate every threshold of the calibration.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed for sampled items, few-shot examples and tokens.")] = 0,
-    max_batch: options.MaxBatchOption = 16,
-    device: options.DeviceOption = None,
-    engine: options.EngineOption = None,
-    servers: options.ServersOption = None,
-    trust_code: options.TrustCodeOption = False,
+    items: Items,
+    task_options: Annotated[
+        TaskOptions, Fields(rare="metric format prompt_field completion_field max_new_tokens stop", title="Tasks")
+    ],
+    compared: Compared,
+    params: Annotated[SamplingParams, Fields("temperature")],
+    loading: Annotated[Loading, Fields("device trust_code", "engine servers")],
 ) -> None:
     """Compare the collaboration with other systems on a task: scores, intervals and costs."""
-    from collm.collaboration import CoLLM
-    from collm.core.params import SamplingParams
     from collm.core.policies import ThresholdPolicy
-    from collm.errors import ConfigError
     from collm.evaluation import compare as comparing
-    from collm.evaluation.systems import names_in, systems_named, thresholds_named
+    from collm.evaluation.systems import systems_named
+    from collm.evaluation.tasks.named import task_named
     from collm.training.scoring import progress_bar
 
-    chosen = _task(
-        task,
-        metric=metric,
-        format=format_,
-        prompt_field=prompt_field,
-        completion_field=completion_field,
-        max_new_tokens=max_new_tokens,
-        stop=tuple(stop) if stop else None,
+    chosen = task_named(task, **{name: value for name, value in asdict(task_options).items() if value is not None})
+    loaded = chosen.load(
+        items.data,
+        split=items.split,
+        limit=items.limit,
+        shots=items.shots,
+        shots_source=items.shots_data,
+        seed=items.seed,
     )
-    items = chosen.load(data, split=split, limit=limit, shots=shots, shots_source=shots_data, seed=seed)
-    model = CoLLM.from_pretrained(
-        collaboration, engine=engine, servers=options.servers_named(servers), device=device, trust_code=trust_code
-    )
-    operating = model.threshold(threshold, budget)
-    names = names_in(compare)
-    if curve:
-        if model.calibration is None:
-            raise ConfigError(f"{collaboration} is not calibrated, so there is no curve; run 'collm calibrate' first")
-        names += thresholds_named(model, model.calibration, names, operating)
-    settings = {"command": _command(), "collaboration": collaboration, "data": data or chosen.source}
+    model = loading.load(collaboration)
+    threshold = model.threshold(compared.threshold, compared.budget)
+    settings = {"command": _command(), "collaboration": collaboration, "data": items.data or chosen.source}
     with progress_bar("answering") as progress:
         found = comparing.compare(
-            systems_named(model, names, ThresholdPolicy(operating)),
+            systems_named(model, _names(model, compared, threshold), ThresholdPolicy(threshold)),
             chosen,
-            items,
+            loaded,
             out,
-            threshold=operating,
-            params=SamplingParams(temperature=temperature),
-            chat=chat,
-            max_batch=max_batch,
-            seed=seed,
-            settings={**settings, "limit": limit, "shots": shots},
+            threshold=threshold,
+            params=params,
+            chat=items.chat,
+            max_batch=items.max_batch,
+            seed=items.seed,
+            settings={**settings, "limit": items.limit, "shots": items.shots},
             progress=lambda name: progress,
         )
     _show(found, out)
 
 
-def _task(name: str, **options: Any) -> Task:
-    """By name, with the options that were given."""
-    from collm.evaluation.tasks.named import task_named
+def _names(model: CoLLM, compared: Compared, threshold: float) -> list[str]:
+    """Names of the systems, with those of the curve."""
+    from collm.evaluation.systems import names_in, thresholds_named
 
-    return task_named(name, **{option: value for option, value in options.items() if value is not None})
+    names = names_in(compared.compare)
+    if not compared.curve:
+        return names
+    if model.calibration is None:
+        raise ConfigError("the collaboration is not calibrated, so there is no curve; run 'collm calibrate' first")
+    return [*names, *thresholds_named(model, model.calibration, names, threshold)]
 
 
 def _command() -> str:

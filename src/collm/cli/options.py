@@ -1,78 +1,251 @@
-"""Options that several commands share."""
+"""Options of commands, made from the fields of dataclasses, and those that several commands share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import inspect
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from collm.errors import ConfigError
+
 if TYPE_CHECKING:
+    from collm.collaboration import CoLLM
+    from collm.run import DataConfig
     from collm.vllm.servers import Servers
 
 CollaborationArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="The collaboration: a directory or a Hub repository.")
 ]
 
-# Which threshold
 
-ThresholdOption = Annotated[
-    float | None,
-    typer.Option(
-        help="The base keeps a token while its defer prob is at most this. Default: the calibrated threshold."
-    ),
-]
-BudgetOption = Annotated[
-    float | None, typer.Option(help="Use the best threshold within this deferral rate, instead of --threshold.")
-]
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a dataclass that are options of a command. It stands in the annotation of a parameter.
 
-# How models are loaded
+    Attributes:
+        shown: names of the options that --help shows.
+        rare: names of the options that only --help-all shows.
+        title: heading of the rare options.
+        defaults: defaults that differ from those of the dataclass.
+    """
 
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 or auto; or a device for each model: cuda:0,cuda:1.")
-]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as saved.")]
-EagerOption = Annotated[bool, typer.Option("--eager", help="Do not use CUDA graphs.")]
-CacheMemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        help="KV cache memory on each device: a size such as 4GiB, or a share of the free memory such as 50%."
-    ),
-]
-TrustCodeOption = Annotated[
-    bool, typer.Option("--trust-code", help="Run the functions that files name as tools, metrics or formats.")
-]
-EngineOption = Annotated[
-    Literal["local", "vllm"] | None,
-    typer.Option("--engine", help="local: models in this process. vllm: servers. Default: vllm if --servers is given."),
-]
-ServersOption = Annotated[
-    str | None,
-    typer.Option(
-        "--servers",
-        metavar="URL,.. | FILE",
-        help="Addresses of the vLLM servers, such as http://localhost:8001/v1, the base's first. Or a YAML file with "
-        "urls, on_failure (fail or base), timeout_s, retries, wait_s, api_key_env.",
-    ),
-]
-MaxBatchOption = Annotated[int, typer.Option(help="Maximum number of prompts decoded at once.")]
-
-# Rows
-
-SplitOption = Annotated[str | None, typer.Option(help="Split of the data set.")]
-PromptFieldOption = Annotated[str, typer.Option(help="Name of the prompt field.")]
-CompletionFieldOption = Annotated[str, typer.Option(help="Name of the completion field.")]
-FormatOption = Annotated[
-    str,
-    typer.Option(
-        "--format", help="rows, the published format of a data set (tulu, gsm8k, gsm8k-plain), or module:NAME."
-    ),
-]
-BadRowsOption = Annotated[str, typer.Option(help="stop: fail at an invalid row. skip: skip and count invalid rows.")]
-StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends a completion. Can be given several times.")]
+    shown: str = ""
+    rare: str = ""
+    title: str = "Loading models"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def servers_named(given: str | None) -> Servers | None:
-    """The servers of --servers."""
-    from collm.vllm.servers import Servers
+@dataclass(frozen=True)
+class OperatingPoint:
+    """How often the base defers.
 
-    return None if given is None else Servers.named(given)
+    Attributes:
+        threshold: the base keeps a token while its defer prob is at most this, by default the calibrated threshold.
+        budget: use the best threshold within this deferral rate, instead of --threshold.
+    """
+
+    threshold: float | None = None
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a collaboration is loaded.
+
+    Attributes:
+        device: device of the models: cpu, cuda, cuda:1 or auto; or one for each model: cuda:0,cuda:1.
+        trust_code: run the functions that files name as tools or metrics.
+        dtype: data type of the models: float32, bfloat16 or float16, by default as saved.
+        engine: where the models run: local (in this process) or vllm (on servers), by default vllm with --servers.
+        servers: addresses of the vLLM servers, such as http://localhost:8001/v1, the base's first. Or a YAML file with
+            urls, on_failure (fail or base), timeout_s, retries, wait_s, api_key_env.
+        eager: do not use CUDA graphs.
+        cache_memory: KV cache memory on each device: a size such as 4GiB, or a share of the free memory such as 50%.
+    """
+
+    device: str | None = None
+    trust_code: bool = False
+    dtype: str | None = None
+    engine: Literal["local", "vllm"] | None = None
+    servers: str | None = field(default=None, metadata={"metavar": "URL,.. | FILE"})
+    eager: bool = False
+    cache_memory: str | None = None
+
+    def load(self, path: str, servers: Servers | None = None) -> CoLLM:
+        """Load a collaboration, whose models run on these servers or on those of the options."""
+        from collm.collaboration import CoLLM
+        from collm.vllm.servers import Servers
+
+        if self.servers is not None:
+            servers = Servers.named(self.servers)
+        return CoLLM.from_pretrained(path, **{**vars(self), "servers": servers})
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What the rows of a data set look like.
+
+    Attributes:
+        split: split of the data set.
+        prompt_field: name of the prompt field.
+        completion_field: name of the completion field.
+        format: layout of the rows: rows, or the published format of a data set: tulu, gsm8k, gsm8k-plain, math, bioasq.
+        bad_rows: what to do at an invalid row: stop, or skip it and count it.
+        template: prompt template, as in training.
+        chat_template: file with the chat template, as in training, by default the tokenizer's template.
+    """
+
+    split: str | None = None
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    format: str = "rows"
+    bad_rows: str = "stop"
+    template: str = "{prompt}"
+    chat_template: str | None = None
+
+    def of(self, data: str) -> DataConfig:
+        """The rows of this source."""
+        from collm.run import DataConfig
+
+        options = dict(vars(self))
+        return DataConfig(data, options.pop("split"), **options)
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of its parameters that are dataclasses.
+
+    An option has the name of its field without a unit: `time_limit_s` is --time-limit. Its help is what the docstring
+    says of the field. The metadata of a field are further arguments of `typer.Option`; or `flag`, another name; or
+    `file`: the value is the text of the file that is given. A dataclass or None is None if no option of it is given.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, set[str]]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        kind, *extra = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        options = _options(kind, *extra)
+        if options:
+            groups[parameter.name] = kind, {one.name for one in options}
+        else:
+            options = [parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY)]
+        parameters += options
+    if any(getattr(one.default, "hidden", False) for one in parameters):
+        show_all = typer.Option(False, "--help-all", is_eager=True, callback=_help_all, help="Show all options.")
+        parameters.append(
+            inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=show_all, annotation=bool)
+        )
+
+    @wraps(function)
+    def command(*arguments: Any, **given: Any) -> None:
+        given.pop("help_all", None)
+        values = {
+            name: collect(kind, {one: given.pop(one, None) for one in names}) for name, (kind, names) in groups.items()
+        }
+        function(*arguments, **given, **values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def collect(kind: Any, given: Mapping[str, Any]) -> Any:
+    """A dataclass from the values of its options. Where a value is None, the field keeps its default."""
+    values = {name: value for name, value in given.items() if value is not None}
+    pairs = {name: value for name, value in values.items() if isinstance(value, list) and isinstance(value[0], tuple)}
+    values |= {name: dict(value) for name, value in pairs.items()}
+    optional = get_args(kind)
+    if optional and not any(values.values()):
+        return None
+    return (optional[0] if optional else kind)(**values)
+
+
+def descriptions(config: Any) -> dict[str, str]:
+    """What the docstrings of a dataclass and its parents say of each field under `Attributes`."""
+    found: dict[str, str] = {}
+    for parent in reversed(config.__mro__):
+        _, _, attributes = inspect.cleandoc(parent.__doc__ or "").partition("Attributes:\n")
+        for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
+
+
+def refuse(context: typer.Context, why: str, *, only: Container[str] | None = None, none: Container[str] = ()) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        why: the reason.
+        only: parameters that are allowed; None for all.
+        none: parameters that are not allowed.
+
+    Raises:
+        typer.BadParameter: names all such options of the command line.
+    """
+    refused = [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if (source := context.get_parameter_source(str(parameter.name))) is not None and source.name == "COMMANDLINE"
+        if parameter.name in none or (only is not None and parameter.name not in only)
+    ]
+    if refused:
+        raise typer.BadParameter(f"{why}; leave {', '.join(refused)} out")
+
+
+def _options(kind: Any, chosen: Fields | None = None) -> list[inspect.Parameter]:
+    """The options of a dataclass, or of a dataclass or None; of another type none."""
+    config = next((one for one in (kind, *get_args(kind)) if isinstance(one, type) and is_dataclass(one)), None)
+    if config is None:
+        return []
+    known, hints, says = {one.name: one for one in fields(config)}, get_type_hints(config), descriptions(config)
+    chosen = chosen or Fields(" ".join(known))
+    found = []
+    for name in [*chosen.shown.split(), *chosen.rare.split()]:
+        default = chosen.defaults.get(name, known[name].default)
+        rare = {"hidden": True, "rich_help_panel": chosen.title} if name in chosen.rare.split() else {}
+        found.append(_option(known[name], hints[name], default, says[name], rare))
+    return found
+
+
+def _option(one: Field[Any], hint: Any, default: Any, says: str, more: dict[str, Any]) -> inspect.Parameter:
+    more |= one.metadata
+    name = more.pop("flag", "--" + re.sub("_(s|bytes)$", "", one.name).replace("_", "-"))
+    says = says[0].upper() + says[1:]
+    several = next((part for part in (hint, *get_args(hint)) if get_origin(part) in (Sequence, Mapping, list)), None)
+    if more.pop("file", False):
+        hint, says = str | None, f"{says} Read from FILE."
+        more |= {"parser": _text_of, "metavar": "FILE"}
+    elif several is not None:
+        hint, default, says = list[get_args(several)[0]] | None, None, f"{says} Can be given several times."  # type: ignore[misc]
+        if get_origin(several) is Mapping:
+            more["parser"] = partial(_pair, get_args(several), more["metavar"])
+    option = typer.Option(... if default is MISSING else default, name, help=says, **more)
+    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
+
+
+def _pair(kinds: tuple[Callable[[str], Any], Callable[[str], Any]], metavar: str, text: str) -> tuple[Any, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return kinds[0](key), kinds[1](value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not {metavar} ({error})") from error
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _help_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit

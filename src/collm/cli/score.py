@@ -2,162 +2,130 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli import options
-from collm.cli.usage import refuse
+from collm.cli.options import RowFormat, refuse, with_options
+from collm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collm.models.loading import ModelSpec
     from collm.models.members import AssistantSpec
-    from collm.run import Server
+    from collm.run import DataConfig, Server
     from collm.training.scores import Scores
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What scores the rows, and how.
+
+    Attributes:
+        model: directory, GGUF file, Hub id (with @revision) or tool:..
+        out: output directory. An interrupted run resumes from it.
+        inspect: only compare the scores in SCORES/base with those in SCORES/assistant, SCORES/assistant-2, ..
+        config: compute the scores of --author that 'collm train --config' needs.
+        author: with --config: base, assistant, assistant-2, ..
+        tokenizer: the base that training will use, for its tokenizer and template, by default the model.
+        max_length: maximum number of tokens of an example, as in training.
+        max_batch_tokens: maximum number of tokens in a batch, with padding, by default 512 on a CPU, otherwise 16,384.
+        dtype: data type of the model: auto, float32, bfloat16 or float16.
+        device: device of the model: cpu, cuda, cuda:1 or auto.
+        quantization: quantize the model with bitsandbytes: nf4 or int8.
+        server: base URL of an OpenAI-compatible server to score on.
+        concurrency: maximum number of concurrent requests.
+        api_key_env: environment variable with the server's API key.
+        tool_eps: probability that a tool gives to other tokens.
+        tool_seconds: time limit of a Python function, seconds.
+        trust_code: run the functions that --config names.
+    """
+
+    model: str | None = None
+    out: Path | None = None
+    inspect: Path | None = field(default=None, metadata={"metavar": "SCORES"})
+    config: Path | None = field(default=None, metadata={"metavar": "run.yaml"})
+    author: str | None = None
+    tokenizer: str | None = None
+    max_length: int = 2048
+    max_batch_tokens: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    quantization: str | None = None
+    server: str | None = None
+    concurrency: int = 16
+    api_key_env: str | None = None
+    tool_eps: float | None = None
+    tool_seconds: float | None = None
+    trust_code: bool = False
+
+
+@with_options
 def score(
     context: typer.Context,
+    how: Scoring,
+    rows: RowFormat,
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Directory, GGUF file, Hub id (with @revision) or tool:..")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output directory. An interrupted run resumes from it.")] = None,
-    inspect: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="SCORES",
-            help="Only compare the scores in SCORES/base with those in SCORES/assistant, SCORES/assistant-2, ..",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="run.yaml", help="Compute the scores of --author that 'collm train --config' needs."),
-    ] = None,
-    author: Annotated[str | None, typer.Option(help="With --config: base, assistant, assistant-2, ..")] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="The base that training will use, for its tokenizer and template. Default: the model."),
-    ] = None,
-    split: options.SplitOption = None,
-    prompt_field: options.PromptFieldOption = "prompt",
-    completion_field: options.CompletionFieldOption = "completion",
-    template: Annotated[str, typer.Option(help="Prompt template, as in training.")] = "{prompt}",
-    chat_template: Annotated[
-        str | None, typer.Option(help="File with the chat template, as in training. Default: the tokenizer's template.")
-    ] = None,
-    format_: options.FormatOption = "rows",
-    bad_rows: options.BadRowsOption = "stop",
-    max_length: Annotated[int, typer.Option(help="Maximum number of tokens of an example, as in training.")] = 2048,
-    max_batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum number of tokens in a batch, with padding. Default: 512 on a CPU, otherwise 16,384."
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4 or int8, with bitsandbytes.")] = None,
-    server: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible server to score on.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Maximum number of concurrent requests. Default: 16.")] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's API key.")] = None,
-    tool_eps: Annotated[float | None, typer.Option(help="Probability that a tool gives to other tokens.")] = None,
-    tool_seconds: Annotated[float | None, typer.Option(help="Time limit of a Python function, seconds.")] = None,
-    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run the functions that --config names.")] = False,
 ) -> None:
     """Score a data set with one model: per target token its log-probability, and whether it is the argmax.
 
     `collm train` computes missing scores itself.
     """
-    if inspect is not None:
+    if how.inspect is not None:
         refuse(context, "--inspect scores nothing", only={"inspect"})
-        _inspect(inspect)
+        _inspect(how.inspect)
         return
 
-    from collm import run
-    from collm.errors import ConfigError
+    from collm.run import Server
 
-    served = _served(server, concurrency, api_key_env)
-    if config is not None:
+    if how.server is None:
+        refuse(context, "no effect without --server", none={"concurrency", "api_key_env"})
+    server = None if how.server is None else Server(how.server, how.concurrency, how.api_key_env)
+    if how.config is not None:
         of_run = {"config", "author", "server", "concurrency", "api_key_env", "trust_code"}
         refuse(context, "--config says what to score", only=of_run)
-        if author is None:
+        if how.author is None:
             raise typer.BadParameter("--config needs --author: base, assistant, assistant-2, ..")
-        _report(_score_of_run(config, author, served, trust_code=trust_code), None)
+        _report(_score_of_run(how.config, how.author, server, trust_code=how.trust_code), None)
         return
-    if trust_code:
-        raise ConfigError("--trust-code has no effect without --config: naming a function is consent; leave it out")
-    if data is None or model is None or out is None:
+    refuse(context, "without --config, naming a function is consent", none={"trust_code"})
+    if data is None or how.model is None or how.out is None:
         raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
-    loading = {"dtype": dtype, "device": device, "quantization": quantization}
-    _check_effects(model, {**loading, "max_batch_tokens": max_batch_tokens}, tool_eps, tool_seconds, server)
-    spec, base = _members(model, tokenizer, loading, tool_eps, tool_seconds)
-    rows = run.DataConfig(data, split, prompt_field, completion_field, template, format_, bad_rows, chat_template)
-    scores = run.score_data(
-        rows, spec, base, out, max_length=max_length, max_batch_tokens=max_batch_tokens, server=served
-    )
-    _report(scores, out)
+    _report(_score_rows(context, rows.of(data), how, how.model, how.out, server), how.out)
 
 
-def _served(url: str | None, concurrency: int | None, api_key_env: str | None) -> Server | None:
-    """The scoring server, if there is one.
-
-    Raises:
-        ConfigError: a server option without a server.
-    """
+def _score_rows(
+    context: typer.Context, rows: DataConfig, how: Scoring, model: str, out: Path, server: Server | None
+) -> Scores:
     from collm import run
-    from collm.errors import ConfigError
+    from collm.tools.spec import PREFIX
 
-    if url is not None:
-        return run.Server(url, concurrency or 16, api_key_env)
-    if concurrency is not None or api_key_env is not None:
-        raise ConfigError("concurrency and api_key_env have no effect without --server; leave them out")
-    return None
+    of_models = {"dtype", "device", "quantization", "max_batch_tokens"}
+    if model.startswith(PREFIX):
+        refuse(context, f"no effect with {model}, which is no model", none={*of_models, "server"})
+        if how.tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
+        spec: AssistantSpec = run.parse_tool(model, how.tool_eps, how.tool_seconds)
+        base = run.parse_model(how.tokenizer)
+    else:
+        refuse(context, f"no effect with {model}, which is no tool", none={"tool_eps", "tool_seconds"})
+        if server is not None:
+            refuse(context, "no effect on a model that the server runs", none=of_models)
+        spec = own = run.parse_model(model, dtype=how.dtype, device=how.device, quantization=how.quantization)
+        base = run.parse_model(how.tokenizer) if how.tokenizer else own
+    most = how.max_batch_tokens
+    return run.score_data(rows, spec, base, out, max_length=how.max_length, max_batch_tokens=most, server=server)
 
 
-def _score_of_run(config: Path, author: str, served: Server | None, *, trust_code: bool) -> Scores:
+def _score_of_run(config: Path, author: str, server: Server | None, *, trust_code: bool) -> Scores:
     """Compute the scores of an author that 'collm train --config' needs."""
     from collm import run
     from collm.cli.train import parse
 
     given = ["--config", str(config), *(["--trust-code"] if trust_code else [])]
-    return run.score_author(*parse(given), author, server=served)
-
-
-def _check_effects(
-    model: str, of_models: dict[str, Any], tool_eps: float | None, tool_seconds: float | None, server: str | None
-) -> None:
-    """Raise a ConfigError for an option that has no effect on the model or tool."""
-    from collm.tools.spec import PREFIX
-
-    set_of_models = {name: value for name, value in of_models.items() if value != "auto"}
-    if model.startswith(PREFIX):
-        _refuse(model, "which is no model", **set_of_models, server=server)
-        return
-    _refuse(model, "which is no tool", tool_eps=tool_eps, tool_seconds=tool_seconds)
-    if server is not None:
-        _refuse(model, "which the server runs", **set_of_models)
-
-
-def _members(
-    model: str, tokenizer: str | None, loading: dict[str, Any], tool_eps: float | None, tool_seconds: float | None
-) -> tuple[AssistantSpec, ModelSpec]:
-    """The model or tool to score with, and the base that training will use.
-
-    Raises:
-        ConfigError: a tool without a base.
-    """
-    from collm import run
-    from collm.errors import ConfigError
-    from collm.tools.spec import PREFIX
-
-    if not model.startswith(PREFIX):
-        own = run.parse_model(model, **loading)
-        return own, run.parse_model(tokenizer) if tokenizer else own
-    if tokenizer is None:
-        raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
-    return run.parse_tool(model, tool_eps, tool_seconds), run.parse_model(tokenizer)
+    return run.score_author(*parse(given), author, server=server)
 
 
 def _report(scores: Scores, out: Path | None) -> None:
@@ -177,12 +145,3 @@ def _inspect(directory: Path) -> None:
     console = Console()
     console.print(inspection_table(inspection))
     console.print(str(inspection.labels), markup=False)
-
-
-def _refuse(model: str, why: str, **options: object) -> None:
-    """Raise a ConfigError for the first option that is set."""
-    from collm.errors import ConfigError
-
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(f"{name} has no effect with {model}, {why}; leave it out")

@@ -1,21 +1,54 @@
 """What a terminal shows of texts that models, rows and files of strangers hold: never their control sequences.
 
-Where the output is no terminal, it holds the text of models unchanged.
+Each token has its author's colour. Where the output is no terminal, it holds the text of models unchanged.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
-from collm.cli.authors import Written, coloured
 from collm.errors import ConfigError
 from collm.redaction import visible
+
+STYLES = ("", "bold green", "bold magenta", "bold cyan", "bold yellow", "bold blue", "bold red")
+
+
+class Authored(Protocol):
+    """A token's text and who wrote it."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def author(self) -> int: ...
+
+
+def style_of(author: int) -> str:
+    """Rich style of an author; the base is plain."""
+    return STYLES[0] if author == 0 else STYLES[1 + (author - 1) % (len(STYLES) - 1)]
+
+
+def coloured(steps: Iterable[Authored]) -> Text:
+    """The text of these steps, each in its author's style."""
+    text = Text()
+    for step in steps:
+        text.append(step.text, style_of(step.author))
+    return text
+
+
+def legend(names: Sequence[str]) -> Text:
+    """Which colour is whom."""
+    text = Text("written by: ", "dim")
+    for author, name in enumerate(names):
+        text.append(name, style_of(author)).append("  ")
+    return text
 
 
 class Console(RichConsole):
@@ -31,7 +64,7 @@ class Console(RichConsole):
             else:
                 yield Segment(visible(segment.text), segment.style)
 
-    def show(self, steps: Iterable[Written]) -> None:
+    def show(self, steps: Iterable[Authored]) -> None:
         """Print text of authors in their colours. Piped, it is written as it is: rich would change tabs and more."""
         if self.is_terminal:
             self.print(coloured(steps), end="")

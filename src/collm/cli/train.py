@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from collm.cli.options import descriptions
+
 if TYPE_CHECKING:
     from collm.run import RunConfig
     from collm.training.config import CoLLMConfig
@@ -95,30 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
         group = parser.add_argument_group(title)
-        descriptions = _descriptions(config)
+        says = descriptions(config)
         for name, field in _fields(config).items():
             group.add_argument(
                 f"--{name}",
                 nargs="+" if _is_list(field) else None,
                 type=_text if "str" in str(field.type) else _value,
                 metavar=str(field.type).replace("%", "%%"),
-                help=descriptions.get(name, "").replace("%", "%%"),
+                help=says.get(name, "").replace("%", "%%"),
             )
     return parser
-
-
-def _descriptions(config: Any) -> dict[str, str]:
-    """What the docstrings of a config and its parents of ours say of each field."""
-    import inspect
-    import re
-
-    found: dict[str, str] = {}
-    for parent in config.__mro__:
-        if parent.__module__.startswith("collm"):
-            _, _, attributes = inspect.cleandoc(parent.__doc__).partition("Attributes:\n")
-            for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE):
-                found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
-    return found
 
 
 def _text(value: str) -> str | None:

@@ -17,22 +17,24 @@ MAX_LOGPROBS = 20
 class StructuredOutputs:
     """A constraint on the generated text. Exactly one attribute must be set.
 
+    The metadata of the fields are for the command line (`cli.options`).
+
     Attributes:
-        json: a JSON schema that the text satisfies, as an object or as JSON text.
+        json: the text is JSON that satisfies this schema, an object or JSON text.
         json_object: the text is any JSON object.
-        regex: a regular expression that matches the whole text (Rust's syntax, without look-around).
-        choice: the texts to choose from.
-        grammar: a context-free grammar in llguidance's Lark syntax, or in GBNF ("root ::= ...").
+        regex: the whole text matches this regular expression (Rust's syntax, without look-around).
+        choice: the text is one of these.
+        grammar: the text follows this context-free grammar in llguidance's Lark syntax, or in GBNF ("root ::= ...").
 
     Raises:
         ConfigError: no attribute is set, several are, or `choice` is not a list of non-empty texts.
     """
 
-    json: str | Mapping[str, Any] | bool | None = None
+    json: str | Mapping[str, Any] | bool | None = field(default=None, metadata={"flag": "--json-schema", "file": True})
     json_object: bool = False
     regex: str | None = None
     choice: Sequence[str] | None = None
-    grammar: str | None = None
+    grammar: str | None = field(default=None, metadata={"file": True})
 
     def __post_init__(self) -> None:
         given = [one.name for one in fields(self) if getattr(self, one.name) not in (None, False)]
@@ -92,7 +94,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"metavar": "ID=BIAS"})
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     min_tokens: int = 0

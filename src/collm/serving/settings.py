@@ -13,22 +13,24 @@ from collm.errors import ConfigError
 class Settings:
     """Settings of a server.
 
+    The metadata of the fields are for the command line (`cli.options`).
+
     Attributes:
         max_batch: maximum number of completions of a collaboration decoded at once.
-        max_waiting: maximum number of waiting completions of a collaboration.
-        max_body_bytes: maximum size of a request body.
-        max_prompt_tokens: maximum number of tokens of a prompt; None for the models' context.
+        max_waiting: maximum number of waiting completions of a collaboration. Others get status 429.
+        max_body_bytes: maximum size of a request body, in bytes.
+        max_prompt_tokens: maximum number of tokens of a prompt, by default the models' context.
         max_connections: maximum number of open connections.
         max_tokens: maximum number of tokens of a completion.
         max_choices: maximum number of completions of a request: its prompts times n.
-        time_limit_s: maximum time of a request, including its waiting time.
-        keep_alive_s: time that a connection stays open without a request.
-        drain_s: time for running requests to finish when the server stops.
-        api_key: API key of clients; None for no authentication.
+        time_limit_s: maximum time of a request, including its waiting time, in seconds.
+        keep_alive_s: seconds that a connection stays open without a request.
+        drain_s: seconds for running requests to finish when the server stops.
+        api_key: API key that clients must send, by default none.
         log_prompts: write prompts to the log.
         allow_hosts: names of this server besides localhost, which are checked without an API key.
-        allow_origins: web origins that can call the server.
-        threshold: threshold of requests that have none; None for the calibrated one of each collaboration.
+        allow_origins: web origins that may call the server.
+        threshold: threshold of requests that have none, by default the calibrated one of each collaboration.
         ignore_unknown: ignore unknown fields of requests.
 
     Raises:
@@ -45,10 +47,10 @@ class Settings:
     time_limit_s: float = 300.0
     keep_alive_s: int = 75
     drain_s: float = 30.0
-    api_key: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False, metadata={"envvar": "COLLM_API_KEY"})
     log_prompts: bool = False
-    allow_hosts: Sequence[str] = ()
-    allow_origins: Sequence[str] = ()
+    allow_hosts: Sequence[str] = field(default=(), metadata={"flag": "--allow-host"})
+    allow_origins: Sequence[str] = field(default=(), metadata={"flag": "--allow-origin"})
     threshold: float | None = None
     ignore_unknown: bool = False
 
