@@ -19,7 +19,7 @@ from collm.models.language_model import LanguageModel
 from collm.training.data import Row
 from collm.training.examples import Example
 from collm.training.scores import Scores
-from collm.training.targets import batches_by_length, pad, read_targets, shift
+from collm.training.targets import batches_by_length, collate, read_targets, shift
 from recipes.gsm8k_calculator.data import MARK, evaluate
 
 ANSWER = "####"
@@ -92,13 +92,15 @@ def read(
         assistants: scores of each assistant.
         max_batch_tokens: largest number of tokens in a batch.
     """
-    shifted = [shift(example) for example in examples]
     parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for indices in batches_by_length([len(one.input_ids) for one in shifted], max_batch_tokens):
-        batch = pad([shifted[index] for index in indices]).to(base.input_device)
-        hidden = base.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[batch.mask]
-        logprob, correct = read_targets(base, hidden, batch.gold[batch.mask])
-        counts = batch.mask.sum(-1).tolist()
+    for indices in batches_by_length([len(one.token_ids) for one in examples], max_batch_tokens):
+        batch = collate([shift(examples[index]) for index in indices])
+        ids, attended, gold, mask = (
+            batch[name].to(base.input_device) for name in ("input_ids", "attention_mask", "gold", "target_mask")
+        )
+        hidden = base.hidden_states(ids, attention_mask=attended, use_cache=False)[mask]
+        logprob, correct = read_targets(base, hidden, gold[mask])
+        counts = mask.sum(-1).tolist()
         pieces = zip(*(torch.split(one.cpu(), counts) for one in (logprob, correct, head(hidden))), strict=True)
         parts |= zip(indices, pieces, strict=True)
     logprob, correct, defer_logits = (torch.cat([parts[i][n] for i in range(len(examples))]) for n in range(3))

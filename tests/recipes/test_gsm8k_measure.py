@@ -15,7 +15,6 @@ from collm.models.language_model import LanguageModel
 from collm.models.tools import ToolModel
 from collm.training.data import Row
 from collm.training.examples import Examples, encode_rows
-from collm.training.scoring import score_examples
 from recipes.gsm8k_calculator import run as recipe
 from recipes.gsm8k_calculator.data import TEMPLATE, load_problems
 from recipes.gsm8k_calculator.measure import (
@@ -29,6 +28,7 @@ from recipes.gsm8k_calculator.measure import (
 )
 from recipes.gsm8k_calculator.models import train_tokenizer
 from tests.tiny_models import make_model, tiny_config
+from tests.training.conftest import score_examples
 
 SOLUTIONS = [
     "She has 48/2 = <<48/2=24>>24 clips and 24+7=<<24+7=31>>31 in all.\n#### 31",
