@@ -18,7 +18,7 @@ from collm.evaluation.intervals import Interval, statistic_interval
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
 from collm.training.measures import auc
-from collm.training.targets import batch_tokens_on, batches_by_length, pad, shift
+from collm.training.targets import batch_tokens_on, batches_by_length, collate, shift
 
 LEARNED, DOUBT, SURER = "learned head", "the base's doubt", "who is surer"
 RANDOM, ORACLE = "at random", "oracle"
@@ -69,22 +69,21 @@ def read_pair(model: CoLLM, examples: Sequence[Example], untuned: nn.Module) -> 
     """
     base, assistant = (cast(LanguageModel, one) for one in model.members)
     models = [base, assistant, LanguageModel(untuned, name="untuned", vocab_size=base.vocab_size)]
-    shifted = [shift(example) for example in examples]
     found: dict[int, list[Tensor]] = {}
-    for indices in batches_by_length([len(one.input_ids) for one in shifted], batch_tokens_on(base.device)):
-        batch = pad([shifted[index] for index in indices]).to(base.device)
-        gold = batch.gold[batch.mask]
-        hidden = [
-            one.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[batch.mask]
-            for one in models
-        ]
+    for indices in batches_by_length([len(one.token_ids) for one in examples], batch_tokens_on(base.device)):
+        batch = collate([shift(examples[index]) for index in indices])
+        ids, attended, gold, mask = (
+            batch[name].to(base.device) for name in ("input_ids", "attention_mask", "gold", "target_mask")
+        )
+        gold = gold[mask]
+        hidden = [one.hidden_states(ids, attention_mask=attended, use_cache=False)[mask] for one in models]
         logprobs = {
             author: one.logits(states).float().log_softmax(-1)
             for author, (one, states) in enumerate(zip(models, hidden, strict=True))
         }
         defer_logits = model.head(hidden[0].to(model.head.weight.device)).float().to(gold.device)
         values = _values(gold, logprobs, defer_logits)
-        parts = (torch.split(one.cpu(), batch.mask.sum(-1).tolist(), dim=-1) for one in values)
+        parts = (torch.split(one.cpu(), mask.sum(-1).tolist(), dim=-1) for one in values)
         found |= dict(zip(indices, map(list, zip(*parts, strict=True)), strict=True))
     columns = [torch.cat([found[i][n] for i in range(len(examples))], dim=-1) for n in range(len(fields(Read)) - 1)]
     return Read([example.num_targets for example in examples], *columns)

@@ -19,8 +19,9 @@ from collm.models.tools import ToolModel, ToolRunner
 from collm.tools.calls import Answer, BuiltInTool
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.training.examples import Example
-from collm.training.scoring import find_scores, score_examples
+from collm.training.scoring import find_scores
 from tests.tokenizers import cut_anywhere, merging_tokenizer
+from tests.training.conftest import score_examples
 
 ANSWERS = {"48/2=": "24>>24", "capital:": " Улан-Батор 🦊", "x": "y"}
 TOKENIZER = merging_tokenizer("<<48/2=24>>24 clips", "the capital: Улан-Батор 🦊, and so on", "=2 4>>2 24> xy")

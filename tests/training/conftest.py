@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel
 
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec
+from collm.models.members import AssistantSpec
+from collm.training import scoring
 from collm.training.config import CoLLMConfig
 from collm.training.examples import Example, Examples, fingerprint
 from collm.training.scores import Scores
-from collm.training.scoring import score_examples
+from collm.training.scoring import Scored, load_scores, write_scores
 
 
 def random_examples(count: int, *, vocab_size: int = 97, seed: int = 0, longest: int = 20) -> Examples:
@@ -38,6 +41,21 @@ def make_scores(examples: Examples, logprob: Callable[[Any], torch.Tensor], corr
     values = torch.cat([logprob(gold) for gold in golds]).float()
     corrects = torch.cat([(correct or (lambda gold: logprob(gold) > -0.7))(gold) for gold in golds])
     return Scores(values, corrects.bool(), offsets, fingerprint(examples))
+
+
+def score_examples(
+    model: Scored,
+    examples: Examples,
+    out: Path,
+    *,
+    spec: AssistantSpec,
+    shard_size: int = scoring.SHARD_SIZE,
+    **options: Any,
+) -> Scores:
+    """Scores of examples, written to a directory and read from it."""
+    with patch.object(scoring, "SHARD_SIZE", shard_size):
+        write_scores(model, examples, out, spec=spec, **options)
+    return load_scores(out, examples, spec)
 
 
 @pytest.fixture

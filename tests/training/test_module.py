@@ -14,9 +14,10 @@ from collm.core.head import DeferralHead
 from collm.core.objective import deferral_cost, marginal_logprobs
 from collm.errors import MismatchError
 from collm.training import fused
-from collm.training.dataset import TrainingSet, collate
+from collm.training.dataset import TrainingSet
 from collm.training.measures import TokenViews
 from collm.training.module import JointModule
+from collm.training.targets import collate
 from tests.training.conftest import make_scores, random_examples
 
 EXAMPLES = random_examples(6)

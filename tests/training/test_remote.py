@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from collm.errors import CollmError, ConfigError, LoadError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
-from collm.training import scoring
 from collm.training.examples import Example, Examples
 from collm.training.remote import RemoteModel
+from collm.training.scoring import read_scores
 from tests.fake_server import THREAD, Drop, FakeServer, Hang, Refuse, Trickle, error
 from tests.training.conftest import random_examples
 
@@ -68,12 +68,10 @@ def own_threads() -> set[threading.Thread]:
 def assert_local(
     pairs: list[tuple[torch.Tensor, torch.Tensor]], module: PreTrainedModel, examples: Examples = EXAMPLES
 ) -> None:
-    local = scoring._score_batch(LanguageModel(module, name="local"), examples, range(len(examples)))
-    assert len(pairs) == len(local)
-    for (logprob, correct), (logprob_, correct_) in zip(pairs, local, strict=True):
-        assert (logprob.dtype, correct.dtype) == (torch.float32, torch.bool)
-        torch.testing.assert_close(logprob, logprob_, rtol=0, atol=1e-5)
-        assert torch.equal(correct, correct_)
+    logprobs, corrects = read_scores(LanguageModel(module, name="local"), examples)
+    assert [len(logprob) for logprob, _ in pairs] == [example.num_targets for example in examples]
+    torch.testing.assert_close(torch.cat([logprob for logprob, _ in pairs]), logprobs, rtol=0, atol=1e-5)
+    assert torch.equal(torch.cat([correct for _, correct in pairs]), corrects)
 
 
 def greedy_examples(module: PreTrainedModel) -> Examples:

@@ -19,9 +19,9 @@ from collm.models.loading import ModelSpec, load_model
 from collm.training import scoring
 from collm.training.examples import Example, Examples
 from collm.training.scores import Scores
-from collm.training.scoring import find_scores, load_scores, progress_bar, read_scores, score_examples, write_scores
+from collm.training.scoring import find_scores, load_scores, progress_bar, read_scores, write_scores
 from collm.training.store import ScoreStore
-from tests.training.conftest import random_examples
+from tests.training.conftest import random_examples, score_examples
 
 SPEC = ModelSpec("some/model")
 EXAMPLES = random_examples(23)
@@ -107,7 +107,7 @@ def test_whole_shards_are_not_scored_again(
 ) -> None:
     module = tiny_model(1)
     first = run(module, tmp_path)
-    monkeypatch.setattr(scoring, "_score_batch", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(LanguageModel, "hidden_states", lambda *_, **__: pytest.fail("scored again"))
     reported: list[tuple[int, int]] = []
     again = run(module, tmp_path, progress=lambda done, total: reported.append((done, total)))
     loaded = load_scores(tmp_path, EXAMPLES, SPEC)
@@ -265,12 +265,15 @@ def test_the_progress_bar_is_silent_where_not_enabled(capsys: pytest.CaptureFixt
     assert "Scoring" in capsys.readouterr().err
 
 
-def test_processes_share_the_shards(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+def test_processes_share_the_shards(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = LanguageModel(tiny_model(2), name="model")
     whole = score_examples(model, EXAMPLES, tmp_path / "whole", spec=SPEC, shard_size=4)
+    monkeypatch.setattr(scoring, "SHARD_SIZE", 4)
     for process in (1, 0):
         assert find_scores(tmp_path / "shared", EXAMPLES, SPEC) is None
-        write_scores(model, EXAMPLES, tmp_path / "shared", spec=SPEC, shard_size=4, process=process, num_processes=2)
+        write_scores(model, EXAMPLES, tmp_path / "shared", spec=SPEC, share=(process, 2))
     shards = sorted(path.name for path in (tmp_path / "shared").iterdir())
     assert shards == sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert len(shards) > 4

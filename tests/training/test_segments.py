@@ -23,11 +23,10 @@ from collm.run import RunConfig, train_collaboration
 from collm.training import scoring
 from collm.training.aligned import encode_aligned
 from collm.training.data import load_rows
-from collm.training.dataset import collate
 from collm.training.examples import Example, Segments, fingerprint
 from collm.training.module import JointModule
 from collm.training.scoring import read_scores, write_scores
-from collm.training.targets import shift
+from collm.training.targets import collate, scatter, shift
 from tests.two_tokenizers import two_aligned, two_tokenizers, writing_model
 
 ROWS = [
@@ -158,15 +157,13 @@ def test_where_every_token_begins_a_segment_the_loss_is_that_of_tokens(frozen: b
         torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
         segments = examples[0].segments
         module = JointModule(base, head, frozen=frozen, law=None if segments is None else segments.law).eval()
-        items = []
+        items = list[dict[str, Tensor]]()
         for example in examples:
             shifted = shift(example)
             generator = torch.Generator().manual_seed(len(items))
-            logprobs = torch.zeros(len(shifted.gold), 1)
-            logprobs[shifted.mask] = -torch.rand(int(shifted.mask.sum()), 1, generator=generator) * 5
-            item = {"input_ids": shifted.input_ids, "gold": shifted.gold, "target_mask": shifted.mask}
-            item |= {"assistant_logprobs": logprobs, "assistant_correct": logprobs > -1}
-            items.append(item | ({} if shifted.rows is None else {"scored": shifted.scored, "rows": shifted.rows}))
+            mask = shifted["target_mask"]
+            logprobs = scatter(-torch.rand(int(mask.sum()), 1, generator=generator) * 5, mask)
+            items.append(shifted | {"assistant_logprobs": logprobs, "assistant_correct": logprobs > -1})
         loss = module(**collate(items))["loss"]
         loss.backward()
         losses.append(loss.item())

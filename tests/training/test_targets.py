@@ -13,21 +13,21 @@ from transformers import PreTrainedModel
 from collm.models.language_model import LanguageModel
 from collm.training import targets
 from collm.training.examples import Example
-from collm.training.targets import batches_by_length, pad, read_targets, shift
+from collm.training.targets import batches_by_length, collate, read_targets, shift
 
 
 def test_position_t_speaks_of_the_token_after_t() -> None:
     shifted = shift(Example([5, 6, 7, 8], [True, False, True, True]))
-    assert shifted.input_ids.tolist() == [5, 6, 7]
-    assert shifted.gold.tolist() == [6, 7, 8]
-    assert shifted.mask.tolist() == [False, True, True]
+    assert shifted["input_ids"].tolist() == [5, 6, 7]
+    assert shifted["gold"].tolist() == [6, 7, 8]
+    assert shifted["target_mask"].tolist() == [False, True, True]
 
 
 def test_padding_is_on_the_right_unattended_and_no_target() -> None:
-    batch = pad([shift(Example([5, 6], [False, True])), shift(Example([7, 8, 9], [True, True, True]))])
-    assert batch.input_ids.tolist() == [[5, 0], [7, 8]]
-    assert batch.attention_mask.tolist() == [[1, 0], [1, 1]]
-    assert batch.mask.tolist() == [[True, False], [True, True]]
+    batch = collate([shift(Example([5, 6], [False, True])), shift(Example([7, 8, 9], [True, True, True]))])
+    assert batch["input_ids"].tolist() == [[5, 0], [7, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert batch["target_mask"].tolist() == [[True, False], [True, True]]
 
 
 @given(st.lists(st.integers(1, 30), max_size=30), st.integers(1, 64))

@@ -33,9 +33,9 @@ from collm.training.checkpoints import last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
 from collm.training.scores import Scores
-from collm.training.scoring import find_scores, score_examples
+from collm.training.scoring import find_scores
 from collm.training.trainer import CoLLMTrainer
-from tests.training.conftest import make_scores, random_examples
+from tests.training.conftest import make_scores, random_examples, score_examples
 
 Make = Callable[..., CoLLMConfig]
 Tiny = Callable[..., PreTrainedModel]

@@ -18,9 +18,8 @@ from collm.models.language_model import LanguageModel
 from collm.training.examples import Examples
 from collm.training.labels import Labels, label_tokens
 from collm.training.measures import auc
-from collm.training.regression import fit_authors, weighted_nll
 from collm.training.targets import shift
-from collm.training.warm_start import warm_start
+from collm.training.warm_start import fit_authors, warm_start, weighted_nll
 from tests.training.conftest import make_scores, random_examples
 
 EXAMPLES = random_examples(200, seed=3)
@@ -32,7 +31,7 @@ def hidden_states(module: PreTrainedModel, examples: Examples) -> Tensor:
     for example in examples:
         shifted = shift(example)
         with torch.no_grad():
-            parts.append(module.model(shifted.input_ids[None]).last_hidden_state[0, shifted.mask])
+            parts.append(module.model(shifted["input_ids"][None]).last_hidden_state[0, shifted["target_mask"]])
     return torch.cat(parts)
 
 
@@ -72,7 +71,7 @@ def test_two_assistants_get_the_tokens_they_own(tiny_model: Callable[..., PreTra
     with torch.no_grad():
         module.model.embed_tokens.weight.mul_(20)  # hidden states that tell their own token
     examples = random_examples(300, vocab_size=15, seed=8)
-    before = torch.cat([shift(one).input_ids[shift(one).mask] for one in examples])
+    before = torch.cat([shift(one)["input_ids"][shift(one)["target_mask"]] for one in examples])
     owner = torch.where(before < 7, 1, torch.where(before < 11, 2, 0))
 
     def knows(author: int) -> Callable[[Tensor], Tensor]:
@@ -101,9 +100,8 @@ def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(
     values = planted(hidden_states(module, EXAMPLES), 1)
     heads = [DeferralHead(32, 1) for _ in range(3)]
     for head, seed in zip(heads, (0, 0, 1), strict=True):
-        options = {"max_tokens": 300, "max_batch_tokens": 100}
         base = LanguageModel(module, name="base")
-        report = warm_start(base, head, EXAMPLES, labels_of(values, 1), seed=seed, **options)
+        report = warm_start(base, head, EXAMPLES, labels_of(values, 1), seed=seed, max_tokens=300)
         assert report.num_tokens == 300
     assert torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[0].weight, heads[2].weight)

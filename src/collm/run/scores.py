@@ -78,8 +78,7 @@ def score(
                 spec=spec,
                 max_batch_tokens=max_batch_tokens,
                 hidden_states=hidden_states,
-                process=processes.process_index,
-                num_processes=processes.num_processes,
+                share=(processes.process_index, processes.num_processes),
                 progress=progress,
             )
         del model

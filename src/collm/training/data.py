@@ -6,14 +6,14 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from collm.errors import ConfigError, DataError, RequestError
-from collm.models.chats import Chat, Message, read_message, read_tools
+from collm.models.chats import Chat, read_message, read_tools
 from collm.training.directories import FILES, files_in
 from collm.training.formats import Format, format_named, text_field
 
@@ -40,7 +40,7 @@ class Row:
         prompt: the text before the completion; for a chat, the messages before its last assistant turn.
         completion: the expected text; for a chat, its last assistant turn.
         messages: the chat up to its last assistant turn; None for a plain prompt.
-        where: file and line, for error messages.
+        where: file and line (JSON lines, CSV) or number of the row, for error messages.
         unlearned: indices of assistant messages that are not training targets.
     """
 
@@ -103,12 +103,23 @@ def load_rows(
     if format != "rows" and (prompt_field, completion_field) != ("prompt", "completion"):
         raise ConfigError(f"prompt_field and completion_field have no effect with format {format!r}; leave them out")
 
-    def to_row(where: str, record: Any) -> Row:
-        return _row(where, record, layout, prompt_field, completion_field)
-
-    rows = _collect(_records(source, split, layout), to_row, str(source), skip=bad_rows == "skip")
+    rows, bad = Rows(), list[DataError]()
+    for where, record in _records(source, split, layout):
+        try:
+            rows.append(_row(where, record, layout, prompt_field, completion_field))
+        except DataError as error:
+            if bad_rows == "stop":
+                raise
+            bad.append(error)
+            if len(bad) <= MAX_REPORTED:
+                logger.warning("skipped a bad row: %s", error)
+    if bad and not rows:
+        raise DataError(f"{source}: all {len(bad)} rows are bad. The first: {bad[0]}") from bad[0]
     if not rows:
         raise DataError(f"{source} has no rows; expected at least one")
+    if bad:
+        logger.warning("skipped %d bad rows of %d in %s", len(bad), len(bad) + len(rows), source)
+        rows.num_bad = len(bad)
     return rows
 
 
@@ -130,25 +141,6 @@ def load_records(
     return records
 
 
-def _collect(records: Iterator[Record], to_row: Callable[[str, Any], Row], source: str, *, skip: bool) -> Rows:
-    rows, first = Rows(), None
-    for where, record in records:
-        try:
-            rows.append(to_row(where, record))
-        except DataError as error:
-            if not skip:
-                raise
-            first = first or error
-            rows.num_bad += 1
-            if rows.num_bad <= MAX_REPORTED:
-                logger.warning("skipped a bad row: %s", error)
-    if first is not None and not rows:
-        raise DataError(f"{source}: all {rows.num_bad} rows are bad. The first: {first}") from first
-    if rows.num_bad:
-        logger.warning("skipped %d bad rows of %d in %s", rows.num_bad, rows.num_bad + len(rows), source)
-    return rows
-
-
 def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[Record]:
     path = Path(source)
     try:
@@ -163,7 +155,7 @@ def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[
     if Path(name).is_dir():
         files = files_in(Path(name), configuration, split, layout)
         return chain.from_iterable(_read_file(file, layout) for file in files)
-    if not _looks_like_path(str(source)):
+    if not (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or path.suffix in FILES):
         return _read_hub(name, configuration, split or "train", layout)
     raise DataError(
         f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a data set directory or a Hub name"
@@ -181,12 +173,8 @@ def _read_file(path: Path, layout: Format) -> Iterator[Record]:
         raise DataError(f"{path} cannot be read: {error.strerror}; expected a file") from error
     if path.suffix == ".csv":
         return _read_csv(text, path)
-    if text.lstrip().startswith("["):
-        return _read_list(text, path, text.index("["))
-    if path.suffix == ".json" and layout.key is not None:
-        return _read_object(text, path, layout.key)
-    if path.suffix == ".json" and layout.row_files:
-        return iter([(f"{path}:1", _parse(text, path))])
+    if text.lstrip().startswith("[") or (path.suffix == ".json" and (layout.key is not None or layout.row_files)):
+        return _read_document(text, path, layout)
     return _read_lines(text, path)
 
 
@@ -240,22 +228,18 @@ def _read_lines(text: str, path: Path) -> Iterator[Record]:
         yield f"{path}:{number}", _parse(line, path, number, "; expected a row per line, or one list")
 
 
-def _read_object(text: str, path: Path, key: str) -> Iterator[Record]:
-    """Rows of the list at one key of a JSON object."""
+def _read_document(text: str, path: Path, layout: Format) -> Iterator[Record]:
+    """Rows of a JSON list, of the list at a format's key, or a single one. The location is the number of the row."""
     found = _parse(text, path)
-    if isinstance(found, DataError):
+    if layout.row_files and not isinstance(found, list):
+        found = [found]
+    elif isinstance(found, DataError):
         raise found
-    if not isinstance(found, Mapping) or not isinstance(found.get(key), list):
-        raise DataError(f'{path} has no list of rows; expected {{"{key}": [...]}}')
-    decoder = json.JSONDecoder()
-    position = text.index("{") + 1
-    while True:  # terminates, as the text is valid JSON with this key
-        name, position = decoder.raw_decode(text, _skip_space(text, position))
-        position = _skip_space(text, text.index(":", position) + 1)
-        if name == key and text[position] == "[":
-            return _read_list(text, path, position, nested=True)
-        _, position = decoder.raw_decode(text, position)
-        position = text.index(",", position) + 1
+    elif layout.key is not None and isinstance(found, Mapping):
+        found = found.get(layout.key)
+    if not isinstance(found, list):
+        raise DataError(f'{path} has no list of rows; expected {{"{layout.key}": [...]}}')
+    yield from ((f"{path}:{number}", record) for number, record in enumerate(found, start=1))
 
 
 def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
@@ -267,39 +251,6 @@ def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
         return DataError(f"{path}:{line}: bad JSON: {error.msg} at column {error.colno}{advice}")
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
         return DataError(f"{path}:{first_line}: bad JSON: {error}{advice}")
-
-
-def _read_list(text: str, path: Path, start: int, *, nested: bool = False) -> Iterator[Record]:
-    """Rows of the JSON list at `start`, with the lines they start on. A nested list need not end the text."""
-    decoder = json.JSONDecoder()
-    position, line, counted = _skip_space(text, start + 1), 1, 0
-    separator = ","
-    if text[position : position + 1] == "]":
-        separator, position = "]", position + 1
-    while separator == ",":
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            record, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: bad JSON: {error.msg} at column {error.colno}") from error
-        except (RecursionError, ValueError) as error:
-            raise DataError(f"{path}:{line}: bad JSON: {error}") from error
-        yield f"{path}:{line}", record
-        end = _skip_space(text, end)
-        separator = text[end : end + 1]
-        position = _skip_space(text, end + 1)
-    if separator != "]" or (text[position:].strip() and not nested):
-        raise DataError(f"{path}:{line}: bad JSON: expected , or ] after the row that starts here and nothing after ]")
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in FILES
 
 
 def _configured(source: str) -> tuple[str, str | None]:
@@ -352,17 +303,13 @@ def _row(where: str, record: Any, layout: Format, prompt_field: str, completion_
         return _chat_row(where, fields["messages"], fields.get("tools"))
     asked, answer = fields.get(prompt_field), fields.get(completion_field)
     if isinstance(asked, list) and isinstance(answer, list | Mapping):
-        return _chat_row(where, _merge_trl(asked, answer), fields.get("tools"))
+        prompt_turns = [{**turn, "train": False} if isinstance(turn, Mapping) else turn for turn in asked]
+        turns = [*prompt_turns, *([answer] if isinstance(answer, Mapping) else answer)]  # TRL: the answer is the target
+        return _chat_row(where, turns, fields.get("tools"))
     prompt, completion = (
         text_field(where, fields, name, "name the fields to read") for name in (prompt_field, completion_field)
     )
     return Row(prompt, completion, None, where)
-
-
-def _merge_trl(prompt: Any, completion: Any) -> list[Any]:
-    """Join TRL's prompt and completion to one chat, in which only the completion is a target."""
-    targets = [completion] if isinstance(completion, Mapping) else completion
-    return [*({**message, "train": False} if isinstance(message, Mapping) else message for message in prompt), *targets]
 
 
 def _chat_row(where: str, messages: Any, tools: Any) -> Row:
@@ -370,7 +317,12 @@ def _chat_row(where: str, messages: Any, tools: Any) -> Row:
         raise DataError(f"{where}: 'messages' is a {type(messages).__name__}, expected a list of messages")
     if len(messages) > MAX_MESSAGES:
         raise DataError(f"{where}: the chat has {len(messages)} messages, expected at most {MAX_MESSAGES}; split it")
-    read = [_message(f"{where}: message {number}", message) for number, message in enumerate(messages, start=1)]
+    read = []
+    for number, message in enumerate(messages, start=1):
+        try:
+            read.append(read_message(message))
+        except RequestError as error:
+            raise DataError(f"{where}: message {number}{error}") from error
     turns = [index for index, (message, learned) in enumerate(read) if message["role"] == "assistant" and learned]
     if not turns:
         roles = ", ".join(message["role"] for message, _ in read) or "none"
@@ -382,17 +334,6 @@ def _chat_row(where: str, messages: Any, tools: Any) -> Row:
     last = turns[-1]
     chat = Chat([message for message, _ in read[: last + 1]], functions)
     unlearned = frozenset(index for index, message in enumerate(chat) if message["role"] == "assistant") - set(turns)
-    return Row(Chat(chat[:last], functions), _completion_text(chat[last]), chat, where, unlearned)
-
-
-def _message(where: str, message: Any) -> tuple[Message, bool]:
-    try:
-        return read_message(message)
-    except RequestError as error:
-        raise DataError(f"{where}{error}") from error
-
-
-def _completion_text(message: Message) -> str:
-    """The text of a message followed by its calls as JSON."""
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
-    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in chat[last].get("tool_calls", ())]
+    completion = "\n".join([text for text in (chat[last]["content"], *calls) if text])
+    return Row(Chat(chat[:last], functions), completion, chat, where, unlearned)

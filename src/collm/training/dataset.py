@@ -1,4 +1,4 @@
-"""The training set, which joins examples with scores, and its collators."""
+"""The training set, which joins examples with scores."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError
 from collm.training.examples import Example, fingerprint
 from collm.training.scores import Scores
-from collm.training.targets import Shifted, pad, shift
+from collm.training.targets import scatter, shift
 
 
 class TrainingSet(Dataset[dict[str, Tensor]]):
@@ -72,74 +71,26 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One shifted example.
+        """One example as `shift` gives it, with its scores.
 
         Returns:
-            input_ids, gold, target_mask, shape (T,); assistant_logprobs and assistant_correct, shape (T, K), 0 and
-            false outside of targets. For models with different tokenizers also scored and rows, as in `Shifted`, and
-            target_mask is true where a segment begins. From hidden states, T is the number of targets, and hidden,
-            shape (T, H), base_logprob and base_correct, shape (T,), replace input_ids and gold.
+            Its tensors, shape (T,), with assistant_logprobs and assistant_correct, shape (T, K), 0 and false outside
+            of targets. From hidden states, T is the number of targets, and hidden, shape (T, H), base_logprob and
+            base_correct, shape (T,), replace input_ids and gold.
         """
+        scores = {
+            "assistant_logprobs": torch.stack([each.logprob(index) for each in self.assistant_scores], dim=-1),
+            "assistant_correct": torch.stack([each.correct(index) for each in self.assistant_scores], dim=-1),
+        }  # at the targets, (n, K)
         if self.from_hidden_states:
-            return self._targets(index)
+            assert self.base_scores is not None
+            assert self.base_scores.hidden is not None
+            return {
+                "hidden": self.base_scores.hidden.of(index),
+                "base_logprob": self.base_scores.logprob(index),
+                "base_correct": self.base_scores.correct(index),
+                "target_mask": torch.ones(len(scores["assistant_logprobs"]), dtype=torch.bool),
+                **scores,
+            }
         shifted = shift(self.examples[index])
-        logprobs = torch.zeros(len(shifted.gold), self.num_assistants)
-        correct = torch.zeros(len(shifted.gold), self.num_assistants, dtype=torch.bool)
-        logprobs[shifted.mask], correct[shifted.mask] = self._assistants(index)
-        return {
-            "input_ids": shifted.input_ids,
-            "gold": shifted.gold,
-            "target_mask": shifted.mask,
-            "assistant_logprobs": logprobs,
-            "assistant_correct": correct,
-            **({} if shifted.rows is None else {"scored": shifted.scored, "rows": shifted.rows}),
-        }
-
-    def _targets(self, index: int) -> dict[str, Tensor]:
-        assert self.base_scores is not None
-        assert self.base_scores.hidden is not None
-        logprobs, correct = self._assistants(index)
-        return {
-            "hidden": self.base_scores.hidden.of(index),
-            "base_logprob": self.base_scores.logprob(index),
-            "base_correct": self.base_scores.correct(index),
-            "target_mask": torch.ones(len(logprobs), dtype=torch.bool),
-            "assistant_logprobs": logprobs,
-            "assistant_correct": correct,
-        }
-
-    def _assistants(self, index: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and flags at one example's targets, shape (n, K)."""
-        logprobs = torch.stack([scores.logprob(index) for scores in self.assistant_scores], dim=-1)
-        return logprobs, torch.stack([scores.correct(index) for scores in self.assistant_scores], dim=-1)
-
-
-def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate examples, padded on the right, to the arguments of `JointModule.forward`."""
-    if "hidden" in items[0]:
-        return {name: pad_sequence([item[name] for item in items], batch_first=True) for name in items[0]}
-    shifted = [
-        Shifted(
-            one["input_ids"], one["gold"], one["target_mask"], one.get("scored", one["target_mask"]), one.get("rows")
-        )
-        for one in items
-    ]
-    batch = pad(shifted)
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "gold": batch.gold,
-        "target_mask": batch.mask,
-        "assistant_logprobs": pad_sequence([item["assistant_logprobs"] for item in items], batch_first=True),
-        "assistant_correct": pad_sequence([item["assistant_correct"] for item in items], batch_first=True),
-        **({} if batch.rows is None else {"scored": batch.scored, "rows": batch.rows}),
-    }
-
-
-def collate_padding_free(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate examples to one row with position ids that restart at each example, without an attention mask."""
-    batch = {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in items[0]}
-    if "input_ids" in batch:
-        positions = [torch.arange(len(item["input_ids"])) for item in items]
-        batch["position_ids"] = torch.cat(positions).unsqueeze(0)
-    return batch
+        return shifted | {name: scatter(values, shifted["target_mask"]) for name, values in scores.items()}

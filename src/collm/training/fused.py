@@ -17,7 +17,6 @@ MIN_ROWS = 64
 """Smallest number of target positions per chunk. Matrix products over fewer rows are inefficient."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def marginal_nll_sum(
     model: LanguageModel, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
 ) -> Tensor:

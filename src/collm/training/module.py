@@ -16,7 +16,7 @@ from collm.models.language_model import LanguageModel
 from collm.models.progress import quiet_if_small
 from collm.training.config import CoLLMConfig
 from collm.training.fused import marginal_nll_sum
-from collm.training.targets import read_segments, read_targets
+from collm.training.targets import needs_logits, read_segments, read_targets, scatter
 
 
 class JointModule(nn.Module):
@@ -95,80 +95,53 @@ class JointModule(nn.Module):
             num_items_in_batch: number of target tokens to divide by; by default those of this batch.
             per_token: also return the values that `TokenViews` needs; the loss then has no gradient in the base.
             **inputs: gold, the gold tokens, shape (B, T), with the base's inputs: input_ids and attention_mask, shape
-                (B, T), and for segments scored and rows, as in `targets.Batch`. For a frozen base its outputs instead:
+                (B, T), and for segments scored and rows, as in `targets.shift`. For a frozen base its outputs instead:
                 hidden, shape (B, T, H), base_logprob and base_correct, shape (B, T).
 
         Returns:
             loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
             defer_logits, shape (B, T, K), all 0 outside of targets.
         """
-        assistant_logprobs = assistant_logprobs[target_mask]
-        if "rows" in inputs:
-            nll, defer_logits, views = self._segments(target_mask, assistant_logprobs, **inputs)
-        elif torch.is_grad_enabled() and not self.frozen and not per_token:
-            gold = inputs.pop("gold")[target_mask]
-            hidden = self._hidden_states(**inputs)[target_mask]  # (N, H)
-            defer_logits = self._defer_logits(hidden)  # (N, K)
-            nll = marginal_nll_sum(self._model, hidden, gold, assistant_logprobs, defer_logits)
-            views = {}
-        else:
-            hidden, base_logprob, base_correct = self._read(target_mask, **inputs)
-            defer_logits = self._defer_logits(hidden)  # (N, K)
-            nll = self._nll(base_logprob, assistant_logprobs, defer_logits)
-            views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
-        total = self._with_cost(nll, defer_logits)
+        batch = {"target_mask": target_mask, "assistant_logprobs": assistant_logprobs, **inputs}
+        tunes_base = torch.is_grad_enabled() and not self.frozen and not per_token
+        if "hidden" not in batch:
+            read = {name: values for name, values in inputs.items() if name not in ("gold", "scored", "rows")}
+            with torch.set_grad_enabled(tunes_base):
+                batch["hidden"] = self._model.hidden_states(**read, use_cache=False)
+        total, views = self._loss(batch, tunes_base=tunes_base)
         result = {"loss": total / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
-            result |= {name: _scatter(values, target_mask) for name, values in views.items()}
+            result |= {name: scatter(values, target_mask) for name, values in views.items()}
         return result
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
-    def _segments(
-        self,
-        target_mask: Tensor,
-        assistant_logprobs: Tensor,
-        gold: Tensor,
-        scored: Tensor,
-        rows: Tensor,
-        **inputs: Tensor,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The summed NLL of segments, the defer logits (N, K), and the values that `TokenViews` needs."""
-        assert self._law is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            hidden = self._hidden_states(**inputs)
-            read = scored | (rows >= 0)
-            inputs_read = gold[read], rows[read], scored[read]
-            base_logprob, base_correct, _ = read_segments(self._model, hidden[read], *inputs_read, self._law)
-        defer_logits = self._defer_logits(hidden[target_mask])
-        nll = self._nll(base_logprob, assistant_logprobs, defer_logits)
-        views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
-        return nll, defer_logits, views
-
-    def _hidden_states(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-        return self._model.hidden_states(input_ids, use_cache=False, **inputs)
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _defer_logits(self, hidden: Tensor) -> Tensor:
-        return cast(Tensor, self.head(hidden))
+    def _loss(self, batch: dict[str, Tensor], *, tunes_base: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the loss over the targets, and the values that `TokenViews` needs unless the base is tuned."""
+        mask = batch["target_mask"]
+        hidden, assistant_logprobs = batch["hidden"][mask], batch["assistant_logprobs"][mask]  # (N, H), (N, K)
+        defer_logits = self.head(hidden)  # (N, K)
+        views = {}
+        if tunes_base and self._law is None:
+            nll = marginal_nll_sum(self._model, hidden, batch["gold"][mask], assistant_logprobs, defer_logits)
+        else:
+            with torch.set_grad_enabled(tunes_base):
+                base_logprob, base_correct = self._read_base(batch)
+            nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
+            views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
+        if any(self._deferral_costs):
+            nll = nll + deferral_cost(defer_logits, self._deferral_costs)
+        return nll, views
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _nll(self, base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor) -> Tensor:
-        return -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _with_cost(self, nll: Tensor, defer_logits: Tensor) -> Tensor:
-        return nll + deferral_cost(defer_logits, self._deferral_costs) if any(self._deferral_costs) else nll
-
-    @torch.no_grad()
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
-    def _read(self, target_mask: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (N, H) at the targets, with log-probabilities and correctness (N,) of the gold tokens."""
-        if "hidden" in inputs:
-            hidden, base_logprob, base_correct = (inputs[name] for name in ("hidden", "base_logprob", "base_correct"))
-            return hidden[target_mask], base_logprob[target_mask], base_correct[target_mask]
-        gold = inputs.pop("gold")[target_mask]
-        hidden = self._hidden_states(**inputs)[target_mask]
-        return hidden, *read_targets(self._model, hidden, gold)
+    def _read_base(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The base's log-probabilities and correctness at the targets, shape (N,)."""
+        mask, hidden = batch["target_mask"], batch["hidden"]
+        if "base_logprob" in batch:
+            return batch["base_logprob"][mask], batch["base_correct"][mask]
+        if self._law is None:
+            return read_targets(self._model, hidden[mask], batch["gold"][mask])
+        at = needs_logits(batch)
+        gold, rows, scored = (batch[name][at] for name in ("gold", "rows", "scored"))
+        return read_segments(self._model, hidden[at], gold, rows, scored, self._law)[:2]
 
     def train(self, mode: bool = True) -> JointModule:
         """Set the training mode, but keep a frozen base in evaluation mode, without dropout, as in decoding."""
@@ -180,14 +153,6 @@ class JointModule(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Enable activation checkpointing of the base. Trainer calls this."""
         cast(Any, self.base).activation_checkpointing_enable(**options)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Scatter values of target positions (N, ...) to (B, T, ...), with 0 elsewhere."""
-    scattered = values.new_zeros(*mask.shape, *values.shape[1:])
-    scattered[mask] = values
-    return scattered
 
 
 def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:

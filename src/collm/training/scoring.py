@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from collm.core.segments import SegmentLaw, Spans, segment_logprobs, segments_correct, stop_logprobs, token_terms
+from collm.core.segments import Spans, segment_logprobs, segments_correct, stop_logprobs, token_terms
 from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.models.members import AssistantSpec
 from collm.models.tools import ToolModel
-from collm.training.examples import Example, fingerprint
+from collm.training.examples import Example, Segments, fingerprint
 from collm.training.remote import RemoteModel
 from collm.training.scores import Scores
 from collm.training.store import HEADER, Header, ScoreStore, read_header
 from collm.training.targets import (
-    Shifted,
     batch_tokens_on,
     batches_by_length,
-    pad,
+    collate,
+    needs_logits,
     read_segments,
     read_targets,
     shift,
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 Scored = LanguageModel | ToolModel | RemoteModel
 """Anything that can score examples: a model in memory, a tool, or a model behind a server."""
+
+TensorsByName = dict[str, Tensor]
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of finished tokens and the total."""
@@ -56,14 +58,6 @@ def progress_bar(description: str, *, enabled: bool = True) -> Iterator[OnProgre
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def score_examples(
-    model: Scored, examples: Sequence[Example], out_dir: Path, *, spec: AssistantSpec, **options: Any
-) -> Scores:
-    """Run `write_scores` with `options`, and load the scores."""
-    write_scores(model, examples, out_dir, spec=spec, **options)
-    return load_scores(out_dir, examples, spec)
-
-
 def write_scores(
     model: Scored,
     examples: Sequence[Example],
@@ -71,10 +65,8 @@ def write_scores(
     *,
     spec: AssistantSpec,
     max_batch_tokens: int | None = None,
-    shard_size: int = SHARD_SIZE,
     hidden_states: bool = False,
-    process: int = 0,
-    num_processes: int = 1,
+    share: tuple[int, int] = (0, 1),
     progress: OnProgress | None = None,
 ) -> None:
     """Score every target token: its log-probability, and whether it is the model's argmax.
@@ -88,10 +80,9 @@ def write_scores(
         out_dir: directory of the scores; may contain the beginning of the same run.
         spec: source of the model, which identifies its scores.
         max_batch_tokens: largest number of tokens per batch with padding; by default 512 on a CPU, 16,384 elsewhere.
-        shard_size: examples per shard.
         hidden_states: also store the model's last hidden states at the target tokens, H numbers each in the model's
             dtype. Requires a model in memory.
-        process, num_processes: write every `num_processes`-th shard, starting with number `process`.
+        share: number of this process, and number of processes that share the work; each writes its shards.
         progress: called after each batch, with the tokens of these shards.
 
     Raises:
@@ -105,47 +96,52 @@ def write_scores(
     _check_fits(model, examples)
     if hidden_states and not isinstance(model, LanguageModel):
         raise ConfigError(f"{model.name} returns no hidden states to store; use a model in memory")
-    header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=shard_size, hidden_states=hidden_states)
+    header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=SHARD_SIZE, hidden_states=hidden_states)
     store = _store(out_dir, header, examples)
     store.begin()
-    assigned = list(enumerate(store.shards))[process::num_processes]
-    advance = _progress_counter(examples, [index for _, indices in assigned for index in indices], progress)
-    stops = [_fill_shard(model, examples, store, shard, max_batch_tokens, advance) for shard, _ in assigned]
-    _check_stops(model.name, [one for one in stops if one is not None])
+    _fill(store, range(share[0], len(store.shards), share[1]), model, examples, max_batch_tokens, progress)
 
 
-def _progress_counter(
-    examples: Sequence[Example], indices: Sequence[int], progress: OnProgress | None
-) -> Callable[[Sequence[int]], None]:
-    """Return a function that takes finished examples and reports the number of finished tokens and the total."""
-    total = sum(len(examples[index].token_ids) - 1 for index in indices)
-    done = 0
-
-    def advance(finished: Sequence[int]) -> None:
-        nonlocal done
-        done += sum(len(examples[index].token_ids) - 1 for index in finished)
-        if progress is not None:
-            progress(done, total)
-
-    return advance
-
-
-def _fill_shard(
+def _fill(
+    store: ScoreStore,
+    shards: Iterable[int],
     model: Scored,
     examples: Sequence[Example],
-    store: ScoreStore,
-    shard: int,
     max_batch_tokens: int | None,
-    advance: Callable[[Sequence[int]], None],
-) -> Tensor | None:
-    """Score a shard unless it is complete. Returns log P(START) after each newly scored segment, or None."""
-    indices = store.shards[shard]
-    if _is_intact(store, shard):
-        advance(indices)
-        return None
-    found, stops = _score_shard(model, examples, indices, max_batch_tokens, advance, store.header.hidden_states)
-    store.write(shard, *found)
-    return stops
+    progress: OnProgress | None,
+) -> None:
+    """Score those of these shards that are not complete."""
+
+    def tokens(indices: Iterable[int]) -> int:
+        return sum(len(examples[index].token_ids) - 1 for index in indices)
+
+    left = [shard for shard in shards if not _is_intact(store, shard)]
+    total = sum(tokens(store.shards[shard]) for shard in shards)
+    done = total - sum(tokens(store.shards[shard]) for shard in left)
+    if progress is not None:
+        progress(done, total)
+    stops = list[Tensor]()
+    for shard in left:
+        found = dict[int, TensorsByName]()
+        for batch, scores in _score(
+            model, examples, store.shards[shard], max_batch_tokens, hidden_states=store.header.hidden_states
+        ):
+            found.update(zip(batch, scores, strict=True))
+            done += tokens(batch)
+            if progress is not None:
+                progress(done, total)
+        tensors = _joined([found[index] for index in store.shards[shard]])
+        if "log_stop" in tensors:
+            stops.append(tensors.pop("log_stop"))
+        store.write(shard, tensors)
+    if stops and (mean := torch.cat(stops).mean()) < LOW_STOP:
+        logger.warning(
+            "%s gives the end of a segment a log-probability of %.1f nats on average, expected more than %.0f: "
+            "it will often write past the end of a segment; train it on such texts or use another assistant",
+            model.name,
+            mean,
+            LOW_STOP,
+        )
 
 
 def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> list[Tensor]:
@@ -159,41 +155,15 @@ def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bo
         ConfigError, MismatchError, ModelFailure, ToolFailure: as in `write_scores`.
     """
     _check_fits(model, examples)
-    return _score_shard(model, examples, range(len(examples)), None, lambda indices: None, hidden_states)[0]
+    found = dict[int, TensorsByName]()
+    for batch, scores in _score(model, examples, range(len(examples)), None, hidden_states=hidden_states):
+        found.update(zip(batch, scores, strict=True))
+    tensors = _joined([found[index] for index in range(len(examples))])
+    return [tensors[name] for name in ("logprob", "correct", "hidden") if name in tensors]
 
 
-def _score_shard(
-    model: Scored,
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    max_batch_tokens: int | None,
-    advance: Callable[[Sequence[int]], None],
-    hidden_states: bool,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Score examples in batches, returning results in the order of `indices`.
-
-    Returns:
-        Log-probabilities, correctness and optionally hidden states; and for segments log P(START) after each, or None.
-    """
-    results: dict[int, tuple[Tensor, ...]] = {}
-    for batch in _batches(model, examples, indices, max_batch_tokens):
-        results.update(zip(batch, _score_batch(model, examples, batch, hidden_states), strict=True))
-        advance(batch)
-    found = [torch.cat(values) for values in zip(*(results[index] for index in indices), strict=True)]
-    return found, found.pop(2) if examples[indices[0]].segments is not None else None
-
-
-def _check_stops(name: str, stops: Sequence[Tensor]) -> None:
-    """Log a warning about an assistant that tends to continue past the end of segments."""
-    logprobs = torch.cat([torch.zeros(0), *stops])
-    if len(logprobs) and logprobs.mean() < LOW_STOP:
-        logger.warning(
-            "%s gives the end of a segment a log-probability of %.1f nats on average, expected more than %.0f: "
-            "it will often write past the end of a segment; train it on such texts or use another assistant",
-            name,
-            logprobs.mean(),
-            LOW_STOP,
-        )
+def _joined(scores: Sequence[TensorsByName]) -> TensorsByName:
+    return {name: torch.cat([one[name] for one in scores]) for name in scores[0]}
 
 
 def find_scores(
@@ -269,52 +239,39 @@ def _check_fits(model: Scored, examples: Sequence[Example]) -> None:
             )
 
 
-def _batches(
-    model: Scored, examples: Sequence[Example], indices: Sequence[int], max_batch_tokens: int | None
-) -> list[list[int]]:
-    """Batches by length for a model in memory; a single one for servers and tools, which do not need batches."""
-    if not isinstance(model, LanguageModel):
-        return [list(indices)]
-    max_batch_tokens = max_batch_tokens or batch_tokens_on(model.device)
-    batches = batches_by_length([len(examples[index].token_ids) for index in indices], max_batch_tokens)
-    return [[indices[place] for place in batch] for batch in batches]
+def _score(
+    model: Scored,
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    max_batch_tokens: int | None,
+    *,
+    hidden_states: bool,
+) -> Iterator[tuple[Sequence[int], list[TensorsByName]]]:
+    """Yield the indices of a batch of examples and the scores of each of them, on the CPU.
 
-
-def _score_batch(
-    model: Scored, examples: Sequence[Example], indices: Sequence[int], hidden_states: bool = False
-) -> list[tuple[Tensor, ...]]:
-    """Scores of each example, on the CPU: log-probabilities, correctness and optionally hidden states."""
+    Scores are logprob, correct and optionally hidden; for segments also log_stop, log P(START) after each.
+    """
     if isinstance(model, RemoteModel):
-        return [*model.score([examples[index] for index in indices], numbers=indices)]
-    if isinstance(model, ToolModel):
-        return [_score_tool(model, examples[index]) for index in indices]
-    shifted = [shift(examples[index]) for index in indices]
-    counts = [int(one.mask.sum()) for one in shifted]
-    segments = examples[indices[0]].segments
-    try:
-        read = _read_batch(model, shifted, hidden_states, None if segments is None else segments.law)
-    except Exception as error:
-        what = f"{type(error).__name__} while it read {len(indices)} examples at once"
-        raise ModelFailure(f"{model.name} raised {what}: {error}") from error
-    by_example = list(zip(*(torch.split(values, counts) for values in read), strict=True))
-    for index, (values, *_) in zip(indices, by_example, strict=True):
-        if values.isnan().any():
-            raise ModelFailure(
-                f"{model.name} returned NaN logits for example {index} (at its target token "
-                f"{int(values.isnan().nonzero()[0])}); check its weights and dtype"
-            )
-    return by_example
+        pairs = model.score([examples[index] for index in indices], numbers=indices)
+        yield indices, [{"logprob": logprob, "correct": correct} for logprob, correct in pairs]
+    elif isinstance(model, ToolModel):
+        for index in indices:
+            yield [index], [_read_tool(model, examples[index])]
+    else:
+        lengths = [len(examples[index].token_ids) for index in indices]
+        for places in batches_by_length(lengths, max_batch_tokens or batch_tokens_on(model.device)):
+            batch = [indices[place] for place in places]
+            yield batch, _read_batch(model, examples, batch, hidden_states=hidden_states)
 
 
-def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, ...]:
+def _read_tool(model: ToolModel, example: Example) -> TensorsByName:
     if example.segments is None:
-        return model.score(example.token_ids, example.is_target)
-    law, shifted = example.segments.law, shift(example)
-    assert shifted.rows is not None
-    at = (shifted.scored | (shifted.rows >= 0)).nonzero().squeeze(-1)
-    gold, rows = shifted.gold[at], shifted.rows[at]
+        return dict(zip(("logprob", "correct"), model.score(example.token_ids, example.is_target), strict=True))
+    law, batch = example.segments.law, shift(example)
+    at = needs_logits(batch).nonzero().squeeze(-1)
+    gold, rows, scored = (batch[name][at] for name in ("gold", "rows", "scored"))
     logits = model.logits(model.next_tokens(example.token_ids, (at + 1).tolist()))
-    spans = Spans.of(gold, rows, shifted.scored[at], law)
+    spans = Spans.of(gold, rows, scored, law)
     terms = token_terms(logits, gold, rows, law)
     abstains = logits.amax(-1) == logits.amin(-1)
     terms = terms._replace(  # a tool ends its segment by abstaining
@@ -322,25 +279,49 @@ def _score_tool(model: ToolModel, example: Example) -> tuple[Tensor, ...]:
         stops=terms.stops | abstains,
         log_start=terms.log_start.masked_fill(abstains, 0.0),
     )
-    return segment_logprobs(terms, spans), segments_correct(terms, spans), stop_logprobs(terms, spans)
+    return {
+        "logprob": segment_logprobs(terms, spans),
+        "correct": segments_correct(terms, spans),
+        "log_stop": stop_logprobs(terms, spans),
+    }
 
 
 def _read_batch(
-    model: LanguageModel, shifted: Sequence[Shifted], hidden_states: bool, law: SegmentLaw | None
-) -> list[Tensor]:
+    model: LanguageModel, examples: Sequence[Example], indices: Sequence[int], *, hidden_states: bool
+) -> list[TensorsByName]:
+    """The scores of each example of one forward pass."""
+    batch = collate([shift(examples[index]) for index in indices])
+    counts = batch["target_mask"].sum(-1).tolist()
     training = model.module.training
     model.module.eval()
     try:
         with torch.inference_mode():
-            batch = pad(shifted).to(model.input_device)
-            states = model.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            hidden = states[batch.mask.to(states.device)]
-            if batch.rows is None or law is None:
-                read = read_targets(model, hidden, batch.gold[batch.mask])
-            else:
-                at = batch.read
-                inputs_read = batch.gold[at], batch.rows[at], batch.scored[at]
-                read = read_segments(model, states[at.to(states.device)], *inputs_read, law)
-            return [values.cpu() for values in (*read, *([hidden] if hidden_states else []))]
+            scores = _read_targets(model, batch, examples[indices[0]].segments)
+    except Exception as error:
+        what = f"{type(error).__name__} while it read {len(indices)} examples at once"
+        raise ModelFailure(f"{model.name} raised {what}: {error}") from error
     finally:
         model.module.train(training)
+    if not hidden_states:
+        del scores["hidden"]
+    parts = {name: torch.split(values.cpu(), counts) for name, values in scores.items()}
+    for index, logprob in zip(indices, parts["logprob"], strict=True):
+        if logprob.isnan().any():
+            raise ModelFailure(
+                f"{model.name} returned NaN logits for example {index} (at its target token "
+                f"{int(logprob.isnan().nonzero()[0])}); check its weights and dtype"
+            )
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def _read_targets(model: LanguageModel, batch: TensorsByName, segments: Segments | None) -> TensorsByName:
+    batch = {name: values.to(model.input_device) for name, values in batch.items()}
+    states = model.hidden_states(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    hidden = states[batch["target_mask"].to(states.device)]
+    if segments is None:
+        logprob, correct = read_targets(model, hidden, batch["gold"][batch["target_mask"]])
+        return {"logprob": logprob, "correct": correct, "hidden": hidden}
+    at = needs_logits(batch)
+    gold, rows, scored = (batch[name][at] for name in ("gold", "rows", "scored"))
+    logprob, correct, log_stop = read_segments(model, states[at.to(states.device)], gold, rows, scored, segments.law)
+    return {"logprob": logprob, "correct": correct, "log_stop": log_stop, "hidden": hidden}

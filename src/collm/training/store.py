@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -151,20 +151,15 @@ class ScoreStore:
         with atomic_file(self.directory / HEADER) as temporary:
             temporary.write_text(json.dumps(asdict(self.header), indent=2) + "\n", encoding="utf-8")
 
-    def write(self, shard: int, logprob: Tensor, correct: Tensor, hidden: Tensor | None = None) -> None:
-        """Write the log-probabilities and correctness of one shard's target tokens, in the shard's order.
+    def write(self, shard: int, scores: Mapping[str, Tensor]) -> None:
+        """Write one shard's scores at its target tokens, in the shard's order.
 
         Args:
-            hidden: last hidden states, shape (n, H), if the store includes them.
+            scores: logprob, correct and, if the store includes them, hidden (the last hidden states), shape (n, ..).
         """
-        assert (hidden is not None) == self.header.hidden_states
-        tensors = {
-            "logprob": logprob.float().cpu().contiguous(),
-            "correct": correct.cpu().to(torch.uint8).contiguous(),
-            **self._layout(shard),
-        }
-        if hidden is not None:
-            tensors["hidden"] = hidden.cpu().contiguous()
+        assert ("hidden" in scores) == self.header.hidden_states
+        tensors = {name: values.cpu().contiguous() for name, values in {**scores, **self._layout(shard)}.items()}
+        tensors |= {"logprob": tensors["logprob"].float(), "correct": tensors["correct"].to(torch.uint8)}
         content = save(tensors, metadata={"sha256": self._digest(tensors)})
         with atomic_file(self.path(shard)) as temporary:
             temporary.write_bytes(content)

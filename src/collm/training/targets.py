@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,81 +26,64 @@ MAX_LOGITS = 2**25
 """Largest number of logits in memory at once; 128 MB in fp32."""
 
 
-@dataclass(frozen=True)
-class Shifted:
+def shift(example: Example) -> dict[str, Tensor]:
     """An example of N tokens as N - 1 predictions. Values at position t belong to the token after position t.
 
-    Attributes:
-        input_ids: input tokens, int64, shape (N - 1,).
-        gold: gold tokens, int64, shape (N - 1,).
-        mask: whether an author is chosen for the gold token or for the segment it begins, bool, shape (N - 1,).
-        scored: whether the gold token is a target, bool, shape (N - 1,).
-        rows: row of the opening table if the gold token begins a segment, else -1, int64, shape (N - 1,); None for
-            models that share a tokenizer, for which `scored` equals `mask`.
+    This is the only shift: all scoring and training reads examples through it.
+
+    Returns:
+        Shape (N - 1,) each.
+
+        input_ids, gold: input tokens and gold tokens, int64.
+        target_mask: whether an author is chosen for the gold token or for the segment it begins, bool.
+
+        For models with different tokenizers also scored, whether the gold token is a target, bool, and rows, the row
+        of the opening table if the gold token begins a segment, else -1, int64.
     """
-
-    input_ids: Tensor
-    gold: Tensor
-    mask: Tensor
-    scored: Tensor
-    rows: Tensor | None = None
-
-
-def shift(example: Example) -> Shifted:
-    """Shift an example by one token. All scoring and training reads examples through this function."""
     token_ids = torch.tensor(example.token_ids, dtype=torch.int64)
-    scored = torch.tensor(example.is_target, dtype=torch.bool)[1:]
-    if example.segments is None:
-        return Shifted(token_ids[:-1], token_ids[1:], scored, scored)
-    rows = torch.tensor(example.segments.opens, dtype=torch.int64)[1:]
-    return Shifted(token_ids[:-1], token_ids[1:], scored & (rows >= 0), scored, rows)
+    targets = torch.tensor(example.is_target, dtype=torch.bool)[1:]
+    shifted = {"input_ids": token_ids[:-1], "gold": token_ids[1:], "target_mask": targets}
+    if example.segments is not None:
+        rows = torch.tensor(example.segments.opens, dtype=torch.int64)[1:]
+        shifted |= {"target_mask": targets & (rows >= 0), "scored": targets, "rows": rows}
+    return shifted
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Shifted examples padded on the right.
+def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join shifted examples and their scores to a batch, padded on the right, shape (B, T, ...).
 
-    Attributes:
-        input_ids: int64, shape (B, T).
-        attention_mask: 1 at real tokens, int64, shape (B, T).
-        gold: int64, shape (B, T).
-        mask, scored, rows: as in `Shifted`, shape (B, T).
+    Padding is token 0, which is not a target. It is not attended to: attention_mask is 1 at real tokens, int64.
     """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    gold: Tensor
-    mask: Tensor
-    scored: Tensor
-    rows: Tensor | None = None
-
-    @property
-    def read(self) -> Tensor:
-        """Positions whose logits are needed, bool, shape (B, T)."""
-        return self.scored if self.rows is None else self.scored | (self.rows >= 0)
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            gold=self.gold.to(device),
-            mask=self.mask.to(device),
-            scored=self.scored.to(device),
-            rows=None if self.rows is None else self.rows.to(device),
-        )
+    batch = {
+        name: pad_sequence([item[name] for item in items], batch_first=True, padding_value=-1 if name == "rows" else 0)
+        for name in items[0]
+    }
+    if "input_ids" in batch:
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return batch
 
 
-def pad(shifted: Sequence[Shifted]) -> Batch:
-    """Pad to the longest example with token 0, which is neither attended to nor a target."""
-    rows = [one.rows for one in shifted if one.rows is not None]
-    return Batch(
-        input_ids=pad_sequence([one.input_ids for one in shifted], batch_first=True),
-        attention_mask=pad_sequence([torch.ones_like(one.input_ids) for one in shifted], batch_first=True),
-        gold=pad_sequence([one.gold for one in shifted], batch_first=True),
-        mask=pad_sequence([one.mask for one in shifted], batch_first=True),
-        scored=pad_sequence([one.scored for one in shifted], batch_first=True),
-        rows=pad_sequence(rows, batch_first=True, padding_value=-1) if rows else None,
-    )
+def collate_padding_free(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join examples to one row with position ids that restart at each example, without an attention mask."""
+    batch = {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in items[0]}
+    if "input_ids" in batch:
+        positions = [torch.arange(len(item["input_ids"])) for item in items]
+        batch["position_ids"] = torch.cat(positions).unsqueeze(0)
+    return batch
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of N target positions, shape (N, ...), at their places in the mask's shape, with 0 elsewhere."""
+    scattered = values.new_zeros(*mask.shape, *values.shape[1:])
+    scattered[mask] = values
+    return scattered
+
+
+def needs_logits(batch: Mapping[str, Tensor]) -> Tensor:
+    """Positions of a batch of segments whose logits are needed: targets, and where a segment begins, shape (B, T)."""
+    return batch["scored"] | (batch["rows"] >= 0)
 
 
 def batch_tokens_on(device: torch.device) -> int:
@@ -121,22 +103,21 @@ def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[lis
     return batches
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_segments(
-    model: LanguageModel, hidden: Tensor, gold: Tensor, rows: Tensor, is_target: Tensor, law: SegmentLaw
+    model: LanguageModel, hidden: Tensor, gold: Tensor, rows: Tensor, scored: Tensor, law: SegmentLaw
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score segments. At most `MAX_LOGITS` logits are in memory; gradients recompute them.
 
     Args:
-        hidden: last hidden states at the positions of `Batch.read`, shape (N, H).
-        gold, rows, is_target: as in `Shifted` (`is_target` is `scored`), shape (N,).
+        hidden: last hidden states at the positions of `needs_logits`, shape (N, H).
+        gold, rows, scored: as in `shift`, shape (N,).
         law: the model's tokens that begin a segment.
 
     Returns:
         Shape (D,) each: log-probability of the segment in nats, fp32; whether greedy decoding writes it, bool;
         log P(START) after it, nats (`core.segments`).
     """
-    gold, rows, is_target = (values.to(model.device) for values in (gold, rows, is_target))
+    gold, rows, scored = (values.to(model.device) for values in (gold, rows, scored))
     law = law.to(model.device)
     size = max(1, MAX_LOGITS // model.vocab_size)
 
@@ -150,11 +131,10 @@ def read_segments(
         grad = torch.is_grad_enabled()
         parts.append(checkpoint(read, *args, use_reentrant=False) if grad else read(*args))
     terms = TokenTerms(*(torch.cat(values) for values in zip(*parts, strict=True)))
-    spans = Spans.of(gold, rows, is_target, law)
+    spans = Spans.of(gold, rows, scored, law)
     return segment_logprobs(terms, spans), segments_correct(terms, spans), stop_logprobs(terms, spans)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def read_targets(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     """Score gold tokens without gradients. At most `MAX_LOGITS` logits are in memory at once.
@@ -167,15 +147,11 @@ def read_targets(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Te
         Log-probabilities in nats, fp32, shape (N,), and whether each token is the model's argmax, bool, shape (N,).
     """
     gold = gold.to(model.device)
-    rows = max(1, MAX_LOGITS // model.vocab_size)
-    parts = [
-        _read_chunk(model, hidden[start : start + rows], gold[start : start + rows])
-        for start in range(0, max(len(gold), 1), rows)
-    ]
-    logprobs, correct = zip(*parts, strict=True)
+    size = max(1, MAX_LOGITS // model.vocab_size)
+    logprobs, correct = [], []
+    for start in range(0, max(len(gold), 1), size):
+        part = slice(start, start + size)
+        logits = model.logits(hidden[part])  # (n, V)
+        logprobs.append(-F.cross_entropy(logits.float(), gold[part], reduction="none"))
+        correct.append(logits.argmax(-1) == gold[part])
     return torch.cat(logprobs), torch.cat(correct)
-
-
-def _read_chunk(model: LanguageModel, hidden: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model.logits(hidden)  # (n, V)
-    return -F.cross_entropy(logits.float(), gold, reduction="none"), logits.argmax(-1) == gold

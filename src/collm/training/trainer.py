@@ -29,11 +29,12 @@ from collm.training.checkpoints import (
     save_tuned,
 )
 from collm.training.config import CoLLMConfig
-from collm.training.dataset import TrainingSet, collate, collate_padding_free
+from collm.training.dataset import TrainingSet
 from collm.training.labels import LabelReport, label_tokens
 from collm.training.measures import TokenViews
 from collm.training.module import JointModule, with_adapter
 from collm.training.scoring import progress_bar
+from collm.training.targets import collate, collate_padding_free
 from collm.training.warm_start import WarmStartReport, warm_start
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from collm.core.head import DeferralHead
+from collm.core.objective import author_logprobs
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
 from collm.training.labels import Labels
 from collm.training.measures import author_accuracy, deferral_auc
-from collm.training.regression import fit_authors, weighted_nll
 from collm.training.scores import HiddenStates
 from collm.training.scoring import OnProgress
-from collm.training.targets import batch_tokens_on, batches_by_length, pad, shift
+from collm.training.targets import batch_tokens_on, batches_by_length, collate, shift
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
 """L2 penalties to try on standardised features, strongest first."""
@@ -58,7 +58,6 @@ def warm_start(
     positive_weight: float = 8.0,
     seed: int,
     hidden: HiddenStates | None = None,
-    max_batch_tokens: int | None = None,
     progress: OnProgress | None = None,
 ) -> WarmStartReport:
     """Set the head by a weighted logistic regression of the pseudo-labels on the base's hidden states.
@@ -74,7 +73,6 @@ def warm_start(
         positive_weight: weight of tokens labelled with an assistant; others have weight 1.
         seed: seed of the random order.
         hidden: stored hidden states of the base, which replace running it.
-        max_batch_tokens: as in `scoring.write_scores`.
         progress: called with the number of target tokens read and the total.
 
     Raises:
@@ -83,11 +81,17 @@ def warm_start(
         ConfigError: the labels are of other examples, or an option is out of range.
     """
     _check(base, head, examples, labels, max_tokens, positive_weight)
-    indices = _choose_examples(labels, max_tokens, seed)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    before = torch.cat([torch.zeros(1), labels.offsets.diff()[order].cumsum(0)[:-1]])  # target tokens before each
+    indices = order[before < max_tokens].tolist()
     targets = torch.cat([labels.of(index) for index in indices])[:max_tokens].to(base.device)
     if not (targets != 0).any():
         raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {labels.report()}")
-    features = _features(base, examples, indices, hidden, max_batch_tokens, progress)[:max_tokens]
+    if hidden is None:
+        features = _read_features(base, examples, indices, progress)
+    else:
+        features = torch.cat([hidden.of(index) for index in indices]).to(base.device, torch.float32)
+    features = features[:max_tokens]
     mean, scale = _standardise(features)
     cut = sum(len(labels.of(index)) for index in indices[: round((1 - HELD_OUT) * len(indices))])
     trial = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
@@ -125,58 +129,25 @@ def _check(
         )
 
 
-def _choose_examples(labels: Labels, max_tokens: int, seed: int) -> list[int]:
-    """Examples in random order, until they have `max_tokens` target tokens."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    indices: list[int] = []
-    total = 0
-    for index in order:
-        if total >= max_tokens:
-            break
-        indices.append(index)
-        total += len(labels.of(index))
-    return indices
-
-
-def _features(
-    base: LanguageModel,
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    hidden: HiddenStates | None,
-    max_batch_tokens: int | None,
-    progress: OnProgress | None,
+def _read_features(
+    base: LanguageModel, examples: Sequence[Example], indices: Sequence[int], progress: OnProgress | None
 ) -> Tensor:
     """Hidden states at the target positions of the chosen examples, in order: fp32, shape (M, H)."""
-    if hidden is None:
-        return _read_features(base, examples, indices, max_batch_tokens, progress)
-    return torch.cat([hidden.of(index) for index in indices]).to(base.device, torch.float32)
-
-
-def _read_features(
-    base: LanguageModel,
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    max_batch_tokens: int | None,
-    progress: OnProgress | None,
-) -> Tensor:
-    """Compute the hidden states with the base, in batches by length."""
-    shifted = [shift(examples[index]) for index in indices]
-    counts = [int(one.mask.sum()) for one in shifted]
-    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    lengths = [len(examples[index].token_ids) for index in indices]
+    starts = torch.tensor([0, *(examples[index].num_targets for index in indices)]).cumsum(0).tolist()
     features = torch.empty(starts[-1], base.hidden_size, device=base.device)
     training = base.module.training
     base.module.eval()
     done = 0
     try:
-        for places in batches_by_length(
-            [len(one.input_ids) for one in shifted], max_batch_tokens or batch_tokens_on(base.device)
-        ):
-            batch = pad([shifted[place] for place in places]).to(base.input_device)
+        for places in batches_by_length(lengths, batch_tokens_on(base.device)):
+            batch = collate([shift(examples[indices[place]]) for place in places])
+            read = {name: batch[name].to(base.input_device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                hidden = base.hidden_states(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            for row, place in enumerate(places):
-                features[starts[place] : starts[place + 1]] = hidden[row, batch.mask[row].to(hidden.device)]
-                done += counts[place]
+                hidden = base.hidden_states(**read, use_cache=False)
+            for states, mask, place in zip(hidden, batch["target_mask"].to(hidden.device), places, strict=True):
+                features[starts[place] : starts[place + 1]] = states[mask]
+            done += int(batch["target_mask"].sum())
             if progress is not None:
                 progress(done, len(features))
     finally:
@@ -226,3 +197,53 @@ def _set_head(head: DeferralHead, weight: Tensor, bias: Tensor, mean: Tensor, sc
     weight, bias, mean, scale = (tensor.cpu().double() for tensor in (weight, bias, mean, scale))
     head.weight.copy_(weight * scale)
     head.bias.copy_(bias - (weight * scale) @ mean)
+
+
+def weighted_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
+    """sum_i c_i (-log P(Z = y_i)) / sum_i c_i, with c_i = positive_weight where y_i != 0, else 1.
+
+    Args:
+        defer_logits: u, shape (M, K).
+        labels: author numbers y in 0..K, shape (M,).
+
+    Returns:
+        A scalar in nats.
+    """
+    weights = torch.where(labels != 0, positive_weight, 1.0)
+    nll = F.nll_loss(author_logprobs(defer_logits), labels, reduction="none")
+    return (weights * nll).sum() / weights.sum()
+
+
+def fit_authors(
+    features: Tensor, labels: Tensor, start: tuple[Tensor, Tensor], *, positive_weight: float, penalty: float
+) -> tuple[Tensor, Tensor]:
+    """Minimise weighted_nll(x W^T + b) + penalty / 2 |W|^2 by L-BFGS. The bias is not penalised.
+
+    Args:
+        features: x, standardised, fp32, shape (M, H).
+        labels: author numbers in 0..K, shape (M,).
+        start: initial weight (K, H) and bias (K,).
+
+    Returns:
+        Weight and bias.
+    """
+    weight, bias = (tensor.detach().clone().requires_grad_() for tensor in start)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=200,
+        history_size=10,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = weighted_nll(F.linear(features, weight, bias), labels, positive_weight)
+        loss = loss + penalty / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
