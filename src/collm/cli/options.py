@@ -95,7 +95,7 @@ class RowFormat:
         split: split of the data set.
         prompt_field: name of the prompt field.
         completion_field: name of the completion field.
-        format: layout of the rows: rows, or the published format of a data set: tulu, gsm8k, gsm8k-plain, or module:NAME.
+        format: layout of the rows: rows, the published format of a data set (tulu, gsm8k, gsm8k-plain), or module:NAME.
         bad_rows: what to do at an invalid row: stop, or skip it and count it.
         template: prompt template, as in training.
         chat_template: file with the chat template, as in training, by default the tokenizer's template.
