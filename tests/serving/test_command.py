@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,29 @@ def test_what_the_page_says_runs(started: tuple[subprocess.Popen[str], int], tmp
     assert process.returncode == 0
     lines = [json.loads(line) for line in log.splitlines()]
     assert sum("route" in line for line in lines) == 5
+
+
+@pytest.mark.soak
+def test_the_process_ends_whatever_runs_in_it(started: tuple[subprocess.Popen[str], int]) -> None:
+    process, port = started
+    body = {"model": "my-collaboration", "prompt": "w5 " * 1_390_000, "truncate_prompt_tokens": 4}
+
+    def ask() -> None:
+        with suppress(httpx.TransportError):
+            httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    threading.Event().wait(1.5)
+    for _ in range(2):  # the second one does not wait for requests
+        process.send_signal(signal.SIGTERM)
+        threading.Event().wait(0.5)
+    start = time.monotonic()
+    process.wait(60)
+    assert time.monotonic() - start < 20  # generous: about 6 s, of which a step may take 5
+    for thread in threads:
+        thread.join()
 
 
 def test_the_errors_of_the_page_are_those_of_the_server(server: Any) -> None:
