@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -74,7 +75,10 @@ def calibrate(
     """
     if not items:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
-    _check_options(rates, budgets, guesses, refine)
+    check_rates([*rates, *budgets])
+    for guess in guesses:
+        check_threshold(guess)
+    check_refine(refine)
     params = params or SamplingParams()
     measuring = _Measuring(model, items, metric, params, max_batch, on_completion)
     points = [one.point for one in _search(measuring, rates, budgets, guesses, refine)]
@@ -82,13 +86,6 @@ def calibrate(
     used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
     model.calibration = Calibration(points, metric, len(items), used, sorted(set(budgets)))
     return model.calibration
-
-
-def _check_options(rates: Sequence[float], budgets: Sequence[float], guesses: Sequence[float], refine: int) -> None:
-    check_rates([*rates, *budgets])
-    for guess in guesses:
-        check_threshold(guess)
-    check_refine(refine)
 
 
 def _search(
@@ -102,19 +99,12 @@ def _search(
     thresholds = _thresholds(alone.defer_probs.tolist(), rates, guesses)
     measuring.expect(1 + len(thresholds) + more)
     measured = [alone, *(measuring.at(threshold) for threshold in thresholds)]
-    for aim in aims:
-        _refine(measuring, measured, aim, refine)
+    for aim, _ in product(aims, range(refine)):
+        threshold = _between(measured, aim)
+        if threshold is not None:
+            measured.append(measuring.at(threshold))
     measuring.expect(len(measured))
     return measured
-
-
-def _refine(measuring: _Measuring, measured: list[_Measured], budget: float, count: int) -> None:
-    """Add at most `count` thresholds near the best one within the budget."""
-    for _ in range(count):
-        threshold = _between(measured, budget)
-        if threshold is None:
-            break
-        measured.append(measuring.at(threshold))
 
 
 def check_on(
