@@ -17,10 +17,11 @@ from collm.core.types import BASE, Completion, check_threshold
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval, independent_difference, ratio_interval
 from collm.evaluation.metrics import metric_named
+from collm.evaluation.teacher_forced import ASSISTANTS_ALONE, BASE_ALONE
 from collm.models.template import Prompt
 
 DEFERRAL_RATES = tuple(i / 10 for i in range(11))
-BASE_ALONE, ASSISTANTS_ALONE, EVEN_ODDS = 1.0, -1.0, 0.5
+EVEN_ODDS = 0.5
 REFINE = 3
 _NARROW = 0.01  # a step in deferral rate that is not refined further
 
@@ -141,16 +142,16 @@ def check_on(
     thresholds = {point.threshold for point in chosen.values()}
     measuring.expect(len(thresholds))
     measured = {threshold: measuring.at(threshold).point for threshold in thresholds}
-    checks = [_checked(budget, point, measured[point.threshold], len(items)) for budget, point in chosen.items()]
+    checks = []
+    for budget, promised in chosen.items():
+        found = measured[promised.threshold]
+        rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (found, promised)]
+        metrics = [Interval(one.metric, one.low, one.high) for one in (found, promised)]
+        rate, metric = independent_difference(*rates), independent_difference(*metrics)
+        ends = (rate.low, rate.high), (metric.low, metric.high)
+        checks.append(HeldOutCheck(budget, promised, found, len(items), *ends))
     model.calibration = replace(calibration, checks=checks)
     return model.calibration
-
-
-def _checked(budget: float, promised: CalibrationPoint, measured: CalibrationPoint, num_prompts: int) -> HeldOutCheck:
-    rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (measured, promised)]
-    metrics = [Interval(one.metric, one.low, one.high) for one in (measured, promised)]
-    rate, metric = independent_difference(*rates), independent_difference(*metrics)
-    return HeldOutCheck(budget, promised, measured, num_prompts, (rate.low, rate.high), (metric.low, metric.high))
 
 
 def point_of(threshold: float, completions: Sequence[Completion], scores: Sequence[float]) -> CalibrationPoint:

@@ -108,7 +108,13 @@ def compare(
         ModelFailure, ToolFailure: a model failed. The run stops and the item is not scored as wrong. Earlier answers
             are kept.
     """
-    _check(items)
+    if not items:
+        raise DataError("the task has no items; expected at least one")
+    seen: dict[str, str] = {}
+    for item in items:
+        if item.id in seen:
+            raise DataError(f"{item.where} and {seen[item.id]} have the same id {item.id!r}; give each its own")
+        seen[item.id] = item.where
     asking = Generation(task, items, params or SamplingParams(), chat, max_batch, seed)
     for system in systems:
         asking.check(system)
@@ -185,13 +191,3 @@ def _candidates(model: CoLLM, asking: Generation, found: Comparison) -> dict[str
         except CollmError as error:
             found.left_out[f"candidates of item {id_}"] = str(error)
     return candidates
-
-
-def _check(items: Sequence[TaskItem]) -> None:
-    if not items:
-        raise DataError("the task has no items; expected at least one")
-    seen: dict[str, str] = {}
-    for item in items:
-        if item.id in seen:
-            raise DataError(f"{item.where} and {seen[item.id]} have the same id {item.id!r}; give each its own")
-        seen[item.id] = item.where

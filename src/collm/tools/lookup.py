@@ -105,7 +105,17 @@ def _facts(path: Path) -> Iterator[_Fact]:
         raise DataError(f"could not read {path}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    return _csv_facts(path, text) if suffix == ".csv" else _json_facts(path, text)
+    if suffix == ".csv":
+        yield from _csv_facts(path, text)
+        return
+    try:
+        content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a list of facts, each with its {_PATTERN!r} and fields")
+    for number, fields in enumerate(content, start=1):
+        yield _check_fact(f"{path}, fact {number}", fields)
 
 
 def _csv_facts(path: Path, text: str) -> Iterator[_Fact]:
@@ -127,17 +137,6 @@ def _csv_facts(path: Path, text: str) -> Iterator[_Fact]:
                 yield _check_fact(where, fields)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-
-
-def _json_facts(path: Path, text: str) -> Iterator[_Fact]:
-    try:
-        content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of facts, each with its {_PATTERN!r} and fields")
-    for number, fields in enumerate(content, start=1):
-        yield _check_fact(f"{path}, fact {number}", fields)
 
 
 def _check_fact(where: str, fields: Any) -> _Fact:
