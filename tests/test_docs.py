@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,10 @@ def test_the_commands_of_the_page_run(folder: Path) -> None:
         done = subprocess.run(script, shell=True, cwd=folder, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" 72.4 km")
+
+
+def test_the_other_function_of_the_page_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    days_after = import_module("my_dates").days_after
+    assert days_after("The meeting 3 days after 2024-02-28 is") == " 2024-03-02"
+    assert days_after("3 days after 2024-02-28 was") is None

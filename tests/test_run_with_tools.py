@@ -77,7 +77,9 @@ def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path
     trusting = CoLLM.from_pretrained(collaboration, trust_code=True)
     out = trusting.generate("w11 w12 w5", SamplingParams(max_new_tokens=1), threshold=-1)
     assert out[0].text == " w43"
-    assert CoLLM.from_pretrained(collaboration, assistants=[ToolSpec("date")]).assistants == (ToolSpec("date"),)
+    assert CoLLM.from_pretrained(collaboration, assistants=[ToolSpec("calculator")]).assistants == (
+        ToolSpec("calculator"),
+    )
     command = ("generate", collaboration, "w11 w12 w5", "--threshold", -1, "--max-new-tokens", 1)
     refused = collm(*command, cwd=tmp_path)
     assert refused.returncode == 1
@@ -119,8 +121,8 @@ def test_a_function_is_an_assistant_as_it_stands(
     assert loaded.assistants == (ToolSpec("tests.tools.functions:add_words"),)
     with pytest.raises(ConfigError, match="an assistant is a int, expected a model, a spec or a function"):
         CoLLM(ModelSpec(str(tmp_path)), [3], DeferralHead(32, 1), tokenizer)  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match="the base is tool:date, expected a language model"):
-        CoLLM(ToolSpec("date"), [ToolSpec("date")], DeferralHead(32, 1), tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the base is tool:calculator, expected a language model"):
+        CoLLM(ToolSpec("calculator"), [ToolSpec("calculator")], DeferralHead(32, 1), tokenizer)  # type: ignore[arg-type]
 
 
 def test_a_tool_that_fails_stops_the_run_with_the_text(saved_model: SavedModel, tmp_path: Path) -> None:

@@ -304,7 +304,9 @@ def adapted(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_pat
 
     lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
     base: Any = get_peft_model(load_model(ModelSpec(str(saved_model("base", 0)))), lora)
-    CoLLM(base, [ToolSpec.parse("tool:date")], DeferralHead(32, 1), tokenizer).save_pretrained(tmp_path / "adapted")
+    CoLLM(base, [ToolSpec.parse("tool:calculator")], DeferralHead(32, 1), tokenizer).save_pretrained(
+        tmp_path / "adapted"
+    )
     return tmp_path / "adapted"
 
 

@@ -84,7 +84,7 @@ class Run(Stages):
         learned, tuned = self.calculator(), self.tuned()
         spec = ModelSpec(str(self.base), dtype=self.plan.dtype, device=self.plan.device)
         unused = DeferralHead(learned.head.hidden_size, 1)
-        plain = CoLLM(spec, [ToolSpec("date")], unused, load_tokenizer(spec), template=learned.template)
+        plain = CoLLM(spec, [ToolSpec.parse(SILENT)], unused, load_tokenizer(spec), template=learned.template)
         regex = CoLLM(tuned.base, [ToolSpec("calculator", "marks")], unused, tuned.tokenizer, template=tuned.template)
         chosen = learned.threshold()
         named = {f"{LEARNED}, threshold {eta:.2g}": eta for eta in THRESHOLDS} | {

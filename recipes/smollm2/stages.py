@@ -18,8 +18,8 @@ from collm.training.data import Row
 from recipes.smollm2.measure import chat
 from recipes.smollm2.plans import Plan
 
-SILENT = "tool:date"
-"""A tool that always abstains on these texts. A base that is trained with it is trained alone."""
+SILENT = "tool:recipes.smollm2.silent:silent"
+"""A base that is trained with this tool is trained alone."""
 
 
 class Stages:
@@ -121,7 +121,7 @@ class Stages:
         return self.made(f"training: {name}", f"{name}/collaboration", lambda _: train_collaboration(config, args))
 
     def load(self, collaboration: Path) -> CoLLM:
-        return CoLLM.from_pretrained(collaboration, device=self.plan.device, dtype=self.plan.dtype)
+        return CoLLM.from_pretrained(collaboration, device=self.plan.device, dtype=self.plan.dtype, trust_code=True)
 
 
 def write(path: Path, text: str) -> None:

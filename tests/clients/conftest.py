@@ -73,7 +73,7 @@ def make_pair_with_caller() -> CoLLM:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
-        spec = ToolSpec("date", eps=0.01, max_answer=200)
+        spec = ToolSpec("calculator", eps=0.01, max_answer=200)
         model = CoLLM(make_model(config, 0), [spec], random_head(32, 1), BYTES, template=PromptTemplate(chat=CHAT))
         assert model.members
     return model

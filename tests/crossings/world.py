@@ -78,7 +78,7 @@ class World:
         tokenizers = [own] * (1 + case.models + case.tools)
         if case.strange:
             models[0], tokenizers[1] = self.saved("stranger", other, 2, hidden_size=48), other
-        tools = [ToolSpec("date", eps=0.05)] * case.tools
+        tools = [ToolSpec("calculator", eps=0.05)] * case.tools
         slow = [ToolModel(tool, own, name="", vocab_size=len(own)) for tool in tools]
         modules = [base, *map(load_model, models), *slow]
         head = random_head(32, len(models) + len(tools), scale=0.6)

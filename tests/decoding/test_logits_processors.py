@@ -223,7 +223,7 @@ def knows(text: str) -> str | None:
 @pytest.mark.slow
 def test_a_tool_whose_token_is_forbidden_abstains(trio: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
-    spec, head = ToolSpec("date", eps=0.05), random_head(32, 1)
+    spec, head = ToolSpec("calculator", eps=0.05), random_head(32, 1)
     model = CoLLM(trio[0], [spec], head, BYTES)
     tool = ToolModel(spec, BYTES, name="", vocab_size=len(BYTES))
     says = BYTES.encode("cat")

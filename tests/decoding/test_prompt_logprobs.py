@@ -78,7 +78,7 @@ def test_they_are_the_likelihoods_of_the_harness(
     trio: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
-    members: list[Any] = [trio[1], ToolSpec("date", eps=0.05)]
+    members: list[Any] = [trio[1], ToolSpec("calculator", eps=0.05)]
     model = CoLLM(trio[0], members, random_head(32, 2), tokenizer)
     views = gold_views(model, Examples([Example(PROMPT, [place > 0 for place in range(len(PROMPT))])]))
     total = sum(one.logprob for one in model.prompt_logprobs(PROMPT)[1:] if one)
@@ -89,7 +89,7 @@ def test_where_a_tool_abstains_the_base_speaks_for_it(
     trio: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(lambda text: None))
-    model = CoLLM(trio[0], [ToolSpec("date", eps=0.05)], random_head(32, 1), tokenizer)
+    model = CoLLM(trio[0], [ToolSpec("calculator", eps=0.05)], random_head(32, 1), tokenizer)
     alone = model.prompt_logprobs(PROMPT, policy=SingleAuthorPolicy(1))
     assert alone == model.prompt_logprobs(PROMPT, policy=SingleAuthorPolicy(0))
 

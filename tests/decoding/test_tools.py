@@ -30,7 +30,7 @@ from tests.decoding.test_engine import prompts_of, random_head
 from tests.decoding.test_exactness import Plans
 from tests.tiny_models import make_model, tiny_config
 
-TOOL = ToolSpec("date", eps=0.05)
+TOOL = ToolSpec("calculator", eps=0.05)
 
 
 def knows(text: str) -> str | None:

@@ -27,13 +27,13 @@ MOST = 5
 def company(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> CoLLM:
     """A base, a model and a tool."""
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
-    members = [make_model(tiny_config(), 1), ToolSpec("date", eps=0.05)]
+    members = [make_model(tiny_config(), 1), ToolSpec("calculator", eps=0.05)]
     return CoLLM(make_model(tiny_config(), 0), members, random_head(32, 2, scale=1.0), tokenizer)
 
 
 def law_of_next(model: CoLLM, ids: Sequence[int], author: int, policy: Policy) -> torch.Tensor:
     """Log-probabilities (V,) that the token after `ids` was drawn from, before temperature and truncation."""
-    tool = ToolModel(ToolSpec("date", eps=0.05), model.tokenizer, name="", vocab_size=97)
+    tool = ToolModel(ToolSpec("calculator", eps=0.05), model.tokenizer, name="", vocab_size=97)
     with torch.no_grad():
         base, *assistants = (
             Reading(one, list(ids), torch.device("cpu"))  # type: ignore[arg-type]

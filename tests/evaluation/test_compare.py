@@ -215,7 +215,7 @@ def test_a_failing_tool_stops_the_run_and_is_asked_again(
         return ToolFailure("out of order") if broken and text.startswith("w5") else " w3"
 
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(answer))
-    tool = CoLLM(model.base, [ToolSpec("date", eps=0.05)], DeferralHead(32), model.tokenizer)
+    tool = CoLLM(model.base, [ToolSpec("calculator", eps=0.05)], DeferralHead(32), model.tokenizer)
     systems = systems_named(tool, [], ThresholdPolicy(0.4))  # a new head gives even odds: the tool is always asked
     ask = partial(compare, systems, task, items, tmp_path, threshold=0.4, max_batch=1)
     with pytest.raises(ToolFailure, match=r"assistant failed 6 times while answering line 5"):

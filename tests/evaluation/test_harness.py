@@ -198,7 +198,7 @@ def test_a_tool_counts_as_what_it_would_write(tokenizer: PreTrainedTokenizerFast
         return f" w{int(word[1:]) * 7 % 89}" if known else None
 
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
-    model = CoLLM(make_model(tiny_config(), 0), [ToolSpec("date", eps=0.05)], DeferralHead(32), tokenizer)
+    model = CoLLM(make_model(tiny_config(), 0), [ToolSpec("calculator", eps=0.05)], DeferralHead(32), tokenizer)
     lm = HarnessLM(model, threshold=0.4)  # a new head gives every author even odds: the tool is always asked
     said = model.generate("w1 w3", SamplingParams(max_new_tokens=5), threshold=0.4)[0]
     assert set(said.authors) == {0, 1}

@@ -35,7 +35,7 @@ def answer(text: str) -> str | None:
 def tool_model(
     function: ToolFunction = answer, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: float
 ) -> ToolModel:
-    model = ToolModel(ToolSpec("date", **options), tokenizer, name="assistant", vocab_size=len(tokenizer))  # type: ignore[arg-type]
+    model = ToolModel(ToolSpec("calculator", **options), tokenizer, name="assistant", vocab_size=len(tokenizer))  # type: ignore[arg-type]
     model._tool = BuiltInTool(function)
     return model
 

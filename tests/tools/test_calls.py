@@ -127,6 +127,6 @@ def test_built_in_tools_open_by_name(tmp_path: Path) -> None:
     assert said(open_tool(ToolSpec("calculator", "marks")), "2 + 3 =") is None
     assert str(said(open_tool(ToolSpec("calculator", "marks")), "so <<2+3=")).startswith("5>>")
     assert said(open_tool(ToolSpec("lookup", str(table))), "The capital of Mongolia is") == " Ulaanbaatar."
-    assert str(said(open_tool(ToolSpec("date")), "3 days after 2024-02-28 is")).strip() == "2024-03-02"
+    assert said(open_tool(ToolSpec("calculator")), "48 / 2 =") == " 24"
     with pytest.raises(DataError):
         open_tool(ToolSpec("lookup", str(tmp_path / "none.csv")))

@@ -25,13 +25,11 @@ def table(folder: Path, content: Any, name: str = "facts.json") -> Lookup:
     return Lookup(path)
 
 
-@pytest.fixture(params=["csv", "list", "patterns", "bom"])
+@pytest.fixture(params=["csv", "list", "bom"])
 def capitals(request: pytest.FixtureRequest, tmp_path: Path) -> Lookup:
     facts = [{"country": "France", "capital": "Paris"}, {"country": "Korea, South", "capital": "Seoul"}]
     if request.param == "list":
         return table(tmp_path, [{"pattern": CAPITAL, **fact} for fact in facts])
-    if request.param == "patterns":
-        return table(tmp_path, {"patterns": [CAPITAL], "facts": [*facts, {"country": "Nauru"}]})
     rows = [f'"{CAPITAL}",France,Paris', "", f'{CAPITAL},"Korea, South",Seoul', f"{CAPITAL},France,Paris"]
     text = "\n".join(["pattern,country,capital", *rows])
     return table(tmp_path, text.encode("utf-8-sig" if request.param == "bom" else "utf-8"), "facts.CSV")
@@ -124,15 +122,11 @@ def test_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
         ("a.json", [{"pattern": "x {a}", "a": None}], "fact 1: the field 'a' is None"),
         ("a.json", [{"pattern": "x {pattern}"}], "unknown placeholder {pattern}"),
         ("a.json", '[{"pattern": "x {a}", "a": "\\ud800"}]', "not valid Unicode"),
-        ("a.json", {"patterns": ["x {a}"], "facts": [{"b": "1"}]}, "pattern 1: no fact has all of ['a']"),
         (
             "a.json",
             [{"pattern": "{a}" * 200 + "{b}", "a": "x" * 10**6, "b": "y"}],
             "fact 1: the facts have over 100000000 characters",
         ),
-        ("a.json", {"patterns": ["x {a}"] * 1001, "facts": [{"b": "c"}] * 1000}, "in 1001000 ways, expected at most"),
-        ("a.json", {"patterns": ["x {a}"], "facts": ["b"]}, "pattern 1 with fact 1: the fact is 'b'"),
-        ("a.json", {"patterns": ["x {a}"], "facts": [{"a": "1"}, {"a": "2"}]}, "pattern 1 with fact 2: 'x'"),
         ("a.txt", "", "has the suffix '.txt', expected a .csv or .json file"),
     ],
 )
@@ -153,8 +147,12 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_large_table(tmp_path: Path) -> None:
-    facts = [{"country": f"Country {n}", "capital": f"City {n * 7}"} for n in range(50_000)]
-    lookup = table(tmp_path, {"patterns": [CAPITAL, "{capital} lies in {country}"], "facts": facts})
+    facts = [
+        {"pattern": pattern, "country": f"Country {n}", "capital": f"City {n * 7}"}
+        for n in range(50_000)
+        for pattern in (CAPITAL, "{capital} lies in {country}")
+    ]
+    lookup = table(tmp_path, facts)
     assert lookup("word is " * 125_000 + "The capital of Country 49999 is") == " City 349993."
     assert lookup("City 349993 lies in") == " Country 49999"
     assert lookup("is " * 300_000) is None

@@ -181,7 +181,7 @@ def test_one_engine_holds_one_language_model_as_assistant(
 ) -> None:
     base, others = ModelSpec(str(saved_model("base", 0))), [ModelSpec(str(saved_model(str(n), n))) for n in (1, 2)]
     CoLLM(base, others, DeferralHead(32, 2), tokenizer).save_pretrained(tmp_path / "two")
-    CoLLM(base, [ToolSpec("date")], DeferralHead(32), tokenizer).save_pretrained(tmp_path / "tool")
+    CoLLM(base, [ToolSpec("calculator")], DeferralHead(32), tokenizer).save_pretrained(tmp_path / "tool")
     for name in ("two", "tool"):
         assert not fits_in_one(str(tmp_path / name))
         with pytest.raises(ConfigError, match="one engine holds a base and one language model"):

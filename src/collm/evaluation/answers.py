@@ -55,7 +55,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchCost:
     """The cost of one batch.
 
     Attributes:
@@ -73,7 +73,7 @@ class Answers:
     """All answers of a system in order, and their costs."""
 
     items: dict[str, Answer] = field(default_factory=dict)
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[BatchCost] = field(default_factory=list)
 
 
 def answer_path(directory: Path, system: str) -> Path:
@@ -122,7 +122,7 @@ class AnswerFile:
 
     def close_batch(self, ids: Sequence[str], usage: Mapping[str, ModelUsage], started: float) -> None:
         """Store the cost of a batch that began at `started` (`time.perf_counter`)."""
-        batch = Batch(list(ids), dict(usage), round(time.perf_counter() - started, 4))
+        batch = BatchCost(list(ids), dict(usage), round(time.perf_counter() - started, 4))
         self.answers.batches.append(batch)
         self._append({"batch": asdict(batch)})
 
@@ -158,7 +158,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> tuple[Answers, int]:
             else:
                 content = record["batch"]
                 usage = {name: ModelUsage(**used) for name, used in content["usage"].items()}
-                answers.batches.append(Batch(content["ids"], usage, content["seconds"]))
+                answers.batches.append(BatchCost(content["ids"], usage, content["seconds"]))
         except DAMAGED as error:
             raise ArtefactError(f"{path}, line {number} is damaged ({error}); delete the file") from error
     return answers, sum(len(line) + 1 for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from collm.core.types import BASE, Completion, check_threshold
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval, independent_difference, ratio_interval
 from collm.evaluation.metrics import metric_named
+from collm.evaluation.teacher_forced import ASSISTANTS_ALONE, BASE_ALONE
 from collm.models.template import Prompt
 
 DEFERRAL_RATES = tuple(i / 10 for i in range(11))
-BASE_ALONE, ASSISTANTS_ALONE, EVEN_ODDS = 1.0, -1.0, 0.5
+EVEN_ODDS = 0.5
 REFINE = 3
 _NARROW = 0.01  # a step in deferral rate that is not refined further
 
@@ -74,7 +76,10 @@ def calibrate(
     """
     if not items:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
-    _check_options(rates, budgets, guesses, refine)
+    check_rates([*rates, *budgets])
+    for guess in guesses:
+        check_threshold(guess)
+    check_refine(refine)
     params = params or SamplingParams()
     measuring = _Measuring(model, items, metric, params, max_batch, on_completion)
     points = [one.point for one in _search(measuring, rates, budgets, guesses, refine)]
@@ -82,13 +87,6 @@ def calibrate(
     used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
     model.calibration = Calibration(points, metric, len(items), used, sorted(set(budgets)))
     return model.calibration
-
-
-def _check_options(rates: Sequence[float], budgets: Sequence[float], guesses: Sequence[float], refine: int) -> None:
-    check_rates([*rates, *budgets])
-    for guess in guesses:
-        check_threshold(guess)
-    check_refine(refine)
 
 
 def _search(
@@ -102,19 +100,12 @@ def _search(
     thresholds = _thresholds(alone.defer_probs.tolist(), rates, guesses)
     measuring.expect(1 + len(thresholds) + more)
     measured = [alone, *(measuring.at(threshold) for threshold in thresholds)]
-    for aim in aims:
-        _refine(measuring, measured, aim, refine)
+    for aim, _ in product(aims, range(refine)):
+        threshold = _between(measured, aim)
+        if threshold is not None:
+            measured.append(measuring.at(threshold))
     measuring.expect(len(measured))
     return measured
-
-
-def _refine(measuring: _Measuring, measured: list[_Measured], budget: float, count: int) -> None:
-    """Add at most `count` thresholds near the best one within the budget."""
-    for _ in range(count):
-        threshold = _between(measured, budget)
-        if threshold is None:
-            break
-        measured.append(measuring.at(threshold))
 
 
 def check_on(
@@ -151,16 +142,16 @@ def check_on(
     thresholds = {point.threshold for point in chosen.values()}
     measuring.expect(len(thresholds))
     measured = {threshold: measuring.at(threshold).point for threshold in thresholds}
-    checks = [_checked(budget, point, measured[point.threshold], len(items)) for budget, point in chosen.items()]
+    checks = []
+    for budget, promised in chosen.items():
+        found = measured[promised.threshold]
+        rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (found, promised)]
+        metrics = [Interval(one.metric, one.low, one.high) for one in (found, promised)]
+        rate, metric = independent_difference(*rates), independent_difference(*metrics)
+        ends = (rate.low, rate.high), (metric.low, metric.high)
+        checks.append(HeldOutCheck(budget, promised, found, len(items), *ends))
     model.calibration = replace(calibration, checks=checks)
     return model.calibration
-
-
-def _checked(budget: float, promised: CalibrationPoint, measured: CalibrationPoint, num_prompts: int) -> HeldOutCheck:
-    rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (measured, promised)]
-    metrics = [Interval(one.metric, one.low, one.high) for one in (measured, promised)]
-    rate, metric = independent_difference(*rates), independent_difference(*metrics)
-    return HeldOutCheck(budget, promised, measured, num_prompts, (rate.low, rate.high), (metric.low, metric.high))
 
 
 def point_of(threshold: float, completions: Sequence[Completion], scores: Sequence[float]) -> CalibrationPoint:

@@ -108,13 +108,26 @@ def compare(
         ModelFailure, ToolFailure: a model failed. The run stops and the item is not scored as wrong. Earlier answers
             are kept.
     """
-    _check(items)
+    if not items:
+        raise DataError("the task has no items; expected at least one")
+    seen: dict[str, str] = {}
+    for item in items:
+        if item.id in seen:
+            raise DataError(f"{item.where} and {seen[item.id]} have the same id {item.id!r}; give each its own")
+        seen[item.id] = item.where
     asking = Generation(task, items, params or SamplingParams(), chat, max_batch, seed)
     for system in systems:
         asking.check(system)
     answers, results = _answered(systems, asking, out, progress)
     model = systems[0].load()
-    used = {**(settings or {}), **_settings(asking)}
+    used = {
+        **(settings or {}),
+        "temperature": asking.params.temperature,
+        "seed": seed,
+        "chat": chat,
+        "max_batch": max_batch,
+        "versions": library_versions(),
+    }
     found = Comparison(
         task.name, task.main_measure(items), items, results, answers, model.author_names, threshold, used
     )
@@ -139,7 +152,8 @@ def _answered(
     with sole_writer(contained(out)):
         for system in systems:
             report = progress(system.name) if progress else None
-            found, model = asking.answers(system, out, rate=_rate(answers), report=report)
+            authors = [author for answer in answers.get(COLLABORATION, ()) for author in answer.authors]
+            found, model = asking.answers(system, out, rate=deferral_rate(authors), report=report)
             answers[system.name] = [found.items[item.id] for item in items]
             results.append(result_of(system, model, task, items, answers, found))
             outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
@@ -148,26 +162,12 @@ def _answered(
     return answers, results
 
 
-def _settings(asking: Generation) -> dict[str, Any]:
-    """Sampling settings and library versions."""
-    return {
-        "temperature": asking.params.temperature,
-        "seed": asking.seed,
-        "chat": asking.chat,
-        "max_batch": asking.max_batch,
-        "versions": library_versions(),
-    }
-
-
 def _write(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
-    """Token-level measures on solutions (NaN as None), and the reliability of the defer prob.
-
-    None if there are no solutions.
-    """
+    """Token-level measures on solutions (NaN as None), and the reliability of the defer prob."""
     if not solutions:
         return None
     views = gold_views(model, gold_examples(model, solutions))
@@ -191,18 +191,3 @@ def _candidates(model: CoLLM, asking: Generation, found: Comparison) -> dict[str
         except CollmError as error:
             found.left_out[f"candidates of item {id_}"] = str(error)
     return candidates
-
-
-def _check(items: Sequence[TaskItem]) -> None:
-    if not items:
-        raise DataError("the task has no items; expected at least one")
-    seen: dict[str, str] = {}
-    for item in items:
-        if item.id in seen:
-            raise DataError(f"{item.where} and {seen[item.id]} have the same id {item.id!r}; give each its own")
-        seen[item.id] = item.where
-
-
-def _rate(answers: Mapping[str, Sequence[Answer]]) -> float:
-    """The collaboration's deferral rate in its answers."""
-    return deferral_rate([author for answer in answers.get(COLLABORATION, ()) for author in answer.authors])

@@ -175,17 +175,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each whole text, in the harness's windows of `max_length` tokens."""
-        windows = [(n, window) for n, request in enumerate(requests) for window in self._windows(*request.args)]
+        windows: list[tuple[int, Pair]] = []
+        for n, request in enumerate(requests):
+            cut = get_rolling_token_windows(self.tok_encode(*request.args), self.prefix_token_id, self.max_length, 1)
+            windows += [(n, (None, *make_disjoint_window(window))) for window in cut]
         totals = [0.0] * len(requests)
         for index, views in self._views([window for _, window in windows], show=not disable_tqdm):
             totals[windows[index][0]] += _log_likelihood(views)
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
-
-    def _windows(self, text: str) -> list[Pair]:
-        cut = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-        return [(None, *make_disjoint_window(window)) for window in cut]
 
     def _views(self, pairs: Sequence[Pair], *, show: bool) -> Iterator[tuple[int, TokenViews]]:
         """The index of each pair and the authors' predictions for its continuation, the longest pair first."""

@@ -18,7 +18,7 @@ CLASSES = ("number", "word begins", "word goes on", "punctuation", "white space"
 
 
 @dataclass(frozen=True)
-class Deferred:
+class DeferralCount:
     """How often assistants wrote a token or a class of tokens.
 
     Attributes:
@@ -49,17 +49,19 @@ def token_class(text: str) -> str:
     return "word begins" if text[0].isspace() else "word goes on"
 
 
-def deferred_tokens(answers: Sequence[Answer], most: int = 20) -> list[Deferred]:
+def deferred_tokens(answers: Sequence[Answer], most: int = 20) -> list[DeferralCount]:
     """The texts of the tokens that assistants wrote most often."""
     return _counted(answers, lambda text: text)[:most]
 
 
-def deferred_classes(answers: Sequence[Answer]) -> list[Deferred]:
+def deferred_classes(answers: Sequence[Answer]) -> list[DeferralCount]:
     """All classes of tokens in the answers, the most often deferred first."""
     return _counted(answers, token_class, everything=True)
 
 
-def _counted(answers: Sequence[Answer], name_of: Callable[[str], str], *, everything: bool = False) -> list[Deferred]:
+def _counted(
+    answers: Sequence[Answer], name_of: Callable[[str], str], *, everything: bool = False
+) -> list[DeferralCount]:
     written = [
         (name_of(text), author)
         for answer in answers
@@ -69,7 +71,7 @@ def _counted(answers: Sequence[Answer], name_of: Callable[[str], str], *, everyt
     deferred = Counter(name for name, author in written if author != BASE)
     names = total if everything else deferred
     return sorted(
-        (Deferred(name, deferred[name], total[name]) for name in names), key=lambda one: (-one.deferred, one.name)
+        (DeferralCount(name, deferred[name], total[name]) for name in names), key=lambda one: (-one.deferred, one.name)
     )
 
 

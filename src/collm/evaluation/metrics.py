@@ -27,6 +27,8 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 
+_MINUS = str.maketrans("\u2212\u2013", "--")
+
 # Letters and digits of scripts that put spaces between words. Thai and what follows in Unicode (Chinese,
 # Japanese, Korean ...) attach words or particles, so a neighbour there says nothing about a word's border.
 _SPACED_WORD_CHARACTER = r"[^\W\u0e00-\U0010ffff]"
@@ -63,7 +65,10 @@ def last_number(prediction: str, reference: str) -> float:
 
 def numbers_in(text: str) -> list[Decimal]:
     """The numbers of a text in order, as exact decimals. `last_number` describes what is ignored."""
-    return [_decimal(match) for match in _NUMBER.finditer(text)]
+    return [
+        Decimal((found["sign"] or "+").translate(_MINUS) + found["digits"].replace(",", "") + (found["exponent"] or ""))
+        for found in _NUMBER.finditer(text)
+    ]
 
 
 def token_f1(prediction: str, reference: str) -> float:
@@ -118,8 +123,3 @@ def _normalised(text: str) -> str:
 
 def _bag_of_words(text: str) -> Counter[str]:
     return Counter(re.findall(r"\w+", _normalised(text).casefold()))
-
-
-def _decimal(number: re.Match[str]) -> Decimal:
-    sign = "" if number["sign"] in (None, "+") else "-"
-    return Decimal(sign + number["digits"].replace(",", "") + (number["exponent"] or ""))

@@ -19,6 +19,7 @@ from collm.evaluation.report import Report, Token
 _COLOURS = 6
 _UNDERLINES = 5
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_PICTURES = {**{code: chr(0x2400 + code) for code in range(0x20)}, 0x7F: "\u2421"}
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> None:
@@ -73,11 +74,7 @@ def _printable(value: Any) -> Any:
     """Control characters as their pictures, in every text that a template inserts."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return _UNPRINTABLE.sub(lambda found: _picture(ord(found[0])), value)
-
-
-def _picture(code: int) -> str:
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+    return _UNPRINTABLE.sub(lambda found: _PICTURES.get(ord(found[0]), "\ufffd"), value)
 
 
 def _author_class(author: int) -> str:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from collm.core.objective import defer_probs
 from collm.evaluation.intervals import bootstrap_interval
 from collm.training.measures import TokenViews
@@ -41,9 +38,10 @@ def reliability(views: TokenViews, num_bins: int = 10) -> list[ReliabilityBin]:
     one_right = theirs != views.base_correct
     probs, right = defer_probs(views.defer_logits)[one_right], theirs[one_right]
     places = (probs * num_bins).long().clamp(max=num_bins - 1)
-    return [_bin(probs[places == place], right[places == place]) for place in sorted(set(places.tolist()))]
-
-
-def _bin(probs: Tensor, right: Tensor) -> ReliabilityBin:
-    interval = bootstrap_interval(right.to(torch.float64).tolist())
-    return ReliabilityBin(probs.mean().item(), interval.mean, interval.low, interval.high, len(probs))
+    bins = []
+    for place in sorted(set(places.tolist())):
+        inside = right[places == place].double().tolist()
+        interval = bootstrap_interval(inside)
+        mean = probs[places == place].mean().item()
+        bins.append(ReliabilityBin(mean, interval.mean, interval.low, interval.high, len(inside)))
+    return bins

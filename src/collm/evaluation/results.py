@@ -12,6 +12,8 @@ from collm.evaluation.intervals import Interval, paired_difference
 from collm.evaluation.systems import COLLABORATION, System
 from collm.evaluation.tasks.task import Task, TaskItem
 
+PER_ITEM = ("tokens_read", "tokens_written", "forward_passes", "calls")
+
 
 @dataclass(frozen=True)
 class SystemResult:
@@ -56,7 +58,9 @@ def result_of(
     """
     mine = answers[system.name]
     measured = sum(len(batch.ids) for batch in found.batches)
-    tokens = {name: _per_item(used, measured) for name, used in _usage(found).items()}
+    tokens = {
+        name: {key: getattr(used, key) / max(measured, 1) for key in PER_ITEM} for name, used in _usage(found).items()
+    }
     by_batch = {id_ for batch in found.batches for id_ in batch.ids}
     written = sum(len(answer.authors) for answer in mine if answer.id in by_batch)
     return SystemResult(
@@ -82,11 +86,6 @@ def _usage(found: Answers) -> dict[str, ModelUsage]:
             before = total.get(name, ModelUsage())
             total[name] = ModelUsage(*(getattr(before, key) + value for key, value in asdict(used).items()))
     return {name: used for name, used in total.items() if any(asdict(used).values())}
-
-
-def _per_item(used: ModelUsage, items: int) -> dict[str, float]:
-    kept = ("tokens_read", "tokens_written", "forward_passes", "calls")
-    return {name: getattr(used, name) / max(items, 1) for name in kept}
 
 
 def _flops(model: CoLLM, name: str) -> float:

@@ -97,9 +97,12 @@ def run_charts(
             lines[_ORACLE] = oracle
         rate = by_name[COLLABORATION]["deferral_rate"]
         thresholds = _thresholds(results)
+        if thresholds:  # models alone equal the collaboration at the highest or lowest threshold
+            ends = {"base": 1.0} | ({"assistant": -1.0} if len(results["authors"]) == 2 else {})
+            thresholds |= {name: threshold for name, threshold in ends.items() if name in by_name}
         curve = [
             _point(by_name[name], measure, by_name[name]["deferral_rate"], f"threshold {threshold_text(threshold)}")
-            for name, threshold in (thresholds and thresholds | _ends(results)).items()
+            for name, threshold in thresholds.items()
         ]
         charts = [deferral_chart(curve, rows, rate, lines, titled(measure)), _costs(results, rows, prices)]
     return [*charts, *_reliability(results)]
@@ -115,13 +118,6 @@ def _thresholds(results: Mapping[str, Any]) -> dict[str, float]:
     names = [row["name"] for row in results["rows"] if is_threshold(row["name"])]
     found = {name: float(name.partition("=")[2]) for name in names}
     return {COLLABORATION: results["threshold"], **found} if found else {}
-
-
-def _ends(results: Mapping[str, Any]) -> dict[str, float]:
-    """Models alone that equal the collaboration at the highest or lowest threshold."""
-    ends = {"base": 1.0} | ({"assistant": -1.0} if len(results["authors"]) == 2 else {})
-    names = {row["name"] for row in results["rows"]}
-    return {name: threshold for name, threshold in ends.items() if name in names}
 
 
 def _point(row: ResultRow, measure: str, x: float, name: str) -> Point:
@@ -155,28 +151,19 @@ def oracle_line(answers: Mapping[str, Mapping[str, Answer]], measure: str) -> Co
     tokens, theirs = sum(len(answer.authors) for answer in base.values()), 0
     score = sum(answer.scores[measure] for answer in base.values())
     corners = [(0.0, score / len(base))]
-    for gain, mine, other in sorted(
-        _gains(base, others, measure), key=lambda one: one[0] / max(one[2], 1), reverse=True
-    ):
-        theirs, tokens, score = theirs + other, tokens + other - mine, score + gain
-        corners.append((theirs / max(tokens, 1), score / len(base)))
-    if len(corners) == 1:
-        return []
-    step = -(-len(corners) // NUM_CORNERS)
-    return [*corners[:-1:step], corners[-1]]
-
-
-def _gains(
-    base: Mapping[str, Answer], others: Sequence[Mapping[str, Answer]], measure: str
-) -> list[tuple[float, int, int]]:
-    """Gain in score, number of base tokens and number of assistant tokens, where an assistant scores higher."""
     gains = []
     for item, mine in base.items():
         best = max((found[item] for found in others), key=lambda other: (other.scores[measure], -len(other.authors)))
         gain = best.scores[measure] - mine.scores[measure]
         if gain > 0:
             gains.append((gain, len(mine.authors), len(best.authors)))
-    return gains
+    for gain, own, other in sorted(gains, key=lambda one: one[0] / max(one[2], 1), reverse=True):
+        theirs, tokens, score = theirs + other, tokens + other - own, score + gain
+        corners.append((theirs / max(tokens, 1), score / len(base)))
+    if len(corners) == 1:
+        return []
+    step = -(-len(corners) // NUM_CORNERS)
+    return [*corners[:-1:step], corners[-1]]
 
 
 def _costs(results: Mapping[str, Any], rows: Sequence[Row], prices: Prices | None) -> Chart:

@@ -11,7 +11,7 @@ from typing import Any
 from collm.decoding.candidates import Candidates
 from collm.errors import DAMAGED, ArtefactError
 from collm.evaluation.answers import Answer, read_answers
-from collm.evaluation.insights import Deferred, deferred_classes, deferred_tokens, run_lengths, shown
+from collm.evaluation.insights import DeferralCount, deferred_classes, deferred_tokens, run_lengths, shown
 from collm.evaluation.report import Example, Report, Row, Table, Token
 from collm.evaluation.run_charts import Prices, run_charts, titled
 from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
@@ -138,7 +138,7 @@ def _tables(own: Sequence[Answer], rows: Mapping[str, Mapping[str, Any]]) -> lis
     ]
 
 
-def _shares(counted: Sequence[Deferred]) -> list[tuple[str, ...]]:
+def _shares(counted: Sequence[DeferralCount]) -> list[tuple[str, ...]]:
     return [(one.name, f"{one.deferred:,}", f"{one.total:,}", f"{one.share:.1%}") for one in counted]
 
 

@@ -69,14 +69,13 @@ def names_in(text: str) -> list[str]:
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Each name with only the last part of its path, if that is unique."""
-    short = {name: _shortened(name) for name in names}
+    short = {}
+    for name in names:
+        kind, equals, path = name.partition("=")
+        is_path = equals and kind in ("sft", "proxy")
+        short[name] = f"{kind}={path.rstrip('/').rpartition('/')[2]}" if is_path else name
     times = Counter(short.values())
     return {name: one if times[one] == 1 else name for name, one in short.items()}
-
-
-def _shortened(name: str) -> str:
-    kind, equals, path = name.partition("=")
-    return f"{kind}={path.rstrip('/').rpartition('/')[2]}" if equals and kind in ("sft", "proxy") else name
 
 
 def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy) -> list[System]:

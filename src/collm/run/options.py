@@ -87,7 +87,7 @@ class RunConfig(DataConfig):
     Attributes:
         base: the model to train: a directory, a GGUF file or a Hub id, optionally with "@revision". A GGUF file on the
             Hub is repo:file.gguf.
-        assistant: the assistants 1..K, in the same form. Or tools: tool:calculator, tool:date, tool:lookup:facts.csv,
+        assistant: the assistants 1..K, in the same form. Or tools: tool:calculator, tool:lookup:facts.csv,
             or a Python function tool:package.module:function.
         validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
         validation_split: split of the validation data set.

@@ -1,1 +1,1 @@
-"""Tools, the assistants that are programs: calculator, lookup table, dates and user functions."""
+"""Tools, the assistants that are programs: calculator, lookup table and user functions."""

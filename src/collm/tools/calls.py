@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from collm.errors import LoadError, ToolFailure
 from collm.tools import worker
 from collm.tools.calculator import calculator
-from collm.tools.date import date
 from collm.tools.lookup import Lookup
 from collm.tools.spec import HOW_TO_FIND, ToolFunction, ToolSpec
 
@@ -50,8 +49,6 @@ def open_tool(spec: ToolSpec) -> Tool:
         return IsolatedTool(spec)
     if spec.table is not None:
         return BuiltInTool(Lookup(spec.table))
-    if spec.name == "date":
-        return BuiltInTool(date)
     return BuiltInTool(partial(calculator, plain=spec.argument != "marks"))
 
 

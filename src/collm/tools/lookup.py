@@ -13,9 +13,9 @@ from typing import Any
 from collm.errors import DataError
 
 _PATTERN = "pattern"
+_WITHIN_WORD = re.compile(r"\w\w")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _MAX_CHARACTERS = 100_000_000  # of all facts together, as a short pattern may repeat a long value
-_MAX_COMBINATIONS = 1_000_000  # of patterns and facts
 _MAX_TAIL = 16  # characters at the end of a text by which most texts without a match are recognised
 
 _Fact = tuple[str, str, dict[str, Any]]
@@ -29,9 +29,8 @@ class Lookup:
     filled pattern up to its last placeholder, with or without the white space before it, the value of that field
     follows, and then the rest of the pattern. A match does not begin within a word, and the longest match wins.
 
-    A CSV file has a header with `pattern` and the fields, and a fact per row. A JSON file has a list of such objects,
-    or {"patterns": [text, ..], "facts": [{field: value, ..}, ..]}, which combines every pattern with every fact that
-    has its fields. Values are texts or numbers, which are kept as written.
+    A CSV file has a header with `pattern` and the fields, and a fact per row. A JSON file has a list of such objects.
+    Values are texts or numbers, which are kept as written.
 
     Args:
         path: the table, .csv or .json, in UTF-8.
@@ -70,21 +69,13 @@ class Lookup:
         for length in self._lengths.get(text[-self._tail :], ()):
             following = self._following.get(text[-length:])
             start = max(len(text) - length, 0)
-            if following is not None and not (start and _in_word(text[start - 1]) and _in_word(text[start])):
+            if following is not None and not (start and _WITHIN_WORD.match(text, start - 1)):
                 return following
         return None
 
 
-def _in_word(character: str) -> bool:
-    return character.isalnum() or character == "_"
-
-
 def _fill(where: str, pattern: str, fields: dict[str, Any], most: int) -> tuple[str, str]:
-    """Fill a pattern. Returns its text before the last placeholder, and the text from there on.
-
-    Raises:
-        DataError: a value is blank, or the text has over `most` characters or is not valid Unicode.
-    """
+    """Fill a pattern. Returns its text before the last placeholder, and the text from there on."""
     parts = _PLACEHOLDER.split(pattern)
     for at in range(1, len(parts), 2):
         value = fields.get(parts[at], "")
@@ -104,11 +95,7 @@ def _fill(where: str, pattern: str, fields: dict[str, Any], most: int) -> tuple[
 
 
 def _facts(path: Path) -> Iterator[_Fact]:
-    """Read the facts of a file, in order.
-
-    Raises:
-        DataError: the file cannot be read or parsed, or a pattern is invalid.
-    """
+    """Read the facts of a file, in order."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".json"):
         raise DataError(f"{path} has the suffix {path.suffix!r}, expected a .csv or .json file")
@@ -118,7 +105,17 @@ def _facts(path: Path) -> Iterator[_Fact]:
         raise DataError(f"could not read {path}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    return _csv_facts(path, text) if suffix == ".csv" else _json_facts(path, text)
+    if suffix == ".csv":
+        yield from _csv_facts(path, text)
+        return
+    try:
+        content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a list of facts, each with its {_PATTERN!r} and fields")
+    for number, fields in enumerate(content, start=1):
+        yield _check_fact(f"{path}, fact {number}", fields)
 
 
 def _csv_facts(path: Path, text: str) -> Iterator[_Fact]:
@@ -142,54 +139,11 @@ def _csv_facts(path: Path, text: str) -> Iterator[_Fact]:
         raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
-def _json_facts(path: Path, text: str) -> Iterator[_Fact]:
-    try:
-        content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if isinstance(content, list):
-        for number, fields in enumerate(content, start=1):
-            yield _check_fact(f"{path}, fact {number}", fields)
-        return
-    shape = {name: type(each) for name, each in content.items()} if isinstance(content, dict) else type(content)
-    if shape != {"patterns": list, "facts": list}:
-        raise DataError(f'{path}: expected a list of facts or {{"patterns": [..], "facts": [..]}}')
-    combinations = len(content["patterns"]) * len(content["facts"])
-    if combinations > _MAX_COMBINATIONS:
-        raise DataError(
-            f"{path} combines patterns and facts in {combinations} ways, expected at most {_MAX_COMBINATIONS}; list "
-            "facts with a pattern each"
-        )
-    for at, pattern in enumerate(content["patterns"], start=1):
-        names = set(_placeholders(f"{path}, pattern {at}", pattern))
-        is_used = False
-        for number, fields in enumerate(content["facts"], start=1):
-            where = f"{path}, pattern {at} with fact {number}"
-            _require_fields(where, fields)
-            if names <= fields.keys():
-                is_used = True
-                yield where, pattern, fields
-        if not is_used:
-            raise DataError(f"{path}, pattern {at}: no fact has all of {sorted(names)}, the fields of {pattern!r}")
-
-
 def _check_fact(where: str, fields: Any) -> _Fact:
     """Check the pattern and fields of a row."""
-    _require_fields(where, fields)
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: the fact is {fields!r}, expected an object of fields")
     pattern = fields.get(_PATTERN)
-    for name in _placeholders(where, pattern):
-        if name == _PATTERN or name not in fields:
-            known = sorted(set(fields) - {_PATTERN})
-            raise DataError(f"{where}: unknown placeholder {{{name}}} in {pattern!r}, expected one of {known}")
-    return where, pattern, fields
-
-
-def _placeholders(where: str, pattern: Any) -> list[str]:
-    """The field names in a pattern.
-
-    Raises:
-        DataError: the pattern is not text, has no placeholder, or has no text before the last one.
-    """
     if not isinstance(pattern, str) or not pattern.strip():
         raise DataError(
             f"{where}: the pattern is {pattern!r}, expected a text such as 'The capital of {{country}} is {{capital}}.'"
@@ -201,9 +155,8 @@ def _placeholders(where: str, pattern: Any) -> list[str]:
         raise DataError(
             f"{where}: the pattern {pattern!r} has nothing before its last placeholder, so it would match any text"
         )
-    return parts[1::2]
-
-
-def _require_fields(where: str, fields: Any) -> None:
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: the fact is {fields!r}, expected an object of fields")
+    known = sorted(set(fields) - {_PATTERN})
+    for name in parts[1::2]:
+        if name not in known:
+            raise DataError(f"{where}: unknown placeholder {{{name}}} in {pattern!r}, expected one of {known}")
+    return where, pattern, fields

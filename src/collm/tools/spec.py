@@ -12,7 +12,7 @@ from typing import Any
 from collm.errors import ConfigError, LoadError
 
 PREFIX = "tool:"
-BUILT_IN = ("calculator", "date", "lookup")
+BUILT_IN = ("calculator", "lookup")
 
 ToolFunction = Callable[[str], "str | None"]
 """The text so far -> the text that follows, or None to abstain."""
@@ -23,7 +23,7 @@ class ToolSpec:
     """The spec of a tool: an assistant that is a program.
 
     Attributes:
-        name: "calculator", "date", "lookup", or a user function as "package.module:function".
+        name: "calculator", "lookup", or a user function as "package.module:function".
         argument: argument of a built-in tool: the table of "lookup" (a CSV or JSON file), or "marks" for a calculator
             that only completes `<<..=` marks.
         eps: probability that the tool's distribution gives to all tokens but the next one of its answer, in (0, 1).
@@ -48,7 +48,7 @@ class ToolSpec:
             _require(self.argument is not None, "argument", None, "a table: tool:lookup:facts.csv")
         elif self.name == "calculator":
             _require(self.argument in (None, "marks"), "argument", self.argument, "'marks' or none")
-        elif self.name in BUILT_IN or self.foreign:
+        elif self.foreign:
             _require(self.argument is None, "argument", self.argument, "none")
         else:
             raise ConfigError(

@@ -131,7 +131,9 @@ class Task(ABC):
             return items
         if self.format is None:
             raise ConfigError(f"task {self.name!r} has no few-shot examples; leave shots out")
-        taken = self._shots(_shots_source(source, shots_source), shots, seed, items)
+        if shots_source is None and _default_split(source, "train") is None:
+            raise ConfigError(f"{source} has no train split for few-shot examples; give a source for them")
+        taken = self._shots(shots_source or source, shots, seed, items)
         return [replace(item, shots=taken) for item in items]
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, Interval]:
@@ -192,14 +194,6 @@ def scores_of(scored: Sequence[Scored], measure: str) -> list[float]:
 def _default_split(source: str | Path, split: str) -> str | None:
     path = Path(source)
     return None if path.is_file() or (path / "state.json").exists() else split
-
-
-def _shots_source(source: str | Path, shots_source: str | Path | None) -> str | Path:
-    if shots_source is not None:
-        return shots_source
-    if _default_split(source, "train") is None:
-        raise ConfigError(f"{source} has no train split for few-shot examples; give a source for them")
-    return source
 
 
 def _draw(values: Sequence[_T], count: int, seed: int | None) -> list[_T]:
