@@ -160,10 +160,9 @@ def collect(kind: Any, given: Mapping[str, Any]) -> Any:
     values = {name: value for name, value in given.items() if value is not None}
     pairs = {name: value for name, value in values.items() if isinstance(value, list) and isinstance(value[0], tuple)}
     values |= {name: dict(value) for name, value in pairs.items()}
-    optional = get_args(kind)
-    if optional and not any(values.values()):
-        return None
-    return (optional[0] if optional else kind)(**values)
+    if kinds := get_args(kind):
+        return None if all(value is False for value in values.values()) else kinds[0](**values)
+    return kind(**values)
 
 
 def descriptions(config: Any) -> dict[str, str]:
