@@ -184,9 +184,6 @@ def test_tokens_and_their_text(speaking: Running) -> None:
     assert "weather" in text
     assert text.endswith("<assistant>")
     assert speaking.post("/tokenize", model="pair").status_code == 400
-    info = speaking.client.get("/tokenizer_info").json()
-    assert info["eos_token"] == "<eos>"
-    assert set(speaking.client.get("/version").json()) == {"version"}
 
 
 def test_other_ways_to_knock(speaking: Running) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from collm.serving import streaming
+from collm.serving import answering
 from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
 from tests.serving.test_faults import LONG, held, written
 
@@ -49,8 +49,8 @@ def test_browsers_may_send_what_client_libraries_add(
 def test_a_stream_begins_and_goes_on_while_nothing_is_written(
     path: str, serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_HEAD_S", 0.05)
-    monkeypatch.setattr(streaming, "_COMMENT_S", 0.05)
+    monkeypatch.setattr(answering, "_HEAD_S", 0.05)
+    monkeypatch.setattr(answering, "_COMMENT_S", 0.05)
     body: dict[str, Any] = {"model": "pair", "stream": True}
     body |= {"messages": [{"role": "user", "content": "w5"}]} if "chat" in path else {}
     body |= {"input": "w5"} if "responses" in path else {}
@@ -78,7 +78,7 @@ def test_a_stream_begins_and_goes_on_while_nothing_is_written(
 def test_a_failure_after_the_head_is_an_event(
     serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_HEAD_S", 0.02)
+    monkeypatch.setattr(answering, "_HEAD_S", 0.02)
     with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, time_limit_s=0.3) as server:
         with held(server.worker()):
             reply = server.post("/v1/completions", **LONG, stream=True)

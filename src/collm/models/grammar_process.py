@@ -15,7 +15,7 @@ STACK_BYTES = 2 << 20
 
 
 def main() -> None:
-    """Compile a grammar {"source", "tokenizer", "vocab_size", "memory_bytes", "path"}, and exit with 0.
+    """Compile a grammar {"source", "tokenizer", "vocab_size", "memory_bytes", "seconds", "path"}, and exit with 0.
 
     An invalid grammar exits with 0 too.
     """
@@ -23,6 +23,7 @@ def main() -> None:
     sys.path[:] = asked["path"]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (asked["memory_bytes"], asked["memory_bytes"]))
+    resource.setrlimit(resource.RLIMIT_CPU, (asked["seconds"], asked["seconds"]))  # also without its parent
     threading.stack_size(STACK_BYTES)
     compiled: list[bool] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -159,6 +160,7 @@ class Grammars:
             "tokenizer": self._small_tokenizer,
             "vocab_size": max(self._vocab_size, 256 + len(self._tokenizer.added_tokens_decoder)),
             "memory_bytes": COMPILE_BYTES,
+            "seconds": math.ceil(COMPILE_S),
             "path": sys.path,
         }
         command = [sys.executable, "-I", grammar_process.__file__]

@@ -13,17 +13,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from collm.collaboration import CoLLM
 from collm.models.template import Prompt
-from collm.serving import replies
+from collm.serving.answering import answer
 from collm.serving.collaborations import Target
-from collm.serving.errors import APIError, invalid
-from collm.serving.generating import answer
+from collm.serving.errors import APIError, invalid, refusal_of, unknown
 from collm.serving.middleware import RequestMiddleware
-from collm.serving.parsing import as_chat, read_chat, read_completion, read_messages
+from collm.serving.parsing import as_chat, read_chat, read_completion, read_messages, tool_choice
 from collm.serving.playground import playground
 from collm.serving.request_log import Metrics, Record
 from collm.serving.responses import ResponseShape, as_chat_request
@@ -40,17 +38,16 @@ from collm.serving.schemas import (
 from collm.serving.service import Service
 from collm.serving.settings import Settings
 from collm.serving.shapes import ChatShape, CompletionShape
-from collm.serving.tool_choice import tool_choice
-from collm.serving.validation import refusal_of, unknown
 from collm.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": replies.ErrorReply, "description": "Client error"},
-    "5XX": {"model": replies.ErrorReply, "description": "Server error"},
+    "4XX": {"description": "Client error, as OpenAI's error object"},
+    "5XX": {"description": "Server error, as OpenAI's error object"},
 }
-_STREAM = {
-    "text/event-stream": {
-        "schema": {"type": "string", "description": "Chunks as data: {chunk}, then data: [DONE], with stream."}
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The completions, as OpenAI's object",
+        "content": {"text/event-stream": {"schema": {"type": "string", "description": "Chunks, with stream."}}},
     }
 }
 
@@ -58,11 +55,7 @@ router = APIRouter(responses=_ERRORS)
 router.add_route("/", playground, include_in_schema=False)
 
 
-def _generation(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    return {200: {"model": model, "description": "The completions", "content": _STREAM}}
-
-
-@router.post("/v1/completions", responses=_generation(replies.CompletionReply))
+@router.post("/v1/completions", responses=_STREAMED)
 async def completions(body: CompletionRequest, http: Request) -> Response:
     """Continue prompts."""
     service, target = _asked(http, body, body.prompt)
@@ -70,7 +63,7 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
     return await answer(http, service, target, reading, body, CompletionShape)
 
 
-@router.post("/v1/chat/completions", responses=_generation(replies.ChatReply))
+@router.post("/v1/chat/completions", responses=_STREAMED)
 async def chat_completions(body: ChatRequest, http: Request) -> Response:
     """Answer a chat."""
     service, target = _asked(http, body, [message.model_dump(exclude_unset=True) for message in body.messages])
@@ -78,7 +71,7 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
     return await answer(http, service, target, reading, body, partial(ChatShape, calls=reading.calls))
 
 
-@router.post("/v1/responses", responses=_generation(replies.ResponseReply))
+@router.post("/v1/responses", responses=_STREAMED)
 async def responses(body: ResponsesRequest, http: Request) -> Response:
     """Answer text or a conversation. Responses are not stored."""
     asked = as_chat_request(body)
@@ -87,7 +80,7 @@ async def responses(body: ResponsesRequest, http: Request) -> Response:
     return await answer(http, service, target, reading, asked, partial(ResponseShape, body=body, calls=reading.calls))
 
 
-@router.post("/tokenize", response_model=replies.TokenizeReply)
+@router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, http: Request) -> Any:
     """Token ids of a prompt or of messages."""
     service, target = _service(http), _target(http, body)
@@ -110,16 +103,16 @@ async def tokenize(body: TokenizeRequest, http: Request) -> Any:
     }
 
 
-@router.post("/detokenize", response_model=replies.DetokenizeReply)
+@router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, http: Request) -> Any:
     """The text of token ids, including special tokens."""
     target = _target(http, body)
     return {"prompt": await _service(http).in_thread(partial(target.detokenize, body.tokens))}
 
 
-@router.get("/tokenizer_info", response_model=replies.TokenizerInfo)
+@router.get("/tokenizer_info")
 async def tokenizer_info(http: Request, model: str | None = None) -> Any:
-    """Tokenizer of a collaboration, by default of the first one."""
+    """Tokenizer of a collaboration, by default of the first one. lm-evaluation-harness reads it."""
     served = _service(http).collaborations.target(model).served
     served.worker.check_open()
     tokenizer = served.model.tokenizer
@@ -131,13 +124,7 @@ async def tokenizer_info(http: Request, model: str | None = None) -> Any:
     }
 
 
-@router.get("/version", response_model=replies.Version)
-async def version() -> Any:
-    """Version of collm."""
-    return {"version": __version__}
-
-
-@router.get("/v1/models", response_model=replies.ModelList)
+@router.get("/v1/models")
 async def models(http: Request) -> Any:
     """List the collaborations, and each of their authors alone."""
     service = _service(http)
@@ -148,7 +135,7 @@ async def models(http: Request) -> Any:
     return {"object": "list", "data": entries}
 
 
-@router.get("/v1/models/{name:path}", response_model=replies.ModelEntry)
+@router.get("/v1/models/{name:path}")
 async def model(name: str, http: Request) -> Any:
     """A collaboration, or one of its authors alone."""
     service = _service(http)
@@ -156,13 +143,13 @@ async def model(name: str, http: Request) -> Any:
     return {"id": found, "object": "model", "created": service.started, "owned_by": "collm"}
 
 
-@router.get("/v1/collm/info", response_model=replies.Info)
+@router.get("/v1/collm/info")
 async def info(http: Request) -> Any:
     """Authors, thresholds and calibrations of the collaborations."""
     return {"object": "list", "data": [one.info() for one in _service(http).collaborations.served]}
 
 
-@router.post("/v1/collm/candidates", response_model=replies.CandidatesReply)
+@router.post("/v1/collm/candidates")
 async def candidates(body: CandidatesRequest, http: Request) -> Any:
     """The most probable tokens of each author at each token of an answer."""
     service, target = _asked(http, body, body.prompt)
@@ -177,13 +164,13 @@ async def candidates(body: CandidatesRequest, http: Request) -> Any:
     return {"author_names": target.served.author_names, "candidates": found}
 
 
-@router.get("/health", response_model=replies.Status)
+@router.get("/health")
 async def health() -> Any:
     """Liveness probe."""
     return {"status": "ok"}
 
 
-@router.get("/ready", response_model=replies.Status)
+@router.get("/ready")
 async def ready(http: Request) -> Any:
     """Readiness probe: the models are loaded and requests are accepted."""
     service = _service(http)

@@ -105,7 +105,8 @@ class Target:
                     "the server with --threshold, or run 'collm calibrate' first",
                     "collm.threshold",
                 )
-        with refused(_at_fault(options)):
+        given = [name for name in ("policy", "budget", "threshold") if getattr(options, name) is not None]
+        with refused(f"collm.{(given or ['threshold'])[0]}"):
             return self.served.model.policy(options.policy, threshold, options.budget)
 
     def encode(self, prompt: Prompt, param: str, longest: int | None, keep_last: int | None = None) -> PromptIds:
@@ -219,12 +220,6 @@ def _characters(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt)
     return sum(len(str(one.get("content") or "")) for one in prompt if isinstance(one, Mapping))
-
-
-def _at_fault(options: CollmOptions) -> str:
-    """The option that an error is about: the first of policy, budget and threshold that is given."""
-    given = [name for name in ("policy", "budget", "threshold") if getattr(options, name) is not None]
-    return f"collm.{(given or ['threshold'])[0]}"
 
 
 class Collaborations:

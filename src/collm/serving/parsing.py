@@ -1,11 +1,11 @@
-"""Parse request bodies into requests of the engine. Contradictions are errors."""
+"""Parse request bodies into requests of the engine, with the tools of a chat. Contradictions are errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_core import from_json
 
@@ -15,19 +15,22 @@ from collm.decoding.request import PromptIds, Request
 from collm.errors import ConfigError, RequestError
 from collm.models.chats import Chat, Rendering, as_message
 from collm.models.template import Prompt
+from collm.models.tool_calls import ToolCallReader
+from collm.models.tool_formats import ToolFormat, grammar, tool_format
 from collm.serving.collaborations import Target
 from collm.serving.errors import invalid, refused
 from collm.serving.schemas import (
     Asked,
     ChatRequest,
+    ChatTool,
     CompletionRequest,
     Message,
+    NamedTool,
     ResponseFormat,
     StructuredForm,
     TokenizeRequest,
 )
 from collm.serving.settings import Settings
-from collm.serving.tool_choice import ToolChoice, tool_choice
 
 DEFAULT_MAX_TOKENS = SamplingParams().max_new_tokens
 
@@ -238,3 +241,70 @@ def _checked(reading: ParsedRequest, settings: Settings) -> ParsedRequest:
         param = "n" if reading.n > 1 else reading.param
         raise invalid(f"the request asks for {count} completions, this server gives {most} to one request", param)
     return reading
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Tools of a chat.
+
+    Attributes:
+        shown: their definitions for the chat template.
+        written: the template's format of calls.
+        parallel: whether several calls are allowed.
+        constraint: the grammar of a required call; None if the answer can be text.
+        markers: token id -> text of the special tokens around calls.
+    """
+
+    shown: list[dict[str, Any]]
+    written: ToolFormat
+    parallel: bool
+    constraint: StructuredOutputs | None
+    markers: dict[int, str]
+
+    def reader(self) -> ToolCallReader:
+        """A parser that separates calls from text."""
+        return ToolCallReader(self.written, {tool["function"]["name"] for tool in self.shown})
+
+
+def tool_choice(
+    tools: Sequence[ChatTool] | None,
+    choice: Literal["none", "auto", "required"] | NamedTool | None,
+    parallel: bool | None,
+    target: Target,
+) -> ToolChoice | None:
+    """The tools of a request; None if none can be called.
+
+    Raises:
+        APIError: a choice without tools, an unknown name, or a template without tools.
+    """
+    if not tools:
+        if choice in (None, "none", "auto"):
+            return None
+        raise invalid("tool_choice requires a call, but there are no tools; add tools", "tool_choice")
+    if choice == "none":
+        return None
+    model = target.served.model
+    written = tool_format(model.template.chat_for(tools) or "")
+    if written is None:
+        raise invalid(
+            f"the chat template of {target.served.name} has no known format of tools; leave tools out",
+            "tools",
+        )
+    shown = [tool.model_dump(exclude_none=True) for tool in tools]
+    names = [tool.function.name for tool in tools]
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise invalid(
+            f"tool_choice names {choice.function.name[:80]!r}, expected one of {', '.join(names)}", "tool_choice"
+        )
+    special = {
+        str(token): token_id for token_id, token in model.tokenizer.added_tokens_decoder.items() if token.special
+    }
+    constraint = None
+    if choice == "required" or isinstance(choice, NamedTool):
+        callable_tools = [
+            one for one in shown if choice == "required" or one["function"]["name"] == choice.function.name
+        ]
+        several = parallel is not False and choice == "required"
+        constraint = StructuredOutputs(grammar=grammar(written, callable_tools, parallel=several, special=special))
+    markers = {token_id: text for text, token_id in special.items() if text in written.markers}
+    return ToolChoice(shown, written, parallel is not False, constraint, markers)

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from collm.core.types import BASE, deferral_rate
 from collm.serving.collaborations import Served
 from collm.serving.errors import APIError
-from collm.serving.submission import Submission
+from collm.serving.worker import Submission
 
 LOG = logging.getLogger("collm.serving.requests")
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

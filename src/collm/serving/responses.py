@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from collm.core.types import TokenStep
 from collm.models.tool_calls import CallStart, Content, Delta
 from collm.serving.errors import APIError, invalid
+from collm.serving.parsing import ToolChoice
 from collm.serving.schemas import ChatRequest, FlatName, FlatTool, InputItem, ResponsesRequest, Sampled
-from collm.serving.shapes import Extras, Json, Message, Part, Shape, encoded, sse
-from collm.serving.tool_choice import ToolChoice
+from collm.serving.shapes import AssistantMessage, Extras, Json, Part, Shape, encoded, sse
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -27,7 +27,7 @@ def as_chat_request(body: ResponsesRequest) -> ChatRequest:
     """
     shared = body.model_dump(include=set(Sampled.model_fields), exclude_unset=True, by_alias=True)
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    wanted = body.text.format if body.text else None
+    form = body.text.format.model_dump(by_alias=True, exclude_none=True) if body.text and body.text.format else None
     chat = {
         **shared,
         "messages": [*messages, *_messages(body.input)],
@@ -37,7 +37,7 @@ def as_chat_request(body: ResponsesRequest) -> ChatRequest:
         "tools": [_nested(tool) for tool in body.tools or ()] or None,
         "tool_choice": _nested(body.tool_choice) if isinstance(body.tool_choice, FlatName) else body.tool_choice,
         "parallel_tool_calls": body.parallel_tool_calls,
-        "response_format": wanted and _nested_format(wanted.model_dump(by_alias=True, exclude_none=True)),
+        "response_format": form and {"type": form.pop("type"), "json_schema": form or None},
     }
     try:
         return ChatRequest.model_validate(chat)
@@ -51,10 +51,6 @@ def _nested(tool: FlatTool | FlatName) -> Json:
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 
-def _nested_format(wanted: Json) -> Json:
-    return {"type": wanted.pop("type"), "json_schema": wanted or None}
-
-
 def _messages(given: str | Sequence[InputItem]) -> Iterator[Json]:
     if isinstance(given, str):
         yield {"role": "user", "content": given}
@@ -64,7 +60,8 @@ def _messages(given: str | Sequence[InputItem]) -> Iterator[Json]:
         item = one.model_dump(exclude_none=True)
         kind = item.pop("type", "message")
         if kind == "function_call":
-            calls.append(_call_of(item))
+            function = {"name": item.get("name"), "arguments": item.get("arguments", "")}
+            calls.append({"id": item.get("call_id"), "type": "function", "function": function})
             continue
         if calls:
             yield {"role": "assistant", "content": None, "tool_calls": calls}
@@ -78,11 +75,6 @@ def _messages(given: str | Sequence[InputItem]) -> Iterator[Json]:
             raise invalid(message, f"input[{place}]")
     if calls:
         yield {"role": "assistant", "content": None, "tool_calls": calls}
-
-
-def _call_of(item: Json) -> Json:
-    function = {"name": item.get("name"), "arguments": item.get("arguments", "")}
-    return {"id": item.get("call_id"), "type": "function", "function": function}
 
 
 class ResponseShape(Shape):
@@ -107,7 +99,7 @@ class ResponseShape(Shape):
         self._model = model
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._body = body
-        self._said = Message(calls)
+        self._said = AssistantMessage(calls)
         self._steps: list[TokenStep] = []
         self._pending: list[TokenStep] = []  # whose text is not out yet
         self._logprobs: list[Json] = []
@@ -214,7 +206,7 @@ class ResponseShape(Shape):
     def _response(self, usage: Json | None) -> Json:
         """The current response. A finished response has usage."""
         cut = self._finished == "length"
-        asked, done = self._body, "incomplete" if cut else "completed"
+        asked, choice, done = self._body, self._body.tool_choice, "incomplete" if cut else "completed"
         return {
             "id": self._id,
             "object": "response",
@@ -232,7 +224,7 @@ class ResponseShape(Shape):
             "store": False,
             "temperature": asked.temperature,
             "text": asked.text.model_dump(by_alias=True, exclude_none=True) if asked.text else _PLAIN,
-            "tool_choice": _dumped(asked.tool_choice) or "auto",
+            "tool_choice": choice.model_dump() if isinstance(choice, FlatName) else choice or "auto",
             "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_p": asked.top_p,
             "truncation": "disabled",
@@ -244,10 +236,6 @@ class ResponseShape(Shape):
 
 
 _PLAIN = {"format": {"type": "text"}}
-
-
-def _dumped(choice: Any) -> Any:
-    return choice.model_dump() if isinstance(choice, FlatName) else choice
 
 
 def _usage(usage: Mapping[str, Any]) -> Json:

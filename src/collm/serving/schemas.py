@@ -236,7 +236,7 @@ class FunctionDefinition(Open):
     strict: bool | None = None
 
 
-class Tool(Open):
+class ChatTool(Open):
     """A tool. Functions are the only kind."""
 
     type: Literal["function"]
@@ -267,7 +267,7 @@ class ChatRequest(Asked):
     max_completion_tokens: Count | None = Field(None, description="Maximum number of tokens. It overrides max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="With logprobs.")
-    tools: Some[Tool] | None = None
+    tools: Some[ChatTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="Default: auto.")
     parallel_tool_calls: bool | None = Field(None, description="Allow several calls. Default: true.")
     add_generation_prompt: bool | None = Field(None, description="Begin an assistant turn. Default: true.")
@@ -358,7 +358,7 @@ class TokenizeRequest(Open):
     model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
     prompt: Text | None = None
     messages: Messages | None = None
-    tools: Some[Tool] | None = None
+    tools: Some[ChatTool] | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -12,8 +12,8 @@ from typing import Any
 from collm.core.types import TokenStep, deferral_rate
 from collm.models.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
 from collm.serving.errors import APIError
+from collm.serving.parsing import ToolChoice
 from collm.serving.token_texts import TokenTexts
-from collm.serving.tool_choice import ToolChoice
 
 Json = dict[str, Any]
 
@@ -159,7 +159,7 @@ class ChatShape(Shape):
     ) -> None:
         super().__init__(model, author_names, extras)
         self._calls = calls
-        self._messages: dict[int, Message] = {}
+        self._messages: dict[int, AssistantMessage] = {}
 
     def reply(self, parts: Sequence[Part], usage: Json) -> bytes:
         choices = [self.choice(part) for part in parts]
@@ -186,11 +186,11 @@ class ChatShape(Shape):
             delta["tool_calls"] = calls
         return {"index": part.index, "delta": delta, **self._rest(part, said)}
 
-    def _message(self, part: Part) -> Message:
+    def _message(self, part: Part) -> AssistantMessage:
         """The message of the completion that a part belongs to."""
-        return self._messages.setdefault(part.index, Message(self._calls))
+        return self._messages.setdefault(part.index, AssistantMessage(self._calls))
 
-    def _rest(self, part: Part, said: Message) -> Json:
+    def _rest(self, part: Part, said: AssistantMessage) -> Json:
         speller = self._speller(part)
         finished = "tool_calls" if part.finished == "stop" and said.calls else part.finished
         return {
@@ -209,7 +209,7 @@ class Call:
     arguments: str = ""
 
 
-class Message:
+class AssistantMessage:
     """A completion as a message: its text without tool calls, and its tool calls.
 
     Args:

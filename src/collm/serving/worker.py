@@ -1,4 +1,4 @@
-"""The decoding loop of a collaboration in a thread of its own, controlled from an event loop."""
+"""The decoding loop of a collaboration in a thread of its own, controlled from an event loop, and what it is asked."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from collm.collaboration import CoLLM
+from collm.core.types import TokenStep
 from collm.decoding.chunks import Chunks
 from collm.decoding.engine import DecodingLoop, RequestOutput
 from collm.decoding.request import Request
 from collm.errors import CollmError, ModelFailure
-from collm.serving.errors import not_now, of_failure
-from collm.serving.submission import Submission
+from collm.serving.errors import APIError, not_now, of_failure
 
 _LOG = logging.getLogger(__name__)
 
@@ -251,3 +252,75 @@ def settle(future: asyncio.Future[T], result: T, error: Exception | None) -> Non
         future.set_exception(error)
     else:
         future.set_result(result)
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """A token of request number `index` of a submission. The last token has a `finish_reason`."""
+
+    index: int
+    step: TokenStep
+    finish_reason: str | None
+
+
+class Submission:
+    """Requests that begin and end together. Methods must be called in the event loop's thread.
+
+    Attributes:
+        requests: the requests by index.
+        unfinished: number of running and waiting requests.
+    """
+
+    def __init__(self, requests: Sequence[Request], owner: Worker) -> None:
+        self.requests = requests
+        self.unfinished = len(requests)
+        self._owner = owner
+        self._outputs: list[TokenOutput] = []
+        self._failure: APIError | None = None
+        self._arrived = asyncio.Event()
+
+    async def outputs(self, seconds: float | None = None) -> list[TokenOutput] | None:
+        """Wait for new tokens.
+
+        Returns:
+            All tokens since the last call, none if all requests are finished; None if nothing came within `seconds`.
+
+        Raises:
+            APIError: the submission failed.
+        """
+        if self.unfinished or self._failure:
+            try:
+                await asyncio.wait_for(self._arrived.wait(), seconds)
+            except asyncio.TimeoutError:
+                return None
+        self._arrived.clear()
+        outputs, self._outputs = self._outputs, []
+        if self._failure is not None:
+            raise self._failure
+        return outputs
+
+    def fail(self, error: APIError) -> None:
+        """End the requests with an error. Their slots are free before the next step."""
+        if self.unfinished:
+            self._failure = error
+            self._arrived.set()
+            self.close()
+
+    def close(self) -> None:
+        """Drop the unfinished requests."""
+        if self.unfinished:
+            self._owner.drop(self)
+
+    def receive(self, index: int, output: RequestOutput) -> None:
+        """Handle an output of the engine."""
+        if not self.unfinished:
+            return
+        if output.failure is not None:
+            self.fail(of_failure(output.failure, self._owner.name))
+            return
+        assert output.step is not None
+        finish_reason = output.completion.finish_reason if output.completion else None
+        self._outputs.append(TokenOutput(index, output.step, finish_reason))
+        self._arrived.set()
+        if finish_reason is not None:
+            self._owner.finish(self)
