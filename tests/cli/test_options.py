@@ -85,6 +85,13 @@ def test_a_command_is_given_the_dataclass_of_its_options(command: typer.Typer, s
     assert seen == ["a", Shape(3, 1.0, ["x", "y"], {1: 2.0, 2: 0.5}, "solid", True), Rule("start: x"), True]
 
 
+def test_an_empty_file_is_given_all_the_same(command: typer.Typer, seen: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "rule.lark").touch()
+    done = CliRunner().invoke(command, ["a", "--sides", "3", "--lark", str(tmp_path / "rule.lark")])
+    assert done.exit_code == 0, done.output
+    assert seen[2] == Rule("")
+
+
 def test_what_is_not_given_keeps_its_default(command: typer.Typer, seen: list[Any]) -> None:
     assert CliRunner().invoke(command, ["a", "--sides", "3"]).exit_code == 0
     assert seen == ["a", Shape(3, 4.5), None, False]
@@ -117,7 +124,7 @@ def test_help_says_what_the_docstring_says_and_hides_what_is_rare(command: typer
     assert "Longest time, in seconds." in short
     assert "[default: 4.5]" in short
     assert "One of these. Can be given several times." in short
-    for rare in ("Rare", "--names", "CORNER=KG", "<flat|solid>"):
+    for rare in ("Rare", "--names", "CORNER=KG", "flat|solid"):
         assert rare not in short
         assert rare in whole
 

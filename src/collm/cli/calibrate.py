@@ -14,7 +14,7 @@ from collm.core.params import SamplingParams
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
-    from collm.run import DataConfig, PastRun, Validation
+    from collm.run import DataConfig, Validation
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def calibrate(
     Without --data, the rows and the options are those of the training run that made DIR.
     """
     from collm import run
+    from collm.cli.tables import teacher_forced_table
+    from collm.cli.terminal import Console
     from collm.evaluation.calibration import DEFERRAL_RATES
 
     if choosing.check is not None and choosing.check_data is not None:
@@ -81,7 +83,7 @@ def calibrate(
         refine=validation.refine if choosing.refine is None else choosing.refine,
     )
     if choosing.teacher_forced:
-        _show_curve(model, past or validation, validation.budgets)
+        Console().print(teacher_forced_table((past or validation).curve(model), validation.budgets))
     else:
         validation, held_back = _held_back(validation, source, choosing)
         _choose(model, collaboration, validation, held_back)
@@ -97,13 +99,6 @@ def _check_usage(context: typer.Context, choosing: Choosing) -> None:
         loading = {"collaboration", "device", "engine", "servers", "trust_code"}
         how = {"budget", "refine", "check", "check_data", "teacher_forced"}
         refuse(context, "without --data the run of DIR says the rest", only=loading | how)
-
-
-def _show_curve(model: CoLLM, rows: PastRun | Validation, budgets: Sequence[float]) -> None:
-    from collm.cli.tables import teacher_forced_table
-    from collm.cli.terminal import Console
-
-    Console().print(teacher_forced_table(rows.curve(model), budgets))
 
 
 def _held_back(validation: Validation, source: DataConfig, choosing: Choosing) -> tuple[Validation, Validation | None]:

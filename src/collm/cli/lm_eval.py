@@ -11,35 +11,28 @@ MODEL = "collm"
 """Name of the model type in the harness."""
 
 
-def lm_eval(
-    context: typer.Context,
-    collaboration: CollaborationArgument,
-) -> None:
+def lm_eval(context: typer.Context, collaboration: CollaborationArgument) -> None:
     """Run lm-evaluation-harness on a collaboration. Arguments after DIR, such as --tasks gsm8k, go to `lm-eval run`.
 
     --model_args takes threshold, budget, policy, dtype, trust_code, max_length and add_bos_token. `collm lm-eval DIR
     --help` lists all options of the harness.
     """
-    from collm.evaluation.harness import HarnessLM  # raises a MissingExtra if the harness is not installed
-
-    _hand_over(collaboration, context.args, HarnessLM)
-
-
-def _hand_over(collaboration: str, arguments: list[str], model_class: type) -> None:
     import json
     import sys
 
+    from collm.errors import ConfigError
+    from collm.evaluation.harness import HarnessLM  # raises a MissingExtra if the harness is not installed
+
+    # isort: split
     from lm_eval._cli import HarnessCLI
     from lm_eval.api.registry import model_registry
     from lm_eval.utils import setup_logging
 
-    from collm.errors import ConfigError
-
     setup_logging()
     if MODEL not in model_registry:  # versions after 0.4.13 find it themselves, as an entry point
-        model_registry.register(MODEL, target=model_class)
+        model_registry.register(MODEL, target=HarnessLM)
     model_args = json.dumps({"pretrained": collaboration})  # as JSON a name stays as it is, whatever it holds
-    sys.argv = ["lm-eval", "run", "--model_args", model_args, "--model", MODEL, *arguments]
+    sys.argv = ["lm-eval", "run", "--model_args", model_args, "--model", MODEL, *context.args]
     harness = HarnessCLI()
     chosen = harness.parse_args()
     if chosen.model != MODEL or chosen.model_args["pretrained"] != collaboration:

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -160,10 +160,9 @@ def collect(kind: Any, given: Mapping[str, Any]) -> Any:
     values = {name: value for name, value in given.items() if value is not None}
     pairs = {name: value for name, value in values.items() if isinstance(value, list) and isinstance(value[0], tuple)}
     values |= {name: dict(value) for name, value in pairs.items()}
-    optional = get_args(kind)
-    if optional and not any(values.values()):
-        return None
-    return (optional[0] if optional else kind)(**values)
+    if kinds := get_args(kind):
+        return None if all(value is False for value in values.values()) else kinds[0](**values)
+    return kind(**values)
 
 
 def descriptions(config: Any) -> dict[str, str]:
@@ -223,17 +222,22 @@ def _option(one: Field[Any], hint: Any, default: Any, says: str, more: dict[str,
     elif several is not None:
         hint, default, says = list[get_args(several)[0]] | None, None, f"{says} Can be given several times."  # type: ignore[misc]
         if get_origin(several) is Mapping:
-            more["parser"] = partial(_pair, get_args(several), more["metavar"])
+            more["parser"] = _pairs(get_args(several), more["metavar"])
     option = typer.Option(... if default is MISSING else default, name, help=says, **more)
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
 
 
-def _pair(kinds: tuple[Callable[[str], Any], Callable[[str], Any]], metavar: str, text: str) -> tuple[Any, Any]:
-    key, _, value = text.partition("=")
-    try:
-        return kinds[0](key), kinds[1](value)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not {metavar} ({error})") from error
+def _pairs(kinds: Sequence[Callable[[str], Any]], metavar: str) -> Callable[[str], Any]:
+    """Read KEY=VALUE."""
+
+    def pair(text: str) -> tuple[Any, Any]:
+        key, _, value = text.partition("=")
+        try:
+            return kinds[0](key), kinds[1](value)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is not {metavar} ({error})") from error
+
+    return pair
 
 
 def _text_of(path: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, CoLLMConfig]:
     missing = [name for name in ("base", "assistant", "data", "output_dir") if name not in merged]
     if missing:
         raise ConfigError(f"nothing says {', '.join(missing)}; give each as a flag or in the YAML file of --config")
-    known = _fields(RunConfig)
+    known = {field.name: field for field in fields(RunConfig)}
     own = {name: _fitting(known[name], merged.pop(name)) for name in list(merged) if name in known}
     return RunConfig(**own), CoLLMConfig.from_dict(merged)
 
@@ -69,13 +71,7 @@ def _fitting(field: Any, value: Any) -> Any:
 
     if "str" in str(field.type) and not isinstance(value, str | list | None):
         raise ConfigError(f"{field.name} is {value!r}, expected text; put it in quotes")
-    return [value] if _is_list(field) and isinstance(value, str) else value
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    from dataclasses import fields
-
-    return {field.name: field for field in fields(config) if field.init}
+    return [value] if "list" in str(field.type) and isinstance(value, str) else value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,14 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
         group = parser.add_argument_group(title)
         says = descriptions(config)
-        for name, field in _fields(config).items():
-            group.add_argument(
-                f"--{name}",
-                nargs="+" if _is_list(field) else None,
-                type=_text if "str" in str(field.type) else _value,
-                metavar=str(field.type).replace("%", "%%"),
-                help=says.get(name, "").replace("%", "%%"),
-            )
+        for field in fields(config):
+            if field.init:
+                kind = re.sub("<class '(.*)'>", r"\1", str(field.type))
+                group.add_argument(
+                    f"--{field.name}",
+                    nargs="+" if "list" in kind else None,
+                    type=_text if "str" in kind else _value,
+                    metavar=kind,
+                    help=says.get(field.name, "").replace("%", "%%"),
+                )
     return parser
 
 
@@ -122,10 +120,6 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-
-
-def _is_list(field: Any) -> bool:
-    return "list" in str(field.type)
 
 
 def _read_yaml(path: str | None) -> dict[str, Any]:
