@@ -97,7 +97,7 @@ def stack() -> Iterator[ExitStack]:
 def connect(pair: CoLLM, engine: FakeEngine, stack: ExitStack, **options: Any) -> CoLLM:
     servers = Servers([engine.url], **{"timeout_s": 20.0, **options})
     model = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, servers=servers)
-    stack.callback(model.backend.connection.close)  # type: ignore[attr-defined]
+    stack.callback(model.backend.connections.close)  # type: ignore[attr-defined]
     engine.bodies.clear()
     return model
 

@@ -28,10 +28,10 @@ from collm.decoding.speculation import AcceptanceRates
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.runner import Assistant
 from collm.vllm import ROW_SCALE, THRESHOLD
-from collm.vllm.answers import Written
+from collm.vllm.answers import GeneratedToken
 from collm.vllm.circuit_breaker import CircuitBreaker
+from collm.vllm.connections import AuthorConnections, Connections
 from collm.vllm.endpoint import Unreachable
-from collm.vllm.fleet import Connections, Fleet
 
 C = TypeVar("C", bound=Connections)
 _STEP_WAIT_S = 0.02
@@ -184,7 +184,7 @@ class ServerEngine(Generic[C]):
 
     async def stream(
         self, run: Run, author: int, body: dict[str, Any], *, resumable: bool = True
-    ) -> AsyncGenerator[Written, None]:
+    ) -> AsyncGenerator[GeneratedToken, None]:
         """Stream the tokens of one call."""
         endpoint = self.connections.authors[author]
         endpoint.usage.tokens_read += run.read(author)
@@ -223,7 +223,7 @@ class ServerEngine(Generic[C]):
             self._outputs.put(RequestOutput(sequence.number, step, completion))
 
 
-class VllmEngine(ServerEngine[Fleet]):
+class VllmEngine(ServerEngine[AuthorConnections]):
     """Decodes on one server for each author.
 
     The base is asked to continue until it defers. Then the assistant is asked for one token. A request takes at most
@@ -328,7 +328,7 @@ class VllmEngine(ServerEngine[Fleet]):
             body["seed"] = random.Random(f"{seed} {len(sequence.steps)} {author}").getrandbits(31)
         return body
 
-    def _defer_prob_and_logprob(self, written: Written) -> tuple[float, float]:
+    def _defer_prob_and_logprob(self, written: GeneratedToken) -> tuple[float, float]:
         """Compute the defer prob, and the token's log-probability among tokens only.
 
         The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + n. Z sums over the tokens, r_k is
@@ -370,22 +370,14 @@ def _next_threshold(sequence: Sequence) -> tuple[float, int]:
 
 
 def check_local_params(params: SamplingParams, local_only: ListOf[str] = _LOCAL_ONLY) -> None:
-    """Check that servers support all parameters.
-
-    Raises:
-        ConfigError: a parameter is only available with models in memory.
-    """
+    """Raise a ConfigError if a parameter is only available with models in memory."""
     name = next((name for name in local_only if getattr(params, name) != getattr(SamplingParams(), name)), None)
     if name is not None:
         raise ConfigError(f"{name} is not available across servers; leave it out, or use engine 'local'")
 
 
 def check_temperature(params: SamplingParams) -> None:
-    """Check that vLLM does not change the temperature.
-
-    Raises:
-        ConfigError: vLLM would raise it.
-    """
+    """Raise a ConfigError if vLLM would raise the temperature."""
     if 0 < params.temperature < _LEAST_TEMPERATURE:
         raise ConfigError(
             f"temperature is {params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at least "

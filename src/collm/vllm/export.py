@@ -59,19 +59,8 @@ def export_base(
             f"the base caps its logits (final_logit_softcapping {language.softcap}), so no row of its output layer can "
             "hold the head; decode with --engine local"
         )
-    note = _note(head, TokenizerIdentity.of(tokenizer), language.padded_vocab_size, default_threshold)
-    named = _with_row_tokens(tokenizer, defer_names(head), note)
-    _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note)
-    with atomic_directory(out.resolve()) as directory:
-        model.save_pretrained(directory)
-        named.save_pretrained(directory)
-        note.write(directory)
-    return note
-
-
-def _note(head: DeferralHead, identity: TokenizerIdentity, first: int, default_threshold: float | None) -> Note:
-    """Describe the export's added rows. The first of them has the id `first`."""
-    return Note(
+    identity, first = TokenizerIdentity.of(tokenizer), language.padded_vocab_size
+    note = Note(
         defer_ids=list(range(first, first + head.num_assistants)),
         scale=ROW_SCALE,
         biases=head.bias.detach().float().tolist(),
@@ -80,6 +69,13 @@ def _note(head: DeferralHead, identity: TokenizerIdentity, first: int, default_t
         tokenizer_hash=identity.hash,
         default_threshold=default_threshold,
     )
+    named = _with_row_tokens(tokenizer, defer_names(head), note)
+    _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note)
+    with atomic_directory(out.resolve()) as directory:
+        model.save_pretrained(directory)
+        named.save_pretrained(directory)
+        note.write(directory)
+    return note
 
 
 def _merged_copy(base: nn.Module | ModelSpec) -> Any:
@@ -117,7 +113,6 @@ def _add_rows(model: Any, rows: Tensor, note: Note) -> None:
 
 
 def _zero_padded(values: Tensor, length: int) -> Tensor:
-    """Copy a tensor and pad it with zeros to this length."""
     longer = values.new_zeros(length, *values.shape[1:])
     longer[: len(values)] = values
     return longer

@@ -140,7 +140,7 @@ class Connections:
             )
 
 
-class Fleet(Connections):
+class AuthorConnections(Connections):
     """Connections to one server for each author.
 
     Args:
