@@ -139,7 +139,7 @@ def _plans(
 
 def _exported(model: CoLLM, out: Path) -> Path:
     """Export the base unless the export exists."""
-    from collm.vllm.export_manifest import check_exported
+    from collm.vllm.export import check_exported
 
     if out.exists():
         check_exported(out, model.head)

@@ -212,7 +212,7 @@ class ServerEngine(Generic[C]):
             body |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": 0.0}
         return body
 
-    def settle(self, run: Run, decision: Decision) -> None:
+    def emit(self, run: Run, decision: Decision) -> None:
         """Add a decision and output the tokens that became final."""
         sequence = run.sequence
         sequence.decisions.append(decision)
@@ -264,7 +264,7 @@ class VllmEngine(ServerEngine[AuthorConnections]):
                 defer_prob, logprob = self._defer_prob_and_logprob(written)
                 if written.token_id in self.connections.defer_ids:
                     return self.connections.defer_ids.index(written.token_id) + 1, defer_prob
-                self.settle(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
+                self.emit(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
                 if run.sequence.finish_reason is not None:
                     return None
         return None
@@ -275,7 +275,7 @@ class VllmEngine(ServerEngine[AuthorConnections]):
             self._check_assistant(run, author)
             async with aclosing(self.stream(run, author, self._body(run, author))) as stream:
                 async for written in stream:
-                    self.settle(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
+                    self.emit(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
                     if run.sequence.finish_reason is not None:
                         return
         except ModelFailure as failure:
@@ -291,7 +291,7 @@ class VllmEngine(ServerEngine[AuthorConnections]):
         except ModelFailure as failure:
             await self._stand_in(run, author, defer_prob, failure)
         else:
-            self.settle(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
+            self.emit(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
 
     def _check_assistant(self, run: Run, author: int) -> None:
         """Raise Unreachable if the assistant failed too often for this sequence."""
@@ -313,7 +313,7 @@ class VllmEngine(ServerEngine[AuthorConnections]):
         base.usage.tokens_read += run.read(BASE)
         written = await base.one(self.connections.client, self._base_body(run, 1.0, 1))
         drawn = Draw(written.token_id, self._defer_prob_and_logprob(written)[1])
-        self.settle(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
+        self.emit(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
 
     def _base_body(self, run: Run, threshold: float, most: int) -> dict[str, Any]:
         rows = {"logprob_token_ids": [*self.connections.defer_ids, self.connections.zero_id]}

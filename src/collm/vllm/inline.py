@@ -32,7 +32,7 @@ from collm.models.members import load_members
 from collm.models.runner import ModelRunner
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import DraftDecision, Drafted, Drafter, policy_of
-from collm.vllm.export_manifest import head_digest
+from collm.vllm.export import head_digest
 from collm.vllm.hooks import check_hooks
 from collm.vllm.inline_sampling import SamplingRequest, sample
 

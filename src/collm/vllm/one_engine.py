@@ -24,7 +24,7 @@ from collm.vllm.answers import GeneratedToken
 from collm.vllm.connections import Connections
 from collm.vllm.drafting import check_policy
 from collm.vllm.engine import Run, ServerEngine, check_local_params, check_temperature
-from collm.vllm.export_manifest import head_digest
+from collm.vllm.export import head_digest
 from collm.vllm.servers import Servers
 
 _ASSISTANT = 1
@@ -100,7 +100,7 @@ class OneEngine(ServerEngine[EngineConnection]):
                 first, _, *others = written.about.items()  # the second describes the author
                 top = sorted([first, *others], key=lambda pair: -pair[1])[: params.logprobs or 0]
                 draw = Draw(written.token_id, written.logprob, tuple(top))
-                self.settle(run, Decision(author, defer_prob, None, draw))
+                self.emit(run, Decision(author, defer_prob, None, draw))
                 if sequence.finish_reason is not None:
                     return
 
