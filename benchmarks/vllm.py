@@ -32,7 +32,7 @@ from collm.core.objective import defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.vllm import ROW_SCALE
 from collm.vllm.endpoint import sockets
-from collm.vllm.export_manifest import Note
+from collm.vllm.export import Note
 from collm.vllm.launch import ServerProcess, check_python, launched
 from collm.vllm.placement import Machine, Served, placed
 from collm.vllm.servers import Servers

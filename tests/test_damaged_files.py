@@ -17,7 +17,7 @@ from collm.run import PastRun, RunConfig, train_collaboration
 from collm.run.train import check_directory
 from collm.tools.lookup import Lookup
 from collm.training.inspection import inspect_scores
-from collm.vllm.export_manifest import Note
+from collm.vllm.export import Note
 from collm.vllm.servers import Servers
 from tests.processes import collm
 from tests.tiny_models import make_model, tiny_config

@@ -24,7 +24,7 @@ from collm.decoding.candidates import Candidates, aligned_candidates
 from collm.decoding.chunks import Chunks
 from collm.decoding.engine import DecodingLoop
 from collm.decoding.request import Request, check_names_author, check_prompt
-from collm.engines import Backend, EngineName, InMemory, InOneEngine, OnServers, check_engine
+from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ConfigError, MismatchError
 from collm.models.alignment import Alignment
 from collm.models.guards import TokenizerIdentity, check_accepted
@@ -110,8 +110,7 @@ class CoLLM:
         )
         self.backend: Backend = self._in_memory
         if servers is not None:
-            kind = InOneEngine if servers.are_one(head.num_assistants) else OnServers
-            self.backend = kind(
+            self.backend = OnServers(
                 servers, members, head, tokenizer, stop_ids=stop_ids, accept_differences=self.accept_differences
             )
 

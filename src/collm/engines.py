@@ -28,9 +28,9 @@ from collm.models.loading import ModelSpec, empty_model, saved_eos_ids
 from collm.models.members import Member, load_members
 from collm.models.runner import ModelRunner
 from collm.models.tools import ToolModel, ToolRunner
+from collm.vllm.connections import AuthorConnections
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.engine import ServerEngine, VllmEngine, check_local_params
-from collm.vllm.fleet import Fleet
 from collm.vllm.one_engine import LOCAL_ONLY, EngineConnection, OneEngine
 from collm.vllm.servers import Servers
 
@@ -173,7 +173,7 @@ class InMemory:
 
 
 class OnServers:
-    """Backend with a server for each author. No model is loaded in this process.
+    """Backend with a server for each author, or one engine with base and assistant. No model is loaded in this process.
 
     Args:
         servers: the servers.
@@ -193,7 +193,8 @@ class OnServers:
         stop_ids: Collection[int] = (),
         accept_differences: Collection[str] = (),
     ) -> None:
-        if not servers.are_one(len(members) - 1):
+        self._in_one = servers.are_one(len(members) - 1)
+        if not self._in_one:
             servers.check_count(len(members) - 1)
         tools = [one for one in members if not isinstance(one, ModelSpec | nn.Module)]
         if tools:
@@ -206,75 +207,54 @@ class OnServers:
         self._accept_differences = accept_differences
 
     @cached_property
-    def fleet(self) -> Fleet:
+    def connections(self) -> AuthorConnections | EngineConnection:
         """Connect to the servers and check them.
 
         Raises:
-            ConfigError, LoadError, MismatchError: as in `Fleet`.
+            ConfigError, LoadError, MismatchError: as in `AuthorConnections` or `EngineConnection`.
         """
-        return Fleet(self._servers, self._head, self._tokenizer)
+        kind = EngineConnection if self._in_one else AuthorConnections
+        return kind(self._servers, self._head, self._tokenizer)
 
     @property
     def runners(self) -> Sequence[Endpoint]:
-        return self.fleet.authors
+        return self.connections.authors
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        named = [(author_name(author), _eos_ids_of(member)) for author, member in enumerate(self._given)]
+        named = [
+            (
+                author_name(author),
+                saved_eos_ids(one) if isinstance(one, ModelSpec) else LanguageModel(one, name="").eos_token_ids,
+            )
+            for author, one in enumerate(self._given)
+        ]
         return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:
-        _check_no_limits(lookahead, max_wait)
-        return VllmEngine(self.fleet, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+        for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():
+            if value is not None:
+                raise ConfigError(f"{name}={value} has no effect across servers; leave it out")
+        kind: type[ServerEngine[Any]] = OneEngine if self._in_one else VllmEngine
+        return kind(self.connections, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
-        yield self.fleet.candidates(self._tokenizer, prompt_ids, token_ids, most)
+        yield self.connections.candidates(self._tokenizer, prompt_ids, token_ids, most)
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> Chunks[PromptLogprob | None]:
         raise ConfigError("log-probabilities of a prompt are not available across servers; use engine 'local'")
 
     def check_params(self, params: SamplingParams) -> None:
-        check_params(params, self.fleet.vocab_size)
-        check_local_params(params)
+        check_params(params, self.connections.vocab_size)
+        if self._in_one:
+            check_local_params(params, LOCAL_ONLY)
+        else:
+            check_local_params(params)
 
     def weights_per_token(self, author: int) -> int:
         member = self._given[author]
         module = empty_model(member) if isinstance(member, ModelSpec) else member
         return LanguageModel(module, name="").weights_per_token
-
-
-class InOneEngine(OnServers):
-    """Backend with base and assistant in one vLLM engine; arguments and errors as in `OnServers`."""
-
-    @cached_property
-    def connection(self) -> EngineConnection:
-        """Connect to the engine's server and check it.
-
-        Raises:
-            ConfigError, LoadError, MismatchError: as in `EngineConnection`.
-        """
-        return EngineConnection(self._servers, self._head, self._tokenizer)
-
-    @property
-    def runners(self) -> Sequence[Endpoint]:
-        return self.connection.authors
-
-    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:
-        _check_no_limits(lookahead, max_wait)
-        return OneEngine(self.connection, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
-
-    def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
-        yield self.connection.candidates(self._tokenizer, prompt_ids, token_ids, most)
-
-    def check_params(self, params: SamplingParams) -> None:
-        check_params(params, self.connection.vocab_size)
-        check_local_params(params, LOCAL_ONLY)
-
-
-def _check_no_limits(lookahead: int | None, max_wait: int | None) -> None:
-    for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():
-        if value is not None:
-            raise ConfigError(f"{name}={value} has no effect across servers; leave it out")
 
 
 def check_engine(engine: EngineName | None, servers: Servers | None) -> None:
@@ -285,11 +265,6 @@ def check_engine(engine: EngineName | None, servers: Servers | None) -> None:
         raise ConfigError("servers have no effect with engine 'local'; leave out the servers or the engine")
     if engine == "vllm" and servers is None:
         raise ConfigError("engine 'vllm' requires servers; pass their addresses, the base's first")
-
-
-def _eos_ids_of(member: ModelSpec | nn.Module) -> frozenset[int]:
-    """EOS token ids of a model, without loading it."""
-    return saved_eos_ids(member) if isinstance(member, ModelSpec) else LanguageModel(member, name="").eos_token_ids
 
 
 def _eos_ids(

@@ -28,7 +28,7 @@ from collm.evaluation.tasks.task import TaskItem
 from collm.run.calibrate import Validation
 from collm.serving.settings import Settings
 from collm.training.data import Row
-from collm.vllm.fleet import Connections
+from collm.vllm.connections import Connections
 from collm.vllm.servers import Servers
 from tests.crossings.cases import POISON, PROMPTS, THRESHOLD, Asked, Case
 from tests.crossings.running import ask_http, before_work, decode, leave_http, prepare, stream

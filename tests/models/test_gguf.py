@@ -27,7 +27,7 @@ from collm.models.members import spec_of
 from collm.run.options import RunConfig, parse_model
 from collm.run.train import train_collaboration
 from collm.training.config import CoLLMConfig
-from collm.vllm.placement import Footprint
+from collm.vllm.placement import ModelMemory
 from tests.gguf_files import write_gguf
 
 PARAMS = SamplingParams(max_new_tokens=8)
@@ -274,4 +274,4 @@ def test_it_is_not_quantized_again(gguf_path: Path) -> None:
 
 def test_it_is_not_launched(spec: ModelSpec) -> None:
     with pytest.raises(ConfigError, match="is a GGUF file, which launched servers do not support"):
-        Footprint.of(spec)
+        ModelMemory.of(spec)

@@ -84,8 +84,8 @@ class Cluster:
         """The collaboration, checked; what was counted at the start is forgotten."""
         m = self.members
         model = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=self.servers(**options))
-        self._stack.callback(model.backend.fleet.close)
-        for endpoint in model.backend.fleet.authors:
+        self._stack.callback(model.backend.connections.close)
+        for endpoint in model.backend.connections.authors:
             endpoint.sleep = self._pause
         for fake in self.fakes:
             fake.bodies.clear()

@@ -22,7 +22,7 @@ from collm.models.loading import load_model
 from collm.serving.settings import Settings
 from collm.training.data import Row
 from collm.training.examples import Example, Examples
-from collm.vllm.export_manifest import check_exported
+from collm.vllm.export import check_exported
 from collm.vllm.servers import Servers
 from tests.decoding.test_engine import random_head
 from tests.serving.conftest import Running

@@ -28,7 +28,7 @@ from collm.errors import ConfigError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.models.runner import ModelRunner
 from collm.vllm import POLICY, THRESHOLD, author_of, author_token
-from collm.vllm.drafting import Drafted, Drafter, Pace, check_policy, policy_of
+from collm.vllm.drafting import Drafted, Drafter, RoundTimes, check_policy, policy_of
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 
@@ -81,7 +81,7 @@ class Engine:
         if one.failure is not None:
             return
         read = one.draft[: self._random.randrange(len(one.draft) + 1)] if self.trims else one.draft
-        for decision in one.settle(read):
+        for decision in one.accept(read):
             token = decision.draw.token_id if decision.draw is not None else self._next(text)
             text.append(token)
             authors.append(decision.author)
@@ -168,7 +168,7 @@ def test_what_breaks_down_fails_the_requests_that_it_was_for(pair: CoLLM) -> Non
 
 
 def test_another_pass_pays_while_it_gives_more_than_rounds_do() -> None:
-    pace = Pace()
+    pace = RoundTimes()
     assert pace.pays(1)  # nothing is known yet
     for tokens in (8, 16, 24) * 20:
         pace.saw_reading(tokens, 0.010 + 0.001 * tokens)
@@ -181,14 +181,14 @@ def test_another_pass_pays_while_it_gives_more_than_rounds_do() -> None:
 
 
 def test_reading_times_of_one_size_name_no_price() -> None:
-    pace = Pace()
+    pace = RoundTimes()
     for _ in range(50):
         pace.saw_reading(16, 0.02)
     assert pace.seconds_per_token == 0
 
 
 def test_a_token_costs_no_more_than_its_share_of_the_passes() -> None:
-    pace = Pace()
+    pace = RoundTimes()
     for _ in range(50):
         pace.saw_reading(1, 0.04)
     pace.saw_reading(2, 0.8)  # held up; by the slope alone a token would cost 0.76 s

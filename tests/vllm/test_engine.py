@@ -360,7 +360,7 @@ def test_candidates_are_those_of_the_models_in_memory(cluster: Clusters) -> None
     assert model.candidates(prompt, [], 3) == []
 
 
-def test_a_fleet_ends_when_closed_or_forgotten(cluster: Clusters, members: Callable[[int], Members]) -> None:
+def test_connections_end_when_closed_or_forgotten(cluster: Clusters, members: Callable[[int], Members]) -> None:
     world = cluster()
 
     before = set(threading.enumerate())
@@ -369,15 +369,15 @@ def test_a_fleet_ends_when_closed_or_forgotten(cluster: Clusters, members: Calla
         return sum(thread.name == "collm-vllm" for thread in set(threading.enumerate()) - before)
 
     model = world.connect()
-    fleet = model.backend.fleet
+    connections = model.backend.connections
     assert threads() == 1
     engine = model.engine(2)
     world.fakes[0].hold()
     engine.add(Request([5], GREEDY, ThresholdPolicy(1.0)))
     engine.step()
     world.fakes[0].wait_until(lambda: world.fakes[0].running == 1)
-    fleet.close()
-    fleet.close()
+    connections.close()
+    connections.close()
     assert threads() == 0
     world.fakes[0].wait_until(lambda: not world.fakes[0].running)
     world.fakes[0].let_go()
@@ -388,10 +388,10 @@ def test_a_fleet_ends_when_closed_or_forgotten(cluster: Clusters, members: Calla
         model.generate([[5]], GREEDY, threshold=0.5)
     m = members(1)
     forgotten = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=world.servers())
-    with forgotten.backend.fleet:
+    with forgotten.backend.connections:
         assert threads() == 1
     forgotten = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=world.servers())
-    assert forgotten.backend.fleet.defer_ids
+    assert forgotten.backend.connections.defer_ids
     assert threads() == 1
     del forgotten
     gc.collect()

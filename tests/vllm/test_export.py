@@ -19,8 +19,7 @@ from collm.errors import ArtefactError, ConfigError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_model
 from collm.vllm import NOTE
-from collm.vllm.export import export_base
-from collm.vllm.export_manifest import Note, defer_names
+from collm.vllm.export import Note, defer_names, export_base
 from tests.architectures import EXACT
 from tests.decoding.test_engine import random_head
 from tests.tiny_models import make_model, tiny_config
@@ -137,10 +136,10 @@ def _saved(tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
 def test_a_failure_leaves_nothing_behind(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Note, directory: Path) -> None:
+    def full(self: Path, *args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Note, "write", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(Exception, match=r"No space left on device\. Its previous content is unchanged"):
         export_base(make_model(tiny_config(), 0), biased_head(), tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -62,7 +62,7 @@ def test_an_assistant_that_fails_ends_the_request_with_an_error_that_names_it(cl
     assert "; check" in str(last.failure)
     attempts = 1 if name == "refusing" else 2
     assert (len(world.fakes[1].bodies), len(world.pauses)) == (attempts, attempts - 1)
-    assert model.backend.fleet.authors[1].usage.failed == 1
+    assert model.backend.connections.authors[1].usage.failed == 1
     with pytest.raises(ModelFailure, match="assistant at"):
         model.generate([PROMPT], GREEDY, threshold=0.5)
 
@@ -104,7 +104,7 @@ def test_one_that_comes_back_writes_again(cluster: Clusters) -> None:
     world = cluster()
     now = [0.0]
     model = world.connect(on_failure="base", retries=0)
-    model.backend.fleet.authors[1].breaker = CircuitBreaker(clock=lambda: now[0])
+    model.backend.connections.authors[1].breaker = CircuitBreaker(clock=lambda: now[0])
     expected = world.members.local.generate([PROMPT], GREEDY, threshold=0.5)[0]
     world.fakes[1].down()
     assert model.generate([PROMPT], GREEDY, threshold=0.5)[0].stood_in
@@ -160,7 +160,7 @@ def test_a_base_that_fails_ends_its_request_and_no_other(cluster: Clusters, name
         else:
             assert fate[-1].completion is not None
             check_equal(fate[-1].completion, whole)
-    assert model.backend.fleet.authors[1].usage.failed == 0
+    assert model.backend.connections.authors[1].usage.failed == 0
 
 
 def test_a_base_that_goes_down_in_the_middle_is_an_error_after_what_was_written(cluster: Clusters) -> None:
@@ -226,7 +226,7 @@ def test_a_fault_of_our_own_fails_its_request_and_no_other(cluster: Clusters, mo
     world = cluster()
     model = world.connect()
     prompts = prompts_of(25, 2)
-    endpoint = model.backend.fleet.authors[0]
+    endpoint = model.backend.connections.authors[0]
     stream = endpoint.stream
 
     def raising(client: Any, body: dict[str, Any], **options: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -79,3 +81,14 @@ def test_a_missing_attribute_is_named(parts: Parts) -> None:
     parts[place].InputBatch = of_attributes(READ[place].replace("generators", "streams"))
     with pytest.raises(ConfigError, match=f"does not have {place}.generators"):
         check_hooks()
+
+
+def test_the_distribution_for_vllm_holds_what_its_entry_points_name() -> None:
+    project = Path(__file__).parents[2] / "plugins" / "vllm" / "pyproject.toml"
+    declared = project.read_text(encoding="utf-8")
+    (source,) = re.findall(r'^"(.*)" = "collm"$', declared, re.M)
+    entry_points = re.findall(r'^collm = "([\w.]+):(\w+)"$', declared, re.M)
+    assert len(entry_points) == 2
+    for module, name in entry_points:
+        path = (project.parent / source).parent.joinpath(*module.split(".")).with_suffix(".py")
+        assert re.search(rf"^(def|class) {name}\(", path.read_text(encoding="utf-8"), re.M)

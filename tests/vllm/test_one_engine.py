@@ -17,7 +17,7 @@ from collm.core.types import Completion
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.vllm import AUTHORS, HEAD, author_token
 from collm.vllm.drafting import policy_of
-from collm.vllm.export_manifest import head_digest
+from collm.vllm.export import head_digest
 from collm.vllm.servers import Servers
 from tests.decoding.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
@@ -97,7 +97,7 @@ def stack() -> Iterator[ExitStack]:
 def connect(pair: CoLLM, engine: FakeEngine, stack: ExitStack, **options: Any) -> CoLLM:
     servers = Servers([engine.url], **{"timeout_s": 20.0, **options})
     model = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, servers=servers)
-    stack.callback(model.backend.connection.close)  # type: ignore[attr-defined]
+    stack.callback(model.backend.connections.close)  # type: ignore[attr-defined]
     engine.bodies.clear()
     return model
 

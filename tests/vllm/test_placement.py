@@ -20,8 +20,8 @@ from collm.vllm.placement import (
     BLOCK_TOKENS,
     OVERHEAD_BYTES,
     USABLE,
-    Footprint,
     Machine,
+    ModelMemory,
     Served,
     fits_in_one,
     gpus_for,
@@ -31,7 +31,7 @@ from collm.vllm.placement import (
 )
 
 GIB = 1 << 30
-SIZES = st.builds(Footprint, st.integers(0, 40 * GIB), st.integers(1, 1 << 20), st.just(4096), st.just("float32"))
+SIZES = st.builds(ModelMemory, st.integers(0, 40 * GIB), st.integers(1, 1 << 20), st.just(4096), st.just("float32"))
 Saved = Callable[..., Path]
 
 
@@ -43,10 +43,10 @@ def test_a_footprint_is_read_from_the_config_alone(saved_model: Saved) -> None:
     path = saved_model("model", 0)
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     next(path.glob("*.safetensors")).unlink()
-    size = Footprint.of(ModelSpec(str(path)))
+    size = ModelMemory.of(ModelSpec(str(path)))
     assert 0 <= weights - size.weights < 8192  # the file's header
-    assert size == Footprint(size.weights, 2 * 2 * 32 // 4 * 2 * 4, 128, "float32")  # layers, kv heads x width, fp32
-    half = Footprint.of(ModelSpec(str(path), dtype="bfloat16"))
+    assert size == ModelMemory(size.weights, 2 * 2 * 32 // 4 * 2 * 4, 128, "float32")  # layers, kv heads x width, fp32
+    half = ModelMemory.of(ModelSpec(str(path), dtype="bfloat16"))
     assert (half.weights, half.kv_per_token) == (size.weights // 2, size.kv_per_token // 2)
 
 
@@ -63,7 +63,7 @@ def test_a_footprint_is_read_from_the_config_alone(saved_model: Saved) -> None:
 def test_a_config_may_lack_a_length(config: PretrainedConfig, length: int | None, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     spec = ModelSpec(str(tmp_path))
-    assert Footprint.of(spec).max_length == length
+    assert ModelMemory.of(spec).max_length == length
     for wanted in (None, 16):
         (plan,) = placed([Served("base", spec)], Machine([], 64 * GIB, 2), max_batch=2, max_length=wanted)
         assert flag(plan, "--max-model-len") == str(wanted or min(length or 8192, 8192))
@@ -72,14 +72,14 @@ def test_a_config_may_lack_a_length(config: PretrainedConfig, length: int | None
 def test_a_model_without_attention_is_refused(tmp_path: Path) -> None:
     MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(LoadError, match="is a MambaForCausalLM without attention"):
-        Footprint.of(ModelSpec(str(tmp_path)))
+        ModelMemory.of(ModelSpec(str(tmp_path)))
 
 
 def test_what_has_no_footprint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="could not load the config"):
-        Footprint.of(ModelSpec(str(tmp_path)))
+        ModelMemory.of(ModelSpec(str(tmp_path)))
     with pytest.raises(ConfigError, match=r"quantized \(nf4\).*--servers"):
-        Footprint.of(ModelSpec("anywhere", quantization="nf4"))
+        ModelMemory.of(ModelSpec("anywhere", quantization="nf4"))
 
 
 @given(
@@ -87,7 +87,7 @@ def test_what_has_no_footprint_is_refused(tmp_path: Path) -> None:
     st.integers(0, 400 * GIB),
     st.integers(1, 1 << 20),
 )
-def test_all_that_share_a_memory_fit_into_it(models: list[Footprint], memory: int, wanted: int) -> None:
+def test_all_that_share_a_memory_fit_into_it(models: list[ModelMemory], memory: int, wanted: int) -> None:
     tokens = kv_tokens(models, memory, wanted)
     needed = [sum(m.weights + OVERHEAD_BYTES + n * m.kv_per_token for m in models) for n in (tokens, tokens + 1)]
     assert tokens <= wanted
@@ -118,7 +118,7 @@ def test_servers_on_cores(models: Sequence[Served]) -> None:
     (crowded, *_) = placed(models, Machine([], 64 * GIB, 1), max_batch=3)
     assert crowded.environment["OMP_NUM_THREADS"] == "1"
     assert (base.gpus, base.flags[-2:]) == ("", ["--seed", "1"])
-    size = Footprint.of(models[0].spec)
+    size = ModelMemory.of(models[0].spec)
     assert int(flag(base, "--kv-cache-memory-bytes")) == 3 * (100 + BLOCK_TOKENS) * size.kv_per_token
     assert flag(base, "--dtype") == "float32"  # vLLM's auto would halve it
     assert (flag(base, "--max-model-len"), flag(base, "--max-num-seqs")) == ("100", "3")
@@ -138,7 +138,7 @@ def test_servers_on_many_gpus_are_parallel(models: Sequence[Served]) -> None:
     base, assistant = placed(models, Machine([24 * GIB] * 6, 64 * GIB, 1), max_batch=4)
     assert (base.gpus, assistant.gpus) == ("0", "1,2,3,4")
     assert flag(assistant, "--tensor-parallel-size") == "4"
-    size, tokens = Footprint.of(models[1].spec), 4 * (128 + BLOCK_TOKENS)
+    size, tokens = ModelMemory.of(models[1].spec), 4 * (128 + BLOCK_TOKENS)
     assert int(flag(assistant, "--kv-cache-memory-bytes")) == tokens * size.kv_per_token // 4
 
 
@@ -166,8 +166,8 @@ def test_one_engine_has_memory_for_both_models(saved_model: Saved, tokenizer: To
     settings = json.loads(flag(plan, "--additional-config"))["collm"]
     assert settings["collaboration"] == str(tmp_path / "pair")
     tokens = 4 * (128 + BLOCK_TOKENS)
-    assert settings["cache_memory"] == tokens * Footprint.of(ModelSpec(str(base))).kv_per_token
-    assert int(flag(plan, "--kv-cache-memory-bytes")) == tokens * Footprint.of(ModelSpec(str(assistant))).kv_per_token
+    assert settings["cache_memory"] == tokens * ModelMemory.of(ModelSpec(str(base))).kv_per_token
+    assert int(flag(plan, "--kv-cache-memory-bytes")) == tokens * ModelMemory.of(ModelSpec(str(assistant))).kv_per_token
     assert plan.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert list(plan.flags)[-2:] == ["--seed", "3"]
     on_gpus = placed_in_one(str(tmp_path / "pair"), Machine([80 * GIB] * 3, 8 * GIB, 2), max_batch=4)

@@ -25,7 +25,7 @@ from collm.core.policies import BudgetPolicy, Policy, RandomPolicy, SingleAuthor
 from collm.core.sampling import token_probs
 from collm.errors import MismatchError, ModelFailure
 from collm.vllm import THRESHOLD
-from collm.vllm.export_manifest import Note
+from collm.vllm.export import Note
 from collm.vllm.launch import ServerPlan, ServerProcess, launched
 from collm.vllm.servers import Servers
 from tests.decoding.test_engine import prompts_of, random_head

@@ -136,7 +136,7 @@ def _plans(collaboration: str, directory: Path, how: Launching, max_batch: int) 
 
 def _exported(model: CoLLM, out: Path) -> Path:
     """Export the base unless the export exists."""
-    from collm.vllm.export_manifest import check_exported
+    from collm.vllm.export import check_exported
 
     if out.exists():
         check_exported(out, model.head)

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from collm.errors import DAMAGED, LoadError
+from collm.untrusted import read_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
@@ -83,9 +84,7 @@ def check_adapter(directory: Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+        return dict(json.loads(read_text(path, MAX_CONFIG_BYTES)).items())
     except DAMAGED as error:
         raise LoadError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}); restore it") from error
 

@@ -131,11 +131,7 @@ class Alignment:
             )
 
     def _check(self, tokenizer: TextTokenizer) -> None:
-        """Check on probe texts that bytes are preserved, and that tokens end at boundaries and do not change later.
-
-        Raises:
-            MismatchError: a check failed; the message names the probe.
-        """
+        """Check on probe texts that bytes are preserved, and that tokens end at boundaries and do not change later."""
         context = [] if tokenizer.tokenizer.bos_token_id is None else [tokenizer.tokenizer.bos_token_id]
         for probe in _PROBES:
             answer = probe.encode()

@@ -98,7 +98,12 @@ def read_message(message: Any) -> tuple[dict[str, Any], bool]:
         RequestError: as in `as_message`, or an assistant's message that is a target is empty.
     """
     given = dict(message) if isinstance(message, Mapping) else message
-    learned = isinstance(given, dict) and _is_learned(given.pop("weight", None), given.pop("train", None))
+    learned = isinstance(given, dict)
+    for name in ("weight", "train"):
+        value = given.pop(name, None) if isinstance(given, dict) else None
+        if value not in (None, 0, 1):  # false equals 0, true equals 1
+            raise RequestError(f": {name!r} is {value!r:.40}, expected 0 or 1")
+        learned = learned and value != 0
     fields = as_message(given)
     if fields["role"] == "assistant" and learned and not (fields["content"].strip() or "tool_calls" in fields):
         raise RequestError(": the assistant's content is empty, expected text")
@@ -125,7 +130,10 @@ def as_message(message: Any) -> dict[str, Any]:
     if fields["role"] == "function":
         fields["role"] = "tool"
     if fields.get("tool_calls"):
-        fields["tool_calls"] = _calls(fields["tool_calls"])
+        calls = fields["tool_calls"]
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise RequestError(f": 'tool_calls' is a {type(calls).__name__}, expected a list of calls")
+        fields["tool_calls"] = [_call(call) for call in calls]
     else:
         fields.pop("tool_calls", None)
     refusal = fields.pop("refusal", None)
@@ -154,13 +162,6 @@ def tool_name(tool: Mapping[str, Any]) -> str | None:
     function = tool.get("function")
     name = (function if isinstance(function, Mapping) else tool).get("name")
     return name if isinstance(name, str) and name else None
-
-
-def _is_learned(weight: Any, train: Any) -> bool:
-    for name, value in (("weight", weight), ("train", train)):
-        if value not in (None, 0, 1):  # false equals 0, true equals 1
-            raise RequestError(f": {name!r} is {value!r:.40}, expected 0 or 1")
-    return 0 not in (weight, train)
 
 
 def _text(content: Any, *, optional: bool) -> str:
@@ -192,12 +193,6 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f": character {error.start} is {text[error.start]!r}, half of a character") from error
-
-
-def _calls(calls: Any) -> list[dict[str, Any]]:
-    if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise RequestError(f": 'tool_calls' is a {type(calls).__name__}, expected a list of calls")
-    return [_call(call) for call in calls]
 
 
 def _call(call: Any) -> dict[str, Any]:

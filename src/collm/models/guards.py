@@ -103,10 +103,11 @@ def check_tokenizers(
     if difference is not None:
         raise MismatchError(f"{difference}; use models that share one tokenizer")
     if base.special_tokens != other.special_tokens and "special_tokens" not in accept:
-        role = _first_difference(base.special_tokens, other.special_tokens)
+        ours, theirs = base.special_tokens, other.special_tokens
+        role = next(role for role in sorted({*ours, *theirs}) if ours.get(role) != theirs.get(role))
         raise MismatchError(
-            f"the {role} of {name} is {_shown(other.special_tokens.get(role))}, but "
-            f"{_shown(base.special_tokens.get(role))} in the base; {_how_to_accept('special_tokens')}"
+            f"the {role} of {name} is {_shown(theirs.get(role))}, but {_shown(ours.get(role))} in the base; "
+            f"{_how_to_accept('special_tokens')}"
         )
     templates = (base.chat_template, other.chat_template)
     if None not in templates and templates[0] != templates[1] and "chat_template" not in accept:
@@ -151,10 +152,6 @@ def check_vocab_sizes(models: Sequence[LanguageModel], vocab_size: int) -> None:
 
 def _shown(token: str | None) -> str:
     return "missing" if token is None else repr(token)
-
-
-def _first_difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    return next(role for role in sorted(ours.keys() | theirs.keys()) if ours.get(role) != theirs.get(role))
 
 
 def _how_to_accept(what: str) -> str:

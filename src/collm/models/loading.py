@@ -171,12 +171,13 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     if names_gguf(spec.path):
         model.name_or_path = model.config.name_or_path = spec.path
         model.config._commit_hash = spec.revision
-    _keep_layout(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # 4-bit weights would be repacked and have no gradients
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return cast(PreTrainedModel, model.eval())
 
 
 def _loading_options(spec: ModelSpec, config: PretrainedConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for device, dtype, quantization and attention."""
     options: dict[str, Any] = {"dtype": spec.dtype, "device_map": spec.device or default_device()}
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention
@@ -230,7 +231,6 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 
 
 def _check_no_kernels(spec: ModelSpec, config: PretrainedConfig) -> None:
-    """Raise a LoadError if transformers would download and run a kernel for a model."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for what, option, known in (
         ("attention", "attn_implementation", ATTENTIONS),
@@ -284,13 +284,6 @@ def empty_model(spec: ModelSpec) -> PreTrainedModel:
             return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except Exception as error:  # the libraries may raise anything on untrusted files
         raise LoadError(_could_not_load("config", spec, error)) from error
-
-
-def _keep_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on some CPUs, after which they have no gradients."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:

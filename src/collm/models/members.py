@@ -84,24 +84,18 @@ def aligned(
     if not any(differences):
         return None
     try:
-        base_text = TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))
-        others = zip(names, assistants, tokenizers[1:], differences, strict=True)
-        texts = [
-            base_text if same is None else _text_tokenizer(name, member, tokenizer, template)
-            for name, member, tokenizer, same in others
-        ]
-        return Alignment([base_text, *texts])
+        texts = [TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))]
+        for name, member, tokenizer, same in zip(names, assistants, tokenizers[1:], differences, strict=True):
+            if same is None:
+                texts.append(texts[0])
+                continue
+            eos_ids, its = _eos_ids(tokenizer, member), PromptTemplate.of(tokenizer, template.text)
+            its = (template if its.chat is None else its).with_turn_ends(tokenizer, eos_ids)
+            texts.append(TextTokenizer(tokenizer, name=name, template=its, eos_ids=eos_ids))
+        return Alignment(texts)
     except MismatchError as error:
         difference = next(filter(None, differences))
         raise MismatchError(f"{difference}. Their tokens cannot be aligned either: {error}") from error
-
-
-def _text_tokenizer(
-    name: str, member: Member, tokenizer: PreTrainedTokenizerBase, base_template: PromptTemplate
-) -> TextTokenizer:
-    eos_ids, own = _eos_ids(tokenizer, member), PromptTemplate.of(tokenizer, base_template.text)
-    template = (base_template if own.chat is None else own).with_turn_ends(tokenizer, eos_ids)
-    return TextTokenizer(tokenizer, name=name, template=template, eos_ids=eos_ids)
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerBase, member: Member) -> frozenset[int]:

@@ -101,7 +101,7 @@ class PromptTemplate:
         except (DataError, RequestError):
             return []  # the template does not support this chat; training rows will raise the error
         closing = tokenize(tokenizer, closed[closed.rfind(content) + len(content) :], special=False)
-        special = _special_ids(tokenizer)
+        special = special_ids(tokenizer)
         for wanted in (stop_ids, special):
             found = [token for token in closing if token in wanted]
             if found:
@@ -196,7 +196,12 @@ class PromptTemplate:
         ended = None if joined is None else _limit_targets(joined, ends)
         if ended is not None:
             return [ended]
-        return [cast(Encoded, _limit_targets(_encode_turn(tokenizer, *turn), ends)) for turn in turns]
+        alone = []
+        for opened, closed in turns:
+            opened_ids, closed_ids = (tokenize(tokenizer, text, special=False) for text in (opened, closed))
+            turn = _append_completion(tokenizer, opened_ids, closed_ids, closed[len(opened) :])
+            alone.append(cast(Encoded, _limit_targets(turn, ends)))
+        return alone
 
     def _turn(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int) -> tuple[str, str]:
         """The text of the prompt for assistant message `index`, and the text that includes the message."""
@@ -231,9 +236,13 @@ class PromptTemplate:
         if not messages:
             raise RequestError("the chat template has no messages to render; expected at least one")
         rendering = rendering_of(messages)
+        known = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        for fields in known:
+            if fields.get("role") == "developer" and "developer" not in chat:
+                fields["role"] = "system"
         try:
             return render(
-                conversations=[[_known_role(message, chat) for message in messages]],
+                conversations=[known],
                 tools=tools_of(messages),
                 chat_template=chat,
                 add_generation_prompt=open_turn,
@@ -244,12 +253,6 @@ class PromptTemplate:
             raise RequestError(
                 f"the chat template rejects the messages {json.dumps(messages, default=str)[:120]}: {error}"
             ) from error
-
-
-def _known_role(message: Message, chat: str) -> dict[str, Any]:
-    renamed = message.get("role") == "developer" and "developer" not in chat
-    fields = {key: value for key, value in message.items() if value is not None}
-    return {**fields, "role": "system"} if renamed else fields
 
 
 def _is_list_of(prompt: object, kind: type) -> bool:
@@ -296,11 +299,6 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return tokenize(tokenizer, text, special=False)
 
 
-def _encode_turn(tokenizer: PreTrainedTokenizerBase, opened: str, closed: str) -> Encoded:
-    opened_ids, closed_ids = (tokenize(tokenizer, text, special=False) for text in (opened, closed))
-    return _append_completion(tokenizer, opened_ids, closed_ids, closed[len(opened) :])
-
-
 def _join_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Encoded | None:
     """Encode all turns in one sequence; None unless each turn's text and tokens start with those of the previous."""
     whole = tokenize(tokenizer, turns[-1][1], special=False)
@@ -339,6 +337,7 @@ def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that stand for no text."""
     added = cast("dict[int, Any]", tokenizer.added_tokens_decoder)
     return {*cast("list[int]", tokenizer.all_special_ids), *(one for one, token in added.items() if token.special)}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.errors import MismatchError
 from collm.models.guards import TokenizerIdentity
-from collm.models.template import PromptTemplate, continuation_ids, tokenize
+from collm.models.template import PromptTemplate, continuation_ids, special_ids, tokenize
 
 _CONTEXT_TOKENS = 8
 _WINDOW_BYTES = 32
@@ -252,8 +252,7 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, identity: TokenizerIdent
             f"the tokenizer of {name} is neither byte-level nor SentencePiece with byte fallback, so it cannot encode "
             "every text; use models that share one tokenizer"
         )
-    added = cast("dict[int, Any]", tokenizer.added_tokens_decoder)
-    special = {*cast("list[int]", tokenizer.all_special_ids), *(i for i, one in added.items() if one.special)}
+    added, special = tokenizer.added_tokens_decoder, special_ids(tokenizer)
     found: list[bytes | None] = [None] * identity.vocab_size
     for token_id, token in identity.tokens.items():
         if token_id in special:

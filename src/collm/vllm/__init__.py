@@ -27,7 +27,7 @@ and the value is the logarithm of the defer prob.
 
 HEAD = "defer_head"
 """Key of a request's `vllm_xargs`, for one engine only: the digest of the head that the engine must have
-(`export_manifest.head_digest`).
+(`export.head_digest`).
 """
 
 OF_ONE_ENGINE = (POLICY, AUTHORS, HEAD)

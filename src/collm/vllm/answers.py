@@ -18,7 +18,7 @@ _ENDINGS = (None, "stop", "length")
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedToken:
     """A token that a server generated.
 
     Attributes:
@@ -41,7 +41,7 @@ class Piece:
         last: whether the answer ends here.
     """
 
-    written: list[Written]
+    written: list[GeneratedToken]
     last: bool
 
 
@@ -74,7 +74,10 @@ def read_piece(text: str, prompt: Sequence[int], vocab_size: int) -> Piece:
         token_ids, values = choice["token_ids"], logprobs["token_logprobs"]
         about = logprobs.get("top_logprobs") or [{}] * len(token_ids)
         triples = list(zip(token_ids, values, about, strict=True))
-        written = [Written(_token(token), _logprob(value), _logprobs(top)) for token, value, top in triples]
+        wrong = [token for token in token_ids if type(token) is not int or token < 0]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not a token id")
+        written = [GeneratedToken(token, _logprob(value), _logprobs(top)) for token, value, top in triples]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__} {error} in {text[:200]}") from error
     if echoed is not None and echoed != list(prompt):
@@ -129,12 +132,6 @@ def _choice(text: str) -> dict[str, Any] | None:
         return event["choices"][0] if event["choices"] else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the answer has no choices: {text[:200]}") from error
-
-
-def _token(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a token id")
-    return value
 
 
 def _logprob(value: Any) -> float:

@@ -41,7 +41,7 @@ _FEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Decision:
+class DraftDecision:
     """The decision about one position.
 
     Attributes:
@@ -78,7 +78,7 @@ class Drafted:
     temperature: float = 0.0
     end_ids: Collection[int] = ()
     seed: int | None = None
-    decisions: list[Decision] = field(default_factory=list)
+    decisions: list[DraftDecision] = field(default_factory=list)
     deferred: int = 0
     slot: int | None = None
     failure: Exception | None = None
@@ -110,7 +110,7 @@ class Drafted:
             self._random.random()  # the number for the token itself
         return self._uniforms[position]
 
-    def settle(self, read: Sequence[int]) -> list[Decision]:
+    def accept(self, read: Sequence[int]) -> list[DraftDecision]:
         """Remove and return the decisions that became final.
 
         These are the decisions about tokens that the assistant has read, and the next one.
@@ -144,7 +144,7 @@ class Drafter:
         self.runner = runner
         self.head = head
         self.most = most
-        self.pace = Pace()
+        self.times = RoundTimes()
         self._used: dict[int, Drafted] = {}  # slot -> its request, the least recently used first
 
     def draft(self, texts: Texts, room: Mapping[Drafted, int], draw: DrawTokens) -> None:
@@ -157,20 +157,23 @@ class Drafter:
             room: number of tokens that each request may still generate.
             draw: draws the base's tokens.
         """
-        while undecided := [one for one in texts if self._needs_decision(one, room[one])]:
-            if all(one.decisions for one in undecided) and not self.pace.pays(len(undecided)):
+        while undecided := [
+            one
+            for one in texts
+            if one.failure is None and not one.is_decided and len(one.decisions) < min(self.most, room[one])
+        ]:
+            if all(one.decisions for one in undecided) and not self.times.pays(len(undecided)):
                 return
             self.decide(undecided, texts, draw)
 
-    def _needs_decision(self, one: Drafted, room: int) -> bool:
-        return one.failure is None and not one.is_decided and len(one.decisions) < min(self.most, room)
-
     def decide(self, requests: Sequence[Drafted], texts: Texts, draw: DrawTokens) -> None:
         """Decide about one position of each request. Failures are handled as in `draft`."""
-        reading = [one for one in requests if not _always_defers(one.policy)]
+        reading = []
         for one in requests:
-            if one not in reading:
-                one.decisions.append(Decision(1.0, 1))
+            if isinstance(one.policy, SingleAuthorPolicy) and one.policy.writer != BASE:
+                one.decisions.append(DraftDecision(1.0, 1))  # the base does not have to read any token
+            else:
+                reading.append(one)
         for batch in self._batches(reading, texts):
             try:
                 self._make_room(batch, texts)
@@ -194,15 +197,17 @@ class Drafter:
             if not is_finite[row]:
                 self._fail(one, ModelFailure(f"{self.runner.name} gave hidden states that are not finite"))
                 continue
-            author = self._author(one, texts[one], author_probs, defer_prob)
+            position = len(texts[one]) - one.prompt_length + len(one.decisions)
+            view = StepView(position, one.deferred, author_probs, defer_prob, one.temperature, one.uniform(position))
+            author = one.policy.author(view)
             if author == BASE:
                 writing.append((row, one, defer_prob))
             else:
-                one.decisions.append(Decision(defer_prob, author))
+                one.decisions.append(DraftDecision(defer_prob, author))
         if writing:
             self._write(writing, logits_of([row for row, *_ in writing]), draw)
         if max(map(len, unseen.values())) <= _FEW_TOKENS:
-            self.pace.saw_pass(len(requests), time.perf_counter() - start)
+            self.times.saw_pass(len(requests), time.perf_counter() - start)
 
     def _write(self, writing: Sequence[tuple[int, Drafted, float]], logits: Tensor, draw: DrawTokens) -> None:
         """Let the base write one token of each request, from logits (R, V)."""
@@ -214,7 +219,7 @@ class Drafter:
         draws = draw(logits[valid], [writing[row][1] for row in valid]) if valid else []
         for row, drawn in zip(valid, draws, strict=True):
             _, one, defer_prob = writing[row]
-            one.decisions.append(Decision(defer_prob, BASE, drawn))
+            one.decisions.append(DraftDecision(defer_prob, BASE, drawn))
 
     def _slot(self, one: Drafted, text: Sequence[int]) -> int:
         if one.slot is None:
@@ -227,11 +232,6 @@ class Drafter:
         assert one.slot is not None
         length = self.runner.length(one.slot)
         return [*map(int, text[length:]), *one.written[max(length - len(text), 0) :]]
-
-    def _author(self, one: Drafted, text: Sequence[int], author_probs: Sequence[float], defer_prob: float) -> int:
-        position = len(text) - one.prompt_length + len(one.decisions)
-        view = StepView(position, one.deferred, author_probs, defer_prob, one.temperature, one.uniform(position))
-        return one.policy.author(view)
 
     # Slots
 
@@ -276,7 +276,7 @@ class Drafter:
         return in_pages(len(texts[one]) + len(one.written))
 
 
-class Pace:
+class RoundTimes:
     """Predicts whether another pass of the base before the assistant's pass saves time.
 
     A round produces n tokens in s seconds. Another base pass adds m tokens, one for each request in it. It is worth its
@@ -329,11 +329,6 @@ def _rounded(requests: int) -> int:
     return 1 << (requests - 1).bit_length()
 
 
-def _always_defers(policy: Policy) -> bool:
-    """Whether the assistant writes every token, so that the base does not have to read any."""
-    return isinstance(policy, SingleAuthorPolicy) and policy.writer != BASE
-
-
 def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
     """Read the policy from a request's `vllm_xargs`. Returns None if there is none.
 
@@ -358,11 +353,7 @@ def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
 
 
 def check_policy(policy: Policy) -> None:
-    """Check that one engine can follow a policy.
-
-    Raises:
-        ConfigError: it cannot.
-    """
+    """Raise a ConfigError if one engine cannot follow a policy."""
     if isinstance(policy, CombiningPolicy) or policy.consults(1):
         raise ConfigError(
             f"{policy} compares what both authors would write at every token. In one engine the assistant reads "

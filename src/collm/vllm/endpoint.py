@@ -18,7 +18,15 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every v
 from collm.core.types import ModelUsage
 from collm.decoding.candidates import Likely
 from collm.errors import LoadError, ModelFailure
-from collm.vllm.answers import ErrorEventError, Piece, Written, event_data, read_likely, read_piece, retry_after_s
+from collm.vllm.answers import (
+    ErrorEventError,
+    GeneratedToken,
+    Piece,
+    event_data,
+    read_likely,
+    read_piece,
+    retry_after_s,
+)
 from collm.vllm.circuit_breaker import CircuitBreaker
 from collm.vllm.servers import Servers
 
@@ -156,7 +164,7 @@ class Endpoint:
 
         return await self._with_retries(attempt)
 
-    async def one(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Written:
+    async def one(self, client: httpx.AsyncClient, body: dict[str, Any]) -> GeneratedToken:
         """Request the next token.
 
         Raises:
@@ -165,7 +173,7 @@ class Endpoint:
         """
         request = self._request_body({**body, "max_tokens": 1}, [])
 
-        async def attempt() -> Written:
+        async def attempt() -> GeneratedToken:
             self.usage.calls += 1
             with self._translated_errors(self.servers.timeout_s):
                 piece = read_piece(await self._post(client, request), request["prompt"], self.vocab_size)
@@ -178,7 +186,7 @@ class Endpoint:
 
     async def stream(
         self, client: httpx.AsyncClient, body: dict[str, Any], *, resumable: bool = True
-    ) -> AsyncGenerator[list[Written], None]:
+    ) -> AsyncGenerator[list[GeneratedToken], None]:
         """Stream tokens as they arrive. If an answer breaks off, its rest is requested. Use `aclosing` to stop early.
 
         Args:

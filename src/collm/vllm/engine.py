@@ -28,10 +28,10 @@ from collm.decoding.speculation import AcceptanceRates
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.assistant import Assistant
 from collm.vllm import ROW_SCALE, THRESHOLD
-from collm.vllm.answers import Written
+from collm.vllm.answers import GeneratedToken
 from collm.vllm.circuit_breaker import CircuitBreaker
+from collm.vllm.connections import AuthorConnections, Connections
 from collm.vllm.endpoint import Unreachable
-from collm.vllm.fleet import Connections, Fleet
 
 C = TypeVar("C", bound=Connections)
 _STEP_WAIT_S = 0.02
@@ -184,7 +184,7 @@ class ServerEngine(Generic[C]):
 
     async def stream(
         self, run: Run, author: int, body: dict[str, Any], *, resumable: bool = True
-    ) -> AsyncGenerator[Written, None]:
+    ) -> AsyncGenerator[GeneratedToken, None]:
         """Stream the tokens of one call."""
         endpoint = self.connections.authors[author]
         endpoint.usage.tokens_read += run.read(author)
@@ -212,7 +212,7 @@ class ServerEngine(Generic[C]):
             body |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": 0.0}
         return body
 
-    def settle(self, run: Run, decision: Decision) -> None:
+    def emit(self, run: Run, decision: Decision) -> None:
         """Add a decision and output the tokens that became final."""
         sequence = run.sequence
         sequence.decisions.append(decision)
@@ -223,7 +223,7 @@ class ServerEngine(Generic[C]):
             self._outputs.put(RequestOutput(sequence.number, step, completion))
 
 
-class VllmEngine(ServerEngine[Fleet]):
+class VllmEngine(ServerEngine[AuthorConnections]):
     """Decodes on one server for each author.
 
     The base is asked to continue until it defers. Then the assistant is asked for one token. A request takes at most
@@ -264,7 +264,7 @@ class VllmEngine(ServerEngine[Fleet]):
                 defer_prob, logprob = self._defer_prob_and_logprob(written)
                 if written.token_id in self.connections.defer_ids:
                     return self.connections.defer_ids.index(written.token_id) + 1, defer_prob
-                self.settle(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
+                self.emit(run, Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
                 if run.sequence.finish_reason is not None:
                     return None
         return None
@@ -275,7 +275,7 @@ class VllmEngine(ServerEngine[Fleet]):
             self._check_assistant(run, author)
             async with aclosing(self.stream(run, author, self._body(run, author))) as stream:
                 async for written in stream:
-                    self.settle(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
+                    self.emit(run, Decision(author, 1.0, None, Draw(written.token_id, written.logprob)))
                     if run.sequence.finish_reason is not None:
                         return
         except ModelFailure as failure:
@@ -291,7 +291,7 @@ class VllmEngine(ServerEngine[Fleet]):
         except ModelFailure as failure:
             await self._stand_in(run, author, defer_prob, failure)
         else:
-            self.settle(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
+            self.emit(run, Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
 
     def _check_assistant(self, run: Run, author: int) -> None:
         """Raise Unreachable if the assistant failed too often for this sequence."""
@@ -313,7 +313,7 @@ class VllmEngine(ServerEngine[Fleet]):
         base.usage.tokens_read += run.read(BASE)
         written = await base.one(self.connections.client, self._base_body(run, 1.0, 1))
         drawn = Draw(written.token_id, self._defer_prob_and_logprob(written)[1])
-        self.settle(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
+        self.emit(run, Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
 
     def _base_body(self, run: Run, threshold: float, most: int) -> dict[str, Any]:
         rows = {"logprob_token_ids": [*self.connections.defer_ids, self.connections.zero_id]}
@@ -328,7 +328,7 @@ class VllmEngine(ServerEngine[Fleet]):
             body["seed"] = random.Random(f"{seed} {len(sequence.steps)} {author}").getrandbits(31)
         return body
 
-    def _defer_prob_and_logprob(self, written: Written) -> tuple[float, float]:
+    def _defer_prob_and_logprob(self, written: GeneratedToken) -> tuple[float, float]:
         """Compute the defer prob, and the token's log-probability among tokens only.
 
         The server's log-probabilities share one normaliser, Z' = Z + sum_k exp r_k + n. Z sums over the tokens, r_k is
@@ -370,22 +370,14 @@ def _next_threshold(sequence: Sequence) -> tuple[float, int]:
 
 
 def check_local_params(params: SamplingParams, local_only: ListOf[str] = _LOCAL_ONLY) -> None:
-    """Check that servers support all parameters.
-
-    Raises:
-        ConfigError: a parameter is only available with models in memory.
-    """
+    """Raise a ConfigError if a parameter is only available with models in memory."""
     name = next((name for name in local_only if getattr(params, name) != getattr(SamplingParams(), name)), None)
     if name is not None:
         raise ConfigError(f"{name} is not available across servers; leave it out, or use engine 'local'")
 
 
 def check_temperature(params: SamplingParams) -> None:
-    """Check that vLLM does not change the temperature.
-
-    Raises:
-        ConfigError: vLLM would raise it.
-    """
+    """Raise a ConfigError if vLLM would raise the temperature."""
     if 0 < params.temperature < _LEAST_TEMPERATURE:
         raise ConfigError(
             f"temperature is {params.temperature}, which servers raise to {_LEAST_TEMPERATURE}; use 0 or at least "

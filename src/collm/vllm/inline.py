@@ -22,8 +22,6 @@ from vllm.distributed import get_tp_group
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
 from collm.artefact import load_parts, local_directory
-from collm.core.calibration import Calibration
-from collm.core.head import DeferralHead
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.decoding.draws import Draw
@@ -33,8 +31,8 @@ from collm.models.language_model import LanguageModel
 from collm.models.members import load_members
 from collm.models.runner import ModelRunner
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
-from collm.vllm.drafting import Decision, Drafted, Drafter, policy_of
-from collm.vllm.export_manifest import head_digest
+from collm.vllm.drafting import DraftDecision, Drafted, Drafter, policy_of
+from collm.vllm.export import head_digest
 from collm.vllm.hooks import check_hooks
 from collm.vllm.inline_sampling import SamplingRequest, sample
 
@@ -59,7 +57,6 @@ class Proposer:
     def __init__(self, vllm_config: Any) -> None:
         check_hooks()
         self._config = vllm_config
-        self._device = _device_of(vllm_config)
         self._requests: dict[str, Drafted] = {}
         self._is_step = False
         self._num_new = 0
@@ -76,7 +73,16 @@ class Proposer:
         if "collaboration" not in settings:
             wanted = f'{{"{SETTINGS}": {{"collaboration": "DIR"}}}}'
             raise ConfigError(f"additional_config names no collaboration; give --additional-config '{wanted}'")
-        base, head, calibration = _load_base(settings["collaboration"], self._device)
+        device = self._config.device_config.device
+        device = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else str(device)
+        parts = load_parts(local_directory(settings["collaboration"], None), device=device)
+        if len(parts.assistants) != 1:
+            raise ConfigError(
+                f"{settings['collaboration']} has {len(parts.assistants)} assistants, expected 1 in one engine; use a "
+                "server for each model"
+            )
+        vocab_size = TokenizerIdentity.of(parts.tokenizer).vocab_size
+        base = cast(LanguageModel, load_members([parts.base], parts.tokenizer, vocab_size=vocab_size)[0])
         self._vocab_size = base.vocab_size
         longest = self._config.model_config.max_model_len
         if base.max_length is not None and base.max_length < longest:
@@ -86,11 +92,13 @@ class Proposer:
             )
         runner = ModelRunner(base, cache_memory=settings.get("cache_memory"))
         runner.prepare(self._config.scheduler_config.max_num_seqs)
-        runner.close(_read_a_token(runner))  # allocates the cache before vLLM measures the free memory
-        self._head = head_digest(head)
-        self._default = None if calibration is None else ThresholdPolicy(calibration.best().threshold)
+        slot = runner.open()
+        runner.extend({slot: [0]})  # allocates the cache before vLLM measures the free memory
+        runner.close(slot)
+        self._head = head_digest(parts.head)
+        self._default = None if parts.calibration is None else ThresholdPolicy(parts.calibration.best().threshold)
         most = self._config.speculative_config.num_speculative_tokens + 1
-        self._drafter = Drafter(runner, head.to(base.device), most=most)
+        self._drafter = Drafter(runner, parts.head.to(base.device), most=most)
 
     # After the assistant's pass
 
@@ -116,18 +124,19 @@ class Proposer:
         is_reading = self._runner.discard_request_mask.np[: batch.num_reqs]
         rows = [(row, self._request(row)) for row in range(batch.num_reqs) if not is_reading[row]]
         undecided = [(row, one) for row, one in rows if not one.decisions and one.failure is None]
-        self._note_pass(sum(counts) + len(rows), is_step=not undecided and len(rows) == len(counts))
+        self._is_step = not undecided and len(rows) == len(counts)
+        if self._is_step:
+            self._drafter.times.saw_reading(sum(counts) + len(rows), time.perf_counter() - self._drafted_at)
         self._drafter.decide([one for _, one in undecided], self._texts(undecided), self._draw)
         new: list[NewTokens | None] = [None] * batch.num_reqs
         for row, one in rows:
             if one.failure is None:
-                new[row] = NewTokens(one.settle(drafts[row]), _wants_authors(one))
+                new[row] = NewTokens(one.accept(drafts[row]), _wants_authors(one))
         self._draw_deferred([(row, one) for row, one in rows if one.failure is None], new, logits, spec)
         self._num_new = sum(len(one.decisions) for one in new if one is not None)
         return new
 
     def _draw_deferred(self, rows: Rows, new: list[NewTokens | None], logits: Tensor, spec: Any) -> None:
-        """Draw the tokens that the base deferred to the assistant."""
         deferred = [(row, one) for row, one in rows if cast(NewTokens, new[row]).decisions[-1].draw is None]
         if not deferred:
             return
@@ -146,7 +155,6 @@ class Proposer:
             decisions[-1] = replace(decisions[-1], draw=drawn)
 
     def _draw(self, logits: Tensor, requests: Sequence[Drafted]) -> list[Draw]:
-        """Draw the base's tokens."""
         sampled = [self._sampling_request(one, one.written) for one in requests]
         return sample(self._runner.sampler, logits.to(self._runner.device), sampled)
 
@@ -179,8 +187,12 @@ class Proposer:
             return [default] * self._runner.input_batch.num_reqs
 
     def _drafts(self, sampled: Sequence[Sequence[int]]) -> list[list[int]]:
-        self._note_round()
-        self._forget_ended()
+        now = time.perf_counter()
+        if self._is_step:
+            self._drafter.times.saw_round(self._num_new, now - self._began_at)
+        self._began_at = now
+        for name in [name for name in self._requests if name not in self._runner.requests]:
+            self._drafter.forget(self._requests.pop(name))
         rows = [(row, self._request(row)) for row, new in enumerate(sampled) if new]
         room = {one: self._room(one) for _, one in rows}
         rows = [(row, one) for row, one in rows if room[one] > 0]
@@ -224,8 +236,14 @@ class Proposer:
     def _new_request(self, cached: Any) -> Drafted:
         params, failure = cached.sampling_params, None
         policy: Policy = ThresholdPolicy(1.0)
+        xargs = params.extra_args or {}
         try:
-            policy = self._policy(params.extra_args or {})
+            if xargs.get(HEAD, self._head) != self._head:
+                raise MismatchError(f"the request expects the head {xargs[HEAD]}, but the engine has {self._head}")
+            given = policy_of(xargs) or self._default
+            if given is None:
+                raise ConfigError(f"the collaboration is not calibrated; give vllm_xargs {{{THRESHOLD!r}: ..}}")
+            policy = given
         except CollmError as error:
             failure = error
         generator = None
@@ -238,36 +256,9 @@ class Proposer:
             state, policy, cached.num_prompt_tokens, params.temperature, end_ids, params.seed, failure=failure
         )
 
-    def _policy(self, xargs: dict[str, Any]) -> Policy:
-        if xargs.get(HEAD, self._head) != self._head:
-            raise MismatchError(f"the request expects the head {xargs[HEAD]}, but the engine has {self._head}")
-        policy = policy_of(xargs) or self._default
-        if policy is None:
-            raise ConfigError(f"the collaboration is not calibrated; give vllm_xargs {{{THRESHOLD!r}: ..}}")
-        return policy
-
     def _texts(self, rows: Rows) -> dict[Drafted, Any]:
         batch = self._runner.input_batch
         return {one: batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]] for row, one in rows}
-
-    def _forget_ended(self) -> None:
-        for name in [name for name in self._requests if name not in self._runner.requests]:
-            self._drafter.forget(self._requests.pop(name))
-
-    # Times
-
-    def _note_pass(self, tokens: int, *, is_step: bool) -> None:
-        """Record the time in which the assistant read this many tokens since the drafts were made."""
-        self._is_step = is_step
-        if is_step:
-            self._drafter.pace.saw_reading(tokens, time.perf_counter() - self._drafted_at)
-
-    def _note_round(self) -> None:
-        """Record the time since the previous round began."""
-        now = time.perf_counter()
-        if self._is_step:
-            self._drafter.pace.saw_round(self._num_new, now - self._began_at)
-        self._began_at = now
 
 
 @dataclass
@@ -296,7 +287,7 @@ class NewTokens:
         authors: whether the log-probabilities describe the author of each token.
     """
 
-    decisions: list[Decision]
+    decisions: list[DraftDecision]
     authors: bool
 
     @property
@@ -306,17 +297,16 @@ class NewTokens:
     @property
     def logprobs(self) -> list[list[tuple[int, float]]]:
         """Log-probabilities for each token: its own first, then the others."""
-        return [
-            [(draw.token_id, draw.logprob), *([_author_entry(one, draw)] if self.authors else []), *draw.top]
-            for one in self.decisions
-            if (draw := one.draw) is not None
-        ]
-
-
-def _author_entry(decision: Decision, draw: Draw) -> tuple[int, float]:
-    taken = {draw.token_id, *(token_id for token_id, _ in draw.top)}
-    defer_prob = decision.defer_prob
-    return author_token(decision.author, taken), math.log(defer_prob) if defer_prob > 0 else -math.inf
+        entries = []
+        for decision in self.decisions:
+            draw = cast(Draw, decision.draw)
+            own = [(draw.token_id, draw.logprob)]
+            if self.authors:
+                taken = {draw.token_id, *(token_id for token_id, _ in draw.top)}
+                log_defer_prob = math.log(decision.defer_prob) if decision.defer_prob > 0 else -math.inf
+                own.append((author_token(decision.author, taken), log_defer_prob))
+            entries.append([*own, *draw.top])
+        return entries
 
 
 def _wants_authors(one: Drafted) -> bool:
@@ -365,29 +355,6 @@ def _from_first_rank(decide: Callable[[], T]) -> T:
     if group.world_size == 1:
         return decide()
     return cast(T, group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0))
-
-
-def _read_a_token(runner: ModelRunner) -> int:
-    slot = runner.open()
-    runner.extend({slot: [0]})
-    return slot
-
-
-def _device_of(config: Any) -> str:
-    device = config.device_config.device
-    return f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else str(device)
-
-
-def _load_base(path: str, device: str) -> tuple[LanguageModel, DeferralHead, Calibration | None]:
-    """Load the base, the head and the calibration of a collaboration."""
-    parts = load_parts(local_directory(path, None), device=device)
-    if len(parts.assistants) != 1:
-        raise ConfigError(
-            f"{path} has {len(parts.assistants)} assistants, expected 1 in one engine; use a server for each model"
-        )
-    vocab_size = TokenizerIdentity.of(parts.tokenizer).vocab_size
-    (base,) = load_members([parts.base], parts.tokenizer, vocab_size=vocab_size)
-    return cast(LanguageModel, base), parts.head, parts.calibration
 
 
 def _wrap_model_runner() -> None:

@@ -20,11 +20,11 @@ from collm.decoding.request import Request
 from collm.decoding.sequence import Decision
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.vllm import AUTHORS, HEAD, POLICY, author_of
-from collm.vllm.answers import Written
+from collm.vllm.answers import GeneratedToken
+from collm.vllm.connections import Connections
 from collm.vllm.drafting import check_policy
 from collm.vllm.engine import Run, ServerEngine, check_local_params, check_temperature
-from collm.vllm.export_manifest import head_digest
-from collm.vllm.fleet import Connections
+from collm.vllm.export import head_digest
 from collm.vllm.servers import Servers
 
 _ASSISTANT = 1
@@ -97,13 +97,15 @@ class OneEngine(ServerEngine[EngineConnection]):
         async with aclosing(self.stream(run, _ASSISTANT, body, resumable=resumable)) as stream:
             async for written in stream:
                 author, defer_prob = author_and_defer_prob(written)
-                draw = Draw(written.token_id, written.logprob, _top(written, params.logprobs or 0))
-                self.settle(run, Decision(author, defer_prob, None, draw))
+                first, _, *others = written.about.items()  # the second describes the author
+                top = sorted([first, *others], key=lambda pair: -pair[1])[: params.logprobs or 0]
+                draw = Draw(written.token_id, written.logprob, tuple(top))
+                self.emit(run, Decision(author, defer_prob, None, draw))
                 if sequence.finish_reason is not None:
                     return
 
 
-def author_and_defer_prob(written: Written) -> tuple[int, float]:
+def author_and_defer_prob(written: GeneratedToken) -> tuple[int, float]:
     """Read the author and the defer prob from the entry after the token's own log-probability (`AUTHORS`).
 
     Raises:
@@ -114,10 +116,3 @@ def author_and_defer_prob(written: Written) -> tuple[int, float]:
         raise ModelFailure(f"the server did not report the author of token {written.token_id}")
     ((token_id, log_defer_prob),) = entry
     return author_of(token_id), math.exp(log_defer_prob)
-
-
-def _top(written: Written, count: int) -> tuple[tuple[int, float], ...]:
-    """The most probable tokens, without the entry that describes the author."""
-    (first, *others) = written.about.items()
-    ranked = sorted([first, *others[1:]], key=lambda pair: -pair[1])
-    return tuple(ranked[:count])

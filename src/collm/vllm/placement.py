@@ -37,7 +37,7 @@ BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ModelMemory:
     """Memory that a model needs, in bytes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Footprint:
     dtype: str
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Footprint:
+    def of(cls, spec: ModelSpec) -> ModelMemory:
         """Compute the footprint from a model's config. Weights are not read.
 
         Raises:
@@ -144,7 +144,7 @@ class Device:
             return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
         return {"OMP_NUM_THREADS": str(self.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
-    def flags(self, size: Footprint, tokens: int) -> list[str]:
+    def flags(self, size: ModelMemory, tokens: int) -> list[str]:
         """vLLM's flags for this device, with a KV cache of this many tokens."""
         each = -(-tokens * size.kv_per_token // max(1, len(self.gpus)))
         flags = ["--kv-cache-memory-bytes", str(each)]
@@ -205,7 +205,7 @@ def placed_in_one(
     directory = artefact.local_directory(collaboration, None)
     manifest = artefact.read_manifest(directory)
     assistant = Served(author_name(1), cast(ModelSpec, manifest.assistants[0]), flags)
-    sizes = [Footprint.of(manifest.base_weights(directory)), Footprint.of(assistant.spec)]
+    sizes = [ModelMemory.of(manifest.base_weights(directory)), ModelMemory.of(assistant.spec)]
     (device,) = machine.devices(1)
     length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
     tokens = _kv_tokens(sizes, device, assistant.name, max_batch=max_batch, length=length)
@@ -253,12 +253,8 @@ def one_engine(
         yield Servers([running[0].url])
 
 
-def _kv_tokens(sizes: Sequence[Footprint], device: Device, name: str, *, max_batch: int, length: int) -> int:
-    """Number of tokens whose keys and values fit for the models that share a device.
-
-    Raises:
-        ConfigError: not even one sequence fits.
-    """
+def _kv_tokens(sizes: Sequence[ModelMemory], device: Device, name: str, *, max_batch: int, length: int) -> int:
+    """Number of tokens whose keys and values fit for the models that share a device."""
     tokens = kv_tokens(sizes, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
     if tokens < length + BLOCK_TOKENS:
         raise ConfigError(
@@ -268,7 +264,7 @@ def _kv_tokens(sizes: Sequence[Footprint], device: Device, name: str, *, max_bat
     return tokens
 
 
-def _flags(served: Served, size: Footprint, device: Device, tokens: int, *, max_batch: int, length: int) -> list[str]:
+def _flags(served: Served, size: ModelMemory, device: Device, tokens: int, *, max_batch: int, length: int) -> list[str]:
     """vLLM's flags for one model on its device."""
     flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
     flags += ["--generation-config", "vllm"]  # the model's would change sampling and limit the length
@@ -292,7 +288,7 @@ def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
     return [[0], *(list(range(1 + k * size, 1 + (k + 1) * size)) for k in range(num_servers - 1))]
 
 
-def kv_tokens(models: Sequence[Footprint], memory_bytes: float, wanted: int) -> int:
+def kv_tokens(models: Sequence[ModelMemory], memory_bytes: float, wanted: int) -> int:
     """Number of tokens whose keys and values fit for all servers that share a memory, at most `wanted`.
 
     T = (memory - sum_i (weights_i + overhead)) / sum_i kv_i, because base and assistants read the same sequences.
@@ -329,9 +325,9 @@ def placed(
 
     Raises:
         ConfigError: not even one sequence of this length fits.
-        LoadError: as in `Footprint.of`.
+        LoadError: as in `ModelMemory.of`.
     """
-    sizes = [Footprint.of(model.spec) for model in models]
+    sizes = [ModelMemory.of(model.spec) for model in models]
     devices = machine.devices(len(models))
     length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
     plans = []

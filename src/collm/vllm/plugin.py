@@ -133,7 +133,7 @@ def register() -> None:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         original_check(self, speculative_config)
         is_one_engine = speculative_config is not None and speculative_config.model == PROPOSER
-        error = _error_in_one_engine(self) if is_one_engine else _error_in_other_engine(self)
+        error = _error(self, in_one_engine=is_one_engine)
         if error is not None:
             raise VLLMValidationError(error)
 
@@ -150,16 +150,13 @@ def register() -> None:
     Scheduler.collm = True
 
 
-def _error_in_other_engine(params: Any) -> str | None:
-    """The error for a request with a key that only an engine with base and assistant supports, or None."""
-    unsupported = [name for name in OF_ONE_ENGINE if name in (params.extra_args or {})]
-    if not unsupported:
-        return None
-    return f"vllm_xargs has {unsupported[0]!r}, which only an engine with base and assistant supports; leave it out"
-
-
-def _error_in_one_engine(params: Any) -> str | None:
-    """The error for a request that an engine with base and assistant does not support, or None."""
+def _error(params: Any, *, in_one_engine: bool) -> str | None:
+    """The error for a request that this engine does not support, or None."""
+    if not in_one_engine:
+        unsupported = [name for name in OF_ONE_ENGINE if name in (params.extra_args or {})]
+        if not unsupported:
+            return None
+        return f"vllm_xargs has {unsupported[0]!r}, which only an engine with base and assistant supports; leave it out"
     from collm.vllm.drafting import policy_of
 
     for name in ("structured_outputs", "thinking_token_budget", "trace_decode_token_ids"):

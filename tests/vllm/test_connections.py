@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import CollmError, ConfigError, LoadError, MismatchError, ModelFailure
 from collm.vllm import endpoint as module
-from collm.vllm.fleet import Fleet
+from collm.vllm.connections import AuthorConnections
 from collm.vllm.servers import Servers
 from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
@@ -32,18 +32,18 @@ def check(world: Cluster, error: type[CollmError], message: str, **options: Any)
     before = set(threading.enumerate())
     m = world.members
     with pytest.raises(error, match=message):
-        Fleet(world.servers(**{"retries": 0, **options}), m.head, m.tokenizer)
+        AuthorConnections(world.servers(**{"retries": 0, **options}), m.head, m.tokenizer)
     assert set(threading.enumerate()) <= before
 
 
 def test_the_right_servers_are_accepted_with_few_requests(cluster: Clusters) -> None:
     world = cluster(2)
     m = world.members
-    with Fleet(world.servers(), m.head, m.tokenizer) as fleet:
-        assert fleet.defer_ids == [97, 98]
-        assert fleet.zero_id == 99
-        assert [author.max_length for author in fleet.authors] == [128] * 3
-        assert [author.name for author in fleet.authors] == ["base", "assistant", "assistant-2"]
+    with AuthorConnections(world.servers(), m.head, m.tokenizer) as connections:
+        assert connections.defer_ids == [97, 98]
+        assert connections.zero_id == 99
+        assert [author.max_length for author in connections.authors] == [128] * 3
+        assert [author.name for author in connections.authors] == ["base", "assistant", "assistant-2"]
     assert [len(fake.bodies) for fake in world.fakes] == [2, 1, 1]
 
 
@@ -77,7 +77,7 @@ def test_a_base_without_the_plugin_is_refused(cluster: Clusters) -> None:
         check(
             world,
             MismatchError,
-            "does not defer, because its vLLM has no collm plug-in; install it there with 'pip install",
+            "does not defer, because its vLLM has no collm plug-in; install collm-vllm",
         )
 
 
@@ -121,7 +121,7 @@ def test_an_assistant_that_does_not_tokenize_is_accepted(cluster: Clusters) -> N
     with FakeVllm(world.members.served[1], tokenizes=False, max_model_len=None) as fake:
         world.fakes[1] = fake
         model = world.connect()
-        assert model.backend.fleet.authors[1].max_length is None
+        assert model.backend.connections.authors[1].max_length is None
         (out,) = model.generate([[5, 6]], SamplingParams(max_new_tokens=8), threshold=0.3)
         assert set(out.authors) == {0, 1}
 
@@ -153,7 +153,7 @@ def test_a_wrong_address_is_refused_at_once(cluster: Clusters) -> None:
     world = cluster()
     servers = Servers([world.fakes[0].url, f"{world.fakes[1].url}/v2"], wait_s=60)
     with pytest.raises(LoadError, match=r"assistant at .*/v1/v2 refuses a request: status 404 .*; check the address"):
-        Fleet(servers, world.members.head, world.members.tokenizer)
+        AuthorConnections(servers, world.members.head, world.members.tokenizer)
 
 
 def test_a_key_is_needed_where_servers_want_one(cluster: Clusters, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_servers_may_listen_on_unix_sockets(
         fakes = [stack.enter_context(FakeVllm(served, pieces=(1,), socket=path)) for served, path in pairs]
         servers = Servers([fake.url for fake in fakes])
         model = CoLLM(world.models[0], world.models[1:], world.head, world.tokenizer, servers=servers)
-        with model.backend.fleet:
+        with model.backend.connections:
             (found,) = model.generate([[5, 6]], greedy, threshold=0.5)
     (expected,) = world.local.generate([[5, 6]], greedy, threshold=0.5)
     assert found.token_ids == expected.token_ids
@@ -220,7 +220,7 @@ def test_servers_are_waited_for_and_named_meanwhile(
     finally:
         starter.join()
         logging.getLogger("collm.vllm").removeHandler(handler)
-    assert model.backend.fleet.authors[1].model == "tiny"
+    assert model.backend.connections.authors[1].model == "tiny"
     assert "waiting for base at" in caplog.text
     assert "status 503" in caplog.text
 
@@ -244,8 +244,8 @@ def test_a_start_that_fails_later_is_an_error_of_ours(cluster: Clusters, fault: 
 
 def test_a_head_of_many_assistants_finds_their_rows(cluster: Clusters) -> None:
     world = cluster(2)
-    fleet = world.connect().backend.fleet
-    assert fleet.biases == pytest.approx(world.members.head.bias.tolist())
+    connections = world.connect().backend.connections
+    assert connections.biases == pytest.approx(world.members.head.bias.tolist())
     m = world.members
     swapped = DeferralHead(32, 2)
     swapped.weight.data = m.head.weight.data.flip(0)

@@ -21,7 +21,7 @@ from collm.errors import ConfigError, MismatchError
 from collm.models.guards import PROBE, TokenizerIdentity
 from collm.vllm import THRESHOLD
 from collm.vllm.endpoint import Endpoint, sockets
-from collm.vllm.export_manifest import defer_names
+from collm.vllm.export import defer_names
 from collm.vllm.servers import Servers
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class Connections:
             )
 
 
-class Fleet(Connections):
+class AuthorConnections(Connections):
     """Connections to one server for each author.
 
     Args:
