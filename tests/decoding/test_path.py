@@ -15,7 +15,7 @@ from collm.core.policies import ThresholdPolicy
 from tests.decoding.test_engine import random_head
 
 MOST_CALLS, MOST_FILES = 88, 19
-"""Calls of our functions in a step of one sequence, outside the model's forward pass, and the files that they are in."""
+"""Calls of our functions in a step of one sequence, outside the model's forward pass, and the files of these."""
 
 
 def test_one_token_takes_few_calls(
