@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collm.core.policies import Policy, check_share
+from collm.core.policies import ConsultingPolicy, check_share
 from collm.core.types import BASE
 from collm.errors import ConfigError
 
 
-class CombiningPolicy(Policy):
+class CombiningPolicy(ConsultingPolicy):
     """Base class of policies that draw the token from `combine` and credit it to an author with `credit`."""
 
     def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
@@ -57,9 +57,6 @@ class MixturePolicy(CombiningPolicy):
     The token is credited to the author with the largest posterior P(Z = z) P_z(x).
     """
 
-    def consults(self, num_assistants: int) -> Sequence[int]:
-        return range(1, num_assistants + 1)
-
     def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
         joint = [author_logprobs[:, author, None] + logprobs[author] for author in sorted(logprobs)]
         return torch.logsumexp(torch.stack(joint), dim=0)
@@ -84,9 +81,6 @@ class ProductPolicy(CombiningPolicy):
 
     def __post_init__(self) -> None:
         check_share("weight", self.weight)
-
-    def consults(self, num_assistants: int) -> Sequence[int]:
-        return range(1, num_assistants + 1)
 
     def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
         share = (1 - self.weight) / (len(logprobs) - 1)

@@ -98,7 +98,8 @@ def _draw_from_combination(
     logprobs = _logprobs(all_outputs, "processed")
     logits = raw = policy.combine(logprobs, by_author)
     if any(sequence.processors is not None for sequence in sequences):
-        allowed = torch.stack([_allowed(outputs) for outputs in all_outputs])
+        # A combination of logits may not respect constraints, so exclude what they forbid.
+        allowed = torch.stack([outputs.logits[BASE].processed for outputs in all_outputs]) > -torch.inf
         logits = logits.masked_fill(~allowed, -torch.inf)
         raw = policy.combine(_logprobs(all_outputs, "raw"), by_author)
     draws, _ = draw_tokens(logits, [sequence.sampling(BASE, 0) for sequence in sequences], raw=raw)
@@ -114,8 +115,3 @@ def _logprobs(all_outputs: ListOf[Consultation], kind: Literal["raw", "processed
         for author in all_outputs[0].logits
     }
     return {author: torch.log_softmax(each, dim=-1).clamp(min=_MIN_LOGPROB) for author, each in stacked.items()}
-
-
-def _allowed(outputs: Consultation) -> Tensor:
-    """Tokens that no constraint forbids, bool, shape (V,). A combination of logits may not respect constraints."""
-    return outputs.logits[BASE].processed > -torch.inf

@@ -46,7 +46,7 @@ class SegmentUnit:
         request = sequence.request
         check_names_author(request.policy, len(sequence.authors) - 1)
         check_segment_params(request.params)
-        sequence.max_length = shortest_limit(sequence.authors[:1])
+        sequence.max_length, sequence.edits_logits = shortest_limit(sequence.authors[:1]), True
         self.sequence = sequence
         self._params = request.params
         self._alignment = alignment
@@ -124,7 +124,10 @@ class SegmentUnit:
         if author == BASE:
             self._row = NO_BOUNDARY
             return
-        self._catch_up(author)
+        text = self._texts[author]
+        before = text.ids
+        if text.grow(self._answer, self._boundaries):  # retokenised for the assistant up to the last boundary
+            sequence.cut(author, len(self._prompts[author]) + common_prefix(before, text.ids))
         if self._next_opening is not None and self._next_opening[0] == author:
             self._add_to_segment(decision, self._next_opening[1])
         elif not self.can_ask(author):
@@ -161,13 +164,6 @@ class SegmentUnit:
         sequence.lookup = PromptLookup(sequence.token_ids)
         sequence.cut(BASE, kept)
         return False
-
-    def _catch_up(self, author: int) -> None:
-        """Retokenise the text for an assistant up to the last boundary."""
-        text = self._texts[author]
-        before = text.ids
-        if text.grow(self._answer, self._boundaries):
-            self.sequence.cut(author, len(self._prompts[author]) + common_prefix(before, text.ids))
 
     def _has_room(self, author: int) -> bool:
         limit = shortest_limit([self.sequence.authors[author]])

@@ -87,6 +87,7 @@ class Sequence:
         end_ids: the tokens that end the text.
         max_length: largest length of `token_ids` in the models' contexts and caches; None if unlimited.
         processors: the request's logits processors, or None.
+        edits_logits: whether logits are edited before tokens are drawn from them.
         acceptance: acceptance rates of this sequence's drafts.
         finish_reason: set with the last token.
     """
@@ -126,6 +127,7 @@ class Sequence:
         if params.changes_logits:
             ends = eos_ids | self.end_ids  # min_tokens forbids EOS even if EOS is ignored
             self.processors = LogitsProcessors(params, request.prompt_ids, tokenizer, ends, grammar)
+        self.edits_logits = self.processors is not None
         self._stream = TextStream(
             tokenizer, request.prompt_ids, params.stop, keep_stop=params.include_stop_str_in_output
         )
@@ -166,10 +168,6 @@ class Sequence:
         return longest + min(extra, most - self.num_tokens)
 
     # Logits and random numbers
-
-    @property
-    def edits_logits(self) -> bool:
-        return self.processors is not None or self.segments is not None
 
     def add_edits(self, edits: Edits, author: int, rows: range, first: int) -> None:
         """Add the request's edits of an author's logits, whose rows belong to the decisions from `first` on."""

@@ -195,8 +195,8 @@ class ModelRunner(SlotTable):
         self.usage.forward_passes += 1
         self.usage.tokens_read += sum([row.size for row in rows])
         if self._static is not None and bucket_of([row.size for row in rows]):
-            passed = self._static.run(rows, token_ids, following)
-            return list(passed.hidden), passed.logits
+            states, logits = self._static.run(rows, token_ids, following)
+            return list(states), logits
         order, device = packing_order(rows), self.model.input_device
         packed = [rows[i] for i in order]
         if following is None:

@@ -85,12 +85,15 @@ class StaticPasses:
 
     def run(
         self, rows: Sequence[Row], token_ids: Sequence[Sequence[int]], following: Tensor | None = None
-    ) -> StaticOutput:
+    ) -> tuple[Tensor, Tensor]:
         """Run one pass over rows for which `bucket_of` returns a shape.
 
         Args:
             token_ids: the tokens of each row.
             following: tokens on the device that replace `token_ids`, one per row, shape (R,).
+
+        Returns:
+            Last hidden states of each row, shape (R, width, H), and logits after its last token, shape (R, V).
         """
         shape = bucket_of([row.size for row in rows])
         assert shape is not None
@@ -105,7 +108,7 @@ class StaticPasses:
         else:
             bucket.graph.replay()
         hidden = bucket.hidden.view(layout.batch, layout.width, -1)[: len(rows)].clone()
-        return StaticOutput(hidden, bucket.logits[: len(rows)].clone())
+        return hidden, bucket.logits[: len(rows)].clone()
 
     def _bucket(self, width: int, batch: int) -> _Bucket:
         if (width, batch) not in self._buckets:
@@ -138,19 +141,6 @@ class StaticPasses:
         except RuntimeError as error:  # the model synchronises, or its shapes depend on its values
             raise UnsupportedModel(f"{self._model.name} cannot be captured as a CUDA graph: {error}") from error
         bucket.graph = graph
-
-
-@dataclass(frozen=True)
-class StaticOutput:
-    """Output of a static pass.
-
-    Attributes:
-        hidden: last hidden states of each row, shape (R, width, H).
-        logits: logits after the last token of each row, shape (R, V).
-    """
-
-    hidden: Tensor
-    logits: Tensor
 
 
 def can_run_static(model: LanguageModel) -> bool:
