@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams, StructuredOutputs
 from tests.decoding.test_engine import random_head
+from tests.decoding.test_exactness import Plans
 from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
 
@@ -52,6 +54,19 @@ def test_a_special_token_is_named_and_another_one_has_an_id(model: CoLLM) -> Non
     params = SamplingParams(60, structured_outputs=StructuredOutputs(grammar=grammar))
     (completion,) = model.generate(["the cat"], params, threshold=0.5)
     assert model.tokenizer.convert_ids_to_tokens(completion.token_ids)[:3] == ["<|mark|>", "x", "<tool_call>"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_that_a_grammar_names_are_taken_back_with_drafts(
+    seed: int, model: CoLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = model.tokenizer.convert_tokens_to_ids("<tool_call>")
+    grammar = f'start: (<|mark|> "x" <[{call}]> /[a-c]+/)~3'
+    params = SamplingParams(40, structured_outputs=StructuredOutputs(grammar=grammar))
+    (expected,) = model.generate(["the cat"], params, threshold=0.5, lookahead=0)
+    Plans(monkeypatch, random.Random(seed))
+    (completion,) = model.generate(["the cat"], params, threshold=0.5)
+    assert completion.token_ids == expected.token_ids
 
 
 def test_thousands_of_choices_are_allowed(model: CoLLM) -> None:

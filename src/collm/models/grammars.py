@@ -51,13 +51,19 @@ _RULE = re.compile(r"^\s*[?!]?[\w-]+[^:\n\"/]*:", re.MULTILINE)
 class Grammar:
     """The state of a text in its grammar.
 
+    Args:
+        matcher: the compiled grammar, which is copied.
+        names_tokens: whether the grammar may name tokens, as in <[5]> and <eos>.
+
     Attributes:
         token_ids: the tokens consumed so far.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, *, names_tokens: bool = False) -> None:
         self.token_ids: list[int] = []
-        self._matcher = matcher
+        self._initial = matcher
+        self._matcher = matcher.deep_copy()
+        self._names_tokens = names_tokens
 
     def allows(self, token_ids: Sequence[int]) -> int:
         """Number of leading tokens of `token_ids` that may follow."""
@@ -75,7 +81,10 @@ class Grammar:
             RequestError: the grammar has become too complex.
         """
         same = common_prefix(self.token_ids, token_ids)
-        if same < len(self.token_ids):
+        if same < len(self.token_ids) and self._names_tokens:
+            self._matcher = self._initial.deep_copy()  # its rollback miscounts the bytes of tokens named by the grammar
+            self.token_ids, same = [], 0
+        elif same < len(self.token_ids):
             self._matcher.rollback(len(self.token_ids) - same)
             del self.token_ids[same:]
         if same < len(token_ids):
@@ -151,7 +160,7 @@ class Grammars:
             self._compiled.move_to_end(source)
             while len(self._compiled) > _MAX_CACHED or sum(map(len, self._compiled)) > _MAX_CACHED_BYTES:
                 self._compiled.popitem(last=False)
-            return Grammar(matcher.deep_copy())
+            return Grammar(matcher, names_tokens="<" in (structured.grammar or ""))
 
     def _rehearse(self, source: str) -> None:
         """Compile a grammar in a process that may die, with a vocabulary of bytes and special tokens."""
