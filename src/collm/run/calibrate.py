@@ -116,7 +116,7 @@ class Validation:
     def curve(self, model: CoLLM) -> TeacherForcedCurve:
         """The teacher-forced curve on these rows."""
         views = gold_views(model, gold_examples(model, self.rows))
-        return teacher_forced(views, deferred(model, views))
+        return teacher_forced(views, deferred(views))
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class PastRun:
             if author != "base"
         ]
         views = gold_views(model, examples, scores)
-        return teacher_forced(views, deferred(model, views))
+        return teacher_forced(views, deferred(views))
 
     def _scores(
         self,

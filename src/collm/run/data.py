@@ -46,6 +46,11 @@ class Prepared:
     kind: str
     alignment: Alignment | None = None
 
+    @property
+    def sets(self) -> list[Examples]:
+        """The training examples and, if there are evaluations, those of the validation rows."""
+        return [self.examples] if self.evaluation is None else [self.examples, self.evaluation]
+
     def tokenizer_of(self, author: int) -> PreTrainedTokenizerBase:
         """The tokenizer of an author."""
         return self.tokenizer if self.alignment is None else self.alignment.tokenizers[author].tokenizer
@@ -55,7 +60,7 @@ class Prepared:
         first = self.examples[0]
         learned = [token for token, wanted in zip(first.token_ids, first.is_target, strict=True) if wanted]
         whole, targets = (self.tokenizer.decode(ids) for ids in (first.token_ids, learned))
-        return f"--- the first example ---\n{whole}\n--- of it is learned ---\n{targets}\n"
+        return f"--- the first example ---\n{whole}\n--- its target tokens ---\n{targets}\n"
 
 
 def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:

@@ -82,8 +82,8 @@ def warm_start(
     """
     _check(base, head, examples, labels, max_tokens, positive_weight)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    before = torch.cat([torch.zeros(1), labels.offsets.diff()[order].cumsum(0)[:-1]])  # target tokens before each
-    indices = order[before < max_tokens].tolist()
+    counts = labels.offsets.diff()[order]
+    indices = order[counts.cumsum(0) - counts < max_tokens].tolist()  # with less than max_tokens before them
     targets = torch.cat([labels.of(index) for index in indices])[:max_tokens].to(base.device)
     if not (targets != 0).any():
         raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {labels.report()}")
@@ -94,18 +94,10 @@ def warm_start(
     features = features[:max_tokens]
     mean, scale = _standardise(features)
     cut = sum(len(labels.of(index)) for index in indices[: round((1 - HELD_OUT) * len(indices))])
-    trial = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
-    weight, bias = fit_authors(
-        features, targets, trial.fit, positive_weight=positive_weight, penalty=trial.report.penalty
-    )
-    _set_head(head, weight, bias, mean, scale)
-    return trial.report
-
-
-@dataclass(frozen=True)
-class _Trial:
-    fit: tuple[Tensor, Tensor]
-    report: WarmStartReport
+    fit, report = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
+    fit = fit_authors(features, targets, fit, positive_weight=positive_weight, penalty=report.penalty)
+    _set_head(head, *fit, mean, scale)
+    return report
 
 
 def _check(
@@ -164,7 +156,9 @@ def _standardise(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, scale
 
 
-def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants: int, positive_weight: float) -> _Trial:
+def _choose_penalty(
+    features: Tensor, targets: Tensor, cut: int, num_assistants: int, positive_weight: float
+) -> tuple[tuple[Tensor, Tensor], WarmStartReport]:
     """Fit the tokens before `cut` with decreasing penalties until the loss on the tokens after it increases.
 
     If one of the parts has no positive label, all tokens are used for both.
@@ -172,7 +166,7 @@ def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants:
     whole, before, after = slice(None), slice(None, cut), slice(cut, None)
     parts = (before, after) if all((targets[part] != 0).any() for part in (before, after)) else (whole, whole)
     fit = (features.new_zeros(num_assistants, features.shape[1]), features.new_zeros(num_assistants))
-    best: _Trial | None = None
+    best: tuple[tuple[Tensor, Tensor], WarmStartReport] | None = None
     for penalty in PENALTIES:
         fit = fit_authors(features[parts[0]], targets[parts[0]], fit, positive_weight=positive_weight, penalty=penalty)
         logits, labels = F.linear(features[parts[1]], *fit), targets[parts[1]]
@@ -184,9 +178,9 @@ def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants:
             num_tokens=len(targets),
             penalty=penalty,
         )
-        if best is not None and report.loss_nats > best.report.loss_nats:
+        if best is not None and report.loss_nats > best[1].loss_nats:
             break  # weaker penalties overfit more, and take longest
-        best = _Trial(fit, report)
+        best = fit, report
     assert best is not None
     return best
 
