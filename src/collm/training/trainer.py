@@ -186,14 +186,13 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         logger.info("%s", self.label_report)
         with progress_bar("Warm start", enabled=not self.args.disable_tqdm) as progress:
             self.warm_start_report = warm_start(
-                LanguageModel(self.base, name="base", vocab_size=self.vocab_size),
+                data.base_scores.hidden or LanguageModel(self.base, name="base", vocab_size=self.vocab_size),
                 self.head,
                 data.examples,
                 labels,
                 max_tokens=self.args.resolved("warm_start_tokens"),
                 positive_weight=self.args.resolved("positive_weight"),
                 seed=self.args.seed,
-                hidden=data.base_scores.hidden,
                 progress=progress,
             )
 

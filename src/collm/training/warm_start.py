@@ -49,7 +49,7 @@ class WarmStartReport:
 
 
 def warm_start(
-    base: LanguageModel,
+    base: LanguageModel | HiddenStates,
     head: DeferralHead,
     examples: Sequence[Example],
     labels: Labels,
@@ -57,7 +57,6 @@ def warm_start(
     max_tokens: int = 65536,
     positive_weight: float = 8.0,
     seed: int,
-    hidden: HiddenStates | None = None,
     progress: OnProgress | None = None,
 ) -> WarmStartReport:
     """Set the head by a weighted logistic regression of the pseudo-labels on the base's hidden states.
@@ -66,13 +65,12 @@ def warm_start(
     objective with L-BFGS on standardised features, and chooses the L2 penalty on held-out examples.
 
     Args:
-        base: the frozen base, which is not modified.
+        base: the frozen base, which is not modified, or its stored hidden states.
         head: the head to overwrite.
         examples: the labelled examples.
         max_tokens: largest number of target tokens to use, from examples in random order.
         positive_weight: weight of tokens labelled with an assistant; others have weight 1.
         seed: seed of the random order.
-        hidden: stored hidden states of the base, which replace running it.
         progress: called with the number of target tokens read and the total.
 
     Raises:
@@ -84,14 +82,14 @@ def warm_start(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     counts = labels.offsets.diff()[order]
     indices = order[counts.cumsum(0) - counts < max_tokens].tolist()  # with less than max_tokens before them
-    targets = torch.cat([labels.of(index) for index in indices])[:max_tokens].to(base.device)
+    targets = torch.cat([labels.of(index) for index in indices])[:max_tokens]
     if not (targets != 0).any():
         raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {labels.report()}")
-    if hidden is None:
-        features = _read_features(base, examples, indices, progress)
+    if isinstance(base, HiddenStates):
+        features = torch.cat([base.of(index) for index in indices]).to(head.weight.device, torch.float32)
     else:
-        features = torch.cat([hidden.of(index) for index in indices]).to(base.device, torch.float32)
-    features = features[:max_tokens]
+        features = _read_features(base, examples, indices, progress)
+    features, targets = features[:max_tokens], targets.to(features.device)
     mean, scale = _standardise(features)
     cut = sum(len(labels.of(index)) for index in indices[: round((1 - HELD_OUT) * len(indices))])
     fit, report = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
@@ -101,7 +99,7 @@ def warm_start(
 
 
 def _check(
-    base: LanguageModel,
+    base: LanguageModel | HiddenStates,
     head: DeferralHead,
     examples: Sequence[Example],
     labels: Labels,
@@ -114,10 +112,11 @@ def _check(
         )
     if len(examples) != len(labels):
         raise ConfigError(f"the labels are for {len(labels)} examples, got {len(examples)}; label the same examples")
-    if (head.hidden_size, head.num_assistants) != (base.hidden_size, labels.num_assistants):
+    hidden_size = head.hidden_size if isinstance(base, HiddenStates) else base.hidden_size
+    if (head.hidden_size, head.num_assistants) != (hidden_size, labels.num_assistants):
         raise MismatchError(
-            f"the head has hidden size {head.hidden_size} and {head.num_assistants} assistants, but {base.name} has "
-            f"hidden size {base.hidden_size} and the labels have {labels.num_assistants} assistants"
+            f"the head has hidden size {head.hidden_size} and {head.num_assistants} assistants, but the base has "
+            f"hidden size {hidden_size} and the labels have {labels.num_assistants} assistants"
         )
 
 
