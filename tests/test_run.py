@@ -297,7 +297,7 @@ def test_a_published_format_and_its_bad_rows(setting: dict[str, Any], tmp_path: 
     args = options(tmp_path / "run", pseudo_label_variant="b")
     result = train_collaboration(config, args, quiet=True)
     assert result.metrics["bad_rows_skipped"] == 1
-    shown, _, learned = (tmp_path / "run/example.txt").read_text().partition("--- of it is learned ---\n")
+    shown, _, learned = (tmp_path / "run/example.txt").read_text().partition("--- its target tokens ---\n")
     assert shown.startswith("--- the first example ---\nw9 w")
     assert learned.startswith("w")
     assert learned.endswith("<eos>\n")

@@ -102,7 +102,7 @@ def read_solutions(model: CoLLM, examples: Examples, thresholds: dict[str, float
     views = gold_views(model, examples)
     spans = results_in(examples, TextTokenizer(model.tokenizer))
     counts = [example.num_targets for example in examples]
-    written = {name: greedy_writes(model, views, threshold) for name, threshold in thresholds.items()}
+    written = {name: greedy_writes(views, threshold) for name, threshold in thresholds.items()}
     written[ORACLE] = views.base_correct | views.assistant_correct.any(-1)
     measures = views.measures()
     return {

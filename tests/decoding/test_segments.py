@@ -334,7 +334,9 @@ def _law(pair: CoLLM, prompt: str, before: bytes, segment: bytes) -> float:
     examples = aligned_example(pair.alignment, prompts, (before + segment).decode())
     place = len(pair.alignment.boundaries(before)) - 1 if before else 0
     modules: Any = [pair.base, *pair.assistants]
-    read = [read_scores(LanguageModel(one, name="one"), examples.read_by(k))[0] for k, one in enumerate(modules)]
+    read = [
+        read_scores(LanguageModel(one, name="one"), examples.read_by(k))["logprob"] for k, one in enumerate(modules)
+    ]
     return sum(0.5 * logprobs[place].exp().item() for logprobs in read)
 
 

@@ -591,7 +591,7 @@ def test_models_with_different_tokenizers_have_likelihoods_of_segments() -> None
         prompts = [one(context, add_special_tokens=False)["input_ids"] for one in (base, assistant)]
         examples = aligned_example(pair.alignment, prompts, continuation, end=False)
         read = [
-            read_scores(LanguageModel(model, name="one"), examples.read_by(author))[0]
+            read_scores(LanguageModel(model, name="one"), examples.read_by(author))["logprob"]
             for author, model in enumerate(models)
         ]
         assert total == pytest.approx((sum(each.exp() for each in read) / 2).log().sum().item(), abs=1e-4)

@@ -126,15 +126,15 @@ EXAMPLES = Examples(
 
 def test_the_curve_of_a_collaboration_agrees_with_its_greedy_choices(model: CoLLM) -> None:
     views = gold_views(model, EXAMPLES)
-    curve = teacher_forced(views, deferred(model, views))
+    curve = teacher_forced(views, deferred(views))
     for place in range(len(curve)):
-        writes = greedy_writes(model, views, curve[place].threshold)
+        writes = greedy_writes(views, curve[place].threshold)
         assert curve[place].accuracy == pytest.approx(writes.double().mean().item())
 
 
 def test_a_tool_without_an_answer_leaves_its_tokens_to_the_base(model: CoLLM) -> None:
     views = gold_views(model, EXAMPLES)
-    beyond = deferred(model, views)
+    beyond = deferred(views)
     asked_tool = views.defer_logits.argmax(-1) == 1
     assert asked_tool.any()
     assert not asked_tool.all()
@@ -149,8 +149,8 @@ def test_with_scores_of_the_assistants_the_base_alone_is_read(model: CoLLM, monk
     whole = gold_views(model, EXAMPLES)
     scores = []
     for member in model.members[1:]:
-        logprobs, corrects = read_scores(member, EXAMPLES)
-        scores.append(Scores(logprobs, corrects, torch.tensor([0, 4, 6]), ""))
+        found = read_scores(member, EXAMPLES)
+        scores.append(Scores(found["logprob"], found["correct"], torch.tensor([0, 4, 6]), ""))
 
     read: list[str] = []
     monkeypatch.setattr(gold, "read_scores", lambda one, *a, **b: read.append(one.name) or read_scores(one, *a, **b))

@@ -135,7 +135,7 @@ def test_scores_do_not_depend_on_how_the_text_is_cut(seed: int) -> None:
     token_ids = cut_anywhere(TOKENIZER, text, random.Random(seed))
     model, read = tool_model(), TokenText(TOKENIZER, token_ids)
     hit, miss, unknown = model.logprobs
-    logprobs, correct = model.score(token_ids, [True] * len(token_ids))
+    logprobs, correct, abstained = model.score(token_ids, [True] * len(token_ids))
     for t in range(1, len(token_ids)):
         if not (read.whole(t) and read.whole(t + 1)):
             continue
@@ -150,6 +150,7 @@ def test_scores_do_not_depend_on_how_the_text_is_cut(seed: int) -> None:
             expected = unknown
         assert logprobs[t - 1].item() == pytest.approx(expected), (t, text[start:end])
         assert bool(correct[t - 1]) == (expected == hit)
+        assert bool(abstained[t - 1]) == (expected == unknown)
 
 
 def test_scores_are_those_of_the_one_hot_model() -> None:
@@ -159,7 +160,7 @@ def test_scores_are_those_of_the_one_hot_model() -> None:
     ids = TOKENIZER("so 48/2=")["input_ids"] + TOKENIZER("24>>24")["input_ids"] + TOKENIZER(" clips x y")["input_ids"]
     assert TOKENIZER.decode(ids) == text[: text.index(",")]
     rows = model.logits([next_token_at(model, ids, t) for t in range(1, len(ids))])
-    logprobs, correct = model.score(ids, [True] * len(ids))
+    logprobs, correct, _ = model.score(ids, [True] * len(ids))
     gold = torch.tensor(ids[1:])
     assert torch.equal(logprobs, rows.gather(1, gold[:, None])[:, 0])
     is_one_hot = rows.max(-1).values > math.log(0.5)
@@ -181,6 +182,8 @@ def test_scores_on_disk_are_found_again_and_belong_to_the_tool(tmp_path: Path) -
     found = find_scores(tmp_path, examples, spec)
     assert found is not None
     assert torch.equal(found.logprobs, scores.logprobs)
+    assert found.abstained is not None
+    assert torch.equal(found.abstained, torch.isclose(found.logprobs, torch.tensor(model.logprobs[2])))
     with pytest.raises(Exception, match="has scores of another model: path is 'tool:calculator"):
         find_scores(tmp_path, examples, ToolSpec("calculator", eps=0.2))
 

@@ -68,10 +68,10 @@ def own_threads() -> set[threading.Thread]:
 def assert_local(
     pairs: list[tuple[torch.Tensor, torch.Tensor]], module: PreTrainedModel, examples: Examples = EXAMPLES
 ) -> None:
-    logprobs, corrects = read_scores(LanguageModel(module, name="local"), examples)
+    local = read_scores(LanguageModel(module, name="local"), examples)
     assert [len(logprob) for logprob, _ in pairs] == [example.num_targets for example in examples]
-    torch.testing.assert_close(torch.cat([logprob for logprob, _ in pairs]), logprobs, rtol=0, atol=1e-5)
-    assert torch.equal(torch.cat([correct for _, correct in pairs]), corrects)
+    torch.testing.assert_close(torch.cat([logprob for logprob, _ in pairs]), local["logprob"], rtol=0, atol=1e-5)
+    assert torch.equal(torch.cat([correct for _, correct in pairs]), local["correct"])
 
 
 def greedy_examples(module: PreTrainedModel) -> Examples:

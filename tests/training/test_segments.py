@@ -86,12 +86,12 @@ def test_scores_are_the_law_written_out(rows_file: Path, max_length: int) -> Non
         model, own = writing_model(tokenizer, author), examples.read_by(author)
         assert [one.num_targets for one in own] == [one.num_targets for one in examples]
         assert fingerprint(own) == fingerprint(examples)
-        logprobs, corrects = read_scores(LanguageModel(model, name="one"), own)
+        found = read_scores(LanguageModel(model, name="one"), own)
         wanted = [slow_segments(model, example) for example in own]
         torch.testing.assert_close(
-            logprobs, torch.tensor([value for values, _, _ in wanted for value in values]), atol=1e-4, rtol=1e-5
+            found["logprob"], torch.tensor([value for values, _, _ in wanted for value in values]), atol=1e-4, rtol=1e-5
         )
-        assert corrects.tolist() == [right for _, rights, _ in wanted for right in rights]
+        assert found["correct"].tolist() == [right for _, rights, _ in wanted for right in rights]
 
 
 def test_an_assistant_that_writes_past_the_ends_of_segments_is_warned_of(
@@ -205,12 +205,13 @@ def test_a_tool_is_scored_on_segments(tmp_path: Path) -> None:
     (example,) = encode_aligned(load_rows(path), three, max_length=512).read_by(2)
     base = alignment.tokenizers[0]
     tool = ToolModel(ToolSpec("calculator"), base.tokenizer, name="tool", vocab_size=base.vocab_size)
-    logprobs, corrects = read_scores(tool, [example])
+    logprobs, corrects, abstained = read_scores(tool, [example]).values()
     assert example.segments is not None
     places = [t for t, row in enumerate(example.segments.opens) if row >= 0]
     pieces = [base.spell(example.token_ids[a:b]) for a, b in itertools.pairwise(places)]
     (result,) = [i for i, piece in enumerate(pieces) if piece == b" 48"]
     assert corrects.nonzero().squeeze(-1).tolist() == [result]
+    assert (~abstained).nonzero().squeeze(-1).tolist() == [result]
     assert logprobs[result] > -0.1
     assert (logprobs[torch.arange(len(logprobs)) != result] < -1).all()
 

@@ -73,7 +73,7 @@ def _logprobs(
         logprobs = torch.log_softmax(read.logits.float(), dim=-1)
         if isinstance(runner, ToolRunner):
             gold = torch.tensor(prompt_ids[start:end]).unsqueeze(-1)
-            scores, _ = runner.model.score(prompt_ids[:end], [i >= start for i in range(end)])
+            scores, *_ = runner.model.score(prompt_ids[:end], [i >= start for i in range(end)])
             logprobs.scatter_(-1, gold, scores[:, None])
             if author is not None:
                 abstained = torch.tensor(read.abstained).unsqueeze(-1)

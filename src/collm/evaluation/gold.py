@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +13,12 @@ from torch import Tensor
 from collm.collaboration import CoLLM
 from collm.core.objective import defer_probs
 from collm.models.members import load_members
-from collm.tools.spec import ToolSpec
 from collm.training.aligned import encode
 from collm.training.data import Row
 from collm.training.examples import Examples
 from collm.training.measures import TokenViews
 from collm.training.scores import Scores
 from collm.training.scoring import read_scores
-
-_SAME = 1e-5
-"""Log-probabilities are equal if they differ by at most this share."""
 
 
 def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None = None) -> Examples:
@@ -57,14 +52,18 @@ def gold_views(model: CoLLM, examples: Examples, scores: Sequence[Scores] | None
     model.check_in_memory()
     if scores is None:
         base, *assistants = model.members
-        of_assistants = [read_scores(one, examples.read_by(number)) for number, one in enumerate(assistants, start=1)]
+        found = [read_scores(one, examples.read_by(number)) for number, one in enumerate(assistants, start=1)]
+        of_assistants = [(one["logprob"], one["correct"], one.get("abstained")) for one in found]
     else:
         [base] = load_members([model.base], model.tokenizer, vocab_size=model.identity.vocab_size)
-        of_assistants = [[one.logprobs, one.corrects] for one in scores]
-    base_logprob, base_correct, hidden = read_scores(base, examples, hidden_states=True)
-    logprobs, correct = (torch.stack(values, dim=-1) for values in zip(*of_assistants, strict=True))  # (M, K)
-    defer_logits = cast(Tensor, model.head(hidden.to(model.head.weight.device))).float().cpu()
-    return TokenViews(base_logprob, base_correct, logprobs, correct, defer_logits)
+        of_assistants = [(one.logprobs, one.corrects, one.abstained) for one in scores]
+    of_base = read_scores(base, examples, hidden_states=True)
+    logprobs, correct, abstained = (
+        torch.stack([torch.zeros_like(of_base["correct"]) if one is None else one for one in values], dim=-1)
+        for values in zip(*of_assistants, strict=True)
+    )  # (M, K)
+    defer_logits = cast(Tensor, model.head(of_base["hidden"].to(model.head.weight.device))).float().cpu()
+    return TokenViews(of_base["logprob"], of_base["correct"], logprobs, correct, defer_logits, abstained)
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,11 @@ class Deferred:
     logprob: Tensor
 
 
-def deferred(model: CoLLM, views: TokenViews) -> Deferred:
+def deferred(views: TokenViews) -> Deferred:
     """The result of deferring at every gold token."""
-    silent = torch.zeros_like(views.assistant_correct)  # (M, K)
-    of_silence = torch.tensor(
-        -math.log(model.identity.vocab_size)
-    )  # a tool's log-probability of any token, as in scores
-    for k, member in enumerate(model.assistants):
-        if isinstance(member, ToolSpec):
-            unknown = views.assistant_logprobs[:, k] / of_silence  # number of tokens without an answer
-            silent[:, k] = (unknown >= 1) & ((unknown - unknown.round()).abs() < _SAME)
+    silent = views.assistant_abstained
+    if silent is None:
+        silent = torch.zeros_like(views.assistant_correct)  # (M, K)
     asked = views.defer_logits.argmax(-1, keepdim=True)
     falls_back, correct, logprob = (
         values.gather(-1, asked).squeeze(-1) for values in (silent, views.assistant_correct, views.assistant_logprobs)
@@ -103,7 +97,7 @@ def deferred(model: CoLLM, views: TokenViews) -> Deferred:
     )
 
 
-def greedy_writes(model: CoLLM, views: TokenViews, threshold: float) -> Tensor:
+def greedy_writes(views: TokenViews, threshold: float) -> Tensor:
     """Whether greedy decoding at this threshold writes each gold token after the gold tokens before it.
 
     It does if the gold token is the argmax of the author that the threshold rule chooses. Where a tool abstains, the
@@ -113,4 +107,4 @@ def greedy_writes(model: CoLLM, views: TokenViews, threshold: float) -> Tensor:
         bool, shape (M,).
     """
     asks = defer_probs(views.defer_logits) > threshold
-    return torch.where(asks, deferred(model, views).correct, views.base_correct)
+    return torch.where(asks, deferred(views).correct, views.base_correct)

@@ -168,7 +168,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         threshold = self.policy.threshold if isinstance(self.policy, ThresholdPolicy) else self.model.threshold()
         answers: dict[int, tuple[float, bool]] = {}
         for index, views in self._views(requests, show=not disable_tqdm):
-            greedy = bool(greedy_writes(self.model, views, threshold).all())
+            greedy = bool(greedy_writes(views, threshold).all())
             answers[index] = (_log_likelihood(views), greedy)
             self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
         return [answers[index] for index in range(len(requests))]

@@ -128,14 +128,15 @@ class ToolModel:
                 row[token_id] = hit
         return logits
 
-    def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Score the target tokens of one sequence.
 
         A token counts as the answer's next token if it spells the next characters of the answer, or all of its
         remainder and more, regardless of how the tokenizer would split the answer.
 
         Returns:
-            Log-probabilities in nats, fp32, shape (n,), and whether each token is the answer's next, bool, shape (n,).
+            Shape (n,) each: log-probabilities in nats, fp32; whether the token is the answer's next, bool; whether the
+            tool abstains there, bool.
 
         Raises:
             ToolFailure: the tool raised an exception, hung or returned something other than text.
@@ -149,7 +150,11 @@ class ToolModel:
         hit, miss, unknown = self.logprobs
         scores = {None: unknown, False: miss, True: hit}
         matches = [self._matches(read, t, answers, known) for t in targets]
-        return torch.tensor([scores[each] for each in matches]), torch.tensor([each is True for each in matches])
+        return (
+            torch.tensor([scores[each] for each in matches]),
+            torch.tensor([each is True for each in matches]),
+            torch.tensor([each is None for each in matches]),
+        )
 
     def next_tokens(self, token_ids: Sequence[int], lengths: Sequence[int]) -> list[int | None]:
         """The token after each prefix of a sequence, given by length; None where the tool abstains.

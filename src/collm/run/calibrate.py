@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.collaboration import CoLLM
@@ -17,7 +16,7 @@ from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem,
 from collm.evaluation.gold import deferred, gold_examples, gold_views
 from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
 from collm.models.members import AssistantSpec
-from collm.run.data import split_rows
+from collm.run.data import divided, split_rows
 from collm.run.options import RunConfig, functions_named
 from collm.run.scores import score, scores_directory
 from collm.tools.spec import not_trusted
@@ -82,10 +81,8 @@ class Validation:
                 f"a share of {share} of {len(self.rows)} rows is {count} rows; leave at least one to choose on and one "
                 "to check on"
             )
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0)).tolist()
-        checked = set(order[:count])
-        chosen = [row for i, row in enumerate(self.rows) if i not in checked]
-        return replace(self, rows=chosen), replace(self, rows=[self.rows[i] for i in sorted(checked)])
+        chosen, checked = divided(self.rows, count, seed=0)
+        return replace(self, rows=chosen), replace(self, rows=checked)
 
     def calibrate(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
         """Calibrate on these rows. With models in memory, the best thresholds of the teacher-forced curve are added."""
@@ -116,7 +113,7 @@ class Validation:
     def curve(self, model: CoLLM) -> TeacherForcedCurve:
         """The teacher-forced curve on these rows."""
         views = gold_views(model, gold_examples(model, self.rows))
-        return teacher_forced(views, deferred(model, views))
+        return teacher_forced(views, deferred(views))
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ class PastRun:
             if author != "base"
         ]
         views = gold_views(model, examples, scores)
-        return teacher_forced(views, deferred(model, views))
+        return teacher_forced(views, deferred(views))
 
     def _scores(
         self,

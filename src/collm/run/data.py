@@ -46,6 +46,11 @@ class Prepared:
     kind: str
     alignment: Alignment | None = None
 
+    @property
+    def sets(self) -> list[Examples]:
+        """The training examples and, if there are evaluations, those of the validation rows."""
+        return [self.examples] if self.evaluation is None else [self.examples, self.evaluation]
+
     def tokenizer_of(self, author: int) -> PreTrainedTokenizerBase:
         """The tokenizer of an author."""
         return self.tokenizer if self.alignment is None else self.alignment.tokenizers[author].tokenizer
@@ -55,7 +60,7 @@ class Prepared:
         first = self.examples[0]
         learned = [token for token, wanted in zip(first.token_ids, first.is_target, strict=True) if wanted]
         whole, targets = (self.tokenizer.decode(ids) for ids in (first.token_ids, learned))
-        return f"--- the first example ---\n{whole}\n--- of it is learned ---\n{targets}\n"
+        return f"--- the first example ---\n{whole}\n--- its target tokens ---\n{targets}\n"
 
 
 def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
@@ -71,7 +76,9 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     evaluation = None
     if args.eval_strategy != "no":
         evaluation = encode(validation, template, tokenizer, alignment, max_length=args.max_length)
-    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad, _kind(rows), alignment)
+    are_chats = {row.messages is not None for row in rows}
+    kind = " and ".join(name for name, is_chat in (("prompts", False), ("chats", True)) if is_chat in are_chats)
+    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad, kind, alignment)
 
 
 def alignment_of(
@@ -88,11 +95,6 @@ def alignment_of(
     """
     own = [load_tokenizer(spec) if isinstance(spec, ModelSpec) else tokenizer for spec in assistants]
     return aligned(base, assistants, [tokenizer, *own], template, accept_differences=accept_differences)
-
-
-def _kind(rows: Rows) -> str:
-    are_chats = {row.messages is not None for row in rows}
-    return " and ".join(name for name, is_chat in (("prompts", False), ("chats", True)) if is_chat in are_chats)
 
 
 def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:
@@ -116,7 +118,12 @@ def hold_out(rows: Rows, *, seed: int) -> tuple[Rows, list[Row]]:
     count = min(MAX_HELD_OUT, len(rows) // 10)
     if count == 0:
         raise ConfigError(f"{len(rows)} rows are too few to hold out some for calibration; pass a validation set")
+    kept, held_out = divided(rows, count, seed=seed)
+    return Rows(kept, rows.num_bad), held_out
+
+
+def divided(rows: Sequence[Row], count: int, *, seed: int) -> tuple[list[Row], list[Row]]:
+    """The rows without `count` of them that are drawn at random, and those, in their order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = set(order[:count])
-    kept = Rows((row for i, row in enumerate(rows) if i not in held_out), rows.num_bad)
-    return kept, [rows[i] for i in sorted(held_out)]
+    kept, drawn = sorted(order[count:]), sorted(order[:count])
+    return [rows[i] for i in kept], [rows[i] for i in drawn]

@@ -22,8 +22,7 @@ from collm.run.options import DataConfig, RunConfig
 from collm.tools.spec import ToolSpec
 from collm.training.aligned import encode
 from collm.training.config import CoLLMConfig
-from collm.training.dataset import TrainingSet
-from collm.training.examples import Example, Examples
+from collm.training.examples import Example
 from collm.training.remote import RemoteModel
 from collm.training.scores import Scores
 from collm.training.scoring import Scored, find_scores, load_scores, progress_bar, write_scores
@@ -43,7 +42,6 @@ def score(
     spec: AssistantSpec,
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
-    processes: PartialState | None = None,
     *,
     max_batch_tokens: int | None = None,
     hidden_states: bool = False,
@@ -66,10 +64,10 @@ def score(
             f"{spec} has another tokenizer than the base, so scores need all its logits, which a server does not "
             "return; score it in this process"
         )
-    processes = processes or PartialState(cpu=not torch.cuda.is_available())
+    processes = PartialState(cpu=not torch.cuda.is_available())
     found = find_scores(out, examples, spec, hidden_states=hidden_states)
     if found is None:
-        model = _scored(spec, tokenizer, server)
+        model = _model(spec, tokenizer, server)
         with progress_bar(f"scoring with {model.name}", enabled=not quiet and processes.is_main_process) as progress:
             write_scores(
                 model,
@@ -89,7 +87,7 @@ def score(
     return found or load_scores(out, examples, spec)
 
 
-def _scored(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: Server | None) -> Scored:
+def _model(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: Server | None) -> Scored:
     vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
     if isinstance(spec, ToolSpec):
         return ToolModel(spec, tokenizer, name=str(spec), vocab_size=vocab_size)
@@ -104,39 +102,36 @@ def _scored(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: Ser
     return LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)
 
 
-def score_all(
-    config: RunConfig, prepared: Prepared, examples: Examples, root: Path, processes: PartialState, *, quiet: bool
-) -> TrainingSet:
-    """The scores of all authors on the examples of a prepared run. One model is in memory at a time."""
-    base, *assistants = [
-        _score_author(config, prepared, examples, author, root, processes, quiet=quiet) for author in config.authors
-    ]
-    return TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
-
-
-def _score_author(
+def score_run(
     config: RunConfig,
     prepared: Prepared,
-    examples: Examples,
-    author: str,
-    root: Path,
-    processes: PartialState | None = None,
+    directory: Path,
+    authors: Sequence[str],
     *,
     server: Server | None = None,
-    quiet: bool,
-) -> Scores:
-    number = list(config.authors).index(author)
-    return score(
-        examples.read_by(number),
-        config.authors[author],
-        root / author,
-        prepared.tokenizer_of(number),
-        processes,
-        max_batch_tokens=config.max_batch_tokens,
-        hidden_states=config.cache_hidden_states and author == "base",
-        server=server,
-        quiet=quiet,
-    )
+    quiet: bool = False,
+) -> list[list[Scores]]:
+    """The scores of these authors on a run's training examples and, if it evaluates, on its validation examples.
+
+    One model is in memory at a time.
+    """
+    root, names = scores_directory(config, directory), list(config.authors)
+    return [
+        [
+            score(
+                examples.read_by(names.index(author)),
+                config.authors[author],
+                place / author,
+                prepared.tokenizer_of(names.index(author)),
+                max_batch_tokens=config.max_batch_tokens,
+                hidden_states=config.cache_hidden_states and author == "base",
+                server=server,
+                quiet=quiet,
+            )
+            for author in authors
+        ]
+        for place, examples in zip((root, root / "validation"), prepared.sets, strict=False)
+    ]
 
 
 def score_data(
@@ -177,11 +172,7 @@ def score_author(
     spec, prepared = config.authors[author], prepare(config, args)
     if server is not None and isinstance(spec, ToolSpec):
         raise ConfigError(f"{author} is the tool {spec}, which does not run on a server; leave the server out")
-    root = scores_directory(config, Path(args.output_dir))
-    scores = _score_author(config, prepared, prepared.examples, author, root, server=server, quiet=quiet)
-    if prepared.evaluation is not None:
-        _score_author(config, prepared, prepared.evaluation, author, root / "validation", server=server, quiet=quiet)
-    return scores
+    return score_run(config, prepared, Path(args.output_dir), [author], server=server, quiet=quiet)[0][0]
 
 
 def scores_directory(config: RunConfig, run: Path) -> Path:

@@ -23,14 +23,14 @@ from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ConfigError, MissingExtra
 from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_config, load_model
+from collm.models.loading import load_config, load_model
 from collm.models.names import names_gguf
 from collm.models.quantized import quantized_with
 from collm.redaction import redacted_command, redacted_options, visible
 from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare
 from collm.run.options import RunConfig
-from collm.run.scores import score_all, scores_directory
+from collm.run.scores import score_run
 from collm.training.checkpoints import check_origin, last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet
@@ -78,11 +78,17 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     if config.base_quantization is not None and args.method == "full":
         raise ConfigError("base_quantization does not fit method 'full': quantized weights take no updates; use lora")
     args.deferral_costs(len(config.assistant))  # raises if their number does not fit
-    check_extras(config, args)
-    if args.method == "full" and (method := _quantized(config.base_model)) is not None:
+    if args.method == "lora" and find_spec("peft") is None:
+        raise MissingExtra("peft", "train")
+    if (config.base_quantization or config.assistant_quantization) and find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "quantize")
+    base = config.base_model
+    method = None if names_gguf(base.path) else quantized_with(load_config(base))  # a GGUF file is dequantized
+    if args.method == "full" and method is not None:
         raise ConfigError(f"the base is quantized with {method}, and such weights take no updates; use method lora")
     directory = Path(args.output_dir)
-    processes = processes_of(args)
+    args.device  # noqa: B018 - makes the process group
+    processes = PartialState()
     check_directory(directory, config, args)
     with sole_writer(directory) if processes.is_main_process else nullcontext():
         return _train(config, args, directory, processes, quiet=quiet)
@@ -104,41 +110,26 @@ def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: Par
         write_text(directory / "example.txt", prepared.rendered())
         if not quiet:
             sys.stderr.write(visible(prepared.rendered()))
-    root = scores_directory(config, directory)
-    data = score_all(config, prepared, prepared.examples, root, processes, quiet=quiet)
-    evaluation = None
-    if prepared.evaluation is not None:
-        place = root / "validation"
-        evaluation = score_all(config, prepared, prepared.evaluation, place, processes, quiet=quiet)
-    model, metrics = fit(config, args, prepared, data, evaluation)
+    scores = score_run(config, prepared, directory, list(config.authors), quiet=quiet)
+    sets = [
+        TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
+        for examples, (base, *assistants) in zip(prepared.sets, scores, strict=True)
+    ]
+    model, metrics = fit(config, args, prepared, *sets)
     if processes.is_main_process:
-        _save(config, prepared, directory, model, metrics, quiet=quiet)
+        model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
+        model.save_pretrained(directory / "collaboration")
+        if config.calibrate:
+            calibration = Validation.of(config, prepared.validation).calibrate(model, quiet=quiet)
+            model.save_calibration(directory / "collaboration")
+            metrics["calibration"] = calibration.to_dict()
+        write_text(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     processes.wait_for_everyone()
     if not processes.is_main_process:
         model = CoLLM.from_pretrained(directory / "collaboration", trust_code=True)
-    if model.calibration is not None:
-        metrics["calibration"] = model.calibration.to_dict()
+        if model.calibration is not None:
+            metrics["calibration"] = model.calibration.to_dict()
     return RunResult(directory / "collaboration", model, metrics)
-
-
-def _quantized(spec: ModelSpec) -> str | None:
-    """The quantization method of a base's weights. Weights of a GGUF file are dequantized."""
-    return None if names_gguf(spec.path) else quantized_with(load_config(spec))
-
-
-def check_extras(config: RunConfig, args: CoLLMConfig) -> None:
-    """Raise a MissingExtra before any work if a library is missing."""
-    if args.method == "lora" and find_spec("peft") is None:
-        raise MissingExtra("peft", "train")
-    if (config.base_quantization or config.assistant_quantization) and find_spec("bitsandbytes") is None:
-        raise MissingExtra("bitsandbytes", "quantize")
-
-
-def processes_of(args: CoLLMConfig) -> PartialState:
-    """The processes of this run with their devices."""
-    args.device  # noqa: B018 - makes the process group
-    assert args.distributed_state is not None
-    return args.distributed_state
 
 
 def leave() -> None:
@@ -154,25 +145,11 @@ def leave() -> None:
         state.destroy_process_group()
 
 
-def _save(
-    config: RunConfig, prepared: Prepared, directory: Path, model: CoLLM, metrics: dict[str, Any], *, quiet: bool
-) -> None:
-    """Save the collaboration and the metrics, and calibrate unless the options say otherwise."""
-    model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
-    model.save_pretrained(directory / "collaboration")
-    kept = dict(metrics)
-    if config.calibrate:
-        calibration = Validation.of(config, prepared.validation).calibrate(model, quiet=quiet)
-        model.save_calibration(directory / "collaboration")
-        kept["calibration"] = calibration.to_dict()
-    write_text(directory / "metrics.json", json.dumps(kept, indent=2) + "\n")
-
-
 def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
     """Raise a ConfigError for a directory with another run or other files, an ArtefactError if a link leads out."""
     path = contained(directory) / "run.yaml"
     if path.exists():
-        now = yaml.safe_load(to_yaml(config, args))
+        now = yaml.safe_load(_to_yaml(config, args))
         try:
             before = dict(read_yaml(path))
         except DAMAGED as error:
@@ -192,7 +169,7 @@ def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
 
 def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> None:
     """Write the options, the command line and the versions."""
-    write_text(directory / "run.yaml", to_yaml(config, args))
+    write_text(directory / "run.yaml", _to_yaml(config, args))
     about = {
         "command": redacted_command(sys.argv),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -202,14 +179,18 @@ def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
     write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
 
 
-def to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
+def _to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
     """All options of a run as YAML, without secrets."""
     options = redacted_options({**asdict(config), **{f.name: getattr(args, f.name) for f in fields(args) if f.init}})
     return yaml.safe_dump(json.loads(json.dumps(options, default=str)), sort_keys=False, allow_unicode=True)
 
 
 def fit(
-    config: RunConfig, args: CoLLMConfig, prepared: Prepared, data: TrainingSet, evaluation: TrainingSet | None
+    config: RunConfig,
+    args: CoLLMConfig,
+    prepared: Prepared,
+    data: TrainingSet,
+    evaluation: TrainingSet | None = None,
 ) -> tuple[CoLLM, dict[str, Any]]:
     """Warm-start the head and train, without the assistants in memory. Resume from a checkpoint if there is one."""
     spec = config.base_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from collm.models.alignment import Alignment
 from collm.models.template import Encoded, PromptTemplate
 from collm.models.text_tokenizer import TextTokenizer
 from collm.training.data import Row
-from collm.training.examples import Example, Examples, Segments, encode_rows
+from collm.training.examples import Example, Examples, Segments, encode_row, encode_rows
 
 _LOG = logging.getLogger(__name__)
 _NONE = -1
@@ -38,17 +39,13 @@ class _Answer:
     ends: list[int]
     finished: bool
 
-    def token_at(self, boundary: int) -> int:
-        """Index of the token that begins at a boundary; at the end of the text, of the token that ends it.
-
-        Raises:
-            ValueError: no token begins there.
-        """
+    def token_at(self, boundary: int, where: str) -> int:
+        """Index of the token that begins at a boundary; at the end of the text, of the token that ends it."""
         if boundary == 0:
             return self.start
         place = bisect.bisect_left(self.ends, boundary)
         if place == len(self.ends) or self.ends[place] != boundary:
-            raise ValueError(boundary)
+            raise DataError(f"{where}: no token ends at byte {boundary} of the answer, where a segment begins")
         return self.start + place + 1
 
 
@@ -130,19 +127,14 @@ def aligned_example(alignment: Alignment, prompts: Sequence[list[int]], answer: 
 
 def _encoded(row: Row, alignment: Alignment) -> list[list[Encoded]]:
     """Each author's sequences of a row, the same number for all authors."""
-    encoded = [_encode(row, tokenizer, apart=False) for tokenizer in alignment.tokenizers]
-    if len({len(sequences) for sequences in encoded}) > 1:
-        encoded = [_encode(row, tokenizer, apart=True) for tokenizer in alignment.tokenizers]
+    for apart in (False, True):
+        encoded = [
+            encode_row(row, author.template, author.tokenizer, apart=apart, author=f"{author.name}: ")
+            for author in alignment.tokenizers
+        ]
+        if len({len(sequences) for sequences in encoded}) == 1:
+            break
     return encoded
-
-
-def _encode(row: Row, author: TextTokenizer, *, apart: bool) -> list[Encoded]:
-    try:
-        if row.messages is None:
-            return [author.template.encode_completion(author.tokenizer, str(row.prompt), row.completion)]
-        return author.template.encode_chat(author.tokenizer, row.messages, unlearned=row.unlearned, apart=apart)
-    except (DataError, RequestError) as error:
-        raise DataError(f"{row.where}: {author.name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -197,7 +189,7 @@ def _kept_segments(
     """The segments of an answer that fit `max_length` for all authors; None if there is none."""
     text = answers[0].text
     boundaries = alignment.boundaries(text)
-    tokens = [[_token_at(answer, at, where) for at in boundaries] for answer in answers]
+    tokens = [[answer.token_at(at, where) for at in boundaries] for answer in answers]
     count = min(sum(token < max_length for token in each) for each in tokens)
     whole = count == len(boundaries) and answers[0].finished and not unfinished
     if not whole and count < 2:
@@ -218,32 +210,21 @@ def _example(sequence: Encoded, spans: list[_KeptSegments], author: int, alignme
     return Example(sequence.token_ids[:length], is_target, Segments(opens, alignment.law(author), digest))
 
 
-def _token_at(answer: _Answer, boundary: int, where: str) -> int:
-    try:
-        return answer.token_at(boundary)
-    except ValueError:
-        raise DataError(f"{where}: no token ends at byte {boundary} of the answer, where a segment begins") from None
-
-
 def _answers(author: TextTokenizer, sequence: Encoded, where: str) -> list[_Answer]:
     """The runs of target tokens. Each ends with a token that ends the text, unless the row lacks one."""
-    answers, start = list[_Answer](), None
-    for place, target in enumerate([*sequence.is_target, False]):
-        if target and start is None:
-            start = place
-        if not target and start is not None:
-            answers.append(_answer(author, sequence.token_ids[:place], start, where))
-            start = None
+    answers, start = list[_Answer](), 0
+    for learned, run in itertools.groupby(sequence.is_target):
+        end = start + len(list(run))
+        if learned:
+            finished = sequence.token_ids[end - 1] in author.eos_ids
+            ids = sequence.token_ids[start : end - finished]
+            text = author.spell(ids)
+            if text is None:
+                raise DataError(
+                    f"{where}: the answer has a special token of {author.name}, which other models cannot read; "
+                    "remove it"
+                )
+            added = author.adds_space(sequence.token_ids[:start]) and text.startswith(b" ")
+            answers.append(_Answer(start, text[added:], author.ends(ids, -added), finished))
+        start = end
     return answers
-
-
-def _answer(author: TextTokenizer, token_ids: list[int], start: int, where: str) -> _Answer:
-    finished = token_ids[-1] in author.eos_ids
-    ids = token_ids[start:-1] if finished else token_ids[start:]
-    text = author.spell(ids)
-    if text is None:
-        raise DataError(
-            f"{where}: the answer has a special token of {author.name}, which other models cannot read; remove it"
-        )
-    added = author.adds_space(token_ids[:start]) and text.startswith(b" ")
-    return _Answer(start, text[added:], author.ends(ids, -added), finished)

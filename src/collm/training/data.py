@@ -1,4 +1,11 @@
-"""Reading rows of training data (prompts with completions, or chats) from files, directories and the Hub."""
+"""Reading rows of training data (prompts with completions, or chats) from files, directories and the Hub.
+
+A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first form
+wins if a row has both, and a field that is null counts as absent. Prompt and completion may also be lists of messages
+(TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and `weight`
+(`models.chats`), next to an optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`,
+`output` are recognised.
+"""
 
 from __future__ import annotations
 
@@ -72,13 +79,7 @@ def load_rows(
     completion_field: str = "completion",
     bad_rows: str = "stop",
 ) -> Rows:
-    """Read rows with prompts and completions, or chats.
-
-    A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first
-    form wins if a row has both, and a field that is null counts as absent. Prompt and completion may also be lists of
-    messages (TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and
-    `weight` (`models.chats`), next to an optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`,
-    `input`, `output` are recognised.
+    """Read rows with prompts and completions, or chats, in the forms above.
 
     Args:
         source: a JSON file (a list of rows), a JSONL, CSV, Parquet or Arrow file, a directory of such files or one

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -71,13 +70,14 @@ class Example:
         return sum(target and row >= 0 for target, row in opened)
 
 
-class Examples(Sequence[Example]):
+class Examples(list[Example]):
     """Examples made from rows, with counts of truncated ones.
 
     Attributes:
         num_truncated: number of examples truncated at max_length.
         num_dropped: number of truncated examples that were dropped because no target token remained.
         num_without_end: number of other examples truncated within a target, which therefore lack its end.
+        assistant_examples: the same examples in the tokens of each assistant, if tokenizers differ.
     """
 
     def __init__(
@@ -89,40 +89,25 @@ class Examples(Sequence[Example]):
         num_without_end: int = 0,
         assistant_examples: Sequence[Sequence[Example]] = (),
     ) -> None:
-        self._items = list(items)
-        self._assistant_examples = assistant_examples
+        super().__init__(items)
+        self.assistant_examples = assistant_examples
         self.num_truncated = num_truncated
         self.num_dropped = num_dropped
         self.num_without_end = num_without_end
 
     def read_by(self, author: int) -> Sequence[Example]:
         """The examples in the tokens of an author; self if the author shares the base's tokenizer."""
-        return self._assistant_examples[author - 1] if author and self._assistant_examples else self
+        return self.assistant_examples[author - 1] if author and self.assistant_examples else self
 
     def part(self, indices: Sequence[int]) -> Examples:
         """The examples with these indices."""
-        others = [[each[index] for index in indices] for each in self._assistant_examples]
-        return Examples([self._items[index] for index in indices], assistant_examples=others)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        return self._items[index]
-
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self._items)
+        others = [[each[index] for index in indices] for each in self.assistant_examples]
+        return Examples([self[index] for index in indices], assistant_examples=others)
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
     """Concatenate sets of examples of the same authors."""
-    others = zip(*(part._assistant_examples for part in parts), strict=True)
+    others = zip(*(part.assistant_examples for part in parts), strict=True)
     return Examples(
         [example for part in parts for example in part],
         assistant_examples=[[example for each in by_part for example in each] for by_part in others],
@@ -143,7 +128,7 @@ def encode_rows(
     """
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and a target")
-    encoded = [sequence for row in rows for sequence in _encode_row(row, template, tokenizer)]
+    encoded = [sequence for row in rows for sequence in encode_row(row, template, tokenizer)]
     _report_special_tokens(rows, tokenizer)
     kept = [one for one in encoded if any(one.is_target[1:max_length])]
     examples = Examples(
@@ -158,14 +143,24 @@ def encode_rows(
     return examples
 
 
-def _encode_row(row: Row, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def encode_row(
+    row: Row, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, apart: bool = False, author: str = ""
+) -> list[Encoded]:
+    """Render and tokenise a row: one sequence, or several of a chat.
+
+    Args:
+        apart: as in `PromptTemplate.encode_chat`.
+        author: whose tokens these are, for the message of an error.
+
+    Raises:
+        DataError: the template rejects the row.
+    """
     try:
-        if row.messages is not None:
-            return template.encode_chat(tokenizer, row.messages, unlearned=row.unlearned)
-        assert isinstance(row.prompt, str)
-        return [template.encode_completion(tokenizer, row.prompt, row.completion)]
+        if row.messages is None:
+            return [template.encode_completion(tokenizer, str(row.prompt), row.completion)]
+        return template.encode_chat(tokenizer, row.messages, unlearned=row.unlearned, apart=apart)
     except (DataError, RequestError) as error:
-        raise DataError(f"{row.where}: {error}") from error
+        raise DataError(f"{row.where}: {author}{error}") from error
 
 
 def _report_special_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -185,7 +180,7 @@ def _report_special_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
 
 def _report_truncation(examples: Examples, encoded: Sequence[Encoded], max_length: int) -> None:
     if not examples:
-        longest = max((_prompt_length(one) for one in encoded), default=0)
+        longest = max(([*one.is_target, True].index(True) for one in encoded), default=0)
         raise DataError(
             f"max_length {max_length} leaves no target token in any of {len(encoded)} examples, as their prompts have "
             f"up to {longest} tokens; set max_length above that, or shorten the prompts"
@@ -200,10 +195,6 @@ def _report_truncation(examples: Examples, encoded: Sequence[Encoded], max_lengt
             examples.num_dropped,
             examples.num_without_end,
         )
-
-
-def _prompt_length(encoded: Encoded) -> int:
-    return encoded.is_target.index(True) if True in encoded.is_target else len(encoded.token_ids)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -51,23 +51,40 @@ def marginal_nll_sum(
 
 class _MarginalNLL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        model: LanguageModel,
-        weight: Tensor,
-        bias: Tensor | None,
-        hidden: Tensor,
-        gold: Tensor,
-        assistant_logprobs: Tensor,
-        defer_logits: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, model: LanguageModel, weight: Tensor, bias: Tensor | None, *values: Tensor) -> Tensor:
+        """The sum over chunks, with the gradients of output weight, output bias, hidden states and defer logits."""
+        hidden, gold, assistant_logprobs, defer_logits = values
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        layer, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        needs_weight, needs_bias, needs_hidden = ctx.needs_input_grad[1:4]
+        # sums over chunks need the precision of fp32
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        defer_grad = torch.empty_like(defer_logits)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(MIN_ROWS, hidden.numel() // weight.shape[0])
         with torch.autocast(kind, enabled=False):
-            chunks = _Chunks(model, weight, bias, dtype, tuple(ctx.needs_input_grad[1:4]))
-            total, *grads = chunks.run(hidden, gold, assistant_logprobs, defer_logits)
-        ctx.grads = grads
-        return cast(Tensor, total)
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                states = hidden[part].to(dtype)
+                raw = F.linear(states, layer, offset)  # (n, V)
+                nll, raw_grad, defer_grad[part] = _likelihood(
+                    model, raw, gold[part], assistant_logprobs[part], defer_logits[part]
+                )
+                total += nll
+                if hidden_grad is not None:
+                    hidden_grad[part] = raw_grad @ layer
+                if weight_grad is not None and dtype == torch.float32:
+                    weight_grad.addmm_(raw_grad.T, states)  # without a temporary
+                elif weight_grad is not None:
+                    weight_grad += raw_grad.T @ states
+                if bias_grad is not None:
+                    bias_grad += raw_grad.sum(0, dtype=torch.float32)
+        of_layer = (None if grad is None else grad.to(weight.dtype) for grad in (weight_grad, bias_grad))
+        ctx.grads = [*of_layer, hidden_grad, defer_grad]
+        return total
 
     @staticmethod
     @once_differentiable
@@ -79,79 +96,23 @@ class _MarginalNLL(torch.autograd.Function):
         return None, weight, bias, hidden, None, None, defer_logits
 
 
-class _Chunks:
-    """The loop over chunks, with accumulated gradients."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        needed: tuple[bool, ...],
-    ) -> None:
-        self.model = model
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.dtype = dtype
-        needs_weight, needs_bias, self.needs_hidden = needed
-        # sums over chunks need the precision of fp32
-        self.weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        self.bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
-
-    def run(
-        self, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """The sum and its gradients with respect to output weight, output bias, hidden states and defer logits."""
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.empty_like(hidden) if self.needs_hidden else None
-        defer_grad = torch.empty_like(defer_logits)
-        rows = max(MIN_ROWS, hidden.numel() // self.weight.shape[0])
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            states = hidden[part].to(self.dtype)
-            raw = F.linear(states, self.weight, self.bias)  # (n, V)
-            nll, raw_grad, defer_grad[part] = self._likelihood(
-                raw, gold[part], assistant_logprobs[part], defer_logits[part]
-            )
-            total += nll
-            if hidden_grad is not None:
-                hidden_grad[part] = raw_grad @ self.weight
-            if self.weight_grad is not None:
-                _add_product(self.weight_grad, raw_grad.T, states)
-            if self.bias_grad is not None:
-                self.bias_grad += raw_grad.sum(0, dtype=torch.float32)
-        weight_grad, bias_grad = (
-            None if grad is None else grad.to(self.model.output_weight.dtype)
-            for grad in (self.weight_grad, self.bias_grad)
-        )
-        return total, weight_grad, bias_grad, hidden_grad, defer_grad
-
-    def _likelihood(
-        self, raw: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum over a chunk and its gradients with respect to the output layer's values and the defer logits."""
-        with torch.enable_grad():
-            raw.requires_grad_()
-            logits = self.model.shape_logits(raw)
-        probs = logits.detach().float()  # overwritten below, as it is a copy or nothing else reads it
-        gold_logit = probs.gather(-1, gold.unsqueeze(-1))  # (n, 1)
-        largest = probs.amax(-1, keepdim=True)
-        norm = probs.sub_(largest).exp_().sum(-1, keepdim=True)
-        probs.div_(norm)
-        base_logprob = (gold_logit - largest - norm.log()).squeeze(-1)
-        with torch.enable_grad():
-            base, defer = base_logprob.requires_grad_(), defer_logits.detach().requires_grad_()
-            nll = -marginal_logprobs(base, assistant_logprobs, defer).sum()
-        base_grad, defer_grad = torch.autograd.grad(nll, (base, defer))  # base_grad: minus the posterior of the base
-        grad = probs.mul_(-base_grad.unsqueeze(-1)).scatter_add_(-1, gold.unsqueeze(-1), base_grad.unsqueeze(-1))
-        (raw_grad,) = torch.autograd.grad(logits, raw, grad.to(logits.dtype)) if logits is not raw else (grad,)
-        return nll.detach(), raw_grad.to(self.dtype), defer_grad
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a temporary if the dtypes are equal."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _likelihood(
+    model: LanguageModel, raw: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over a chunk and its gradients with respect to the output layer's values and the defer logits."""
+    with torch.enable_grad():
+        raw.requires_grad_()
+        logits = model.shape_logits(raw)
+    probs = logits.detach().float()  # overwritten below, as it is a copy or nothing else reads it
+    gold_logit = probs.gather(-1, gold.unsqueeze(-1))  # (n, 1)
+    largest = probs.amax(-1, keepdim=True)
+    norm = probs.sub_(largest).exp_().sum(-1, keepdim=True)
+    probs.div_(norm)
+    base_logprob = (gold_logit - largest - norm.log()).squeeze(-1)
+    with torch.enable_grad():
+        base, defer = base_logprob.requires_grad_(), defer_logits.detach().requires_grad_()
+        nll = -marginal_logprobs(base, assistant_logprobs, defer).sum()
+    base_grad, defer_grad = torch.autograd.grad(nll, (base, defer))  # base_grad: minus the posterior of the base
+    grad = probs.mul_(-base_grad.unsqueeze(-1)).scatter_add_(-1, gold.unsqueeze(-1), base_grad.unsqueeze(-1))
+    (raw_grad,) = torch.autograd.grad(logits, raw, grad.to(logits.dtype)) if logits is not raw else (grad,)
+    return nll.detach(), raw_grad.to(raw.dtype), defer_grad

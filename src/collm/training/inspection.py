@@ -72,16 +72,14 @@ def inspect(base: Scores, assistants: Sequence[Scores]) -> Inspection:
     authors = [base, *assistants]
     best = torch.stack([scores.logprobs for scores in authors]).amax(0)
     correct = torch.stack([scores.corrects for scores in authors]).any(0)
+    agreements = []
+    for ours, theirs in ((base.corrects, assistant.corrects) for assistant in assistants):
+        cases = (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)
+        agreements.append(Agreement(*(case.double().mean().item() for case in cases)))
     return Inspection(
         summaries=tuple(scores.summary() for scores in authors),
-        agreements=tuple(_agreement(base, assistant) for assistant in assistants),
+        agreements=tuple(agreements),
         labels=labels,
         best_nll_nats=-best.double().mean().item(),
         best_accuracy=correct.double().mean().item(),
     )
-
-
-def _agreement(base: Scores, assistant: Scores) -> Agreement:
-    ours, theirs = base.corrects, assistant.corrects
-    cases = (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)
-    return Agreement(*(case.double().mean().item() for case in cases))

@@ -48,6 +48,7 @@ class TokenViews:
         base_correct: whether the base's argmax is the gold token, bool, shape (N,).
         assistant_logprobs, assistant_correct: the same for each assistant, shape (N, K).
         defer_logits: u, shape (N, K).
+        assistant_abstained: whether each assistant has no answer, bool, shape (N, K); None if none ever abstains.
     """
 
     base_logprob: Tensor
@@ -55,11 +56,13 @@ class TokenViews:
     assistant_logprobs: Tensor
     assistant_correct: Tensor
     defer_logits: Tensor
+    assistant_abstained: Tensor | None = None
 
     def split(self, sizes: Sequence[int]) -> list[TokenViews]:
         """Split into consecutive parts of these sizes."""
-        parts = (torch.split(getattr(self, field.name), list(sizes)) for field in fields(self))
-        return [TokenViews(*one) for one in zip(*parts, strict=True)]
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {name: torch.split(values, list(sizes)) for name, values in found.items() if values is not None}
+        return [TokenViews(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
 
     def measures(self, deferral_costs: Sequence[float] = ()) -> dict[str, float]:
         """Means over the tokens.

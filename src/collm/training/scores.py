@@ -54,6 +54,7 @@ class Scores:
         fingerprint: fingerprint of the examples.
         hidden: the model's last hidden states at the target tokens, if they were stored.
         model: the model's `identity`, if they were stored.
+        abstained: whether a tool has no answer, bool, shape (M,); None if the model never abstains.
     """
 
     logprobs: Tensor
@@ -62,6 +63,7 @@ class Scores:
     fingerprint: str
     hidden: HiddenStates | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
+    abstained: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

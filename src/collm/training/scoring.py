@@ -69,7 +69,7 @@ def write_scores(
     share: tuple[int, int] = (0, 1),
     progress: OnProgress | None = None,
 ) -> None:
-    """Score every target token: its log-probability, and whether it is the model's argmax.
+    """Score every target token: its log-probability, whether it is the model's argmax, and whether a tool abstains.
 
     Examples are batched by length, and scores are written in shards. An interrupted run continues after its last
     complete shard with the same batches, and ends with the same bytes.
@@ -144,12 +144,13 @@ def _fill(
         )
 
 
-def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> list[Tensor]:
+def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> TensorsByName:
     """Score like `write_scores`, but in memory.
 
     Returns:
-        For all target tokens, example by example: log-probabilities in nats, shape (M,), whether each is the model's
-        argmax, shape (M,), and optionally the last hidden states, shape (M, H).
+        For all target tokens, example by example: logprob, in nats, shape (M,); correct, whether each is the model's
+        argmax, shape (M,); for a tool also abstained, shape (M,); and optionally hidden, the last hidden states,
+        shape (M, H).
 
     Raises:
         ConfigError, MismatchError, ModelFailure, ToolFailure: as in `write_scores`.
@@ -159,7 +160,8 @@ def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bo
     for batch, scores in _score(model, examples, range(len(examples)), None, hidden_states=hidden_states):
         found.update(zip(batch, scores, strict=True))
     tensors = _joined([found[index] for index in range(len(examples))])
-    return [tensors[name] for name in ("logprob", "correct", "hidden") if name in tensors]
+    tensors.pop("log_stop", None)
+    return tensors
 
 
 def _joined(scores: Sequence[TensorsByName]) -> TensorsByName:
@@ -249,7 +251,8 @@ def _score(
 ) -> Iterator[tuple[Sequence[int], list[TensorsByName]]]:
     """Yield the indices of a batch of examples and the scores of each of them, on the CPU.
 
-    Scores are logprob, correct and optionally hidden; for segments also log_stop, log P(START) after each.
+    Scores are logprob, correct and optionally hidden; for a tool also abstained; for segments also log_stop, log
+    P(START) after each.
     """
     if isinstance(model, RemoteModel):
         pairs = model.score([examples[index] for index in indices], numbers=indices)
@@ -266,14 +269,15 @@ def _score(
 
 def _read_tool(model: ToolModel, example: Example) -> TensorsByName:
     if example.segments is None:
-        return dict(zip(("logprob", "correct"), model.score(example.token_ids, example.is_target), strict=True))
+        scores = model.score(example.token_ids, example.is_target)
+        return dict(zip(("logprob", "correct", "abstained"), scores, strict=True))
     law, batch = example.segments.law, shift(example)
     at = needs_logits(batch).nonzero().squeeze(-1)
     gold, rows, scored = (batch[name][at] for name in ("gold", "rows", "scored"))
-    logits = model.logits(model.next_tokens(example.token_ids, (at + 1).tolist()))
+    next_tokens = model.next_tokens(example.token_ids, (at + 1).tolist())
+    abstains = torch.tensor([token is None for token in next_tokens])
     spans = Spans.of(gold, rows, scored, law)
-    terms = token_terms(logits, gold, rows, law)
-    abstains = logits.amax(-1) == logits.amin(-1)
+    terms = token_terms(model.logits(next_tokens), gold, rows, law)
     terms = terms._replace(  # a tool ends its segment by abstaining
         correct=terms.correct & ~abstains,
         stops=terms.stops | abstains,
@@ -282,6 +286,7 @@ def _read_tool(model: ToolModel, example: Example) -> TensorsByName:
     return {
         "logprob": segment_logprobs(terms, spans),
         "correct": segments_correct(terms, spans),
+        "abstained": abstains[spans.decided],  # where it does not begin the segment, the base writes it
         "log_stop": stop_logprobs(terms, spans),
     }
 

@@ -23,7 +23,7 @@ from collm.training.scores import HiddenStates, Scores
 from collm.untrusted import check_fields, read_text
 from collm.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "scores.json"
 _FIELDS = {
     "fingerprint": "input (data, tokenizer, prompt template or max_length)",
@@ -155,11 +155,13 @@ class ScoreStore:
         """Write one shard's scores at its target tokens, in the shard's order.
 
         Args:
-            scores: logprob, correct and, if the store includes them, hidden (the last hidden states), shape (n, ..).
+            scores: logprob and correct; abstained for a tool; hidden (the last hidden states) if the store includes
+                them; shape (n, ..).
         """
         assert ("hidden" in scores) == self.header.hidden_states
         tensors = {name: values.cpu().contiguous() for name, values in {**scores, **self._layout(shard)}.items()}
-        tensors |= {"logprob": tensors["logprob"].float(), "correct": tensors["correct"].to(torch.uint8)}
+        flags = {name: values.to(torch.uint8) for name, values in tensors.items() if values.dtype == torch.bool}
+        tensors |= {"logprob": tensors["logprob"].float(), **flags}
         content = save(tensors, metadata={"sha256": self._digest(tensors)})
         with atomic_file(self.path(shard)) as temporary:
             temporary.write_bytes(content)
@@ -207,7 +209,7 @@ class ScoreStore:
         offsets = torch.tensor([0, *self.counts], dtype=torch.int64).cumsum(0)
         places: dict[int, tuple[Path, int, int]] = {}
         logprobs = torch.empty(int(offsets[-1]), dtype=torch.float32)
-        corrects = torch.empty(int(offsets[-1]), dtype=torch.bool)
+        corrects, abstained = torch.zeros(2, int(offsets[-1]), dtype=torch.bool)
         for shard, indices in enumerate(self.shards):
             tensors = self._read_existing(shard)
             pieces = zip(indices, tensors["offsets"].tolist(), tensors["offsets"][1:].tolist(), strict=False)
@@ -215,9 +217,11 @@ class ScoreStore:
                 places[index] = (self.path(shard), start, end)
                 logprobs[offsets[index] : offsets[index + 1]] = tensors["logprob"][start:end]
                 corrects[offsets[index] : offsets[index + 1]] = tensors["correct"][start:end].bool()
+                if "abstained" in tensors:
+                    abstained[offsets[index] : offsets[index + 1]] = tensors["abstained"][start:end].bool()
         hidden = HiddenStates(places) if self.header.hidden_states else None
         model = {name: getattr(self.header, name) for name in _MODEL}
-        return Scores(logprobs, corrects, offsets, self.header.fingerprint, hidden, model)
+        return Scores(logprobs, corrects, offsets, self.header.fingerprint, hidden, model, abstained)
 
     def _layout(self, shard: int) -> dict[str, Tensor]:
         indices = self.shards[shard]

@@ -91,6 +91,9 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             "base": None if spec is None else spec.identity()["weights"] or spec.identity()["revision"],
             "assistants": [dict(scores.model) for scores in train_dataset.assistant_scores],
         }
+        callbacks = [*callbacks]
+        if (patience := args.early_stopping_patience) is not None:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
         if args.method == "full":
             base.requires_grad_(True)
         tuned = with_adapter(base, args) if args.method == "lora" else base
@@ -107,7 +110,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             data_collator=collate_padding_free if args.padding_free else collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[*callbacks, *_early_stopping(args)],
+            callbacks=callbacks,
         )
         if is_deepspeed_zero3_enabled():  # the loss uses this weight outside of its layer
             import deepspeed
@@ -183,14 +186,13 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         logger.info("%s", self.label_report)
         with progress_bar("Warm start", enabled=not self.args.disable_tqdm) as progress:
             self.warm_start_report = warm_start(
-                LanguageModel(self.base, name="base", vocab_size=self.vocab_size),
+                data.base_scores.hidden or LanguageModel(self.base, name="base", vocab_size=self.vocab_size),
                 self.head,
                 data.examples,
                 labels,
                 max_tokens=self.args.resolved("warm_start_tokens"),
                 positive_weight=self.args.resolved("positive_weight"),
                 seed=self.args.seed,
-                hidden=data.base_scores.hidden,
                 progress=progress,
             )
 
@@ -322,18 +324,9 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _early_stopping(args: CoLLMConfig) -> list[TrainerCallback]:
-    patience = args.early_stopping_patience
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
-
-
 @torch.no_grad()
 def _check_padding_free(base: LanguageModel) -> None:
-    """Check that sequences concatenated to one row do not attend to each other, as some attention silently does.
-
-    Raises:
-        ConfigError: they do.
-    """
+    """Check that sequences concatenated to one row do not attend to each other, as some attention silently does."""
     training = base.module.training
     base.module.eval()
     items = [{"input_ids": torch.arange(length) % base.vocab_size} for length in (7, 5)]

@@ -49,7 +49,7 @@ class WarmStartReport:
 
 
 def warm_start(
-    base: LanguageModel,
+    base: LanguageModel | HiddenStates,
     head: DeferralHead,
     examples: Sequence[Example],
     labels: Labels,
@@ -57,7 +57,6 @@ def warm_start(
     max_tokens: int = 65536,
     positive_weight: float = 8.0,
     seed: int,
-    hidden: HiddenStates | None = None,
     progress: OnProgress | None = None,
 ) -> WarmStartReport:
     """Set the head by a weighted logistic regression of the pseudo-labels on the base's hidden states.
@@ -66,13 +65,12 @@ def warm_start(
     objective with L-BFGS on standardised features, and chooses the L2 penalty on held-out examples.
 
     Args:
-        base: the frozen base, which is not modified.
+        base: the frozen base, which is not modified, or its stored hidden states.
         head: the head to overwrite.
         examples: the labelled examples.
         max_tokens: largest number of target tokens to use, from examples in random order.
         positive_weight: weight of tokens labelled with an assistant; others have weight 1.
         seed: seed of the random order.
-        hidden: stored hidden states of the base, which replace running it.
         progress: called with the number of target tokens read and the total.
 
     Raises:
@@ -82,34 +80,26 @@ def warm_start(
     """
     _check(base, head, examples, labels, max_tokens, positive_weight)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    before = torch.cat([torch.zeros(1), labels.offsets.diff()[order].cumsum(0)[:-1]])  # target tokens before each
-    indices = order[before < max_tokens].tolist()
-    targets = torch.cat([labels.of(index) for index in indices])[:max_tokens].to(base.device)
+    counts = labels.offsets.diff()[order]
+    indices = order[counts.cumsum(0) - counts < max_tokens].tolist()  # with less than max_tokens before them
+    targets = torch.cat([labels.of(index) for index in indices])[:max_tokens]
     if not (targets != 0).any():
         raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {labels.report()}")
-    if hidden is None:
-        features = _read_features(base, examples, indices, progress)
+    if isinstance(base, HiddenStates):
+        features = torch.cat([base.of(index) for index in indices]).to(head.weight.device, torch.float32)
     else:
-        features = torch.cat([hidden.of(index) for index in indices]).to(base.device, torch.float32)
-    features = features[:max_tokens]
+        features = _read_features(base, examples, indices, progress)
+    features, targets = features[:max_tokens], targets.to(features.device)
     mean, scale = _standardise(features)
     cut = sum(len(labels.of(index)) for index in indices[: round((1 - HELD_OUT) * len(indices))])
-    trial = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
-    weight, bias = fit_authors(
-        features, targets, trial.fit, positive_weight=positive_weight, penalty=trial.report.penalty
-    )
-    _set_head(head, weight, bias, mean, scale)
-    return trial.report
-
-
-@dataclass(frozen=True)
-class _Trial:
-    fit: tuple[Tensor, Tensor]
-    report: WarmStartReport
+    fit, report = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
+    fit = fit_authors(features, targets, fit, positive_weight=positive_weight, penalty=report.penalty)
+    _set_head(head, *fit, mean, scale)
+    return report
 
 
 def _check(
-    base: LanguageModel,
+    base: LanguageModel | HiddenStates,
     head: DeferralHead,
     examples: Sequence[Example],
     labels: Labels,
@@ -122,10 +112,11 @@ def _check(
         )
     if len(examples) != len(labels):
         raise ConfigError(f"the labels are for {len(labels)} examples, got {len(examples)}; label the same examples")
-    if (head.hidden_size, head.num_assistants) != (base.hidden_size, labels.num_assistants):
+    hidden_size = head.hidden_size if isinstance(base, HiddenStates) else base.hidden_size
+    if (head.hidden_size, head.num_assistants) != (hidden_size, labels.num_assistants):
         raise MismatchError(
-            f"the head has hidden size {head.hidden_size} and {head.num_assistants} assistants, but {base.name} has "
-            f"hidden size {base.hidden_size} and the labels have {labels.num_assistants} assistants"
+            f"the head has hidden size {head.hidden_size} and {head.num_assistants} assistants, but the base has "
+            f"hidden size {hidden_size} and the labels have {labels.num_assistants} assistants"
         )
 
 
@@ -164,7 +155,9 @@ def _standardise(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, scale
 
 
-def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants: int, positive_weight: float) -> _Trial:
+def _choose_penalty(
+    features: Tensor, targets: Tensor, cut: int, num_assistants: int, positive_weight: float
+) -> tuple[tuple[Tensor, Tensor], WarmStartReport]:
     """Fit the tokens before `cut` with decreasing penalties until the loss on the tokens after it increases.
 
     If one of the parts has no positive label, all tokens are used for both.
@@ -172,7 +165,7 @@ def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants:
     whole, before, after = slice(None), slice(None, cut), slice(cut, None)
     parts = (before, after) if all((targets[part] != 0).any() for part in (before, after)) else (whole, whole)
     fit = (features.new_zeros(num_assistants, features.shape[1]), features.new_zeros(num_assistants))
-    best: _Trial | None = None
+    best: tuple[tuple[Tensor, Tensor], WarmStartReport] | None = None
     for penalty in PENALTIES:
         fit = fit_authors(features[parts[0]], targets[parts[0]], fit, positive_weight=positive_weight, penalty=penalty)
         logits, labels = F.linear(features[parts[1]], *fit), targets[parts[1]]
@@ -184,9 +177,9 @@ def _choose_penalty(features: Tensor, targets: Tensor, cut: int, num_assistants:
             num_tokens=len(targets),
             penalty=penalty,
         )
-        if best is not None and report.loss_nats > best.report.loss_nats:
+        if best is not None and report.loss_nats > best[1].loss_nats:
             break  # weaker penalties overfit more, and take longest
-        best = _Trial(fit, report)
+        best = fit, report
     assert best is not None
     return best
 
