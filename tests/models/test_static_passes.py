@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -116,7 +113,6 @@ def test_static_passes_equal_the_plain_forward_on_every_architecture(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device == "cpu":  # the interpreter takes its time
-        monkeypatch.setattr("collm.models.fused_kernels.FusedKernels.applied", contextlib.nullcontext)
         monkeypatch.setattr("collm.models.paged_attention.paged_attention", obvious_attention)
     _check_static(name, device, steps=15)
 
@@ -177,67 +173,6 @@ def test_a_run_reads_on_with_what_it_finds_likeliest(
         runner.confirm(slot, tokens[:2])
         logits = runner.extend({slot: [11]}).logits[0]
         torch.testing.assert_close(logits, plain_logits(model, [*text, *tokens[:2], 11]), atol=2e-4, rtol=1e-3)
-
-
-NO_NORM = {"gpt2", "opt", "gpt-neox", "phi", "starcoder2", "cohere"}
-ROTATED = {
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral-window",
-    "mixtral",
-    "qwen3-moe",
-    "gemma2",
-    "gemma3",
-    "granite",
-    "phi3",
-    "gpt-neox",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_norms_and_rotary_embeddings_as_single_kernels(name: str, device: str) -> None:
-    """They replace what they equal, and leave the model as it was."""
-    from collm.models.fused_kernels import FusedKernels
-
-    model = make_model(EXACT[name](), seed=0, device=device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # norms begin as ones
-    text = torch.arange(2, 9, device=device).unsqueeze(0)
-    with torch.no_grad():
-        before = model(text, use_cache=False).logits
-        fused = FusedKernels(LanguageModel(model, name=name))
-        with fused.applied():
-            during = model(text, use_cache=False).logits
-        after = model(text, use_cache=False).logits
-    assert bool(fused._norms) == (name not in NO_NORM)
-    assert bool(fused._attentions) == (name in ROTATED)
-    torch.testing.assert_close(during, before, atol=1e-4, rtol=1e-4)
-    assert torch.equal(after, before)
-
-
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
-def test_the_kernels_of_one_model_are_not_those_of_another(name: str) -> None:
-    """As when two threads load models of one architecture: their blocks overlap."""
-    from collm.models.fused_kernels import FusedKernels
-
-    first, second, third = (make_model(EXACT[name](), seed=seed) for seed in range(3))
-    kernels = [FusedKernels(LanguageModel(model, name=name)) for model in (first, second)]
-    file: Any = sys.modules[type(first).__module__]
-    rotary, text = file.apply_rotary_pos_emb, torch.arange(2, 9).unsqueeze(0)
-    blocks = [one.applied() for one in kernels]
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        expected = third(text).logits
-        patch.setattr("collm.models.fused_kernels.rotate", lambda *_: pytest.fail("another model's kernel"))
-        leaving = [partial(block.__exit__, None, None, None) for block in blocks]
-        for step in (*(block.__enter__ for block in blocks), *leaving):
-            step()
-            assert torch.equal(third(text).logits, expected)
-            assert file.apply_rotary_pos_emb is rotary
-    assert not any("forward" in vars(module) for model in (first, second) for module in model.modules())
 
 
 def test_a_mask_that_the_kernel_does_not_know_is_said_once(
@@ -304,7 +239,6 @@ def test_an_engine_makes_the_passes_of_its_batch_ahead(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("collm.models.paged_attention.paged_attention", obvious_attention)
-    monkeypatch.setattr("collm.models.fused_kernels.FusedKernels.applied", contextlib.nullcontext)
     runner = static_runner(make_model(tiny_config(), seed=0))
     assert runner._static is not None
     with caplog.at_level(logging.INFO):

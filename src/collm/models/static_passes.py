@@ -57,10 +57,7 @@ class StaticPasses:
         self._model = model
         self._cache = cache
         self._buckets: dict[tuple[int, int], _Bucket] = {}
-        from collm.models.fused_kernels import FusedKernels  # requires Triton, which PyTorch for GPUs includes
-
         self._kinds = MaskKinds()
-        self._fused = FusedKernels(model)
         self._captures = model.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
@@ -122,7 +119,7 @@ class StaticPasses:
 
     def _forward(self, layout: StaticPass) -> tuple[Tensor, Tensor]:
         """Run the model. Returns hidden states of all tokens (T, H) and logits after each row (batch, V)."""
-        with slot_attention_of(self._model.config, self._kinds), self._fused.applied():
+        with slot_attention_of(self._model.config, self._kinds):
             hidden = self._model.hidden_states(
                 layout.token_ids,
                 position_ids=layout.positions.unsqueeze(0),
