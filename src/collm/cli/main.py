@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
-import threading
 import traceback
 from typing import Annotated
 
@@ -82,9 +80,6 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             _say("interrupted; run the same command again to resume training or scoring")
-        if any(thread.name.startswith("collm ") for thread in threading.enumerate()):
-            sys.stdout.flush()
-            os._exit(int(stop.code or 0))  # a thread of the server still runs native code, which Python's end waits for
         raise
     except CollmError as error:
         _stop(str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED, debug)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import logging
+import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -98,6 +101,8 @@ def run(
     server.run()
     if server.service.failure is not None:
         raise server.service.failure
+    if any(thread.name.startswith("collm ") for thread in threading.enumerate()):
+        atexit.register(os._exit, 0)  # Python's own end would wait for the native code that a thread still runs
 
 
 def check_address(host: str, settings: Settings, *, no_auth: bool) -> None:
