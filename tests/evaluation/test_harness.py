@@ -211,7 +211,7 @@ def test_a_tool_counts_as_what_it_would_write(tokenizer: PreTrainedTokenizerFast
     text = torch.tensor([context + said.token_ids])
     with torch.no_grad():
         by_base = base.module(text).logits[0, 1:-1].log_softmax(-1).gather(-1, text[0, 2:, None]).squeeze(-1)
-    by_tool, _ = tool.score(text[0].tolist(), [False] * 2 + [True] * 5)
+    by_tool, *_ = tool.score(text[0].tolist(), [False] * 2 + [True] * 5)
     assert found[0][0] == pytest.approx(float(marginal_logprobs(by_base, by_tool[:, None], torch.zeros(5, 1)).sum()))
 
 

@@ -45,7 +45,7 @@ def test_nothing_is_scored_here(source: Path) -> None:
 
 def test_a_row_without_an_instruction_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n{"instruction": "x"},\n{"instruction": " "}]')
-    with pytest.raises(DataError, match=r"a.json:3: 'instruction' is empty"):
+    with pytest.raises(DataError, match=r"a.json, row 2: 'instruction' is empty"):
         AlpacaEval().load(tmp_path / "a.json")
 
 

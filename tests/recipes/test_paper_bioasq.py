@@ -267,5 +267,7 @@ def test_what_training_teaches_is_right(tmp_path: Path) -> None:
 
 def test_a_bad_question_is_named(tmp_path: Path) -> None:
     golden(tmp_path, QUESTIONS[0], {**QUESTIONS[1], "exact_answer": None})
-    with pytest.raises(DataError, match=r"11B1_golden.json:14: no 'exact_answer', expected one for a list question"):
+    with pytest.raises(
+        DataError, match=r"11B1_golden.json, row 2: no 'exact_answer', expected one for a list question"
+    ):
         Bioasq().load(tmp_path)

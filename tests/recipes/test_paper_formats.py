@@ -49,7 +49,7 @@ def test_math_is_read_by_subject_and_number(tmp_path: Path) -> None:
     rows = load_rows(root, format=MATH)
     order = ["train/algebra/2", "train/algebra/11", "train/geometry/9", "train/geometry/10"]
     assert texts(rows) == [(name, PROBLEM["solution"]) for name in order]
-    assert [row.where for row in rows] == [f"{root}/{name}.json:1" for name in order]
+    assert [row.where for row in rows] == [f"{root}/{name}.json, row 1" for name in order]
     assert [row.prompt for row in load_rows(root, split="test", format=MATH)] == ["test/algebra/1"]
     with pytest.raises(DataError, match="has no split 'dev', only train, test"):
         load_rows(root, split="dev", format=MATH)
@@ -119,12 +119,12 @@ def test_a_bad_bioasq_question_names_its_number(
     source = questions(tmp_path / "training11b.json", bioasq("summary"), question, note=["}", '"questions": ['])
     with pytest.raises(DataError) as caught:
         load_rows(source, format=BIOASQ)
-    assert str(caught.value).startswith(f"{source}:2: ")
+    assert str(caught.value).startswith(f"{source}, row 2: ")
     assert complaint in str(caught.value)
     with caplog.at_level(logging.WARNING):
         rows = load_rows(source, format=BIOASQ, bad_rows="skip")
     assert (len(rows), rows.num_bad) == (1, 1)
-    assert f"{source}:2: " in caplog.text
+    assert f"{source}, row 2: " in caplog.text
 
 
 def test_a_bioasq_directory_has_its_splits(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_items_are_the_published_rows(tmp_path: Path, task: HendrycksMath) -> No
     assert (found.prompt, found.reference) == ("Half?", r"\frac{1}{2}")
     assert task.score(found, row["solution"]) == RIGHT
     (folder / "1.json").write_text(json.dumps({**row, "solution": "It is 1/2."}))
-    with pytest.raises(DataError, match=r"1.json:1: no \\boxed{...} in 'solution'"):
+    with pytest.raises(DataError, match=r"1.json, row 1: no \\boxed{...} in 'solution'"):
         task.load(tmp_path)
 
 

@@ -35,7 +35,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path) -> None:
         ]
         assert len({row.where for row in rows}) == 2
     assert [row.where for row in load_rows(lines)] == [f"{lines}:1", f"{lines}:2"]
-    assert [row.where for row in load_rows(listed)] == [f"{listed}:1", f"{listed}:2"]
+    assert [row.where for row in load_rows(listed)] == [f"{listed}, row 1", f"{listed}, row 2"]
 
 
 def test_fields_can_be_named(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_splits_of_a_directory_are_files(tmp_path: Path, suffix: str) -> None:
     for given, split in ((None, "train"), ("test", "test")):
         (row,) = load_rows(tmp_path, split=given)
         assert (row.prompt, row.completion) == (split, "007")
-        assert row.where.startswith(f"{tmp_path / split}.{suffix}:")
+        assert row.where.startswith(f"{tmp_path / split}.{suffix}")
     with pytest.raises(DataError, match=r"has no split 'dev' .*, only train, test"):
         load_rows(tmp_path, split="dev")
 

@@ -47,7 +47,7 @@ class Row:
         prompt: the text before the completion; for a chat, the messages before its last assistant turn.
         completion: the expected text; for a chat, its last assistant turn.
         messages: the chat up to its last assistant turn; None for a plain prompt.
-        where: file and line (JSON lines, CSV) or number of the row, for error messages.
+        where: file and line (JSON lines, CSV) or row, for error messages.
         unlearned: indices of assistant messages that are not training targets.
     """
 
@@ -240,7 +240,7 @@ def _read_document(text: str, path: Path, layout: Format) -> Iterator[Record]:
         found = found.get(layout.key)
     if not isinstance(found, list):
         raise DataError(f'{path} has no list of rows; expected {{"{layout.key}": [...]}}')
-    yield from ((f"{path}:{number}", record) for number, record in enumerate(found, start=1))
+    yield from ((f"{path}, row {number}", record) for number, record in enumerate(found, start=1))
 
 
 def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
