@@ -31,8 +31,8 @@ _PROMPT, _CHATS = "/v1/completions", "/v1/chat/completions"
 _MESSAGE, _PART = '{"role":"user","content":"x"},', '{"type":"text"},'
 BODIES = {
     "lists": (_PROMPT, _filled('{"model": "pair", "prompt": [', "[],", "]}")),
-    "lists within the limit": (_PROMPT, '{"model": "pair", "prompt": [' + "[]," * 200_000 + "[]]}"),
-    "token lists within the limit": (_PROMPT, '{"model": "pair", "prompt": [' + "[1]," * 200_000 + "[1]]}"),
+    "lists within the limit": (_PROMPT, '{"model": "pair", "prompt": [' + "[]," * 130_000 + "[]]}"),
+    "token lists within the limit": (_PROMPT, '{"model": "pair", "prompt": [' + "[1]," * 130_000 + "[1]]}"),
     "numbers": (_PROMPT, _filled('{"model": "pair", "prompt": [', "1,", "]}")),
     "texts": (_PROMPT, _filled('{"model": "pair", "prompt": [', '"a",', "]}")),
     "one text": (_PROMPT, _filled('{"model": "pair", "prompt": "', "w5 ", '"}')),
@@ -43,10 +43,10 @@ BODIES = {
     "bad words": (_CHATS, _filled(_CHAT + '"bad_words": [', '"w6",', "]}")),
     "messages": (_CHATS, '{"model": "pair", "messages": [' + _MESSAGE * 60_000 + "1]}"),
     "content": (_CHATS, '{"model": "pair", "messages": [{"role": "user", "content": [' + _PART * 60_000 + "1]}]}"),
-    "biases": (_CHATS, _CHAT + f'"logit_bias": {{{_keys(200_000)}}}}}'),
-    "unknown keys": (_CHATS, _CHAT + _keys(200_000) + "}"),
-    "unknown options": (_CHATS, _CHAT + f'"collm": {{{_keys(200_000)}}}}}'),
-    "template variables": (_CHATS, _CHAT + f'"chat_template_kwargs": {{{_keys(200_000)}}}}}'),
+    "biases": (_CHATS, _CHAT + f'"logit_bias": {{{_keys(130_000)}}}}}'),
+    "unknown keys": (_CHATS, _CHAT + _keys(130_000) + "}"),
+    "unknown options": (_CHATS, _CHAT + f'"collm": {{{_keys(130_000)}}}}}'),
+    "template variables": (_CHATS, _CHAT + f'"chat_template_kwargs": {{{_keys(130_000)}}}}}'),
     "choices": (_CHATS, _filled(_CHAT + '"structured_outputs": {"choice": [', '"c",', "]}}")),
     "tokens to spell": ("/detokenize", _filled('{"model": "pair", "tokens": [', "5,", "]}")),
 }

@@ -10,6 +10,7 @@ is the engine's time with penalties or a schema, relative to the time without, f
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -47,6 +48,7 @@ _ENDLESS: dict[str, Any] = {
 @contextmanager
 def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[Server, Callable[[Callable[[], bool]], None]]]:
     """Run a server in a thread. Yields the server when it is ready, and a function that waits for a condition."""
+    gc.freeze()  # as `collm serve` does
     server = Server({"pair": model}, Settings(max_batch=max_batch, time_limit_s=600), host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run)
 

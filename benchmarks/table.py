@@ -2,7 +2,7 @@
 
 python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
 python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
-python -m benchmarks.table docs/serving.md benchmarks/results/cpu-serve.json
+python -m benchmarks.table docs/serving.md benchmarks/results/cpu-serve.json benchmarks/results/cpu-serve-bodies.json
 python -m benchmarks.table docs/scaling.md benchmarks/results/cpu-vllm.json
 python -m benchmarks.table docs/tokenizers.md benchmarks/results/segments.json benchmarks/results/cpu-segments.json
 """

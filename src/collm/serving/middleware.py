@@ -28,7 +28,7 @@ OPEN_PATHS = {"/", "/health", "/ready"}
 """Paths that anybody may ask, under any name of this server."""
 UNRECORDED = {"/health", "/ready", "/metrics"}
 """Probes and metrics, which are neither logged nor counted."""
-BYTES_PER_VALUE = 16
+BYTES_PER_VALUE = 32
 """A body has at most one list, object or key for so many bytes of its maximum size. More take seconds to parse."""
 _READING_S = 1.0
 """Time for the client to read the end of a stream."""

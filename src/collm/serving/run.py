@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import json
 import logging
 import os
@@ -98,6 +99,7 @@ def run(
     allow_connections(settings.max_connections)
     log_as_json(log_prompts=settings.log_prompts)
     server = Server(models, settings, host=host, port=port)
+    gc.freeze()  # collections that a large body causes do not look at the libraries' objects
     server.run()
     if server.service.failure is not None:
         raise server.service.failure
