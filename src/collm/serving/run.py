@@ -68,6 +68,12 @@ class Server(uvicorn.Server):
             where = f"{self.config.host}:{self.config.port}"
             raise ConfigError(f"cannot listen on {where}: {why}; give another --host or --port") from end
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):  # accepted while uvicorn closed the others
+            connection.transport.abort()
+        await asyncio.sleep(0.01)  # the event loop closes them
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is None and self.started:
             self._loop.call_soon_threadsafe(self.drain)
