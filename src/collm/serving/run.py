@@ -106,7 +106,10 @@ def run(
     log_as_json(log_prompts=settings.log_prompts)
     server = Server(models, settings, host=host, port=port)
     gc.freeze()  # collections that a large body causes do not look at the libraries' objects
-    server.run()
+    try:
+        server.run()
+    finally:
+        gc.unfreeze()
     if server.service.failure is not None:
         raise server.service.failure
     if any(thread.name.startswith("collm ") for thread in threading.enumerate()):
