@@ -21,6 +21,7 @@ from collm.errors import ConfigError
 from collm.serving import connection
 from collm.serving.collaborations import Target
 from collm.serving.connection import allow_connections, quiet_accept_errors
+from collm.serving.service import MAX_THREADS
 from collm.serving.settings import Settings
 from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
 from tests.serving.test_faults import LONG, asking, held, written
@@ -219,6 +220,47 @@ def test_a_client_that_leaves_while_its_prompt_is_encoded_submits_nothing(
     slow_encoding.set()
     server.until(lambda: not busy_threads())
     assert submitted == []
+
+
+class Panic(BaseException):
+    """As native code raises it."""
+
+
+def test_panics_of_native_code_end_their_requests(
+    serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panics(*arguments: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}) as server:
+        expected = written(server.post("/v1/completions", **LONG))
+        for place in ("encode", "text_of"):
+            with monkeypatch.context() as patch:
+                patch.setattr(Target, place, panics)
+                for _ in range(MAX_THREADS + 1):  # no thread is lost
+                    assert server.post("/v1/completions", **LONG, echo=True).status_code == 500
+        with monkeypatch.context() as patch:
+            patch.setattr("collm.decoding.prompt_logprobs.read_chunk", panics)
+            assert server.post("/v1/completions", **SCORED).status_code == 500
+        with monkeypatch.context() as patch:
+            patch.setattr(server.worker()._engine, "step", panics)
+            assert server.post("/v1/completions", **LONG).status_code == 500
+        assert written(server.post("/v1/completions", **LONG)) == expected
+        server.until(server.idle)
+
+
+def test_a_client_that_does_not_read_loses_its_connection(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "UNREAD_S", 0.2)
+    server.until(lambda: not server.service.requests)
+    with connect(server) as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        silent.sendall(host * 200)  # more than the buffers hold
+        name = silent.getsockname()
+        open_ones = server.server.server_state.connections
+        server.until(lambda: any(one.client == name for one in open_ones))
+        server.until(lambda: not any(one.client == name for one in open_ones))
+    assert server.client.get("/health").status_code == 200
 
 
 SCORED = {"model": "pair", "prompt": [5, 6, 7] * 20, "max_tokens": 0, "echo": True, "logprobs": 1}

@@ -60,10 +60,10 @@ class Service:
 
         def run() -> None:
             result: Any = None
-            error: Exception | None = None
+            error: BaseException | None = None
             try:
                 result = function()
-            except Exception as raised:
+            except BaseException as raised:
                 error = raised
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._free_threads.release)

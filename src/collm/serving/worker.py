@@ -46,7 +46,6 @@ class Worker:
         self.ready = False
         self.accepting = True
         self.outstanding = 0
-        self.submissions: set[Submission] = set()
         self._loop: asyncio.AbstractEventLoop
         self._on_failure: Callable[[Exception], None]
         self._thread = threading.Thread(target=self._run, name=f"collm {name}", daemon=True)
@@ -83,7 +82,6 @@ class Worker:
         """
         self._admit(len(requests))
         submission = Submission(requests, self)
-        self.submissions.add(submission)
         self._do(lambda: self._waiting.extend((submission, index) for index in range(len(requests))))
         return submission
 
@@ -91,15 +89,12 @@ class Worker:
         """Drop the unfinished requests of a submission."""
         self.outstanding -= submission.unfinished
         submission.unfinished = 0
-        self.submissions.discard(submission)
         self._do(lambda: self._cancel(submission))
 
     def finish(self, submission: Submission) -> None:
         """Count a finished request of a submission."""
         self.outstanding -= 1
         submission.unfinished -= 1
-        if not submission.unfinished:
-            self.submissions.discard(submission)
 
     async def collect(self, chunks: Chunks[T]) -> list[T]:
         """Compute all items of a generator of chunks, a chunk after each decoding step.
@@ -187,7 +182,7 @@ class Worker:
     def _step(self) -> None:
         try:
             outputs = self._engine.step()
-        except Exception:
+        except BaseException:  # a panic of native code is no Exception
             _LOG.exception("the decoding loop of %s broke down; its %d requests fail", self.name, len(self._running))
             failure = ModelFailure("the decoding loop broke down")
             outputs = [RequestOutput(number, failure=failure) for number in self._running]
@@ -211,13 +206,12 @@ class Worker:
         while self._jobs:
             job = self._jobs.popleft()
             if job.future.done():
-                job.chunks.close()  # and with it its slots
                 continue
             try:
                 job.items += next(job.chunks)
             except StopIteration:
                 self._call(settle, job.future, job.items, None)
-            except Exception as error:
+            except BaseException as error:
                 self._call(settle, job.future, None, error)
             else:
                 self._jobs.append(job)
@@ -244,12 +238,14 @@ def _deliver(delivered: Sequence[tuple[Submission, int, RequestOutput]]) -> None
         submission.receive(index, output)
 
 
-def settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:
-    """Set the result or the exception of a future, unless it was cancelled."""
+def settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    """Set the result or the exception of a future, unless it was cancelled. A panic of native code is no Exception."""
     if future.done():
         return
     if error is not None:
-        future.set_exception(error)
+        future.set_exception(
+            error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+        )
     else:
         future.set_result(result)
 
