@@ -23,6 +23,7 @@ from collm.serving.collaborations import Target
 from collm.serving.connection import allow_connections, quiet_accept_errors
 from collm.serving.service import MAX_THREADS
 from collm.serving.settings import Settings
+from tests.clients.conftest import make_speaking_pair
 from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
 from tests.serving.test_faults import LONG, asking, held, written
 
@@ -347,7 +348,7 @@ def test_a_server_that_stops_waits_for_no_thread(
 
 @pytest.mark.soak
 def test_a_hundred_clients_that_leave_at_random_leave_nothing_behind(
-    serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "MAX_POSITIONS", 4)
     rng = random.Random(0)
@@ -360,6 +361,10 @@ def test_a_hundred_clients_that_leave_at_random_leave_nothing_behind(
         ("/v1/collm/candidates", {"model": "pair", "prompt": [5], "token_ids": [6] * 60}),
         ("/tokenize", {"model": "pair", "prompt": "w5 " * 10_000}),
     ]
+    for count in range(40, 52):  # each is compiled, most in a tenth of a second
+        properties = {f"p{i}": {"type": "string", "pattern": f"a{{{i}}}"} for i in range(count * 10)}
+        schema = {"type": "object", "properties": properties}
+        requests.append(("/v1/completions", {**LONG, "structured_outputs": {"json": schema}}))
 
     async def leave(client: httpx.AsyncClient, path: str, body: dict[str, Any], seconds: float) -> None:
         try:
@@ -373,7 +378,7 @@ def test_a_hundred_clients_that_leave_at_random_leave_nothing_behind(
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             await asyncio.gather(*(leave(client, *rng.choice(requests), rng.random() ** 2 * 2) for _ in range(100)))
 
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, max_batch=8) as server:
+    with serve({"pair": make_speaking_pair(calibration=CALIBRATION)}, max_batch=8) as server:
         expected = written(server.post("/v1/completions", **LONG))
         for _ in range(3):
             asyncio.run(all_of_them(server.url))
