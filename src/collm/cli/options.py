@@ -60,7 +60,7 @@ class Loading:
 
     Attributes:
         device: device of the models: cpu, cuda, cuda:1 or auto; or one for each model: cuda:0,cuda:1.
-        trust_code: run the functions that files name as tools or metrics.
+        trust_code: run the functions that files name as tools, metrics or formats.
         dtype: data type of the models: float32, bfloat16 or float16, by default as saved.
         engine: where the models run: local (in this process) or vllm (on servers), by default vllm with --servers.
         servers: addresses of the vLLM servers, such as http://localhost:8001/v1, the base's first. Or a YAML file with
