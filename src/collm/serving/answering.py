@@ -122,7 +122,7 @@ def _unwritten(shape: Shape, requests: Sequence[EngineRequest], *, stream: bool)
     usage = usage_of(_prompt_tokens(requests), [], shape.author_names)
     if not stream:
         return Response(shape.reply(parts, usage), media_type="application/json")
-    events = shape.begin() + b"".join(shape.event(part, usage) for part in parts) + shape.end(usage)
+    events = shape.begin() + b"".join(shape.event(part, None) for part in parts) + shape.end(usage)
     return Response(events, media_type=EventStream.media_type)
 
 
@@ -181,7 +181,8 @@ class EventStream(Response):
         try:
             start = self._shape.begin()
             while outputs is None or outputs:
-                usage = _usage(self._submission.requests, self._record, self._shape)
+                asked = self._shape.extras.usage_so_far
+                usage = _usage(self._submission.requests, self._record, self._shape) if asked else None
                 events = b"".join(self._shape.event(part, usage) for part in _parts(outputs or (), begun))
                 yield start + (events or _COMMENT)
                 start = b""

@@ -123,7 +123,7 @@ class ResponseShape(Shape):
         opened = self._response(None)
         return self._send("response.created", response=opened) + self._send("response.in_progress", response=opened)
 
-    def event(self, part: Part, usage: Json) -> bytes:
+    def event(self, part: Part, usage: Json | None) -> bytes:
         return b"".join(self._send(kind, **fields) for kind, fields in self._events(part))
 
     def end(self, usage: Json) -> bytes:

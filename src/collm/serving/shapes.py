@@ -96,11 +96,11 @@ class Shape:
         """The beginning of a stream."""
         return b""
 
-    def event(self, part: Part, usage: Json) -> bytes:
-        """A chunk of a stream. `usage` is that so far."""
+    def event(self, part: Part, usage: Json | None) -> bytes:
+        """A chunk of a stream. `usage` is that so far, if it was requested."""
         body = {**self._head, "object": self.chunk, "choices": [self.chunk_choice(part)]}
         if self.extras.include_usage:
-            body["usage"] = usage if self.extras.usage_so_far else None
+            body["usage"] = usage
         return sse(body)
 
     def end(self, usage: Json) -> bytes:

@@ -285,15 +285,15 @@ class Submission:
             APIError: the submission failed.
         """
         if self.unfinished or self._failure:
-            try:
-                await asyncio.wait_for(self._arrived.wait(), seconds)
-            except asyncio.TimeoutError:
-                return None
+            timer = seconds and asyncio.get_running_loop().call_later(seconds, self._arrived.set)
+            await self._arrived.wait()
+            if timer:
+                timer.cancel()
         self._arrived.clear()
         outputs, self._outputs = self._outputs, []
         if self._failure is not None:
             raise self._failure
-        return outputs
+        return outputs if outputs or not self.unfinished else None
 
     def fail(self, error: APIError) -> None:
         """End the requests with an error. Their slots are free before the next step."""
