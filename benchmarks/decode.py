@@ -25,7 +25,7 @@ from benchmarks.record import run_parts
 from collm import CoLLM, SamplingParams
 from collm.completions import Completions
 from collm.core.policies import Policy, SingleAuthorPolicy
-from collm.decoding.request import Request
+from collm.engine.request import Request
 from collm.models.packing import can_pack, pack_linears
 
 RUNS = (1, 8)

@@ -25,10 +25,10 @@ from benchmarks.limit import seconds
 from benchmarks.pairs import SHAPES, collaborate, make_model, pattern, prompts_of
 from benchmarks.record import run_parts
 from collm import CoLLM, SamplingParams
+from collm.engine.runner import ModelRunner
 from collm.models.language_model import LanguageModel
-from collm.models.runner import ModelRunner
 
-EXACT_TESTS = ("tests/models/test_runner.py", "tests/models/test_static_passes.py", "tests/decoding/test_exactness.py")
+EXACT_TESTS = ("tests/engine/test_runner.py", "tests/engine/test_static_passes.py", "tests/engine/test_exactness.py")
 
 
 class GpuCheck:

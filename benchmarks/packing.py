@@ -19,9 +19,9 @@ from torch import nn
 
 from benchmarks.pairs import SHAPES, make_model
 from benchmarks.record import run_parts
+from collm.engine.runner import ModelRunner
 from collm.models.language_model import LanguageModel
 from collm.models.packing import PackedLinear, pack_linears
-from collm.models.runner import ModelRunner
 
 ROUNDS, PROMPT = 25, 32
 

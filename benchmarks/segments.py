@@ -31,9 +31,9 @@ from collm.core.policies import SingleAuthorPolicy
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import bootstrap_interval
 from collm.evaluation.metrics import exact_match
-from collm.models.alignment import Alignment
-from collm.models.text_tokenizer import GrowingIds, TextTokenizer
 from collm.run import RunConfig, train_collaboration
+from collm.text.alignment import Alignment
+from collm.text.text_tokenizer import GrowingIds, TextTokenizer
 from collm.training.data import load_rows
 from recipes.facts.two_tokenizers import FactEnds, make_models
 from recipes.facts.world import DemoWorld

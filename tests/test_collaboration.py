@@ -32,7 +32,7 @@ from collm.errors import (
     WriteError,
 )
 from collm.models.loading import ModelSpec, load_model
-from collm.models.template import PromptTemplate
+from collm.text.template import PromptTemplate
 
 SavedModel = Callable[..., Path]
 PARAMS = SamplingParams(max_new_tokens=10)

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec
 from collm.artefact import local_directory
 from collm.errors import ArtefactError, LoadError, MismatchError, MissingExtra
-from collm.models.guards import check_eos
 from collm.models.loading import load_model, load_tokenizer
 from collm.models.names import looks_like_path
-from collm.models.template import PromptTemplate
 from collm.run import RunConfig, train_collaboration
+from collm.text.guards import check_eos
+from collm.text.template import PromptTemplate
 from tests.processes import collm
 
 SavedModel = Callable[..., Path]

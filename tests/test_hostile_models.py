@@ -14,13 +14,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from collm.engine.runner import ModelRunner
 from collm.errors import CollmError, DataError, LoadError, ModelFailure, RequestError
-from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer, saved_eos_ids
-from collm.models.runner import ModelRunner
-from collm.models.template import PromptTemplate
-from collm.models.token_ids import MAX_CHARACTERS, normalizer_growth, token_ids_of
+from collm.text.guards import TokenizerIdentity
+from collm.text.template import PromptTemplate
+from collm.text.token_ids import MAX_CHARACTERS, normalizer_growth, token_ids_of
 from collm.training.data import MAX_MESSAGES, load_rows
 from collm.training.examples import encode_rows
 

@@ -21,15 +21,16 @@ BOTTOM = {"errors", "version", "atomic", "untrusted", "redaction", "noise"}
 MAY_IMPORT = {
     "core": {"core"},
     "tools": {"tools"},
-    "models": {"core", "tools", "models"},
-    "training": {"core", "tools", "models", "training"},
-    "decoding": {"core", "tools", "models", "decoding"},
-    "artefact": {"core", "tools", "models", "artefact"},
-    "vllm": {"core", "tools", "models", "decoding", "artefact", "vllm"},
-    "engines": {"core", "tools", "models", "decoding", "vllm"},
-    "completions": {"core", "models", "decoding"},
-    "collaboration": {"core", "tools", "models", "decoding", "artefact", "vllm", "engines", "completions"},
-    "evaluation": {"core", "tools", "models", "training", "decoding", "artefact", "collaboration", "evaluation"},
+    "text": {"core", "text"},
+    "models": {"core", "tools", "text", "models"},
+    "training": {"core", "tools", "text", "models", "training"},
+    "engine": {"core", "tools", "text", "models", "engine"},
+    "artefact": {"core", "tools", "text", "models", "artefact"},
+    "vllm": {"core", "tools", "text", "models", "engine", "artefact", "vllm"},
+    "engines": {"core", "tools", "text", "models", "engine", "vllm"},
+    "completions": {"core", "text", "models", "engine"},
+    "collaboration": {"core", "tools", "text", "models", "engine", "artefact", "vllm", "engines", "completions"},
+    "evaluation": {"core", "tools", "text", "models", "training", "engine", "artefact", "collaboration", "evaluation"},
 }
 MAY_IMPORT["serving"] = {*MAY_IMPORT["collaboration"], "collaboration", "serving"}
 MAY_IMPORT["run"] = {*MAY_IMPORT["evaluation"], "run"}

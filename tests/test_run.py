@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.atomic import sole_writer
 from collm.errors import ConfigError, DataError, MismatchError
-from collm.models.chats import Chat
 from collm.models.loading import load_model
 from collm.run import RunConfig, hold_out, parse_model, train_collaboration
+from collm.text.chats import Chat
 from collm.training.checkpoints import last_checkpoint
 from collm.training.data import Row, Rows
 from collm.training.store import read_header

@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from collm.models.alignment import Alignment
-from collm.models.text_tokenizer import TextTokenizer
+from collm.text.alignment import Alignment
+from collm.text.text_tokenizer import TextTokenizer
 from tests.tokenizers import merging_tokenizer
 
 TEXTS = (

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from collm.atomic import atomic_directory
-from collm.models.text_tokenizer import TextTokenizer
+from collm.text.text_tokenizer import TextTokenizer
 from recipes.facts.lessons import IGNORED, Example, shuffled_forever
 from recipes.facts.tiny_models import (
     CONTEXT_TOKENS,

@@ -16,7 +16,7 @@ from collm.core.types import Completion
 from collm.evaluation.gold import gold_views, greedy_writes
 from collm.evaluation.intervals import bootstrap_interval, paired_difference, ratio_interval
 from collm.evaluation.metrics import last_number
-from collm.models.text_tokenizer import TextTokenizer
+from collm.text.text_tokenizer import TextTokenizer
 from collm.training.data import Row
 from collm.training.examples import Example, Examples
 from recipes.smollm2.gsm8k import MARK, equations, is_right

@@ -20,20 +20,20 @@ from collm.core.named import policy_named
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE, PromptLogprob, TokenStep, author_name
-from collm.decoding.candidates import Candidates, aligned_candidates
-from collm.decoding.chunks import Chunks
-from collm.decoding.engine import DecodingLoop
-from collm.decoding.request import Request, check_names_author, check_prompt
+from collm.engine.candidates import Candidates, aligned_candidates
+from collm.engine.chunks import Chunks
+from collm.engine.engine import DecodingLoop
+from collm.engine.request import Request, check_names_author, check_prompt
+from collm.engine.runner import ModelRunner
 from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ConfigError, MismatchError
-from collm.models.alignment import Alignment
-from collm.models.guards import TokenizerIdentity, check_accepted
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_tokenizer
 from collm.models.members import Member, aligned, as_member
-from collm.models.runner import ModelRunner
-from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel, ToolRunner
+from collm.text.alignment import Alignment
+from collm.text.guards import TokenizerIdentity, check_accepted
+from collm.text.template import Prompt, PromptTemplate
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.export import export_base
@@ -49,7 +49,7 @@ class CoLLM:
         head: the deferral head. It has one output per assistant.
         tokenizer: the base's tokenizer, and the default for assistants.
         tokenizers: one for each assistant. By default a spec's own tokenizer, and the base's for modules and tools.
-            Models with different tokenizers decide about segments of the text instead of tokens (`models.alignment`).
+            Models with different tokenizers decide about segments of the text instead of tokens (`text.alignment`).
         template: how prompts and chats are rendered. By default prompts stay as they are, and chats use the tokenizer's
             chat template.
         calibration: the source of the default threshold and of the thresholds for budgets.
@@ -385,7 +385,7 @@ class CoLLM:
         return author
 
     def candidates(self, prompt: Prompt, token_ids: Sequence[int], most: int = 5) -> list[list[Candidates]]:
-        """The most probable tokens of each author at each token of an answer (`decoding.candidates`).
+        """The most probable tokens of each author at each token of an answer (`engine.candidates`).
 
         An assistant with another tokenizer has candidates only at the beginning of a segment.
         """

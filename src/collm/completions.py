@@ -9,10 +9,10 @@ from typing import cast
 
 from collm.core.params import SamplingParams
 from collm.core.types import Completion, ModelUsage, TokenStep, deferral_rate
-from collm.decoding.engine import DecodingLoop, RequestOutput
-from collm.decoding.request import Request
+from collm.engine.engine import DecodingLoop, RequestOutput
+from collm.engine.request import Request
 from collm.errors import ConfigError
-from collm.models.template import Prompt
+from collm.text.template import Prompt
 
 OnCompletion = Callable[[int, Completion], None]
 """Called with the index and the completion of each prompt that is done."""

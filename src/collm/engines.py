@@ -12,22 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.head import DeferralHead
 from collm.core.params import SamplingParams
 from collm.core.types import PromptLogprob, author_name
-from collm.decoding.candidates import Candidates, top_candidates
-from collm.decoding.chunks import Chunks
-from collm.decoding.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
-from collm.decoding.logits_processors import bad_word_tokens
-from collm.decoding.prompt_logprobs import prompt_logprobs
-from collm.decoding.request import check_params, check_segment_params
+from collm.engine.cache_memory import cache_bytes, share_cache_memory
+from collm.engine.candidates import Candidates, top_candidates
+from collm.engine.chunks import Chunks
+from collm.engine.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
+from collm.engine.logits_processors import bad_word_tokens
+from collm.engine.prompt_logprobs import prompt_logprobs
+from collm.engine.request import check_params, check_segment_params
+from collm.engine.runner import ModelRunner
 from collm.errors import ConfigError, MismatchError
-from collm.models.alignment import Alignment
-from collm.models.cache_memory import cache_bytes, share_cache_memory
-from collm.models.grammars import Grammars
-from collm.models.guards import TokenizerIdentity, check_eos
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, empty_model, saved_eos_ids
 from collm.models.members import Member, load_members
-from collm.models.runner import ModelRunner
 from collm.models.tools import ToolModel, ToolRunner
+from collm.text.alignment import Alignment
+from collm.text.grammars import Grammars
+from collm.text.guards import TokenizerIdentity, check_eos
 from collm.vllm.connections import AuthorConnections
 from collm.vllm.endpoint import Endpoint
 from collm.vllm.engine import ServerEngine, VllmEngine, check_local_params
@@ -48,10 +48,10 @@ class Backend(Protocol):
         """Create a decoding loop; arguments as in `CoLLM.engine`."""
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
-        """Each author's most probable tokens at each token, as in `decoding.candidates.top_candidates`."""
+        """Each author's most probable tokens at each token, as in `engine.candidates.top_candidates`."""
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> Chunks[PromptLogprob | None]:
-        """Log-probabilities of a text's tokens, as in `decoding.prompt_logprobs.prompt_logprobs`."""
+        """Log-probabilities of a text's tokens, as in `engine.prompt_logprobs.prompt_logprobs`."""
 
     def check_params(self, params: SamplingParams) -> None:
         """Check that requests with these parameters can be decoded, as in `CoLLM.check_params`."""

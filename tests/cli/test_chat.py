@@ -21,7 +21,7 @@ from collm.cli.chat import Conversation, _converse
 from collm.cli.terminal import Console
 from collm.errors import RequestError
 from collm.models.loading import ModelSpec
-from collm.models.template import PromptTemplate
+from collm.text.template import PromptTemplate
 
 TEMPLATE = "{% for m in messages %} w0 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w1{% endif %}"
 

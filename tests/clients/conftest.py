@@ -14,9 +14,9 @@ import openai
 import pytest
 
 from collm import CoLLM, ToolSpec
-from collm.models.template import PromptTemplate
+from collm.text.template import PromptTemplate
 from collm.tools.calls import BuiltInTool
-from tests.decoding.test_engine import random_head
+from tests.engine.test_engine import random_head
 from tests.serving.conftest import CALIBRATION, Running, serve  # noqa: F401
 from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer

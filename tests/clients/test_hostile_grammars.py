@@ -13,8 +13,8 @@ import pytest
 
 from collm.core.params import StructuredOutputs
 from collm.errors import RequestError
-from collm.models import grammars
-from collm.models.grammars import Grammars
+from collm.text import grammars
+from collm.text.grammars import Grammars
 from tests.clients.conftest import BYTES, QUESTION
 from tests.serving.conftest import Running
 
@@ -137,7 +137,7 @@ def test_an_ambiguous_grammar_ends_its_text_before_it_holds_up_others(speaking: 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_no_generated_grammar_ends_the_process() -> None:
-    command = [sys.executable, "-m", "tests.models.grammar_fuzz"]
+    command = [sys.executable, "-m", "tests.text.grammar_fuzz"]
     running = [subprocess.Popen([*command, seed, "1000"], stdout=subprocess.PIPE, text=True) for seed in ("1", "2")]
     for one in running:
         output, _ = one.communicate()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from collm.models.chats import Chat
-from collm.models.template import PromptTemplate
+from collm.text.chats import Chat
+from collm.text.template import PromptTemplate
 from tests.clients.conftest import QUESTION, WEATHER, make_speaking_pair
 from tests.serving.conftest import CALIBRATION, Running
 

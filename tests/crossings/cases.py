@@ -7,8 +7,8 @@ from typing import Any
 
 from collm import SamplingParams
 from collm.core.policies import Policy, ThresholdPolicy
-from collm.models.chats import Chat
-from collm.models.template import Prompt
+from collm.text.chats import Chat
+from collm.text.template import Prompt
 
 THRESHOLD = 0.5
 DEFAULT: Policy = ThresholdPolicy(THRESHOLD)

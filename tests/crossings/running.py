@@ -14,9 +14,9 @@ from collm import CoLLM
 from collm.core.named import name_of
 from collm.core.policies import ThresholdPolicy
 from collm.core.types import Completion, PromptLogprob
+from collm.engine.runner import ModelRunner
 from collm.errors import CollmError, ModelFailure
-from collm.models.runner import ModelRunner
-from collm.models.template import Prompt
+from collm.text.template import Prompt
 from tests.crossings.cases import POISON, TOOLS, Case
 from tests.serving.conftest import Running, open_slots
 

@@ -15,12 +15,12 @@ from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams, ToolSpec
 from collm.core.objective import author_logprobs
 from collm.core.types import Completion
 from collm.models.loading import load_model
-from collm.models.template import Prompt, PromptTemplate
 from collm.models.tools import ToolModel
+from collm.text.template import Prompt, PromptTemplate
 from tests.crossings.cases import CHAT, Asked, Case
-from tests.decoding.slow import Reading, slow_decode
-from tests.decoding.slow_segments import SlowSegments
-from tests.decoding.test_engine import random_head
+from tests.engine.slow import Reading, slow_decode
+from tests.engine.slow_segments import SlowSegments
+from tests.engine.test_engine import random_head
 from tests.two_tokenizers import two_tokenizers, writing_model
 
 

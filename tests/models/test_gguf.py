@@ -20,12 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
 from collm.models.gguf import check_gguf
-from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_config, load_model, load_tokenizer, saved_eos_ids, stop_ids
 from collm.models.members import spec_of
 from collm.run.options import RunConfig, parse_model
 from collm.run.train import train_collaboration
+from collm.text.guards import TokenizerIdentity
 from collm.training.config import CoLLMConfig
 from collm.vllm.placement import ModelMemory
 from tests.gguf_files import write_gguf

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from collm.errors import ToolFailure
-from collm.models.token_text import TokenText
 from collm.models.tools import ToolModel, ToolRunner
+from collm.text.token_text import TokenText
 from collm.tools.calls import Answer, BuiltInTool
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.training.examples import Example

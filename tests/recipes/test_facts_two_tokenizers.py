@@ -8,8 +8,8 @@ from typing import get_args
 
 import pytest
 
-from collm.models.alignment import Alignment
-from collm.models.text_tokenizer import TextTokenizer
+from collm.text.alignment import Alignment
+from collm.text.text_tokenizer import TextTokenizer
 from recipes.facts.lessons import IGNORED
 from recipes.facts.two_tokenizers import FactEnds, base_tokenizer, conversations, expert_tokenizer, noisy_facts
 from recipes.facts.world import DemoWorld

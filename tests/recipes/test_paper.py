@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from collm.cli.main import app
 from collm.cli.train import parse
-from collm.models.template import PromptTemplate
 from collm.run import RunConfig
+from collm.text.template import PromptTemplate
 from collm.training.config import CoLLMConfig
 from recipes.paper import rehearse
 from recipes.paper.samples import SAMPLES
-from tests.models.test_template import TOKENIZERS
+from tests.text.test_template import TOKENIZERS
 from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
 

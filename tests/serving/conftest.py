@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM
 from collm.core.calibration import Calibration, CalibrationPoint
-from collm.models.runner import ModelRunner
-from collm.models.template import PromptTemplate
+from collm.engine.runner import ModelRunner
 from collm.serving.run import Server
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
+from collm.text.template import PromptTemplate
 from collm.vllm.endpoint import Endpoint
-from tests.decoding.test_engine import random_head
+from tests.engine.test_engine import random_head
 from tests.tiny_models import make_model, tiny_config
 
 CHAT = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w9"

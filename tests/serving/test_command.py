@@ -26,8 +26,8 @@ from collm.cli.main import app
 from collm.cli.serve import named
 from collm.errors import ConfigError, MissingExtra
 from collm.models.loading import ModelSpec
-from collm.models.template import PromptTemplate
-from tests.decoding.test_engine import random_head
+from collm.text.template import PromptTemplate
+from tests.engine.test_engine import random_head
 from tests.serving.conftest import CALIBRATION, CHAT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()

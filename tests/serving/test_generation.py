@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM, SamplingParams
 from collm.core.policies import SingleAuthorPolicy
 from collm.core.types import Completion
-from tests.decoding.test_engine import prompts_of
+from tests.engine.test_engine import prompts_of
 from tests.serving.conftest import Running, make_pair
 
 PROMPT = "w5 w6 w7"

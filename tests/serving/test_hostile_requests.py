@@ -16,7 +16,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.bodies import BODIES, MAX_BODY, send
-from collm.decoding import chunks
+from collm.engine import chunks
 from collm.errors import ConfigError
 from collm.serving import connection
 from collm.serving.collaborations import Target
@@ -241,7 +241,7 @@ def test_panics_of_native_code_end_their_requests(
                 for _ in range(MAX_THREADS + 1):  # no thread is lost
                     assert server.post("/v1/completions", **LONG, echo=True).status_code == 500
         with monkeypatch.context() as patch:
-            patch.setattr("collm.decoding.prompt_logprobs.read_chunk", panics)
+            patch.setattr("collm.engine.prompt_logprobs.read_chunk", panics)
             assert server.post("/v1/completions", **SCORED).status_code == 500
         with monkeypatch.context() as patch:
             patch.setattr(server.worker()._engine, "step", panics)
@@ -276,7 +276,7 @@ def test_jobs_and_steps_alternate_and_jobs_end_with_their_clients(
     read_chunk, read = chunks.read_chunk, list[str]()
     for module in ("candidates", "prompt_logprobs"):
         monkeypatch.setattr(
-            f"collm.decoding.{module}.read_chunk", lambda *arguments: (read.append("chunk"), read_chunk(*arguments))[1]
+            f"collm.engine.{module}.read_chunk", lambda *arguments: (read.append("chunk"), read_chunk(*arguments))[1]
         )
     with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}) as server:
         expected = server.post(path, **job).json()
@@ -298,10 +298,10 @@ def test_jobs_and_steps_alternate_and_jobs_end_with_their_clients(
         assert "step chunk chunk step" in " ".join(read)  # a chunk is of both authors
         gate = threading.Event()
         monkeypatch.setattr(
-            "collm.decoding.prompt_logprobs.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
+            "collm.engine.prompt_logprobs.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
         )
         monkeypatch.setattr(
-            "collm.decoding.candidates.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
+            "collm.engine.candidates.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
         )
         with httpx.Client(base_url=server.url, timeout=0.3) as leaving, pytest.raises(httpx.ReadTimeout):
             leaving.post(path, json=job)

@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from collm import SamplingParams
-from tests.decoding.test_engine import prompts_of
+from tests.engine.test_engine import prompts_of
 from tests.serving.conftest import CALIBRATION, make_pair
 
 STREAMS = 200

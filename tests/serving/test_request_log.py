@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM
 from collm.serving.run import log_as_json
 from collm.tools.spec import ToolSpec
-from tests.decoding.test_engine import random_head
+from tests.engine.test_engine import random_head
 from tests.serving.conftest import CALIBRATION, Running, make_pair
 from tests.tiny_models import make_model, tiny_config
 

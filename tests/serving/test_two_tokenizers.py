@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from collm import CoLLM, SamplingParams
-from collm.models.chats import Chat
-from collm.models.template import PromptTemplate
 from collm.serving.settings import Settings
-from tests.decoding.test_segments import random_head
+from collm.text.chats import Chat
+from collm.text.template import PromptTemplate
+from tests.engine.test_segments import random_head
 from tests.serving.conftest import Running
 from tests.two_tokenizers import two_tokenizers, writing_model
 

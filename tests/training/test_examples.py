@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from collm.errors import ConfigError, DataError
-from collm.models.template import PromptTemplate
+from collm.text.template import PromptTemplate
 from collm.training.data import Row
 from collm.training.examples import Example, encode_rows, fingerprint
 from tests.training.conftest import random_examples

@@ -13,11 +13,11 @@ import datasets
 import pytest
 
 from collm.errors import DataError, RequestError
-from collm.models.chats import Chat
-from collm.models.template import PromptTemplate
+from collm.text.chats import Chat
+from collm.text.template import PromptTemplate
 from collm.training.data import Row, load_rows
 from collm.training.examples import encode_rows
-from tests.models.test_template import BYTE_LEVEL, CHATML, turns_of
+from tests.text.test_template import BYTE_LEVEL, CHATML, turns_of
 from tests.training.test_data import CHAT, ROWS, jsonl
 
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}

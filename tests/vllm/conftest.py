@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead
 from collm.vllm.export import export_base
 from collm.vllm.servers import Servers
-from tests.decoding.test_engine import random_head
+from tests.engine.test_engine import random_head
 from tests.tiny_models import make_model, tiny_config
 from tests.vllm.fake import FakeVllm, Served
 

@@ -24,7 +24,7 @@ from collm.training.data import Row
 from collm.training.examples import Example, Examples
 from collm.vllm.export import check_exported
 from collm.vllm.servers import Servers
-from tests.decoding.test_engine import random_head
+from tests.engine.test_engine import random_head
 from tests.serving.conftest import Running
 from tests.vllm.conftest import Cluster, Members
 

@@ -23,13 +23,13 @@ from collm.core.policies import (
     SingleAuthorPolicy,
     ThresholdPolicy,
 )
-from collm.decoding.draws import Draw
+from collm.engine.draws import Draw
+from collm.engine.runner import ModelRunner
 from collm.errors import ConfigError, ModelFailure
 from collm.models.language_model import LanguageModel
-from collm.models.runner import ModelRunner
 from collm.vllm import POLICY, THRESHOLD, author_of, author_token
 from collm.vllm.drafting import Drafted, Drafter, RoundTimes, check_policy, policy_of
-from tests.decoding.test_engine import prompts_of, random_head
+from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 
 NEW = 30

@@ -27,9 +27,9 @@ from collm.core.policies import (
 )
 from collm.core.sampling import token_probs
 from collm.core.types import Completion
-from collm.decoding.request import Request
+from collm.engine.request import Request
 from collm.errors import ConfigError, RequestError
-from tests.decoding.test_engine import prompts_of
+from tests.engine.test_engine import prompts_of
 from tests.vllm.conftest import Cluster, Members, make_members
 
 Clusters = Callable[..., Cluster]

@@ -21,7 +21,7 @@ from collm.models.loading import load_model
 from collm.vllm import NOTE
 from collm.vllm.export import Note, defer_names, export_base
 from tests.architectures import EXACT
-from tests.decoding.test_engine import random_head
+from tests.engine.test_engine import random_head
 from tests.tiny_models import make_model, tiny_config
 
 IDS = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))

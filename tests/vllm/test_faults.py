@@ -9,11 +9,11 @@ import pytest
 
 from collm import CoLLM, SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
-from collm.decoding.engine import RequestOutput
-from collm.decoding.request import Request
+from collm.engine.engine import RequestOutput
+from collm.engine.request import Request
 from collm.errors import ModelFailure
 from collm.vllm.circuit_breaker import COOLS_S, TRIPS_AFTER, CircuitBreaker
-from tests.decoding.test_engine import prompts_of
+from tests.engine.test_engine import prompts_of
 from tests.vllm.conftest import Cluster
 from tests.vllm.fake import DOWN, HANG, FakeVllm, Fault, refusal
 from tests.vllm.test_engine import check_equal

@@ -33,7 +33,7 @@ from collm.errors import ConfigError, MismatchError
 from collm.vllm import HEAD, POLICY, THRESHOLD
 from collm.vllm.placement import one_engine
 from collm.vllm.servers import Servers
-from tests.decoding.test_engine import prompts_of, random_head
+from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 from tests.vllm.test_engine import check_drawn, check_equal
 from tests.vllm.test_servers import GREEDY, PYTHON, QUIET, SHAPE, _address, _counter, ask

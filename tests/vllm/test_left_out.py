@@ -21,10 +21,10 @@ from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import TaskItem
-from collm.models.text_tokenizer import TextTokenizer
 from collm.models.tools import ToolModel
+from collm.text.text_tokenizer import TextTokenizer
 from collm.training.data import Row
-from tests.decoding.test_engine import random_head
+from tests.engine.test_engine import random_head
 from tests.tiny_models import make_model, tiny_config
 from tests.tools.functions import miles
 from tests.two_tokenizers import two_tokenizers, writing_model

@@ -19,7 +19,7 @@ from collm.vllm import AUTHORS, HEAD, author_token
 from collm.vllm.drafting import policy_of
 from collm.vllm.export import head_digest
 from collm.vllm.servers import Servers
-from tests.decoding.test_engine import prompts_of, random_head
+from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 from tests.vllm.fake import DOWN, FakeVllm, Fault, Served
 from tests.vllm.test_engine import check_equal

@@ -28,7 +28,7 @@ from collm.vllm import THRESHOLD
 from collm.vllm.export import Note
 from collm.vllm.launch import ServerPlan, ServerProcess, launched
 from collm.vllm.servers import Servers
-from tests.decoding.test_engine import prompts_of, random_head
+from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 from tests.vllm.test_engine import check_drawn, check_equal
 

@@ -23,11 +23,11 @@ from collm.core.head import DeferralHead
 from collm.core.types import author_name
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.adapters import check_adapter
-from collm.models.guards import TokenizerIdentity
 from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
 from collm.models.members import AssistantSpec, Member, spec_of
 from collm.models.progress import quiet_if_small
-from collm.models.template import PromptTemplate
+from collm.text.guards import TokenizerIdentity
+from collm.text.template import PromptTemplate
 from collm.tools.spec import ToolFunction, ToolSpec, not_trusted
 from collm.untrusted import read_text
 

@@ -13,7 +13,7 @@ from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.loading import ModelSpec
 from collm.models.members import AssistantSpec
 from collm.models.names import looks_like_path
-from collm.models.template import PromptTemplate
+from collm.text.template import PromptTemplate
 from collm.tools.spec import ToolSpec
 from collm.untrusted import check_fields, contained, read_text
 from collm.version import __version__

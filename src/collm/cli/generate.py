@@ -12,7 +12,7 @@ from collm.core.params import SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
-    from collm.models.template import Prompt
+    from collm.text.template import Prompt
 
 
 @dataclass(frozen=True)

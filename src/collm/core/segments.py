@@ -1,7 +1,7 @@
 """Probability of a segment, the text between two boundaries, computed from an author's token probabilities.
 
 For a segment w of tokens t_1..t_n after a text x, q(w | x) = P(t_1 | START) P(t_2) .. P(t_n) P(START | x w), where
-START is the set of tokens that begin a segment (`models.alignment`). The last segment of a text has no final factor.
+START is the set of tokens that begin a segment (`text.alignment`). The last segment of a text has no final factor.
 
 Shapes: N positions, D segments, V vocabulary. Positions are the tokens of whole answers, concatenated, with one more
 token after an answer that was truncated.

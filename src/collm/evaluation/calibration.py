@@ -18,7 +18,7 @@ from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval, independent_difference, ratio_interval
 from collm.evaluation.metrics import metric_named
 from collm.evaluation.teacher_forced import ASSISTANTS_ALONE, BASE_ALONE
-from collm.models.template import Prompt
+from collm.text.template import Prompt
 
 DEFERRAL_RATES = tuple(i / 10 for i in range(11))
 EVEN_ODDS = 0.5

@@ -17,9 +17,9 @@ from collm.errors import ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
 from collm.evaluation.systems import System
 from collm.evaluation.tasks.task import Task, TaskItem
-from collm.models.chats import Chat
 from collm.models.members import spec_of
-from collm.models.template import Prompt
+from collm.text.chats import Chat
+from collm.text.template import Prompt
 from collm.training.data import Row
 
 OnProgress = Callable[[int, int], None]

@@ -19,7 +19,7 @@ from collm.core.types import Completion
 from collm.errors import ConfigError, MissingExtra, RequestError
 from collm.evaluation.gold import gold_views, greedy_writes
 from collm.evaluation.harness_options import batch_size_of, max_length_of, model_arguments, sampling_params
-from collm.models.template import tokenize
+from collm.text.template import tokenize
 from collm.training.aligned import aligned_example
 from collm.training.examples import Example, Examples, joined
 from collm.training.measures import TokenViews

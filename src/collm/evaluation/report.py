@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from collm.core.types import Completion, deferral_rate
-from collm.decoding.candidates import Candidates
+from collm.engine.candidates import Candidates
 from collm.errors import DataError
 from collm.evaluation.intervals import bootstrap_interval
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from collm.decoding.candidates import Candidates
+from collm.engine.candidates import Candidates
 from collm.errors import DAMAGED, ArtefactError
 from collm.evaluation.answers import Answer, read_answers
 from collm.evaluation.insights import DeferralCount, deferred_classes, deferred_tokens, run_lengths, shown

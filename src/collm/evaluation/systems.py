@@ -17,9 +17,9 @@ from collm.core.named import POLICIES, policy_named
 from collm.core.policies import Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE, author_name
 from collm.errors import ConfigError
-from collm.models.guards import TokenizerIdentity, check_tokenizers
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.text.guards import TokenizerIdentity, check_tokenizers
 from collm.tools.spec import ToolSpec
 
 COLLABORATION = "collaboration"

@@ -40,7 +40,7 @@ from collm.models.language_model import eos_set
 from collm.models.names import absolute, check_there, gguf_file, names_gguf
 from collm.models.progress import quiet_if_small
 from collm.models.quantized import check_known, quantized_with
-from collm.models.token_ids import MAX_GROWTH, normalizer_growth
+from collm.text.token_ids import MAX_GROWTH, normalizer_growth
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")

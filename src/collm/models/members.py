@@ -10,14 +10,14 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from collm.core.types import author_name
 from collm.errors import ConfigError, MismatchError
-from collm.models.alignment import Alignment
-from collm.models.guards import TokenizerIdentity, check_tokenizers, check_vocab_sizes, token_difference
 from collm.models.language_model import LanguageModel, without_adapter
 from collm.models.loading import ModelSpec, load_model, saved_eos_ids
 from collm.models.packing import can_pack, pack_linears
-from collm.models.template import PromptTemplate
-from collm.models.text_tokenizer import TextTokenizer
 from collm.models.tools import ToolModel
+from collm.text.alignment import Alignment
+from collm.text.guards import TokenizerIdentity, check_tokenizers, token_difference
+from collm.text.template import PromptTemplate
+from collm.text.text_tokenizer import TextTokenizer
 from collm.tools.spec import ToolFunction, ToolSpec
 
 AssistantSpec = ModelSpec | ToolSpec
@@ -146,3 +146,17 @@ def load_members(
         check_vocab_sizes([model], size_of(author))
         loaded.append(model)
     return loaded
+
+
+def check_vocab_sizes(models: Sequence[LanguageModel], vocab_size: int) -> None:
+    """Check that every model has logits for all of the tokenizer's ids. Further logits are padding.
+
+    Raises:
+        MismatchError: a model has fewer logits.
+    """
+    for model in models:
+        if model.padded_vocab_size < vocab_size:
+            raise MismatchError(
+                f"{model.name} has logits for {model.padded_vocab_size} token ids, but the tokenizer has {vocab_size}; "
+                "use the tokenizer the model was trained with"
+            )

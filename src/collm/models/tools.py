@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.types import ModelUsage
 from collm.errors import ToolFailure
 from collm.models.assistant import ModelOutput
-from collm.models.template import continuation_ids
-from collm.models.token_text import TokenText
+from collm.text.template import continuation_ids
+from collm.text.token_text import TokenText
 from collm.tools.calls import Answer, open_tool
 from collm.tools.spec import ToolSpec
 

@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.alignment import Alignment
 from collm.models.loading import ModelSpec, load_tokenizer
 from collm.models.members import AssistantSpec, aligned
-from collm.models.template import PromptTemplate
 from collm.run.options import RunConfig
+from collm.text.alignment import Alignment
+from collm.text.template import PromptTemplate
 from collm.tools.calls import open_tool
 from collm.tools.spec import ToolSpec
 from collm.training.aligned import encode

@@ -13,10 +13,10 @@ from collm.core.types import author_name
 from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, check_rates, check_refine
 from collm.evaluation.metrics import metric_named
-from collm.models.guards import check_accepted
 from collm.models.loading import ModelSpec, stop_ids
 from collm.models.members import AssistantSpec
-from collm.models.template import PromptTemplate
+from collm.text.guards import check_accepted
+from collm.text.template import PromptTemplate
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
 from collm.training.data import Row, Rows, load_rows
 from collm.untrusted import check_fields

@@ -12,13 +12,13 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.guards import ACCEPTABLE, TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.models.members import AssistantSpec
 from collm.models.tools import ToolModel
 from collm.run.data import Prepared, alignment_of, prepare
 from collm.run.options import DataConfig, RunConfig
+from collm.text.guards import ACCEPTABLE, TokenizerIdentity
 from collm.tools.spec import ToolSpec
 from collm.training.aligned import encode
 from collm.training.config import CoLLMConfig

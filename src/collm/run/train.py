@@ -21,7 +21,6 @@ from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ConfigError, MissingExtra
-from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_config, load_model
 from collm.models.names import names_gguf
@@ -31,6 +30,7 @@ from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare
 from collm.run.options import RunConfig
 from collm.run.scores import score_run
+from collm.text.guards import TokenizerIdentity
 from collm.training.checkpoints import check_origin, last_checkpoint
 from collm.training.config import CoLLMConfig
 from collm.training.dataset import TrainingSet

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from collm.core.types import PromptLogprob
-from collm.decoding.request import Request as EngineRequest
+from collm.engine.request import Request as EngineRequest
 from collm.serving.collaborations import Target
 from collm.serving.errors import APIError, broken
 from collm.serving.parsing import ParsedRequest

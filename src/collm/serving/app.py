@@ -16,7 +16,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from collm.collaboration import CoLLM
-from collm.models.template import Prompt
 from collm.serving.answering import answer
 from collm.serving.collaborations import Target
 from collm.serving.errors import APIError, invalid, refusal_of, unknown
@@ -38,6 +37,7 @@ from collm.serving.schemas import (
 from collm.serving.service import Service
 from collm.serving.settings import Settings
 from collm.serving.shapes import ChatShape, CompletionShape
+from collm.text.template import Prompt
 from collm.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {

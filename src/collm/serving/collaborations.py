@@ -11,14 +11,14 @@ from collm.core.calibration import Calibration
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.core.types import BASE
-from collm.decoding.request import PromptIds, check_prompt
+from collm.engine.request import PromptIds, check_prompt
 from collm.errors import CollmError, ConfigError, MissingExtra, RequestError
-from collm.models.chats import Chat
-from collm.models.template import Prompt, tokenize
 from collm.serving.errors import APIError, invalid, refused
 from collm.serving.schemas import CollmOptions
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
+from collm.text.chats import Chat
+from collm.text.template import Prompt, tokenize
 
 TOO_LONG = "context_length_exceeded"
 """OpenAI's code, at which clients shorten a conversation."""

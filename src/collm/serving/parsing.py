@@ -11,12 +11,8 @@ from pydantic_core import from_json
 
 from collm.core.params import SamplingParams, StructuredOutputs
 from collm.core.policies import Policy
-from collm.decoding.request import PromptIds, Request
+from collm.engine.request import PromptIds, Request
 from collm.errors import ConfigError, RequestError
-from collm.models.chats import Chat, Rendering, as_message
-from collm.models.template import Prompt
-from collm.models.tool_calls import ToolCallReader
-from collm.models.tool_formats import ToolFormat, grammar, tool_format
 from collm.serving.collaborations import Target
 from collm.serving.errors import invalid, refused
 from collm.serving.schemas import (
@@ -31,6 +27,10 @@ from collm.serving.schemas import (
     TokenizeRequest,
 )
 from collm.serving.settings import Settings
+from collm.text.chats import Chat, Rendering, as_message
+from collm.text.template import Prompt
+from collm.text.tool_calls import ToolCallReader
+from collm.text.tool_formats import ToolFormat, grammar, tool_format
 
 DEFAULT_MAX_TOKENS = SamplingParams().max_new_tokens
 

@@ -10,11 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from collm.core.types import TokenStep
-from collm.models.tool_calls import CallStart, Content, Delta
 from collm.serving.errors import APIError, invalid
 from collm.serving.parsing import ToolChoice
 from collm.serving.schemas import ChatRequest, FlatName, FlatTool, InputItem, ResponsesRequest, Sampled
 from collm.serving.shapes import AssistantMessage, Extras, Json, Part, Shape, encoded, sse
+from collm.text.tool_calls import CallStart, Content, Delta
 
 _LOGPROBS = "message.output_text.logprobs"
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from collm.core.types import TokenStep, deferral_rate
-from collm.models.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
 from collm.serving.errors import APIError
 from collm.serving.parsing import ToolChoice
 from collm.serving.token_texts import TokenTexts
+from collm.text.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
 
 Json = dict[str, Any]
 

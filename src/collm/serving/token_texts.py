@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.types import PromptLogprob, TokenStep, TopLogprobs
-from collm.models.token_text import TokenText
+from collm.text.token_text import TokenText
 
 _CONTEXT_TOKENS = 8
 

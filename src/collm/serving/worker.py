@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 
 from collm.collaboration import CoLLM
 from collm.core.types import TokenStep
-from collm.decoding.chunks import Chunks
-from collm.decoding.engine import DecodingLoop, RequestOutput
-from collm.decoding.request import Request
+from collm.engine.chunks import Chunks
+from collm.engine.engine import DecodingLoop, RequestOutput
+from collm.engine.request import Request
 from collm.errors import CollmError, ModelFailure
 from collm.serving.errors import APIError, not_now, of_failure
 

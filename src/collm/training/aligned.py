@@ -13,9 +13,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
-from collm.models.alignment import Alignment
-from collm.models.template import Encoded, PromptTemplate
-from collm.models.text_tokenizer import TextTokenizer
+from collm.text.alignment import Alignment
+from collm.text.template import Encoded, PromptTemplate
+from collm.text.text_tokenizer import TextTokenizer
 from collm.training.data import Row
 from collm.training.examples import Example, Examples, Segments, encode_row, encode_rows
 

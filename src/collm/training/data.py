@@ -3,7 +3,7 @@
 A row is {"prompt": text, "completion": text} or {"messages": [{"role": text, "content": text}, ...]}; the first form
 wins if a row has both, and a field that is null counts as absent. Prompt and completion may also be lists of messages
 (TRL), of which the completion is the target. Messages have OpenAI's format with tool calls, text parts and `weight`
-(`models.chats`), next to an optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`,
+(`text.chats`), next to an optional field `tools`. ShareGPT's `conversations` and Alpaca's `instruction`, `input`,
 `output` are recognised.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from collm.errors import ConfigError, DataError, RequestError
-from collm.models.chats import Chat, read_message, read_tools
+from collm.text.chats import Chat, read_message, read_tools
 from collm.training.directories import FILES, files_in
 from collm.training.formats import Format, format_named, text_field
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError, DataError, RequestError
-from collm.models.template import Encoded, PromptTemplate
+from collm.text.template import Encoded, PromptTemplate
 from collm.training.data import Row
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from typing import Any
 
 from collm.core.named import imported
 from collm.errors import ConfigError, DataError, RequestError
-from collm.models.chats import check_unicode
+from collm.text.chats import check_unicode
 
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 """GSM8K's calculator annotations, as in 48/2 = <<48/2=24>>24."""

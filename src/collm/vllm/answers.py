@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from collm.decoding.candidates import Likely
+from collm.engine.candidates import Likely
 
 _ROUNDING_NATS = 1e-3
 _ENDINGS = (None, "stop", "length")

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
 from collm.core.types import author_name
-from collm.decoding.candidates import Candidates, Likely, spelled
+from collm.engine.candidates import Candidates, Likely, spelled
 from collm.errors import ConfigError, MismatchError
-from collm.models.guards import PROBE, TokenizerIdentity
+from collm.text.guards import PROBE, TokenizerIdentity
 from collm.vllm import THRESHOLD
 from collm.vllm.endpoint import Endpoint, sockets
 from collm.vllm.export import defer_names
@@ -118,7 +118,7 @@ class Connections:
     def candidates(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
     ) -> list[list[Candidates]]:
-        """Compute what `decoding.candidates.top_candidates` does, from the servers' prompt log-probabilities.
+        """Compute what `engine.candidates.top_candidates` does, from the servers' prompt log-probabilities.
 
         Raises:
             ConfigError: the servers cannot provide them.

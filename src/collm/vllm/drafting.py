@@ -23,11 +23,11 @@ from collm.core.objective import author_logprobs, defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.core.types import BASE
-from collm.decoding.draws import Draw
+from collm.engine.draws import Draw
+from collm.engine.kv_cache import in_pages
+from collm.engine.runner import ModelRunner
 from collm.errors import CollmError, ConfigError, ModelFailure
-from collm.models.kv_cache import in_pages
-from collm.models.runner import ModelRunner
-from collm.models.slot_table import common_prefix
+from collm.text.token_ids import common_prefix
 from collm.vllm import OF_ONE_ENGINE, POLICY, PREFIX, THRESHOLD
 
 _KNOWN_KEYS = (THRESHOLD, *OF_ONE_ENGINE)
@@ -104,7 +104,7 @@ class Drafted:
         return last is not None and (last.draw is None or last.draw.token_id in self.end_ids)
 
     def uniform(self, position: int) -> float:
-        """The random number in [0, 1) for a position's author, as in `decoding.sequence.Sequence.uniform`."""
+        """The random number in [0, 1) for a position's author, as in `engine.sequence.Sequence.uniform`."""
         while len(self._uniforms) <= position:
             self._uniforms.append(self._random.random())
             self._random.random()  # the number for the token itself

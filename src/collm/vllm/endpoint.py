@@ -16,7 +16,7 @@ import anyio
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every version re-exports it
 
 from collm.core.types import ModelUsage
-from collm.decoding.candidates import Likely
+from collm.engine.candidates import Likely
 from collm.errors import LoadError, ModelFailure
 from collm.vllm.answers import (
     ErrorEventError,

@@ -20,11 +20,11 @@ from collm.core.objective import defer_probs
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
-from collm.decoding.draws import Draw
-from collm.decoding.engine import RequestOutput
-from collm.decoding.request import Request, check_params, check_prompt
-from collm.decoding.sequence import Decision, Sequence
-from collm.decoding.speculation import AcceptanceRates
+from collm.engine.draws import Draw
+from collm.engine.engine import RequestOutput
+from collm.engine.request import Request, check_params, check_prompt
+from collm.engine.sequence import Decision, Sequence
+from collm.engine.speculation import AcceptanceRates
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.assistant import Assistant
 from collm.vllm import ROW_SCALE, THRESHOLD
@@ -77,7 +77,7 @@ class Run:
 
 
 class ServerEngine(Generic[C]):
-    """Decodes requests on servers, which batch concurrent requests. It has the interface of `decoding.engine.Engine`.
+    """Decodes requests on servers, which batch concurrent requests. It has the interface of `engine.engine.Engine`.
 
     Args:
         connections: connections to the servers.

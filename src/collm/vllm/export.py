@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from collm.atomic import atomic_directory
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ArtefactError, ConfigError, LoadError, UnsupportedModel
-from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel, without_adapter
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.models.members import spec_of
+from collm.text.guards import TokenizerIdentity
 from collm.untrusted import read_text
 from collm.version import __version__
 from collm.vllm import NOTE, NOTE_FORMAT, ROW_SCALE

@@ -24,12 +24,12 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from collm.artefact import load_parts, local_directory
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.sampling import seeded
-from collm.decoding.draws import Draw
+from collm.engine.draws import Draw
+from collm.engine.runner import ModelRunner
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
-from collm.models.guards import TokenizerIdentity
 from collm.models.language_model import LanguageModel
 from collm.models.members import load_members
-from collm.models.runner import ModelRunner
+from collm.text.guards import TokenizerIdentity
 from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import DraftDecision, Drafted, Drafter, policy_of
 from collm.vllm.export import head_digest

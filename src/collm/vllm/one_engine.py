@@ -14,10 +14,10 @@ from collm.core.head import DeferralHead
 from collm.core.named import name_of
 from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE
-from collm.decoding.candidates import Candidates
-from collm.decoding.draws import Draw
-from collm.decoding.request import Request
-from collm.decoding.sequence import Decision
+from collm.engine.candidates import Candidates
+from collm.engine.draws import Draw
+from collm.engine.request import Request
+from collm.engine.sequence import Decision
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.vllm import AUTHORS, HEAD, POLICY, author_of
 from collm.vllm.answers import GeneratedToken

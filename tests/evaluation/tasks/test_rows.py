@@ -8,7 +8,7 @@ import pytest
 
 from collm.errors import ConfigError, DataError
 from collm.evaluation.tasks.rows import RowsTask
-from collm.models.template import PromptTemplate
+from collm.text.template import PromptTemplate
 from tests.evaluation.tasks.files import jsonl
 
 CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "Paris."}]

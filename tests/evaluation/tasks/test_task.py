@@ -13,7 +13,7 @@ from collm.evaluation.tasks.gsm8k import Gsm8k
 from collm.evaluation.tasks.named import TASKS, task_named
 from collm.evaluation.tasks.rows import RowsTask
 from collm.evaluation.tasks.task import TaskItem
-from collm.models.template import PromptTemplate
+from collm.text.template import PromptTemplate
 from tests.evaluation.tasks.files import jsonl
 from tests.tokenizers import merging_tokenizer
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.sampling import seeded
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval
-from collm.models.chats import Chat, Message
-from collm.models.template import Prompt, PromptTemplate
+from collm.text.chats import Chat, Message
+from collm.text.template import Prompt, PromptTemplate
 from collm.training.data import Row, load_rows
 
 Shot = tuple[str, str]

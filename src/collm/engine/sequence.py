@@ -1,0 +1,352 @@
+"""A request while it is decoded: its final tokens, its draft, and the author chosen for each position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.core.policies import StepView
+from collm.core.sampling import seeded
+from collm.core.types import BASE, Completion, FinishReason, TokenStep
+from collm.engine.draws import Draw, Sampling
+from collm.engine.logits_processors import Edits, LogitsProcessors
+from collm.engine.lookup import PromptLookup
+from collm.engine.request import Request
+from collm.engine.speculation import AcceptanceRates
+from collm.engine.text import TextStream
+from collm.errors import ConfigError
+from collm.models.assistant import Assistant
+from collm.text.grammars import Grammar
+
+
+@dataclass
+class Decision:
+    """The author chosen for one position, and the token it writes.
+
+    Attributes:
+        author: the policy's choice.
+        defer_prob: 1 - P(Z = 0) at this position.
+        guess: the token that the base would write; None if it is not needed.
+        choice: the token that the author writes; None until the author has run.
+        abstained: whether the author abstained, so that the base's guess is used.
+        stood_in: whether the author's server was unavailable, so that the base writes.
+        rest: tokens that follow `choice` in the same segment.
+    """
+
+    author: int
+    defer_prob: float
+    guess: Draw | None
+    choice: Draw | None
+    abstained: bool = False
+    stood_in: bool = False
+    rest: list[Draw] = field(default_factory=list)
+
+
+class Unit(Protocol):
+    """What a decision is about, if not a token (`engine.segments`)."""
+
+    current: list[Draw]
+
+    @property
+    def longest(self) -> int: ...
+
+    def text_of(self, author: int) -> list[int]: ...
+
+    def add_edits(self, edits: Edits, author: int, row: int) -> None: ...
+
+    def uniform(self, author: int) -> float: ...
+
+    def decide(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> None: ...
+
+    def resolve(self, decision: Decision, draw: Draw | None) -> None: ...
+
+
+class Sequence:
+    """A request in progress.
+
+    `token_ids` are final. `draft` holds tentative tokens after them, which are dropped once the author of a position
+    is known to write another token. `decisions[i]` belongs to the token after `token_ids + draft[:i]`, as far as the
+    base has read.
+
+    Attributes:
+        token_ids: prompt and completion.
+        draft: tentative tokens.
+        decisions: at most one more than there are draft tokens.
+        segments: the unit of decisions if the authors have different tokenizers; None if it is a token.
+        assistant_draft: completion position -> assistant and its token, valid if the draft up to there is accepted.
+        cuts: author -> number of leading tokens that it need not read again; its `Reader` rolls back to them.
+        steps: the tokens generated so far.
+        deferred: number of these for which an assistant was asked.
+        last_author: the policy's choice for the last of these.
+        waited: steps since the sequence began to wait for an assistant.
+        consulted: assistants that the policy consults before it decides; if there are any, nothing is drafted.
+        end_ids: the tokens that end the text.
+        max_length: largest length of `token_ids` in the models' contexts and caches; None if unlimited.
+        processors: the request's logits processors, or None.
+        edits_logits: whether logits are edited before tokens are drawn from them.
+        acceptance: acceptance rates of this sequence's drafts.
+        finish_reason: set with the last token.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        authors: ListOf[Assistant],
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: frozenset[int],
+        acceptance: AcceptanceRates,
+        grammar: Grammar | None = None,
+    ) -> None:
+        params = request.params
+        self.number = number
+        self.request = request
+        self.authors = authors
+        self.token_ids = list(request.prompt_ids)
+        self.draft: list[int] = []
+        self.decisions: list[Decision] = []
+        self.segments: Unit | None = None
+        self.assistant_draft: dict[int, tuple[int, Draw]] = {}
+        self.cuts: dict[int, int] = {}
+        self.steps: list[TokenStep] = []
+        self.deferred = 0
+        self.last_author = BASE
+        self.waited = 0
+        self.acceptance = acceptance
+        self.lookup = PromptLookup(self.token_ids)
+        self.consulted = request.policy.consults(len(authors) - 1)
+        self.finish_reason: FinishReason | None = None
+        self.max_length = shortest_limit(authors)
+        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self.end_ids = self._eos_ids.union(params.stop_token_ids)
+        self.processors: LogitsProcessors | None = None
+        if params.changes_logits:
+            ends = eos_ids | self.end_ids  # min_tokens forbids EOS even if EOS is ignored
+            self.processors = LogitsProcessors(params, request.prompt_ids, tokenizer, ends, grammar)
+        self.edits_logits = self.processors is not None
+        self._stream = TextStream(
+            tokenizer, request.prompt_ids, params.stop, keep_stop=params.include_stop_str_in_output
+        )
+        self.rng = seeded(params.seed)
+        self._uniforms: list[tuple[float, float]] = []
+
+    # What authors read
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of final and draft tokens."""
+        return len(self.token_ids) + len(self.draft)
+
+    @property
+    def generated(self) -> list[int]:
+        """The final tokens after the prompt."""
+        return self.token_ids[len(self.request.prompt_ids) :]
+
+    def text_of(self, author: int) -> list[int]:
+        """The tokens that an author reads: the final ones and the draft."""
+        if self.segments is not None and author != BASE:
+            return self.segments.text_of(author)
+        return self.token_ids + self.draft
+
+    @property
+    def draft_limit(self) -> int:
+        """Longest draft that leaves room for one more token. Segments are not drafted."""
+        if self.segments is not None:
+            return 0
+        limit = self.request.params.max_new_tokens - len(self.steps) - 1
+        return limit if self.max_length is None else min(limit, self.max_length - len(self.token_ids) - 1)
+
+    def most_positions(self, extra: int) -> int:
+        """Cache positions that an author may need after `extra` more tokens."""
+        most = len(self.request.prompt_ids) + self.request.params.max_new_tokens
+        most = most if self.max_length is None else min(most, self.max_length)
+        longest = self.num_tokens if self.segments is None else self.segments.longest
+        return longest + min(extra, most - self.num_tokens)
+
+    # Logits and random numbers
+
+    def add_edits(self, edits: Edits, author: int, rows: range, first: int) -> None:
+        """Add the request's edits of an author's logits, whose rows belong to the decisions from `first` on."""
+        if self.segments is not None:
+            self.segments.add_edits(edits, author, rows[0])
+        if self.processors is not None and (self.segments is None or author == BASE):
+            generated = self.generated
+            for i, row in enumerate(rows, first):
+                self.processors.add_edits(edits, row, generated + self.draft[:i])
+
+    def uniform(self, position: int, of: int) -> float:
+        """The random number from [0, 1) of a completion position: for its author (`of` = 0) or its token (1)."""
+        while len(self._uniforms) <= position:
+            self._uniforms.append((self.rng.random(), self.rng.random()))
+        return self._uniforms[position][of]
+
+    def sampling(self, author: int, i: int) -> Sampling:
+        """Sampling settings for an author's token at decision i."""
+        params = self.request.params
+        if not params.temperature:
+            return Sampling(params)
+        if self.segments is not None:
+            return Sampling(params, self.segments.uniform(author))
+        return Sampling(params, self.uniform(len(self.steps) + i, 1))
+
+    # Decisions
+
+    @property
+    def waits_for(self) -> int | None:
+        """The assistant that must run before the next token is final."""
+        return self.decisions[0].author if self.decisions and self.decisions[0].choice is None else None
+
+    def undecided(self, author: int) -> range:
+        """The decisions from the first to the last one that waits for this assistant."""
+        waiting = [i for i, decision in enumerate(self.decisions) if decision.author == author and not decision.choice]
+        return range(waiting[0], waiting[-1] + 1)
+
+    def decide(self, rows: Iterable[tuple[Draw | None, ListOf[float]]]) -> None:
+        """Choose authors for the positions that the base has just read.
+
+        Args:
+            rows: for each position, the token that the base would write; and the token fed next in a run or -1, the
+                defer prob, and P(author).
+        """
+        for guess, (followed, defer_prob, *author_probs) in rows:
+            assert guess is not None
+            if self.segments is not None:
+                self.segments.decide(guess, defer_prob, author_probs)
+                return
+            author = self.choose_author(defer_prob, author_probs)
+            self.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
+            if followed >= 0:
+                if author != BASE or guess.token_id != followed or followed in self.end_ids:
+                    return
+                self.draft.append(guess.token_id)
+
+    def choose_author(
+        self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
+    ) -> int:
+        """Ask the policy for the author after the last decision.
+
+        Args:
+            top: author -> its most probable token and the probability, for the base and the consulted assistants.
+
+        Raises:
+            ConfigError: the policy chose an author that does not exist.
+            Exception: the policy raised it.
+        """
+        position, top = len(self.steps) + len(self.decisions), top or {}
+        view = StepView(
+            position=position,
+            deferred=self.deferred + sum([decision.author != BASE for decision in self.decisions]),
+            author_probs=author_probs,
+            defer_prob=defer_prob,
+            temperature=self.request.params.temperature,
+            uniform=self.uniform(position, 0),
+            top_tokens={author: token for author, (token, _) in top.items()},
+            top_probs={author: prob for author, (_, prob) in top.items()},
+        )
+        author = self.request.policy.author(view)
+        if not 0 <= author < len(self.authors):
+            raise ConfigError(f"{self.request.policy} chose author {author}, expected 0 to {len(self.authors) - 1}")
+        return author
+
+    def resolve(self, i: int, draw: Draw | None) -> None:
+        """Set the token that an assistant writes at decision i; `draw` is None if it abstains."""
+        decision, self.waited = self.decisions[i], 0
+        if self.segments is not None:
+            self.segments.resolve(decision, draw)
+            return
+        decision.abstained = draw is None
+        decision.choice = draw or decision.guess
+        if decision.guess is not None and decision.choice is not None:
+            self.acceptance.observe_agreement(decision.guess.token_id == decision.choice.token_id)
+
+    def settle(self) -> list[TokenStep]:
+        """Reject draft tokens that their author does not write, and return the tokens that are now final."""
+        self._reject_draft()
+        steps = []
+        while self.decisions and (drawn := self.decisions[0].choice) and self.finish_reason is None:
+            decision = self.decisions.pop(0)
+            self.assistant_draft.pop(len(self.steps), None)
+            for each in (drawn, *decision.rest):
+                if self.finish_reason is None:
+                    steps.append(self._append(decision, each))
+            del self.draft[:1]
+        return steps
+
+    def _reject_draft(self) -> None:
+        for i, decision in enumerate(self.decisions):
+            author, drawn = self.assistant_draft.get(len(self.steps) + i, (BASE, None))
+            if decision.choice is None and decision.author == author:
+                decision.choice = drawn
+            if decision.choice and i < len(self.draft) and self.draft[i] != decision.choice.token_id:
+                del self.draft[i:], self.decisions[i + 1 :]
+                self.assistant_draft.clear()
+                for author in range(len(self.authors)):
+                    self.cut(author, self.num_tokens)
+                return
+
+    def cut(self, author: int, length: int) -> None:
+        """Let an author keep only the first `length` tokens that it has read."""
+        self.cuts[author] = min(self.cuts.get(author, length), length)
+
+    def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
+        token_id, params = drawn.token_id, self.request.params
+        self.acceptance.observe_token(self.last_author, decision.author, self.lookup.next_token(), token_id)
+        self.last_author = decision.author
+        self.token_ids.append(token_id)
+        self.deferred += decision.author != BASE
+        text = ""
+        if token_id not in self.end_ids or (params.include_stop_str_in_output and token_id in params.stop_token_ids):
+            text = self._stream.push(token_id, may_stop=len(self.steps) >= params.min_tokens)
+        self.finish_reason = self._finished(token_id)
+        if self.finish_reason is not None:
+            text += self._stream.finish()
+        writer = BASE if decision.abstained else decision.author
+        numbers = (decision.defer_prob, drawn.logprob, drawn.top)
+        step = TokenStep(token_id, text, writer, *numbers, stood_in=decision.stood_in)
+        self.steps.append(step)
+        return step
+
+    def _finished(self, token_id: int) -> FinishReason | None:
+        if token_id in self._eos_ids:
+            return "eos"
+        if token_id in self.end_ids or self._stream.stopped:
+            return "stop"
+        if self.processors is not None and self.processors.is_complete(self.generated):
+            return "stop"
+        full = self.max_length is not None and len(self.token_ids) >= self.max_length
+        if full or len(self.steps) + 1 >= self.request.params.max_new_tokens:
+            return "length"
+        return None
+
+    def preempt(self) -> None:
+        """Drop everything that is not final. It is computed again later."""
+        self.draft.clear()
+        self.decisions.clear()
+        self.assistant_draft.clear()
+        self.waited = 0
+        if self.segments is not None:
+            self.segments.current.clear()
+
+    def completion(self) -> Completion:
+        """The completion of a finished sequence."""
+        assert self.finish_reason is not None
+        return Completion(
+            token_ids=[step.token_id for step in self.steps],
+            token_texts=[step.text for step in self.steps],
+            authors=[step.author for step in self.steps],
+            defer_probs=[step.defer_prob for step in self.steps],
+            logprobs=[step.logprob for step in self.steps],
+            finish_reason=self.finish_reason,
+            prompt_token_ids=self.request.prompt_ids,
+            top_logprobs=[step.top_logprobs for step in self.steps if step.top_logprobs],
+            stood_in=[i for i, step in enumerate(self.steps) if step.stood_in],
+        )
+
+
+def shortest_limit(authors: ListOf[Assistant]) -> int | None:
+    """Largest length that the contexts and caches of all these authors allow; None if unlimited."""
+    return min([n for one in authors for n in (one.max_length, one.capacity) if n is not None], default=None)

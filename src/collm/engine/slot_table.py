@@ -1,0 +1,195 @@
+"""The KV slots of one model: which tokens each holds, what a new sequence can take over, and their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from collm.engine.kv_cache import PAGE, PagedCache, ReservedCache
+from collm.errors import CacheFull, ConfigError
+from collm.models.language_model import LanguageModel
+from collm.text.token_ids import common_prefix
+
+MIN_SHARED = 16
+"""Shortest prefix that is copied from another slot instead of being read again."""
+
+
+class SlotTable:
+    """The slots of one model.
+
+    A closed slot keeps its KV cache until the memory is needed. The next turn of a chat, or another completion of the
+    same prompt, then reads only its new tokens.
+
+    Args:
+        paged: keep keys and values in pages; otherwise every slot reserves addresses, which needs a CPU.
+
+    Attributes:
+        max_length: largest number of tokens of a sequence in the model's context; None if unlimited.
+        bytes_per_position: memory of a token's keys and values; 0 until it is measured.
+    """
+
+    def __init__(self, model: LanguageModel, *, paged: bool) -> None:
+        self.model = model
+        self.name = model.name
+        self.max_length = model.max_length
+        self.bytes_per_position = 0
+        self._paged = paged
+        self._texts: list[list[int]] = []  # slot -> the tokens in its cache
+        self._closed: list[int] = []  # free slots, the longest free first
+        self._cache: ReservedCache | PagedCache
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def open_slots(self) -> int:
+        return len(self._texts) - len(self._closed)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that all slots together can hold, in whole pages (`kv_cache.in_pages`)."""
+        return self._cache.capacity
+
+    @property
+    def most_slots(self) -> int:
+        """Number of slots that can be open at once."""
+        return self._cache.slots
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of cached tokens of each open or closed slot."""
+        return [len(text) for text in self._texts]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values."""
+        return self._cache.allocated_bytes
+
+    def set_capacity(self, positions: int) -> None:
+        """Allocate a new cache of `positions` positions. The content of closed slots is dropped.
+
+        Raises:
+            ConfigError: `positions` is less than a page.
+        """
+        if positions < PAGE:
+            raise ConfigError(
+                f"the KV cache memory of {self.name} holds {positions} tokens of {self.bytes_per_position:,} "
+                f"bytes each, expected at least {PAGE}; raise cache_memory"
+            )
+        assert not self.open_slots
+        self._texts, self._closed = [], []
+        layers = int(self.model.config.num_hidden_layers)
+        if self._paged:
+            self._cache = PagedCache(layers, positions, self.max_length, self.model.input_device)
+        else:
+            self._cache = ReservedCache(layers, positions, self.max_length)
+
+    @torch.inference_mode()
+    def open(self, token_ids: Sequence[int] = ()) -> int:
+        """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all.
+
+        Raises:
+            CacheFull: all slots are open.
+        """
+        source, shared = self._longest_prefix(token_ids)
+        if source in self._closed and 2 * shared >= len(self._texts[source]):
+            slot = source  # reuse it, as little of its content is lost
+        else:
+            slot = self._free_slot()
+            if slot != source:
+                self._cache.release(slot)
+                try:
+                    if shared:
+                        self._make_room({slot: shared}, except_slot=source)
+                        self._cache.copy(source, slot, shared)
+                except CacheFull:
+                    shared = 0
+        if slot in self._closed:
+            self._closed.remove(slot)
+        self._texts[slot] = list(token_ids[:shared])
+        return slot
+
+    @torch.inference_mode()
+    def close(self, slot: int, *, wipe: bool = False) -> None:
+        """Close the slot. `wipe` wipes its cache, which is necessary after the model returned NaN."""
+        self._closed.append(slot)
+        if wipe:
+            self._drop(slot, wipe=True)
+
+    @torch.inference_mode()
+    def forget(self) -> None:
+        """Drop the caches of closed slots. Call this when the model's weights have changed."""
+        for slot in self._closed:
+            self._drop(slot)
+        self._closed.sort()
+        if not self.open_slots:
+            self._texts, self._closed = [], []
+
+    def length(self, slot: int) -> int:
+        """Number of tokens in the slot's cache."""
+        return len(self._texts[slot])
+
+    def rollback(self, slot: int, length: int) -> None:
+        """Drop everything after the first `length` tokens."""
+        assert 0 <= length <= len(self._texts[slot])
+        del self._texts[slot][length:]
+
+    def confirm(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Accept these tokens of a run into the slot."""
+        self._texts[slot].extend(token_ids)
+
+    @contextmanager
+    def _unchanged_on_failure(self, slots: Iterable[int]) -> Iterator[None]:
+        """Roll the slots back if the block raises."""
+        starts = {slot: len(self._texts[slot]) for slot in slots}
+        try:
+            yield
+        except Exception:
+            for slot, start in starts.items():
+                self.rollback(slot, start)
+            raise
+
+    def _make_room(self, lengths: Mapping[int, int], *, except_slot: int = -1) -> None:
+        """Allocate cache for `lengths` tokens of each slot, dropping caches of closed slots if necessary.
+
+        Raises:
+            CacheFull: the open slots use too much of the cache.
+        """
+        lengths = {slot: length for slot, length in lengths.items() if length > self._cache.held.get(slot, 0)}
+        if not lengths:
+            return
+        missing = self._cache.missing(lengths)
+        for slot in self._closed:
+            if missing > 0 and slot not in (*lengths, except_slot):
+                missing -= self._cache.held.get(slot, 0)
+                self._drop(slot)
+        if missing > 0:
+            raise CacheFull(
+                f"the KV cache of {self.name} holds {self._cache.capacity:,} tokens, {missing:,} too few for the "
+                "running sequences; raise cache_memory or decode fewer sequences at once"
+            )
+        for slot, length in lengths.items():
+            self._cache.hold(slot, length)
+
+    def _drop(self, slot: int, *, wipe: bool = False) -> None:
+        self._texts[slot].clear()
+        self._cache.release(slot, wipe=wipe)
+
+    def _longest_prefix(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """The slot with the longest common prefix with `token_ids[:-1]`, and its length; (-1, 0) if it is too short."""
+        wanted = list(token_ids[:-1])
+        shared = [common_prefix(wanted, text) for text in self._texts]
+        longest = max(shared, default=0)
+        return (shared.index(longest), longest) if longest >= MIN_SHARED else (-1, 0)
+
+    def _free_slot(self) -> int:
+        """An empty closed slot, else the one closed first, else a new one. Low numbers keep active slots adjacent."""
+        if self._closed:
+            return min(self._closed, key=lambda slot: slot if not self._texts[slot] else len(self._texts))
+        if len(self._texts) == self.most_slots:
+            raise CacheFull(f"{self.name} has no free slot; all {self.most_slots} slots are open")
+        self._texts.append([])
+        return len(self._texts) - 1

@@ -1,0 +1,1 @@
+"""Text and tokens: chats, templates, tokenizers and their alignment, tool calls, grammars."""
