@@ -15,7 +15,7 @@ from collm.core.types import PromptLogprob, author_name
 from collm.engine.cache_memory import cache_bytes, share_cache_memory
 from collm.engine.candidates import Candidates, top_candidates
 from collm.engine.chunks import Chunks
-from collm.engine.engine import LOOKAHEAD, MAX_WAIT, DecodingLoop, Engine
+from collm.engine.engine import DecodingLoop, Engine, Limits
 from collm.engine.logits_processors import bad_word_tokens
 from collm.engine.prompt_logprobs import prompt_logprobs
 from collm.engine.request import check_params, check_segment_params
@@ -134,23 +134,20 @@ class InMemory:
         return Grammars(self._tokenizer, TokenizerIdentity.of(self._tokenizer).vocab_size, self._eos_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> Engine:
-        base, *assistants = self.runners
         for member, runner in zip(self._given, self.runners, strict=True):
             if isinstance(member, nn.Module):  # its weights may have changed since the last call
                 runner.forget()
             if isinstance(runner, ModelRunner):
                 runner.prepare(max_batch)
+        given = {"max_batch": max_batch, "lookahead": lookahead, "max_wait": max_wait}
         return Engine(
-            cast(ModelRunner, base),
-            assistants,
+            self.runners,
             self._head,
             self._tokenizer,
+            Limits(**{name: value for name, value in given.items() if value is not None}),
             eos_ids=self._eos_ids,
             grammars=self.grammars,
             alignment=self._alignment,
-            max_batch=max_batch,
-            lookahead=LOOKAHEAD if lookahead is None else lookahead,
-            max_wait=MAX_WAIT if max_wait is None else max_wait,
         )
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:

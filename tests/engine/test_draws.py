@@ -9,15 +9,18 @@ import torch
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import token_probs
-from collm.engine.draws import Draw, Sampling, draw_tokens
+from collm.engine.reader import draw_tokens
+from collm.engine.sequence import Draw
 
 
 def greedy_draws(logits: torch.Tensor, *others: torch.Tensor) -> tuple[list[Draw], list[list[float]]]:
-    return draw_tokens(logits, [Sampling(SamplingParams(temperature=0.0))] * len(logits), *others)
+    count = len(logits)
+    return draw_tokens(logits, [SamplingParams(temperature=0.0)] * count, [0.0] * count, *others, raw=logits)
 
 
 def sampled_draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> Draw:
-    return draw_tokens(logits.unsqueeze(0), [Sampling(params, uniform)])[0][0]
+    row = logits.unsqueeze(0)
+    return draw_tokens(row, [params], [uniform], raw=row)[0][0]
 
 
 LOGITS = 2 * torch.randn(5, 13, generator=torch.Generator().manual_seed(3))
@@ -28,7 +31,7 @@ def test_greedy_draws_are_the_argmax_and_its_log_probability() -> None:
     logprobs = torch.log_softmax(LOGITS, -1)
     assert [draw.token_id for draw in draws] == LOGITS.argmax(-1).tolist()
     assert [draw.logprob for draw in draws] == pytest.approx(logprobs.amax(-1).tolist(), abs=1e-5)
-    assert not any(draw.invalid for draw in draws)
+    assert not any(math.isnan(draw.logprob) for draw in draws)
     assert others == [[]] * 5
 
 
@@ -45,10 +48,10 @@ def test_a_row_without_a_distribution_is_broken_and_its_neighbours_are_not(bad: 
     logits[2] = bad
     logits[4, 7] = math.nan
     draws, _ = greedy_draws(logits)
-    assert [draw.invalid for draw in draws] == [False, False, True, False, True]
+    assert [math.isnan(draw.logprob) for draw in draws] == [False, False, True, False, True]
     whole, _ = greedy_draws(LOGITS)
     assert [draws[row] for row in (0, 1, 3)] == [whole[row] for row in (0, 1, 3)]
-    assert sampled_draw(logits[2], SamplingParams(temperature=1.0), 0.5).invalid
+    assert math.isnan(sampled_draw(logits[2], SamplingParams(temperature=1.0), 0.5).logprob)
 
 
 def test_tokens_that_are_ruled_out_break_nothing() -> None:

@@ -97,8 +97,7 @@ def test_one_tokenizer_twice_that_never_defers_is_plain_generation() -> None:
     runners = ModelRunner(LanguageModel(base, name="base")), ModelRunner(LanguageModel(base, name="assistant"))
     grammars = Grammars(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
     engine = Engine(
-        runners[0],
-        [runners[1]],
+        runners,
         head,
         tokenizer,
         eos_ids=frozenset({tokenizer.eos_token_id}),

@@ -91,7 +91,8 @@ def test_one_slow_pass_among_many_counts_for_little_and_a_lasting_change_is_lear
 def changes(acceptance: AcceptanceRates) -> dict[str, int]:
     """Which chances rose (1) and which fell (-1)."""
     before, after = asdict(AcceptanceRates()), asdict(acceptance)
-    return {name: 1 if after[name] > before[name] else -1 for name in after if after[name] != before[name]}
+    moved = [name for name in after if name != "previous" and after[name] != before[name]]
+    return {name: 1 if after[name] > before[name] else -1 for name in moved}
 
 
 @pytest.mark.parametrize(
@@ -110,8 +111,9 @@ def changes(acceptance: AcceptanceRates) -> dict[str, int]:
 def test_a_token_moves_the_chances_it_bears_on(
     previous: int, author: int, predicted: int | None, token_id: int, expected: dict[str, int]
 ) -> None:
-    acceptance = AcceptanceRates()
-    acceptance.observe_token(previous, author, predicted, token_id)
+    acceptance = AcceptanceRates(previous=previous)
+    acceptance.observe_token(author, predicted, token_id)
+    assert acceptance.previous == author
     assert changes(acceptance) == expected
 
 
@@ -125,17 +127,19 @@ def test_an_answer_moves_only_the_chance_of_agreement(agreed: bool, expected: di
 def test_chances_approach_what_always_happens() -> None:
     acceptance = AcceptanceRates()
     for _ in range(100):
-        acceptance.observe_token(0, 1, 3, 3)
-        acceptance.observe_token(1, 0, None, 3)
+        acceptance.observe_token(1, 3, 3)
+        acceptance.observe_token(0, None, 3)
         acceptance.observe_agreement(True)
-    assert asdict(acceptance) == pytest.approx({"start": 1.0, "run": 0.0, "agree": 1.0, "lookup": 1.0}, abs=1e-3)
+    assert asdict(acceptance) == pytest.approx(
+        {"start": 1.0, "run": 0.0, "agree": 1.0, "lookup": 1.0, "previous": 0}, abs=1e-3
+    )
 
 
 def test_a_copy_of_odds_goes_its_own_way() -> None:
     acceptance = AcceptanceRates(start=0.5)
     copy = acceptance.copy()
     assert copy == acceptance
-    copy.observe_token(0, 1, None, 1)
+    copy.observe_token(1, None, 1)
     assert acceptance == AcceptanceRates(start=0.5)
 
 

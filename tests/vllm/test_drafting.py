@@ -23,8 +23,8 @@ from collm.core.policies import (
     SingleAuthorPolicy,
     ThresholdPolicy,
 )
-from collm.engine.draws import Draw
 from collm.engine.runner import ModelRunner
+from collm.engine.sequence import Draw
 from collm.errors import ConfigError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.vllm import POLICY, THRESHOLD, author_of, author_token

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
 from collm.core.types import BASE, Completion, TokenStep
-from collm.engine.author_outputs import Consultation, decide_together
+from collm.engine.consulting import decide_together
 from collm.engine.kv_cache import PAGE, in_pages
 from collm.engine.planner import Planner
 from collm.engine.reader import AuthorOutput, Reader, as_failure
 from collm.engine.request import Request, check_request
 from collm.engine.runner import ModelRunner
 from collm.engine.segments import SegmentUnit
-from collm.engine.sequence import Sequence
+from collm.engine.sequence import Consultation, Decision, Sequence
 from collm.errors import CollmError, ConfigError, PolicyFailure
 from collm.models.assistant import Assistant
 from collm.text.alignment import Alignment
@@ -30,12 +30,31 @@ from collm.text.grammars import Grammars
 
 _LOG = logging.getLogger(__name__)
 
-LOOKAHEAD = 16
-"""Default limit of draft tokens per sequence."""
-MAX_WAIT = 16
-"""Default limit of steps that a sequence waits so that an assistant call serves several sequences."""
 _HEADROOM = 2 * PAGE
 """Cache positions reserved for each sequence beyond its text and draft."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a decoding loop.
+
+    Attributes:
+        max_batch: largest number of sequences decoded at once; further requests wait.
+        lookahead: largest number of draft tokens per sequence; 0 disables drafts.
+        max_wait: largest number of steps a sequence waits for others that need the same assistant; 0 disables waiting.
+
+    Raises:
+        ConfigError: a limit is out of range.
+    """
+
+    max_batch: int = 16
+    lookahead: int = 16
+    max_wait: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value, least in zip((one.name for one in fields(self)), vars(self).values(), (1, 0, 0), strict=True):
+            if value < least:
+                raise ConfigError(f"{name} is {value}, expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -78,56 +97,45 @@ class Engine:
     times and never change a token.
 
     Args:
-        base: runner of the base.
-        assistants: runners of authors 1..K.
+        authors: runners of the base and of the assistants 1..K.
         head: the deferral head, K outputs.
         tokenizer: the tokenizer of all models.
         eos_ids: tokens that end a sequence.
         grammars: compiles structured output constraints.
         alignment: alignment of authors with different tokenizers; `tokenizer` and `eos_ids` are then the base's.
-        max_batch: largest number of sequences decoded at once; further requests wait.
-        lookahead: largest number of draft tokens per sequence; 0 disables drafts.
-        max_wait: largest number of steps a sequence waits for others that need the same assistant; 0 disables waiting.
-
-    Raises:
-        ConfigError: a limit is out of range.
     """
 
     def __init__(
         self,
-        base: ModelRunner,
-        assistants: ListOf[Assistant],
+        authors: ListOf[Assistant],
         head: DeferralHead,
         tokenizer: PreTrainedTokenizerBase,
+        limits: Limits | None = None,
         *,
         eos_ids: frozenset[int],
         grammars: Grammars,
         alignment: Alignment | None = None,
-        max_batch: int = 16,
-        lookahead: int = LOOKAHEAD,
-        max_wait: int = MAX_WAIT,
     ) -> None:
-        for name, value, least in (("max_batch", max_batch, 1), ("lookahead", lookahead, 0), ("max_wait", max_wait, 0)):
-            if value < least:
-                raise ConfigError(f"{name} is {value}, expected at least {least}")
-        self.authors: list[Assistant] = [base, *assistants]
-        self._vocab_size = base.model.vocab_size
+        limits = limits or Limits()
+        self.authors = authors
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._grammars = grammars
         self._alignment = alignment
         own_end = tokenizer.eos_token_id
         self._end_id = own_end if own_end in eos_ids else min(eos_ids, default=-1)
-        self._max_batch = min([max_batch, *(one.most_slots for one in self.authors if one.most_slots is not None)])
-        self._capacity = min((one.capacity for one in self.authors if one.capacity is not None), default=None)
-        self._headroom = lookahead + _HEADROOM
+        self._max_batch = min([limits.max_batch, *(one.most_slots for one in authors if one.most_slots is not None)])
+        self._capacity = min((one.capacity for one in authors if one.capacity is not None), default=None)
+        self._headroom = limits.lookahead + _HEADROOM
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
         self._count = 0
         self._outputs: list[RequestOutput] = []
-        self._base = Reader(BASE, base, head)
-        self._assistants = [Reader(author, runner) for author, runner in enumerate(assistants, start=1)]
-        self._planner = Planner([self._base, *self._assistants], self._active, lookahead, max_wait)
+        self._base = Reader(BASE, authors[BASE], head)
+        self._assistants = [Reader(author, runner) for author, runner in enumerate(authors[1:], start=1)]
+        self._planner: Planner | None = None
+        if limits.lookahead or (limits.max_wait and self._max_batch > 1):
+            self._planner = Planner(len(authors), self._active, limits.lookahead, limits.max_wait)
 
     @property
     def has_work(self) -> bool:
@@ -141,11 +149,12 @@ class Engine:
                 or the parameters name unknown tokens or an unusable grammar.
             ConfigError: the policy names an author that does not exist.
         """
-        check_request(request, self.authors, self._vocab_size, self._alignment)
+        base = cast(ModelRunner, self.authors[BASE])
+        check_request(request, self.authors, base.model.vocab_size, self._alignment)
         structured = request.params.structured_outputs
         grammar = self._grammars.compile(structured) if structured is not None else None
-        rates = self._planner.acceptance.copy()
-        sequence = Sequence(self._count, request, self.authors, self._tokenizer, self._eos_ids, rates, grammar)
+        acceptance = self._planner.acceptance.copy() if self._planner is not None else None
+        sequence = Sequence(self._count, request, self.authors, self._tokenizer, self._eos_ids, grammar, acceptance)
         if self._alignment is not None:
             sequence.segments = SegmentUnit(sequence, self._alignment, self._end_id)
         self._count += 1
@@ -170,91 +179,91 @@ class Engine:
 
         If a model or policy fails, only the sequences concerned end, each with a failure.
         """
-        with self._planner.timed_step():
-            self._schedule()
-            consultations = self._run_base()
-            for reader in self._assistants:
-                self._run_assistant(reader, consultations)
-            if consultations:
-                self._combine(consultations)
+        self._schedule()
+        self._run_base()
+        for reader in self._assistants:
+            self._run_assistant(reader)
+        self._decide_consulted()
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def _schedule(self) -> None:
         """Preempt the youngest sequences while the caches are too small, then admit waiting ones that fit."""
-        while len(self._active) > 1 and not self._have_room(self._active.values()):
+
+        def fit(*sequences: Sequence) -> bool:
+            needed = (in_pages(_most_positions(sequence, self._headroom)) for sequence in sequences)
+            return self._capacity is None or sum(needed) <= self._capacity
+
+        while len(self._active) > 1 and not fit(*self._active.values()):
             sequence = next(reversed(self._active.values()))
             self._leave(sequence)
             sequence.preempt()
             self._waiting.appendleft(sequence)
             _LOG.debug("sequence %d was preempted because the KV caches are full", sequence.number)
         while self._waiting and len(self._active) < self._max_batch:
-            if self._active and not self._have_room([*self._active.values(), self._waiting[0]]):
+            if self._active and not fit(*self._active.values(), self._waiting[0]):
                 break
             sequence = self._waiting.popleft()
             self._active[sequence.number] = sequence
 
-    def _have_room(self, sequences: Iterable[Sequence]) -> bool:
-        """Whether every cache has room for these sequences and the tokens that a step may add."""
-        if self._capacity is None:
-            return True
-        return sum(in_pages(sequence.most_positions(self._headroom)) for sequence in sequences) <= self._capacity
-
-    def _run_base(self) -> dict[Sequence, Consultation]:
-        """Run the base on unread tokens and choose an author for every position that it reads.
-
-        Returns:
-            The base's output for sequences whose policy consults assistants first.
-        """
-        unread = [sequence for sequence in self._active.values() if not self._base.has_read(sequence)]
-        for sequence in unread:
-            with self._isolate_failures(sequence):
-                self._planner.draft_lookup(sequence)
-        unread = [sequence for sequence in unread if sequence.number in self._active]
-        run = self._planner.run_length(unread)
-        output = self._read(self._base, {s: range(len(s.decisions), len(s.draft) + 1) for s in unread}, run)
-        consultations: dict[Sequence, Consultation] = {}
-        if output is None:
-            return consultations
-        for sequence, rows in output.rows.items():
-            if sequence.consulted:
-                consultations[sequence] = Consultation.of_base(output, rows[0])
-                continue
-            with self._isolate_failures(sequence):
-                sequence.decide([(output.draws[row], output.numbers[row]) for row in rows])
-                if run:
-                    self._base.confirm(sequence)
-                self._settle(sequence)
-                self._planner.draft_guess(sequence)
-        return consultations
-
-    def _run_assistant(self, reader: Reader, consultations: Mapping[Sequence, Consultation]) -> None:
-        """Run an assistant on sequences that wait for it, if a call pays now, and on those that consult it."""
-        author = reader.author
-        due = [s for s in self._active.values() if s.waits_for == author and self._base.has_read(s)]
-        if due and not self._planner.should_call(author, due):
-            for sequence in due:
-                sequence.waited += 1
-            due = []
-        wanted = {sequence: sequence.undecided(author) for sequence in due}
-        wanted |= {sequence: range(1) for sequence in consultations if author in sequence.consulted}
-        output = self._read(reader, wanted) if wanted else None
+    def _run_base(self) -> None:
+        """Run the base on unread tokens and choose an author for every position that it reads."""
+        unread = [sequence for sequence in self._active.values() if not sequence.has_read(BASE)]
+        if self._planner is not None:
+            for sequence in unread:
+                try:
+                    self._planner.draft_lookup(sequence)
+                except Exception as error:
+                    self._fail(error, sequence)
+        output = self._read(self._base, {s: range(len(s.decisions), len(s.draft) + 1) for s in unread})
         if output is None:
             return
         for sequence, rows in output.rows.items():
-            if sequence in consultations:
-                consultations[sequence].add(author, output.at(rows[0]) if output.draws[rows[0]] else None)
-                continue
-            with self._isolate_failures(sequence):
-                for i, row in zip(wanted[sequence], rows, strict=True):
-                    if sequence.decisions[i].author == author and sequence.decisions[i].choice is None:
-                        sequence.resolve(i, output.draws[row])
-                self._settle(sequence)
-        self._draft_with_assistant(reader, [sequence for sequence in due if sequence.number in self._active])
+            try:
+                if sequence.consulted:
+                    sequence.decisions.append(_consultation(output, rows[0], sequence.consulted))
+                    continue
+                sequence.decide([(output.draws[row], output.numbers[row]) for row in rows])
+                self._advance(sequence)
+                if self._planner is not None:
+                    self._planner.draft_guess(sequence)
+            except Exception as error:
+                self._fail(error, sequence)
 
-    def _draft_with_assistant(self, reader: Reader, sequences: ListOf[Sequence]) -> None:
+    def _run_assistant(self, reader: Reader) -> None:
+        """Run an assistant on sequences that need it, unless a call for several of them pays more later."""
+        due = [
+            sequence
+            for sequence in self._active.values()
+            if sequence.decisions and sequence.decisions[0].waits_for(reader.author) and sequence.has_read(BASE)
+        ]
+        deferring = [sequence for sequence in due if not sequence.consulted]
+        if deferring and self._planner is not None and not self._planner.should_call(reader.author, deferring):
+            for sequence in deferring:
+                sequence.waited += 1
+            due = [sequence for sequence in due if sequence.consulted]
+        wanted = {sequence: sequence.undecided(reader.author) for sequence in due}
+        output = self._read(reader, wanted)
+        if output is None:
+            return
+        for sequence, rows in output.rows.items():
+            try:
+                for i, row in zip(wanted[sequence], rows, strict=True):
+                    decision, draw = sequence.decisions[i], output.draws[row]
+                    if decision.consultation is not None:
+                        decision.consultation.add(reader.author, None if draw is None else output.at(row))
+                    elif decision.waits_for(reader.author):
+                        sequence.resolve(decision, draw)
+                if not sequence.consulted:
+                    self._advance(sequence)
+            except Exception as error:
+                self._fail(error, sequence)
+        if self._planner is not None:
+            self._draft_with_assistant(reader, self._planner)
+
+    def _draft_with_assistant(self, reader: Reader, planner: Planner) -> None:
         """Let the assistant draft the next tokens in a run of deferrals, for the base to check in one pass."""
-        lengths = {s: self._planner.assistant_draft_length(reader.author, s) for s in sequences}
+        lengths = {s: planner.assistant_draft_length(reader.author, s) for s in self._active.values()}
         while wanted := {s: range(len(s.draft), len(s.draft) + 1) for s in lengths if len(s.draft) < lengths[s]}:
             output = self._read(reader, wanted)
             if output is None:
@@ -269,49 +278,58 @@ class Engine:
                 else:
                     sequence.draft.append(drawn.token_id)
 
-    def _combine(self, consultations: Mapping[Sequence, Consultation]) -> None:
-        """Draw the tokens of sequences whose policy has consulted assistants."""
+    def _decide_consulted(self) -> None:
+        """Decide the positions of sequences whose policy has seen all authors, together for each policy."""
         by_policy: dict[int, list[Sequence]] = {}
-        for sequence in consultations:
-            if sequence.number in self._active:
+        for sequence in self._active.values():
+            if sequence.consulted and sequence.decisions:
                 by_policy.setdefault(id(sequence.request.policy), []).append(sequence)
         groups = list(by_policy.values())
         for sequences in groups:
-            with self._isolate_failures(*sequences):
-                try:
-                    decisions = decide_together(sequences, [consultations[sequence] for sequence in sequences])
-                except Exception:
-                    if len(sequences) == 1:
-                        raise
-                    groups += [[sequence] for sequence in sequences]  # again one by one, so that only faulty ones fail
+            policy = sequences[0].request.policy
+            try:
+                written = decide_together(policy, sequences)
+            except Exception as error:
+                if len(sequences) == 1:
+                    self._fail(error, *sequences)
+                else:  # again one by one, so that only faulty ones fail
+                    groups += [[sequence] for sequence in sequences]
+                continue
+            for sequence, (author, draw) in zip(sequences, written, strict=True):
+                if math.isnan(draw.logprob):
+                    reason = f"{policy} returned NaN logits although its authors' logits are finite"
+                    self._fail(PolicyFailure(reason), sequence)
                     continue
-                for sequence, decision in zip(sequences, decisions, strict=True):
-                    with self._isolate_failures(sequence):
-                        if decision.choice is not None and decision.choice.invalid:
-                            raise PolicyFailure(
-                                f"{sequence.request.policy} returned NaN logits although its authors' logits are finite"
-                            )
-                        sequence.decisions.append(decision)
-                        self._settle(sequence)
+                decision = sequence.decisions[0]
+                assert decision.consultation is not None
+                decision.author, decision.choice = author, draw
+                decision.abstained = author in decision.consultation.abstained
+                try:
+                    self._advance(sequence)
+                except Exception as error:
+                    self._fail(error, sequence)
 
-    def _read(self, reader: Reader, wanted: Mapping[Sequence, range], run: int = 0) -> AuthorOutput | None:
+    def _read(self, reader: Reader, wanted: Mapping[Sequence, range]) -> AuthorOutput | None:
         """Run an author on sequences that have not ended, and end those that fail."""
         wanted = {sequence: places for sequence, places in wanted.items() if sequence.number in self._active}
-        output = reader.read(wanted, run) if wanted else None
+        output = reader.read(wanted) if wanted else None
         while reader.failures:
             sequence, failure = reader.failures.popitem()
             self._fail(failure, sequence)
+        if output is not None and self._planner is not None:
+            self._planner.times[reader.author].record(output.num_tokens, output.seconds)
         return output
 
-    def _settle(self, sequence: Sequence) -> None:
+    def _advance(self, sequence: Sequence) -> None:
         """Emit the tokens that are final, and remove the sequence once it has finished."""
-        steps = sequence.settle()
+        steps = sequence.advance()
         for step in steps:
             self.authors[step.author].usage.tokens_written += 1
             last = sequence.finish_reason is not None and step is steps[-1]
             self._outputs.append(RequestOutput(sequence.number, step, sequence.completion() if last else None))
         if sequence.finish_reason is not None:
-            self._planner.acceptance = sequence.acceptance
+            if self._planner is not None and sequence.acceptance is not None:
+                self._planner.acceptance = sequence.acceptance
             self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -320,16 +338,27 @@ class Engine:
         for reader in (self._base, *self._assistants):
             reader.close(sequence)
 
-    @contextmanager
-    def _isolate_failures(self, *sequences: Sequence) -> Iterator[None]:
-        """End only these sequences if the block raises."""
-        try:
-            yield
-        except Exception as error:
-            self._fail(as_failure(error, PolicyFailure, sequences[0].request.policy), *sequences)
-
-    def _fail(self, failure: CollmError, *sequences: Sequence) -> None:
+    def _fail(self, error: Exception, *sequences: Sequence) -> None:
+        """End these sequences with a failure. Other sequences continue."""
+        failure = as_failure(error, PolicyFailure, sequences[0].request.policy)
         for sequence in sequences:
             if sequence.number in self._active:
                 self._leave(sequence)
                 self._outputs.append(RequestOutput(sequence.number, failure=failure))
+
+
+def _consultation(output: AuthorOutput, row: int, consulted: ListOf[int]) -> Decision:
+    """A position that waits for the consulted assistants, after the base has read it."""
+    assert output.author_logprobs is not None
+    defer_prob, *author_probs = output.numbers[row]
+    consultation = Consultation(author_probs, output.author_logprobs[row], {BASE: output.at(row)})
+    return Decision(BASE, defer_prob, None, None, consulted, consultation)
+
+
+def _most_positions(sequence: Sequence, extra: int) -> int:
+    """Cache positions that an author may need after `extra` more tokens."""
+    num_tokens = len(sequence.token_ids) + len(sequence.draft)
+    most = len(sequence.request.prompt_ids) + sequence.request.params.max_new_tokens
+    most = most if sequence.max_length is None else min(most, sequence.max_length)
+    longest = num_tokens if sequence.segments is None else sequence.segments.longest
+    return longest + min(extra, most - num_tokens)

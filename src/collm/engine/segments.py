@@ -6,11 +6,10 @@ import random
 from collections.abc import Sequence as ListOf
 
 from collm.core.types import BASE
-from collm.engine.draws import Draw
 from collm.engine.logits_processors import Edits, LogitsProcessors
 from collm.engine.lookup import PromptLookup
 from collm.engine.request import check_names_author, check_segment_params
-from collm.engine.sequence import Decision, Sequence, shortest_limit
+from collm.engine.sequence import Decision, Draw, Sequence, shortest_limit
 from collm.text.alignment import ANYTHING, NO_BOUNDARY, ONLY_ENDS, Alignment
 from collm.text.text_tokenizer import GrowingIds
 from collm.text.token_ids import common_prefix
@@ -119,7 +118,7 @@ class SegmentUnit:
             return
         if self._row != NO_BOUNDARY:
             author = sequence.choose_author(defer_prob, author_probs)
-        decision = Decision(author, defer_prob, guess, guess if author == BASE else None)
+        decision = Decision(author, defer_prob, guess, guess if author == BASE else None, (author,))
         sequence.decisions.append(decision)
         if author == BASE:
             self._row = NO_BOUNDARY

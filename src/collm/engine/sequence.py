@@ -1,18 +1,18 @@
-"""A request while it is decoded: its final tokens, its draft, and the author chosen for each position."""
+"""A request while it is decoded: its final tokens, its draft, and the author of each position."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.policies import StepView
 from collm.core.sampling import seeded
-from collm.core.types import BASE, Completion, FinishReason, TokenStep
-from collm.engine.draws import Draw, Sampling
+from collm.core.types import BASE, Completion, FinishReason, TokenStep, TopLogprobs
 from collm.engine.logits_processors import Edits, LogitsProcessors
 from collm.engine.lookup import PromptLookup
 from collm.engine.request import Request
@@ -23,15 +23,67 @@ from collm.models.assistant import Assistant
 from collm.text.grammars import Grammar
 
 
-@dataclass
-class Decision:
-    """The author chosen for one position, and the token it writes.
+@dataclass(frozen=True)
+class Draw:
+    """The token that an author writes at one position.
 
     Attributes:
-        author: the policy's choice.
+        logprob: its log-probability in nats under the author's raw logits; NaN if these held no valid number.
+        top: the author's most probable tokens, as many as the request asks for.
+    """
+
+    token_id: int
+    logprob: float
+    top: TopLogprobs = ()
+
+
+class Logits(NamedTuple):
+    """An author's next-token logits at one position, shape (V,) each. Both are one tensor if nothing is processed.
+
+    Attributes:
+        raw: the author's logits, from which log-probabilities are reported.
+        processed: logits after the request's logits processors, from which tokens are drawn.
+    """
+
+    raw: Tensor
+    processed: Tensor
+
+
+@dataclass
+class Consultation:
+    """The outputs of all authors at one position, for a policy that sees them before it decides.
+
+    Attributes:
+        author_probs: P(Z = 0..K).
+        author_logprobs: log P(Z), shape (K + 1,).
+        logits: author -> its next-token logits.
+        abstained: assistants that abstain. The base's logits replace theirs.
+    """
+
+    author_probs: list[float]
+    author_logprobs: Tensor
+    logits: dict[int, Logits]
+    abstained: set[int] = field(default_factory=set)
+
+    def add(self, author: int, logits: Logits | None) -> None:
+        """Add an assistant's logits, or None if it abstains."""
+        if logits is None:
+            self.abstained.add(author)
+            logits = self.logits[BASE]
+        self.logits[author] = Logits(*(each.to(self.author_logprobs.device) for each in logits))
+
+
+@dataclass
+class Decision:
+    """Who writes the token at one position, and the token.
+
+    Attributes:
+        author: the policy's choice; BASE until the consulted authors have been read.
         defer_prob: 1 - P(Z = 0) at this position.
         guess: the token that the base would write; None if it is not needed.
-        choice: the token that the author writes; None until the author has run.
+        choice: the token that is written; None until its author is known and has been read.
+        needs: the assistants that must be read before `choice` is known.
+        consultation: their outputs, if the policy consults them before it decides.
         abstained: whether the author abstained, so that the base's guess is used.
         stood_in: whether the author's server was unavailable, so that the base writes.
         rest: tokens that follow `choice` in the same segment.
@@ -41,9 +93,14 @@ class Decision:
     defer_prob: float
     guess: Draw | None
     choice: Draw | None
+    needs: Collection[int] = ()
+    consultation: Consultation | None = None
     abstained: bool = False
     stood_in: bool = False
     rest: list[Draw] = field(default_factory=list)
+
+    def waits_for(self, author: int) -> bool:
+        return self.choice is None and author in self.needs
 
 
 class Unit(Protocol):
@@ -72,23 +129,25 @@ class Sequence:
     is known to write another token. `decisions[i]` belongs to the token after `token_ids + draft[:i]`, as far as the
     base has read.
 
+    Args:
+        acceptance: acceptance rates of drafts to start with; None if nothing is planned from them.
+
     Attributes:
         token_ids: prompt and completion.
         draft: tentative tokens.
         decisions: at most one more than there are draft tokens.
+        num_computed: for each author, the number of leading tokens of its text that it has read and that still hold.
         segments: the unit of decisions if the authors have different tokenizers; None if it is a token.
         assistant_draft: completion position -> assistant and its token, valid if the draft up to there is accepted.
-        cuts: author -> number of leading tokens that it need not read again; its `Reader` rolls back to them.
         steps: the tokens generated so far.
         deferred: number of these for which an assistant was asked.
-        last_author: the policy's choice for the last of these.
         waited: steps since the sequence began to wait for an assistant.
         consulted: assistants that the policy consults before it decides; if there are any, nothing is drafted.
         end_ids: the tokens that end the text.
         max_length: largest length of `token_ids` in the models' contexts and caches; None if unlimited.
         processors: the request's logits processors, or None.
         edits_logits: whether logits are edited before tokens are drawn from them.
-        acceptance: acceptance rates of this sequence's drafts.
+        lookup: drafts by prompt lookup.
         finish_reason: set with the last token.
     """
 
@@ -99,8 +158,8 @@ class Sequence:
         authors: ListOf[Assistant],
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: frozenset[int],
-        acceptance: AcceptanceRates,
         grammar: Grammar | None = None,
+        acceptance: AcceptanceRates | None = None,
     ) -> None:
         params = request.params
         self.number = number
@@ -109,12 +168,11 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.draft: list[int] = []
         self.decisions: list[Decision] = []
+        self.num_computed = [0] * len(authors)
         self.segments: Unit | None = None
         self.assistant_draft: dict[int, tuple[int, Draw]] = {}
-        self.cuts: dict[int, int] = {}
         self.steps: list[TokenStep] = []
         self.deferred = 0
-        self.last_author = BASE
         self.waited = 0
         self.acceptance = acceptance
         self.lookup = PromptLookup(self.token_ids)
@@ -134,13 +192,6 @@ class Sequence:
         self.rng = seeded(params.seed)
         self._uniforms: list[tuple[float, float]] = []
 
-    # What authors read
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of final and draft tokens."""
-        return len(self.token_ids) + len(self.draft)
-
     @property
     def generated(self) -> list[int]:
         """The final tokens after the prompt."""
@@ -152,6 +203,14 @@ class Sequence:
             return self.segments.text_of(author)
         return self.token_ids + self.draft
 
+    def has_read(self, author: int) -> bool:
+        """Whether the author has read all final and draft tokens."""
+        return self.num_computed[author] >= len(self.token_ids) + len(self.draft)
+
+    def cut(self, author: int, length: int) -> None:
+        """Let an author keep only the first `length` tokens that it has read."""
+        self.num_computed[author] = min(self.num_computed[author], length)
+
     @property
     def draft_limit(self) -> int:
         """Longest draft that leaves room for one more token. Segments are not drafted."""
@@ -159,15 +218,6 @@ class Sequence:
             return 0
         limit = self.request.params.max_new_tokens - len(self.steps) - 1
         return limit if self.max_length is None else min(limit, self.max_length - len(self.token_ids) - 1)
-
-    def most_positions(self, extra: int) -> int:
-        """Cache positions that an author may need after `extra` more tokens."""
-        most = len(self.request.prompt_ids) + self.request.params.max_new_tokens
-        most = most if self.max_length is None else min(most, self.max_length)
-        longest = self.num_tokens if self.segments is None else self.segments.longest
-        return longest + min(extra, most - self.num_tokens)
-
-    # Logits and random numbers
 
     def add_edits(self, edits: Edits, author: int, rows: range, first: int) -> None:
         """Add the request's edits of an author's logits, whose rows belong to the decisions from `first` on."""
@@ -184,45 +234,30 @@ class Sequence:
             self._uniforms.append((self.rng.random(), self.rng.random()))
         return self._uniforms[position][of]
 
-    def sampling(self, author: int, i: int) -> Sampling:
-        """Sampling settings for an author's token at decision i."""
-        params = self.request.params
-        if not params.temperature:
-            return Sampling(params)
+    def token_uniforms(self, author: int, decisions: range) -> list[float]:
+        """The random numbers for an author's tokens at these decisions. Greedy decoding needs none."""
+        if not self.request.params.temperature:
+            return [0.0] * len(decisions)
         if self.segments is not None:
-            return Sampling(params, self.segments.uniform(author))
-        return Sampling(params, self.uniform(len(self.steps) + i, 1))
-
-    # Decisions
-
-    @property
-    def waits_for(self) -> int | None:
-        """The assistant that must run before the next token is final."""
-        return self.decisions[0].author if self.decisions and self.decisions[0].choice is None else None
-
-    def undecided(self, author: int) -> range:
-        """The decisions from the first to the last one that waits for this assistant."""
-        waiting = [i for i, decision in enumerate(self.decisions) if decision.author == author and not decision.choice]
-        return range(waiting[0], waiting[-1] + 1)
+            return [self.segments.uniform(author)]
+        return [self.uniform(len(self.steps) + i, 1) for i in decisions]
 
     def decide(self, rows: Iterable[tuple[Draw | None, ListOf[float]]]) -> None:
         """Choose authors for the positions that the base has just read.
 
         Args:
-            rows: for each position, the token that the base would write; and the token fed next in a run or -1, the
-                defer prob, and P(author).
+            rows: for each position, the token that the base would write; and the defer prob, followed by P(author).
         """
-        for guess, (followed, defer_prob, *author_probs) in rows:
+        for guess, (defer_prob, *author_probs) in rows:
             assert guess is not None
             if self.segments is not None:
                 self.segments.decide(guess, defer_prob, author_probs)
                 return
             author = self.choose_author(defer_prob, author_probs)
-            self.decisions.append(Decision(author, defer_prob, guess, guess if author == BASE else None))
-            if followed >= 0:
-                if author != BASE or guess.token_id != followed or followed in self.end_ids:
-                    return
-                self.draft.append(guess.token_id)
+            is_base = author == BASE
+            self.decisions.append(
+                Decision(author, defer_prob, guess, guess if is_base else None, () if is_base else (author,))
+            )
 
     def choose_author(
         self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
@@ -236,10 +271,11 @@ class Sequence:
             ConfigError: the policy chose an author that does not exist.
             Exception: the policy raised it.
         """
-        position, top = len(self.steps) + len(self.decisions), top or {}
+        ahead, top = [decision for decision in self.decisions if decision.consultation is None], top or {}
+        position = len(self.steps) + len(ahead)
         view = StepView(
             position=position,
-            deferred=self.deferred + sum([decision.author != BASE for decision in self.decisions]),
+            deferred=self.deferred + sum([decision.author != BASE for decision in ahead]),
             author_probs=author_probs,
             defer_prob=defer_prob,
             temperature=self.request.params.temperature,
@@ -252,20 +288,34 @@ class Sequence:
             raise ConfigError(f"{self.request.policy} chose author {author}, expected 0 to {len(self.authors) - 1}")
         return author
 
-    def resolve(self, i: int, draw: Draw | None) -> None:
-        """Set the token that an assistant writes at decision i; `draw` is None if it abstains."""
-        decision, self.waited = self.decisions[i], 0
+    def undecided(self, author: int) -> range:
+        """The decisions from the first to the last one that waits for this assistant."""
+        waiting = [i for i, decision in enumerate(self.decisions) if decision.waits_for(author)]
+        return range(waiting[0], waiting[-1] + 1)
+
+    def resolve(self, decision: Decision, draw: Draw | None) -> None:
+        """Set the token that an assistant writes; `draw` is None if it abstains."""
+        self.waited = 0
         if self.segments is not None:
             self.segments.resolve(decision, draw)
             return
         decision.abstained = draw is None
         decision.choice = draw or decision.guess
-        if decision.guess is not None and decision.choice is not None:
+        if self.acceptance is not None and decision.guess is not None and decision.choice is not None:
             self.acceptance.observe_agreement(decision.guess.token_id == decision.choice.token_id)
 
-    def settle(self) -> list[TokenStep]:
-        """Reject draft tokens that their author does not write, and return the tokens that are now final."""
-        self._reject_draft()
+    def advance(self) -> list[TokenStep]:
+        """Cut the draft where an author writes another token, and return the tokens that are now final."""
+        for i, decision in enumerate(self.decisions):
+            author, drawn = self.assistant_draft.get(len(self.steps) + i, (BASE, None))
+            if decision.choice is None and decision.author == author:
+                decision.choice = drawn
+            if decision.choice and i < len(self.draft) and self.draft[i] != decision.choice.token_id:
+                del self.draft[i:], self.decisions[i + 1 :]
+                self.assistant_draft.clear()
+                for author in range(len(self.authors)):
+                    self.cut(author, len(self.token_ids) + i)
+                break
         steps = []
         while self.decisions and (drawn := self.decisions[0].choice) and self.finish_reason is None:
             decision = self.decisions.pop(0)
@@ -276,32 +326,16 @@ class Sequence:
             del self.draft[:1]
         return steps
 
-    def _reject_draft(self) -> None:
-        for i, decision in enumerate(self.decisions):
-            author, drawn = self.assistant_draft.get(len(self.steps) + i, (BASE, None))
-            if decision.choice is None and decision.author == author:
-                decision.choice = drawn
-            if decision.choice and i < len(self.draft) and self.draft[i] != decision.choice.token_id:
-                del self.draft[i:], self.decisions[i + 1 :]
-                self.assistant_draft.clear()
-                for author in range(len(self.authors)):
-                    self.cut(author, self.num_tokens)
-                return
-
-    def cut(self, author: int, length: int) -> None:
-        """Let an author keep only the first `length` tokens that it has read."""
-        self.cuts[author] = min(self.cuts.get(author, length), length)
-
     def _append(self, decision: Decision, drawn: Draw) -> TokenStep:
         token_id, params = drawn.token_id, self.request.params
-        self.acceptance.observe_token(self.last_author, decision.author, self.lookup.next_token(), token_id)
-        self.last_author = decision.author
+        if self.acceptance is not None:
+            self.acceptance.observe_token(decision.author, self.lookup.next_token(), token_id)
         self.token_ids.append(token_id)
         self.deferred += decision.author != BASE
         text = ""
         if token_id not in self.end_ids or (params.include_stop_str_in_output and token_id in params.stop_token_ids):
             text = self._stream.push(token_id, may_stop=len(self.steps) >= params.min_tokens)
-        self.finish_reason = self._finished(token_id)
+        self.finish_reason = self._finish_reason(token_id)
         if self.finish_reason is not None:
             text += self._stream.finish()
         writer = BASE if decision.abstained else decision.author
@@ -310,7 +344,7 @@ class Sequence:
         self.steps.append(step)
         return step
 
-    def _finished(self, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self._eos_ids:
             return "eos"
         if token_id in self.end_ids or self._stream.stopped:

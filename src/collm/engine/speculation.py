@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from collm.core.types import BASE
+
 _MEMORY = 0.1  # weight of the newest observation
 _SETTLED = 3  # observations after which a single slow pass has little weight
 _GAIN = 0.9  # a plan must cost less than this share of the default, because the cost model is rough
@@ -57,37 +59,37 @@ class AcceptanceRates:
         run: rate at which a token is deferred after a token deferred to the same assistant.
         agree: rate at which an assistant writes the token that the base would have written.
         lookup: rate at which a token equals the one predicted by prompt lookup.
+        previous: the author of the last token.
     """
 
     start: float = 0.3
     run: float = 0.3
     agree: float = 0.1
     lookup: float = 0.1
+    previous: int = BASE
 
     @property
     def rate(self) -> float:
         """Long-run share of deferred tokens, 0.01 to 1."""
         return min(max(self.start / max(self.start + 1 - self.run, 0.01), 0.01), 1.0)
 
-    def observe_token(self, previous: int, author: int, predicted: int | None, token_id: int) -> None:
-        """Observe that `author` wrote `token_id` after a token of `previous`, where lookup predicted `predicted`."""
-        if previous == 0:
-            self.start = _moving_average(self.start, author != 0)
+    def observe_token(self, author: int, predicted: int | None, token_id: int) -> None:
+        """Observe that `author` wrote `token_id`, where lookup predicted `predicted`."""
+        if self.previous == BASE:
+            self.start += _MEMORY * ((author != BASE) - self.start)
         else:
-            self.run = _moving_average(self.run, author == previous)
+            self.run += _MEMORY * ((author == self.previous) - self.run)
         if predicted is not None:
-            self.lookup = _moving_average(self.lookup, predicted == token_id)
+            self.lookup += _MEMORY * ((predicted == token_id) - self.lookup)
+        self.previous = author
 
     def observe_agreement(self, agreed: bool) -> None:
         """Observe whether an assistant wrote the token that the base would have written."""
-        self.agree = _moving_average(self.agree, agreed)
+        self.agree += _MEMORY * (agreed - self.agree)
 
     def copy(self) -> AcceptanceRates:
-        return replace(self)
-
-
-def _moving_average(value: float, happened: bool) -> float:
-    return value + _MEMORY * (happened - value)
+        """The rates for a new sequence."""
+        return replace(self, previous=BASE)
 
 
 def expected_run(chance: float, length: int) -> float:
@@ -137,19 +139,6 @@ def assistant_draft_length(acceptance: AcceptanceRates, base: PassTimes, assista
         return passes / expected_run(acceptance.run, r)
 
     return _cheapest(cost, range(longest + 1))
-
-
-def run_length(start: float, first: float, further: float, host: float, longest: int) -> int:
-    """Choose how many of its own argmax tokens the base reads before the host inspects its output.
-
-    A step costs the host's time, the first pass and a further pass per token. Tokens after a deferral are lost: of B
-    sequences, B (1 - start)^i still write at pass i. Minimises seconds per kept token.
-    """
-
-    def cost(r: int) -> float:
-        return (host + first + r * further) / expected_run(1 - start, r)
-
-    return _cheapest(cost, range(max(longest, 0) + 1))
 
 
 def wait_steps(start: float, run: float, base: PassTimes, assistant: PassTimes, active: int, longest: int) -> int:

@@ -23,9 +23,9 @@ from collm.core.objective import author_logprobs, defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.core.types import BASE
-from collm.engine.draws import Draw
 from collm.engine.kv_cache import in_pages
 from collm.engine.runner import ModelRunner
+from collm.engine.sequence import Draw
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.text.token_ids import common_prefix
 from collm.vllm import OF_ONE_ENGINE, POLICY, PREFIX, THRESHOLD

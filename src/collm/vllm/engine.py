@@ -20,11 +20,9 @@ from collm.core.objective import defer_probs
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
-from collm.engine.draws import Draw
 from collm.engine.engine import RequestOutput
 from collm.engine.request import Request, check_params, check_prompt
-from collm.engine.sequence import Decision, Sequence
-from collm.engine.speculation import AcceptanceRates
+from collm.engine.sequence import Decision, Draw, Sequence
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.models.assistant import Assistant
 from collm.vllm import ROW_SCALE, THRESHOLD
@@ -119,7 +117,7 @@ class ServerEngine(Generic[C]):
         self.check_request(request)
         number, self._count = self._count, self._count + 1
         authors = cast("list[Assistant]", self.connections.authors)  # a sequence asks for their limits only
-        self._waiting.append(Sequence(number, request, authors, self.tokenizer, self.eos_ids, AcceptanceRates()))
+        self._waiting.append(Sequence(number, request, authors, self.tokenizer, self.eos_ids))
         return number
 
     def cancel(self, number: int) -> None:
@@ -216,7 +214,7 @@ class ServerEngine(Generic[C]):
         """Add a decision and output the tokens that became final."""
         sequence = run.sequence
         sequence.decisions.append(decision)
-        for step in sequence.settle():
+        for step in sequence.advance():
             self.connections.authors[step.author].usage.tokens_written += 1
             run.known[step.author] = len(sequence.token_ids)
             completion = sequence.completion() if sequence.finish_reason is not None else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from collm.engine.draws import Draw
+from collm.engine.sequence import Draw
 
 _GREEDY_BELOW = 1e-5
 """vLLM samples greedily at temperatures below this one."""

@@ -15,9 +15,8 @@ from collm.core.named import name_of
 from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE
 from collm.engine.candidates import Candidates
-from collm.engine.draws import Draw
 from collm.engine.request import Request
-from collm.engine.sequence import Decision
+from collm.engine.sequence import Decision, Draw
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.vllm import AUTHORS, HEAD, POLICY, author_of
 from collm.vllm.answers import GeneratedToken
