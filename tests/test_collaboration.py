@@ -239,7 +239,7 @@ def test_saving_keeps_what_is_not_ours(saved: Path) -> None:
     (saved / ".git" / "here").symlink_to("objects")
     (saved / "base").mkdir()  # of a collaboration with a tuned base
     model = CoLLM.from_pretrained(saved)
-    model._source = None
+    model.source = None
     model.save_pretrained(saved)
     model.save_pretrained(saved)
     assert (saved / "notes.txt").read_text() == "mine"

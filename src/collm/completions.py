@@ -1,4 +1,4 @@
-"""Run prompts through a decoding loop: all of them to their ends, or one of them token by token."""
+"""The arguments of `CoLLM.generate`, and running prompts through a decoding loop: to their ends, or token by token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from contextlib import closing
 from dataclasses import replace
 from typing import cast
 
+from collm.core.calibration import Calibration
 from collm.core.params import SamplingParams
+from collm.core.policies import Policy
 from collm.core.types import Completion, ModelUsage, TokenStep, deferral_rate
 from collm.engine.engine import DecodingLoop, RequestOutput
 from collm.engine.request import Request
@@ -96,3 +98,44 @@ def params_for_each(params: SamplingParams | Sequence[SamplingParams], count: in
             f"got {len(params)} sampling parameters for {count} prompts; give one for each, or one for all"
         )
     return list(params)
+
+
+def policy_for_each(
+    policies: Sequence[Policy], count: int, threshold: float | None, budget: float | None
+) -> Sequence[Policy]:
+    """Policies of all prompts, if there is one for each.
+
+    Raises:
+        ConfigError: the number of policies is not the number of prompts, or there is a threshold or a budget.
+    """
+    if threshold is not None or budget is not None:
+        raise ConfigError("threshold and budget have no effect beside policies for each prompt; leave them out")
+    if len(policies) != count:
+        raise ConfigError(f"got {len(policies)} policies for {count} prompts; give one for each, or one for all")
+    return policies
+
+
+def choose_threshold(calibration: Calibration | None, threshold: float | None, budget: float | None) -> float:
+    """The given threshold, or the calibrated one for a budget, or the default.
+
+    Raises:
+        ConfigError: both options are given, or the collaboration is not calibrated.
+    """
+    if threshold is not None and budget is not None:
+        raise ConfigError("threshold and budget are both given; a budget selects a threshold, so give one of them")
+    if threshold is not None:
+        return threshold
+    if calibration is None:
+        needed = "a budget needs a calibration" if budget is not None else "there is no default threshold"
+        raise ConfigError(f"{needed}: the collaboration is not calibrated; run 'collm calibrate' or pass a threshold")
+    return calibration.best(1.0 if budget is None else budget).threshold
+
+
+def check_lookahead(lookahead: int | None, policies: Sequence[Policy], num_assistants: int) -> None:
+    """Raise a ConfigError if drafts are asked for, but a policy rules them out."""
+    asking = next((policy for policy in policies if policy.consults(num_assistants)), None)
+    if lookahead and asking is not None:
+        raise ConfigError(
+            f"lookahead={lookahead} has no effect with {asking}, which asks other authors before every token; "
+            "leave it out"
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, TypedDict, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from collm.core.types import PromptLogprob, author_name
 from collm.engine.cache_memory import cache_bytes, share_cache_memory
 from collm.engine.candidates import Candidates, top_candidates
 from collm.engine.chunks import Chunks
-from collm.engine.engine import DecodingLoop, Engine, Limits
+from collm.engine.engine import DecodingLoop, Engine, EngineConfig
 from collm.engine.logits_processors import bad_word_tokens
 from collm.engine.prompt_logprobs import prompt_logprobs
 from collm.engine.request import check_params, check_segment_params
@@ -35,6 +36,28 @@ from collm.vllm.one_engine import LOCAL_ONLY, EngineConnection, OneEngine
 from collm.vllm.servers import Servers
 
 EngineName = Literal["local", "vllm"]
+
+
+class Runtime(TypedDict, total=False):
+    """Where and how a collaboration decodes: options of `CoLLM.from_pretrained`.
+
+    Attributes:
+        eager, cache_memory, servers: as for `CoLLM`.
+        engine: "local" or "vllm". By default "vllm" if servers are given.
+    """
+
+    eager: bool
+    cache_memory: str | int | None
+    servers: Servers | None
+    engine: EngineName | None
+
+
+class Limits(TypedDict, total=False):
+    """Limits of a decoding loop: options of `CoLLM.engine`."""
+
+    max_batch: int
+    lookahead: int | None
+    max_wait: int | None
 
 
 class Backend(Protocol):
@@ -60,11 +83,12 @@ class Backend(Protocol):
         """Number of an author's weights in matrix products per token; 0 for a tool."""
 
 
+@dataclass(eq=False)
 class InMemory:
     """Backend with models in this process, loaded on first use.
 
-    Args:
-        members: the base, then the assistants.
+    Attributes:
+        given: the base, then the assistants.
         head: the deferral head.
         tokenizer: the tokenizer of all members.
         stop_ids: tokens that end a text besides EOS.
@@ -72,27 +96,17 @@ class InMemory:
         alignment: alignment of members with different tokenizers; `tokenizer` and `stop_ids` are then the base's.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        head: DeferralHead,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop_ids: Collection[int] = (),
-        accept_differences: Collection[str] = (),
-        alignment: Alignment | None = None,
-        eager: bool = False,
-        cache_memory: str | int | None = None,
-    ) -> None:
-        self._given = members
-        self._head = head
-        self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-        self._accept_differences = accept_differences
-        self._alignment = alignment
-        self._eager = eager
-        self._cache_memory = cache_memory
-        cache_bytes(cache_memory)
+    given: Sequence[Member]
+    head: DeferralHead
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Collection[int] = ()
+    accept_differences: Collection[str] = ()
+    alignment: Alignment | None = None
+    eager: bool = False
+    cache_memory: str | int | None = None
+
+    def __post_init__(self) -> None:
+        cache_bytes(self.cache_memory)
 
     @cached_property
     def members(self) -> list[LanguageModel | ToolModel]:
@@ -102,39 +116,39 @@ class InMemory:
             LoadError: a model cannot be loaded.
             MismatchError: the members do not match.
         """
-        vocab_size = TokenizerIdentity.of(self._tokenizer).vocab_size
-        models = load_members(self._given, self._tokenizer, vocab_size=vocab_size, alignment=self._alignment)
+        vocab_size = TokenizerIdentity.of(self.tokenizer).vocab_size
+        models = load_members(self.given, self.tokenizer, vocab_size=vocab_size, alignment=self.alignment)
         base = cast(LanguageModel, models[0])
-        if base.hidden_size != self._head.hidden_size:
+        if base.hidden_size != self.head.hidden_size:
             raise MismatchError(
-                f"the head expects hidden states of size {self._head.hidden_size}, the base has {base.hidden_size}; "
+                f"the head expects hidden states of size {self.head.hidden_size}, the base has {base.hidden_size}; "
                 "this head belongs to another base"
             )
-        self._head.to(base.device)
+        self.head.to(base.device)
         return models
 
     @cached_property
     def runners(self) -> list[ModelRunner | ToolRunner]:
-        static = False if self._eager else None
+        static = False if self.eager else None
         runners = [
             ModelRunner(member, static=static) if isinstance(member, LanguageModel) else ToolRunner(member)
             for member in self.members
         ]
-        share_cache_memory([one for one in runners if isinstance(one, ModelRunner)], self._cache_memory)
+        share_cache_memory([one for one in runners if isinstance(one, ModelRunner)], self.cache_memory)
         return runners
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        members = self.members if self._alignment is None else self.members[:1]
+        members = self.members if self.alignment is None else self.members[:1]
         named = [(model.name, model.eos_token_ids) for model in members if isinstance(model, LanguageModel)]
-        return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
+        return _eos_ids(named, self.tokenizer, self.accept_differences).union(self.stop_ids)
 
     @cached_property
     def grammars(self) -> Grammars:
-        return Grammars(self._tokenizer, TokenizerIdentity.of(self._tokenizer).vocab_size, self._eos_ids)
+        return Grammars(self.tokenizer, TokenizerIdentity.of(self.tokenizer).vocab_size, self._eos_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> Engine:
-        for member, runner in zip(self._given, self.runners, strict=True):
+        for member, runner in zip(self.given, self.runners, strict=True):
             if isinstance(member, nn.Module):  # its weights may have changed since the last call
                 runner.forget()
             if isinstance(runner, ModelRunner):
@@ -142,25 +156,25 @@ class InMemory:
         given = {"max_batch": max_batch, "lookahead": lookahead, "max_wait": max_wait}
         return Engine(
             self.runners,
-            self._head,
-            self._tokenizer,
-            Limits(**{name: value for name, value in given.items() if value is not None}),
+            self.head,
+            self.tokenizer,
+            EngineConfig(**{name: value for name, value in given.items() if value is not None}),
             eos_ids=self._eos_ids,
             grammars=self.grammars,
-            alignment=self._alignment,
+            alignment=self.alignment,
         )
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
-        return top_candidates(self.runners, self._tokenizer, prompt_ids, token_ids, most)
+        return top_candidates(self.runners, self.tokenizer, prompt_ids, token_ids, most)
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> Chunks[PromptLogprob | None]:
-        return prompt_logprobs(self.runners, self._head, prompt_ids, most, author)
+        return prompt_logprobs(self.runners, self.head, prompt_ids, most, author)
 
     def check_params(self, params: SamplingParams) -> None:
-        check_params(params, TokenizerIdentity.of(self._tokenizer).vocab_size)
-        if self._alignment is not None:
+        check_params(params, TokenizerIdentity.of(self.tokenizer).vocab_size)
+        if self.alignment is not None:
             check_segment_params(params)
-        bad_word_tokens(self._tokenizer, tuple(params.bad_words))  # is cached, as the decoding loop needs it at once
+        bad_word_tokens(self.tokenizer, tuple(params.bad_words))  # is cached, as the decoding loop needs it at once
         if params.structured_outputs is not None:
             self.grammars.compile(params.structured_outputs, trusted=False)
 
@@ -169,39 +183,32 @@ class InMemory:
         return member.weights_per_token if isinstance(member, LanguageModel) else 0
 
 
+@dataclass(eq=False)
 class OnServers:
     """Backend with a server for each author, or one engine with base and assistant. No model is loaded in this process.
 
-    Args:
+    Attributes:
+        given, head, tokenizer, stop_ids, accept_differences: as in `InMemory`.
         servers: the servers.
-        members, head, tokenizer, stop_ids, accept_differences: as in `InMemory`.
 
     Raises:
         ConfigError: there is not one server per author, or an assistant is a tool.
     """
 
-    def __init__(
-        self,
-        servers: Servers,
-        members: Sequence[Member],
-        head: DeferralHead,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop_ids: Collection[int] = (),
-        accept_differences: Collection[str] = (),
-    ) -> None:
-        self._in_one = servers.are_one(len(members) - 1)
+    given: Sequence[Member]
+    head: DeferralHead
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Collection[int]
+    accept_differences: Collection[str]
+    servers: Servers
+
+    def __post_init__(self) -> None:
+        self._in_one = self.servers.are_one(len(self.given) - 1)
         if not self._in_one:
-            servers.check_count(len(members) - 1)
-        tools = [one for one in members if not isinstance(one, ModelSpec | nn.Module)]
+            self.servers.check_count(len(self.given) - 1)
+        tools = [one for one in self.given if not isinstance(one, ModelSpec | nn.Module)]
         if tools:
             raise ConfigError(f"the assistant {tools[0]} is a tool, which servers cannot run; use engine 'local'")
-        self._servers = servers
-        self._given = cast("Sequence[ModelSpec | nn.Module]", members)
-        self._head = head
-        self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-        self._accept_differences = accept_differences
 
     @cached_property
     def connections(self) -> AuthorConnections | EngineConnection:
@@ -211,7 +218,7 @@ class OnServers:
             ConfigError, LoadError, MismatchError: as in `AuthorConnections` or `EngineConnection`.
         """
         kind = EngineConnection if self._in_one else AuthorConnections
-        return kind(self._servers, self._head, self._tokenizer)
+        return kind(self.servers, self.head, self.tokenizer)
 
     @property
     def runners(self) -> Sequence[Endpoint]:
@@ -222,21 +229,23 @@ class OnServers:
         named = [
             (
                 author_name(author),
-                saved_eos_ids(one) if isinstance(one, ModelSpec) else LanguageModel(one, name="").eos_token_ids,
+                saved_eos_ids(one)
+                if isinstance(one, ModelSpec)
+                else LanguageModel(cast(nn.Module, one), name="").eos_token_ids,
             )
-            for author, one in enumerate(self._given)
+            for author, one in enumerate(self.given)
         ]
-        return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
+        return _eos_ids(named, self.tokenizer, self.accept_differences).union(self.stop_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:
         for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():
             if value is not None:
                 raise ConfigError(f"{name}={value} has no effect across servers; leave it out")
         kind: type[ServerEngine[Any]] = OneEngine if self._in_one else VllmEngine
-        return kind(self.connections, self._tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+        return kind(self.connections, self.tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
-        yield self.connections.candidates(self._tokenizer, prompt_ids, token_ids, most)
+        yield self.connections.candidates(self.tokenizer, prompt_ids, token_ids, most)
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], most: int, author: int | None) -> Chunks[PromptLogprob | None]:
         raise ConfigError("log-probabilities of a prompt are not available across servers; use engine 'local'")
@@ -249,8 +258,8 @@ class OnServers:
             check_local_params(params)
 
     def weights_per_token(self, author: int) -> int:
-        member = self._given[author]
-        module = empty_model(member) if isinstance(member, ModelSpec) else member
+        member = self.given[author]
+        module = empty_model(member) if isinstance(member, ModelSpec) else cast(nn.Module, member)
         return LanguageModel(module, name="").weights_per_token
 
 
@@ -262,6 +271,13 @@ def check_engine(engine: EngineName | None, servers: Servers | None) -> None:
         raise ConfigError("servers have no effect with engine 'local'; leave out the servers or the engine")
     if engine == "vllm" and servers is None:
         raise ConfigError("engine 'vllm' requires servers; pass their addresses, the base's first")
+
+
+def check_local_options(servers: Servers | None, **options: str | int | None) -> None:
+    """Raise a ConfigError if options of models in this process are given beside servers."""
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if servers is not None and given:
+        raise ConfigError(f"{', '.join(given)} has no effect across servers; leave it out, or use engine 'local'")
 
 
 def _eos_ids(

@@ -38,7 +38,7 @@ def before_work() -> Iterator[None]:
 
 def fails_on_poison(model: CoLLM, patch: pytest.MonkeyPatch) -> None:
     """All models in memory raise where they read the poisoned token."""
-    for runner, tokenizer in zip(model.runners, model.tokenizers, strict=True):
+    for runner, tokenizer in zip(model.runners, model.author_tokenizers, strict=True):
         if not isinstance(runner, ModelRunner):
             continue
         (poison,) = tokenizer(POISON)["input_ids"]

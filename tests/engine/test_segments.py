@@ -169,7 +169,7 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
     prompts = prompts_of(6, 6)
     drawn = [SamplingParams(max_new_tokens=60, temperature=0.9 * (i % 2), seed=i if i % 2 else None) for i in range(6)]
     wanted = [(one.token_ids, one.authors) for one in pair.generate(prompts, drawn, threshold=0.5)]
-    small = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, tokenizers=pair.tokenizers[1:])
+    small = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, tokenizers=pair.author_tokenizers[1:])
     for runner in small.runners:
         assert isinstance(runner, ModelRunner)
         runner.set_capacity(640)

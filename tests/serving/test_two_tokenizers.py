@@ -47,9 +47,9 @@ def served(pair: CoLLM) -> Iterator[Running]:
 def test_each_model_reads_a_chat_by_its_own_template(pair: CoLLM) -> None:
     assert pair.alignment is not None
     (ids,) = pair.assistant_prompts(CHAT)
-    assert pair.tokenizers[1].decode(ids) == "[user] what is the capital of it? [answer]"
+    assert pair.author_tokenizers[1].decode(ids) == "[user] what is the capital of it? [answer]"
     (ids,) = pair.assistant_prompts(Chat(CHAT, [{"type": "function", "function": {"name": "f"}}]))
-    assert pair.tokenizers[1].decode(ids) == "can call it [user] what is the capital of it? [answer]"
+    assert pair.author_tokenizers[1].decode(ids) == "can call it [user] what is the capital of it? [answer]"
     assert pair.tokenizer.decode(pair.template.encode_prompt(pair.tokenizer, CHAT)).endswith("it? answer:")
 
 

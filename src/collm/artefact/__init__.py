@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -38,8 +39,6 @@ __all__ = [
     "load_parts",
     "local_directory",
     "read_manifest",
-    "save_calibration",
-    "save_parts",
 ]
 
 HEAD, CALIBRATION, CARD, TABLES = "head.safetensors", "calibration.json", "README.md", "tables"
@@ -92,18 +91,63 @@ def _read_calibration(directory: Path) -> Calibration | None:
         ) from error
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Parts:
-    """The parts of a collaboration that an artefact stores. They are arguments and attributes of `CoLLM`."""
+    """The parts of a collaboration that an artefact stores; `CoLLM` documents them.
+
+    Attributes:
+        source: the artefact that the parts come from; None if its base was replaced.
+    """
 
     base: Member
     assistants: Sequence[Member | ToolFunction]
     head: DeferralHead
     tokenizer: PreTrainedTokenizerBase
-    template: PromptTemplate
+    _: KW_ONLY
+    template: PromptTemplate = None  # type: ignore[assignment]  # by default the tokenizer's
     calibration: Calibration | None = None
     accept_differences: Sequence[str] = ()
     training: dict[str, Any] = field(default_factory=dict)
+    source: Path | None = None
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the artefact. An existing artefact at `path` is replaced atomically; other files beside it are kept.
+
+        The weights of a base that is a module are saved, of a PEFT model only the adapter. A base that is a spec is
+        referenced by its path.
+
+        Raises:
+            ArtefactError: `path` is not a collaboration, or an assistant has no path to reference.
+            LoadError: the base's adapter is not LoRA, so it could not be loaded again.
+            WriteError: the disk is full or not writable. `path` is unchanged.
+        """
+        path = Path(path)
+        if path.exists() and not (path.is_dir() and ((path / CONFIG).exists() or not any(path.iterdir()))):
+            raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
+        with atomic_directory(path.resolve(), replaces=ENTRIES) as directory:
+            saved = _save_base(self, directory)
+            tensors = {name: one.detach().cpu().float().contiguous() for name, one in self.head.state_dict().items()}
+            save_file(tensors, directory / HEAD)
+            _write_texts(directory, _manifest(self, saved, directory), self.calibration)
+
+    def save_calibration(self, path: str | Path) -> None:
+        """Write the calibration, the default threshold and the model card into an existing artefact."""
+        manifest = replace(read_manifest(Path(path)), default_threshold=default_threshold(self.calibration))
+        _write_texts(Path(path), manifest, self.calibration)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, commit_message: str = "Add collaboration"
+    ) -> str:
+        """Upload the artefact to the Hub and return its URL."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as temporary:
+            directory = Path(temporary) / "collaboration"
+            self.save_pretrained(directory)
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
+        return str(address)
 
 
 def load_parts(
@@ -130,6 +174,7 @@ def load_parts(
     weights = manifest.base_weights(directory)
     tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else weights)
     _check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
+    is_replaced = base is not None
     if base is None:
         base = replace(weights, **placements[0])
         if load_adapter and manifest.saved_base == "adapter":
@@ -142,10 +187,11 @@ def load_parts(
         assistants,
         head,
         tokenizer,
-        manifest.template,
-        _read_calibration(directory),
-        manifest.accept_differences,
-        manifest.training,
+        template=manifest.template,
+        calibration=_read_calibration(directory),
+        accept_differences=manifest.accept_differences,
+        training=manifest.training,
+        source=None if is_replaced else directory,
     )
 
 
@@ -173,34 +219,12 @@ def _placed(spec: AssistantSpec, directory: Path, options: dict[str, str]) -> As
     return spec.with_table(directory / spec.table)
 
 
-def save_parts(parts: Parts, path: str | Path, source: Path | None = None) -> None:
-    """Write an artefact, as `CoLLM.save_pretrained` describes it.
-
-    Args:
-        source: the artefact that the base was loaded from, whose weights are copied.
-    """
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and ((path / CONFIG).exists() or not any(path.iterdir()))):
-        raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
-    with atomic_directory(path.resolve(), replaces=ENTRIES) as directory:
-        saved = _save_base(parts, directory, source)
-        tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in parts.head.state_dict().items()}
-        save_file(tensors, directory / HEAD)
-        _write_texts(directory, _manifest(parts, saved, directory), parts.calibration)
-
-
-def save_calibration(calibration: Calibration | None, path: str | Path) -> None:
-    """Write a calibration, its default threshold and the model card into an existing artefact."""
-    manifest = replace(read_manifest(Path(path)), default_threshold=default_threshold(calibration))
-    _write_texts(Path(path), manifest, calibration)
-
-
 def default_threshold(calibration: Calibration | None) -> float | None:
     """The best threshold of a calibration."""
     return calibration.best().threshold if calibration else None
 
 
-def _save_base(parts: Parts, directory: Path, source: Path | None) -> SavedBase | None:
+def _save_base(parts: Parts, directory: Path) -> SavedBase | None:
     """Write the base's weights or its adapter, unless the base is a reference to a model elsewhere."""
     base: Any = parts.base
     folder: SavedBase = "adapter" if hasattr(base, "peft_config") else "base"
@@ -210,6 +234,7 @@ def _save_base(parts: Parts, directory: Path, source: Path | None) -> SavedBase 
         with quiet_if_small(base):
             cast(Any, base).save_pretrained(directory / folder, **options)
     else:
+        source = parts.source
         here = [one for one in get_args(SavedBase) if source is not None and (source / one).exists()]
         if not here:
             return None

@@ -35,7 +35,7 @@ _HEADROOM = 2 * PAGE
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineConfig:
     """Limits of a decoding loop.
 
     Attributes:
@@ -110,13 +110,13 @@ class Engine:
         authors: ListOf[Assistant],
         head: DeferralHead,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits | None = None,
+        config: EngineConfig | None = None,
         *,
         eos_ids: frozenset[int],
         grammars: Grammars,
         alignment: Alignment | None = None,
     ) -> None:
-        limits = limits or Limits()
+        config = config or EngineConfig()
         self.authors = authors
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
@@ -124,9 +124,9 @@ class Engine:
         self._alignment = alignment
         own_end = tokenizer.eos_token_id
         self._end_id = own_end if own_end in eos_ids else min(eos_ids, default=-1)
-        self._max_batch = min([limits.max_batch, *(one.most_slots for one in authors if one.most_slots is not None)])
+        self._max_batch = min([config.max_batch, *(one.most_slots for one in authors if one.most_slots is not None)])
         self._capacity = min((one.capacity for one in authors if one.capacity is not None), default=None)
-        self._headroom = limits.lookahead + _HEADROOM
+        self._headroom = config.lookahead + _HEADROOM
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
         self._count = 0
@@ -134,8 +134,8 @@ class Engine:
         self._base = Reader(BASE, authors[BASE], head)
         self._assistants = [Reader(author, runner) for author, runner in enumerate(authors[1:], start=1)]
         self._planner: Planner | None = None
-        if limits.lookahead or (limits.max_wait and self._max_batch > 1):
-            self._planner = Planner(len(authors), self._active, limits.lookahead, limits.max_wait)
+        if config.lookahead or (config.max_wait and self._max_batch > 1):
+            self._planner = Planner(len(authors), self._active, config.lookahead, config.max_wait)
 
     @property
     def has_work(self) -> bool:

@@ -17,7 +17,7 @@ from collm.errors import ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
 from collm.evaluation.systems import System
 from collm.evaluation.tasks.task import Task, TaskItem
-from collm.models.members import spec_of
+from collm.models.members import as_member, spec_of
 from collm.text.chats import Chat
 from collm.text.template import Prompt
 from collm.training.data import Row
@@ -152,7 +152,9 @@ def _fingerprint(items: Sequence[TaskItem]) -> str:
 
 def _digest(model: CoLLM) -> str:
     """A hash of the head and of the sources of the models."""
-    digest = hashlib.sha256(json.dumps([str(spec_of(member)) for member in (model.base, *model.assistants)]).encode())
+    digest = hashlib.sha256(
+        json.dumps([str(spec_of(as_member(member))) for member in (model.base, *model.assistants)]).encode()
+    )
     for tensor in model.head.state_dict().values():
         digest.update(tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()

@@ -156,7 +156,7 @@ def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
     """A model with an author's tokenizer and template, as a base that never defers."""
     head = DeferralHead(LanguageModel(module, name="alone").hidden_size)
     template = model.template if model.alignment is None else model.alignment.tokenizers[author].template
-    return CoLLM(module, [module], head, model.tokenizers[author], template=template)
+    return CoLLM(module, [module], head, model.author_tokenizers[author], template=template)
 
 
 def _check_tokenizer(model: CoLLM, path: str) -> None:

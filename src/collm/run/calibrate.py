@@ -168,7 +168,7 @@ class PastRun:
         rows, config = self.validation().rows, self.config
         examples = gold_examples(model, rows, max_length=self.max_length)
         scores = [
-            self._scores(author, spec, examples.read_by(number), model.tokenizers[number], quiet=quiet)
+            self._scores(author, spec, examples.read_by(number), model.author_tokenizers[number], quiet=quiet)
             for number, (author, spec) in enumerate(config.authors.items())
             if author != "base"
         ]
