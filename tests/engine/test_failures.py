@@ -17,6 +17,7 @@ from collm.core.policies import ConfidencePolicy, Policy, StepView, ThresholdPol
 from collm.engine.engine import Engine
 from collm.engine.runner import ModelRunner
 from collm.engine.segments import SegmentUnit
+from collm.engine.sequence import Decision, Draw
 from collm.errors import ModelFailure, PolicyFailure, RequestError
 from collm.text.grammars import Grammar
 from tests.engine.test_batches import POISON, run
@@ -160,14 +161,14 @@ def test_an_assistant_that_cannot_be_asked_ends_one_request(monkeypatch: pytest.
     models = writing_model(base, 1), writing_model(assistant, 2, hidden_size=48)
     model = CoLLM(models[0], [models[1]], DeferralHead(32, 1), base, tokenizers=[assistant])
     good = [c.token_ids for c in model.generate(["the", "a river", "miles"], PARAMS, threshold=-1.0)]
-    plain = SegmentUnit.can_ask
+    plain = SegmentUnit.resolve
 
-    def fails(segments: SegmentUnit, author: int) -> bool:
+    def fails(segments: SegmentUnit, decision: Decision, draw: Draw | None) -> None:
         if segments.sequence.number == 1:
             raise RuntimeError("no such text")
-        return plain(segments, author)
+        plain(segments, decision, draw)
 
-    monkeypatch.setattr(SegmentUnit, "can_ask", fails)
+    monkeypatch.setattr(SegmentUnit, "resolve", fails)
     engine = model.engine()
     for prompt in ("the", "a river", "miles"):
         engine.add(model.request(prompt, PARAMS, ThresholdPolicy(-1.0)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as ListOf
 
+from collm.core.params import SamplingParams
 from collm.core.types import BASE
 from collm.engine.logits_processors import Edits, LogitsProcessors
 from collm.engine.lookup import PromptLookup
@@ -114,8 +115,13 @@ class SegmentUnit:
     def decide(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> None:
         """Choose the author of the next token, unless the base must first read the text in other tokens."""
         sequence, author = self.sequence, BASE
-        if self._row == NO_BOUNDARY and self._reaches_boundary(guess.token_id) and not self._canonicalise_base():
-            return
+        if self._row == NO_BOUNDARY and self._reaches_boundary(guess.token_id):
+            canonical = [*self._prompts[BASE], *self._texts[BASE].ids]
+            if canonical != sequence.token_ids:
+                sequence.cut(BASE, min(common_prefix(canonical, sequence.token_ids), len(canonical) - 1))
+                sequence.token_ids[:] = canonical
+                sequence.lookup = PromptLookup(sequence.token_ids)
+                return
         if self._row != NO_BOUNDARY:
             author = sequence.choose_author(defer_prob, author_probs)
         decision = Decision(author, defer_prob, guess, guess if author == BASE else None, (author,))
@@ -129,12 +135,8 @@ class SegmentUnit:
             sequence.cut(author, len(self._prompts[author]) + common_prefix(before, text.ids))
         if self._next_opening is not None and self._next_opening[0] == author:
             self._add_to_segment(decision, self._next_opening[1])
-        elif not self.can_ask(author):
-            self.resolve(decision, None)
-
-    def can_ask(self, author: int) -> bool:
-        """Whether an assistant can continue the text."""
-        return self._texts[author].spells(self._answer) and self._has_room(author)
+        elif not (text.spells(self._answer) and self._has_room(author)):
+            self.resolve(decision, None)  # the assistant cannot continue the text
 
     def _reaches_boundary(self, next_id: int) -> bool:
         """Whether a segment ends before this token of the base. If so, set the boundary."""
@@ -152,17 +154,6 @@ class SegmentUnit:
         self._answer, self._next_opening = answer, None
         self._boundaries.append(len(answer))
         self._row = self._alignment.row(answer)
-
-    def _canonicalise_base(self) -> bool:
-        """Make the base's tokens canonical. Return False if they changed and the base must read them again."""
-        sequence, canonical = self.sequence, [*self._prompts[BASE], *self._texts[BASE].ids]
-        if canonical == sequence.token_ids:
-            return True
-        kept = min(common_prefix(canonical, sequence.token_ids), len(canonical) - 1)
-        sequence.token_ids[:] = canonical
-        sequence.lookup = PromptLookup(sequence.token_ids)
-        sequence.cut(BASE, kept)
-        return False
 
     def _has_room(self, author: int) -> bool:
         limit = shortest_limit([self.sequence.authors[author]])
@@ -185,7 +176,7 @@ class SegmentUnit:
         self.current.append(draw)
         if draw.token_id in self._alignment.tokenizers[decision.author].eos_ids:
             self.current.clear()
-            decision.choice = self._as_draw(self._end_id, draw.logprob)
+            decision.choice = _as_draw(self._end_id, draw.logprob, self._params)
         elif len(self.current) >= MAX_SEGMENT_TOKENS or not self._has_room(decision.author):
             self._end_segment(decision, None, at_boundary=False)
 
@@ -208,8 +199,8 @@ class SegmentUnit:
             decision.choice, decision.abstained = decision.guess, True
         else:
             first, *rest = encoded.ids[before:]
-            decision.choice = self._as_draw(first, logprob)
-            decision.rest = [self._as_draw(token_id, 0.0) for token_id in rest]
+            decision.choice = _as_draw(first, logprob, self._params)
+            decision.rest = [_as_draw(token_id, 0.0, self._params) for token_id in rest]
         known = self._texts[author].ids
         kept = len(known)
         if decision.abstained or not at_boundary:
@@ -224,6 +215,7 @@ class SegmentUnit:
             kept = common_prefix(canonical, [*known, *written])
         self.sequence.cut(author, len(self._prompts[author]) + kept)
 
-    def _as_draw(self, token_id: int, logprob: float) -> Draw:
-        """A token of the base that stands for an assistant's segment."""
-        return Draw(token_id, logprob, ((token_id, logprob),) if self._params.logprobs else ())
+
+def _as_draw(token_id: int, logprob: float, params: SamplingParams) -> Draw:
+    """A token of the base that stands for an assistant's segment."""
+    return Draw(token_id, logprob, ((token_id, logprob),) if params.logprobs else ())
