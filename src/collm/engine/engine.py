@@ -181,9 +181,10 @@ class Engine:
         """
         self._schedule()
         self._run_base()
-        for reader in self._assistants:
-            self._run_assistant(reader)
-        self._decide_consulted()
+        if any(sequence.decisions for sequence in self._active.values()):  # some positions need an assistant
+            for reader in self._assistants:
+                self._run_assistant(reader)
+            self._decide_consulted()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -242,6 +243,8 @@ class Engine:
             for sequence in deferring:
                 sequence.waited += 1
             due = [sequence for sequence in due if sequence.consulted]
+        if not due:
+            return
         wanted = {sequence: sequence.undecided(reader.author) for sequence in due}
         output = self._read(reader, wanted)
         if output is None:

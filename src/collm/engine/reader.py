@@ -91,7 +91,8 @@ class Reader:
             wanted: sequence -> the decisions for which the author's output is needed, without gaps.
         """
         start, self._num_tokens = time.perf_counter(), 0
-        followers = _followers(self.author, [sequence for sequence in wanted if sequence not in self.slots])
+        new = [sequence for sequence in wanted if sequence not in self.slots]
+        followers = _followers(self.author, new) if len(new) > 1 else []
         parts = self._extend([sequence for sequence in wanted if sequence not in followers], wanted)
         if followers:
             parts += self._extend(followers, wanted)
@@ -122,7 +123,8 @@ class Reader:
                 abstained |= {row for row, (_, is_changed) in enumerate(edits) if is_changed}
             else:
                 self._fail_without_tokens(rows, [best for best, _ in edits])
-        self._fail_invalid(rows, draws, fetched)
+        if any(math.isnan(draw.logprob + sum(row)) for draw, row in zip(draws, fetched, strict=True)):
+            self._fail_invalid(rows, draws, fetched)
         rows = {sequence: at for sequence, at in rows.items() if sequence not in self.failures}
         written = [None if row in abstained else draw for row, draw in enumerate(draws)]
         return AuthorOutput(rows, written, raw, logits, fetched, by_author, self._num_tokens, seconds)
@@ -191,7 +193,7 @@ class Reader:
 def _followers(author: int, new: ListOf[Sequence]) -> list[Sequence]:
     """New sequences whose first tokens are those of another new sequence."""
     leaders, followers = set(), []
-    for sequence in new if len(new) > 1 else ():
+    for sequence in new:
         text = sequence.text_of(author)
         beginning = tuple(text[:MIN_SHARED])
         if len(text) > MIN_SHARED and beginning in leaders:
