@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -24,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import StructuredOutputs
 from collm.errors import ConfigError, MismatchError, MissingExtra, RequestError
-from collm.text import grammar_process
+from collm.text import isolated, isolated_worker
 from collm.text.guards import TokenizerIdentity
 from collm.text.text_tokenizer import bytes_of_tokens
 from collm.text.token_ids import common_prefix
@@ -164,27 +160,15 @@ class Grammars:
 
     def _rehearse(self, source: str) -> None:
         """Compile a grammar in a process that may die, with a vocabulary of bytes and special tokens."""
-        asked = {
-            "source": source,
-            "tokenizer": self._small_tokenizer,
-            "vocab_size": max(self._vocab_size, 256 + len(self._tokenizer.added_tokens_decoder)),
-            "memory_bytes": COMPILE_BYTES,
-            "seconds": math.ceil(COMPILE_S),
-            "path": sys.path,
-        }
-        command = [sys.executable, "-I", grammar_process.__file__]
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+        vocab_size = max(self._vocab_size, 256 + len(self._tokenizer.added_tokens_decoder))
+        grammar = {"source": source, "tokenizer": self._small_tokenizer, "vocab_size": vocab_size}
         try:
-            done = subprocess.run(
-                command, input=json.dumps(asked), text=True, capture_output=True, env=environment, timeout=COMPILE_S
-            )
-        except subprocess.TimeoutExpired:
-            done = None
-        if done is None or done.returncode:
+            isolated.run("compile", seconds=COMPILE_S, memory_bytes=COMPILE_BYTES, **grammar)
+        except ValueError as error:
             raise RequestError(
                 f"structured_outputs cannot be compiled within {COMPILE_S:g} s, {COMPILE_BYTES >> 20} MiB and a stack "
-                f"of {grammar_process.STACK_BYTES >> 20} MiB; use a simpler one"
-            )
+                f"of {isolated_worker.STACK_BYTES >> 20} MiB; use a simpler one"
+            ) from error
 
     @cached_property
     def _small_tokenizer(self) -> str:

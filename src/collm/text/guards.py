@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, MismatchError
-from collm.text.template import PromptTemplate
-from collm.text.token_ids import token_ids_of
+from collm.text.template import PromptTemplate, tokenize
 
 ACCEPTABLE = ("special_tokens", "eos", "chat_template")
 """Differences that a user may accept by name. A different vocabulary is not among them."""
@@ -44,7 +43,7 @@ class TokenizerIdentity:
             tokens={token_id: token for token, token_id in tokenizer.get_vocab().items()},
             special_tokens=special,
             chat_template=template.chat if template.tool_chat is None else json.dumps(chats),
-            probe_ids=tuple(token_ids_of(tokenizer, PROBE, special=False)),
+            probe_ids=tuple(tokenize(tokenizer, PROBE, special=False)),
         )
 
     @property

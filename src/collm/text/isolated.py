@@ -1,6 +1,6 @@
-"""Rendering chat templates, which are untrusted programs, in processes with limits of time and memory.
+"""Processes for untrusted programs (chat templates and grammars), with limits of time and memory.
 
-A thread cannot interrupt them: one multiplication may run for hours in C code.
+A thread cannot interrupt them: one multiplication may run for hours in C code, and native code may crash.
 """
 
 from __future__ import annotations
@@ -17,30 +17,26 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from collm.text import render_worker
+from collm.text import isolated_worker
 
-LONGEST_RENDERING_S = 10.0
-"""Time limit of a rendering in seconds."""
-MOST_MEMORY_BYTES = 1 << 30
-"""Memory limit of a rendering. It is not enforced on macOS."""
 _PROCESSES = 4
-"""Renderings at a time. A process is started when the others are busy, and kept."""
+"""Processes per task. One is started when the others are busy, and kept."""
 
 _Worker = subprocess.Popen[bytes]
 
 
-def render(**arguments: Any) -> str:
-    """Render one chat with the arguments of transformers' `render_jinja_template`, `conversations` being a list of one.
+def run(task: str, *, seconds: float, memory_bytes: int, **arguments: Any) -> Any:
+    """Run a task of `isolated_worker` and return its result. The memory limit is not enforced on macOS.
 
     Raises:
-        ValueError: the template is invalid or rejects the chat, or a limit is exceeded.
+        ValueError: the task fails, ends its process or exceeds a limit.
         TypeError: an argument is not JSON.
     """
-    request = json.dumps({"seconds": LONGEST_RENDERING_S, "arguments": arguments}, default=_as_json)
-    workers = _workers(os.getpid())
+    request = json.dumps({"seconds": seconds, "arguments": arguments}, default=_as_json)
+    workers = _workers(task, memory_bytes, os.getpid())
     worker, reply = workers.get(), b""
     try:
-        worker = worker or _start()
+        worker = worker or _start(task, memory_bytes)
         assert worker.stdin is not None
         assert worker.stdout is not None
         with suppress(BrokenPipeError):
@@ -52,16 +48,20 @@ def render(**arguments: Any) -> str:
         if worker is not None and not answered:
             _end(worker)
         workers.put(worker if answered else None)
-    if not answered:
-        raise ValueError(_why(worker.returncode))
-    outcome = json.loads(reply)
-    if "failed" in outcome:
-        raise ValueError(outcome["failed"])
-    return str(outcome["text"])
+    if answered:
+        outcome = json.loads(reply)
+        if "failed" in outcome:
+            raise ValueError(outcome["failed"])
+        return outcome["result"]
+    if worker.returncode == -signal.SIGALRM:
+        raise ValueError(f"it took longer than {seconds:g} s")
+    if worker.returncode == isolated_worker.OUT_OF_MEMORY:
+        raise ValueError(f"it needs more than {memory_bytes >> 20} MB of memory")
+    raise ValueError(f"it ended its process with status {worker.returncode}")
 
 
 @cache
-def _workers(pid: int) -> queue.LifoQueue[_Worker | None]:
+def _workers(task: str, memory_bytes: int, pid: int) -> queue.LifoQueue[_Worker | None]:
     """The idle processes of this process, None for those that are not started. A forked process has its own."""
     workers: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
     for _ in range(_PROCESSES):
@@ -82,19 +82,17 @@ def _end(worker: _Worker) -> None:
         worker.kill()
 
 
-def _start() -> _Worker:
+def _start(task: str, memory_bytes: int) -> _Worker:
     path = [entry for entry in sys.path if os.path.isabs(entry)]  # the working directory may be a stranger's
-    command = [sys.executable, "-I", render_worker.__file__, str(MOST_MEMORY_BYTES), json.dumps(path)]
-    # A session of its own, so that Ctrl-C does not reach it. It ends with its input.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-
-
-def _why(status: int) -> str:
-    if status == -signal.SIGALRM:
-        return f"it took longer than {LONGEST_RENDERING_S:g} s"
-    if status == render_worker.OUT_OF_MEMORY:
-        return f"it needs more than {MOST_MEMORY_BYTES >> 20} MB of memory"
-    return f"it ended its process with status {status}"
+    command = [sys.executable, "-I", isolated_worker.__file__, task, str(memory_bytes), json.dumps(path)]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # it ends with its input
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # the arenas of threads would count as its memory
+        start_new_session=True,  # so that Ctrl-C does not reach it
+    )
 
 
 def _as_json(value: Any) -> Any:
