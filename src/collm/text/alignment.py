@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -43,7 +43,6 @@ _PROBES = (
 )
 
 
-@dataclass(frozen=True)
 class Alignment:
     """Alignment of authors with different tokenizers.
 
@@ -58,16 +57,18 @@ class Alignment:
         MismatchError: the tokenizers cannot be aligned.
     """
 
-    tokenizers: Sequence[TextTokenizer]
-    opens: Tensor = field(init=False)
-    _opens: list[list[bool]] = field(init=False)
-    _masks: dict[tuple[int, int, torch.device], Tensor] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "opens", _opening_table([one.pairs_inside for one in self.tokenizers]))
-        object.__setattr__(self, "_opens", self.opens.tolist())  # single entries of a tensor are slow to read
-        self._check_words()
-        for tokenizer in self.tokenizers:
+    def __init__(self, tokenizers: Sequence[TextTokenizer]) -> None:
+        self.tokenizers = tokenizers
+        self.opens = _opening_table(tokenizers)
+        self._opens: list[list[bool]] = self.opens.tolist()  # single entries of a tensor are slow to read
+        self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
+        if not any(self._opens[letter][ord(" ")] for letter in string.ascii_letters.encode()):
+            names = " and ".join(one.name for one in tokenizers)
+            raise MismatchError(
+                f"the tokenizers of {names} have no common boundaries between words, because one has tokens that span "
+                "several words; use another pair"
+            )
+        for tokenizer in tokenizers:
             self._check(tokenizer)
 
     def row(self, text: bytes) -> int:
@@ -121,15 +122,6 @@ class Alignment:
                 found.append(at)
         return [*found, len(answer)]
 
-    def _check_words(self) -> None:
-        letters = torch.tensor(list(string.ascii_letters.encode()))
-        if not self.opens[letters, ord(" ")].any():
-            names = " and ".join(one.name for one in self.tokenizers)
-            raise MismatchError(
-                f"the tokenizers of {names} have no common boundaries between words, because one has tokens that span "
-                "several words; use another pair"
-            )
-
     def _check(self, tokenizer: TextTokenizer) -> None:
         """Check on probe texts that bytes are preserved, and that tokens end at boundaries and do not change later."""
         context = [] if tokenizer.tokenizer.bos_token_id is None else [tokenizer.tokenizer.bos_token_id]
@@ -155,8 +147,11 @@ class Alignment:
                 )
 
 
-def _opening_table(pairs_inside: Sequence[Tensor]) -> Tensor:
-    inside = torch.stack(list(pairs_inside)).any(0)
+def _opening_table(tokenizers: Sequence[TextTokenizer]) -> Tensor:
+    pairs = {pair for one in tokenizers for token in one.token_bytes for pair in pairwise(token or b"")}
+    inside = torch.zeros(256, 256, dtype=torch.bool)
+    for first, second in pairs:
+        inside[first, second] = True
     byte = torch.arange(256)
     letter = ((byte >= 65) & (byte < 91)) | ((byte >= 97) & (byte < 123)) | (byte >= 0x80)
     # First bytes of CJK and Kana, which have no words to keep whole, and of general and full-width punctuation.

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.params import StructuredOutputs
 from collm.errors import ConfigError, MismatchError, MissingExtra, RequestError
 from collm.text import isolated, isolated_worker
-from collm.text.guards import TokenizerIdentity
 from collm.text.text_tokenizer import bytes_of_tokens
 from collm.text.token_ids import common_prefix
 
@@ -214,7 +213,7 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int) -> None:
-        spelled = bytes_of_tokens(tokenizer, TokenizerIdentity.of(tokenizer), "the base")
+        spelled = bytes_of_tokens(tokenizer, "the base")
         names = tokenizer.convert_ids_to_tokens(range(len(spelled)))
         self.eos_token_id = eos_token_id
         self.special_token_ids = [token_id for token_id, one in enumerate(spelled) if one is None]
