@@ -38,12 +38,11 @@ class TokenizerIdentity:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerIdentity:
         special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
         template = PromptTemplate.of(tokenizer)
-        chats = [template.chat, template.tool_chat]
         return cls(
-            tokens={token_id: token for token, token_id in tokenizer.get_vocab().items()},
-            special_tokens=special,
-            chat_template=template.chat if template.tool_chat is None else json.dumps(chats),
-            probe_ids=tuple(tokenize(tokenizer, PROBE, special=False)),
+            {token_id: token for token, token_id in tokenizer.get_vocab().items()},
+            special,
+            template.chat if template.tool_chat is None else json.dumps([template.chat, template.tool_chat]),
+            tuple(tokenize(tokenizer, PROBE, special=False)),
         )
 
     @property
@@ -54,8 +53,7 @@ class TokenizerIdentity:
     @property
     def hash(self) -> str:
         """SHA-256 of vocabulary, special tokens and probe."""
-        content = [sorted(self.tokens.items()), sorted(self.special_tokens.items()), self.probe_ids]
-        return _sha256(json.dumps(content))
+        return _sha256(json.dumps([sorted(self.tokens.items()), sorted(self.special_tokens.items()), self.probe_ids]))
 
     @property
     def chat_template_hash(self) -> str | None:
@@ -100,8 +98,8 @@ def check_tokenizers(
     difference = token_difference(base, other, name)
     if difference is not None:
         raise MismatchError(f"{difference}; use models that share one tokenizer")
-    if base.special_tokens != other.special_tokens and "special_tokens" not in accept:
-        ours, theirs = base.special_tokens, other.special_tokens
+    ours, theirs = base.special_tokens, other.special_tokens
+    if ours != theirs and "special_tokens" not in accept:
         role = next(role for role in sorted({*ours, *theirs}) if ours.get(role) != theirs.get(role))
         raise MismatchError(
             f"the {role} of {name} is {_shown(theirs.get(role))}, but {_shown(ours.get(role))} in the base; "

@@ -74,43 +74,39 @@ def grammar(
         return f"<[{special[text]}]>" if text in special else json.dumps(text)
 
     opening, closing = marker(written.opening), marker(written.closing)
-    rules = [_rule(f"tool_{n}", tool["function"], written) for n, tool in enumerate(tools)]
-    names = " | ".join(f"tool_{n}" for n in range(len(tools)))
-    if written.kind == "tags":
-        call, between = f'{opening} "\\n" tool "\\n" {closing}', '"\\n"'
-    elif written.kind == "list":
-        call, between = "tool", '", "'
-    elif written.kind == "bare":
-        call, between = "tool", '"; "'
-    else:
-        call, between = f"{opening} tool", '""'
-        with_id = f"{marker(written.call_id)} /[a-zA-Z0-9]{{9}}/ " if written.call_id else ""
-        rules = [
-            f"tool_{n}: {json.dumps(tool['function']['name'])} {with_id}{marker(ARGUMENTS)} arguments_{n}\n"
-            f"arguments_{n}: %json {json.dumps(_with_template_spaces(_parameters(tool['function'])))}"
-            for n, tool in enumerate(tools)
-        ]
+    call_id = f"{marker(written.call_id)} /[a-zA-Z0-9]{{9}}/ " if written.call_id else ""
+    rules = []
+    for n, function in enumerate(tool["function"] for tool in tools):
+        parameters = {"type": "object", **(function.get("parameters") or {})}
+        if written.kind == "named":
+            rules += [f"tool_{n}: {json.dumps(function['name'])} {call_id}{marker(ARGUMENTS)} arguments_{n}"]
+            rules += [f"arguments_{n}: %json {json.dumps({**parameters, **_TEMPLATE_SPACES})}"]
+        else:
+            schema = {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, written.arguments: {"$ref": _PARAMETERS}},
+                "required": ["name", written.arguments],
+                "additionalProperties": False,
+                "$defs": {"parameters": _rebased(parameters)},
+            }
+            rules += [f"tool_{n}: %json {json.dumps({**schema, **_TEMPLATE_SPACES})}"]
+    call, between = {
+        "tags": (f'{opening} "\\n" tool "\\n" {closing}', '"\\n"'),
+        "bare": ("tool", '"; "'),
+        "list": ("tool", '", "'),
+        "named": (f"{opening} tool", '""'),
+    }[written.kind]
     calls = f"call ({between} call)*" if parallel else "call"
     start = f'{opening} " " "[" {calls} "]"' if written.kind == "list" else calls
+    names = " | ".join(f"tool_{n}" for n in range(len(tools)))
     return "\n".join([f"start: {start}", f"call: {call}", f"tool: {names}", *rules])
 
 
-def _rule(name: str, function: Mapping[str, Any], written: ToolFormat) -> str:
-    schema = {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, written.arguments: {"$ref": _PARAMETERS}},
-        "required": ["name", written.arguments],
-        "additionalProperties": False,
-        "$defs": {"parameters": _rebased(_parameters(function))},
-    }
-    return f"{name}: %json {json.dumps(_with_template_spaces(schema))}"
-
-
 _PARAMETERS = "#/$defs/parameters"
-
-
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", **(function.get("parameters") or {})}
+_TEMPLATE_SPACES = {
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+}
+"""The separators of chat templates."""
 
 
 def _rebased(schema: Any) -> Any:
@@ -122,9 +118,3 @@ def _rebased(schema: Any) -> Any:
             moved["$ref"] = _PARAMETERS + reference[1:]
         return moved
     return [_rebased(one) for one in schema] if isinstance(schema, list) else schema
-
-
-def _with_template_spaces(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the separators of chat templates to a schema."""
-    spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return {**schema, "x-guidance": spaces}
