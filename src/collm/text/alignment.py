@@ -44,10 +44,7 @@ _PROBES = (
 
 
 class Alignment:
-    """Alignment of authors with different tokenizers.
-
-    Args:
-        tokenizers: the tokenizer of each author, the base first.
+    """Alignment of authors with different tokenizers, the base first.
 
     Attributes:
         opens: the opening table: whether a byte begins a segment, bool, shape (258, 256). The row is the last byte of
@@ -84,8 +81,8 @@ class Alignment:
     def is_opening(self, author: int, row: int, token_id: int) -> bool:
         """Whether an author's token begins a segment in this row, or ends the text."""
         tokenizer = self.tokenizers[author]
-        spelled = tokenizer.token_bytes[token_id]
-        return token_id in tokenizer.eos_ids or bool(spelled and self._opens[row][spelled[0]])
+        text = tokenizer.token_bytes[token_id]
+        return token_id in tokenizer.eos_ids or bool(text and self._opens[row][text[0]])
 
     def opening_mask(self, author: int, row: int, device: torch.device) -> Tensor:
         """The author's tokens that begin a segment in this row or end the text, bool, shape (V,)."""

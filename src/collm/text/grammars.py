@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import StructuredOutputs
 from collm.errors import ConfigError, MismatchError, MissingExtra, RequestError
-from collm.text import isolated, isolated_worker
+from collm.text import isolated
 from collm.text.text_tokenizer import bytes_of_tokens
 from collm.text.token_ids import common_prefix
 
@@ -43,19 +43,15 @@ _RULE = re.compile(r"^\s*[?!]?[\w-]+[^:\n\"/]*:", re.MULTILINE)
 
 
 class Grammar:
-    """The state of a text in its grammar.
+    """The state of a text in its grammar, after `token_ids`.
 
     Args:
-        matcher: the compiled grammar, which is copied.
         names_tokens: whether the grammar may name tokens, as in <[5]> and <eos>.
-
-    Attributes:
-        token_ids: the tokens consumed so far.
     """
 
     def __init__(self, matcher: LLMatcher, *, names_tokens: bool = False) -> None:
         self.token_ids: list[int] = []
-        self._initial = matcher
+        self._initial = matcher  # compiled, and shared by texts
         self._matcher = matcher.deep_copy()
         self._names_tokens = names_tokens
 
@@ -107,13 +103,7 @@ def forbidden(bits: np.ndarray[Any, np.dtype[np.int32]], vocab_size: int) -> Ten
 
 
 class Grammars:
-    """Compiles structured output constraints for one tokenizer. Thread-safe.
-
-    Args:
-        tokenizer: tokenizer of all models, byte-level or with byte fallback.
-        vocab_size: V, the models' vocabulary size.
-        eos_ids: tokens that end a text.
-    """
+    """Compiles structured output constraints for one tokenizer, byte-level or with byte fallback. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -127,8 +117,8 @@ class Grammars:
         """Compile a constraint and return its initial state.
 
         Args:
-            trusted: whether the constraint may crash this process. One of a stranger is bounded by `LIMITS`, and
-                compiled first in a process of its own.
+            trusted: whether it may crash this process. One of a stranger is bounded by `LIMITS`, and compiled first in
+                another process.
 
         Raises:
             RequestError: the schema, regular expression or grammar is invalid or too large.
@@ -168,7 +158,7 @@ class Grammars:
         except ValueError as error:
             raise RequestError(
                 f"structured_outputs cannot be compiled within {COMPILE_S:g} s, {COMPILE_BYTES >> 20} MiB and a stack "
-                f"of {isolated_worker.STACK_BYTES >> 20} MiB; use a simpler one"
+                f"of {isolated.STACK_BYTES >> 20} MiB; use a simpler one"
             ) from error
 
     def _matcher(self, source: str) -> LLMatcher:

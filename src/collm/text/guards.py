@@ -25,7 +25,7 @@ class TokenizerIdentity:
     Attributes:
         tokens: token id -> token.
         special_tokens: role (bos, eos, unk, ...) -> token, without padding, which no model reads.
-        chat_template: None if the tokenizer has none; as JSON if it has one of its own for tools.
+        chat_template: None if the tokenizer has none; as JSON if it has another for tools.
         probe_ids: token ids of a fixed text, which depend on merges and normalisation.
     """
 
@@ -105,8 +105,8 @@ def check_tokenizers(
             f"the {role} of {name} is {_shown(theirs.get(role))}, but {_shown(ours.get(role))} in the base; "
             f"{_how_to_accept('special_tokens')}"
         )
-    templates = (base.chat_template, other.chat_template)
-    if None not in templates and templates[0] != templates[1] and "chat_template" not in accept:
+    templates = {base.chat_template, other.chat_template} - {None}
+    if len(templates) > 1 and "chat_template" not in accept:
         raise MismatchError(
             f"the chat template of {name} differs from the base's, so it was trained on another chat format; "
             f"{_how_to_accept('chat_template')}, and both will use the base's"
@@ -114,13 +114,10 @@ def check_tokenizers(
 
 
 def check_eos(eos_sets: Sequence[tuple[str, frozenset[int]]], *, accept: Collection[str] = ()) -> frozenset[int]:
-    """The tokens that end a text: the EOS set that all models share, or the union if "eos" is accepted.
-
-    Args:
-        eos_sets: pairs of model name and EOS token ids, the base first. Empty sets are not compared.
+    """The tokens that end a text, from pairs of model name and EOS token ids, the base first.
 
     Raises:
-        MismatchError: the sets differ.
+        MismatchError: sets that are not empty differ, and "eos" is not accepted.
     """
     base_name, base_eos = eos_sets[0]
     for name, eos in eos_sets[1:]:

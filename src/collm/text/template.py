@@ -27,12 +27,7 @@ _SOME_TOOL = {"type": "function", "function": {"name": "f", "description": "", "
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a training sequence.
-
-    Attributes:
-        token_ids: the whole sequence.
-        is_target: whether each token is a training target.
-    """
+    """Token ids of a training sequence, and whether each is a training target."""
 
     token_ids: list[int]
     is_target: list[bool]
@@ -142,9 +137,7 @@ class PromptTemplate:
         return token_ids
 
     def encode_completion(self, tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-        """Encode a prompt and its completion, followed by EOS. Only the completion is a target.
-
-        The prompt's tokens equal those of `encode_prompt`.
+        """Encode a prompt as in `encode_prompt`, and its completion and EOS, which are targets.
 
         Raises:
             DataError: the tokenizer has no EOS token.
@@ -170,15 +163,13 @@ class PromptTemplate:
         """Encode a chat. Every assistant turn is a target, including the token that ends it (`turn_ends`).
 
         The tokens before a turn equal those of `encode_prompt` on the messages before it. If a template or tokenizer
-        renders earlier turns differently once the chat continues, each turn gets a sequence of its own.
+        renders earlier turns differently once the chat continues, each turn gets a sequence of its own, else all share
+        one.
 
         Args:
             messages: a `Chat` if it has tools.
             unlearned: indices of messages that are not targets.
             apart: return one sequence per assistant turn in any case.
-
-        Returns:
-            One sequence with all turns if possible, else one sequence per assistant turn.
 
         Raises:
             DataError: there is no assistant turn or no token to end one, a rendered turn does not start with its

@@ -33,6 +33,7 @@ class ToolFormat:
 
 
 ARGUMENTS = "[ARGS]"
+# Hermes, Qwen 2.5 and 3, and SmolLM3 write <tool_call> with JSON, Llama 3 writes JSON with "parameters".
 HERMES = ToolFormat("tags", "<tool_call>", "</tool_call>")
 LLAMA = ToolFormat("bare", "<|python_tag|>", arguments="parameters")
 MISTRAL = ToolFormat("list", "[TOOL_CALLS]")
@@ -41,10 +42,7 @@ MISTRAL_WITH_IDS = ToolFormat("named", "[TOOL_CALLS]", call_id="[CALL_ID]")
 
 
 def tool_format(chat_template: str) -> ToolFormat | None:
-    """Detect the format of a chat template; None if it does not support tools or the format is unknown.
-
-    <tool_call> with JSON: Hermes, Qwen 2.5 and 3, SmolLM3. JSON with "parameters": Llama 3. [TOOL_CALLS]: Mistral.
-    """
+    """Detect the format of a chat template; None if it does not support tools or the format is unknown."""
     if "tools" not in chat_template:
         return None
     if HERMES.opening in chat_template:
@@ -103,9 +101,7 @@ def grammar(
 
 
 _PARAMETERS = "#/$defs/parameters"
-_TEMPLATE_SPACES = {
-    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-}
+_TEMPLATE_SPACES = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 """The separators of chat templates."""
 
 
