@@ -120,7 +120,10 @@ class Dumped:
         (CHATML, [{"role": "user", "content": "日本\n\u2028\x00 \U0001f600 <&>\"'"}]),
         ("{{ tools | tojson }} {{ tools | tojson(indent=2) }} {{ messages }}", Chat(CHAT, TOOLS)),
         ("{{ bos_token }}{{ eos_token }}{{ messages[0].name is defined }}", [{**CHAT[0], "name": None}]),
-        ("{{ thoughts }}{{ eos_token }}", Chat(CHAT, template_kwargs={"thoughts": True})),
+        (
+            "{{ thoughts }}{{ seconds }}{{ task }}",
+            Chat(CHAT, template_kwargs={"thoughts": True, "seconds": 5, "task": "a"}),
+        ),
         ("{{ eos_token }}", Chat(CHAT, template_kwargs={"eos_token": "mine"})),
         ("{{ strftime_now('%Y') }}{% generation %}{{ messages[1].content }}{% endgeneration %}", CHAT),
         ("{% for m in messages %}{% if loop.index0 %}{% break %}{% endif %}{{ m.content }}\n{% endfor %}", CHAT),

@@ -67,13 +67,7 @@ def pseudo_labels(
     probability: in variant "a" among those whose argmax is the gold token (the base if there are none), in "b" among
     all.
 
-    Args:
-        base_correct: whether the base's argmax is the gold token, bool, shape (B, T).
-        assistant_correct: the same for each assistant, bool, shape (B, T, K).
-        assistant_logprobs: shape (B, T, K), nats.
-
-    Returns:
-        Author numbers in 0..K, int64, shape (B, T).
+    `base_correct` and the author numbers 0..K that are returned have shape (B, T), the others (B, T, K).
 
     Raises:
         ConfigError: `variant` is unknown.

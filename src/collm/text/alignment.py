@@ -99,11 +99,7 @@ class Alignment:
         return SegmentLaw(self.opens, tokenizer.first_byte, ends)
 
     def assistant_prompts(self, prompt: Prompt) -> list[list[int]]:
-        """Render a prompt with each assistant's own template and tokenizer.
-
-        Raises:
-            RequestError: an assistant's template rejects the prompt.
-        """
+        """Render a prompt with each assistant's own template and tokenizer, which may raise a `RequestError`."""
         base, *assistants = self.tokenizers
         if not isinstance(prompt, str) and all(isinstance(one, int) for one in prompt):
             ids = cast("list[int]", prompt)
@@ -120,7 +116,7 @@ class Alignment:
         return [*found, len(answer)]
 
     def _check(self, tokenizer: TextTokenizer) -> None:
-        """Check on probe texts that bytes are preserved, and that tokens end at boundaries and do not change later."""
+        """Check on probe texts that bytes are preserved, and tokens end at boundaries and stay as the text grows."""
         context = [] if tokenizer.tokenizer.bos_token_id is None else [tokenizer.tokenizer.bos_token_id]
         for probe in _PROBES:
             answer = probe.encode()

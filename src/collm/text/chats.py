@@ -11,7 +11,7 @@ from collm.errors import RequestError
 Message = Mapping[str, Any]
 
 _RESERVED = {
-    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("conversation", "conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }

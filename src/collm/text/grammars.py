@@ -154,7 +154,7 @@ class Grammars:
             "vocab_size": max(self._vocab_size, len(alphabet) + len(special)),
         }
         try:
-            isolated.run("compile", seconds=COMPILE_S, memory_bytes=COMPILE_BYTES, **grammar)
+            isolated.run("compile", grammar, seconds=COMPILE_S, memory_bytes=COMPILE_BYTES)
         except ValueError as error:
             raise RequestError(
                 f"structured_outputs cannot be compiled within {COMPILE_S:g} s, {COMPILE_BYTES >> 20} MiB and a stack "

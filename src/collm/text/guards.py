@@ -90,11 +90,7 @@ def token_difference(base: TokenizerIdentity, other: TokenizerIdentity, name: st
 def check_tokenizers(
     base: TokenizerIdentity, other: TokenizerIdentity, name: str, *, accept: Collection[str] = ()
 ) -> None:
-    """Compare an assistant's tokenizer with the base's.
-
-    Raises:
-        MismatchError: a token, special token or template differs; the message names the first one.
-    """
+    """Raise a MismatchError that names the first token, special token or template in which an assistant differs."""
     difference = token_difference(base, other, name)
     if difference is not None:
         raise MismatchError(f"{difference}; use models that share one tokenizer")

@@ -32,7 +32,7 @@ _PROCESSES = 4
 _Worker = subprocess.Popen[bytes]
 
 
-def run(task: str, *, seconds: float, memory_bytes: int, **arguments: Any) -> Any:
+def run(task: str, arguments: Mapping[str, Any], *, seconds: float, memory_bytes: int) -> Any:
     """Run "render" or "compile" and return its result. The memory limit is not enforced on macOS.
 
     Raises:

@@ -217,10 +217,7 @@ class PromptTemplate:
     def render_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool) -> str:
         """Render a chat with its tools. `open_turn` adds the generation prompt.
 
-        The role "developer" becomes "system" if the template does not support it.
-
-        Raises:
-            RequestError: there is no chat template, or it rejects the messages.
+        The role "developer" becomes "system" if the template does not support it. Raises as `encode_prompt`.
         """
         chat = Chat.of(messages)
         template = self.chat_for(chat.tools)
@@ -232,23 +229,21 @@ class PromptTemplate:
         for fields in known:
             if fields.get("role") == "developer" and "developer" not in template:
                 fields["role"] = "system"
+        arguments = {
+            **tokenizer.special_tokens_map,
+            **chat.template_kwargs,
+            "conversations": [known],
+            "tools": chat.tools,
+            "chat_template": template,
+            "add_generation_prompt": open_turn,
+            "continue_final_message": chat.continue_final_message and not open_turn,
+        }
         try:
-            rendered = isolated.run(
-                "render",
-                seconds=RENDERING_S,
-                memory_bytes=RENDERING_BYTES,
-                conversations=[known],
-                tools=chat.tools,
-                chat_template=template,
-                add_generation_prompt=open_turn,
-                continue_final_message=chat.continue_final_message and not open_turn,
-                **{**tokenizer.special_tokens_map, **chat.template_kwargs},
-            )
+            return str(isolated.run("render", arguments, seconds=RENDERING_S, memory_bytes=RENDERING_BYTES))
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(
                 f"the chat template rejects the messages {json.dumps(messages, default=str)[:120]}: {error}"
             ) from error
-        return str(rendered)
 
 
 def _is_list_of(prompt: object, kind: type) -> bool:
@@ -327,8 +322,8 @@ def _join_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, s
 def _limit_targets(encoded: Encoded, ends: Sequence[int]) -> Encoded | None:
     """Limit targets to the token that ends each turn, because decoding stops there.
 
-    If a turn contains no such token, the token after it must be one and becomes a target. At the end of the sequence,
-    the first of `ends` is appended. Returns None if another token follows such a turn.
+    If a turn contains no such token, the token after it becomes a target, or is appended at the end of the sequence.
+    Returns None if the token after it ends no turn.
     """
     learned: list[bool] = []
     is_open = False

@@ -106,15 +106,10 @@ class TextTokenizer:
 
 
 class GrowingIds:
-    """Token ids of a growing answer. They equal those of the whole answer, but only its end is encoded again.
+    """Token ids of a growing answer, and their ends in bytes, as in `Encoding`.
 
-    Args:
-        tokenizer: the author's tokenizer.
-        prompt_ids: the prompt in the author's tokens.
-
-    Attributes:
-        ids: token ids of the answer.
-        ends: end of each token in bytes.
+    They equal those of the whole answer, but only its end is encoded again. `prompt_ids` is the prompt in the author's
+    tokens.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> None:
@@ -178,11 +173,7 @@ class GrowingIds:
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[bytes | None]:
-    """The bytes of each token id; None for special tokens and ids without a token.
-
-    Raises:
-        MismatchError: the bytes of the tokens cannot be determined.
-    """
+    """The bytes of each token id as in `TextTokenizer.token_bytes`, which raises the same errors."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise MismatchError(

@@ -49,7 +49,8 @@ class ToolCallReader:
     ) -> None:
         self._format = written
         self._names = names
-        self._new_id = new_id or (_short_id if written.opening == MISTRAL.opening else _id)
+        short = written.opening == MISTRAL.opening  # whose templates require 9 characters
+        self._new_id = new_id or (lambda: uuid.uuid4().hex[:9] if short else f"call_{uuid.uuid4().hex[:24]}")
         self._buffer = ""
         self._state: Callable[[], Any] = self._text
         self._begun = False  # whether any content or call was emitted
@@ -216,30 +217,20 @@ def _held(text: str, marker: str) -> int:
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
 
 
-def _id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"
-
-
-def _short_id() -> str:
-    return uuid.uuid4().hex[:9]  # Mistral's templates require this length
-
-
 _NEXT = {("object", "{"): "key", ("colon", ":"): "value", ("comma", ","): "key"}
 
 
 class _CallObject:
-    """Incremental parser of a call's JSON object.
+    """Incremental parser of a call's JSON object, or of its arguments alone if the tool's name is known.
 
     Args:
         key: key of the arguments.
-        name: the tool's name if it is known; the object then consists of the arguments.
         call_id: the id that the model wrote, or an empty string.
         may_be_bare: whether a name without arguments is a call.
 
     Attributes:
         arguments: JSON text of the arguments so far.
-        done: whether the object is complete.
-        broken: whether the object is malformed.
+        done, broken: whether the object is complete or malformed.
         started, num_reported: whether the call was reported, and how many characters of its arguments.
     """
 

@@ -60,12 +60,9 @@ def tool_format(chat_template: str) -> ToolFormat | None:
 def grammar(
     written: ToolFormat, tools: Sequence[Mapping[str, Any]], *, parallel: bool, special: Mapping[str, int]
 ) -> str:
-    """A Lark grammar of tool calls for llguidance.
+    """A Lark grammar for llguidance of a call of these tools, or of several if `parallel`.
 
-    Args:
-        tools: function definitions in OpenAI's form; arguments must satisfy their `parameters`.
-        parallel: whether several calls are allowed.
-        special: text -> id of the tokenizer's special tokens, which grammars refer to by id.
+    `special` has the ids of the tokenizer's special tokens, which grammars refer to by id.
     """
 
     def marker(text: str) -> str:
