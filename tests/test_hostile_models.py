@@ -19,8 +19,8 @@ from collm.errors import CollmError, DataError, LoadError, ModelFailure, Request
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer, saved_eos_ids
 from collm.text.guards import TokenizerIdentity
-from collm.text.template import PromptTemplate
-from collm.text.token_ids import MAX_CHARACTERS, normalizer_growth, token_ids_of
+from collm.text.template import MAX_CHARACTERS, PromptTemplate, tokenize
+from collm.text.token_ids import normalizer_growth
 from collm.training.data import MAX_MESSAGES, load_rows
 from collm.training.examples import encode_rows
 
@@ -132,7 +132,7 @@ def test_a_pattern_that_takes_for_ever_is_an_error(saved_model: SavedModel) -> N
 
 def test_a_text_that_no_model_reads_is_not_tokenised(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RequestError, match="has 10000001 characters, expected at most 10000000"):
-        token_ids_of(tokenizer, "w" * (MAX_CHARACTERS + 1), special=False)
+        tokenize(tokenizer, "w" * (MAX_CHARACTERS + 1), special=False)
     loops = "{% for i in range(9999) %}{{ 'w1 ' * 1000 }}{% endfor %}"
     with pytest.raises(RequestError, match="has 29997000 characters"):
         PromptTemplate(chat=loops).encode_prompt(tokenizer, TURNS[:1])

@@ -199,8 +199,8 @@ def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list
         assert check.held_out.threshold == check.promised.threshold
         low, high = check.rate_difference
         assert low <= check.held_out.deferral_rate - check.promised.deferral_rate <= high
-        assert check.rate_holds == (low <= 0 <= high)
-    assert default.metric_holds  # the assistant alone is always right
+        assert ("deferral rate holds" in check.summary("exact_match")) == (low <= 0 <= high)
+    assert "exact_match holds" in default.summary("exact_match")  # the assistant alone is always right
     assert default.summary("exact_match").startswith(
         "On 20 held-out prompts, the default threshold (-1): deferral rate holds"
     )
@@ -213,8 +213,7 @@ def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[V
     calibrate(model, items, params=PARAMS)
     never = [ValidationItem(item.prompt, "w1 " * 30) for item in items]
     [check] = check_on(model, never, params=PARAMS).checks
-    assert check.rate_holds
-    assert not check.metric_holds
+    assert "deferral rate holds" in check.summary("exact_match")
     assert "exact_match does NOT hold (promised 100.0%, measured 0.0%)" in check.summary("exact_match")
 
 

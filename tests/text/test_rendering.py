@@ -18,8 +18,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import RequestError
-from collm.text import rendering
-from collm.text.chats import Chat, Rendering
+from collm.text import isolated
+from collm.text import template as templates
+from collm.text.chats import Chat
 from collm.text.template import PromptTemplate
 from tests.text.test_template import BYTE_LEVEL, CHAT, CHATML
 
@@ -30,12 +31,12 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"q": {"en
 
 
 def workers() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "render_worker" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children() if "isolated" in " ".join(one.cmdline())]
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "LONGEST_RENDERING_S", 0.2)
+    monkeypatch.setattr(templates, "RENDERING_S", 0.2)
 
 
 @pytest.mark.slow
@@ -119,8 +120,11 @@ class Dumped:
         (CHATML, [{"role": "user", "content": "日本\n\u2028\x00 \U0001f600 <&>\"'"}]),
         ("{{ tools | tojson }} {{ tools | tojson(indent=2) }} {{ messages }}", Chat(CHAT, TOOLS)),
         ("{{ bos_token }}{{ eos_token }}{{ messages[0].name is defined }}", [{**CHAT[0], "name": None}]),
-        ("{{ thoughts }}{{ eos_token }}", Chat(CHAT, None, Rendering(template_kwargs={"thoughts": True}))),
-        ("{{ eos_token }}", Chat(CHAT, None, Rendering(template_kwargs={"eos_token": "mine"}))),
+        (
+            "{{ thoughts }}{{ seconds }}{{ task }}",
+            Chat(CHAT, template_kwargs={"thoughts": True, "seconds": 5, "task": "a"}),
+        ),
+        ("{{ eos_token }}", Chat(CHAT, template_kwargs={"eos_token": "mine"})),
         ("{{ strftime_now('%Y') }}{% generation %}{{ messages[1].content }}{% endgeneration %}", CHAT),
         ("{% for m in messages %}{% if loop.index0 %}{% break %}{% endif %}{{ m.content }}\n{% endfor %}", CHAT),
         ("{{ messages[0] }}", [{**CHAT[0], "when": date(2026, 1, 2), "calls": [Dumped("f")], "at": (1, 2.5, None)}]),
@@ -146,7 +150,7 @@ def test_a_chat_is_rendered_as_by_transformers(template: str, messages: list[dic
 
 
 def apply(tokenizer: PreTrainedTokenizerBase, template: str, chat: Chat, **options: Any) -> str:
-    options |= chat.rendering.template_kwargs
+    options |= chat.template_kwargs
     return str(
         tokenizer.apply_chat_template(list(chat), tools=chat.tools, chat_template=template, tokenize=False, **options)
     )
@@ -154,8 +158,8 @@ def apply(tokenizer: PreTrainedTokenizerBase, template: str, chat: Chat, **optio
 
 @pytest.mark.parametrize("content", ["the dog ", "the dog\n", ""])
 def test_a_message_is_continued_as_by_transformers(content: str) -> None:
-    rendering_ = Rendering(add_generation_prompt=False, continue_final_message=True)
-    chat = Chat([*CHAT, {"role": "user", "content": content}], None, rendering_)
+    last = {"role": "user", "content": content}
+    chat = Chat([*CHAT, last], add_generation_prompt=False, continue_final_message=True)
     text = PromptTemplate(chat=CHATML).render_chat(BYTE_LEVEL, chat, open_turn=False)
     assert text == apply(BYTE_LEVEL, CHATML, chat, continue_final_message=True)
 
@@ -182,7 +186,7 @@ def test_one_that_takes_long_holds_up_no_other() -> None:
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["1"] * 40 + ["it took longer than 0.2 s"] * 6
-    assert len(workers()) <= rendering._PROCESSES
+    assert len(workers()) <= isolated._PROCESSES
 
 
 @pytest.mark.slow
@@ -219,6 +223,6 @@ def test_its_modules_do_not_come_from_the_working_directory(tmp_path: Path, monk
     monkeypatch.syspath_prepend("")
     new: queue.LifoQueue[Any] = queue.LifoQueue()
     new.put(None)
-    monkeypatch.setattr(rendering, "_workers", lambda pid: new)
+    monkeypatch.setattr(isolated, "_workers", lambda *_: new)
     assert PromptTemplate(chat="{{ 1 }}").render_chat(BYTE_LEVEL, CHAT, open_turn=True) == "1"
-    rendering._end_all(new, os.getpid())
+    isolated._end_all(new, os.getpid())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -85,24 +86,18 @@ BYTE_LEVEL = byte_level()
 TOKENIZERS = {"byte-level": BYTE_LEVEL, "word starts": with_word_starts(), "closing": closing()}
 
 
-def prompt_of(encoded: Encoded) -> list[int]:
-    return encoded.token_ids[: encoded.is_target.index(True)]
-
-
 def targets_of(encoded: Encoded) -> list[int]:
     return [token for token, target in zip(encoded.token_ids, encoded.is_target, strict=True) if target]
 
 
 def turns_of(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
     """(all tokens before, tokens) of each run of targets."""
-    start = 0
-    while True in encoded.is_target[start:]:
-        first = encoded.is_target.index(True, start)
-        last = first
-        while last < len(encoded.is_target) and encoded.is_target[last]:
-            last += 1
-        yield encoded.token_ids[:first], encoded.token_ids[first:last]
-        start = last
+    first = 0
+    for is_target, run in itertools.groupby(encoded.is_target):
+        last = first + len(list(run))
+        if is_target:
+            yield encoded.token_ids[:first], encoded.token_ids[first:last]
+        first = last
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -113,13 +108,13 @@ def turns_of(encoded: Encoded) -> Iterator[tuple[list[int], list[int]]]:
 def test_training_shows_the_prompt_that_decoding_starts_from(name: str, prompt: str, completion: str) -> None:
     tokenizer, template = TOKENIZERS[name], PromptTemplate("Question: {prompt}")
     encoded = template.encode_completion(tokenizer, prompt, completion)
-    assert prompt_of(encoded) == template.encode_prompt(tokenizer, prompt)
-    *targets, last = targets_of(encoded)
+    ((before, (*targets, last)),) = turns_of(encoded)
+    assert before == template.encode_prompt(tokenizer, prompt)
     assert last == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in encoded.token_ids[:-1]
     if name != "word starts":
         assert tokenizer.decode(targets) == completion
-    assert tokenizer.decode([*prompt_of(encoded), *targets]) == f"Question: {prompt}{completion}"
+    assert tokenizer.decode([*before, *targets]) == f"Question: {prompt}{completion}"
 
 
 @given(
@@ -129,7 +124,8 @@ def test_training_shows_the_prompt_that_decoding_starts_from(name: str, prompt: 
 def test_any_border_keeps_the_prompt_and_the_text(prompt: str, completion: str) -> None:
     template = PromptTemplate()
     encoded = template.encode_completion(BYTE_LEVEL, prompt, completion)
-    assert prompt_of(encoded) == template.encode_prompt(BYTE_LEVEL, prompt)
+    ((before, _),) = turns_of(encoded)
+    assert before == template.encode_prompt(BYTE_LEVEL, prompt)
     assert BYTE_LEVEL.decode(encoded.token_ids) == prompt + completion + "<|end|>"
     assert encoded.is_target == sorted(encoded.is_target)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, hf
 from transformers import PreTrainedTokenizerFast
 
-from collm.text.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
+from collm.text.tool_calls import Delta, ToolCallReader
 from collm.text.tool_formats import (
     HERMES,
     LLAMA,
@@ -55,13 +55,12 @@ NESTED = '{"name": "f", "arguments": {"a": "}{\\"<", "b": [1, {"c": "\\u00e9"}],
 def joined(deltas: list[Delta]) -> Read:
     text, calls = "", list[list[str]]()
     for delta in deltas:
-        if isinstance(delta, Content):
+        if delta.index is None:
             text += delta.text
-        elif isinstance(delta, CallStart):
-            assert delta.index == len(calls)
+        elif delta.name:
+            assert (delta.index, delta.text) == (len(calls), "")
             calls.append([delta.name, ""])
         else:
-            assert isinstance(delta, CallArguments)
             assert delta.index == len(calls) - 1
             calls[-1][1] += delta.text
     return text, [(name, arguments) for name, arguments in calls]
@@ -141,6 +140,7 @@ CASES: list[tuple[ToolFormat, str, Read]] = [
     ),
     (LLAMA, '{"name": "Ada", "parameters": 5}', ('{"name": "Ada", "parameters": 5}', [])),
     (MISTRAL, "[TOOL_CALLS] [nothing]", ("[TOOL_CALLS] [nothing]", [])),
+    (MISTRAL, "[TOOL_CALLS] [, nothing]", ("[TOOL_CALLS] [, nothing]", [])),
 ]
 
 
@@ -193,8 +193,8 @@ def test_arguments_come_as_they_are_written() -> None:
     ]
     assert found == [
         [],
-        [CallStart(0, "call_1", "f"), CallArguments(0, '{"x": "a')],
-        [CallArguments(0, 'b"}')],
+        [Delta("", 0, "call_1", "f"), Delta('{"x": "a', 0)],
+        [Delta('b"}', 0)],
         [],
     ]
     ids = {ToolCallReader(written)._new_id() for written in (HERMES, HERMES, MISTRAL)}

@@ -46,23 +46,13 @@ ROLES = with_roles()
 USER, TOOL = ROLES.convert_tokens_to_ids(["<|user|>", "<|tool|>"])
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids))
-
-
 def test_what_opens_the_next_message_ends_a_turn_that_has_no_end() -> None:
     template = PromptTemplate(chat=OPENED_BY_ROLES).with_turn_ends(ROLES, [EOS])
     assert template.turn_ends == (USER, TOOL, EOS)
     (encoded,) = template.encode_chat(ROLES, CHAT)
-    turns = [text_of(ROLES, turn) for _, turn in turns_of(encoded)]
-    assert turns == ["on the mat<|user|>", "sat on the cat<|user|>"]
-
-
-def test_a_tool_message_ends_a_turn_too() -> None:
-    template = PromptTemplate(chat=OPENED_BY_ROLES).with_turn_ends(ROLES, [EOS])
-    chat = [*CHAT[:2], {"role": "tool", "content": "12"}, {"role": "assistant", "content": "34"}]
-    (encoded,) = template.encode_chat(ROLES, chat)
-    assert [text_of(ROLES, turn) for _, turn in turns_of(encoded)] == ["on the mat<|tool|>", "34<|user|>"]
+    assert [ROLES.decode(turn) for _, turn in turns_of(encoded)] == ["on the mat<|user|>", "sat on the cat<|user|>"]
+    (encoded,) = template.encode_chat(ROLES, [*CHAT[:2], {"role": "tool", "content": "12"}, CHAT[3]])
+    assert [ROLES.decode(turn) for _, turn in turns_of(encoded)] == ["on the mat<|tool|>", "sat on the cat<|user|>"]
 
 
 def test_a_special_token_behind_the_content_ends_a_turn_though_it_is_no_eos() -> None:
@@ -94,18 +84,12 @@ def test_turns_with_tools_end_as_their_own_template_says() -> None:
         template.encode_prompt(tokenizer, CHAT[:1])
 
 
-def test_any_of_several_eos_ids_ends_a_turn() -> None:
-    template = PromptTemplate(chat=CHATML).with_turn_ends(BYTE_LEVEL, [START, EOS])
-    (encoded,) = template.encode_chat(BYTE_LEVEL, CHAT)
-    assert [turn[-1] for _, turn in turns_of(encoded)] == [EOS, EOS]
-
-
 def test_a_template_of_plain_text_gets_eos_behind_every_turn() -> None:
     template = PromptTemplate(chat=PLAIN).with_turn_ends(BYTE_LEVEL, [EOS])
     first, second = template.encode_chat(BYTE_LEVEL, CHAT)
-    assert text_of(BYTE_LEVEL, targets_of(first)) == "on the mat\n<|end|>"
-    assert text_of(BYTE_LEVEL, targets_of(second)) == "sat on the cat\n<|end|>"
-    assert "on the mat\nuser" in text_of(BYTE_LEVEL, second.token_ids)  # as decoding would see it
+    assert BYTE_LEVEL.decode(targets_of(first)) == "on the mat\n<|end|>"
+    assert BYTE_LEVEL.decode(targets_of(second)) == "sat on the cat\n<|end|>"
+    assert "on the mat\nuser" in BYTE_LEVEL.decode(second.token_ids)  # as decoding would see it
 
 
 def test_without_any_end_training_is_refused() -> None:
@@ -120,11 +104,13 @@ def test_generation_marks_change_nothing() -> None:
     assert marked == unmarked
 
 
-def test_padding_that_is_eos_hides_no_end() -> None:
+def test_several_eos_ids_and_padding_that_is_eos_hide_no_end() -> None:
     tokenizer = copy.deepcopy(BYTE_LEVEL)
     tokenizer.pad_token = tokenizer.eos_token
-    (encoded,) = PromptTemplate(chat=CHATML).encode_chat(tokenizer, CHAT)
-    assert [turn[-1] for _, turn in turns_of(encoded)] == [EOS, EOS]
+    several = PromptTemplate(chat=CHATML).with_turn_ends(BYTE_LEVEL, [START, EOS])
+    for template in (several, PromptTemplate(chat=CHATML)):
+        (encoded,) = template.encode_chat(tokenizer, CHAT)
+        assert [turn[-1] for _, turn in turns_of(encoded)] == [EOS, EOS]
 
 
 @pytest.mark.parametrize("chat", [CHATML, OPENED_BY_ROLES, PLAIN, GENERATION])

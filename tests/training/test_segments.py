@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, ToolSpec
-from collm.core.segments import SegmentLaw, Spans, segment_logprobs, token_terms
+from collm.core.segments import SegmentLaw, segment_scores, token_terms
 from collm.core.types import BASE
 from collm.errors import DataError
 from collm.models.language_model import LanguageModel
@@ -193,7 +193,7 @@ def test_the_law_sums_to_one_over_all_segments() -> None:
                 # within a segment every place could be its end, were the next token one that begins another
                 is_target = torch.tensor([True] * length + [False])
                 terms = token_terms(logits, gold, rows, law)
-                total += segment_logprobs(terms, Spans.of(gold, rows, is_target, law)).exp().item()
+                total += segment_scores(terms, gold, rows, is_target, law)[0].exp().item()
     assert total == pytest.approx(1.0, abs=1e-3)
 
 

@@ -21,7 +21,6 @@ class CalibrationPoint:
     """Measurements at one threshold.
 
     Attributes:
-        deferral_rate: share of the generated tokens that assistants wrote.
         metric: mean over the validation prompts, in [0, 1].
         low, high: confidence interval of the metric.
         rate_low, rate_high: confidence interval of the deferral rate.
@@ -37,7 +36,6 @@ class CalibrationPoint:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> CalibrationPoint:
-        """Read the output of `dataclasses.asdict`."""
         point = cls(**content)
         check_fields(point)
         shares = [value for name, value in content.items() if name != "threshold"]
@@ -53,10 +51,7 @@ class HeldOutCheck:
     Attributes:
         budget: the deferral rate that the threshold was chosen for; 1 for the default threshold.
         promised: the calibration's measurement.
-        held_out: the measurement on the held-out prompts.
-        num_prompts: number of held-out prompts.
-        rate_difference: confidence interval of the held-out deferral rate minus the promised one.
-        metric_difference: confidence interval of the held-out metric minus the promised one.
+        rate_difference, metric_difference: confidence intervals of the held-out measurement minus the promised one.
     """
 
     budget: float
@@ -66,42 +61,30 @@ class HeldOutCheck:
     rate_difference: tuple[float, float]
     metric_difference: tuple[float, float]
 
-    @property
-    def rate_holds(self) -> bool:
-        """Whether the held-out deferral rate is consistent with the promised one."""
-        return _contains_zero(self.rate_difference)
-
-    @property
-    def metric_holds(self) -> bool:
-        """Whether the held-out metric is consistent with the promised one."""
-        return _contains_zero(self.metric_difference)
-
     def summary(self, metric_name: str) -> str:
-        """Describe both measurements and whether they agree, in two sentences."""
+        """Describe both measurements and whether they are consistent, in two sentences."""
         what = "the default threshold" if self.budget == 1 else f"the threshold for a budget of {self.budget:.4g}"
-        rate = _comparison("deferral rate", self.rate_holds, self.promised.deferral_rate, self.held_out.deferral_rate)
-        metric = _comparison(metric_name, self.metric_holds, self.promised.metric, self.held_out.metric)
-        intervals = " and ".join(
-            f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in (self.rate_difference, self.metric_difference)
-        )
-        threshold = threshold_text(self.promised.threshold)
+        comparisons, intervals = [], []
+        for name, promised, measured, (low, high) in (
+            ("deferral rate", self.promised.deferral_rate, self.held_out.deferral_rate, self.rate_difference),
+            (metric_name, self.promised.metric, self.held_out.metric, self.metric_difference),
+        ):
+            verdict = "holds" if low <= 0 <= high else "does NOT hold"
+            comparisons.append(f"{name} {verdict} (promised {promised:.1%}, measured {measured:.1%})")
+            intervals.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
         return (
-            f"On {self.num_prompts} held-out prompts, {what} ({threshold}): {rate}; {metric}. "
-            f"95 % confidence intervals of the differences in percentage points: {intervals}."
+            f"On {self.num_prompts} held-out prompts, {what} ({threshold_text(self.promised.threshold)}): "
+            f"{'; '.join(comparisons)}. 95 % confidence intervals of the differences in percentage points: "
+            f"{' and '.join(intervals)}."
         )
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> HeldOutCheck:
-        """Read the output of `dataclasses.asdict`."""
-        points = {name: CalibrationPoint.from_dict(content[name]) for name in ("promised", "held_out")}
-        differences = {name: tuple(content[name]) for name in ("rate_difference", "metric_difference")}
-        check = cls(**{**content, **points, **differences})
-        check_fields(check)
-        return check
 
 
 def best_within(points: Sequence[CalibrationPoint], budget: float) -> CalibrationPoint:
-    """Choose a point as `Calibration.best` does."""
+    """The point with the best metric among those within a deferral rate. A tie goes to the lower deferral rate.
+
+    Raises:
+        ConfigError: `budget` is outside [0, 1], or every point exceeds it.
+    """
     if not 0 <= budget <= 1:
         raise ConfigError(f"budget is {budget}, expected a deferral rate from 0 to 1")
     allowed = [point for point in points if point.deferral_rate <= budget]
@@ -111,21 +94,12 @@ def best_within(points: Sequence[CalibrationPoint], budget: float) -> Calibratio
     return max(allowed, key=lambda point: (point.metric, -point.deferral_rate, point.threshold))
 
 
-def _comparison(name: str, holds: bool, promised: float, measured: float) -> str:
-    return f"{name} {'holds' if holds else 'does NOT hold'} (promised {promised:.1%}, measured {measured:.1%})"
-
-
-def _contains_zero(interval: tuple[float, float]) -> bool:
-    return interval[0] <= 0 <= interval[1]
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Points measured on one validation set.
 
     Attributes:
         points: in order of increasing deferral rate.
-        metric_name: name of the measured metric.
         num_prompts: number of validation prompts.
         settings: other settings that the measurement depends on (data, sampling, confidence level).
         budgets: deferral rates for which a threshold was chosen in addition to the default.
@@ -140,11 +114,7 @@ class Calibration:
     checks: Sequence[HeldOutCheck] = field(default_factory=list)
 
     def best(self, budget: float = 1.0) -> CalibrationPoint:
-        """The point with the best metric among those within a deferral rate. A tie goes to the lower deferral rate.
-
-        Raises:
-            ConfigError: `budget` is outside [0, 1], or every point exceeds it.
-        """
+        """The point for a deferral rate, as in `best_within`."""
         return best_within(self.points, budget)
 
     def uses(self, point: CalibrationPoint) -> list[str]:
@@ -163,9 +133,14 @@ class Calibration:
             KeyError, TypeError, ValueError, ConfigError: `content` has another structure.
         """
         points = [CalibrationPoint.from_dict(point) for point in content["points"]]
-        checks = [HeldOutCheck.from_dict(check) for check in content["checks"]]
+        checks = []
+        for check in content["checks"]:
+            measured = {name: CalibrationPoint.from_dict(check[name]) for name in ("promised", "held_out")}
+            intervals = {name: tuple(check[name]) for name in ("rate_difference", "metric_difference")}
+            checks.append(HeldOutCheck(**{**check, **measured, **intervals}))
         calibration = cls(**{**content, "points": points, "checks": checks})
-        check_fields(calibration)
+        for record in (*checks, calibration):
+            check_fields(record)
         for budget in (1.0, *calibration.budgets):
             calibration.best(budget)
         return calibration

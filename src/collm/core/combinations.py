@@ -1,7 +1,7 @@
 """Policies that draw tokens from a combination of several authors' distributions.
 
 Shapes: n sequences, V vocabulary, K assistants. A combination runs the base and every author it consults for each
-token.
+token. An option outside its range raises a `ConfigError`.
 """
 
 from __future__ import annotations
@@ -13,37 +13,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collm.core.policies import ConsultingPolicy, check_share
+from collm.core.policies import Policy, check_share
 from collm.core.types import BASE
 from collm.errors import ConfigError
 
 
-class CombiningPolicy(ConsultingPolicy):
+class CombiningPolicy(Policy):
     """Base class of policies that draw the token from `combine` and credit it to an author with `credit`."""
 
+    def consults(self, num_assistants: int) -> Sequence[int]:
+        return range(1, num_assistants + 1)
+
     def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
-        """Next-token logits.
+        """Next-token logits, shape (n, V).
 
         Args:
             logprobs: author -> log P_z, shape (n, V), nats, fp32, finite, for the base and the consulted assistants.
             author_logprobs: log P(Z), shape (n, K + 1).
-
-        Returns:
-            Shape (n, V).
         """
         raise NotImplementedError
 
     def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
-        """The author credited with each drawn token: by default the one that gave it the most probability.
+        """The author credited with each drawn token, shape (n,): by default the one that gave it the most probability.
 
-        A tie goes to the lowest author number.
-
-        Args:
-            token_logprobs: author -> log P_z of the drawn tokens, shape (n,).
-            author_logprobs: log P(Z), shape (n, K + 1).
-
-        Returns:
-            Author numbers, shape (n,).
+        A tie goes to the lowest author number. The arguments are as in `combine`, for the drawn tokens only.
         """
         authors = sorted(token_logprobs)
         best = torch.stack([token_logprobs[author] for author in authors]).argmax(0)
@@ -72,9 +65,6 @@ class ProductPolicy(CombiningPolicy):
 
     Weight 1 gives the base; weight 0 with one assistant gives the assistant (Hinton, "Training products of experts by
     minimizing contrastive divergence", 2002).
-
-    Raises:
-        ConfigError: `weight` is outside [0, 1].
     """
 
     weight: float = 0.5
@@ -97,10 +87,7 @@ class ContrastivePolicy(CombiningPolicy):
     Args:
         alpha: plausibility threshold, from 0 (all tokens) to 1 (the expert's argmax only).
         beta: strength of the contrast, 0 to 1000.
-        expert, amateur: author numbers.
-
-    Raises:
-        ConfigError: a value is out of range, or `expert` equals `amateur`.
+        expert, amateur: author numbers, which differ.
     """
 
     alpha: float = 0.1
@@ -127,7 +114,7 @@ class ContrastivePolicy(CombiningPolicy):
         return scores.masked_fill(expert < cutoff, -torch.inf)
 
     def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
-        return _credit_all(self.expert, token_logprobs)
+        return torch.full_like(token_logprobs[self.expert], self.expert, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -140,9 +127,6 @@ class ProxyTuningPolicy(CombiningPolicy):
         model: author number of M.
         tuned: author number of M+, the small tuned model.
         untuned: author number of M-, the small model before tuning.
-
-    Raises:
-        ConfigError: M is also named as M+ or M-.
     """
 
     model: int = 1
@@ -160,9 +144,4 @@ class ProxyTuningPolicy(CombiningPolicy):
         return logprobs[self.model] + (logprobs[self.tuned] - logprobs[self.untuned])
 
     def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
-        return _credit_all(self.model, token_logprobs)
-
-
-def _credit_all(author: int, token_logprobs: Mapping[int, Tensor]) -> Tensor:
-    like = next(iter(token_logprobs.values()))
-    return torch.full_like(like, author, dtype=torch.long)
+        return torch.full_like(token_logprobs[self.model], self.model, dtype=torch.long)

@@ -16,11 +16,8 @@ class DeferralHead(nn.Module):
     next to the base. A new head is all zeros, so every author is equally probable.
 
     Args:
-        hidden_size: H, the width of the base's last hidden state.
-        num_assistants: K.
-
-    Raises:
-        ConfigError: a size is below 1.
+        hidden_size: H, the width of the base's last hidden state, at least 1.
+        num_assistants: K, at least 1.
     """
 
     def __init__(self, hidden_size: int, num_assistants: int = 1) -> None:
@@ -29,16 +26,9 @@ class DeferralHead(nn.Module):
             raise ConfigError(
                 f"a head needs hidden_size >= 1 and num_assistants >= 1, got {hidden_size} and {num_assistants}"
             )
+        self.hidden_size, self.num_assistants = hidden_size, num_assistants
         self.weight = nn.Parameter(torch.zeros(num_assistants, hidden_size))  # (K, H)
         self.bias = nn.Parameter(torch.zeros(num_assistants))  # (K,)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def num_assistants(self) -> int:
-        return self.weight.shape[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden states of shape (..., H) to defer logits u of shape (..., K), fp32."""

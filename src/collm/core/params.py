@@ -11,13 +11,13 @@ from collm.errors import ConfigError
 
 MAX_LOGPROBS = 20
 """Largest number of log-probabilities reported per position."""
+_OFF = {"top_p": 1, "top_k": 0, "min_p": 0}
+"""Values at which truncation of the distribution is off."""
 
 
 @dataclass(frozen=True)
 class StructuredOutputs:
     """A constraint on the generated text. Exactly one attribute must be set.
-
-    The metadata of the fields are for the command line (`cli.options`).
 
     Attributes:
         json: the text is JSON that satisfies this schema, an object or JSON text.
@@ -30,6 +30,7 @@ class StructuredOutputs:
         ConfigError: no attribute is set, several are, or `choice` is not a list of non-empty texts.
     """
 
+    # Metadata are for the command line (`cli.options`).
     json: str | Mapping[str, Any] | bool | None = field(default=None, metadata={"flag": "--json-schema", "file": True})
     json_object: bool = False
     regex: str | None = None
@@ -112,49 +113,33 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids"):
             token_ids = getattr(self, name)
             object.__setattr__(self, name, None if token_ids is None else tuple(dict.fromkeys(token_ids)))
+        truncating = [name for name, off in _OFF.items() if getattr(self, name) != off]
         if self.temperature is None:
-            object.__setattr__(self, "temperature", 1.0 if self._truncates else 0.0)  # type: ignore[unreachable]
-        self._check_lengths()
-        self._check_sampling()
-        self._check_logits()
-        for name, most in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs or 0)):
-            _require(0 <= most <= MAX_LOGPROBS, name, most, f"0 to {MAX_LOGPROBS}")
-
-    @property
-    def _truncates(self) -> bool:
-        return self.top_p != 1 or self.top_k != 0 or self.min_p != 0
-
-    def _check_lengths(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(
-            0 <= self.min_tokens <= self.max_new_tokens,
-            "min_tokens",
-            self.min_tokens,
-            f"0 to {self.max_new_tokens} (max_new_tokens)",
-        )
-        _require(all(self.stop), "stop", self.stop, "non-empty strings")
-
-    def _check_sampling(self) -> None:
-        finite = math.isfinite(self.temperature) and self.temperature >= 0
-        _require(finite, "temperature", self.temperature, "a number >= 0 (0 is greedy)")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
-        if self.temperature == 0 and self._truncates:
-            given = {"top_p": self.top_p != 1, "top_k": self.top_k != 0, "min_p": self.min_p != 0}
-            name = next(name for name, is_set in given.items() if is_set)
+            object.__setattr__(self, "temperature", 1.0 if truncating else 0.0)  # type: ignore[unreachable]
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_new_tokens, f"0 to {self.max_new_tokens} (max_new_tokens)"),
+            "stop": (all(self.stop), "non-empty strings"),
+            "temperature": (0 <= self.temperature < math.inf, "a number >= 0 (0 is greedy)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a number above 0 (1 changes nothing)"),
+            "logit_bias": (all(map(math.isfinite, self.logit_bias.values())), "finite numbers"),
+            "allowed_token_ids": (self.allowed_token_ids != (), "some tokens"),
+            "bad_words": (all(self.bad_words), "non-empty texts"),
+            "logprobs": (0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        }
+        for name, (valid, expected) in checks.items():
+            _require(valid, name, getattr(self, name), expected)
+        if self.temperature == 0 and truncating:
             raise ConfigError(
-                f"{name}={getattr(self, name)} has no effect at temperature 0; leave it out, or raise the temperature"
+                f"{truncating[0]}={getattr(self, truncating[0])} has no effect at temperature 0; leave it out, "
+                "or raise the temperature"
             )
-
-    def _check_logits(self) -> None:
-        for name in ("presence_penalty", "frequency_penalty"):
-            _require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "-2 to 2")
-        repetition = self.repetition_penalty
-        _require(0 < repetition < math.inf, "repetition_penalty", repetition, "a number above 0 (1 changes nothing)")
-        _require(all(map(math.isfinite, self.logit_bias.values())), "logit_bias", self.logit_bias, "finite numbers")
-        _require(self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", [], "some tokens")
-        _require(all(self.bad_words), "bad_words", self.bad_words, "non-empty texts")
 
     @property
     def penalises(self) -> bool:

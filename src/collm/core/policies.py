@@ -1,6 +1,7 @@
 """Policies that choose the author of the next token from one sequence's `StepView`.
 
-Policies that combine the authors' distributions (mixture, product, contrastive, proxy) are in `combinations`.
+Policies that combine the authors' distributions (mixture, product, contrastive, proxy) are in `combinations`. An option
+outside its range raises a `ConfigError`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ class StepView:
 
     Attributes:
         position: number of tokens generated so far.
-        deferred: number of these for which an assistant was asked.
+        deferred: number of these for which an assistant was chosen.
         author_probs: P(Z = 0..K), K + 1 numbers.
         defer_prob: 1 - P(Z = 0).
         temperature: the request's temperature; at 0 the choice must be deterministic.
         uniform: a random number from [0, 1) that belongs to this position and never changes.
-        top_tokens: author -> argmax of its logits, in author order; empty unless the policy consults assistants.
-        top_probs: author -> probability of its argmax; empty unless the policy consults assistants.
+        top_tokens, top_probs: author -> argmax of its logits, and its probability, in author order; empty unless the
+            policy consults assistants.
     """
 
     position: int
@@ -39,13 +40,10 @@ class StepView:
 
 
 class Policy:
-    """Base class of policies. A policy is a pure function of the step.
-
-    Attributes:
-        draws: whether the choice of the author is random even at temperature 0, so that a seed has an effect.
-    """
+    """Base class of policies. A policy is a pure function of the step."""
 
     draws = False
+    """Whether the choice of the author is random even at temperature 0, so that a seed has an effect."""
 
     def consults(self, num_assistants: int) -> Sequence[int]:
         """The assistants whose logits the policy needs before it decides."""
@@ -56,11 +54,6 @@ class Policy:
         raise NotImplementedError
 
 
-def likeliest_assistant(author_probs: Sequence[float]) -> int:
-    """Return argmax over k >= 1 of P(Z = k), which equals argmax_k u_k. A tie goes to the lowest k."""
-    return max(range(1, len(author_probs)), key=lambda author: author_probs[author])
-
-
 def check_share(name: str, value: float) -> None:
     """Raise a ConfigError unless `value` is in [0, 1]."""
     if not 0 <= value <= 1:  # also false for NaN
@@ -68,31 +61,24 @@ def check_share(name: str, value: float) -> None:
 
 
 class ThresholdRule(Policy):
-    """Base class of: author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k.
+    """Base class of: author = 0 if 1 - P(Z = 0) <= threshold else argmax_k u_k. A tie goes to the lowest k.
 
     The threshold must not depend on the models' outputs at the step.
     """
 
     def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
-        """The threshold at one position. Below 0 the step always defers, at 1 it never does.
-
-        Args:
-            position, deferred, uniform: as in `StepView`.
-        """
+        """The threshold at one position, given as in `StepView`. Below 0 the step always defers, at 1 it never does."""
         raise NotImplementedError
 
     def author(self, step: StepView) -> int:
-        threshold = self.threshold_at(step.position, step.deferred, step.uniform)
-        return BASE if step.defer_prob <= threshold else likeliest_assistant(step.author_probs)
+        if step.defer_prob <= self.threshold_at(step.position, step.deferred, step.uniform):
+            return BASE
+        return max(range(1, len(step.author_probs)), key=lambda author: step.author_probs[author])
 
 
 @dataclass(frozen=True)
 class ThresholdPolicy(ThresholdRule):
-    """Defer where 1 - P(Z = 0) exceeds a fixed threshold (arXiv 2403.03870).
-
-    Raises:
-        ConfigError: the threshold is outside [-1, 1].
-    """
+    """Defer where 1 - P(Z = 0) exceeds a fixed threshold in [-1, 1] (arXiv 2403.03870)."""
 
     threshold: float
 
@@ -108,9 +94,7 @@ class ScheduledPolicy(ThresholdRule):
     """The threshold rule with a linear schedule: start + (end - start) * min(position / steps, 1).
 
     With a low start the assistants write the beginning of the text, where a mistake costs most, and the base the rest.
-
-    Raises:
-        ConfigError: a threshold is outside [-1, 1], or `steps` is below 1.
+    Thresholds are in [-1, 1], and `steps` is at least 1.
     """
 
     start: float
@@ -131,17 +115,13 @@ class ScheduledPolicy(ThresholdRule):
 class BudgetPolicy(ThresholdRule):
     """The threshold rule with a limit on each completion's deferral rate.
 
-    Defers only if 1 - P(Z = 0) > threshold and deferred + 1 <= budget * (position + 1) + burst. After n tokens at most
-    budget * n + burst are deferred, as in a token bucket that gains `budget` per token. A deferral counts even if the
-    assistant abstains.
+    After n tokens at most budget * n + burst are deferred, as in a token bucket that gains `budget` per token. A
+    deferral counts even if the assistant abstains.
 
     Args:
         budget: deferral rate, 0 to 1.
         threshold: as in `ThresholdPolicy`.
         burst: number of tokens by which deferrals may exceed the rate.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     budget: float
@@ -186,11 +166,7 @@ class JointPolicy(Policy):
 
 @dataclass(frozen=True)
 class RandomPolicy(ThresholdRule):
-    """A baseline that defers with probability `rate`, regardless of the text, to the assistant argmax_k u_k.
-
-    Raises:
-        ConfigError: `rate` is outside [0, 1].
-    """
+    """A baseline that defers with probability `rate`, regardless of the text, to the assistant argmax_k u_k."""
 
     rate: float
     draws = True
@@ -202,38 +178,34 @@ class RandomPolicy(ThresholdRule):
         return -1.0 if uniform < self.rate else 1.0
 
 
-class ConsultingPolicy(Policy):
-    """Base class of policies that see every author's prediction before they decide."""
+@dataclass(frozen=True)
+class ConfidencePolicy(Policy):
+    """author = argmax_z max_x P_z(x): the author with the highest token probability. It ignores the head.
+
+    A tie goes to the lowest author number. Confidence as the largest softmax probability is from arXiv 1610.02136.
+    """
 
     def consults(self, num_assistants: int) -> Sequence[int]:
         return range(1, num_assistants + 1)
 
+    def author(self, step: StepView) -> int:
+        return max(step.top_probs, key=lambda author: step.top_probs[author])
+
 
 @dataclass(frozen=True)
-class OraclePolicy(ConsultingPolicy):
-    """Choose the first author whose argmax is the reference token, or the base if there is none.
+class OraclePolicy(Policy):
+    """Choose the first author whose argmax is the next token of `reference`, or the base if there is none.
 
     This is the upper bound for policies that choose an author per token greedily.
-
-    Args:
-        reference: token ids of the reference completion.
     """
 
     reference: tuple[int, ...]
+
+    def consults(self, num_assistants: int) -> Sequence[int]:
+        return range(1, num_assistants + 1)
 
     def author(self, step: StepView) -> int:
         if step.position >= len(self.reference):
             return BASE
         gold = self.reference[step.position]
         return next((author for author, token in step.top_tokens.items() if token == gold), BASE)
-
-
-@dataclass(frozen=True)
-class ConfidencePolicy(ConsultingPolicy):
-    """author = argmax_z max_x P_z(x): the author with the highest token probability. It ignores the head.
-
-    A tie goes to the lowest author number. Confidence as the largest softmax probability is from arXiv 1610.02136.
-    """
-
-    def author(self, step: StepView) -> int:
-        return max(step.top_probs, key=lambda author: step.top_probs[author])

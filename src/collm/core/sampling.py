@@ -25,17 +25,11 @@ def penalised(logits: Tensor, counts: Tensor, repetition: Tensor, presence: Tens
 
 
 def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
-    """The distribution that `sample` draws from.
+    """The distribution that `sample` draws from, fp32, of the shape of the logits, (..., V).
 
     Starts from softmax(logits / temperature), keeps tokens at least min_p times as probable as the most probable one,
     then the top_k most probable (with ties for the last place), then the smallest set of the most probable whose share
     reaches top_p, and renormalises. At temperature 0 all mass is on the argmax.
-
-    Args:
-        logits: shape (..., V).
-
-    Returns:
-        Shape (..., V), fp32, summing to 1.
     """
     logits = logits.float()
     if temperature == 0:
@@ -58,12 +52,7 @@ def token_probs(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: i
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     """Draw by inverse transform sampling: the first token whose cumulative probability exceeds `uniform`.
 
-    Args:
-        probs: shape (..., V), summing to 1.
-        uniform: random numbers from [0, 1), shape (...).
-
-    Returns:
-        Token ids, shape (...). A token of probability 0 is never drawn.
+    Probs have shape (..., V), `uniform` and the token ids (...). A token of probability 0 is never drawn.
     """
     cumulative = probs.double().cumsum(-1)
     target = uniform.double().unsqueeze(-1) * cumulative[..., -1:]

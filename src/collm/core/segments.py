@@ -1,7 +1,6 @@
 """Probability of a segment, the text between two boundaries, computed from an author's token probabilities.
 
-For a segment w of tokens t_1..t_n after a text x, q(w | x) = P(t_1 | START) P(t_2) .. P(t_n) P(START | x w), where
-START is the set of tokens that begin a segment (`text.alignment`). The last segment of a text has no final factor.
+The formula is in `text.alignment`; the last segment of a text has no final factor.
 
 Shapes: N positions, D segments, V vocabulary. Positions are the tokens of whole answers, concatenated, with one more
 token after an answer that was truncated.
@@ -19,8 +18,7 @@ class SegmentLaw(NamedTuple):
     """The tokens of one author's vocabulary that begin a segment.
 
     Attributes:
-        opens: whether a segment begins, by row (which depends on the text before) and the token's first byte, bool,
-            shape (R, 256).
+        opens: whether a segment begins, by row (for the text before) and first byte, bool, shape (R, 256).
         first_byte: first byte of each token, -1 for a token without text, int64, shape (V,).
         ends: whether a token ends the text, bool, shape (V,).
     """
@@ -64,7 +62,7 @@ def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> 
 
     Args:
         logits: fp32, shape (N, V).
-        gold: the gold token, shape (N,).
+        gold: gold tokens, shape (N,).
         rows: row of `SegmentLaw.opens` where a segment begins, else -1, shape (N,).
     """
     logits = logits.masked_fill(~law.written, -torch.inf)
@@ -82,51 +80,33 @@ def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> 
     return TokenTerms(logprob, log_start, argmax == gold, stops)
 
 
-class Spans(NamedTuple):
-    """Assignment of positions to segments.
+def segment_scores(
+    terms: TokenTerms, gold: Tensor, rows: Tensor, scored: Tensor, law: SegmentLaw
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score every segment of which the tokens are scored.
 
-    Attributes:
-        opens: whether a segment begins, bool, shape (N,).
-        decided: whether a scored segment begins, bool, shape (N,); a truncated segment is not scored.
-        scored: whether the gold token belongs to a scored segment, bool, shape (N,).
-        ends: whether the gold token ends the text, bool, shape (N,).
+    Args:
+        terms: the author's terms.
+        gold, rows: as in `token_terms`.
+        scored: whether the gold token belongs to a scored segment, bool, shape (N,); a truncated segment is not scored.
+
+    Returns:
+        Shape (D,) each: log q(w | x) in nats; whether greedy decoding writes exactly the segment, bool; log P(START)
+        after it in nats, the probability that its author stops there, 0 at the end of the text.
     """
+    begins = rows >= 0
+    decided = begins & scored
+    ends_text = law.ends[gold[begins]]
 
-    opens: Tensor
-    decided: Tensor
-    scored: Tensor
-    ends: Tensor
+    def where_next_begins(values: Tensor, at_end: float | bool) -> Tensor:
+        default = values.new_full((1,), at_end)
+        following = torch.cat([values[begins][1:], default])
+        return torch.where(ends_text, default, following)[decided[begins]]
 
-    @classmethod
-    def of(cls, gold: Tensor, rows: Tensor, is_target: Tensor, law: SegmentLaw) -> Spans:
-        """Build from gold tokens, rows and the target mask, shape (N,) each."""
-        opens = rows >= 0
-        return cls(opens, opens & is_target, is_target, law.ends[gold])
-
-
-def segment_logprobs(terms: TokenTerms, spans: Spans) -> Tensor:
-    """log q(w | x) of every segment, in order, nats, shape (D,)."""
-    number = spans.decided.cumsum(0) - 1
-    total = terms.logprob.new_zeros(int(spans.decided.sum()))
-    total = total.index_add(0, number[spans.scored], terms.logprob[spans.scored])
-    return total - terms.log_start[spans.decided] + stop_logprobs(terms, spans)
-
-
-def stop_logprobs(terms: TokenTerms, spans: Spans) -> Tensor:
-    """log P(START) after every segment: the probability that its author stops there. 0 at the end; shape (D,)."""
-    return _at_next_start(terms.log_start, spans, 0.0)
-
-
-def segments_correct(terms: TokenTerms, spans: Spans) -> Tensor:
-    """Whether greedy decoding writes exactly each segment, bool, shape (D,)."""
-    number = spans.decided.cumsum(0) - 1
-    wrong = torch.zeros(int(spans.decided.sum()), device=number.device)
-    wrong = wrong.index_add(0, number[spans.scored], (~terms.correct[spans.scored]).float())
-    return (wrong == 0) & _at_next_start(terms.stops, spans, True)
-
-
-def _at_next_start(values: Tensor, spans: Spans, at_end: float | bool) -> Tensor:
-    """For each segment, the value where the next one begins, or `at_end` for a segment that ends the text."""
-    default = values.new_full((1,), at_end)
-    following = torch.cat([values[spans.opens][1:], default])
-    return torch.where(spans.ends[spans.opens], default, following)[spans.decided[spans.opens]]
+    number = (decided.cumsum(0) - 1)[scored]
+    total = terms.logprob.new_zeros(int(decided.sum()))
+    wrong = torch.zeros_like(total).index_add(0, number, (~terms.correct[scored]).to(total.dtype))
+    total = total.index_add(0, number, terms.logprob[scored])
+    log_stop = where_next_begins(terms.log_start, 0.0)
+    correct = (wrong == 0) & where_next_begins(terms.stops, True)
+    return total - terms.log_start[decided] + log_stop, correct, log_stop

@@ -25,11 +25,7 @@ def author_name(author: int) -> str:
 
 
 def check_threshold(threshold: float) -> float:
-    """Return `threshold` as a float if it is in [-1, 1]. At 1 only the base writes, below 0 only the assistants.
-
-    Raises:
-        ConfigError: `threshold` is outside that range or NaN.
-    """
+    """Return `threshold` as a float, or raise a ConfigError if it is outside [-1, 1]."""
     if not -1 <= threshold <= 1:  # also false for NaN
         raise ConfigError(
             f"threshold is {threshold}, expected a number from -1 to 1 "
@@ -43,12 +39,11 @@ class TokenStep:
     """One generated token.
 
     Attributes:
-        token_id: the token.
         text: the text that this token completes; empty while a character or a possible stop string is incomplete.
         author: 0 for the base, 1..K for the assistants.
-        defer_prob: 1 - P(author = base) at this position.
+        defer_prob: 1 - P(author = base).
         logprob: log-probability of the token under its author, in nats, before temperature and truncation.
-        top_logprobs: the author's most probable tokens at this position, as many as the request asked for.
+        top_logprobs: the author's most probable tokens, as many as the request wants.
         stood_in: whether the base wrote the token because an assistant's server was unavailable.
     """
 
@@ -63,11 +58,9 @@ class TokenStep:
 
 @dataclass(frozen=True)
 class PromptLogprob:
-    """Log-probability of one prompt token.
+    """Log-probability of one prompt token in nats, given the tokens before it.
 
     Attributes:
-        token_id: the token.
-        logprob: its log-probability in nats, given the tokens before it.
         rank: 1-based rank by probability: the number of tokens that are at least as probable.
         top: the most probable tokens at this position.
     """
@@ -105,7 +98,6 @@ class Completion:
 
     @property
     def deferral_rate(self) -> float:
-        """Share of the generated tokens that assistants wrote."""
         return deferral_rate(self.authors)
 
 
@@ -119,10 +111,9 @@ class ModelUsage:
     """Work done by one author.
 
     Attributes:
-        forward_passes: forward passes of a model; 0 for a tool.
-        tokens_read: tokens processed in these forward passes.
+        tokens_read: tokens processed in forward passes.
         tokens_written: generated tokens that are credited to this author.
-        calls: calls of a tool (one per token asked for), or requests to a server.
+        calls: calls of a tool (one per token), or requests to a server.
         abstained: calls in which the tool abstained.
         failed: calls in which the tool raised, hung or returned something other than text; for a server, tokens for
             which it was unavailable.

@@ -179,7 +179,7 @@ class Target:
         """
         model = self.served.model
         with refused("messages"):
-            text = model.template.render_chat(model.tokenizer, chat, open_turn=chat.rendering.add_generation_prompt)
+            text = model.template.render_chat(model.tokenizer, chat, open_turn=chat.add_generation_prompt)
         return self.tokenize(text, special=special)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:

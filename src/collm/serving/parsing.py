@@ -27,7 +27,7 @@ from collm.serving.schemas import (
     TokenizeRequest,
 )
 from collm.serving.settings import Settings
-from collm.text.chats import Chat, Rendering, as_message
+from collm.text.chats import Chat, as_message
 from collm.text.template import Prompt
 from collm.text.tool_calls import ToolCallReader
 from collm.text.tool_formats import ToolFormat, grammar, tool_format
@@ -134,8 +134,13 @@ def as_chat(body: ChatRequest | TokenizeRequest, calls: ToolChoice | None) -> Ch
     continues = bool(body.continue_final_message)
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     with refused():
-        rendering = Rendering(opens, continues, body.chat_template_kwargs or {})
-    return Chat(read_messages(body.messages or []), calls.shown if calls else None, rendering)
+        return Chat(
+            read_messages(body.messages or []),
+            calls.shown if calls else None,
+            add_generation_prompt=opens,
+            continue_final_message=continues,
+            template_kwargs=body.chat_template_kwargs,
+        )
 
 
 def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

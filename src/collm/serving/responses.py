@@ -14,7 +14,7 @@ from collm.serving.errors import APIError, invalid
 from collm.serving.parsing import ToolChoice
 from collm.serving.schemas import ChatRequest, FlatName, FlatTool, InputItem, ResponsesRequest, Sampled
 from collm.serving.shapes import AssistantMessage, Extras, Json, Part, Shape, encoded, sse
-from collm.text.tool_calls import CallStart, Content, Delta
+from collm.text.tool_calls import Delta
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -149,12 +149,12 @@ class ResponseShape(Shape):
             self._logprobs += self.extras.spellers[0].chat_logprobs(part.steps)
         self._finished = part.finish_reason or self._finished
         for delta in self._said.add(part):
-            if isinstance(delta, Content):
+            if delta.index is None:
                 yield from self._write(delta)
             else:
                 yield from self._call(delta)
 
-    def _write(self, delta: Content) -> Iterator[tuple[str, Json]]:
+    def _write(self, delta: Delta) -> Iterator[tuple[str, Json]]:
         if not self._items or self._items[-1]["type"] != "message":
             yield from self._closing()
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -167,7 +167,7 @@ class ResponseShape(Shape):
         yield "response.output_text.delta", {**self._at, "content_index": 0, **said}
 
     def _call(self, delta: Delta) -> Iterator[tuple[str, Json]]:
-        if isinstance(delta, CallStart):
+        if delta.name:
             yield from self._closing()
             call = {"type": "function_call", "call_id": delta.id, "name": delta.name, "arguments": ""}
             item = {"id": f"fc_{uuid.uuid4().hex}", **call}

@@ -13,7 +13,7 @@ from collm.core.types import TokenStep, deferral_rate
 from collm.serving.errors import APIError
 from collm.serving.parsing import ToolChoice
 from collm.serving.token_texts import TokenTexts
-from collm.text.tool_calls import CallArguments, CallStart, Content, Delta, ToolCallReader
+from collm.text.tool_calls import Delta, ToolCallReader
 
 Json = dict[str, Any]
 
@@ -178,10 +178,10 @@ class ChatShape(Shape):
         said = self._message(part)
         deltas = said.add(part)
         delta: Json = {"role": "assistant"} if part.first else {}
-        content = "".join(one.text for one in deltas if isinstance(one, Content))
+        content = "".join(one.text for one in deltas if one.index is None)
         if content or not said.calls:
             delta["content"] = content
-        calls = [_call_delta(one) for one in deltas if not isinstance(one, Content)]
+        calls = [_call_delta(one) for one in deltas if one.index is not None]
         if calls:
             delta["tool_calls"] = calls
         return {"index": part.index, "delta": delta, **self._rest(part, said)}
@@ -226,11 +226,11 @@ class AssistantMessage:
         """Add tokens. Return the new parts of the message."""
         deltas = self._read(part)
         if self._choice is not None and not self._choice.parallel:
-            deltas = [one for one in deltas if isinstance(one, Content) or one.index == 0]
+            deltas = [one for one in deltas if not one.index]
         for one in deltas:
-            if isinstance(one, Content):
+            if one.index is None:
                 self.content += one.text
-            elif isinstance(one, CallStart):
+            elif one.name:
                 self.calls.append(Call(one.id, one.name))
             else:
                 self.calls[one.index].arguments += one.text
@@ -238,7 +238,7 @@ class AssistantMessage:
 
     def _read(self, part: Part) -> list[Delta]:
         if self._reader is None or self._choice is None:
-            return [Content(part.text)] if part.text else []
+            return [Delta(part.text)] if part.text else []
         deltas: list[Delta] = []
         for step in part.steps:
             deltas += self._reader.push(step.text or self._choice.markers.get(step.token_id, ""))
@@ -249,8 +249,8 @@ def _call(call: Call) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _call_delta(delta: CallStart | CallArguments) -> Json:
-    if isinstance(delta, CallStart):
+def _call_delta(delta: Delta) -> Json:
+    if delta.name:
         return {"index": delta.index, **_call(Call(delta.id, delta.name))}
     return {"index": delta.index, "function": {"arguments": delta.text}}
 

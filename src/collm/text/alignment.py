@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -43,12 +43,8 @@ _PROBES = (
 )
 
 
-@dataclass(frozen=True)
 class Alignment:
-    """Alignment of authors with different tokenizers.
-
-    Args:
-        tokenizers: the tokenizer of each author, the base first.
+    """Alignment of authors with different tokenizers, the base first.
 
     Attributes:
         opens: the opening table: whether a byte begins a segment, bool, shape (258, 256). The row is the last byte of
@@ -58,16 +54,18 @@ class Alignment:
         MismatchError: the tokenizers cannot be aligned.
     """
 
-    tokenizers: Sequence[TextTokenizer]
-    opens: Tensor = field(init=False)
-    _opens: list[list[bool]] = field(init=False)
-    _masks: dict[tuple[int, int, torch.device], Tensor] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "opens", _opening_table([one.pairs_inside for one in self.tokenizers]))
-        object.__setattr__(self, "_opens", self.opens.tolist())  # single entries of a tensor are slow to read
-        self._check_words()
-        for tokenizer in self.tokenizers:
+    def __init__(self, tokenizers: Sequence[TextTokenizer]) -> None:
+        self.tokenizers = tokenizers
+        self.opens = _opening_table(tokenizers)
+        self._opens: list[list[bool]] = self.opens.tolist()  # single entries of a tensor are slow to read
+        self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
+        if not any(self._opens[letter][ord(" ")] for letter in string.ascii_letters.encode()):
+            names = " and ".join(one.name for one in tokenizers)
+            raise MismatchError(
+                f"the tokenizers of {names} have no common boundaries between words, because one has tokens that span "
+                "several words; use another pair"
+            )
+        for tokenizer in tokenizers:
             self._check(tokenizer)
 
     def row(self, text: bytes) -> int:
@@ -83,8 +81,8 @@ class Alignment:
     def is_opening(self, author: int, row: int, token_id: int) -> bool:
         """Whether an author's token begins a segment in this row, or ends the text."""
         tokenizer = self.tokenizers[author]
-        spelled = tokenizer.token_bytes[token_id]
-        return token_id in tokenizer.eos_ids or bool(spelled and self._opens[row][spelled[0]])
+        text = tokenizer.token_bytes[token_id]
+        return token_id in tokenizer.eos_ids or bool(text and self._opens[row][text[0]])
 
     def opening_mask(self, author: int, row: int, device: torch.device) -> Tensor:
         """The author's tokens that begin a segment in this row or end the text, bool, shape (V,)."""
@@ -101,11 +99,7 @@ class Alignment:
         return SegmentLaw(self.opens, tokenizer.first_byte, ends)
 
     def assistant_prompts(self, prompt: Prompt) -> list[list[int]]:
-        """Render a prompt with each assistant's own template and tokenizer.
-
-        Raises:
-            RequestError: an assistant's template rejects the prompt.
-        """
+        """Render a prompt with each assistant's own template and tokenizer, which may raise a `RequestError`."""
         base, *assistants = self.tokenizers
         if not isinstance(prompt, str) and all(isinstance(one, int) for one in prompt):
             ids = cast("list[int]", prompt)
@@ -121,17 +115,8 @@ class Alignment:
                 found.append(at)
         return [*found, len(answer)]
 
-    def _check_words(self) -> None:
-        letters = torch.tensor(list(string.ascii_letters.encode()))
-        if not self.opens[letters, ord(" ")].any():
-            names = " and ".join(one.name for one in self.tokenizers)
-            raise MismatchError(
-                f"the tokenizers of {names} have no common boundaries between words, because one has tokens that span "
-                "several words; use another pair"
-            )
-
     def _check(self, tokenizer: TextTokenizer) -> None:
-        """Check on probe texts that bytes are preserved, and that tokens end at boundaries and do not change later."""
+        """Check on probe texts that bytes are preserved, and tokens end at boundaries and stay as the text grows."""
         context = [] if tokenizer.tokenizer.bos_token_id is None else [tokenizer.tokenizer.bos_token_id]
         for probe in _PROBES:
             answer = probe.encode()
@@ -155,8 +140,11 @@ class Alignment:
                 )
 
 
-def _opening_table(pairs_inside: Sequence[Tensor]) -> Tensor:
-    inside = torch.stack(list(pairs_inside)).any(0)
+def _opening_table(tokenizers: Sequence[TextTokenizer]) -> Tensor:
+    pairs = {pair for one in tokenizers for token in one.token_bytes for pair in pairwise(token or b"")}
+    inside = torch.zeros(256, 256, dtype=torch.bool)
+    for first, second in pairs:
+        inside[first, second] = True
     byte = torch.arange(256)
     letter = ((byte >= 65) & (byte < 91)) | ((byte >= 97) & (byte < 123)) | (byte >= 0x80)
     # First bytes of CJK and Kana, which have no words to keep whole, and of general and full-width punctuation.

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from collm.errors import RequestError
 
 Message = Mapping[str, Any]
 
+_RESERVED = {
+    *("conversation", "conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""Variables of a template that are passed already or would change the type of the result."""
 
-@dataclass(frozen=True)
-class Rendering:
-    """Options for rendering a chat that is to be answered.
+
+class Chat(list[Message]):
+    """A list of messages, with tools and with options for rendering it when an answer follows.
 
     Attributes:
+        tools: function definitions in OpenAI's form, or None.
         add_generation_prompt: end with the opening of the assistant's turn.
         continue_final_message: leave the last message open, so that the answer continues it.
         template_kwargs: further variables of the template.
@@ -25,68 +31,33 @@ class Rendering:
         RequestError: both options are true, or a variable is reserved.
     """
 
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.add_generation_prompt and self.continue_final_message:
-            raise RequestError(
-                "add_generation_prompt and continue_final_message are both true, but an answer either begins a "
-                "message or continues one; set one of them to false"
-            )
-        taken = sorted(_TAKEN & set(self.template_kwargs))
-        if taken:
-            raise RequestError(f"chat_template_kwargs has the reserved variable {taken[0]!r}; leave it out")
-
-
-_TAKEN = {
-    "conversation",
-    "messages",
-    "tools",
-    "documents",
-    "chat_template",
-    "tokenize",
-    "add_generation_prompt",
-    "continue_final_message",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-}
-"""Reserved variables, which are passed already or would change the type of the result."""
-
-
-class Chat(list[Message]):
-    """A list of messages with tools and rendering options.
-
-    Attributes:
-        tools: function definitions in OpenAI's form, or None.
-        rendering: options for rendering the chat when an answer follows.
-    """
-
     def __init__(
         self,
         messages: Iterable[Message] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
-        rendering: Rendering = Rendering(),
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(messages)
         self.tools = tools
-        self.rendering = rendering
+        self.add_generation_prompt = add_generation_prompt
+        self.continue_final_message = continue_final_message
+        self.template_kwargs = template_kwargs or {}
+        if add_generation_prompt and continue_final_message:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message are both true, but an answer either begins a "
+                "message or continues one; set one of them to false"
+            )
+        reserved = sorted(_RESERVED.intersection(self.template_kwargs))
+        if reserved:
+            raise RequestError(f"chat_template_kwargs has the reserved variable {reserved[0]!r}; leave it out")
 
-
-def tools_of(messages: object) -> Sequence[Mapping[str, Any]] | None:
-    """The tools of a `Chat`; None for a plain list of messages."""
-    return messages.tools if isinstance(messages, Chat) else None
-
-
-def rendering_of(messages: object) -> Rendering:
-    """The rendering options of a `Chat`; the defaults for a plain list of messages."""
-    return messages.rendering if isinstance(messages, Chat) else Rendering()
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> Chat:
+        """The messages as a `Chat`, which a plain list of them may be already."""
+        return messages if isinstance(messages, Chat) else cls(messages)
 
 
 def read_message(message: Any) -> tuple[dict[str, Any], bool]:
@@ -97,13 +68,14 @@ def read_message(message: Any) -> tuple[dict[str, Any], bool]:
     Raises:
         RequestError: as in `as_message`, or an assistant's message that is a target is empty.
     """
-    given = dict(message) if isinstance(message, Mapping) else message
-    learned = isinstance(given, dict)
-    for name in ("weight", "train"):
-        value = given.pop(name, None) if isinstance(given, dict) else None
-        if value not in (None, 0, 1):  # false equals 0, true equals 1
-            raise RequestError(f": {name!r} is {value!r:.40}, expected 0 or 1")
-        learned = learned and value != 0
+    given, learned = message, True
+    if isinstance(message, Mapping):
+        given = dict(message)
+        for name in ("weight", "train"):
+            value = given.pop(name, None)
+            if value not in (None, 0, 1):  # false equals 0, true equals 1
+                raise RequestError(f": {name!r} is {value!r:.40}, expected 0 or 1")
+            learned = learned and value != 0
     fields = as_message(given)
     if fields["role"] == "assistant" and learned and not (fields["content"].strip() or "tool_calls" in fields):
         raise RequestError(": the assistant's content is empty, expected text")
@@ -129,16 +101,14 @@ def as_message(message: Any) -> dict[str, Any]:
         fields["tool_calls"] = [{"type": "function", "function": fields.pop("function_call")}]
     if fields["role"] == "function":
         fields["role"] = "tool"
-    if fields.get("tool_calls"):
-        calls = fields["tool_calls"]
+    calls = fields.pop("tool_calls", None)
+    if calls:
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise RequestError(f": 'tool_calls' is a {type(calls).__name__}, expected a list of calls")
         fields["tool_calls"] = [_call(call) for call in calls]
-    else:
-        fields.pop("tool_calls", None)
-    refusal = fields.pop("refusal", None)
-    content = fields.get("content", refusal)
-    fields["content"] = _text(content, optional=fields["role"] == "assistant")
+    missing = "" if fields["role"] == "assistant" else None
+    content = fields.get("content", fields.pop("refusal", missing))
+    fields["content"] = _text(content)
     return fields
 
 
@@ -154,7 +124,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) and tool_name(tool) for tool in tools):
         raise RequestError(f"'tools' is {tools!r:.80}, expected a list of functions with names")
-    return [_plain("'tools'", tool) for tool in tools]
+    return [_without_none("'tools'", tool) for tool in tools]
 
 
 def tool_name(tool: Mapping[str, Any]) -> str | None:
@@ -162,29 +132,6 @@ def tool_name(tool: Mapping[str, Any]) -> str | None:
     function = tool.get("function")
     name = (function if isinstance(function, Mapping) else tool).get("name")
     return name if isinstance(name, str) and name else None
-
-
-def _text(content: Any, *, optional: bool) -> str:
-    if isinstance(content, str):
-        text = content
-    elif content is None and optional:
-        text = ""
-    elif isinstance(content, Sequence):
-        text = "".join(_part(part) for part in content)
-    else:
-        raise RequestError(f": 'content' is {content!r:.40}, expected a string")
-    check_unicode(text)
-    return text
-
-
-def _part(part: Any) -> str:
-    if isinstance(part, Mapping):
-        kind = part.get("type")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if isinstance(text, str) and kind in (None, "text", "input_text", "output_text", "refusal"):
-            return text
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RequestError(f": 'content' has a part of type {kind!r:.40}, expected text")
 
 
 def check_unicode(text: str) -> None:
@@ -195,10 +142,25 @@ def check_unicode(text: str) -> None:
         raise RequestError(f": character {error.start} is {text[error.start]!r}, half of a character") from error
 
 
+def _text(content: Any) -> str:
+    """The text of a message's content, a string or a list of parts."""
+    if not isinstance(content, Sequence):
+        raise RequestError(f": 'content' is {content!r:.40}, expected a string")
+    texts = [content] if isinstance(content, str) else []
+    for part in content if not texts else ():
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or kind not in (None, "text", "input_text", "output_text", "refusal"):
+            raise RequestError(f": 'content' has a part of type {kind!r:.40}, expected text")
+        texts.append(text)
+    check_unicode("".join(texts))
+    return "".join(texts)
+
+
 def _call(call: Any) -> dict[str, Any]:
     if not isinstance(call, Mapping) or tool_name(call) is None:
         raise RequestError(f": a call is {call!r:.80}, expected {{'function': {{'name': ..., 'arguments': ...}}}}")
-    read = _plain(": a call", call)
+    read = _without_none(": a call", call)
     function = read.get("function", read)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
@@ -216,15 +178,15 @@ def _json(name: str, text: str) -> Any:
         raise RequestError(f"{name} is {text!r:.60}, expected JSON ({error})") from error
 
 
-def _plain(name: str, value: Mapping[str, Any]) -> Any:
+def _without_none(name: str, value: Mapping[str, Any]) -> Any:
+    """Remove the None values that Arrow adds for missing fields, at every depth."""
+
+    def removed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: removed(inner) for key, inner in value.items() if inner is not None}
+        return [removed(inner) for inner in value] if isinstance(value, list) else value
+
     try:
-        return _without_none(value)
+        return removed(value)
     except RecursionError as error:
         raise RequestError(f"{name} is nested too deeply") from error
-
-
-def _without_none(value: Any) -> Any:
-    """Remove the None values that Arrow adds for missing fields."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list) else value

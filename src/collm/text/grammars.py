@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from copy import copy
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import StructuredOutputs
 from collm.errors import ConfigError, MismatchError, MissingExtra, RequestError
-from collm.text import grammar_process
-from collm.text.guards import TokenizerIdentity
+from collm.text import isolated
 from collm.text.text_tokenizer import bytes_of_tokens
 from collm.text.token_ids import common_prefix
 
@@ -38,7 +32,7 @@ COMPILE_S = 4.0
 """Time limit for compiling a stranger's grammar, in seconds."""
 COMPILE_BYTES = 1 << 30
 """Memory limit for compiling a stranger's grammar, where the system enforces it."""
-_PARSER_LIMITS = {"max_items_in_row": 1000, "step_max_items": 20_000}
+_PARSER_LIMITS: dict[str, Any] = {"max_items_in_row": 1000, "step_max_items": 20_000}
 """Half of llguidance's limits, with which a token of an ambiguous grammar took two seconds, and now a tenth of one."""
 _MAX_CACHED = 64
 """Number of compiled grammars to cache."""
@@ -49,19 +43,15 @@ _RULE = re.compile(r"^\s*[?!]?[\w-]+[^:\n\"/]*:", re.MULTILINE)
 
 
 class Grammar:
-    """The state of a text in its grammar.
+    """The state of a text in its grammar, after `token_ids`.
 
     Args:
-        matcher: the compiled grammar, which is copied.
         names_tokens: whether the grammar may name tokens, as in <[5]> and <eos>.
-
-    Attributes:
-        token_ids: the tokens consumed so far.
     """
 
     def __init__(self, matcher: LLMatcher, *, names_tokens: bool = False) -> None:
         self.token_ids: list[int] = []
-        self._initial = matcher
+        self._initial = matcher  # compiled, and shared by texts
         self._matcher = matcher.deep_copy()
         self._names_tokens = names_tokens
 
@@ -83,21 +73,16 @@ class Grammar:
         same = common_prefix(self.token_ids, token_ids)
         if same < len(self.token_ids) and self._names_tokens:
             self._matcher = self._initial.deep_copy()  # its rollback miscounts the bytes of tokens named by the grammar
-            self.token_ids, same = [], 0
+            same = 0
         elif same < len(self.token_ids):
             self._matcher.rollback(len(self.token_ids) - same)
-            del self.token_ids[same:]
         if same < len(token_ids):
             self._matcher.consume_tokens(list(token_ids[same:]))
-            self.token_ids += token_ids[same:]
+        self.token_ids = list(token_ids)
         self._check()
 
     def fill(self, bits: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        """Write the allowed next tokens into a row made by `bit_row`.
-
-        Raises:
-            RequestError: the grammar has become too complex.
-        """
+        """Write the allowed next tokens into a row made by `bit_row`. Raises as `go_to`."""
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         self._check()
 
@@ -118,13 +103,7 @@ def forbidden(bits: np.ndarray[Any, np.dtype[np.int32]], vocab_size: int) -> Ten
 
 
 class Grammars:
-    """Compiles structured output constraints for one tokenizer. Thread-safe.
-
-    Args:
-        tokenizer: tokenizer of all models, byte-level or with byte fallback.
-        vocab_size: V, the models' vocabulary size.
-        eos_ids: tokens that end a text.
-    """
+    """Compiles structured output constraints for one tokenizer, byte-level or with byte fallback. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -138,8 +117,8 @@ class Grammars:
         """Compile a constraint and return its initial state.
 
         Args:
-            trusted: whether the constraint may crash this process. One of a stranger is bounded by `LIMITS`, and
-                compiled first in a process of its own.
+            trusted: whether it may crash this process. One of a stranger is bounded by `LIMITS`, and compiled first in
+                another process.
 
         Raises:
             RequestError: the schema, regular expression or grammar is invalid or too large.
@@ -164,60 +143,36 @@ class Grammars:
 
     def _rehearse(self, source: str) -> None:
         """Compile a grammar in a process that may die, with a vocabulary of bytes and special tokens."""
-        asked = {
-            "source": source,
-            "tokenizer": self._small_tokenizer,
-            "vocab_size": max(self._vocab_size, 256 + len(self._tokenizer.added_tokens_decoder)),
-            "memory_bytes": COMPILE_BYTES,
-            "seconds": math.ceil(COMPILE_S),
-            "path": sys.path,
-        }
-        command = [sys.executable, "-I", grammar_process.__file__]
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
-        try:
-            done = subprocess.run(
-                command, input=json.dumps(asked), text=True, capture_output=True, env=environment, timeout=COMPILE_S
-            )
-        except subprocess.TimeoutExpired:
-            done = None
-        if done is None or done.returncode:
-            raise RequestError(
-                f"structured_outputs cannot be compiled within {COMPILE_S:g} s, {COMPILE_BYTES >> 20} MiB and a stack "
-                f"of {grammar_process.STACK_BYTES >> 20} MiB; use a simpler one"
-            )
-
-    @cached_property
-    def _small_tokenizer(self) -> str:
-        """A tokenizer of all bytes, with the special tokens of the tokenizer."""
+        special = self._tokenizer.added_tokens_decoder
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         small = Tokenizer(BPE({character: place for place, character in enumerate(alphabet)}, []))
         small.pre_tokenizer, small.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-        small.add_tokens(list(self._tokenizer.added_tokens_decoder.values()))
-        return small.to_str()
+        small.add_tokens(list(special.values()))
+        grammar = {
+            "source": source,
+            "tokenizer": small.to_str(),
+            "vocab_size": max(self._vocab_size, len(alphabet) + len(special)),
+        }
+        try:
+            isolated.run("compile", grammar, seconds=COMPILE_S, memory_bytes=COMPILE_BYTES)
+        except ValueError as error:
+            raise RequestError(
+                f"structured_outputs cannot be compiled within {COMPILE_S:g} s, {COMPILE_BYTES >> 20} MiB and a stack "
+                f"of {isolated.STACK_BYTES >> 20} MiB; use a simpler one"
+            ) from error
 
     def _matcher(self, source: str) -> LLMatcher:
-        llguidance = _llguidance()
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
         with self._tokenizer_lock:
             if self._llg_tokenizer is None:
-                self._llg_tokenizer = self._make_tokenizer()
-        limits = llguidance.LLParserLimits(**_PARSER_LIMITS)
-        matcher = llguidance.LLMatcher(self._llg_tokenizer, source, log_level=0, limits=limits)
+                vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._eos_ids))
+                self._llg_tokenizer = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+        limits = LLParserLimits(**_PARSER_LIMITS)
+        matcher = LLMatcher(self._llg_tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"structured_outputs cannot be compiled: {_shortened(matcher.get_error())}")
-        return cast("LLMatcher", matcher)
-
-    def _make_tokenizer(self) -> LLTokenizer:
-        from llguidance import LLTokenizer, TokenizerWrapper
-
-        if not self._eos_ids:
-            raise ConfigError("structured_outputs require an EOS token, but the tokenizer has none; set one")
-        try:
-            vocabulary = _Vocabulary(self._tokenizer, self._eos_ids[0])
-        except MismatchError as error:
-            raise ConfigError(
-                "structured_outputs require a tokenizer whose tokens are bytes of text, such as byte-level BPE"
-            ) from error
-        return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=self._eos_ids)
+        return matcher
 
 
 class _Vocabulary:
@@ -229,10 +184,17 @@ class _Vocabulary:
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_id: int) -> None:
-        spelled = bytes_of_tokens(tokenizer, TokenizerIdentity.of(tokenizer), "the base")
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> None:
+        if not eos_ids:
+            raise ConfigError("structured_outputs require an EOS token, but the tokenizer has none; set one")
+        try:
+            spelled = bytes_of_tokens(tokenizer, "the base")
+        except MismatchError as error:
+            raise ConfigError(
+                "structured_outputs require a tokenizer whose tokens are bytes of text, such as byte-level BPE"
+            ) from error
         names = tokenizer.convert_ids_to_tokens(range(len(spelled)))
-        self.eos_token_id = eos_token_id
+        self.eos_token_id = eos_ids[0]
         self.special_token_ids = [token_id for token_id, one in enumerate(spelled) if one is None]
         self.tokens = [str(name).encode() if one is None else one for one, name in zip(spelled, names, strict=True)]
         self._byte_ids = {one: token_id for token_id, one in enumerate(spelled) if one is not None and len(one) == 1}
@@ -272,43 +234,32 @@ def _check_size(structured: StructuredOutputs) -> None:
             )
 
 
-def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise MissingExtra("llguidance", "structured") from error
-    return llguidance
-
-
 def _source(structured: StructuredOutputs) -> str:
     """Convert a constraint to llguidance's format."""
-    matcher = _llguidance().LLMatcher
+    try:
+        from llguidance import LLMatcher, gbnf_to_lark
+    except ImportError as error:
+        raise MissingExtra("llguidance", "structured") from error
     if structured.json_object:
-        return cast(str, matcher.grammar_from_json_schema({"type": "object"}))
+        return LLMatcher.grammar_from_json_schema({"type": "object"})
     if structured.regex is not None:
-        return cast(str, matcher.grammar_from_regex(structured.regex))
+        return LLMatcher.grammar_from_regex(structured.regex)
     if structured.choice is not None:
         choices = " | ".join(json.dumps(one, ensure_ascii=False) for one in structured.choice)
-        return cast(str, matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))  # a terminal may be larger
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")  # a terminal may be larger
     if structured.grammar is not None:
-        return cast(str, matcher.grammar_from_lark(_lark(structured.grammar)))
+        lark = structured.grammar
+        try:
+            lark = gbnf_to_lark.gbnf_to_lark(lark) if "::=" in lark else lark
+        except Exception as error:  # the parser may raise anything on invalid input
+            raise RequestError(f"structured_outputs.grammar is not a GBNF grammar: {_shortened(str(error))}") from error
+        return LLMatcher.grammar_from_lark(lark)
     try:
         schema = structured.json if isinstance(structured.json, str) else json.dumps(structured.json)
         json.loads(schema)
-        return cast(str, matcher.grammar_from_json_schema(schema))
+        return LLMatcher.grammar_from_json_schema(schema)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"structured_outputs.json is no JSON, expected a JSON schema ({error})") from error
-
-
-def _lark(grammar: str) -> str:
-    if "::=" not in grammar:
-        return grammar
-    from llguidance import gbnf_to_lark
-
-    try:
-        return gbnf_to_lark.gbnf_to_lark(grammar)
-    except Exception as error:  # the parser may raise anything on invalid input
-        raise RequestError(f"structured_outputs.grammar is not a GBNF grammar: {_shortened(str(error))}") from error
 
 
 def _shortened(message: str) -> str:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, MismatchError
-from collm.text.template import PromptTemplate
-from collm.text.token_ids import token_ids_of
+from collm.text.template import PromptTemplate, tokenize
 
 ACCEPTABLE = ("special_tokens", "eos", "chat_template")
 """Differences that a user may accept by name. A different vocabulary is not among them."""
@@ -26,7 +25,7 @@ class TokenizerIdentity:
     Attributes:
         tokens: token id -> token.
         special_tokens: role (bos, eos, unk, ...) -> token, without padding, which no model reads.
-        chat_template: None if the tokenizer has none; as JSON if it has one of its own for tools.
+        chat_template: None if the tokenizer has none; as JSON if it has another for tools.
         probe_ids: token ids of a fixed text, which depend on merges and normalisation.
     """
 
@@ -39,12 +38,11 @@ class TokenizerIdentity:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerIdentity:
         special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
         template = PromptTemplate.of(tokenizer)
-        chats = [template.chat, template.tool_chat]
         return cls(
-            tokens={token_id: token for token, token_id in tokenizer.get_vocab().items()},
-            special_tokens=special,
-            chat_template=template.chat if template.tool_chat is None else json.dumps(chats),
-            probe_ids=tuple(token_ids_of(tokenizer, PROBE, special=False)),
+            {token_id: token for token, token_id in tokenizer.get_vocab().items()},
+            special,
+            template.chat if template.tool_chat is None else json.dumps([template.chat, template.tool_chat]),
+            tuple(tokenize(tokenizer, PROBE, special=False)),
         )
 
     @property
@@ -55,8 +53,7 @@ class TokenizerIdentity:
     @property
     def hash(self) -> str:
         """SHA-256 of vocabulary, special tokens and probe."""
-        content = [sorted(self.tokens.items()), sorted(self.special_tokens.items()), self.probe_ids]
-        return _sha256(json.dumps(content))
+        return _sha256(json.dumps([sorted(self.tokens.items()), sorted(self.special_tokens.items()), self.probe_ids]))
 
     @property
     def chat_template_hash(self) -> str | None:
@@ -93,23 +90,19 @@ def token_difference(base: TokenizerIdentity, other: TokenizerIdentity, name: st
 def check_tokenizers(
     base: TokenizerIdentity, other: TokenizerIdentity, name: str, *, accept: Collection[str] = ()
 ) -> None:
-    """Compare an assistant's tokenizer with the base's.
-
-    Raises:
-        MismatchError: a token, special token or template differs; the message names the first one.
-    """
+    """Raise a MismatchError that names the first token, special token or template in which an assistant differs."""
     difference = token_difference(base, other, name)
     if difference is not None:
         raise MismatchError(f"{difference}; use models that share one tokenizer")
-    if base.special_tokens != other.special_tokens and "special_tokens" not in accept:
-        ours, theirs = base.special_tokens, other.special_tokens
+    ours, theirs = base.special_tokens, other.special_tokens
+    if ours != theirs and "special_tokens" not in accept:
         role = next(role for role in sorted({*ours, *theirs}) if ours.get(role) != theirs.get(role))
         raise MismatchError(
             f"the {role} of {name} is {_shown(theirs.get(role))}, but {_shown(ours.get(role))} in the base; "
             f"{_how_to_accept('special_tokens')}"
         )
-    templates = (base.chat_template, other.chat_template)
-    if None not in templates and templates[0] != templates[1] and "chat_template" not in accept:
+    templates = {base.chat_template, other.chat_template} - {None}
+    if len(templates) > 1 and "chat_template" not in accept:
         raise MismatchError(
             f"the chat template of {name} differs from the base's, so it was trained on another chat format; "
             f"{_how_to_accept('chat_template')}, and both will use the base's"
@@ -117,13 +110,10 @@ def check_tokenizers(
 
 
 def check_eos(eos_sets: Sequence[tuple[str, frozenset[int]]], *, accept: Collection[str] = ()) -> frozenset[int]:
-    """The tokens that end a text: the EOS set that all models share, or the union if "eos" is accepted.
-
-    Args:
-        eos_sets: pairs of model name and EOS token ids, the base first. Empty sets are not compared.
+    """The tokens that end a text, from pairs of model name and EOS token ids, the base first.
 
     Raises:
-        MismatchError: the sets differ.
+        MismatchError: sets that are not empty differ, and "eos" is not accepted.
     """
     base_name, base_eos = eos_sets[0]
     for name, eos in eos_sets[1:]:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError, DataError, RequestError
-from collm.text.chats import Chat, Message, rendering_of, tool_name, tools_of
-from collm.text.rendering import render
-from collm.text.token_ids import token_ids_of
+from collm.text import isolated
+from collm.text.chats import Chat, Message, check_unicode, tool_name
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
+MAX_CHARACTERS = 10_000_000
+"""Largest number of characters that are tokenised. Longer texts take gigabytes and exceed any context."""
+RENDERING_S = 10.0
+"""Time limit of rendering a chat, in seconds."""
+RENDERING_BYTES = 1 << 30
+"""Memory limit of rendering a chat."""
 _SOME_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a training sequence.
-
-    Attributes:
-        token_ids: the whole sequence.
-        is_target: whether each token is a training target.
-    """
+    """Token ids of a training sequence, and whether each is a training target."""
 
     token_ids: list[int]
     is_target: list[bool]
@@ -106,18 +107,14 @@ class PromptTemplate:
             found = [token for token in closing if token in wanted]
             if found:
                 return found[:1]
-        openers = [self._opener(tokenizer, turn, closed, role) for role in ("user", "tool", "system")]
+        openers: list[int] = []
+        for role in ("user", "tool", "system"):
+            with suppress(RequestError):
+                longer = Chat([*turn, {"role": role, "content": "next"}], tools)
+                whole = self.render_chat(tokenizer, longer, open_turn=False)
+                if whole.startswith(closed):
+                    openers += tokenize(tokenizer, whole[len(closed) :], special=False)[:1]
         return [token for token in dict.fromkeys(openers) if token in special]
-
-    def _opener(self, tokenizer: PreTrainedTokenizerBase, turn: Chat, closed: str, role: str) -> int | None:
-        """The first token of a message of this role after a finished turn."""
-        try:
-            longer = Chat([*turn, {"role": role, "content": "next"}], turn.tools)
-            whole = self.render_chat(tokenizer, longer, open_turn=False)
-        except RequestError:
-            return None
-        following = tokenize(tokenizer, whole[len(closed) :], special=False) if whole.startswith(closed) else []
-        return following[0] if following else None
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         """Convert a string, a chat or token ids, which pass unchanged, to the token ids of a prompt.
@@ -130,8 +127,8 @@ class PromptTemplate:
         elif _is_list_of(prompt, int):
             token_ids = list(cast(Sequence[int], prompt))
         elif _is_list_of(prompt, Mapping):
-            open_turn = rendering_of(prompt).add_generation_prompt
-            rendered = self.render_chat(tokenizer, cast(Sequence[Message], prompt), open_turn=open_turn)
+            chat = Chat.of(cast(Sequence[Message], prompt))
+            rendered = self.render_chat(tokenizer, chat, open_turn=chat.add_generation_prompt)
             token_ids = tokenize(tokenizer, rendered, special=False)
         else:
             raise RequestError(f"prompt is {prompt!r:.80}, expected a string, a list of messages or token ids")
@@ -140,9 +137,7 @@ class PromptTemplate:
         return token_ids
 
     def encode_completion(self, tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-        """Encode a prompt and its completion, followed by EOS. Only the completion is a target.
-
-        The prompt's tokens equal those of `encode_prompt`.
+        """Encode a prompt as in `encode_prompt`, and its completion and EOS, which are targets.
 
         Raises:
             DataError: the tokenizer has no EOS token.
@@ -153,10 +148,9 @@ class PromptTemplate:
         prompt_ids = self.encode_prompt(tokenizer, prompt)
         whole = tokenize(tokenizer, self.text.replace("{prompt}", prompt) + completion)
         encoded = _append_completion(tokenizer, prompt_ids, whole, completion)
-        eos = int(cast(int, tokenizer.eos_token_id))
-        if encoded.token_ids[-1] == eos and encoded.is_target[-1]:
-            return encoded
-        return Encoded([*encoded.token_ids, eos], [*encoded.is_target, True])
+        ends = encoded.is_target[-1] and encoded.token_ids[-1] == tokenizer.eos_token_id
+        eos = [] if ends else _eos_ids(tokenizer)
+        return Encoded([*encoded.token_ids, *eos], [*encoded.is_target, *[True] * len(eos)])
 
     def encode_chat(
         self,
@@ -169,15 +163,13 @@ class PromptTemplate:
         """Encode a chat. Every assistant turn is a target, including the token that ends it (`turn_ends`).
 
         The tokens before a turn equal those of `encode_prompt` on the messages before it. If a template or tokenizer
-        renders earlier turns differently once the chat continues, each turn gets a sequence of its own.
+        renders earlier turns differently once the chat continues, each turn gets a sequence of its own, else all share
+        one.
 
         Args:
             messages: a `Chat` if it has tools.
             unlearned: indices of messages that are not targets.
             apart: return one sequence per assistant turn in any case.
-
-        Returns:
-            One sequence with all turns if possible, else one sequence per assistant turn.
 
         Raises:
             DataError: there is no assistant turn or no token to end one, a rendered turn does not start with its
@@ -205,15 +197,15 @@ class PromptTemplate:
 
     def _turn(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int) -> tuple[str, str]:
         """The text of the prompt for assistant message `index`, and the text that includes the message."""
-        before, turn = Chat(messages[:index], tools_of(messages)), messages[index]
-        opened = self.render_chat(tokenizer, before, open_turn=True)
-        closed = self.render_chat(tokenizer, Chat([*before, turn], before.tools), open_turn=False)
+        tools = Chat.of(messages).tools
+        opened = self.render_chat(tokenizer, Chat(messages[:index], tools), open_turn=True)
+        closed = self.render_chat(tokenizer, Chat(messages[: index + 1], tools), open_turn=False)
         if not closed.startswith(opened):
             raise DataError(
                 f"the chat template opens the turn of message {index + 1} with {opened[-40:]!r}, but renders the "
                 f"finished turn as {closed[-80:]!r}; training needs a template in which it continues the opening"
             )
-        for shown, functions in ((opened, before.tools), (closed, turn.get("tool_calls"))):
+        for shown, functions in ((opened, tools), (closed, messages[index].get("tool_calls"))):
             missing = [name for name in map(tool_name, functions or ()) if name and name not in shown]
             if missing:
                 raise DataError(
@@ -225,30 +217,29 @@ class PromptTemplate:
     def render_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool) -> str:
         """Render a chat with its tools. `open_turn` adds the generation prompt.
 
-        The role "developer" becomes "system" if the template does not support it.
-
-        Raises:
-            RequestError: there is no chat template, or it rejects the messages.
+        The role "developer" becomes "system" if the template does not support it. Raises as `encode_prompt`.
         """
-        chat = self.chat_for(tools_of(messages))
-        if chat is None:
+        chat = Chat.of(messages)
+        template = self.chat_for(chat.tools)
+        if template is None:
             raise RequestError("the prompt is a list of messages, but there is no chat template; pass a string")
         if not messages:
             raise RequestError("the chat template has no messages to render; expected at least one")
-        rendering = rendering_of(messages)
         known = [{key: value for key, value in message.items() if value is not None} for message in messages]
         for fields in known:
-            if fields.get("role") == "developer" and "developer" not in chat:
+            if fields.get("role") == "developer" and "developer" not in template:
                 fields["role"] = "system"
+        arguments = {
+            **tokenizer.special_tokens_map,
+            **chat.template_kwargs,
+            "conversations": [known],
+            "tools": chat.tools,
+            "chat_template": template,
+            "add_generation_prompt": open_turn,
+            "continue_final_message": chat.continue_final_message and not open_turn,
+        }
         try:
-            return render(
-                conversations=[known],
-                tools=tools_of(messages),
-                chat_template=chat,
-                add_generation_prompt=open_turn,
-                continue_final_message=rendering.continue_final_message and not open_turn,
-                **{**tokenizer.special_tokens_map, **rendering.template_kwargs},
-            )
+            return str(isolated.run("render", arguments, seconds=RENDERING_S, memory_bytes=RENDERING_BYTES))
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(
                 f"the chat template rejects the messages {json.dumps(messages, default=str)[:120]}: {error}"
@@ -269,7 +260,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = T
     Raises:
         RequestError: the text is not valid Unicode or is too long, or the tokenizer fails.
     """
-    token_ids = token_ids_of(tokenizer, text, special=special)
+    try:
+        check_unicode(text)
+    except RequestError as error:
+        raise RequestError(f"the text cannot be read{error}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(f"the text has {len(text)} characters, expected at most {MAX_CHARACTERS}; shorten it")
+    try:
+        # verbose=False: lengths are checked against the models, not against the tokenizer's limit
+        token_ids = cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a Rust panic, which is not an Exception
+            raise
+        raise RequestError(f"the tokenizer fails on the text {text!r:.60}: {error!s:.200}") from error
     bos = tokenizer.bos_token_id
     if special and bos is not None and token_ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
         token_ids = token_ids[1:]  # a rendered chat already has BOS
@@ -319,8 +322,8 @@ def _join_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, s
 def _limit_targets(encoded: Encoded, ends: Sequence[int]) -> Encoded | None:
     """Limit targets to the token that ends each turn, because decoding stops there.
 
-    If a turn contains no such token, the token after it must be one and becomes a target. At the end of the sequence,
-    the first of `ends` is appended. Returns None if another token follows such a turn.
+    If a turn contains no such token, the token after it becomes a target, or is appended at the end of the sequence.
+    Returns None if the token after it ends no turn.
     """
     learned: list[bool] = []
     is_open = False

@@ -17,13 +17,8 @@ class TokenText:
     Each token is decoded together with a few tokens before it, so that spaces between words and characters split over
     tokens come out as in the whole list. Special tokens have no text.
 
-    Args:
-        tokenizer: any transformers tokenizer.
-        token_ids: the initial tokens.
-
     Attributes:
-        token_ids: the tokens.
-        text: their text, up to the last token that completes a character.
+        text: the text of `token_ids`, up to the last token that completes a character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int] = ()) -> None:

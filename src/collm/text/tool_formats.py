@@ -33,6 +33,7 @@ class ToolFormat:
 
 
 ARGUMENTS = "[ARGS]"
+# Hermes, Qwen 2.5 and 3, and SmolLM3 write <tool_call> with JSON, Llama 3 writes JSON with "parameters".
 HERMES = ToolFormat("tags", "<tool_call>", "</tool_call>")
 LLAMA = ToolFormat("bare", "<|python_tag|>", arguments="parameters")
 MISTRAL = ToolFormat("list", "[TOOL_CALLS]")
@@ -41,10 +42,7 @@ MISTRAL_WITH_IDS = ToolFormat("named", "[TOOL_CALLS]", call_id="[CALL_ID]")
 
 
 def tool_format(chat_template: str) -> ToolFormat | None:
-    """Detect the format of a chat template; None if it does not support tools or the format is unknown.
-
-    <tool_call> with JSON: Hermes, Qwen 2.5 and 3, SmolLM3. JSON with "parameters": Llama 3. [TOOL_CALLS]: Mistral.
-    """
+    """Detect the format of a chat template; None if it does not support tools or the format is unknown."""
     if "tools" not in chat_template:
         return None
     if HERMES.opening in chat_template:
@@ -62,55 +60,46 @@ def tool_format(chat_template: str) -> ToolFormat | None:
 def grammar(
     written: ToolFormat, tools: Sequence[Mapping[str, Any]], *, parallel: bool, special: Mapping[str, int]
 ) -> str:
-    """A Lark grammar of tool calls for llguidance.
+    """A Lark grammar for llguidance of a call of these tools, or of several if `parallel`.
 
-    Args:
-        tools: function definitions in OpenAI's form; arguments must satisfy their `parameters`.
-        parallel: whether several calls are allowed.
-        special: text -> id of the tokenizer's special tokens, which grammars refer to by id.
+    `special` has the ids of the tokenizer's special tokens, which grammars refer to by id.
     """
 
     def marker(text: str) -> str:
         return f"<[{special[text]}]>" if text in special else json.dumps(text)
 
     opening, closing = marker(written.opening), marker(written.closing)
-    rules = [_rule(f"tool_{n}", tool["function"], written) for n, tool in enumerate(tools)]
-    names = " | ".join(f"tool_{n}" for n in range(len(tools)))
-    if written.kind == "tags":
-        call, between = f'{opening} "\\n" tool "\\n" {closing}', '"\\n"'
-    elif written.kind == "list":
-        call, between = "tool", '", "'
-    elif written.kind == "bare":
-        call, between = "tool", '"; "'
-    else:
-        call, between = f"{opening} tool", '""'
-        with_id = f"{marker(written.call_id)} /[a-zA-Z0-9]{{9}}/ " if written.call_id else ""
-        rules = [
-            f"tool_{n}: {json.dumps(tool['function']['name'])} {with_id}{marker(ARGUMENTS)} arguments_{n}\n"
-            f"arguments_{n}: %json {json.dumps(_with_template_spaces(_parameters(tool['function'])))}"
-            for n, tool in enumerate(tools)
-        ]
+    call_id = f"{marker(written.call_id)} /[a-zA-Z0-9]{{9}}/ " if written.call_id else ""
+    rules = []
+    for n, function in enumerate(tool["function"] for tool in tools):
+        parameters = {"type": "object", **(function.get("parameters") or {})}
+        if written.kind == "named":
+            rules += [f"tool_{n}: {json.dumps(function['name'])} {call_id}{marker(ARGUMENTS)} arguments_{n}"]
+            rules += [f"arguments_{n}: %json {json.dumps({**parameters, **_TEMPLATE_SPACES})}"]
+        else:
+            schema = {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, written.arguments: {"$ref": _PARAMETERS}},
+                "required": ["name", written.arguments],
+                "additionalProperties": False,
+                "$defs": {"parameters": _rebased(parameters)},
+            }
+            rules += [f"tool_{n}: %json {json.dumps({**schema, **_TEMPLATE_SPACES})}"]
+    call, between = {
+        "tags": (f'{opening} "\\n" tool "\\n" {closing}', '"\\n"'),
+        "bare": ("tool", '"; "'),
+        "list": ("tool", '", "'),
+        "named": (f"{opening} tool", '""'),
+    }[written.kind]
     calls = f"call ({between} call)*" if parallel else "call"
     start = f'{opening} " " "[" {calls} "]"' if written.kind == "list" else calls
+    names = " | ".join(f"tool_{n}" for n in range(len(tools)))
     return "\n".join([f"start: {start}", f"call: {call}", f"tool: {names}", *rules])
 
 
-def _rule(name: str, function: Mapping[str, Any], written: ToolFormat) -> str:
-    schema = {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, written.arguments: {"$ref": _PARAMETERS}},
-        "required": ["name", written.arguments],
-        "additionalProperties": False,
-        "$defs": {"parameters": _rebased(_parameters(function))},
-    }
-    return f"{name}: %json {json.dumps(_with_template_spaces(schema))}"
-
-
 _PARAMETERS = "#/$defs/parameters"
-
-
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", **(function.get("parameters") or {})}
+_TEMPLATE_SPACES = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""The separators of chat templates."""
 
 
 def _rebased(schema: Any) -> Any:
@@ -122,9 +111,3 @@ def _rebased(schema: Any) -> Any:
             moved["$ref"] = _PARAMETERS + reference[1:]
         return moved
     return [_rebased(one) for one in schema] if isinstance(schema, list) else schema
-
-
-def _with_template_spaces(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the separators of chat templates to a schema."""
-    spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return {**schema, "x-guidance": spaces}

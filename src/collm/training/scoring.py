@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from collm.core.segments import Spans, segment_logprobs, segments_correct, stop_logprobs, token_terms
+from collm.core.segments import segment_scores, token_terms
 from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.models.members import AssistantSpec
@@ -276,19 +276,15 @@ def _read_tool(model: ToolModel, example: Example) -> TensorsByName:
     gold, rows, scored = (batch[name][at] for name in ("gold", "rows", "scored"))
     next_tokens = model.next_tokens(example.token_ids, (at + 1).tolist())
     abstains = torch.tensor([token is None for token in next_tokens])
-    spans = Spans.of(gold, rows, scored, law)
     terms = token_terms(model.logits(next_tokens), gold, rows, law)
     terms = terms._replace(  # a tool ends its segment by abstaining
         correct=terms.correct & ~abstains,
         stops=terms.stops | abstains,
         log_start=terms.log_start.masked_fill(abstains, 0.0),
     )
-    return {
-        "logprob": segment_logprobs(terms, spans),
-        "correct": segments_correct(terms, spans),
-        "abstained": abstains[spans.decided],  # where it does not begin the segment, the base writes it
-        "log_stop": stop_logprobs(terms, spans),
-    }
+    logprob, correct, log_stop = segment_scores(terms, gold, rows, scored, law)
+    abstained = abstains[(rows >= 0) & scored]  # where it does not begin the segment, the base writes it
+    return {"logprob": logprob, "correct": correct, "abstained": abstained, "log_stop": log_stop}
 
 
 def _read_batch(

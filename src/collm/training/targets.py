@@ -10,15 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from collm.core.segments import (
-    SegmentLaw,
-    Spans,
-    TokenTerms,
-    segment_logprobs,
-    segments_correct,
-    stop_logprobs,
-    token_terms,
-)
+from collm.core.segments import SegmentLaw, TokenTerms, segment_scores, token_terms
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example
 
@@ -131,8 +123,7 @@ def read_segments(
         grad = torch.is_grad_enabled()
         parts.append(checkpoint(read, *args, use_reentrant=False) if grad else read(*args))
     terms = TokenTerms(*(torch.cat(values) for values in zip(*parts, strict=True)))
-    spans = Spans.of(gold, rows, scored, law)
-    return segment_logprobs(terms, spans), segments_correct(terms, spans), stop_logprobs(terms, spans)
+    return segment_scores(terms, gold, rows, scored, law)
 
 
 @torch.no_grad()
