@@ -250,7 +250,7 @@ def test_flash_attention_is_the_installed_one_or_none(
 def test_other_kernels_are_not_fetched_either(
     fields: dict[str, Any], complaint: str, saved_model: SavedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.models.loading.is_kernels_available", lambda: True)
+    monkeypatch.setattr("collm.models.checks.is_kernels_available", lambda: True)
     directory = saved_model("model", 0)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, **fields}))

@@ -28,7 +28,6 @@ from collm.engine.runner import ModelRunner
 from collm.engines import Backend, EngineName, InMemory, OnServers, check_engine
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_tokenizer
 from collm.models.members import Member, aligned, as_member
 from collm.models.tools import ToolModel, ToolRunner
 from collm.text.alignment import Alignment
@@ -116,15 +115,12 @@ class CoLLM:
 
     def _aligned(self, tokenizers: Sequence[PreTrainedTokenizerBase] | None) -> Alignment | None:
         """The alignment of the authors' tokenizers, by default those of the models; None if they share one."""
-        if tokenizers is None:
-            tokenizers = [
-                load_tokenizer(one) if isinstance(one, ModelSpec) else self.tokenizer for one in self.assistants
-            ]
         alignment = aligned(
             self.base,
             self.assistants,
-            [self.tokenizer, *tokenizers],
+            self.tokenizer,
             self.template,
+            tokenizers=tokenizers,
             accept_differences=self.accept_differences,
         )
         if alignment is not None and self.servers is not None:

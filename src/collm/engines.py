@@ -22,8 +22,8 @@ from collm.engine.request import check_params, check_segment_params
 from collm.engine.runner import ModelRunner
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, empty_model, saved_eos_ids
-from collm.models.members import Member, load_members
+from collm.models.loading import ModelSpec, empty_model
+from collm.models.members import Member, eos_ids_of, load_members
 from collm.models.tools import ToolModel, ToolRunner
 from collm.text.alignment import Alignment
 from collm.text.grammars import Grammars
@@ -222,13 +222,7 @@ class OnServers:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        named = [
-            (
-                author_name(author),
-                saved_eos_ids(one) if isinstance(one, ModelSpec) else LanguageModel(one, name="").eos_token_ids,
-            )
-            for author, one in enumerate(self._given)
-        ]
+        named = [(author_name(author), eos_ids_of(one)) for author, one in enumerate(self._given)]
         return _eos_ids(named, self._tokenizer, self._accept_differences).union(self._stop_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:

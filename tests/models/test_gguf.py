@@ -21,8 +21,8 @@ from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
 from collm.models.gguf import check_gguf
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_config, load_model, load_tokenizer, saved_eos_ids, stop_ids
-from collm.models.members import spec_of
+from collm.models.loading import ModelSpec, load_config, load_model, load_tokenizer, saved_eos_ids
+from collm.models.members import spec_of, stop_ids
 from collm.run.options import RunConfig, parse_model
 from collm.run.train import train_collaboration
 from collm.text.guards import TokenizerIdentity

@@ -122,7 +122,7 @@ def load_parts(
         load_adapter: load a base that has an adapter; without it such a base stays a spec.
     """
     manifest = read_manifest(directory)
-    foreign = [str(spec) for spec in manifest.assistants if isinstance(spec, ToolSpec) and spec.foreign]
+    foreign = [str(spec) for spec in manifest.assistants if isinstance(spec, ToolSpec) and spec.is_user_function]
     if foreign and not trust_code and assistants is None:
         raise ArtefactError(not_trusted(directory, foreign[0]))
     head = _read_head(directory, manifest.head)
@@ -170,7 +170,7 @@ def _placed(spec: AssistantSpec, directory: Path, options: dict[str, str]) -> As
         return spec
     if spec.table.is_absolute() or ".." in spec.table.parts:
         raise ArtefactError(f"{directory} has the table {spec.table}, expected a path inside of it ({TABLES}/..)")
-    return spec.with_table(directory / spec.table)
+    return replace(spec, argument=str(directory / spec.table))
 
 
 def save_parts(parts: Parts, path: str | Path, source: Path | None = None) -> None:
@@ -258,7 +258,7 @@ def _save_assistants(parts: Parts, directory: Path) -> list[AssistantSpec]:
                 shutil.copyfile(spec.table, directory / copy)
             except FileNotFoundError as error:
                 raise ArtefactError(f"the table {spec.table} of {name} is missing; restore it") from error
-            spec = spec.with_table(copy)
+            spec = replace(spec, argument=str(copy))
         saved.append(spec)
     return saved
 

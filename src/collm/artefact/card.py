@@ -15,7 +15,7 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
     assistants = [
         f"- {author_name(k)}: `{spec.path}`"
         if isinstance(spec, ModelSpec)
-        else f"- {author_name(k)}: `{spec}`{foreign * spec.foreign}"
+        else f"- {author_name(k)}: `{spec}`{foreign * spec.is_user_function}"
         for k, spec in enumerate(manifest.assistants, start=1)
     ]
     training = [f"- {name}: {value}" for name, value in manifest.training.items()]

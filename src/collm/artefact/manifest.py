@@ -60,9 +60,8 @@ class Manifest:
 
     def to_json(self) -> str:
         content = asdict(self)
-        content["base"] = {**self.base.to_dict(), "engine": "transformers"}
-        names = {kind: engine for engine, kind in _ENGINES.items()}
-        content["assistants"] = [{**spec.to_dict(), "engine": names[type(spec)]} for spec in self.assistants]
+        content["base"] = _to_dict(self.base)
+        content["assistants"] = list(map(_to_dict, self.assistants))
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -94,6 +93,11 @@ class Manifest:
 
 
 _ENGINES: dict[str, type[ModelSpec] | type[ToolSpec]] = {"transformers": ModelSpec, "python": ToolSpec}
+
+
+def _to_dict(spec: AssistantSpec) -> dict[str, Any]:
+    (engine,) = (name for name, kind in _ENGINES.items() if isinstance(spec, kind))
+    return {**{name: value for name, value in asdict(spec).items() if value is not None}, "engine": engine}
 
 
 def _spec(content: dict[str, Any]) -> AssistantSpec:

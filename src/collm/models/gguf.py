@@ -13,19 +13,11 @@ from transformers.integrations.gguf import GGUF_ARCHS, read_gguf_metadata
 from collm.errors import LoadError
 from collm.models.language_model import ropes_of
 
-ROPE_TENSORS = ("rope_freqs.", "rope_factors_")
-"""Prefixes of tensors that scale the frequencies of a rotary embedding."""
+_ROPE_TENSORS = ("rope_freqs.", "rope_factors_")  # scale the frequencies of a rotary embedding
 
 
 def check_gguf(name: str, file: str, config: PretrainedConfig) -> None:
-    """Check that the config which transformers made of a GGUF file is complete, and that no remote code is needed.
-
-    Args:
-        name: name in error messages.
-
-    Raises:
-        LoadError: the file scales its rotary embedding and the config does not, or code from the Hub would run.
-    """
+    """Check that the config which transformers made of a GGUF file is complete, and that no remote code is needed."""
     metadata, tensors = read_gguf_metadata(file)
     architecture = metadata["general.architecture"]
     if architecture in GGUF_ARCHS and find_spec("kernels") is not None:
@@ -35,7 +27,7 @@ def check_gguf(name: str, file: str, config: PretrainedConfig) -> None:
         )
     scaled = metadata.get(f"{architecture}.rope.scaling.type", "none") != "none"
     kinds = {rope.get("rope_type", "default") for rope in ropes_of(config.get_text_config())}
-    if (scaled or any(one.startswith(ROPE_TENSORS) for one in tensors)) and kinds == {"default"}:
+    if (scaled or any(one.startswith(_ROPE_TENSORS) for one in tensors)) and kinds == {"default"}:
         raise LoadError(
             f"{name!r} scales its rotary embedding, which transformers does not read from a GGUF file of the "
             f"architecture {architecture}; use the original checkpoint"

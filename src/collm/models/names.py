@@ -34,11 +34,7 @@ def absolute(name: str) -> str:
 
 
 def check_there(name: str) -> None:
-    """Check that a local path exists, as transformers would otherwise search the Hub for it.
-
-    Raises:
-        LoadError: the path does not exist, or the directory contains only GGUF files.
-    """
+    """Check that a local path exists and is no directory of GGUF files, as transformers would then search the Hub."""
     place = Path(name).expanduser()
     if looks_like_path(name) and not place.exists():
         raise LoadError(f"there is no model at {name!r}: no such directory{_hint(place)}")
@@ -47,12 +43,7 @@ def check_there(name: str) -> None:
 
 
 def gguf_file(name: str, revision: str | None) -> Path:
-    """The local path of a GGUF file, which is downloaded if its name is repo:file.gguf.
-
-    Raises:
-        LoadError: there is no such file, or the download failed.
-        MissingExtra: gguf is not installed.
-    """
+    """The local path of a GGUF file, which is downloaded if its name is repo:file.gguf."""
     if find_spec("gguf") is None:
         raise MissingExtra("gguf", "gguf")
     place = Path(name).expanduser()

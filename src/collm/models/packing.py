@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -33,26 +33,23 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        count = inputs.numel() // inputs.shape[-1]
-        if 0 < count <= LONGEST and count == fitting_rows(count):
-            return self._multiply(inputs)
-        parts = [self._part(part) for part in torch.split(inputs.reshape(-1, inputs.shape[-1]), LONGEST)]
-        outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
-
-    def _part(self, rows: Tensor) -> Tensor:
-        count = len(rows)
-        return self._multiply(F.pad(rows, (0, 0, 0, fitting_rows(count) - count)))[:count]
-
-    def _multiply(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        return outputs
+        if inputs.shape[:-1].numel() in _FITTING:
+            outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+            return outputs
+        parts = []
+        for rows in torch.split(inputs.reshape(-1, inputs.shape[-1]), LONGEST):
+            padded = F.pad(rows, (0, 0, 0, fitting_rows(len(rows)) - len(rows)))
+            parts.append(self(padded)[: len(rows)])
+        return torch.cat(parts).view(*inputs.shape[:-1], parts[0].shape[-1])
 
 
 def fitting_rows(count: int) -> int:
     """Round a number of rows up: any number up to 16, multiples of 8 up to 64, then multiples of 32."""
     step = 1 if count <= 16 else 8 if count <= 64 else 32
     return -(-count // step) * step
+
+
+_FITTING = {fitting_rows(count) for count in range(LONGEST + 1)}
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -92,12 +89,12 @@ def packing_pays(layers: Sequence[nn.Linear]) -> bool:
         return False
     plain = layers[: -(-_COLD_BYTES // weight.nbytes)]
     packed = [PackedLinear(layer) for layer in plain]
-    ratio = 0.0
+    ratios = []
     for rows in _TIMED_ROWS:
-        inputs = weight.new_ones(rows, weight.shape[1])
-        best = [min(times) for times in zip(*_time_rounds(inputs, plain, packed), strict=True)]
-        ratio += best[1] / best[0] / len(_TIMED_ROWS)
-    return ratio < 1
+        rounds = _time_rounds(weight.new_ones(rows, weight.shape[1]), plain, packed)
+        of_plain, of_packed = (min(seconds) for seconds in zip(*rounds, strict=True))
+        ratios.append(of_packed / of_plain)
+    return sum(ratios) < len(ratios)
 
 
 _TIMED_ROWS = (1, 16)
@@ -108,16 +105,14 @@ _TIMED_S = 0.05
 _LEAST_ROUNDS = 5
 
 
-def _time_rounds(inputs: Tensor, *forms: Sequence[nn.Module]) -> Iterator[list[float]]:
-    """Yield the seconds that each form's layers take per round, without the first round, which compiles programs."""
-    end, count = time.perf_counter() + _TIMED_S, -1
-    while count < _LEAST_ROUNDS or time.perf_counter() < end:
-        seconds = []
+def _time_rounds(inputs: Tensor, *forms: Sequence[nn.Module]) -> list[list[float]]:
+    """The seconds that each form's layers take per round, without the first round, which compiles programs."""
+    end, rounds = time.perf_counter() + _TIMED_S, list[list[float]]()
+    while len(rounds) <= _LEAST_ROUNDS or time.perf_counter() < end:
+        rounds.append([])
         for layers in forms:
             start = time.perf_counter()
             for layer in layers:
                 layer(inputs)
-            seconds.append(time.perf_counter() - start)
-        count += 1
-        if count:
-            yield seconds
+            rounds[-1].append(time.perf_counter() - start)
+    return rounds[1:]

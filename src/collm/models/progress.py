@@ -27,15 +27,14 @@ def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
     `load_model` raises as an error. One thread is inside at a time, because these settings, and others that
     transformers changes while it loads, are those of the process.
     """
-    with _LOADING:
+    with _LOADING, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         shown = transformers_logging.is_progress_bar_enabled()
         if _num_bytes(model) < SMALL_BYTES:
             transformers_logging.disable_progress_bar()
         _REPORTS.addFilter(_is_no_error)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                yield
+            yield
         finally:
             _REPORTS.removeFilter(_is_no_error)
             if shown:
@@ -49,8 +48,7 @@ def _is_no_error(record: logging.LogRecord) -> bool:
 def _num_bytes(model: str | nn.Module) -> int:
     if isinstance(model, nn.Module):
         return sum(parameter.nbytes for parameter in model.parameters())
-    if Path(model).is_file():
-        return Path(model).stat().st_size
-    if not Path(model).is_dir():
+    path = Path(model)
+    if not path.exists():
         return SMALL_BYTES  # on the Hub, where a download may take long
-    return sum(file.stat().st_size for file in Path(model).iterdir() if file.is_file())
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))

@@ -69,7 +69,7 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     tokenizer = load_tokenizer(config.base_model)
     for spec in config.assistants:
         if isinstance(spec, ToolSpec):
-            open_tool(spec).close()
+            open_tool(spec)
     template = config.prompt_template(tokenizer, config.base_model, rows)
     alignment = alignment_of(config.base_model, config.assistants, tokenizer, template, config.accept_differences)
     examples = encode(rows, template, tokenizer, alignment, max_length=args.max_length)
@@ -93,8 +93,7 @@ def alignment_of(
     Raises:
         MismatchError: the models do not fit together.
     """
-    own = [load_tokenizer(spec) if isinstance(spec, ModelSpec) else tokenizer for spec in assistants]
-    return aligned(base, assistants, [tokenizer, *own], template, accept_differences=accept_differences)
+    return aligned(base, assistants, tokenizer, template, accept_differences=accept_differences)
 
 
 def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:
