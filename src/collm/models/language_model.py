@@ -37,7 +37,11 @@ class LanguageModel:
         self.module = module
         self.name = name
         inner = self.inner = without_adapter(module)
-        self.decoder = _decoder(inner, name)
+        self.decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+        if self.decoder is inner:  # Llama 4 returns itself
+            self.decoder = getattr(inner, "model", None)
+        if self.decoder is None:
+            raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no decoder; expected a causal LM")
         self.config = self.decoder.config
         self._output_layer = inner.get_output_embeddings()
         if self._output_layer is None:
@@ -86,11 +90,7 @@ class LanguageModel:
         return cast("Tensor | None", getattr(self._output_layer, "bias", None))
 
     def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Last hidden states after the final norm, shape (B, T, H), of input_ids of shape (B, T).
-
-        Args:
-            **inputs: further inputs of the decoder: attention_mask, position_ids, the cache, ...
-        """
+        """Last hidden states after the final norm, shape (B, T, H). `inputs` are further ones of the decoder."""
         return cast(Tensor, self.decoder(input_ids=input_ids, **inputs).last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -147,12 +147,3 @@ def eos_set(eos: Any, name: str) -> frozenset[int]:
         if type(one) is not int or one < 0:
             raise LoadError(f"the generation config of {name!r} has eos_token_id {eos!r:.80}, expected token ids")
     return frozenset(ids)
-
-
-def _decoder(inner: Any, name: str) -> Any:
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-    if decoder is inner:  # Llama 4 returns itself
-        decoder = getattr(inner, "model", None)
-    if decoder is None:
-        raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no decoder; expected a causal LM")
-    return decoder

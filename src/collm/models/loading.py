@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,32 +15,27 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
+from transformers.utils import logging as transformers_logging
 
 from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
 from collm.models.adapters import check_adapter
 from collm.models.checks import ATTENTIONS, check_config, quantized_with
 from collm.models.gguf import check_gguf, drop_additions
 from collm.models.language_model import eos_set
-from collm.models.names import absolute, check_there, gguf_file, names_gguf
-from collm.models.progress import quiet_if_small
+from collm.models.names import GGUF, absolute, gguf_file, hint, looks_like_path, names_gguf
 from collm.text.token_ids import MAX_GROWTH, normalizer_growth
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
+SMALL_BYTES = 1 << 30
+"""Size below which no progress bar is shown."""
+
+_LOADING = threading.RLock()
+_REPORTS = logging.getLogger("transformers.modeling_utils")
 
 
 @dataclass(frozen=True)
@@ -117,12 +114,13 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention
     if names_gguf(spec.path):
-        options["quantization_config"] = GgufConfig(dequantize=True)  # otherwise kernels from the Hub would run
+        # otherwise kernels from the Hub would run
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if spec.quantization is not None:
         options |= _quantization(spec, method)
     _check_no_adapter(spec)
     with _explained("model", spec, method), _source(spec) as source, quiet_if_small(spec.path):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             config=config, output_loading_info=True, ignore_mismatched_sizes=True, **source, **options
         )
     if other := sorted(found["mismatched_keys"]):
@@ -156,8 +154,8 @@ def _quantization(spec: ModelSpec, method: str | None) -> dict[str, Any]:
         raise MissingExtra("bitsandbytes", "quantize")
     dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
     if spec.quantization == "int8":
-        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    settings = BitsAndBytesConfig(
+        return {"dtype": dtype, "quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}
+    settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -183,13 +181,17 @@ def _check_no_adapter(spec: ModelSpec) -> None:
 def _source(spec: ModelSpec) -> Iterator[dict[str, Any]]:
     """Arguments of `from_pretrained` that locate a model's files and forbid remote code."""
     source = {"pretrained_model_name_or_path": spec.path, "revision": spec.revision, "trust_remote_code": False}
-    if not names_gguf(spec.path):
-        check_there(spec.path)
-        yield source
+    if names_gguf(spec.path):
+        file = gguf_file(spec.path, spec.revision)
+        with TemporaryDirectory() as empty:  # so that files next to the GGUF file are not read
+            yield {**source, "pretrained_model_name_or_path": empty, "gguf_file": str(file)}
         return
-    file = gguf_file(spec.path, spec.revision)
-    with TemporaryDirectory() as empty:  # so that files next to the GGUF file are not read
-        yield {**source, "pretrained_model_name_or_path": empty, "gguf_file": str(file)}
+    place = Path(spec.path).expanduser()
+    if looks_like_path(spec.path) and not place.exists():  # transformers would search the Hub
+        raise LoadError(f"there is no model at {spec.path!r}: no such directory{hint(place)}")
+    if not (place / "config.json").exists() and (found := sorted(place.glob(f"*{GGUF}"))):
+        raise LoadError(f"{spec.path!r} has GGUF files but no config.json; give the path of a file: {str(found[0])!r}")
+    yield source
 
 
 @contextmanager
@@ -211,10 +213,45 @@ def _explained(what: str, spec: ModelSpec, method: str | None = None) -> Iterato
         raise LoadError(f"could not load the {what} of {spec.path!r}: {reason.rstrip('.'):.500}; {advice}") from error
 
 
+@contextmanager
+def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
+    """Disable transformers' progress bars while a small local model is read or written.
+
+    Also suppresses a deprecation warning that peft causes in transformers, and tables of weights that do not fit, which
+    `load_model` raises as an error. One thread is inside at a time, because these settings, and others that
+    transformers changes while it loads, are those of the process.
+    """
+    with _LOADING, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        shown = transformers_logging.is_progress_bar_enabled()
+        if _num_bytes(model) < SMALL_BYTES:
+            transformers_logging.disable_progress_bar()
+        _REPORTS.addFilter(_is_no_error)
+        try:
+            yield
+        finally:
+            _REPORTS.removeFilter(_is_no_error)
+            if shown:
+                transformers_logging.enable_progress_bar()
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return not any(word in record.getMessage() for word in ("MISSING:", "MISMATCH:"))
+
+
+def _num_bytes(model: str | nn.Module) -> int:
+    if isinstance(model, nn.Module):
+        return sum(parameter.nbytes for parameter in model.parameters())
+    path = Path(model)
+    if not path.exists():
+        return SMALL_BYTES  # on the Hub, where a download may take long
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+
+
 def load_config(spec: ModelSpec) -> PretrainedConfig:
     """Load and check the config of a model."""
     with _explained("config", spec), _source(spec) as source:
-        config = AutoConfig.from_pretrained(**source)
+        config = transformers.AutoConfig.from_pretrained(**source)
         if file := source.get("gguf_file"):
             check_gguf(spec.path, file, config)
     check_config(config, spec.path, spec.attention)
@@ -225,7 +262,7 @@ def empty_model(spec: ModelSpec) -> PreTrainedModel:
     """Create a causal LM without weights (on the meta device) from its config."""
     config = load_config(spec)
     with _explained("config", spec), torch.device("meta"):
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        return cast(PreTrainedModel, transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
@@ -234,7 +271,7 @@ def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
         return frozenset()
     with _explained("generation config", spec):
         try:
-            config = GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
+            config = transformers.GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
         except (OSError, ValueError):
             return frozenset()
     return eos_set(config.eos_token_id, spec.path)
@@ -249,10 +286,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     with _explained("tokenizer", spec), _source(spec) as source:
         if file := source.get("gguf_file"):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)  # AutoTokenizer takes ten times as long
+            # AutoTokenizer takes ten times as long
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
             drop_additions(tokenizer, file)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         growth = normalizer_growth(tokenizer)
     tokenizer.name_or_path = spec.path
     if growth > MAX_GROWTH:

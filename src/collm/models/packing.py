@@ -68,15 +68,15 @@ def pack_linears(module: nn.Module) -> None:
     The faster form depends on the processor, the number of threads and the shape, so layers of each shape are timed for
     a fraction of a second. Subclasses of `nn.Linear` are not replaced, as they may do more than multiply.
     """
-    by_shape: dict[torch.Size, list[tuple[nn.Module, str]]] = {}
+    by_shape: dict[torch.Size, list[tuple[nn.Module, str, nn.Linear]]] = {}
     for parent in module.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                by_shape.setdefault(child.weight.shape, []).append((parent, name))
+                by_shape.setdefault(child.weight.shape, []).append((parent, name, child))
     for places in by_shape.values():
-        if packing_pays([cast(nn.Linear, getattr(parent, name)) for parent, name in places]):
-            for parent, name in places:
-                setattr(parent, name, PackedLinear(cast(nn.Linear, getattr(parent, name))))
+        if packing_pays([layer for _, _, layer in places]):
+            for parent, name, layer in places:
+                setattr(parent, name, PackedLinear(layer))
 
 
 def packing_pays(layers: Sequence[nn.Linear]) -> bool:
@@ -90,14 +90,15 @@ def packing_pays(layers: Sequence[nn.Linear]) -> bool:
     plain = layers[: -(-_COLD_BYTES // weight.nbytes)]
     packed = [PackedLinear(layer) for layer in plain]
     ratios = []
-    for rows in _TIMED_ROWS:
-        rounds = _time_rounds(weight.new_ones(rows, weight.shape[1]), plain, packed)
-        of_plain, of_packed = (min(seconds) for seconds in zip(*rounds, strict=True))
+    for count in (1, 16):
+        inputs, rounds, end = weight.new_ones(count, weight.shape[1]), [], time.perf_counter() + _TIMED_S
+        while len(rounds) <= _LEAST_ROUNDS or time.perf_counter() < end:
+            rounds.append((_seconds(plain, inputs), _seconds(packed, inputs)))
+        of_plain, of_packed = map(min, zip(*rounds[1:], strict=True))  # the first round compiles programs
         ratios.append(of_packed / of_plain)
     return sum(ratios) < len(ratios)
 
 
-_TIMED_ROWS = (1, 16)
 _LEAST_BYTES = 1 << 20
 """Smaller layers are fast in either form, and calling a plain layer costs less."""
 _COLD_BYTES = 64 << 20
@@ -105,14 +106,8 @@ _TIMED_S = 0.05
 _LEAST_ROUNDS = 5
 
 
-def _time_rounds(inputs: Tensor, *forms: Sequence[nn.Module]) -> list[list[float]]:
-    """The seconds that each form's layers take per round, without the first round, which compiles programs."""
-    end, rounds = time.perf_counter() + _TIMED_S, list[list[float]]()
-    while len(rounds) <= _LEAST_ROUNDS or time.perf_counter() < end:
-        rounds.append([])
-        for layers in forms:
-            start = time.perf_counter()
-            for layer in layers:
-                layer(inputs)
-            rounds[-1].append(time.perf_counter() - start)
-    return rounds[1:]
+def _seconds(layers: Sequence[nn.Module], inputs: Tensor) -> float:
+    start = time.perf_counter()
+    for layer in layers:
+        layer(inputs)
+    return time.perf_counter() - start

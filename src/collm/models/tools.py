@@ -36,13 +36,10 @@ class ToolModel:
     All methods raise a ToolFailure if the tool raises, hangs or returns something other than text.
 
     Args:
-        spec: the tool.
-        tokenizer: the base's tokenizer.
-        vocab_size: V, the size of the base's vocabulary.
+        tokenizer, vocab_size: those of the base.
 
     Attributes:
-        logprobs: log-probabilities in nats: of the answer's next token, of another token, of any token without an
-            answer.
+        logprobs: in nats: of the answer's next token, of another token, of any token without an answer.
     """
 
     max_length = None
@@ -57,11 +54,7 @@ class ToolModel:
         self._tokens = lru_cache(1 << 16)(partial(continuation_ids, tokenizer))
 
     def next_token(self, read: TokenText, length: int, answers: dict[int, Answer]) -> int | None:
-        """The token after the first `length` tokens of `read`; None if the tool abstains.
-
-        Args:
-            answers: as for `remainder`.
-        """
+        """The token after the first `length` tokens of `read`, as `remainder`; None if the tool abstains."""
         whole = next(n for n in range(length, -1, -1) if read.whole(n))
         left = self.remainder(read.text[: read.end(whole)], answers)
         if left is None:
@@ -117,21 +110,21 @@ class ToolModel:
     def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Score the target tokens of one sequence.
 
-        A token counts as the answer's next token if it spells the next characters of the answer, or all of its
-        remainder and more, regardless of how the tokenizer would split the answer.
+        A token counts as the answer's next token if it has the next characters of the answer, or all of its remainder
+        and more, regardless of how the tokenizer would split the answer.
 
         Returns:
-            Shape (n,) each: log-probabilities in nats, fp32; whether the token is the answer's next, bool; whether the
-            tool abstains there, bool.
+            Shape (n,) each: log-probabilities in nats; whether the token is the answer's next; whether the tool
+            abstains there.
         """
         read = TokenText(self.tokenizer, token_ids)
         targets = [t for t in range(1, len(token_ids)) if is_target[t]]
         first = max(read.end(targets[0]) - self.spec.max_answer, 0)
         ends = range(first, read.end(targets[-1]) + 1)
         answers = dict(zip(ends, self._tool(read.text, ends), strict=True))
-        known = {at: answer for at, answer in reversed(answers.items()) if answer}
         hit, miss, unknown = self.logprobs
         scores = {None: unknown, False: miss, True: hit}
+        known = {at: answer for at, answer in reversed(answers.items()) if answer}
         matches = [self._matches(read, t, answers, known) for t in targets]
         return (
             torch.tensor([scores[each] for each in matches]),
@@ -140,12 +133,7 @@ class ToolModel:
         )
 
     def _matches(self, read: TokenText, t: int, answers: dict[int, Answer], known: Mapping[int, Answer]) -> bool | None:
-        """Whether token t is the answer's next token; None without an answer.
-
-        Args:
-            answers: length of a prefix -> the tool's answer.
-            known: the answers that are not empty, latest first.
-        """
+        """Whether token t is the answer's next; None without an answer. `known` has the answers that are not empty."""
         start, end = read.end(t), read.end(t + 1)
         if not (read.whole(t) and read.whole(t + 1) and end > start):
             token_id = self.next_token(read, t, answers)
@@ -196,15 +184,7 @@ class ToolRunner:
             del answers[end]
 
     def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> ModelOutput:
-        """Read the unread tokens of each slot, and call the tool after each of the last ones.
-
-        Args:
-            unseen: slot -> token ids to append.
-            keep: slot -> number of its last new tokens to return output for; defaults to 1.
-
-        Returns:
-            The output of each slot's last tokens, slot by slot in the order of `unseen`.
-        """
+        """Append tokens to each slot. Returns the output after its last `keep` tokens, by default 1, slot by slot."""
         next_tokens = []
         for slot, token_ids in unseen.items():
             read, answers = self._slots[slot]
