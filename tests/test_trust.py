@@ -557,15 +557,6 @@ def test_links_of_a_data_set_are_not_followed(name: str, tmp_path: Path) -> None
 # Absurd files
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["collm.json", "calibration.json"])
-@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", "1", "null", '"\\ud800"', "\x00", "{" * 9, ""])
-def test_absurd_json_is_one_sentence(name: str, content: str, saved: Path) -> None:
-    (saved / name).write_text(content)
-    with pytest.raises(ArtefactError, match=name):
-        CoLLM.from_pretrained(saved)
-
-
 @pytest.mark.parametrize("name", ["collm.json", "calibration.json"])
 def test_a_file_too_long_to_be_one_is_not_read(name: str, saved: Path) -> None:
     with (saved / name).open("wb") as stream:
@@ -581,15 +572,6 @@ def test_a_file_too_long_to_be_one_is_not_read(name: str, saved: Path) -> None:
 def test_a_head_of_an_absurd_shape_takes_no_memory(head: Any, saved: Path) -> None:
     change(saved, head=head)
     with pytest.raises(ArtefactError, match=r"expected .*weight|expected hidden_size|expected dict"):
-        CoLLM.from_pretrained(saved)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 8, (1 << 60).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{}"]
-)
-def test_a_damaged_head_is_one_sentence(content: bytes, saved: Path) -> None:
-    (saved / "head.safetensors").write_bytes(content)
-    with pytest.raises(ArtefactError, match=r"head\.safetensors"):
         CoLLM.from_pretrained(saved)
 
 

@@ -159,16 +159,12 @@ def test_scores_are_those_of_the_one_hot_model() -> None:
     text = "so 48/2=24>>24 clips x y, capital: Улан-Батор"
     ids = TOKENIZER("so 48/2=")["input_ids"] + TOKENIZER("24>>24")["input_ids"] + TOKENIZER(" clips x y")["input_ids"]
     assert TOKENIZER.decode(ids) == text[: text.index(",")]
-    rows = model.logits([next_token_at(model, ids, t) for t in range(1, len(ids))])
+    rows = model.logits(model.next_tokens(ids, range(1, len(ids))))
     logprobs, correct, _ = model.score(ids, [True] * len(ids))
     gold = torch.tensor(ids[1:])
     assert torch.equal(logprobs, rows.gather(1, gold[:, None])[:, 0])
     is_one_hot = rows.max(-1).values > math.log(0.5)
     assert torch.equal(correct, is_one_hot & (rows.argmax(-1) == gold))
-
-
-def next_token_at(model: ToolModel, ids: list[int], t: int) -> int | None:
-    return model.next_token(TokenText(TOKENIZER, ids), t, {})
 
 
 def test_scores_on_disk_are_found_again_and_belong_to_the_tool(tmp_path: Path) -> None:

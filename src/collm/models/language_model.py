@@ -37,12 +37,12 @@ class LanguageModel:
         self.module = module
         self.name = name
         inner = self.inner = without_adapter(module)
-        self.decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-        if self.decoder is inner:  # Llama 4 returns itself
-            self.decoder = getattr(inner, "model", None)
-        if self.decoder is None:
+        decoder: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+        if decoder is inner:  # Llama 4 returns itself
+            decoder = getattr(inner, "model", None)
+        if decoder is None:
             raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no decoder; expected a causal LM")
-        self.config = self.decoder.config
+        self.decoder, self.config = decoder, decoder.config
         self._output_layer = inner.get_output_embeddings()
         if self._output_layer is None:
             raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no output layer; expected a causal LM")

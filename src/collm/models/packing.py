@@ -89,9 +89,10 @@ def packing_pays(layers: Sequence[nn.Linear]) -> bool:
         return False
     plain = layers[: -(-_COLD_BYTES // weight.nbytes)]
     packed = [PackedLinear(layer) for layer in plain]
-    ratios = []
+    ratios: list[float] = []
     for count in (1, 16):
-        inputs, rounds, end = weight.new_ones(count, weight.shape[1]), [], time.perf_counter() + _TIMED_S
+        inputs, end = weight.new_ones(count, weight.shape[1]), time.perf_counter() + _TIMED_S
+        rounds: list[tuple[float, float]] = []
         while len(rounds) <= _LEAST_ROUNDS or time.perf_counter() < end:
             rounds.append((_seconds(plain, inputs), _seconds(packed, inputs)))
         of_plain, of_packed = map(min, zip(*rounds[1:], strict=True))  # the first round compiles programs
