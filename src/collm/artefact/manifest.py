@@ -56,29 +56,6 @@ class Manifest:
         content = asdict(self) | {"base": _to_dict(self.base), "assistants": list(map(_to_dict, self.assistants))}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Parse collm.json. Invalid content is one of `DAMAGED`, or a ConfigError."""
-        content = json.loads(text)
-        unknown = content.keys() - {one.name for one in fields(cls)}
-        if unknown:
-            raise ValueError(f"it has the unknown field {min(unknown)!r}")
-        content["base"] = _spec(content["base"])
-        content["assistants"] = [_spec(spec) for spec in content["assistants"]]
-        template = content["template"]
-        content["template"] = PromptTemplate(**{**template, "turn_ends": tuple(template.get("turn_ends", ()))})
-        manifest = cls(**content)
-        for record in (manifest, manifest.base, *manifest.assistants, manifest.template):
-            check_fields(record)
-        if manifest.default_threshold is not None:
-            check_threshold(manifest.default_threshold)
-        if manifest.head.keys() != {"hidden_size", "num_assistants"} or min(manifest.head.values()) < 1:
-            raise ValueError(f"head is {manifest.head!r:.80}, expected hidden_size and num_assistants")
-        ends = manifest.template.turn_ends
-        if not all(0 <= end < 1 << 31 for end in ends):
-            raise ValueError(f"turn_ends is {ends!r:.80}, expected token ids")
-        return manifest
-
 
 _ENGINES: dict[str, type[ModelSpec] | type[ToolSpec]] = {"transformers": ModelSpec, "python": ToolSpec}
 
@@ -103,10 +80,27 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise ArtefactError(f"{directory} is not a collaboration, as it has no {CONFIG}; save_pretrained writes one")
     try:
-        text = read_text(path)
-        found = json.loads(text).get("format")
-        if found != FORMAT:
-            raise ArtefactError(f"{path} has format {found!r}, this version reads {FORMAT}")
-        return Manifest.from_json(text)
+        content = json.loads(read_text(path))
+        if content.get("format") != FORMAT:
+            raise ArtefactError(f"{path} has format {content.get('format')!r}, this version reads {FORMAT}")
+        return _checked(content)
     except (*DAMAGED, ConfigError) as error:
         raise ArtefactError(f"{path} is damaged ({type(error).__name__}: {error}); restore it or retrain") from error
+
+
+def _checked(content: dict[str, Any]) -> Manifest:
+    unknown = content.keys() - {one.name for one in fields(Manifest)}
+    if unknown:
+        raise ValueError(f"it has the unknown field {min(unknown)!r}")
+    template, assistants = content["template"], [_spec(spec) for spec in content["assistants"]]
+    template = PromptTemplate(**{**template, "turn_ends": tuple(template.get("turn_ends", ()))})
+    manifest = Manifest(**{**content, "base": _spec(content["base"]), "assistants": assistants, "template": template})
+    for record in (manifest, manifest.base, *assistants, template):
+        check_fields(record)
+    if manifest.default_threshold is not None:
+        check_threshold(manifest.default_threshold)
+    if manifest.head.keys() != {"hidden_size", "num_assistants"} or min(manifest.head.values()) < 1:
+        raise ValueError(f"head is {manifest.head!r:.80}, expected hidden_size and num_assistants")
+    if not all(0 <= end < 1 << 31 for end in template.turn_ends):
+        raise ValueError(f"turn_ends is {template.turn_ends!r:.80}, expected token ids")
+    return manifest

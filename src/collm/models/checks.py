@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from transformers import PretrainedConfig
+from transformers.integrations.gguf import GGUF_ARCHS, read_gguf_metadata
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 from transformers.utils.quantization_config import QuantizationMethod
 
 from collm.errors import LoadError
+from collm.models.language_model import ropes_of
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention implementations of transformers itself. Given a name with a slash, or one of flash attention without its
@@ -20,6 +24,8 @@ KERNELS = ("eetq", "fbgemm_fp8", "fp8", "metal", "mxfp4", "nvfp4")
 
 MAX_LAYERS = 1000
 """Largest accepted number of layers, because layers are allocated before the weights are read."""
+
+_ROPE_TENSORS = ("rope_freqs.", "rope_factors_")  # of a GGUF file, scale the frequencies of a rotary embedding
 
 
 def quantized_with(config: PretrainedConfig) -> str | None:
@@ -70,3 +76,21 @@ def check_config(config: PretrainedConfig, path: str, attention: str | None) -> 
                 f"{path!r} requires the attention {one!r}, whose package is not installed or not for this "
                 "machine; install it, or choose another attention"
             )
+
+
+def check_gguf(name: str, file: str, config: PretrainedConfig) -> None:
+    """Check that the config which transformers made of a GGUF file is complete, and that no remote code is needed."""
+    metadata, tensors = read_gguf_metadata(file)
+    architecture = metadata["general.architecture"]
+    if architecture in GGUF_ARCHS and find_spec("kernels") is not None:
+        raise LoadError(
+            f"for {name!r} of the architecture {architecture}, transformers would run code from the Hub; uninstall "
+            "the package kernels, or use the original checkpoint"
+        )
+    scaled = metadata.get(f"{architecture}.rope.scaling.type", "none") != "none"
+    kinds = {rope.get("rope_type", "default") for rope in ropes_of(config.get_text_config())}
+    if (scaled or any(one.startswith(_ROPE_TENSORS) for one in tensors)) and kinds == {"default"}:
+        raise LoadError(
+            f"{name!r} scales its rotary embedding, which transformers does not read from a GGUF file of the "
+            f"architecture {architecture}; use the original checkpoint"
+        )

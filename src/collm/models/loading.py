@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 import warnings
@@ -16,15 +17,16 @@ from typing import Any, cast
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.gguf import read_gguf_metadata
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
 from collm.models.adapters import check_adapter
-from collm.models.checks import ATTENTIONS, check_config, quantized_with
-from collm.models.gguf import check_gguf, drop_additions
+from collm.models.checks import ATTENTIONS, check_config, check_gguf, quantized_with
 from collm.models.language_model import eos_set
 from collm.models.names import GGUF, absolute, gguf_file, hint, looks_like_path, names_gguf
 from collm.text.token_ids import MAX_GROWTH, normalizer_growth
@@ -288,7 +290,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         if file := source.get("gguf_file"):
             # AutoTokenizer takes ten times as long
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
-            drop_additions(tokenizer, file)
+            _drop_additions(tokenizer, file)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         growth = normalizer_growth(tokenizer)
@@ -299,6 +301,15 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             f"most {MAX_GROWTH} times; use another tokenizer"
         )
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _drop_additions(tokenizer: Any, file: str) -> None:
+    """Remove tokens that the GGUF file does not have, such as the <|endoftext|> that transformers adds."""
+    size = read_gguf_metadata(file)[0]["tokenizer.ggml.tokens"]
+    if len(tokenizer) > size:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < size]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
 
 
 def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
