@@ -141,7 +141,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         model.config._commit_hash = spec.revision
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4-bit weights would be repacked and have no gradients
-            cast(Any, module).support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False
     return cast(PreTrainedModel, model.eval())
 
 
@@ -244,10 +244,8 @@ def _is_no_error(record: logging.LogRecord) -> bool:
 def _num_bytes(model: str | nn.Module) -> int:
     if isinstance(model, nn.Module):
         return sum(parameter.nbytes for parameter in model.parameters())
-    path = Path(model)
-    if not path.exists():
-        return SMALL_BYTES  # on the Hub, where a download may take long
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+    files = [file for file in (Path(model), *Path(model).glob("*")) if file.is_file()]
+    return sum(file.stat().st_size for file in files) if files else SMALL_BYTES  # a download may take long
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:

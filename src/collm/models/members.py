@@ -117,11 +117,8 @@ def load_members(
 ) -> list[LanguageModel | ToolModel]:
     """Load all members, the base first, and limit their logits to the tokenizer's vocabulary.
 
-    The linear layers of models loaded here are packed if that is faster.
-
     Args:
         tokenizer, vocab_size: of all members, or of the base if there is an alignment.
-        alignment: alignment of members that do not share a tokenizer.
     """
     loaded: list[LanguageModel | ToolModel] = []
     for author, member in enumerate(members):

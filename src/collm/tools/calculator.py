@@ -31,7 +31,7 @@ _BELONGS_TO_MORE = re.compile(r"[\^√\\%]\s*\Z|[\d%)]\s*of\s+\Z")  # the expres
 _SPLIT = re.compile(r"\d(?:,\s+\d{3}|:\d\d)(?!\d)")  # a split number such as 14, 400, or a time of day
 _STACKED = re.compile(r"/\s+[$€£]?[\d.,]+/")  # 2 / 3/4 means 2 / (3/4)
 
-_ADJACENT = re.compile(r"[n)][n(]")  # in kinds of tokens, as _NO_EXPRESSION
+_ADJACENT = re.compile(r"[n)][n(]")  # in kinds of tokens
 _NO_EXPRESSION = re.compile(r"(?<![n)])-(?![n(])|x-")  # two minuses before a number, or 2x - 3, where x is a variable
 
 _WRITTEN_NUMBER = re.compile(rf"-?{_NUMBER}\Z", re.ASCII)
@@ -136,14 +136,11 @@ class _Quantity(NamedTuple):
     money: str = ""
     percent: bool = False
 
-    def negative(self) -> _Quantity:
-        return self._replace(value=-self.value)
-
     def plus(self, other: _Quantity) -> _Quantity:
         return _Quantity(self.value + other.value, self._money(other), self.percent and other.percent)
 
     def minus(self, other: _Quantity) -> _Quantity:
-        return self.plus(other.negative())
+        return self.plus(other._replace(value=-other.value))
 
     def times(self, other: _Quantity) -> _Quantity:
         money = self._money(other)
@@ -212,7 +209,8 @@ def _evaluate(kinds: str, quantities: list[_Quantity]) -> _Quantity | None:
             case ast.Name():
                 return next(left)
             case ast.UnaryOp(op=ast.USub()):
-                return value(node.operand).negative()
+                number = value(node.operand)
+                return number._replace(value=-number.value)
             case ast.BinOp() if type(node.op) in _OPERATIONS:
                 return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
         raise ValueError
