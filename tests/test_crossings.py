@@ -13,7 +13,7 @@ import pytest
 from collm.core.combinations import ContrastivePolicy, MixturePolicy
 from collm.core.params import StructuredOutputs
 from collm.core.policies import BudgetPolicy, ConfidencePolicy, JointPolicy, Policy, ThresholdPolicy
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from tests.crossings.cases import Case
 from tests.crossings.running import Refused
 from tests.crossings.workflows import run
@@ -118,7 +118,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
+        patch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
         yield World(tmp_path_factory.mktemp("crossings"))
 
 

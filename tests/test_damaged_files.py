@@ -37,7 +37,10 @@ CONTENTS = [
     "\x00",
     '{"rows": 3}',
     "[[[1]]]",
+    '"\\ud800"',
 ]
+HEADERS = [b"\xff" * 8, (1 << 60).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{}"]
+"""Beginnings of safetensors files."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ def damaged(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> tuple
 
 def test_damage_is_one_error_that_names_the_place(damaged: tuple[Path, Path, str]) -> None:
     path, place, file = damaged
-    given = [content.encode() for content in CONTENTS]
+    given = [content.encode() for content in CONTENTS] + HEADERS
     if path.suffix != ".yaml":  # which takes a second to give up
         given += [b"[" * 100_000]
     if path.exists():

@@ -32,6 +32,7 @@ from collm.untrusted import MAX_JSON_BYTES, contained
 from tests.processes import collm
 
 SavedModel = Callable[..., Path]
+ADAPTER = "adapter/adapter_config.json"
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def saved(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_path:
     return tmp_path / "saved"
 
 
-def change(directory: Path, **fields: Any) -> None:
-    path = directory / "collm.json"
+def change(directory: Path, name: str = "collm.json", **fields: Any) -> None:
+    path = directory / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
@@ -214,8 +215,7 @@ def test_aliases_of_a_run_do_not_unfold(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", ["stranger/kernel", "kernels-community/flash-attn2", ["stranger/kernel"], 3])
 def test_a_model_names_no_kernel_that_is_downloaded(field: str, named: Any, saved_model: SavedModel) -> None:
     directory = saved_model("model", 0)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, field: named}))
+    change(directory, "config.json", **{field: named})
     with pytest.raises(LoadError, match=f"requires the attention {re.escape(repr(named))}, which is not part of"):
         load_model(ModelSpec(str(directory)))
 
@@ -232,8 +232,7 @@ def test_flash_attention_is_the_installed_one_or_none(
     )
     directory = saved_model("model", 0)
     if where == "config":
-        config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps({**config, "attn_implementation": name}))
+        change(directory, "config.json", attn_implementation=name)
         assert load_model(ModelSpec(str(directory), attention="sdpa")).config._attn_implementation == "sdpa"
     with pytest.raises(LoadError, match=f"requires the attention '{name}', whose package is not installed"):
         load_model(ModelSpec(str(directory), attention=name if where == "option" else None))
@@ -250,10 +249,9 @@ def test_flash_attention_is_the_installed_one_or_none(
 def test_other_kernels_are_not_fetched_either(
     fields: dict[str, Any], complaint: str, saved_model: SavedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.models.loading.is_kernels_available", lambda: True)
+    monkeypatch.setattr("collm.models.checks.is_kernels_available", lambda: True)
     directory = saved_model("model", 0)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, **fields}))
+    change(directory, "config.json", **fields)
     with pytest.raises(LoadError, match=complaint):
         load_model(ModelSpec(str(directory)))
 
@@ -273,9 +271,7 @@ def test_code_beside_a_model_is_not_run(kind: str, saved_model: SavedModel, tmp_
         "model": ("config.json", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}),
         "tokenizer": ("tokenizer_config.json", {"AutoTokenizer": ["code.C", "code.C"]}),
     }[kind]
-    content = json.loads((directory / name).read_text())
-    content |= {"auto_map": autos, "model_type": "unheard-of"} if kind == "model" else {"auto_map": autos}
-    (directory / name).write_text(json.dumps(content))
+    change(directory, name, auto_map=autos, **({"model_type": "unheard-of"} if kind == "model" else {}))
     load = load_model if kind == "model" else load_tokenizer
     try:
         load(ModelSpec(str(directory)))
@@ -310,11 +306,6 @@ def adapted(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_pat
     return tmp_path / "adapted"
 
 
-def change_adapter(directory: Path, **fields: Any) -> None:
-    path = directory / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "complaint"),
@@ -343,7 +334,7 @@ def change_adapter(directory: Path, **fields: Any) -> None:
     ],
 )  # fmt: skip
 def test_an_adapter_is_plain_lora(fields: dict[str, Any], complaint: str, adapted: Path) -> None:
-    change_adapter(adapted, **fields)
+    change(adapted, ADAPTER, **fields)
     with pytest.raises(LoadError, match=complaint):
         CoLLM.from_pretrained(adapted)
 
@@ -365,7 +356,9 @@ def test_an_adapter_that_could_not_be_loaded_is_not_saved(
 def test_an_adapter_names_no_other_base_and_no_class(adapted: Path, tmp_path: Path) -> None:
     expected = CoLLM.from_pretrained(adapted).generate("w1", threshold=1)[0].text
     auto = {"base_model_class": "system", "parent_library": "os"}
-    change_adapter(adapted, base_model_name_or_path="stranger/model", revision="x", auto_mapping=auto, unheard_of="y/z")
+    change(
+        adapted, ADAPTER, base_model_name_or_path="stranger/model", revision="x", auto_mapping=auto, unheard_of="y/z"
+    )
     with pytest.warns(UserWarning, match="unheard_of"):
         model = CoLLM.from_pretrained(adapted)
     assert model.generate("w1", threshold=1)[0].text == expected
@@ -535,9 +528,7 @@ def test_a_saved_data_set_names_none_either(name: str, tmp_path: Path) -> None:
     (tmp_path / "data" / "train" / "link.arrow").symlink_to(tmp_path / "outside" / "data.arrow")
     if name != "link.arrow":
         (tmp_path / "data" / "train" / "link.arrow").unlink()
-    state = tmp_path / "data" / "train" / "state.json"
-    files = [{"filename": name.format(outside=tmp_path / "outside")}]
-    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": files}))
+    change(tmp_path / "data/train", "state.json", _data_files=[{"filename": name.format(outside=tmp_path / "outside")}])
     with pytest.raises(ArtefactError, match=r".arrow is a link that leads out of|data.arrow is out of"):
         load_rows(tmp_path / "data")
 
@@ -557,15 +548,6 @@ def test_links_of_a_data_set_are_not_followed(name: str, tmp_path: Path) -> None
 # Absurd files
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["collm.json", "calibration.json"])
-@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", "1", "null", '"\\ud800"', "\x00", "{" * 9, ""])
-def test_absurd_json_is_one_sentence(name: str, content: str, saved: Path) -> None:
-    (saved / name).write_text(content)
-    with pytest.raises(ArtefactError, match=name):
-        CoLLM.from_pretrained(saved)
-
-
 @pytest.mark.parametrize("name", ["collm.json", "calibration.json"])
 def test_a_file_too_long_to_be_one_is_not_read(name: str, saved: Path) -> None:
     with (saved / name).open("wb") as stream:
@@ -581,15 +563,6 @@ def test_a_file_too_long_to_be_one_is_not_read(name: str, saved: Path) -> None:
 def test_a_head_of_an_absurd_shape_takes_no_memory(head: Any, saved: Path) -> None:
     change(saved, head=head)
     with pytest.raises(ArtefactError, match=r"expected .*weight|expected hidden_size|expected dict"):
-        CoLLM.from_pretrained(saved)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 8, (1 << 60).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"{}"]
-)
-def test_a_damaged_head_is_one_sentence(content: bytes, saved: Path) -> None:
-    (saved / "head.safetensors").write_bytes(content)
-    with pytest.raises(ArtefactError, match=r"head\.safetensors"):
         CoLLM.from_pretrained(saved)
 
 

@@ -15,9 +15,6 @@ from safetensors import SafetensorError
 
 from collm.errors import ConfigError, WriteError
 
-REFUSED = (OSError, SafetensorError)
-"""Exceptions of a refused write. That of safetensors is no OSError."""
-
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -26,21 +23,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the write failed; `path` is unchanged.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _directory_beside(path) as own:
-            yield own / path.name
-            os.replace(own / path.name, path)
-    except REFUSED as error:
-        raise write_error(path, error) from error
+    with _directory_beside(path) as own:
+        yield own / path.name
+        os.replace(own / path.name, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8.
-
-    Raises:
-        WriteError: the file system refused; `path` is as it was.
-    """
+    """Write a text file in UTF-8, as `atomic_file`."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
@@ -59,35 +48,51 @@ def atomic_directory(path: Path, replaces: Collection[str] = ()) -> Iterator[Pat
     def replaced(directory: str, names: list[str]) -> set[str]:
         return set(names) & set(replaces) if Path(directory) == path else set()
 
+    with _directory_beside(path) as own:
+        new, old = own / "new", own / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            shutil.copytree(path, new, symlinks=True, ignore=replaced, copy_function=_link_or_copy, dirs_exist_ok=True)
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
+
+
+@contextmanager
+def _directory_beside(path: Path) -> Iterator[Path]:
+    """Yield a directory next to `path` that no other process knows, and remove it. A refused write is a WriteError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _directory_beside(path) as own:
-            new, old = own / "new", own / "old"
-            new.mkdir()
-            yield new
-            if path.exists():
-                shutil.copytree(
-                    path, new, symlinks=True, ignore=replaced, copy_function=_link_or_copy, dirs_exist_ok=True
-                )
-                os.replace(path, old)
-            try:
-                os.replace(new, path)
-            except OSError:
-                if old.exists() and not path.exists():
-                    os.replace(old, path)
-                raise
-    except REFUSED as error:
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.", ignore_cleanup_errors=True) as own:
+            yield Path(own)
+    except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # of a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def write_error(path: Path, error: Exception) -> WriteError:
+    """The error for a write that was refused."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return WriteError(
+        f"could not write {path}: {reason}. Its previous content is unchanged; "
+        "free some space or choose another location"
+    )
 
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory, which is created if it does not exist. One that stays empty is removed.
-
-    Raises:
-        ConfigError: another process holds it; the message says which.
-        WriteError: the directory cannot be written.
-    """
+    """Hold the lock of a directory, which is created if it does not exist. One that stays empty is removed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / ".lock"
@@ -109,26 +114,3 @@ def sole_writer(directory: Path) -> Iterator[None]:
         if [one.name for one in directory.iterdir()] == [path.name]:
             path.unlink()
             directory.rmdir()
-
-
-@contextmanager
-def _directory_beside(path: Path) -> Iterator[Path]:
-    """Make a directory next to `path` that no other process knows, and remove it with its content at the end."""
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.", ignore_cleanup_errors=True) as own:
-        yield Path(own)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # of a file system without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def write_error(path: Path, error: Exception) -> WriteError:
-    """The error for a write that was refused."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return WriteError(
-        f"could not write {path}: {reason}. Its previous content is unchanged; "
-        "free some space or choose another location"
-    )

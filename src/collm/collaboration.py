@@ -36,7 +36,7 @@ from collm.engine.runner import ModelRunner
 from collm.engines import Backend, InMemory, Limits, OnServers, Runtime, check_engine, check_local_options
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_tokenizer
+from collm.models.loading import ModelSpec
 from collm.models.members import Member, aligned, as_member
 from collm.models.tools import ToolModel, ToolRunner
 from collm.text.guards import TokenizerIdentity, check_accepted
@@ -95,14 +95,12 @@ class CoLLM(Parts):
         self.assistants = assistants
         self.identity = TokenizerIdentity.of(self.tokenizer)
         self.template = self.template or PromptTemplate.of(self.tokenizer)
-        tokenizers = self.tokenizers or [
-            load_tokenizer(one) if isinstance(one, ModelSpec) else self.tokenizer for one in assistants
-        ]
         self.alignment = aligned(
             self.base,
             assistants,
-            [self.tokenizer, *tokenizers],
+            self.tokenizer,
             self.template,
+            tokenizers=self.tokenizers,
             accept_differences=self.accept_differences,
         )
         if self.alignment is not None and self.servers is not None:

@@ -23,8 +23,8 @@ from collm.engine.request import check_params, check_segment_params
 from collm.engine.runner import ModelRunner
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, empty_model, saved_eos_ids
-from collm.models.members import Member, load_members
+from collm.models.loading import ModelSpec, empty_model
+from collm.models.members import Member, eos_ids_of, load_members
 from collm.models.tools import ToolModel, ToolRunner
 from collm.text.alignment import Alignment
 from collm.text.grammars import Grammars
@@ -226,15 +226,7 @@ class OnServers:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        named = [
-            (
-                author_name(author),
-                saved_eos_ids(one)
-                if isinstance(one, ModelSpec)
-                else LanguageModel(cast(nn.Module, one), name="").eos_token_ids,
-            )
-            for author, one in enumerate(self.given)
-        ]
+        named = [(author_name(author), eos_ids_of(one)) for author, one in enumerate(self.given)]
         return _eos_ids(named, self.tokenizer, self.accept_differences).union(self.stop_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:

@@ -1,22 +1,4 @@
-"""The exceptions that collm raises.
-
-    CollmError
-    |-- ConfigError        an option is unknown, out of range or without effect
-    |-- DataError          a data file, row or template cannot be used
-    |-- LoadError          a model or a tokenizer cannot be loaded
-    |-- WriteError         a file could not be written; the previous content is intact
-    |-- ArtefactError      a collaboration on disk is missing, half-written, corrupt or inconsistent
-    |-- MismatchError      models, tokenizers or a head do not match (vocabulary, special tokens, EOS, head shape)
-    |-- UnsupportedModel   collm cannot manage a model's KV cache exactly
-    |-- RequestError       a prompt or a sampling parameter of a request is invalid
-    |-- CacheFull          running requests use the KV cache that a request needs
-    |-- ModelFailure       a model raised an exception or returned NaN
-    |-- PolicyFailure      a policy raised an exception
-    |-- ToolFailure        a tool raised an exception, hung or returned something other than text
-    `-- MissingExtra       an optional dependency is not installed
-
-Each message says what was received, what was expected and what to do about it.
-"""
+"""The exceptions that collm raises. Each message says what was received, what was expected and what to do about it."""
 
 from __future__ import annotations
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 
-_HUSHED = {
+_HIDDEN = {
     "DeepSpeed": "Setting accelerator to",  # on stdout, where a command's result belongs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel from the Hub
 }
 
 
-class _Hush(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return _HUSHED[record.name] not in record.getMessage()
+def _is_shown(record: logging.LogRecord) -> bool:
+    return _HIDDEN[record.name] not in record.getMessage()
 
 
 def hush_libraries() -> None:
     """Filter these messages, in whatever order the libraries are imported."""
-    for name in _HUSHED:
-        logger = logging.getLogger(name)
-        if not any(isinstance(one, _Hush) for one in logger.filters):
-            logger.addFilter(_Hush())
+    for name in _HIDDEN:
+        logging.getLogger(name).addFilter(_is_shown)

@@ -9,6 +9,7 @@ from typing import Any
 REDACTED = "<redacted>"
 
 _SECRET = re.compile(r"(^|[-_])(token|key|password|secret)$", re.IGNORECASE)
+_SECRET_OPTION = re.compile(r"--(.*[-_])?(token|key|password|secret)", re.IGNORECASE | re.DOTALL)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
 _SECRET_IN_URL = re.compile(r"([?&][\w-]*(?:token|key|password|secret|signature|sig)=)[^&\s#]+", re.IGNORECASE)
 
@@ -31,17 +32,13 @@ def redacted_command(arguments: Sequence[str]) -> list[str]:
     kept: list[str] = []
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        if kept and _names_secret(kept[-1]):
+        if kept and _SECRET_OPTION.fullmatch(kept[-1]):
             kept.append(REDACTED)
-        elif equals and _names_secret(name):
+        elif equals and _SECRET_OPTION.fullmatch(name):
             kept.append(f"{name}={REDACTED}")
         else:
             kept.append(_redacted(argument))
     return kept
-
-
-def _names_secret(argument: str) -> bool:
-    return argument.startswith("--") and _SECRET.search(argument) is not None
 
 
 def _redacted(value: Any) -> Any:

@@ -26,14 +26,10 @@ _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def contained(directory: Path, *parts: str) -> Path:
-    """Join a path inside a directory, and check that neither it nor anything below it leads out.
+    """Join a path inside a directory, and check that neither it nor anything below it leads out or is a pipe.
 
     A snapshot in the Hub's cache consists of links, models--NAME/snapshots/REVISION/.. to models--NAME/blobs/HASH.
     They are allowed.
-
-    Raises:
-        ArtefactError: the path or a symbolic link leads out, or a file is a pipe, which would never end. The message
-            names the first.
     """
     path, root = directory.joinpath(*parts), Path(os.path.realpath(directory))
     for one in (path, *path.rglob("*")):
@@ -50,21 +46,12 @@ def contained(directory: Path, *parts: str) -> Path:
 def _is_cached(target: Path, directory: Path) -> bool:
     """Whether a link's target is a blob of the cached repository of which the directory is a snapshot or a part."""
     repo = target.parent.parent
-    return (
-        _CACHED_REPO.fullmatch(repo.name) is not None
-        and directory.is_relative_to(repo / "snapshots")
-        and target.parent == repo / "blobs"
-        and _BLOB.fullmatch(target.name) is not None
-    )
+    is_blob = target.parent == repo / "blobs" and _BLOB.fullmatch(target.name) is not None
+    return is_blob and _CACHED_REPO.fullmatch(repo.name) is not None and directory.is_relative_to(repo / "snapshots")
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """Read a text file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file has more than `limit` bytes, or is not UTF-8.
-    """
+    """Read a text file. Raises a ValueError if it has more than `limit` bytes or is not UTF-8."""
     size = path.stat().st_size
     if size > limit:
         raise ValueError(f"it has {size} bytes, expected at most {limit}")
@@ -72,12 +59,7 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file without aliases, which could unfold to any size.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError, RecursionError: the file is too large, no YAML, nested too deeply, or has an alias.
-    """
+    """Read a YAML file without aliases, which could unfold to any size. It may raise any of `DAMAGED`."""
     text = read_text(path, MAX_YAML_BYTES)
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
@@ -88,11 +70,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_fields(record: Any) -> None:
-    """Check that the fields of a dataclass have the types that it declares. An int is a float, and floats are finite.
-
-    Raises:
-        ConfigError: a field has another type; the message names the first.
-    """
+    """Check that the fields of a dataclass have the types it declares. An int is a float, and floats are finite."""
     kinds = get_type_hints(type(record))
     for field in fields(record):
         value = getattr(record, field.name)

@@ -15,7 +15,7 @@ import pytest
 
 from collm import CoLLM, ToolSpec
 from collm.text.template import PromptTemplate
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from tests.engine.test_engine import random_head
 from tests.serving.conftest import CALIBRATION, Running, serve  # noqa: F401
 from tests.tiny_models import make_model, tiny_config
@@ -72,7 +72,7 @@ def make_pair_with_caller() -> CoLLM:
         return CALL if prompt.endswith("<assistant>") else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
+        patch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
         spec = ToolSpec("calculator", eps=0.01, max_answer=200)
         model = CoLLM(make_model(config, 0), [spec], random_head(32, 1), BYTES, template=PromptTemplate(chat=CHAT))
         assert model.members

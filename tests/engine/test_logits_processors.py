@@ -25,7 +25,7 @@ from collm.core.policies import (
 from collm.engine.request import Request
 from collm.errors import ConfigError, RequestError
 from collm.models.tools import ToolModel
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from tests.engine.slow import slow_decode
 from tests.engine.test_engine import random_head
 from tests.engine.test_exactness import Plans, relative_of
@@ -222,7 +222,7 @@ def knows(text: str) -> str | None:
 
 @pytest.mark.slow
 def test_a_tool_whose_token_is_forbidden_abstains(trio: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
     spec, head = ToolSpec("calculator", eps=0.05), random_head(32, 1)
     model = CoLLM(trio[0], [spec], head, BYTES)
     tool = ToolModel(spec, BYTES, name="", vocab_size=len(BYTES))

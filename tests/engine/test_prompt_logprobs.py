@@ -15,7 +15,7 @@ from collm.engine import chunks
 from collm.errors import ConfigError, RequestError
 from collm.evaluation.gold import gold_views
 from collm.evaluation.harness import _log_likelihood
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from collm.training.examples import Example, Examples
 from tests.engine.test_engine import prompts_of, random_head
 from tests.engine.test_tools import knows
@@ -77,7 +77,7 @@ def test_with_completions(trio: list[PreTrainedModel], tokenizer: PreTrainedToke
 def test_they_are_the_likelihoods_of_the_harness(
     trio: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
     members: list[Any] = [trio[1], ToolSpec("calculator", eps=0.05)]
     model = CoLLM(trio[0], members, random_head(32, 2), tokenizer)
     views = gold_views(model, Examples([Example(PROMPT, [place > 0 for place in range(len(PROMPT))])]))
@@ -88,7 +88,7 @@ def test_they_are_the_likelihoods_of_the_harness(
 def test_where_a_tool_abstains_the_base_speaks_for_it(
     trio: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(lambda text: None))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(lambda text: None))
     model = CoLLM(trio[0], [ToolSpec("calculator", eps=0.05)], random_head(32, 1), tokenizer)
     alone = model.prompt_logprobs(PROMPT, policy=SingleAuthorPolicy(1))
     assert alone == model.prompt_logprobs(PROMPT, policy=SingleAuthorPolicy(0))

@@ -23,7 +23,7 @@ from collm.core.policies import (
 from collm.core.types import Completion
 from collm.models.assistant import ModelOutput
 from collm.models.tools import ToolModel, ToolRunner
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from tests.architectures import ARCHITECTURES, EXACT
 from tests.engine.slow import slow_decode
 from tests.engine.test_engine import prompts_of, random_head
@@ -48,7 +48,7 @@ def knows_always(text: str) -> str:
 @pytest.fixture(params=["tool", "model and tool", "tool and model", "two tools"])
 def company(request: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> tuple[CoLLM, list]:
     """A collaboration, and what the slow loop runs."""
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
     members: list[Any] = {
         "tool": [TOOL],
         "model and tool": [make_model(tiny_config(), 1), TOOL],
@@ -118,7 +118,7 @@ def test_a_tool_that_always_knows_is_a_one_hot_language_model(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine sees nothing of it but logits, and samples its eps as any model's."""
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows_always))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows_always))
     model = CoLLM(make_model(tiny_config(), 0), [replace(TOOL, eps=0.5)], random_head(32, 1), tokenizer)
     params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=3)
     out = of(model.generate(prompts_of(5, 4), params, policy="joint"))
@@ -137,7 +137,7 @@ def test_tools_help_any_architecture(name: str, tokenizer: PreTrainedTokenizerFa
     base = make_model(EXACT[name](), 0)
     model = CoLLM(base, [TOOL], random_head(32, 1), tokenizer)
     for runner in model.runners[1:]:
-        runner.model._tool = BuiltInTool(knows)  # type: ignore[union-attr]
+        runner.model._tool = in_process(knows)  # type: ignore[union-attr]
     tool = model.runners[1].model
     params = SamplingParams(max_new_tokens=16)
     prompts = prompts_of(11, 3)

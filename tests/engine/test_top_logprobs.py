@@ -14,7 +14,7 @@ from collm.core.objective import author_logprobs
 from collm.core.policies import ConfidencePolicy, JointPolicy, Policy, ThresholdPolicy
 from collm.errors import ConfigError
 from collm.models.tools import ToolModel
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from tests.engine.slow import Reading
 from tests.engine.test_engine import prompts_of, random_head
 from tests.engine.test_tools import knows
@@ -26,7 +26,7 @@ MOST = 5
 @pytest.fixture
 def company(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> CoLLM:
     """A base, a model and a tool."""
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
     members = [make_model(tiny_config(), 1), ToolSpec("calculator", eps=0.05)]
     return CoLLM(make_model(tiny_config(), 0), members, random_head(32, 2, scale=1.0), tokenizer)
 

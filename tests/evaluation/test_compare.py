@@ -34,7 +34,7 @@ from collm.evaluation.systems import names_in, short_names, systems_named, thres
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.evaluation.verdict import verdict
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from collm.training.data import Row
 from collm.training.examples import Example, Examples
 from collm.training.measures import TokenViews
@@ -214,7 +214,7 @@ def test_a_failing_tool_stops_the_run_and_is_asked_again(
     def answer(text: str) -> str | ToolFailure:
         return ToolFailure("out of order") if broken and text.startswith("w5") else " w3"
 
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(answer))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(answer))
     tool = CoLLM(model.base, [ToolSpec("calculator", eps=0.05)], DeferralHead(32), model.tokenizer)
     systems = systems_named(tool, [], ThresholdPolicy(0.4))  # a new head gives even odds: the tool is always asked
     ask = partial(compare, systems, task, items, tmp_path, threshold=0.4, max_batch=1)

@@ -40,7 +40,7 @@ from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
 from collm.models.language_model import LanguageModel
 from collm.models.tools import ToolModel
-from collm.tools.calls import BuiltInTool
+from collm.tools.calls import in_process
 from collm.training.aligned import aligned_example
 from collm.training.scoring import read_scores
 from tests.tiny_models import make_model, tiny_config
@@ -197,7 +197,7 @@ def test_a_tool_counts_as_what_it_would_write(tokenizer: PreTrainedTokenizerFast
         known = word[:1] == "w" and word[1:].isdigit() and int(word[1:]) % 3 < 2
         return f" w{int(word[1:]) * 7 % 89}" if known else None
 
-    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: BuiltInTool(knows))
+    monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
     model = CoLLM(make_model(tiny_config(), 0), [ToolSpec("calculator", eps=0.05)], DeferralHead(32), tokenizer)
     lm = HarnessLM(model, threshold=0.4)  # a new head gives every author even odds: the tool is always asked
     said = model.generate("w1 w3", SamplingParams(max_new_tokens=5), threshold=0.4)[0]

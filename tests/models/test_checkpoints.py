@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from collm.errors import ConfigError, LoadError
-from collm.models.loading import ModelSpec, load_model
+from collm.models.loading import ModelSpec, load_model, quiet_if_small
 from collm.models.members import spec_of
-from collm.models.progress import quiet_if_small
 from collm.run.options import RunConfig
 from collm.run.train import train_collaboration
 from collm.training.config import CoLLMConfig

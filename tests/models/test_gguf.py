@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
-from collm.models.gguf import check_gguf
+from collm.models.checks import check_gguf
 from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_config, load_model, load_tokenizer, saved_eos_ids, stop_ids
-from collm.models.members import spec_of
+from collm.models.loading import ModelSpec, load_config, load_model, load_tokenizer, saved_eos_ids
+from collm.models.members import spec_of, stop_ids
 from collm.run.options import RunConfig, parse_model
 from collm.run.train import train_collaboration
 from collm.text.guards import TokenizerIdentity
@@ -262,7 +262,7 @@ def test_no_code_of_the_hub_is_run_for_it(
 ) -> None:
     path = write_gguf(tmp_path / "lfm.gguf", byte_model, byte_tokenizer, architecture="lfm2")
     found = importlib.util.find_spec
-    monkeypatch.setattr("collm.models.gguf.find_spec", lambda name: name == "kernels" or found(name))
+    monkeypatch.setattr("collm.models.checks.find_spec", lambda name: name == "kernels" or found(name))
     with pytest.raises(LoadError, match="of the architecture lfm2, transformers would run code from the Hub"):
         check_gguf(path.name, str(path), byte_model.config)
 

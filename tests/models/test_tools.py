@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from collm.errors import ToolFailure
 from collm.models.tools import ToolModel, ToolRunner
 from collm.text.token_text import TokenText
-from collm.tools.calls import Answer, BuiltInTool
+from collm.tools.calls import Answer, in_process
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.training.examples import Example
 from collm.training.scoring import find_scores
@@ -36,7 +36,7 @@ def tool_model(
     function: ToolFunction = answer, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: float
 ) -> ToolModel:
     model = ToolModel(ToolSpec("calculator", **options), tokenizer, name="assistant", vocab_size=len(tokenizer))  # type: ignore[arg-type]
-    model._tool = BuiltInTool(function)
+    model._tool = in_process(function)
     return model
 
 
@@ -159,16 +159,12 @@ def test_scores_are_those_of_the_one_hot_model() -> None:
     text = "so 48/2=24>>24 clips x y, capital: Улан-Батор"
     ids = TOKENIZER("so 48/2=")["input_ids"] + TOKENIZER("24>>24")["input_ids"] + TOKENIZER(" clips x y")["input_ids"]
     assert TOKENIZER.decode(ids) == text[: text.index(",")]
-    rows = model.logits([next_token_at(model, ids, t) for t in range(1, len(ids))])
+    rows = model.logits(model.next_tokens(ids, range(1, len(ids))))
     logprobs, correct, _ = model.score(ids, [True] * len(ids))
     gold = torch.tensor(ids[1:])
     assert torch.equal(logprobs, rows.gather(1, gold[:, None])[:, 0])
     is_one_hot = rows.max(-1).values > math.log(0.5)
     assert torch.equal(correct, is_one_hot & (rows.argmax(-1) == gold))
-
-
-def next_token_at(model: ToolModel, ids: list[int], t: int) -> int | None:
-    return model.next_token(TokenText(TOKENIZER, ids), t, {})
 
 
 def test_scores_on_disk_are_found_again_and_belong_to_the_tool(tmp_path: Path) -> None:
@@ -193,7 +189,6 @@ def test_a_failure_stops_scoring_and_names_the_text() -> None:
     ids = TOKENIZER("we raise it")["input_ids"]
     with pytest.raises(ToolFailure, match=r"raised ValueError: no good; the text so far ends with 'we raise"):
         model.score(ids, [True] * len(ids))
-    model.close()
 
 
 @pytest.mark.slow
@@ -209,7 +204,6 @@ def test_a_failure_while_decoding_abstains_and_is_counted_and_told(caplog: pytes
     assert "ends with 'we raise'" in caplog.text
     assert "did not answer within 0.5 s; the text so far ends with 'to sleep'" in caplog.text
     assert (runner.usage.forward_passes, runner.usage.tokens_read) == (0, 0)
-    model.close()
 
 
 def test_a_slot_answers_after_each_token_asked_for_and_rolls_back() -> None:

@@ -10,8 +10,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.errors import ConfigError, MismatchError
-from collm.models.language_model import LanguageModel
-from collm.models.members import check_vocab_sizes
+from collm.models.members import load_members
 from collm.text.guards import TokenizerIdentity, check_accepted, check_eos, check_tokenizers
 
 
@@ -65,11 +64,13 @@ def test_only_known_differences_can_be_accepted() -> None:
         check_accepted(["eos", "vocabulary"])
 
 
-def test_a_model_must_score_every_token_of_the_tokenizer(tiny_model: Callable[..., PreTrainedModel]) -> None:
-    exact, padded = (LanguageModel(tiny_model(0, vocab_size=n), name=f"m{n}") for n in (97, 128))
-    check_vocab_sizes([exact, padded], 97)
-    with pytest.raises(MismatchError, match="m97 has logits for 97 token ids, but the tokenizer has 100"):
-        check_vocab_sizes([padded, exact], 100)
+def test_a_model_must_score_every_token_of_the_tokenizer(
+    tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    exact, padded = (tiny_model(0, vocab_size=n) for n in (97, 128))
+    assert [model.vocab_size for model in load_members([exact, padded], tokenizer, vocab_size=97)] == [97, 97]
+    with pytest.raises(MismatchError, match="assistant has logits for 97 token ids, but the tokenizer has 100"):
+        load_members([padded, exact], tokenizer, vocab_size=100)
 
 
 def test_the_hash_speaks_of_content(tokenizer: PreTrainedTokenizerFast, identity: TokenizerIdentity) -> None:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import DataError, RequestError
-from collm.models.loading import ModelSpec, stop_ids
+from collm.models.loading import ModelSpec
+from collm.models.members import stop_ids
 from collm.run.options import DataConfig
 from collm.text.chats import Chat
 from collm.text.template import PromptTemplate

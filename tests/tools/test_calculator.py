@@ -186,77 +186,38 @@ def test_integers(left: int, right: int, sign: str, space: str) -> None:
     assert (calculator(f"1,000; {left:,} {sign} {right:,} =") or "").replace(",", "") == f" {value}"
 
 
-def written(value: Fraction) -> str:
-    """A decimal without needless zeros, by division with remainder."""
-    whole, rest = divmod(abs(value.numerator), value.denominator)
-    digits = ""
-    while rest:
-        digit, rest = divmod(rest * 10, value.denominator)
-        digits += str(digit)
-    return ("-" if value < 0 else "") + str(whole) + ("." + digits if digits else "")
+EXPRESSIONS = st.recursive(
+    st.sampled_from(["7", "12.25", ".5", "40%", "3,000", "0"]),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["+", " - ", "*"]), inner).map("".join),
+        st.tuples(inner, st.sampled_from(["/8", "/3"])).map("".join),
+        st.tuples(st.sampled_from(["", "-"]), inner).map("{0[0]}({0[1]})".format),
+    ),
+    max_leaves=8,
+)
 
 
-Expression = tuple[str, Fraction]
-
-
-def number(draw: st.DrawFn) -> Expression:
-    kind = draw(st.sampled_from(["integer", "decimal", "bare", "percent", "commas"]))
-    n = draw(st.integers(0, 99))
-    if kind == "decimal":
-        return f"{n}.25", n + Fraction(1, 4)
-    if kind == "bare":
-        return ".5", Fraction(1, 2)
-    if kind == "percent":
-        return f"{n}%", Fraction(n, 100)
-    if kind == "commas":
-        return f"{n + 1},000", Fraction(1000 * n + 1000)
-    return str(n), Fraction(n)
-
-
-@st.composite
-def expressions(draw: st.DrawFn, depth: int = 2) -> Expression:
-    """A text and its value; all in parentheses, so that the value needs no precedence."""
-    if depth == 0 or draw(st.booleans()):
-        return number(draw)
-    (left, a), (right, b) = draw(expressions(depth - 1)), draw(expressions(depth - 1))
-    sign, space = draw(st.sampled_from("+-*/")), draw(st.sampled_from(["", " "]))
-    if sign == "/":
-        right = "8"
-    value = {"+": a + b, "-": a - b, "*": a * b}.get(sign, a / 8)
-    minus = draw(st.sampled_from(["", "-"]))
-    return f"{minus}({left}{space}{sign}{space}{right})", -value if minus else value
+def exact(match: re.Match[str]) -> str:
+    number = Fraction(match[0].rstrip("%").replace(",", ""))
+    return repr(number / 100 if match[0].endswith("%") else number)
 
 
 @pytest.mark.slow
-@given(expressions())
-def test_nested_expressions(drawn: Expression) -> None:
-    text, value = drawn
-    answer = calculator(f"<<{text} + 0.0=")  # and the style of that
+@given(EXPRESSIONS)
+def test_any_expression_has_the_value_that_python_gives_it(text: str) -> None:
+    """Nested, with precedence, from left to right; outside of marks too."""
+    value: Fraction = eval(re.sub(r"[\d.,]+%?", exact, text))
+    answer, plain = calculator(f"<<{text} + 0.0="), calculator(f"0.0 + {text} =")  # and the style of that
     assert answer is not None
+    assert plain is not None
     said, _, again = answer.partition(">>")
-    assert said == again
+    assert said == again.replace(",", "")
+    assert plain.endswith("%") or Fraction(plain.replace(",", "")) == Fraction(said)
     if (value * 10**8).denominator == 1:
-        assert said == written(value)
+        assert Fraction(said) == value
+        assert not re.search(r"\.\d*0$", said)
     else:
         assert abs(Fraction(said) - value) <= max(Fraction(1, 200), abs(value) / 20)
-
-
-@given(st.lists(st.tuples(st.sampled_from("+-*/"), st.integers(1, 20)), min_size=1, max_size=8), st.integers(1, 20))
-def test_precedence_and_order(steps: list[tuple[str, int]], first: int) -> None:
-    """Against sums of products kept by hand."""
-    text, total, term = str(first), Fraction(0), Fraction(first)
-    for sign, n in steps:
-        text += f" {sign} {n}"
-        if sign in "*/":
-            term = term * n if sign == "*" else term / n
-        else:
-            total, term = total + term, Fraction(n if sign == "+" else -n)
-    value = total + term
-    answer = calculator(text + " =")
-    if (value * 10**8).denominator == 1:
-        assert answer == f" {written(value)}"
-    elif answer is not None:
-        assert abs(Fraction(answer.strip()) - value) <= max(Fraction(1, 200), abs(value) / 20)
 
 
 @given(st.integers(1, 10**6), st.integers(1, 99), st.sampled_from("$\u20ac\u00a3"))

@@ -22,8 +22,9 @@ def moody() -> Iterator[IsolatedTool]:
     tool.close()
 
 
-def said(tool: Tool, text: str) -> Answer:
-    (answer,) = tool.answers(text, [len(text)])
+def said(tool: Tool | IsolatedTool, text: str) -> Answer:
+    answers = tool.answers if isinstance(tool, IsolatedTool) else tool
+    (answer,) = answers(text, [len(text)])
     return answer
 
 

@@ -17,8 +17,7 @@ def test_names_are_read_and_written_alike(tmp_path: Path) -> None:
         spec = ToolSpec.parse(text, eps=0.1)
         assert str(spec) == text
         assert spec.eps == 0.1
-        assert spec.foreign == (text == "tool:a.b:c")
-        assert ToolSpec(**spec.to_dict()) == spec
+        assert spec.is_user_function == (text == "tool:a.b:c")
 
 
 def test_a_table_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

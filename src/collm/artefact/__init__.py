@@ -7,88 +7,35 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from collm.artefact.card import model_card
-from collm.artefact.manifest import CONFIG, Manifest, SavedBase, library_versions, local_directory, read_manifest
+from collm.artefact.manifest import CONFIG, Manifest, SavedBase, read_manifest
 from collm.atomic import atomic_directory, write_text
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.core.types import author_name
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.models.adapters import check_adapter
-from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter
+from collm.models.loading import ModelSpec, load_tokenizer, load_with_adapter, quiet_if_small
 from collm.models.members import AssistantSpec, Member, spec_of
-from collm.models.progress import quiet_if_small
+from collm.models.names import looks_like_path
 from collm.text.guards import TokenizerIdentity
 from collm.text.template import PromptTemplate
 from collm.tools.spec import ToolFunction, ToolSpec, not_trusted
 from collm.untrusted import read_text
-
-__all__ = [
-    "Parts",
-    "default_threshold",
-    "library_versions",
-    "load_parts",
-    "local_directory",
-    "read_manifest",
-]
+from collm.version import __version__
 
 HEAD, CALIBRATION, CARD, TABLES = "head.safetensors", "calibration.json", "README.md", "tables"
 ENTRIES = (CONFIG, HEAD, CALIBRATION, CARD, TABLES, *get_args(SavedBase))
 """Everything in a collaboration's directory that saving writes, replaces or removes."""
-
-
-def _check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
-    if identity.hash != manifest.tokenizer_hash:
-        raise ArtefactError(
-            f"the tokenizer of {manifest.base.path} is not the one {directory} was made with "
-            f"({identity.hash[:15]}, expected {manifest.tokenizer_hash[:15]}), which its head requires; "
-            "restore the model's revision or train again"
-        )
-    if identity.chat_template_hash != manifest.chat_template_hash:
-        raise ArtefactError(
-            f"the chat template of {manifest.base.path} changed since {directory} was made; "
-            "restore the model's revision or train again"
-        )
-
-
-def _read_head(directory: Path, expected: dict[str, int]) -> DeferralHead:
-    path = directory / HEAD
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise ArtefactError(f"{directory} has no {HEAD}; the collaboration is incomplete, train it again") from error
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} is corrupt ({error}); restore it or train it again") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {"weight": (expected["num_assistants"], expected["hidden_size"]), "bias": (expected["num_assistants"],)}
-    if shapes != wanted:
-        raise ArtefactError(f"{path} has {shapes}, expected {wanted} for these models; it belongs to another pair")
-    head = DeferralHead(**expected)
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise ArtefactError(f"{path} has values that are not finite, because its training diverged; train again")
-    head.load_state_dict(tensors)
-    return head
-
-
-def _read_calibration(directory: Path) -> Calibration | None:
-    path = directory / CALIBRATION
-    if not path.exists():
-        return None
-    try:
-        return Calibration.from_dict(json.loads(read_text(path)))
-    except (*DAMAGED, ConfigError) as error:
-        raise ArtefactError(
-            f"{path} is damaged ({type(error).__name__}: {error}); remove it and calibrate again"
-        ) from error
 
 
 @dataclass(eq=False, repr=False)
@@ -125,10 +72,29 @@ class Parts:
         if path.exists() and not (path.is_dir() and ((path / CONFIG).exists() or not any(path.iterdir()))):
             raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
         with atomic_directory(path.resolve(), replaces=ENTRIES) as directory:
-            saved = _save_base(self, directory)
-            tensors = {name: one.detach().cpu().float().contiguous() for name, one in self.head.state_dict().items()}
+            saved_base = _save_base(self, directory)
+            tensors = {
+                name: tensor.detach().cpu().float().contiguous() for name, tensor in self.head.state_dict().items()
+            }
             save_file(tensors, directory / HEAD)
-            _write_texts(directory, _manifest(self, saved, directory), self.calibration)
+            base = cast("ModelSpec | None", spec_of(self.base))
+            if base is None and saved_base == "adapter":
+                raise ArtefactError("the base under the adapter has no path to reference; load it with from_pretrained")
+            identity = TokenizerIdentity.of(self.tokenizer)
+            manifest = Manifest(
+                base=base or ModelSpec(path="base"),
+                assistants=[_save_assistant(one, k, directory) for k, one in enumerate(self.assistants, start=1)],
+                saved_base=saved_base,
+                head={"hidden_size": self.head.hidden_size, "num_assistants": self.head.num_assistants},
+                tokenizer_hash=identity.hash,
+                chat_template_hash=identity.chat_template_hash,
+                template=self.template,
+                accept_differences=list(self.accept_differences),
+                default_threshold=default_threshold(self.calibration),
+                training=self.training,
+                versions=library_versions(),
+            )
+            _write_texts(directory, manifest, self.calibration)
 
     def save_calibration(self, path: str | Path) -> None:
         """Write the calibration, the default threshold and the model card into an existing artefact."""
@@ -150,6 +116,27 @@ class Parts:
         return str(address)
 
 
+def local_directory(path: str | Path, revision: str | None) -> Path:
+    """The local directory of a collaboration, which is downloaded if `path` is a Hub repository id."""
+    if isinstance(path, Path) or Path(path).exists() or "/" not in path or looks_like_path(path):
+        return Path(path).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(path, revision=revision))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtefactError(
+            f"there is no collaboration at {path}: no such directory, and the Hub responds: {first_line}"
+        ) from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    return {"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
 def load_parts(
     directory: Path,
     *,
@@ -166,22 +153,21 @@ def load_parts(
         load_adapter: load a base that has an adapter; without it such a base stays a spec.
     """
     manifest = read_manifest(directory)
-    foreign = [str(spec) for spec in manifest.assistants if isinstance(spec, ToolSpec) and spec.foreign]
-    if foreign and not trust_code and assistants is None:
-        raise ArtefactError(not_trusted(directory, foreign[0]))
+    functions = [str(one) for one in manifest.assistants if isinstance(one, ToolSpec) and one.is_user_function]
+    if functions and not trust_code and assistants is None:
+        raise ArtefactError(not_trusted(directory, functions[0]))
     head = _read_head(directory, manifest.head)
-    placements = _placements(device, dtype, 1 + len(manifest.assistants))
-    weights = manifest.base_weights(directory)
+    base_device, *devices = _devices(device, 1 + len(manifest.assistants))
+    weights = cast(ModelSpec, _placed(manifest.base_weights(directory), directory, base_device, dtype))
     tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else weights)
     _check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
     is_replaced = base is not None
     if base is None:
-        base = replace(weights, **placements[0])
-        if load_adapter and manifest.saved_base == "adapter":
-            base = load_with_adapter(base, directory / "adapter")
+        has_adapter = load_adapter and manifest.saved_base == "adapter"
+        base = load_with_adapter(weights, directory / "adapter") if has_adapter else weights
     if assistants is None:
-        pairs = zip(manifest.assistants, placements[1:], strict=True)
-        assistants = [_placed(spec, directory, placement) for spec, placement in pairs]
+        pairs = zip(manifest.assistants, devices, strict=True)
+        assistants = [_placed(spec, directory, device, dtype) for spec, device in pairs]
     return Parts(
         base,
         assistants,
@@ -195,28 +181,67 @@ def load_parts(
     )
 
 
-def _placements(device: str | None, dtype: str | None, models: int) -> list[dict[str, str]]:
-    """The device and dtype of each model, where they replace those of the artefact."""
-    devices = [None] * models if device is None else device.split(",")
-    if len(devices) == 1:
-        devices *= models
-    if len(devices) != models:
+def _devices(device: str | None, models: int) -> Sequence[str | None]:
+    """The device of each model, where it replaces that of the artefact."""
+    devices = [None] if device is None else device.split(",")
+    if len(devices) not in (1, models):
         raise ConfigError(
             f"device names {len(devices)} devices ({device}), expected one, or one for each of {models} models"
         )
-    given = [{"device": each, "dtype": dtype} for each in devices]
-    return [{key: value for key, value in options.items() if value is not None} for options in given]
+    return devices if len(devices) == models else devices * models
 
 
-def _placed(spec: AssistantSpec, directory: Path, options: dict[str, str]) -> AssistantSpec:
-    """Complete a spec of the artefact in `directory`: a tool with the path of its table, a model with `options`."""
+def _placed(spec: AssistantSpec, directory: Path, device: str | None, dtype: str | None) -> AssistantSpec:
+    """Complete a spec of the artefact in `directory`: a tool with the path of its table, a model with its place."""
     if isinstance(spec, ModelSpec):
-        return replace(spec, **options)
+        return replace(spec, device=device or spec.device, dtype=dtype or spec.dtype)
     if spec.table is None:
         return spec
     if spec.table.is_absolute() or ".." in spec.table.parts:
         raise ArtefactError(f"{directory} has the table {spec.table}, expected a path inside of it ({TABLES}/..)")
-    return spec.with_table(directory / spec.table)
+    return replace(spec, argument=str(directory / spec.table))
+
+
+def _read_head(directory: Path, expected: dict[str, int]) -> DeferralHead:
+    path = directory / HEAD
+    if not path.exists():
+        raise ArtefactError(f"{directory} has no {HEAD}; the collaboration is incomplete, train it again")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} is corrupt ({error}); restore it or train it again") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {"weight": (expected["num_assistants"], expected["hidden_size"]), "bias": (expected["num_assistants"],)}
+    if shapes != wanted:
+        raise ArtefactError(f"{path} has {shapes}, expected {wanted} for these models; it belongs to another pair")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ArtefactError(f"{path} has values that are not finite, because its training diverged; train again")
+    head = DeferralHead(**expected)
+    head.load_state_dict(tensors)
+    return head
+
+
+def _check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory: Path) -> None:
+    for what, found, expected in (
+        ("tokenizer", identity.hash, manifest.tokenizer_hash),
+        ("chat template", identity.chat_template_hash, manifest.chat_template_hash),
+    ):
+        if found != expected:
+            raise ArtefactError(
+                f"the {what} of {manifest.base.path} is not the one {directory} was made with ({found!s:.15}, expected "
+                f"{expected!s:.15}), which its head requires; restore the model's revision or train again"
+            )
+
+
+def _read_calibration(directory: Path) -> Calibration | None:
+    path = directory / CALIBRATION
+    if not path.exists():
+        return None
+    try:
+        return Calibration.from_dict(json.loads(read_text(path)))
+    except (*DAMAGED, ConfigError) as error:
+        what = f"{path} is damaged ({type(error).__name__}: {error})"
+        raise ArtefactError(f"{what}; remove it and calibrate again") from error
 
 
 def default_threshold(calibration: Calibration | None) -> float | None:
@@ -247,45 +272,23 @@ def _save_base(parts: Parts, directory: Path) -> SavedBase | None:
     return folder
 
 
-def _manifest(parts: Parts, saved: SavedBase | None, directory: Path) -> Manifest:
-    base = spec_of(parts.base)
-    if base is None and saved == "adapter":
-        raise ArtefactError("the base under the adapter has no path to reference; load it with from_pretrained")
-    identity = TokenizerIdentity.of(parts.tokenizer)
-    return Manifest(
-        base=cast("ModelSpec | None", base) or ModelSpec(path="base"),
-        assistants=_save_assistants(parts, directory),
-        saved_base=saved,
-        head={"hidden_size": parts.head.hidden_size, "num_assistants": parts.head.num_assistants},
-        tokenizer_hash=identity.hash,
-        chat_template_hash=identity.chat_template_hash,
-        template=parts.template,
-        accept_differences=list(parts.accept_differences),
-        default_threshold=default_threshold(parts.calibration),
-        training=parts.training,
-    )
-
-
-def _save_assistants(parts: Parts, directory: Path) -> list[AssistantSpec]:
-    """Copy the tables of tools into the artefact, and return the specs of all assistants, with the copies' paths."""
-    saved = []
-    for number, assistant in enumerate(cast("Sequence[Member]", parts.assistants), start=1):
-        spec, name = spec_of(assistant), author_name(number)
-        if spec is None:
-            raise ArtefactError(
-                f"{name} was made in memory and has no path to reference; save it with save_pretrained and load it "
-                "from there"
-            )
-        if isinstance(spec, ToolSpec) and spec.table is not None:
-            copy = Path(TABLES) / f"{name}{spec.table.suffix}"
-            (directory / TABLES).mkdir(exist_ok=True)
-            try:
-                shutil.copyfile(spec.table, directory / copy)
-            except FileNotFoundError as error:
-                raise ArtefactError(f"the table {spec.table} of {name} is missing; restore it") from error
-            spec = spec.with_table(copy)
-        saved.append(spec)
-    return saved
+def _save_assistant(assistant: Member | ToolFunction, number: int, directory: Path) -> AssistantSpec:
+    """The spec of an assistant. The table of a tool is copied into the artefact."""
+    spec, name = spec_of(cast(Member, assistant)), author_name(number)
+    if spec is None:
+        raise ArtefactError(
+            f"{name} was made in memory and has no path to reference; save it with save_pretrained and load it "
+            "from there"
+        )
+    if isinstance(spec, ModelSpec) or spec.table is None:
+        return spec
+    copy = Path(TABLES) / f"{name}{spec.table.suffix}"
+    (directory / TABLES).mkdir(exist_ok=True)
+    try:
+        shutil.copyfile(spec.table, directory / copy)
+    except FileNotFoundError as error:
+        raise ArtefactError(f"the table {spec.table} of {name} is missing; restore it") from error
+    return replace(spec, argument=str(copy))
 
 
 def _write_texts(directory: Path, manifest: Manifest, calibration: Calibration | None) -> None:

@@ -1,7 +1,4 @@
-"""Checks of untrusted adapters. Only plain LoRA is loaded.
-
-Other kinds of PEFT adapters, and some options of LoRA, refer to further models, files or modules to import.
-"""
+"""Checks of untrusted adapters. Only plain LoRA is loaded, as others may name further models, files or modules."""
 
 from __future__ import annotations
 
@@ -52,15 +49,14 @@ _INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,2})?")
 
 
 def check_adapter(directory: Path) -> None:
-    """Check that an adapter is plain LoRA and does not allocate more memory than its weights take.
-
-    Raises:
-        LoadError: a check failed; the message names the field, or the missing or damaged file.
-    """
+    """Check that an adapter is plain LoRA and does not allocate more memory than its weights take."""
     from peft import LoraConfig
 
     path = directory / CONFIG
-    content = _read(path)
+    try:
+        content = dict(json.loads(read_text(path, MAX_CONFIG_BYTES)).items())
+    except DAMAGED as error:
+        raise LoadError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}); restore it") from error
     if content.get("peft_type") != "LORA":
         raise LoadError(f"{path}: peft_type is {content.get('peft_type')!r:.80}, expected 'LORA'")
     if content.get("task_type") not in (None, "CAUSAL_LM"):
@@ -75,26 +71,16 @@ def check_adapter(directory: Path) -> None:
                 "only plain LoRA is supported"
             )
     init = content.get("init_lora_weights", True)
-    if not (isinstance(init, bool) or (isinstance(init, str) and _INITS.fullmatch(init))):
+    if not isinstance(init, bool) and not (isinstance(init, str) and _INITS.fullmatch(init)):
         raise LoadError(f"{path}: init_lora_weights is {init!r:.80}; only plain LoRA is supported")
     for name in _PATTERNS:
         _check_patterns(path, name, content.get(name))
     _check_ranks(path, content)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads(read_text(path, MAX_CONFIG_BYTES)).items())
-    except DAMAGED as error:
-        raise LoadError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}); restore it") from error
-
-
 def _check_patterns(path: Path, name: str, value: Any) -> None:
     """Check that each entry is a module name or a regular expression that is fast to match."""
-    texts = (
-        [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | dict | None) else [value]
-    )
-    for text in texts:
+    for text in value if isinstance(value, list | dict) else [] if value is None else [value]:
         if not isinstance(text, str) or not text:
             raise LoadError(f"{path}: {name} contains {text!r:.80}, expected module names")
         if re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > MAX_REPEATS:

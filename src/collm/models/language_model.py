@@ -12,29 +12,22 @@ from collm.errors import LoadError, UnsupportedModel
 from collm.models.packing import PackedLinear
 
 
-def without_adapter(module: nn.Module) -> Any:
-    """The model inside a `PeftModel`; any other module unchanged.
-
-    Raises:
-        UnsupportedModel: the module holds an adapter that no `PeftModel` wraps.
-    """
-    if hasattr(module, "get_base_model"):
-        return cast(Any, module).get_base_model()
-    if hasattr(module, "peft_config"):
-        raise UnsupportedModel(
-            f"the {type(module).__name__} holds an adapter that is no PeftModel; load the model without it and wrap it "
-            "with peft.PeftModel.from_pretrained"
-        )
-    return module
-
-
 class LanguageModel:
     """A transformers causal LM (plain or PEFT-wrapped), split at its last hidden state.
+
+    Its weights may change and move to another device at any time. Everything else is read once.
 
     Args:
         module: a `PreTrainedModel` with a language-modelling head, or a `PeftModel` around one.
         name: name in error messages and usage counts.
         vocab_size: keep only logits of token ids below this, as models pad their vocabularies; None keeps all.
+
+    Attributes:
+        inner: the module without its PEFT wrapper.
+        hidden_size: H.
+        padded_vocab_size: rows of the output layer, which may exceed the tokenizer's vocabulary.
+        vocab_size: V, the number of logits.
+        max_length: largest number of tokens in a sequence, None if the config has no limit.
 
     Raises:
         UnsupportedModel: the module has no decoder or no output layer, or holds an adapter that no `PeftModel` wraps.
@@ -44,26 +37,25 @@ class LanguageModel:
         self.module = module
         self.name = name
         inner = self.inner = without_adapter(module)
-        self.decoder = _decoder(inner, name)
-        self.config = self.decoder.config
+        decoder: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+        if decoder is inner:  # Llama 4 returns itself
+            decoder = getattr(inner, "model", None)
+        if decoder is None:
+            raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no decoder; expected a causal LM")
+        self.decoder, self.config = decoder, decoder.config
         self._output_layer = inner.get_output_embeddings()
         if self._output_layer is None:
             raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no output layer; expected a causal LM")
+        weight = self.output_weight
+        self.padded_vocab_size, self.hidden_size = map(int, getattr(weight, "ds_shape", weight.shape))  # of ZeRO-3
         self.vocab_size = min(vocab_size or self.padded_vocab_size, self.padded_vocab_size)
+        self.max_length = _max_length(self.config.get_text_config())
         text_config = inner.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         self.scale = getattr(text_config, "logit_scale", None) or 1 / (
             getattr(text_config, "logits_scaling", None) or 1
         )
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Number of rows of the output layer, which may exceed the tokenizer's vocabulary."""
-        return self._output_shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        return self._output_shape[1]
+        self._has_plain_logits = (self.scale, self.softcap, self.vocab_size) == (1, None, self.padded_vocab_size)
 
     @property
     def weights_per_token(self) -> int:
@@ -72,12 +64,6 @@ class LanguageModel:
         packed = sum(layer.weight.numel() for layer in self.inner.modules() if isinstance(layer, PackedLinear))
         tied = embedding is self.output_weight
         return int(self.inner.num_parameters()) + packed - (0 if tied else embedding.numel())
-
-    @property
-    def _output_shape(self) -> tuple[int, int]:
-        weight = self.output_weight
-        rows, columns = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 empties parameters between uses
-        return int(rows), int(columns)
 
     @property
     def device(self) -> torch.device:
@@ -89,49 +75,9 @@ class LanguageModel:
         return cast(torch.device, self.decoder.get_input_embeddings().weight.device)
 
     @property
-    def max_length(self) -> int | None:
-        """Largest number of tokens in a sequence, None if the config has no limit.
-
-        A RoPE whose frequencies change beyond its original length would invalidate cached keys. The limit is then the
-        original length.
-        """
-        config = self.config.get_text_config()
-        longest = context_length(config)
-        limits = [
-            rope.get("original_max_position_embeddings") or longest
-            for rope in ropes_of(config)
-            if rope.get("rope_type") in ("dynamic", "longrope")
-        ]
-        return min((limit for limit in (longest, *limits) if limit is not None), default=None)
-
-    @property
     def eos_token_ids(self) -> frozenset[int]:
         """EOS token ids of the generation config; empty if it has none."""
         return eos_set(getattr(getattr(self.module, "generation_config", None), "eos_token_id", None), self.name)
-
-    def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Run the decoder and return the last hidden states after the final norm.
-
-        Args:
-            input_ids: shape (B, T).
-            **inputs: further inputs of the decoder: attention_mask, position_ids, the cache, ...
-
-        Returns:
-            Shape (B, T, H).
-        """
-        return cast(Tensor, self.decoder(input_ids=input_ids, **inputs).last_hidden_state)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden states (..., H) to next-token logits (..., V), scaled and capped like the model's own."""
-        return self.shape_logits(cast(Tensor, self._output_layer(hidden.to(self.device))))
-
-    def shape_logits(self, values: Tensor) -> Tensor:
-        """Scale, cap and truncate outputs of the output layer, shape (..., padded V). May return the same tensor."""
-        if self.scale != 1:
-            values = values * self.scale
-        if self.softcap is not None:
-            values = torch.tanh(values / self.softcap) * self.softcap
-        return values if self.vocab_size == self.padded_vocab_size else values[..., : self.vocab_size]
 
     @property
     def output_weight(self) -> Tensor:
@@ -142,6 +88,36 @@ class LanguageModel:
     def output_bias(self) -> Tensor | None:
         """Bias of the output layer, shape (padded V,), or None."""
         return cast("Tensor | None", getattr(self._output_layer, "bias", None))
+
+    def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states after the final norm, shape (B, T, H). `inputs` are further ones of the decoder."""
+        return cast(Tensor, self.decoder(input_ids=input_ids, **inputs).last_hidden_state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., H) to next-token logits (..., V), scaled and capped like the model's own."""
+        layer = self._output_layer
+        values: Tensor = layer(hidden.to(layer.weight.device))
+        return values if self._has_plain_logits else self.shape_logits(values)
+
+    def shape_logits(self, values: Tensor) -> Tensor:
+        """Scale, cap and truncate outputs of the output layer, shape (..., padded V). May return the same tensor."""
+        if self.scale != 1:
+            values = values * self.scale
+        if self.softcap is not None:
+            values = torch.tanh(values / self.softcap) * self.softcap
+        return values if self.vocab_size == self.padded_vocab_size else values[..., : self.vocab_size]
+
+
+def without_adapter(module: nn.Module) -> Any:
+    """The model inside a `PeftModel`; any other module unchanged."""
+    if hasattr(module, "get_base_model"):
+        return cast(Any, module).get_base_model()
+    if hasattr(module, "peft_config"):
+        raise UnsupportedModel(
+            f"the {type(module).__name__} holds an adapter that is no PeftModel; load the model without it and wrap it "
+            "with peft.PeftModel.from_pretrained"
+        )
+    return module
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -156,23 +132,18 @@ def ropes_of(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
 
 
-def eos_set(eos: Any, name: str) -> frozenset[int]:
-    """Convert the EOS setting of a generation config (None, one id or a list) to a set.
+def _max_length(config: PretrainedConfig) -> int | None:
+    """The context length, or the original one of a RoPE that changes beyond it, which would invalidate cached keys."""
+    longest = context_length(config)
+    changing = [rope for rope in ropes_of(config) if rope.get("rope_type") in ("dynamic", "longrope")]
+    limits = [longest, *(rope.get("original_max_position_embeddings") for rope in changing)]
+    return min((limit for limit in limits if limit), default=None)
 
-    Raises:
-        LoadError: the setting contains something other than token ids.
-    """
+
+def eos_set(eos: Any, name: str) -> frozenset[int]:
+    """Convert the EOS setting of a generation config (None, one id or a list) to a set."""
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     for one in ids:
         if type(one) is not int or one < 0:
             raise LoadError(f"the generation config of {name!r} has eos_token_id {eos!r:.80}, expected token ids")
     return frozenset(ids)
-
-
-def _decoder(inner: Any, name: str) -> Any:
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-    if decoder is inner:  # Llama 4 returns itself
-        decoder = getattr(inner, "model", None)
-    if decoder is None:
-        raise UnsupportedModel(f"{name} ({type(inner).__name__}) has no decoder; expected a causal LM")
-    return decoder

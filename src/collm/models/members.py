@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from collm.core.types import author_name
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel, without_adapter
-from collm.models.loading import ModelSpec, load_model, saved_eos_ids
+from collm.models.loading import ModelSpec, load_model, load_tokenizer, saved_eos_ids
 from collm.models.packing import can_pack, pack_linears
 from collm.models.tools import ToolModel
 from collm.text.alignment import Alignment
@@ -27,11 +27,7 @@ Member = nn.Module | AssistantSpec
 
 
 def as_member(given: Member | ToolFunction) -> Member:
-    """Convert a Python function to the spec of a tool; return any other member unchanged.
-
-    Raises:
-        ConfigError: the function cannot be imported by name, or `given` is no member.
-    """
+    """Convert a Python function to the spec of a tool; return any other member unchanged."""
     if isinstance(given, nn.Module | ModelSpec | ToolSpec):
         return given
     if not callable(given):
@@ -55,58 +51,61 @@ def spec_of(member: Member) -> AssistantSpec | None:
     return ModelSpec(path, revision)
 
 
+def eos_ids_of(member: Member) -> frozenset[int]:
+    """The EOS token ids of a model's generation config; empty for a tool."""
+    if isinstance(member, nn.Module):
+        return LanguageModel(member, name="").eos_token_ids
+    return saved_eos_ids(member) if isinstance(member, ModelSpec) else frozenset()
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, member: Member) -> frozenset[int]:
+    """Tokens that end a member's texts: its EOS token ids and the tokenizer's EOS."""
+    eos = cast("int | None", tokenizer.eos_token_id)
+    return eos_ids_of(member) | (frozenset() if eos is None else {eos})
+
+
 def aligned(
     base: Member,
     assistants: Sequence[Member],
-    tokenizers: Sequence[PreTrainedTokenizerBase],
+    tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
     *,
+    tokenizers: Sequence[PreTrainedTokenizerBase] | None = None,
     accept_differences: Collection[str] = (),
 ) -> Alignment | None:
     """Align authors that do not share a tokenizer. Returns None if all of them share the base's.
 
     Args:
-        tokenizers: the tokenizer of each author, the base first; a tool has the base's.
-        template: the base's template. An assistant with another tokenizer uses its own chat template, if it has one.
+        tokenizer, template: those of the base. An assistant with another tokenizer uses its own chat template, if it
+            has one.
+        tokenizers: the tokenizer of each assistant, by default a spec's own, and the base's for modules and tools.
         accept_differences: accepted differences between models that share the base's vocabulary.
-
-    Raises:
-        MismatchError: there are differences that are not accepted, or the tokenizers cannot be aligned.
     """
-    own = TokenizerIdentity.of(tokenizers[0])
-    names = [author_name(number) for number in range(1, len(assistants) + 1)]
+    if tokenizers is None:
+        tokenizers = [load_tokenizer(one) if isinstance(one, ModelSpec) else tokenizer for one in assistants]
+    own = TokenizerIdentity.of(tokenizer)
+    named = [(author_name(number), one) for number, one in enumerate(tokenizers, start=1)]
     differences = []
-    for name, tokenizer in zip(names, tokenizers[1:], strict=True):
-        other = own if tokenizer is tokenizers[0] else TokenizerIdentity.of(tokenizer)
-        differences.append(token_difference(own, other, name))
+    for name, other in named:
+        identity = own if other is tokenizer else TokenizerIdentity.of(other)
+        differences.append(token_difference(own, identity, name))
         if differences[-1] is None:
-            check_tokenizers(own, other, name, accept=accept_differences)
+            check_tokenizers(own, identity, name, accept=accept_differences)
     if not any(differences):
         return None
     try:
-        texts = [TextTokenizer(tokenizers[0], template=template, eos_ids=_eos_ids(tokenizers[0], base))]
-        for name, member, tokenizer, same in zip(names, assistants, tokenizers[1:], differences, strict=True):
-            if same is None:
+        texts = [TextTokenizer(tokenizer, template=template, eos_ids=stop_ids(tokenizer, base))]
+        for (name, other), member, difference in zip(named, assistants, differences, strict=True):
+            if difference is None:
                 texts.append(texts[0])
                 continue
-            eos_ids, its = _eos_ids(tokenizer, member), PromptTemplate.of(tokenizer, template.text)
-            its = (template if its.chat is None else its).with_turn_ends(tokenizer, eos_ids)
-            texts.append(TextTokenizer(tokenizer, name=name, template=its, eos_ids=eos_ids))
+            eos_ids, its = stop_ids(other, member), PromptTemplate.of(other, template.text)
+            its = (template if its.chat is None else its).with_turn_ends(other, eos_ids)
+            texts.append(TextTokenizer(other, name=name, template=its, eos_ids=eos_ids))
         return Alignment(texts)
     except MismatchError as error:
-        difference = next(filter(None, differences))
-        raise MismatchError(f"{difference}. Their tokens cannot be aligned either: {error}") from error
-
-
-def _eos_ids(tokenizer: PreTrainedTokenizerBase, member: Member) -> frozenset[int]:
-    """Tokens that end a model's texts."""
-    eos = cast("int | None", tokenizer.eos_token_id)
-    own = frozenset[int]() if eos is None else frozenset({eos})
-    if isinstance(member, ToolSpec):
-        return own
-    return own | (
-        saved_eos_ids(member) if isinstance(member, ModelSpec) else LanguageModel(member, name="").eos_token_ids
-    )
+        first = next(filter(None, differences))
+        raise MismatchError(f"{first}. Their tokens cannot be aligned either: {error}") from error
 
 
 def load_members(
@@ -115,24 +114,12 @@ def load_members(
     *,
     vocab_size: int,
     alignment: Alignment | None = None,
-    packed: bool = True,
 ) -> list[LanguageModel | ToolModel]:
     """Load all members, the base first, and limit their logits to the tokenizer's vocabulary.
 
     Args:
         tokenizer, vocab_size: of all members, or of the base if there is an alignment.
-        alignment: alignment of members that do not share a tokenizer.
-        packed: pack the linear layers of models loaded here if that is faster.
-
-    Raises:
-        LoadError: a model or a tool cannot be loaded.
-        DataError: a tool's table cannot be read.
-        MismatchError: a model's vocabulary is smaller than the tokenizer's.
     """
-
-    def size_of(author: int) -> int:
-        return vocab_size if alignment is None else alignment.tokenizers[author].vocab_size
-
     loaded: list[LanguageModel | ToolModel] = []
     for author, member in enumerate(members):
         name = author_name(author)
@@ -140,23 +127,14 @@ def load_members(
             loaded.append(ToolModel(member, tokenizer, name=name, vocab_size=vocab_size))
             continue
         module: nn.Module = load_model(member) if isinstance(member, ModelSpec) else member
-        if packed and isinstance(member, ModelSpec) and can_pack(module):
+        if isinstance(member, ModelSpec) and can_pack(module):
             pack_linears(module)
-        model = LanguageModel(module.eval(), name=name, vocab_size=size_of(author))
-        check_vocab_sizes([model], size_of(author))
+        size = vocab_size if alignment is None else alignment.tokenizers[author].vocab_size
+        model = LanguageModel(module.eval(), name=name, vocab_size=size)
+        if model.padded_vocab_size < size:
+            raise MismatchError(
+                f"{name} has logits for {model.padded_vocab_size} token ids, but the tokenizer has {size}; use the "
+                "tokenizer the model was trained with"
+            )
         loaded.append(model)
     return loaded
-
-
-def check_vocab_sizes(models: Sequence[LanguageModel], vocab_size: int) -> None:
-    """Check that every model has logits for all of the tokenizer's ids. Further logits are padding.
-
-    Raises:
-        MismatchError: a model has fewer logits.
-    """
-    for model in models:
-        if model.padded_vocab_size < vocab_size:
-            raise MismatchError(
-                f"{model.name} has logits for {model.padded_vocab_size} token ids, but the tokenizer has {vocab_size}; "
-                "use the tokenizer the model was trained with"
-            )

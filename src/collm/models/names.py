@@ -33,26 +33,8 @@ def absolute(name: str) -> str:
     return name
 
 
-def check_there(name: str) -> None:
-    """Check that a local path exists, as transformers would otherwise search the Hub for it.
-
-    Raises:
-        LoadError: the path does not exist, or the directory contains only GGUF files.
-    """
-    place = Path(name).expanduser()
-    if looks_like_path(name) and not place.exists():
-        raise LoadError(f"there is no model at {name!r}: no such directory{_hint(place)}")
-    if place.is_dir() and not (place / "config.json").exists() and (found := sorted(place.glob(f"*{GGUF}"))):
-        raise LoadError(f"{name!r} has GGUF files but no config.json; give the path of a file: {str(found[0])!r}")
-
-
 def gguf_file(name: str, revision: str | None) -> Path:
-    """The local path of a GGUF file, which is downloaded if its name is repo:file.gguf.
-
-    Raises:
-        LoadError: there is no such file, or the download failed.
-        MissingExtra: gguf is not installed.
-    """
+    """The local path of a GGUF file, which is downloaded if its name is repo:file.gguf."""
     if find_spec("gguf") is None:
         raise MissingExtra("gguf", "gguf")
     place = Path(name).expanduser()
@@ -60,7 +42,7 @@ def gguf_file(name: str, revision: str | None) -> Path:
         return place.absolute()
     repo, _, file = name.partition(":")
     if not file or looks_like_path(repo) or file.startswith(("/", "\\")):
-        raise LoadError(f"there is no GGUF file {name!r}{_hint(place)}; expected a path, or repo:file{GGUF} on the Hub")
+        raise LoadError(f"there is no GGUF file {name!r}{hint(place)}; expected a path, or repo:file{GGUF} on the Hub")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -73,7 +55,8 @@ def gguf_file(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _hint(place: Path) -> str:
+def hint(place: Path) -> str:
+    """What a name that does not exist may have meant."""
     names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
     return f"; did you mean {str(place.with_name(near[0]))!r}?" if near else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -33,26 +33,23 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        count = inputs.numel() // inputs.shape[-1]
-        if 0 < count <= LONGEST and count == fitting_rows(count):
-            return self._multiply(inputs)
-        parts = [self._part(part) for part in torch.split(inputs.reshape(-1, inputs.shape[-1]), LONGEST)]
-        outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
-
-    def _part(self, rows: Tensor) -> Tensor:
-        count = len(rows)
-        return self._multiply(F.pad(rows, (0, 0, 0, fitting_rows(count) - count)))[:count]
-
-    def _multiply(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        return outputs
+        if inputs.shape[:-1].numel() in _FITTING:
+            outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+            return outputs
+        parts = []
+        for rows in torch.split(inputs.reshape(-1, inputs.shape[-1]), LONGEST):
+            padded = F.pad(rows, (0, 0, 0, fitting_rows(len(rows)) - len(rows)))
+            parts.append(self(padded)[: len(rows)])
+        return torch.cat(parts).view(*inputs.shape[:-1], parts[0].shape[-1])
 
 
 def fitting_rows(count: int) -> int:
     """Round a number of rows up: any number up to 16, multiples of 8 up to 64, then multiples of 32."""
     step = 1 if count <= 16 else 8 if count <= 64 else 32
     return -(-count // step) * step
+
+
+_FITTING = {fitting_rows(count) for count in range(LONGEST + 1)}
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -71,15 +68,15 @@ def pack_linears(module: nn.Module) -> None:
     The faster form depends on the processor, the number of threads and the shape, so layers of each shape are timed for
     a fraction of a second. Subclasses of `nn.Linear` are not replaced, as they may do more than multiply.
     """
-    by_shape: dict[torch.Size, list[tuple[nn.Module, str]]] = {}
+    by_shape: dict[torch.Size, list[tuple[nn.Module, str, nn.Linear]]] = {}
     for parent in module.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                by_shape.setdefault(child.weight.shape, []).append((parent, name))
+                by_shape.setdefault(child.weight.shape, []).append((parent, name, child))
     for places in by_shape.values():
-        if packing_pays([cast(nn.Linear, getattr(parent, name)) for parent, name in places]):
-            for parent, name in places:
-                setattr(parent, name, PackedLinear(cast(nn.Linear, getattr(parent, name))))
+        if packing_pays([layer for _, _, layer in places]):
+            for parent, name, layer in places:
+                setattr(parent, name, PackedLinear(layer))
 
 
 def packing_pays(layers: Sequence[nn.Linear]) -> bool:
@@ -92,15 +89,17 @@ def packing_pays(layers: Sequence[nn.Linear]) -> bool:
         return False
     plain = layers[: -(-_COLD_BYTES // weight.nbytes)]
     packed = [PackedLinear(layer) for layer in plain]
-    ratio = 0.0
-    for rows in _TIMED_ROWS:
-        inputs = weight.new_ones(rows, weight.shape[1])
-        best = [min(times) for times in zip(*_time_rounds(inputs, plain, packed), strict=True)]
-        ratio += best[1] / best[0] / len(_TIMED_ROWS)
-    return ratio < 1
+    ratios: list[float] = []
+    for count in (1, 16):
+        inputs, end = weight.new_ones(count, weight.shape[1]), time.perf_counter() + _TIMED_S
+        rounds: list[tuple[float, float]] = []
+        while len(rounds) <= _LEAST_ROUNDS or time.perf_counter() < end:
+            rounds.append((_seconds(plain, inputs), _seconds(packed, inputs)))
+        of_plain, of_packed = map(min, zip(*rounds[1:], strict=True))  # the first round compiles programs
+        ratios.append(of_packed / of_plain)
+    return sum(ratios) < len(ratios)
 
 
-_TIMED_ROWS = (1, 16)
 _LEAST_BYTES = 1 << 20
 """Smaller layers are fast in either form, and calling a plain layer costs less."""
 _COLD_BYTES = 64 << 20
@@ -108,16 +107,8 @@ _TIMED_S = 0.05
 _LEAST_ROUNDS = 5
 
 
-def _time_rounds(inputs: Tensor, *forms: Sequence[nn.Module]) -> Iterator[list[float]]:
-    """Yield the seconds that each form's layers take per round, without the first round, which compiles programs."""
-    end, count = time.perf_counter() + _TIMED_S, -1
-    while count < _LEAST_ROUNDS or time.perf_counter() < end:
-        seconds = []
-        for layers in forms:
-            start = time.perf_counter()
-            for layer in layers:
-                layer(inputs)
-            seconds.append(time.perf_counter() - start)
-        count += 1
-        if count:
-            yield seconds
+def _seconds(layers: Sequence[nn.Module], inputs: Tensor) -> float:
+    start = time.perf_counter()
+    for layer in layers:
+        layer(inputs)
+    return time.perf_counter() - start

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -31,16 +31,15 @@ class ToolModel:
 
     If the tool has an answer, the answer's next token has probability 1 - eps and all other tokens share eps. If it has
     none, all tokens are equally probable. The answer is the one to the text so far, or the remainder of an answer at an
-    earlier character that the text has begun to spell. The latest such answer wins.
+    earlier character that the text has begun with. The latest such answer wins.
+
+    All methods raise a ToolFailure if the tool raises, hangs or returns something other than text.
 
     Args:
-        spec: the tool.
-        tokenizer: the base's tokenizer.
-        vocab_size: V, the size of the base's vocabulary.
+        tokenizer, vocab_size: those of the base.
 
-    Raises:
-        LoadError: the tool's function cannot be imported.
-        DataError: the tool's table cannot be read.
+    Attributes:
+        logprobs: in nats: of the answer's next token, of another token, of any token without an answer.
     """
 
     max_length = None
@@ -50,73 +49,53 @@ class ToolModel:
         self.name = name
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
+        self.logprobs = math.log1p(-spec.eps), math.log(spec.eps / max(vocab_size - 1, 1)), -math.log(vocab_size)
         self._tool = open_tool(spec)
-        self._tokens = lru_cache(1 << 16)(self._tokenize)
-
-    def _tokenize(self, text: str) -> list[int]:
-        """Tokens of a text that continues another; none if the vocabulary lacks them."""
-        token_ids = continuation_ids(self.tokenizer, text)
-        return [] if self.tokenizer.unk_token_id in token_ids else token_ids
-
-    @property
-    def logprobs(self) -> tuple[float, float, float]:
-        """Log-probabilities in nats: of the answer's next token, of another token, of any token without an answer."""
-        eps, others = self.spec.eps, max(self.vocab_size - 1, 1)
-        return math.log1p(-eps), math.log(eps / others), -math.log(self.vocab_size)
-
-    def close(self) -> None:
-        self._tool.close()
-
-    def remainder(self, text: str, answers: dict[int, Answer]) -> str | None:
-        """The text that follows `text` according to the tool; None if it abstains.
-
-        Args:
-            answers: length of a prefix of `text` -> the tool's answer to it. New answers are added.
-
-        Raises:
-            ToolFailure: the tool raised an exception, hung or returned something other than text.
-        """
-        return self._first_match(text, self._possible_answers(text, answers))
-
-    def _possible_answers(self, text: str, answers: dict[int, Answer]) -> Iterator[tuple[int, Answer]]:
-        """Yield positions at which an unfinished answer may have begun, latest first, with the tool's answers.
-
-        Answers are kept, so a tool that is too slow for one token gets further at the next.
-        """
-        due = time.monotonic() + CALLS_PER_TOKEN * self.spec.seconds
-        for at in range(len(text), max(len(text) - self.spec.max_answer, -1), -1):
-            if at not in answers:
-                if time.monotonic() > due:
-                    raise ToolFailure(
-                        f"{self.spec} took longer than {CALLS_PER_TOKEN * self.spec.seconds:g} s for one token; make "
-                        "it faster, or lower max_answer, which bounds its calls"
-                    )
-                (answers[at],) = self._tool.answers(text, [at])
-            yield at, answers[at]
-
-    def _first_match(self, text: str, answers: Iterable[tuple[int, Answer]]) -> str | None:
-        """The remainder of the first answer that the text has begun to spell."""
-        for at, answer in answers:
-            if isinstance(answer, ToolFailure):
-                raise answer
-            spelled = len(text) - at
-            if answer and spelled < min(len(answer), self.spec.max_answer) and answer.startswith(text[at:]):
-                return answer[spelled : self.spec.max_answer]
-        return None
+        self._tokens = lru_cache(1 << 16)(partial(continuation_ids, tokenizer))
 
     def next_token(self, read: TokenText, length: int, answers: dict[int, Answer]) -> int | None:
-        """The token after the first `length` tokens of `read`; None if the tool abstains.
-
-        Raises:
-            ToolFailure: the tool raised an exception, hung or returned something other than text.
-        """
+        """The token after the first `length` tokens of `read`, as `remainder`; None if the tool abstains."""
         whole = next(n for n in range(length, -1, -1) if read.whole(n))
         left = self.remainder(read.text[: read.end(whole)], answers)
         if left is None:
             return None
         token_ids, begun = self._tokens(left), read.token_ids[whole:length]  # tokens of an incomplete character
         fits = len(token_ids) > len(begun) and token_ids[: len(begun)] == begun
-        return token_ids[len(begun)] if fits else None
+        is_known = self.tokenizer.unk_token_id not in token_ids
+        return token_ids[len(begun)] if fits and is_known else None
+
+    def next_tokens(self, token_ids: Sequence[int], lengths: Sequence[int]) -> list[int | None]:
+        """The token after each prefix of a sequence, given by length; None where the tool abstains."""
+        read, answers = TokenText(self.tokenizer, token_ids), dict[int, Answer]()
+        return [self.next_token(read, length, answers) for length in lengths]
+
+    def remainder(self, text: str, answers: dict[int, Answer]) -> str | None:
+        """The text that follows `text` according to the tool; None if it abstains.
+
+        Args:
+            answers: length of a prefix of `text` -> the tool's answer to it. New answers are added, so a tool that is
+                too slow for one token gets further at the next.
+        """
+        limit = CALLS_PER_TOKEN * self.spec.seconds
+        due = time.monotonic() + limit
+        for at in range(len(text), max(len(text) - self.spec.max_answer, -1), -1):
+            if at not in answers:
+                if time.monotonic() > due:
+                    raise ToolFailure(
+                        f"{self.spec} took longer than {limit:g} s for one token; make it faster, or lower max_answer, "
+                        "which bounds its calls"
+                    )
+                (answers[at],) = self._tool(text, [at])
+            if left := self._left(text, at, answers[at]):
+                return left
+        return None
+
+    def _left(self, text: str, at: int, answer: Answer) -> str | None:
+        """What is left of the answer to text[:at], if the text goes on with its beginning."""
+        if isinstance(answer, ToolFailure):
+            raise answer
+        answer, begun = (answer or "")[: self.spec.max_answer], text[at:]
+        return answer.removeprefix(begun) or None if answer.startswith(begun) else None
 
     def logits(self, next_tokens: Sequence[int | None]) -> Tensor:
         """Log-probabilities of all tokens, shape (R, V), fp32."""
@@ -131,24 +110,21 @@ class ToolModel:
     def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Score the target tokens of one sequence.
 
-        A token counts as the answer's next token if it spells the next characters of the answer, or all of its
-        remainder and more, regardless of how the tokenizer would split the answer.
+        A token counts as the answer's next token if it has the next characters of the answer, or all of its remainder
+        and more, regardless of how the tokenizer would split the answer.
 
         Returns:
-            Shape (n,) each: log-probabilities in nats, fp32; whether the token is the answer's next, bool; whether the
-            tool abstains there, bool.
-
-        Raises:
-            ToolFailure: the tool raised an exception, hung or returned something other than text.
+            Shape (n,) each: log-probabilities in nats; whether the token is the answer's next; whether the tool
+            abstains there.
         """
         read = TokenText(self.tokenizer, token_ids)
         targets = [t for t in range(1, len(token_ids)) if is_target[t]]
         first = max(read.end(targets[0]) - self.spec.max_answer, 0)
         ends = range(first, read.end(targets[-1]) + 1)
-        answers = dict(zip(ends, self._tool.answers(read.text, ends), strict=True))
-        known = [(at, answer) for at, answer in reversed(answers.items()) if answer]
+        answers = dict(zip(ends, self._tool(read.text, ends), strict=True))
         hit, miss, unknown = self.logprobs
         scores = {None: unknown, False: miss, True: hit}
+        known = {at: answer for at, answer in reversed(answers.items()) if answer}
         matches = [self._matches(read, t, answers, known) for t in targets]
         return (
             torch.tensor([scores[each] for each in matches]),
@@ -156,37 +132,23 @@ class ToolModel:
             torch.tensor([each is None for each in matches]),
         )
 
-    def next_tokens(self, token_ids: Sequence[int], lengths: Sequence[int]) -> list[int | None]:
-        """The token after each prefix of a sequence, given by length; None where the tool abstains.
-
-        Raises:
-            ToolFailure: the tool raised an exception, hung or returned something other than text.
-        """
-        read, answers = TokenText(self.tokenizer, token_ids), dict[int, Answer]()
-        return [self.next_token(read, length, answers) for length in lengths]
-
-    def _matches(
-        self, read: TokenText, t: int, answers: dict[int, Answer], known: Sequence[tuple[int, Answer]]
-    ) -> bool | None:
-        """Whether token t is the answer's next token; None without an answer.
-
-        Args:
-            answers: length of a prefix -> the tool's answer.
-            known: the answers that are not empty, latest first.
-        """
+    def _matches(self, read: TokenText, t: int, answers: dict[int, Answer], known: Mapping[int, Answer]) -> bool | None:
+        """Whether token t is the answer's next; None without an answer. `known` has the answers that are not empty."""
         start, end = read.end(t), read.end(t + 1)
-        if read.whole(t) and read.whole(t + 1) and end > start:
-            near = ((at, answer) for at, answer in known if start - self.spec.max_answer < at <= start)
-            left, spelled = self._first_match(read.text[:start], near), read.text[start:end]
-            return None if left is None else left.startswith(spelled) or spelled.startswith(left)
-        token_id = self.next_token(read, t, answers)
-        return None if token_id is None else token_id == read.token_ids[t]
+        if not (read.whole(t) and read.whole(t + 1) and end > start):
+            token_id = self.next_token(read, t, answers)
+            return None if token_id is None else token_id == read.token_ids[t]
+        text, written = read.text[:start], read.text[start:end]
+        near = (self._left(text, at, known[at]) for at in known if start - self.spec.max_answer < at <= start)
+        left = next(filter(None, near), None)
+        return None if left is None else left.startswith(written) or written.startswith(left)
 
 
 class ToolRunner:
     """An `Assistant` that calls a tool instead of a model.
 
-    A failed call is logged with its text and counted, and the tool abstains.
+    A failed call is logged with its text and counted, and the tool abstains. A slot holds a text and the tool's answers
+    by length of the text.
     """
 
     max_length = None
@@ -198,12 +160,12 @@ class ToolRunner:
         self.model = model
         self.name = model.name
         self.usage = ModelUsage()
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, tuple[TokenText, dict[int, Answer]]] = {}
         self._count = 0
 
     def open(self, token_ids: Sequence[int] = ()) -> int:
         slot, self._count = self._count, self._count + 1
-        self._slots[slot] = _Slot(TokenText(self.model.tokenizer))
+        self._slots[slot] = TokenText(self.model.tokenizer), {}
         return slot
 
     def close(self, slot: int, *, wipe: bool = False) -> None:
@@ -213,51 +175,32 @@ class ToolRunner:
         """Do nothing, because closed slots keep no content."""
 
     def length(self, slot: int) -> int:
-        return len(self._slots[slot].read)
+        return len(self._slots[slot][0])
 
     def rollback(self, slot: int, length: int) -> None:
-        self._slots[slot].cut(length)
+        read, answers = self._slots[slot]
+        read.cut(length)
+        for end in [end for end in answers if end > len(read.text)]:
+            del answers[end]
 
     def extend(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None = None) -> ModelOutput:
-        """Read the unread tokens of each slot, and call the tool after each of the last ones.
-
-        Args:
-            unseen: slot -> token ids to append.
-            keep: slot -> number of its last new tokens to return output for; defaults to 1.
-
-        Returns:
-            The output of each slot's last tokens, slot by slot in the order of `unseen`.
-        """
+        """Append tokens to each slot. Returns the output after its last `keep` tokens, by default 1, slot by slot."""
         next_tokens = []
         for slot, token_ids in unseen.items():
-            state = self._slots[slot]
+            read, answers = self._slots[slot]
             for token_id in token_ids:
-                state.read.push(token_id)
-            length = len(state.read)
-            count = keep[slot] if keep else 1
-            next_tokens += [self._ask(state, n) for n in range(length - count + 1, length + 1)]
+                read.push(token_id)
+            first = len(read) - (keep[slot] if keep else 1) + 1
+            next_tokens += [self._next_token(read, length, answers) for length in range(first, len(read) + 1)]
         return ModelOutput(self.model.logits(next_tokens), abstained=[token_id is None for token_id in next_tokens])
 
-    def _ask(self, state: _Slot, length: int) -> int | None:
+    def _next_token(self, read: TokenText, length: int, answers: dict[int, Answer]) -> int | None:
         self.usage.calls += 1
         try:
-            token_id = self.model.next_token(state.read, length, state.answers)
+            token_id = self.model.next_token(read, length, answers)
         except ToolFailure as failure:
             _LOG.warning("%s", failure)
             self.usage.failed += 1
             return None
         self.usage.abstained += token_id is None
         return token_id
-
-
-class _Slot:
-    """One sequence: its text, and the tool's answers by length of the text."""
-
-    def __init__(self, read: TokenText) -> None:
-        self.read = read
-        self.answers: dict[int, Answer] = {}
-
-    def cut(self, length: int) -> None:
-        self.read.cut(length)
-        for end in [end for end in self.answers if end > len(self.read.text)]:
-            del self.answers[end]

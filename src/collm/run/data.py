@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.loading import ModelSpec, load_tokenizer
-from collm.models.members import AssistantSpec, aligned
+from collm.models.loading import load_tokenizer
+from collm.models.members import aligned
 from collm.run.options import RunConfig
 from collm.text.alignment import Alignment
 from collm.text.template import PromptTemplate
@@ -69,9 +69,10 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     tokenizer = load_tokenizer(config.base_model)
     for spec in config.assistants:
         if isinstance(spec, ToolSpec):
-            open_tool(spec).close()
+            open_tool(spec)
     template = config.prompt_template(tokenizer, config.base_model, rows)
-    alignment = alignment_of(config.base_model, config.assistants, tokenizer, template, config.accept_differences)
+    accepted = config.accept_differences
+    alignment = aligned(config.base_model, config.assistants, tokenizer, template, accept_differences=accepted)
     examples = encode(rows, template, tokenizer, alignment, max_length=args.max_length)
     evaluation = None
     if args.eval_strategy != "no":
@@ -79,22 +80,6 @@ def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     are_chats = {row.messages is not None for row in rows}
     kind = " and ".join(name for name, is_chat in (("prompts", False), ("chats", True)) if is_chat in are_chats)
     return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad, kind, alignment)
-
-
-def alignment_of(
-    base: ModelSpec,
-    assistants: Sequence[AssistantSpec],
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
-    accept_differences: Sequence[str],
-) -> Alignment | None:
-    """The alignment of models that are not loaded; None if they share the base's tokenizer.
-
-    Raises:
-        MismatchError: the models do not fit together.
-    """
-    own = [load_tokenizer(spec) if isinstance(spec, ModelSpec) else tokenizer for spec in assistants]
-    return aligned(base, assistants, [tokenizer, *own], template, accept_differences=accept_differences)
 
 
 def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:

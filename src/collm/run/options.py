@@ -13,8 +13,8 @@ from collm.core.types import author_name
 from collm.errors import ConfigError
 from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, check_rates, check_refine
 from collm.evaluation.metrics import metric_named
-from collm.models.loading import ModelSpec, stop_ids
-from collm.models.members import AssistantSpec
+from collm.models.loading import ModelSpec
+from collm.models.members import AssistantSpec, stop_ids
 from collm.text.guards import check_accepted
 from collm.text.template import PromptTemplate
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
@@ -154,7 +154,7 @@ class RunConfig(DataConfig):
         tools = [spec for spec in self.assistants if isinstance(spec, ToolSpec)]
         if self.tool_eps is not None and not tools:
             raise ConfigError("tool_eps has no effect without a tool among the assistants; leave it out")
-        if self.tool_seconds is not None and not any(tool.foreign for tool in tools):
+        if self.tool_seconds is not None and not any(tool.is_user_function for tool in tools):
             raise ConfigError("tool_seconds has no effect without a Python function as an assistant; leave it out")
         if self.assistant_quantization is not None and len(tools) == len(self.assistant):
             raise ConfigError("assistant_quantization has no effect if all assistants are tools; leave it out")

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from collm.errors import ConfigError
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
-from collm.models.members import AssistantSpec
+from collm.models.members import AssistantSpec, aligned
 from collm.models.tools import ToolModel
-from collm.run.data import Prepared, alignment_of, prepare
+from collm.run.data import Prepared, prepare
 from collm.run.options import DataConfig, RunConfig
 from collm.text.guards import ACCEPTABLE, TokenizerIdentity
 from collm.tools.spec import ToolSpec
@@ -148,7 +148,7 @@ def score_data(
     tokenizer = load_tokenizer(base)
     rows = config.rows(config.data, config.data_split)
     template = config.prompt_template(tokenizer, base, rows)
-    alignment = alignment_of(base, [spec], tokenizer, template, ACCEPTABLE)
+    alignment = aligned(base, [spec], tokenizer, template, accept_differences=ACCEPTABLE)
     examples = encode(rows, template, tokenizer, alignment, max_length=max_length)
     own = tokenizer if alignment is None else alignment.tokenizers[1].tokenizer
     return score(examples.read_by(1), spec, out, own, max_batch_tokens=max_batch_tokens, server=server)

@@ -21,10 +21,10 @@ from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ConfigError, MissingExtra
+from collm.models.checks import quantized_with
 from collm.models.language_model import LanguageModel
 from collm.models.loading import load_config, load_model
 from collm.models.names import names_gguf
-from collm.models.quantized import quantized_with
 from collm.redaction import redacted_command, redacted_options, visible
 from collm.run.calibrate import Validation
 from collm.run.data import Prepared, prepare

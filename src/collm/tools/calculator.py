@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from itertools import accumulate
 from typing import NamedTuple
 
 _CONTEXT_CHARS = 500  # characters at the end of the text to read
@@ -28,6 +31,9 @@ _BELONGS_TO_MORE = re.compile(r"[\^√\\%]\s*\Z|[\d%)]\s*of\s+\Z")  # the expres
 _SPLIT = re.compile(r"\d(?:,\s+\d{3}|:\d\d)(?!\d)")  # a split number such as 14, 400, or a time of day
 _STACKED = re.compile(r"/\s+[$€£]?[\d.,]+/")  # 2 / 3/4 means 2 / (3/4)
 
+_ADJACENT = re.compile(r"[n)][n(]")  # in kinds of tokens
+_NO_EXPRESSION = re.compile(r"(?<![n)])-(?![n(])|x-")  # two minuses before a number, or 2x - 3, where x is a variable
+
 _WRITTEN_NUMBER = re.compile(rf"-?{_NUMBER}\Z", re.ASCII)
 _MARKS = re.compile(r"<<[^<>]*>>")
 _RESULT = re.compile(rf"=[ ]?[$€£]?-?({_NUMBER})", re.ASCII)
@@ -43,11 +49,12 @@ def calculator(text: str, *, plain: bool = True) -> str | None:
     After `<<48/2=` follows `24>>24`, and after `<<2/3=.66>>` follows `.66`. Outside of marks, ` 24` follows `48 / 2 =`,
     `24` follows `48/2=` and `48/2= `, and `0.20` follows `12 / 60 = $`.
 
-    An expression consists of + - * / (or x and other common signs), parentheses, a minus before a number or a
-    parenthesis, decimals (`.5`), thousands commas, percent (20% is 0.2), and $ € £ before a number. It has at most 200
-    characters, numbers of 30 digits and 20 nested parentheses. In a mark it may be a single number or begin with a
-    plus. Outside of marks it is the longest one on the line before the `=` that has an operation or a percent sign. It
-    must not continue something that is not a number (`3 apples + 4 =`), nor directly follow a word, number or power.
+    An expression consists of numbers, + - * / (or x and other common signs), parentheses, and minuses before a number
+    or a parenthesis. Numbers may be decimals (`.5`), have thousands commas, percent (20% is 0.2) and $ € £. It has at
+    most 200 characters, numbers of 30 digits and 20 nested parentheses. In a mark it may be a single number or begin
+    with a plus. Outside of marks it is the longest one on the line before the `=` that has an operation or a percent
+    sign. It must not continue something that is no number (`3 apples + 4 =`), nor directly follow a word, number or
+    power.
 
     The result is exact with up to 8 decimals. A longer one is rounded half up to two decimals, below 0.1 to two
     significant digits. Outside of marks it has the unit of the expression: $ for $5 * 3, none for $6 / $2, and % for
@@ -56,10 +63,6 @@ def calculator(text: str, *, plain: bool = True) -> str | None:
     Numbers have the style of the last 500 characters: thousands commas, outside of marks, if the last number of four
     digits or more has them; `.5` or `0.5` like the last decimal below one; no trailing zeros, but two decimals for
     money that has any, or that follows a result such as 4.50 or, if the expression has no decimals, such as $4.50.
-
-    Of the results in GSM8K's marks, given the question and the answer before the mark, 99.2% are reproduced exactly
-    (23,518 of 23,716; in the test set 4,239 of 4,282), and 98.3% (98.2%) including the number after the mark. The rules
-    of style were chosen on both sets.
 
     Args:
         text: the text so far.
@@ -81,18 +84,21 @@ def calculator(text: str, *, plain: bool = True) -> str | None:
 def _marked(before: str, inside: str) -> str | None:
     """The remainder of a mark and the number after it; for a complete mark only if its result is correct."""
     expression, equals, stated = inside.removesuffix(">>").partition("=")
-    result = _evaluate(_tokens(expression.removeprefix("+"))) if equals and len(expression) <= _MAX_EXPRESSION else None
+    if not equals or len(expression) > _MAX_EXPRESSION:
+        return None
+    kinds, _, quantities = _tokens(expression.removeprefix("+"))
+    result = _evaluate(kinds, quantities)
     if result is None:
         return None
-    style = _Style.of(before, expression)
     if not inside.endswith(">>"):
-        written = None if stated else style.write(result.value, money=before.endswith(_MONEY))
-        return None if written is None else f"{written}>>{style.outside(written)}"
+        written = None if stated else _write(result.value, before, expression, money=before.endswith(_MONEY))
+        return None if written is None else f"{written}>>{_with_commas(written, before)}"
     if len(stated) > 2 * _MAX_DIGITS or not _WRITTEN_NUMBER.match(stated):
         return None
     number = stated.replace(",", "")
     places, error = len(number.partition(".")[2]), abs(Fraction(number) - result.value)
-    return style.outside(stated) if error == 0 or (places >= 2 and error < Fraction(1, 10**places)) else None
+    is_right = error == 0 or (places >= 2 and error < Fraction(1, 10**places))
+    return _with_commas(stated, before) if is_right else None
 
 
 def _after_equals(context: str, line: str) -> str | None:
@@ -102,25 +108,24 @@ def _after_equals(context: str, line: str) -> str | None:
     if not before.endswith(tuple("0123456789)%")):
         return None
     since = max(len(before) - _MAX_EXPRESSION, 0)
-    tokens = _tokens(before, since)
-    start = _start(tokens, before)
+    kinds, places, quantities = _tokens(before, since)
+    start = _start(kinds, places, before)
     if start is None or (start == 0 and since > 0):
         return None
-    expression = before[tokens[start].at :]
-    result = _evaluate(tokens[start:])
-    alone = sum(token.quantity is not None for token in tokens[start:]) < 2
-    if result is None or (alone and not result.percent) or _STACKED.search(expression):
+    expression, count = before[places[start] :], kinds.count("n", start)
+    result = _evaluate(kinds[start:], quantities[len(quantities) - count :])
+    if result is None or (count == 1 and not result.percent) or _STACKED.search(expression):
         return None
-    percent = result.percent and not alone
+    percent = result.percent and count > 1
     if given and (percent or result.money not in ("", given)):
         return None
-    style = _Style.of(context, expression)
-    written = style.write(result.value * 100 if percent else result.value, money=bool(given or result.money))
+    value, is_money = result.value * 100 if percent else result.value, bool(given or result.money)
+    written = _write(value, context, expression, money=is_money)
     if written is None:
         return None
     space = " " if prefix != before and not suffix else ""
     minus = "-" if written.startswith("-") else ""
-    number = style.outside(written.removeprefix("-"))
+    number = _with_commas(written.removeprefix("-"), context)
     return f"{space}{minus}{'' if given else result.money}{number}{'%' if percent else ''}"
 
 
@@ -133,6 +138,9 @@ class _Quantity(NamedTuple):
 
     def plus(self, other: _Quantity) -> _Quantity:
         return _Quantity(self.value + other.value, self._money(other), self.percent and other.percent)
+
+    def minus(self, other: _Quantity) -> _Quantity:
+        return self.plus(other._replace(value=-other.value))
 
     def times(self, other: _Quantity) -> _Quantity:
         money = self._money(other)
@@ -149,151 +157,98 @@ class _Quantity(NamedTuple):
         return self.money or other.money
 
 
-class _Token(NamedTuple):
-    """A number, a sign, or anything else, which has neither a quantity nor a sign."""
-
-    at: int
-    sign: str
-    quantity: _Quantity | None
-
-    @property
-    def begins(self) -> bool:
-        return self.quantity is not None or self.sign == "("
-
-    @property
-    def ends(self) -> bool:
-        return self.quantity is not None or self.sign == ")"
-
-
-def _tokens(text: str, since: int = 0) -> list[_Token]:
-    """Tokenise the text from position `since` on, without white space."""
-    tokens = []
+def _tokens(text: str, since: int = 0) -> tuple[str, list[int], list[_Quantity]]:
+    """The tokens of a text: their kinds (n for a number, ? for no sign), their positions, and the numbers."""
+    kinds, places, quantities = "", [], []
     for match in _TOKEN.finditer(text, since):
-        number, sign = match["number"], match["sign"] or ""
-        quantity = None
+        if match[0].isspace():
+            continue
+        number, kind = match["number"], (match["sign"] or "?").lower()
         if number and len(number) <= _MAX_DIGITS and not re.match(r"0\d", number):
-            value, percent = Fraction(number.replace(",", "")), match["percent"] is not None
-            quantity = _Quantity(value / 100 if percent else value, (match["money"] or "").strip(), percent)
-        if not match[0].isspace():
-            tokens.append(_Token(match.start(), sign.lower(), quantity))
-    return tokens
+            value, percent, kind = Fraction(number.replace(",", "")), match["percent"] is not None, "n"
+            quantities.append(_Quantity(value / 100 if percent else value, (match["money"] or "").strip(), percent))
+        kinds += kind
+        places.append(match.start())
+    return kinds, places, quantities
 
 
-def _start(tokens: list[_Token], text: str) -> int | None:
+def _start(kinds: str, places: list[int], text: str) -> int | None:
     """Index of the first token of the longest expression at the end; None if there is none."""
-    start = _run(tokens)
-    if start is None:
+    depth, start = 0, len(kinds)
+    while start > 0 and kinds[start - 1] != "?":
+        if depth == 0 and _ADJACENT.match(kinds, start - 1):
+            break
+        depth += {")": 1, "(": -1}.get(kinds[start - 1], 0)
+        if depth < 0:
+            break
+        start -= 1
+    if start == len(kinds) or depth > 0:
         return None
-    if not tokens[start].begins and _ITEM.match(text[: tokens[start + 1].at]):
+    if kinds[start] not in "n(" and _ITEM.match(text[: places[start + 1]]):
         start += 1
-    first = tokens[start]
-    prefix = text[: first.at]
-    if start > 0 and tokens[start - 1].ends and not _ITEM.match(prefix):
+    prefix = text[: places[start]]
+    if start > 0 and kinds[start - 1] in "n)" and not _ITEM.match(prefix):
         return None
     attached = prefix and not prefix[-1].isspace() and prefix[-1] not in _MAY_PRECEDE
     if attached or _BELONGS_TO_MORE.search(prefix) or _SPLIT.match(text, len(prefix.rstrip()) - 2):
         return None
-    if first.sign == "-":
-        prefix = prefix.rstrip()
-        negative = tokens[start + 1].at == first.at + 1 and (not prefix or prefix[-1] in _MAY_PRECEDE)
-        return start if negative else None
-    return start if first.begins else None
+    before = prefix.rstrip()[-1:]
+    is_negative = kinds[start] == "-" and places[start + 1] == places[start] + 1 and before in _MAY_PRECEDE
+    return start if is_negative or kinds[start] in "n(" else None
 
 
-def _run(tokens: list[_Token]) -> int | None:
-    """Index of the first token of the longest run of numbers and signs at the end with balanced parentheses."""
-    depth, start = 0, len(tokens)
-    while start > 0:
-        token = tokens[start - 1]
-        between = depth == 0 and token.ends and start < len(tokens) and tokens[start].begins
-        if between or not (token.sign or token.quantity):
-            break
-        depth += (token.sign == ")") - (token.sign == "(")
-        if depth < 0:
-            break
-        start -= 1
-    return start if start < len(tokens) and depth <= 0 else None
-
-
-def _evaluate(tokens: list[_Token]) -> _Quantity | None:
-    """Evaluate the tokens; None unless they are a single expression."""
-    left = [_Token(0, "", None), *reversed(tokens)]
-    try:
-        result = _sum(left, 0)
-    except (ValueError, ZeroDivisionError):
+def _evaluate(kinds: str, quantities: list[_Quantity]) -> _Quantity | None:
+    """The value of an expression, which is read as one of Python; None if these tokens are none."""
+    nesting = accumulate((kind == "(") - (kind == ")") for kind in kinds)
+    if _NO_EXPRESSION.search(kinds) or max(nesting, default=0) > _MAX_DEPTH:
         return None
-    return result if len(left) == 1 else None
+    left = iter(quantities)
+
+    def value(node: ast.expr) -> _Quantity:
+        match node:
+            case ast.Name():
+                return next(left)
+            case ast.UnaryOp(op=ast.USub()):
+                number = value(node.operand)
+                return number._replace(value=-number.value)
+            case ast.BinOp() if type(node.op) in _OPERATIONS:
+                return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError
+
+    try:
+        return value(ast.parse(" ".join(kinds.replace("x", "*")), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
 
 
-def _sum(left: list[_Token], depth: int) -> _Quantity:
-    """Parse a sum from the end of `left`, which holds the remaining tokens in reverse order."""
-    result = _product(left, depth)
-    while (sign := left[-1].sign) in ("+", "-"):
-        left.pop()
-        term = _product(left, depth)
-        result = result.plus(term if sign == "+" else term._replace(value=-term.value))
-    return result
+_OPERATIONS: dict[type[ast.operator], Callable[[_Quantity, _Quantity], _Quantity]] = {
+    ast.Add: _Quantity.plus,
+    ast.Sub: _Quantity.minus,
+    ast.Mult: _Quantity.times,
+    ast.Div: _Quantity.over,
+}
 
 
-def _product(left: list[_Token], depth: int) -> _Quantity:
-    result = _factor(left, depth)
-    while (sign := left[-1].sign) in ("*", "/", "x"):
-        left.pop()
-        if sign == "x" and left[-1].sign == "-":  # as in 2x - 3, where x is a variable
-            raise ValueError
-        factor = _factor(left, depth)
-        result = result.over(factor) if sign == "/" else result.times(factor)
-    return result
+def _write(value: Fraction, text: str, expression: str, *, money: bool) -> str | None:
+    """Format a number in the style of the last ones of the text, without commas; None if it has too many digits."""
+    places = next((n for n in range(_MAX_PLACES + 1) if (value * 10**n).denominator == 1), None)
+    if places is None:
+        places = next((n for n in range(2, _MAX_PLACES) if abs(value) * 10**n >= 10), _MAX_PLACES)
+    if money and places < 2:
+        amounts = [] if "." in expression else _AMOUNT.findall(_MARKS.sub("", text))[-1:]
+        has_cents = any(_CENTS.search(amount) for amount in _RESULT.findall(text)[-1:] + amounts)
+        places = 2 if places or has_cents else 0
+    scaled = int(abs(value) * 10**places + Fraction(1, 2))
+    whole, decimals = divmod(scaled, 10**places)
+    if whole >= 10**_MAX_DIGITS or (value and not scaled):
+        return None
+    below_one = ["0", *_BELOW_ONE.findall(text + expression)]
+    digits = str(whole) if whole or not places else below_one[-1]
+    return f"{'-' if value < 0 else ''}{digits}{f'.{decimals:0{places}}' if places else ''}"
 
 
-def _factor(left: list[_Token], depth: int) -> _Quantity:
-    token = left.pop()
-    if token.quantity is not None:
-        return token.quantity
-    if token.sign == "-" and left[-1].begins:
-        number = _factor(left, depth)
-        return number._replace(value=-number.value)
-    if token.sign == "(" and depth < _MAX_DEPTH:
-        result = _sum(left, depth + 1)
-        if left.pop().sign == ")":
-            return result
-    raise ValueError
-
-
-class _Style(NamedTuple):
-    """The style of numbers."""
-
-    cents: bool
-    zero: bool
-    commas: bool
-
-    @classmethod
-    def of(cls, text: str, expression: str) -> _Style:
-        """The style of the last numbers in the text."""
-        outside = _MARKS.sub("", text)
-        below_one, thousands = _BELOW_ONE.findall(text + expression), _THOUSANDS.findall(outside)
-        amounts = _RESULT.findall(text)[-1:] + ([] if "." in expression else _AMOUNT.findall(outside)[-1:])
-        return cls(
-            cents=any(_CENTS.search(amount) for amount in amounts),
-            zero=not below_one or below_one[-1] == "0",
-            commas=bool(thousands) and thousands[-1] != "",
-        )
-
-    def write(self, value: Fraction, *, money: bool) -> str | None:
-        """Format a number without commas; None if it has too many digits."""
-        places = next((n for n in range(_MAX_PLACES + 1) if (value * 10**n).denominator == 1), None)
-        if places is None:
-            places = next((n for n in range(2, _MAX_PLACES) if abs(value) * 10**n >= 10), _MAX_PLACES)
-        if money and places < 2 and (places or self.cents):
-            places = 2
-        scaled = int(abs(value) * 10**places + Fraction(1, 2))
-        whole, decimals = divmod(scaled, 10**places)
-        if whole >= 10**_MAX_DIGITS or (value and not scaled):
-            return None
-        digits = "" if whole == 0 and places and not self.zero else str(whole)
-        return f"{'-' if value < 0 else ''}{digits}{f'.{decimals:0{places}}' if places else ''}"
-
-    def outside(self, written: str) -> str:
-        """Add the commas that a formatted number has outside of marks."""
-        whole, point, decimals = written.partition(".")
-        return f"{int(whole):,}{point}{decimals}" if self.commas and whole.isdigit() else written
+def _with_commas(written: str, text: str) -> str:
+    """Add the commas that a formatted number has outside of marks."""
+    thousands = ["", *_THOUSANDS.findall(_MARKS.sub("", text))]
+    whole, point, decimals = written.partition(".")
+    return f"{int(whole):,}{point}{decimals}" if thousands[-1] and whole.isdigit() else written

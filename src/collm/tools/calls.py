@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from collm.errors import LoadError, ToolFailure
 from collm.tools import worker
@@ -26,50 +26,26 @@ _QUOTED_CHARS = 80  # characters of the prefix in error messages
 
 Answer = str | ToolFailure | None
 """The text that follows, None if the tool abstains, or the failure of the call."""
-
-
-class Tool(Protocol):
-    """A tool that can be called."""
-
-    def answers(self, text: str, ends: Sequence[int]) -> list[Answer]:
-        """The answer to text[:end] for each end. A failed call does not affect the others."""
-        ...
-
-    def close(self) -> None: ...
+Tool = Callable[[str, Sequence[int]], list[Answer]]
+"""A text and ends -> the answer to text[:end] for each end. A failed call does not affect the others."""
 
 
 def open_tool(spec: ToolSpec) -> Tool:
-    """Create the tool of a spec.
-
-    Raises:
-        LoadError: its function cannot be imported.
-        DataError: its table cannot be read.
-    """
-    if spec.foreign:
-        return IsolatedTool(spec)
-    if spec.table is not None:
-        return BuiltInTool(Lookup(spec.table))
-    return BuiltInTool(partial(calculator, plain=spec.argument != "marks"))
+    """Create the tool of a spec. Raises a LoadError for a function, and a DataError for a table."""
+    if spec.is_user_function:
+        return IsolatedTool(spec).answers
+    return in_process(Lookup(spec.table) if spec.table else partial(calculator, plain=spec.argument != "marks"))
 
 
-class BuiltInTool:
-    """A built-in function, which takes bounded time for any text."""
-
-    def __init__(self, function: ToolFunction) -> None:
-        self._function = function
-
-    def answers(self, text: str, ends: Sequence[int]) -> list[Answer]:
-        return [self._function(text[:end]) for end in ends]
-
-    def close(self) -> None:
-        """Do nothing, because there are no resources to release."""
+def in_process(function: ToolFunction) -> Tool:
+    """Call a function that takes bounded time for any text."""
+    return lambda text, ends: [function(text[:end]) for end in ends]
 
 
 class IsolatedTool:
     """A user function in a separate process, so that it cannot hang this process or use its pipes.
 
-    Args:
-        spec: the spec of the function.
+    The process ends with this object. One that is lost is replaced.
 
     Raises:
         LoadError: the function cannot be imported.
@@ -77,30 +53,26 @@ class IsolatedTool:
 
     def __init__(self, spec: ToolSpec) -> None:
         self.spec = spec
-        self._buffer = b""
         self._start()
 
     def answers(self, text: str, ends: Sequence[int]) -> list[Answer]:
         answers: list[Answer] = []
         while len(answers) < len(ends):
-            self._send({"text": text, "ends": list(ends[len(answers) :])})
-            while len(answers) < len(ends):
-                prefix = text[: ends[len(answers)]]
+            left = ends[len(answers) :]
+            self._send({"text": text, "ends": list(left)})
+            for end in left:
                 reply = self._receive(self.spec.seconds)
-                if isinstance(reply, _Lost):
-                    self.close()
+                if isinstance(reply, dict):
+                    prefix = text[:end] if end <= _QUOTED_CHARS else "..." + text[end - _QUOTED_CHARS : end]
+                    reply = ToolFailure(f"{self.spec} {reply['failed']}; the text so far ends with {prefix!r}")
+                answers.append(reply)
+                if not self._stop.alive:
                     self._start()
-                    answers.append(self._failure(reply.why, prefix))
                     break
-                answers.append(self._failure(reply["failed"], prefix) if isinstance(reply, dict) else reply)
         return answers
 
     def close(self) -> None:
         self._stop()
-
-    def _failure(self, why: str, prefix: str) -> ToolFailure:
-        quoted = prefix if len(prefix) <= _QUOTED_CHARS else "..." + prefix[-_QUOTED_CHARS:]
-        return ToolFailure(f"{self.spec} {why}; the text so far ends with {quoted!r}")
 
     def _start(self) -> None:
         self._buffer = b""
@@ -108,17 +80,15 @@ class IsolatedTool:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._stop = weakref.finalize(self, _stop, self._process)
         self._send(sys.path)
-        reply = self._receive(START_SECONDS)
-        if reply is not None:
+        if (reply := self._receive(START_SECONDS)) is not None:
             self.close()
-            why = reply.why if isinstance(reply, _Lost) else reply["failed"]
-            raise LoadError(f"could not load {self.spec}: it {why}; {HOW_TO_FIND}")
+            raise LoadError(f"could not load {self.spec}: it {reply['failed']}; {HOW_TO_FIND}")
 
     def _send(self, content: object) -> None:
         self._unsent = memoryview(json.dumps(content).encode() + b"\n")
 
     def _receive(self, seconds: float) -> Any:
-        """Send the rest of the request and read the next reply, or return `_Lost` with the reason why there is none."""
+        """Send the rest of the request, and read the next reply of `worker`. A process without one is stopped."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         requests, replies = self._process.stdin.fileno(), self._process.stdout.fileno()
@@ -131,7 +101,8 @@ class IsolatedTool:
             left = deadline - time.monotonic()
             ready = dict(poll.poll(left * 1000)) if left > 0 else {}
             if not ready:
-                return _Lost(f"did not answer within {seconds:g} s")
+                self.close()
+                return {"failed": f"did not answer within {seconds:g} s"}
             if requests in ready:
                 try:
                     self._unsent = self._unsent[os.write(requests, self._unsent[: select.PIPE_BUF]) :]
@@ -141,22 +112,14 @@ class IsolatedTool:
                 piece = os.read(replies, 1 << 16)
                 if not piece:
                     with suppress(subprocess.TimeoutExpired):
-                        return _Lost(f"ended its process with status {self._process.wait(left)}")
+                        status = self._process.wait(left)
+                        self.close()
+                        return {"failed": f"ended its process with status {status}"}
                 self._buffer += piece
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 
 
-class _Lost:
-    """A missing reply."""
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-
-
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        pipe.close()
+    with process:  # closes the pipes and waits
+        process.kill()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from collm.errors import ConfigError, LoadError
 
 PREFIX = "tool:"
 BUILT_IN = ("calculator", "lookup")
+HOW_TO_FIND = "check the name, or add its directory to PYTHONPATH"
 
 ToolFunction = Callable[[str], "str | None"]
 """The text so far -> the text that follows, or None to abstain."""
@@ -41,15 +42,19 @@ class ToolSpec:
     max_answer: int = 64
 
     def __post_init__(self) -> None:
-        _require(0 < self.eps < 1, "eps", self.eps, "a number between 0 and 1")
-        _require(self.seconds > 0, "seconds", self.seconds, "a number above 0")
-        _require(self.max_answer >= 1, "max_answer", self.max_answer, "at least 1 character")
+        def require(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} of a tool is {getattr(self, name)!r}, expected {expected}")
+
+        require(0 < self.eps < 1, "eps", "a number between 0 and 1")
+        require(self.seconds > 0, "seconds", "a number above 0")
+        require(self.max_answer >= 1, "max_answer", "at least 1 character")
         if self.name == "lookup":
-            _require(self.argument is not None, "argument", None, "a table: tool:lookup:facts.csv")
+            require(self.argument is not None, "argument", "a table: tool:lookup:facts.csv")
         elif self.name == "calculator":
-            _require(self.argument in (None, "marks"), "argument", self.argument, "'marks' or none")
-        elif self.foreign:
-            _require(self.argument is None, "argument", self.argument, "none")
+            require(self.argument in (None, "marks"), "argument", "'marks' or none")
+        elif self.is_user_function:
+            require(self.argument is None, "argument", "none")
         else:
             raise ConfigError(
                 f"there is no tool {self.name!r}; expected {', '.join(BUILT_IN)}, or your own function as "
@@ -59,12 +64,13 @@ class ToolSpec:
     @classmethod
     def parse(cls, text: str, **options: Any) -> ToolSpec:
         """Parse "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"."""
-        name, _, rest = text.removeprefix(PREFIX).partition(":")
-        if name == "lookup" and rest:
-            rest = str(Path(rest).resolve())
-        if name in BUILT_IN:
-            return cls(name, rest or None, **options)
-        return cls(text.removeprefix(PREFIX), **options)
+        text = text.removeprefix(PREFIX)
+        name, _, argument = text.partition(":")
+        if name not in BUILT_IN:
+            return cls(text, **options)
+        return cls(
+            name, str(Path(argument).resolve()) if name == "lookup" and argument else argument or None, **options
+        )
 
     @classmethod
     def of(cls, function: ToolFunction, **options: Any) -> ToolSpec:
@@ -85,7 +91,7 @@ class ToolSpec:
         return PREFIX + self.name + (f":{self.argument}" if self.argument is not None else "")
 
     @property
-    def foreign(self) -> bool:
+    def is_user_function(self) -> bool:
         """Whether the tool is a user function."""
         module, _, function = self.name.partition(":")
         return all(part.isidentifier() for part in [*module.split("."), function])
@@ -95,21 +101,22 @@ class ToolSpec:
         """The file that the tool reads, if any."""
         return Path(str(self.argument)) if self.name == "lookup" else None
 
-    def with_table(self, path: Path) -> ToolSpec:
-        """This spec with another table."""
-        return replace(self, argument=str(path))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that are set, for JSON."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
     def identity(self) -> dict[str, Any]:
         """The properties that the tool's scores depend on, with a digest of its table or source file.
 
         Raises:
             LoadError: the file or module does not exist.
         """
-        path = self.table or _source(self.name.partition(":")[0] if self.foreign else f"collm.tools.{self.name}")
+        path = self.table
+        if path is None:
+            module, why = self.name.partition(":")[0] if self.is_user_function else f"collm.tools.{self.name}", ""
+            try:
+                source = getattr(find_spec(module), "origin", None)
+            except (ImportError, ValueError) as error:
+                source, why = None, f": {error}"
+            if source is None:
+                raise LoadError(f"could not find the module {module!r}{why}; {HOW_TO_FIND}")
+            path = Path(source)
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
@@ -118,27 +125,9 @@ class ToolSpec:
         return {"path": described, "revision": None, "dtype": None, "quantization": None, "weights": digest}
 
 
-def _source(module: str) -> Path:
-    try:
-        found = find_spec(module)
-    except (ImportError, ValueError) as error:
-        raise LoadError(f"could not find the module {module!r}: {error}; {HOW_TO_FIND}") from error
-    if found is None or found.origin is None:
-        raise LoadError(f"could not find the module {module!r}; {HOW_TO_FIND}")
-    return Path(found.origin)
-
-
-HOW_TO_FIND = "check the name, or add its directory to PYTHONPATH"
-
-
 def not_trusted(where: object, name: str) -> str:
     """Error message for a file that names a user function without the user's consent to run it."""
     return (
         f"{where} would run {name}, which is not part of collm; if you trust this code, pass --trust-code "
         "(trust_code=True)"
     )
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} of a tool is {value!r}, expected {expected}")

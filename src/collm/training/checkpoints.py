@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ArtefactError, ConfigError
-from collm.models.loading import ModelSpec, load_with_adapter
+from collm.models.loading import ModelSpec, load_with_adapter, quiet_if_small
 from collm.models.members import spec_of
-from collm.models.progress import quiet_if_small
 from collm.training.module import JointModule
 
 HEAD = "head.safetensors"

@@ -13,7 +13,7 @@ from collm.core.objective import deferral_cost, marginal_logprobs
 from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError, MismatchError, MissingExtra
 from collm.models.language_model import LanguageModel
-from collm.models.progress import quiet_if_small
+from collm.models.loading import quiet_if_small
 from collm.training.config import CoLLMConfig
 from collm.training.fused import marginal_nll_sum
 from collm.training.targets import needs_logits, read_segments, read_targets, scatter
