@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from collm.errors import ConfigError, DataError
 from collm.text.template import PromptTemplate
 from collm.training.data import Row
-from collm.training.examples import Example, encode_rows, fingerprint
+from collm.training.examples import Example, encode, fingerprint
 from tests.training.conftest import random_examples
 
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> w9 {% endfor %}"
@@ -28,15 +28,13 @@ def chat_row(*turns: str) -> Row:
 
 
 def test_completions_and_all_assistant_turns_are_targets(tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = encode_rows(
-        [row("w2 w3", "w4 w5"), chat_row("w2", "w3 w4", "w5", "w6")], TEMPLATE, tokenizer, max_length=50
-    )
+    rows = [row("w2 w3", "w4 w5"), chat_row("w2", "w3 w4", "w5", "w6")]
+    examples = encode(rows, TEMPLATE, tokenizer, max_length=50)
     targets = [
         tokenizer.convert_ids_to_tokens([t for t, hit in zip(one.token_ids, one.is_target, strict=True) if hit])
         for one in examples
     ]
     assert targets == [["w4", "w5", "<eos>"], ["w3", "w4", "<eos>", "w6", "<eos>"]]
-    assert (examples.num_truncated, examples.num_dropped) == (0, 0)
 
 
 def test_truncation_cuts_from_the_right_and_drops_what_has_no_target(
@@ -44,11 +42,10 @@ def test_truncation_cuts_from_the_right_and_drops_what_has_no_target(
 ) -> None:
     rows = [row("w2 w3", "w4"), row("w2 w3", "w4 w5 w6 w7"), row("w2 w3 w4 w5 w6", "w7")]
     with caplog.at_level(logging.WARNING):
-        examples = encode_rows(rows, TEMPLATE, tokenizer, max_length=5)
+        examples = encode(rows, TEMPLATE, tokenizer, max_length=5)
     assert [len(example.token_ids) for example in examples] == [5, 5]
     assert [example.num_targets for example in examples] == [2, 2]
-    assert examples[1].token_ids == encode_rows(rows[1:2], TEMPLATE, tokenizer, max_length=9)[0].token_ids[:5]
-    assert (examples.num_truncated, examples.num_dropped) == (2, 1)
+    assert examples[1].token_ids == encode(rows[1:2], TEMPLATE, tokenizer, max_length=9)[0].token_ids[:5]
     assert "2 of 3 examples exceed max_length 5" in caplog.text
     assert "1 had no target token left" in caplog.text
 
@@ -56,15 +53,15 @@ def test_truncation_cuts_from_the_right_and_drops_what_has_no_target(
 def test_no_target_left_at_all_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [row("w2 w3", "w4"), row("w2 w3 w4 w5 w6", "w7")]
     with pytest.raises(DataError, match=r"max_length 3 leaves no target token in any of 2 .* up to 6 tokens"):
-        encode_rows(rows, TEMPLATE, tokenizer, max_length=3)
-    assert len(encode_rows(rows, TEMPLATE, tokenizer, max_length=4)) == 1
+        encode(rows, TEMPLATE, tokenizer, max_length=3)
+    assert len(encode(rows, TEMPLATE, tokenizer, max_length=4)) == 1
     with pytest.raises(ConfigError, match="max_length is 1"):
-        encode_rows(rows, TEMPLATE, tokenizer, max_length=1)
+        encode(rows, TEMPLATE, tokenizer, max_length=1)
 
 
 def test_a_row_the_template_refuses_names_its_place(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"^rows.jsonl:2: .*no chat template"):
-        encode_rows([chat_row("w2", "w3")], PromptTemplate(), tokenizer, max_length=9)
+        encode([chat_row("w2", "w3")], PromptTemplate(), tokenizer, max_length=9)
 
 
 def test_an_example_needs_marks_for_its_tokens_and_a_target() -> None:

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+import collm.training.module
 from collm.core.objective import marginal_logprobs
 from collm.errors import UnsupportedModel
 from collm.models.language_model import LanguageModel
-from collm.training import fused
-from collm.training.fused import marginal_nll_sum
+from collm.training.module import marginal_nll_sum
 from tests.architectures import EXACT
 from tests.tiny_models import make_model
+from tests.training.conftest import Tiny
 
 Gradients = tuple[Tensor, ...]
 
@@ -62,7 +62,7 @@ def assert_same(model: LanguageModel, assistants: int = 2, **tolerance: float) -
 @pytest.fixture(params=[1, 5, 64], ids=lambda rows: f"{rows}-rows")
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one position, of some with a remainder, and all in one."""
-    monkeypatch.setattr(fused, "MIN_ROWS", request.param)
+    monkeypatch.setattr(collm.training.module, "MIN_ROWS", request.param)
 
 
 @pytest.mark.usefixtures("rows")
@@ -74,14 +74,12 @@ def test_equals_the_plain_form_on_every_architecture(architecture: str) -> None:
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("assistants", [1, 3])
-def test_equals_the_plain_form_where_the_vocabulary_is_padded(
-    tiny_model: Callable[..., PreTrainedModel], assistants: int
-) -> None:
+def test_equals_the_plain_form_where_the_vocabulary_is_padded(tiny_model: Tiny, assistants: int) -> None:
     assert_same(LanguageModel(tiny_model(3), name="base", vocab_size=50), assistants)
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_biased_capped_and_scaled_layer(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_biased_capped_and_scaled_layer(tiny_model: Tiny) -> None:
     module = tiny_model(3)
     module.lm_head = nn.Linear(32, 97)
     module.config.final_logit_softcapping = 0.8
@@ -92,13 +90,13 @@ def test_a_biased_capped_and_scaled_layer(tiny_model: Callable[..., PreTrainedMo
 
 
 @pytest.mark.usefixtures("rows")
-def test_bf16_weights_sum_their_gradient_in_fp32(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_bf16_weights_sum_their_gradient_in_fp32(tiny_model: Tiny) -> None:
     assert_same(LanguageModel(tiny_model(3).to(torch.bfloat16), name="base"), rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.usefixtures("rows")
 def test_autocast_computes_products_in_bf16_and_the_likelihood_in_fp32(
-    tiny_model: Callable[..., PreTrainedModel],
+    tiny_model: Tiny,
 ) -> None:
     model = LanguageModel(tiny_model(3), name="base")
     with torch.autocast("cpu", torch.bfloat16):
@@ -108,7 +106,7 @@ def test_autocast_computes_products_in_bf16_and_the_likelihood_in_fp32(
     assert not torch.equal(in_bf16[0], gradients(marginal_nll_sum, model)[0])
 
 
-def test_a_frozen_output_layer_costs_no_gradient(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_frozen_output_layer_costs_no_gradient(tiny_model: Tiny) -> None:
     module = tiny_model(3)
     module.lm_head.requires_grad_(False)
     model = LanguageModel(module, name="base")
@@ -118,16 +116,14 @@ def test_a_frozen_output_layer_costs_no_gradient(tiny_model: Callable[..., PreTr
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_no_target_at_all_gives_zero(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_no_target_at_all_gives_zero(tiny_model: Tiny) -> None:
     """A process may draw a batch without one."""
     value, *grads = gradients(marginal_nll_sum, LanguageModel(tiny_model(3), name="base"), count=0)
     assert value == 0
     assert not any(grad.any() for grad in grads)
 
 
-def test_chunks_grow_with_the_hidden_states(
-    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_grow_with_the_hidden_states(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their logits take no more memory than the hidden states do, but never fewer than the least rows."""
     model = LanguageModel(tiny_model(3), name="base")  # 32 wide, 97 tokens
     seen: list[int] = []
@@ -142,7 +138,7 @@ def test_chunks_grow_with_the_hidden_states(
         seen.clear()
 
 
-def test_a_second_backward_pass_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_second_backward_pass_is_refused(tiny_model: Tiny) -> None:
     model = LanguageModel(tiny_model(3), name="base")
     hidden, *rest = inputs(model, 5, 1)
     loss = marginal_nll_sum(model, hidden.requires_grad_(), *rest)
@@ -151,7 +147,7 @@ def test_a_second_backward_pass_is_refused(tiny_model: Callable[..., PreTrainedM
         loss.backward()
 
 
-def test_a_quantized_output_layer_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_quantized_output_layer_is_refused(tiny_model: Tiny) -> None:
     module = tiny_model(3)
     module.lm_head.weight = nn.Parameter(torch.zeros(97, 32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UnsupportedModel, match=r"uint8; leave it unquantized for training"):

@@ -8,17 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+import collm.training.module
 from collm.core.head import DeferralHead
 from collm.core.objective import deferral_cost, marginal_logprobs
 from collm.errors import MismatchError
-from collm.training import fused
-from collm.training.dataset import TrainingSet
+from collm.training.examples import collate
 from collm.training.measures import TokenViews
 from collm.training.module import JointModule
-from collm.training.targets import collate
-from tests.training.conftest import make_scores, random_examples
+from collm.training.scores import TrainingSet
+from tests.training.conftest import Tiny, make_scores, random_examples
 
 EXAMPLES = random_examples(6)
 
@@ -39,7 +38,7 @@ def make_head(seed: int = 0) -> DeferralHead:
     return head
 
 
-def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Tiny) -> None:
     base, head = tiny_model(1), make_head()
     batch = collate([DATA[i] for i in range(len(DATA))])
     out = JointModule(base, head)(**batch, per_token=True)
@@ -84,9 +83,7 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Callable[..
     assert views.measures(costs)["loss"] == pytest.approx(with_cost, rel=1e-4)
 
 
-def test_batching_and_chunks_change_nothing(
-    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batching_and_chunks_change_nothing(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     module = JointModule(tiny_model(1), make_head(), deferral_costs=[0.4, 0.1])
     total = sum(example.num_targets for example in EXAMPLES)
 
@@ -99,13 +96,13 @@ def test_batching_and_chunks_change_nothing(
     together = gradients([list(range(6))])
     assert len(together) == len(list(module.parameters()))
     one_by_one = gradients([[i] for i in range(6)])
-    monkeypatch.setattr(fused, "MIN_ROWS", 3)
+    monkeypatch.setattr(collm.training.module, "MIN_ROWS", 3)
     for other in (one_by_one, gradients([list(range(6))])):
         for mine, theirs in zip(together, other, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_masked_positions_give_no_gradient_whatever_they_hold(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_masked_positions_give_no_gradient_whatever_they_hold(tiny_model: Tiny) -> None:
     module = JointModule(tiny_model(1), make_head())
     batch = collate([DATA[i] for i in range(6)])
     poisoned = {name: tensor.clone() for name, tensor in batch.items()}
@@ -122,7 +119,7 @@ def test_masked_positions_give_no_gradient_whatever_they_hold(tiny_model: Callab
 
 
 def test_a_frozen_base_takes_no_gradient_and_stays_in_evaluation_mode(
-    tiny_model: Callable[..., PreTrainedModel],
+    tiny_model: Tiny,
 ) -> None:
     base = tiny_model(1, attention_dropout=0.5)
     module = JointModule(base, make_head(), frozen=True).train()
@@ -148,6 +145,6 @@ def test_the_best_defer_prob_rises_with_the_gain_and_falls_with_the_cost(cost: f
     torch.testing.assert_close(torch.stack(best), formula, atol=6e-3, rtol=0)
 
 
-def test_a_head_of_another_width_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_head_of_another_width_is_refused(tiny_model: Tiny) -> None:
     with pytest.raises(MismatchError, match="hidden states of size 31, the base has 32"):
         JointModule(tiny_model(1), DeferralHead(31, 1))

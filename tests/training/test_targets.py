@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from collm.models.language_model import LanguageModel
-from collm.training import targets
-from collm.training.examples import Example
-from collm.training.targets import batches_by_length, collate, read_targets, shift
+from collm.training import scoring
+from collm.training.examples import Example, batches_by_length, collate, shift
+from collm.training.scoring import read_gold
+from tests.training.conftest import Tiny
 
 
 def test_position_t_speaks_of_the_token_after_t() -> None:
@@ -38,21 +36,25 @@ def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budg
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
 
 
-def test_chunks_do_not_change_values(
-    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def at_targets(model: LanguageModel, hidden: torch.Tensor, gold: torch.Tensor) -> list[torch.Tensor]:
+    """Log-probabilities and correctness where all tokens are targets."""
+    batch = {"gold": gold[None], "target_mask": torch.ones_like(gold[None], dtype=torch.bool)}
+    return list(read_gold(model, hidden[None], batch).values())
+
+
+def test_chunks_do_not_change_values(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LanguageModel(tiny_model(3), name="model")
     hidden, gold = torch.randn(17, model.hidden_size), torch.randint(0, 97, (17,))
-    whole = read_targets(model, hidden, gold)
-    monkeypatch.setattr(targets, "MAX_LOGITS", 97 * 4)
-    for mine, theirs in zip(read_targets(model, hidden, gold), whole, strict=True):
+    whole = at_targets(model, hidden, gold)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 97 * 4)
+    for mine, theirs in zip(at_targets(model, hidden, gold), whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_only_the_shared_vocabulary_counts(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_only_the_shared_vocabulary_counts(tiny_model: Tiny) -> None:
     module = tiny_model(3)
     hidden, gold = torch.randn(5, 32), torch.randint(0, 50, (5,))
-    logprob, correct = read_targets(LanguageModel(module, name="model", vocab_size=50), hidden, gold)
+    logprob, correct = at_targets(LanguageModel(module, name="model", vocab_size=50), hidden, gold)
     logits = module.lm_head(hidden)[:, :50]
     torch.testing.assert_close(logprob, logits.log_softmax(-1)[torch.arange(5), gold])
     assert correct.tolist() == (logits.argmax(-1) == gold).tolist()
