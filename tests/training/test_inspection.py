@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec
 from collm.training import inspection
 from collm.training.inspection import LabelReport, inspect_scores, label_tokens
+from collm.training.measures import TokenViews
 from collm.training.scores import load_scores
 from collm.training.scoring import write_scores
 from tests.training.conftest import Tiny, make_scores, random_examples
@@ -97,14 +99,8 @@ def test_what_is_missing_or_does_not_fit_is_named(tiny_model: Tiny, tmp_path: Pa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_examples": 10**12},
-        {"num_examples": 29},
-        {"num_examples": 31},
-        {"num_examples": -1},
-        {"num_examples": float("nan")},
-        {"shard_size": 0},
-        {"shard_size": "7"},
-        {"path": None},
+        *({"num_examples": number} for number in (10**12, 29, 31, -1, float("nan"))),
+        *({"shard_size": 0}, {"shard_size": "7"}, {"path": None}),
     ],
 )
 def test_absurd_headers_take_no_memory(changes: dict[str, object], tiny_model: Tiny, tmp_path: Path) -> None:
@@ -114,3 +110,39 @@ def test_absurd_headers_take_no_memory(changes: dict[str, object], tiny_model: T
     header.write_text(json.dumps({**json.loads(header.read_text()), **changes}))
     with pytest.raises(ArtefactError, match="scores"):
         inspect_scores(tmp_path)
+
+
+def test_measures_of_four_tokens_and_two_assistants() -> None:
+    views = TokenViews(
+        base_logprob=torch.tensor([-1.0, -2.0, -3.0, -4.0]),
+        base_correct=torch.tensor([True, False, False, False]),
+        assistant_logprobs=torch.tensor([[-0.1, -5.0], [-0.2, -0.1], [-6.0, -0.3], [-7.0, -8.0]]),
+        assistant_correct=torch.tensor([[True, False], [True, True], [False, True], [False, False]]),
+        defer_logits=torch.tensor([[-9.0, -9.0], [9.0, -9.0], [-9.0, 9.0], [1.0, -9.0]]),
+    )
+    measured = views.measures()
+    # pseudo-labels: 0, 2 (surer of two), 2, 0; the head says 0, 1, 2, 1
+    assert measured["pseudo_label_share"] == 0.5
+    assert measured["pseudo_label_agreement"] == 0.5
+    assert measured["deferral_rate"] == 0.75
+    assert measured["head_auc"] == 1.0
+    assert measured["base_nll"] == 2.5
+    assert measured["assistant_1_nll"] == pytest.approx(13.3 / 4)
+    assert measured["assistant_2_nll"] == pytest.approx(13.4 / 4)
+    odds = [1 + 2 * math.exp(-9), *[1 + math.exp(9) + math.exp(-9)] * 2, 1 + math.e + math.exp(-9)]
+    assert measured["defer_prob"] == pytest.approx(sum(1 - 1 / each for each in odds) / 4)
+    says = [
+        math.exp(-1) + math.exp(-9) * (math.exp(-0.1) + math.exp(-5)),
+        math.exp(-2) + math.exp(9 - 0.2) + math.exp(-9 - 0.1),
+        math.exp(-3) + math.exp(-9 - 6) + math.exp(9 - 0.3),
+        math.exp(-4) + math.exp(1 - 7) + math.exp(-9 - 8),
+    ]
+    expected = -sum(math.log(each / odd) for each, odd in zip(says, odds, strict=True)) / 4
+    assert measured["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_assistant_needs_no_number_and_nobody_to_ask_no_auc() -> None:
+    views = TokenViews(*(torch.zeros(2), torch.ones(2, dtype=torch.bool)), *(torch.zeros(2, 1),) * 3)
+    measured = views.measures()
+    assert "assistant_nll" in measured
+    assert math.isnan(measured["head_auc"])

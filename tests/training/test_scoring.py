@@ -62,19 +62,6 @@ def test_scores_equal_the_shifted_cross_entropy_of_the_model(
     assert summary.accuracy == pytest.approx(scores.corrects.float().mean().item())
 
 
-def test_right_answers_are_flagged(tiny_model: Tiny, tmp_path: Path) -> None:
-    module = tiny_model(1)
-    ids = [7, 8, 9]
-    for _ in range(5):
-        with torch.no_grad():
-            ids.append(int(module(torch.tensor([ids])).logits[0, -1].argmax()))
-    ids.append((ids[-1] + 1) % 97)
-    examples = Examples([Example(ids, [False] * 3 + [True] * 6)])
-    with torch.no_grad():
-        last_is_right = int(module(torch.tensor([ids[:-1]])).logits[0, -1].argmax()) == ids[-1]
-    assert run(module, tmp_path, examples).correct(0).tolist() == [True] * 5 + [last_is_right]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("batches_before_the_kill", [1, 3, 5])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(

@@ -18,15 +18,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from collm.core.head import DeferralHead
-from collm.errors import (
-    ArtefactError,
-    ConfigError,
-    DataError,
-    MismatchError,
-    MissingExtra,
-    ModelFailure,
-    WriteError,
-)
+from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, MissingExtra, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
 from collm.training.checkpoints import last_checkpoint
@@ -110,21 +102,15 @@ def test_evaluate_means_over_tokens_not_batches(make: MakeTrainer) -> None:
         assert other == pytest.approx(results[0], rel=1e-5)
 
 
-def test_only_the_head_moves_with_method_head(make: MakeTrainer, tiny_model: Tiny) -> None:
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_what_a_method_moves(make: MakeTrainer, tiny_model: Tiny, method: str) -> None:
     base = tiny_model(1)
-    trainer = make(base=base, method="head", head_learning_rate=1e-2, max_steps=3)
+    trainer = make(base=base, method=method, head_learning_rate=1e-2, max_steps=3)
     before = weights(trainer)
     trainer.train()
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
-    assert moved == {"head.weight", "head.bias"}
+    assert moved == (before.keys() if method == "full" else {"head.weight", "head.bias"})
     assert trainer.base is base
-
-
-def test_all_of_the_base_moves_with_method_full(make: MakeTrainer) -> None:
-    trainer = make(learning_rate=1e-3, max_steps=3)
-    before = weights(trainer)
-    trainer.train()
-    assert not any(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
 def test_an_adapter_leaves_the_base_alone_and_reloads_exactly(
@@ -167,15 +153,8 @@ def test_a_tuned_base_is_saved_as_a_plain_model_beside_the_head(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_resumes_to_the_same_bytes(make: MakeTrainer, tmp_path: Path, method: str) -> None:
-    options = {
-        "method": method,
-        **METHODS[method],
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 9,
-        "save_strategy": "steps",
-        "save_steps": 2,
-    }
+    options = {"method": method, **METHODS[method], "max_steps": 9, "save_strategy": "steps", "save_steps": 2}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     undisturbed = make(**options)
     undisturbed.train()
     there = {**options, "output_dir": str(tmp_path / "killed")}
@@ -338,14 +317,14 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(MismatchError, match="has 2 assistants, but the data has scores of 1"):
         CoLLMTrainer(tiny_model(1), DeferralHead(32, 2), config(), DATA)
-    with pytest.raises(DataError, match=r"an example has \d+ tokens, but max_length is 9"):
-        make(max_length=9)
-    with pytest.raises(ConfigError, match="no effect without an evaluation set"):
-        make(eval_strategy="epoch")
-    with pytest.raises(ConfigError, match="there is no evaluation set"):
-        make().evaluate()
-    with pytest.raises(ConfigError, match="already has an adapter"):
-        make(base=make(method="lora").base)
+    for kind, complaint, options in (
+        (DataError, r"an example has \d+ tokens, but max_length is 9", {"max_length": 9}),
+        (ConfigError, "no effect without an evaluation set", {"eval_strategy": "epoch"}),
+        (ConfigError, "already has an adapter", {"base": make(method="lora").base}),
+        (ConfigError, "there is no evaluation set", {}),
+    ):
+        with pytest.raises(kind, match=complaint):
+            make(**options).evaluate()
     with caplog.at_level(logging.WARNING):
         make(base=tiny_model(1).bfloat16())
     assert "most updates" in caplog.text
@@ -366,16 +345,33 @@ def largest_gap(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 SMOOTH = {"learning_rate": 1e-3, "adam_epsilon": 1e-5, "seed": 3}  # no step of its own from rounding near 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_training_without_padding_gives_the_same_weights(make: MakeTrainer, tiny_model: Tiny, method: str) -> None:
+@pytest.mark.parametrize(
+    ("common", "changes"),
+    [
+        pytest.param({}, {"padding_free": True}, marks=pytest.mark.slow),
+        pytest.param({"method": "lora", "lora_dropout": 0.0}, {"padding_free": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"deferral_cost": 0.5, "max_steps": 2},
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+            marks=pytest.mark.soak,
+        ),
+    ],
+    ids=["full", "lora", "compiled"],
+)
+def test_without_padding_or_compiled_training_gives_the_same_weights(
+    make: MakeTrainer, tiny_model: Tiny, common: dict[str, Any], changes: dict[str, Any]
+) -> None:
     final = []
-    options = {**SMOOTH, **({"lora_dropout": 0.0} if method == "lora" else {})}
-    for padding_free in (False, True):
-        trainer = make(base=tiny_model(1), eval_dataset=DATA, method=method, **options, padding_free=padding_free)
+    torch._dynamo.reset()
+    counters.clear()
+    for more in ({}, changes):
+        assert counters["stats"]["unique_graphs"] == 0
+        trainer = make(base=tiny_model(1), eval_dataset=DATA, **SMOOTH, **common, **more)
         trainer.train()
         final.append((weights(trainer), trainer.evaluate()["eval_loss"]))
         assert trainer.evaluate(DATA)["eval_loss"] == pytest.approx(final[-1][1], rel=1e-6)
+    assert (counters["stats"]["unique_graphs"] > 0) is ("torch_compile" in changes)
+    assert not counters["graph_break"], "more than the base was compiled"
     assert largest_gap(final[0][0], final[1][0]) < 1e-5
     assert final[0][1] == pytest.approx(final[1][1], rel=1e-5)
 
@@ -390,22 +386,6 @@ def test_attention_that_mixes_sequences_is_refused(make: MakeTrainer, tiny_model
     base.model.forward = deaf.__get__(base.model)
     with pytest.raises(ConfigError, match="sequences in one row attend to each other"):
         make(base=base, padding_free=True)
-
-
-@pytest.mark.soak
-def test_compiled_training_gives_the_same_weights(make: MakeTrainer, tiny_model: Tiny) -> None:
-    final = []
-    torch._dynamo.reset()
-    counters.clear()
-    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
-        assert counters["stats"]["unique_graphs"] == 0
-        trainer = make(base=tiny_model(1), eval_dataset=DATA, **SMOOTH, **options, deferral_cost=0.5, max_steps=2)
-        trainer.train()
-        final.append((weights(trainer), trainer.evaluate()["eval_loss"]))
-    assert counters["stats"]["unique_graphs"] > 0
-    assert not counters["graph_break"], "more than the base was compiled"
-    assert largest_gap(final[0][0], final[1][0]) < 1e-5
-    assert final[0][1] == pytest.approx(final[1][1], rel=1e-5)
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(make: MakeTrainer, tiny_model: Tiny) -> None:

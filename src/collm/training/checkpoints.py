@@ -21,9 +21,7 @@ from collm.models.progress import quiet_if_small
 from collm.training.module import JointModule
 
 HEAD = "head.safetensors"
-FOLDERS = {"full": "base", "lora": "adapter"}
-"""Method -> directory of the tuned base. A frozen base is not saved."""
-
+FOLDERS = {"full": "base", "lora": "adapter"}  # of the tuned base; a frozen base is not saved
 STATE = "trainer_state.json"
 ORIGIN = "trained_on.json"
 _ORIGIN = {

@@ -13,8 +13,7 @@ from transformers import TrainingArguments
 from collm.core.objective import PseudoLabelVariant
 from collm.errors import ConfigError
 
-_LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "head": 0.0}
-"""Method -> default learning rate of the base."""
+_LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "head": 0.0}  # of the base, by method
 
 _DEPENDENT: dict[str, tuple[str, object, object]] = {
     "lora_r": ("method", "lora", 64),

@@ -25,11 +25,8 @@ from collm.training.formats import FILES, Format, files_in, format_named, text_f
 
 logger = logging.getLogger(__name__)
 
-Record = tuple[str, Any]
-"""Location of a row, and its fields or the DataError that explains why it could not be read."""
-
-MAX_MESSAGES = 1000
-"""Largest number of messages in a row, because each turn is rendered with all messages before it."""
+Record = tuple[str, Any]  # location of a row, and its fields or the DataError that explains why it could not be read
+MAX_MESSAGES = 1000  # of a row, because each turn is rendered with all messages before it
 
 
 @dataclass(frozen=True)
@@ -78,12 +75,12 @@ def load_rows(
         split: split of a data set or directory, "train" by default; a file has none.
         format: "rows" as above, or an official format of `collm.training.formats`.
         prompt_field, completion_field: names of the two fields of "rows".
-        bad_rows: "stop" at the first bad row, or "skip" bad rows. The first 10 are logged, and `Rows.num_bad` counts
-            all. A file that cannot be parsed is an error in any case.
+        bad_rows: "stop" at the first, or "skip" them: 10 are logged, and `Rows.num_bad` counts all. A file that cannot
+            be parsed is an error in any case.
 
     Raises:
-        DataError: there are no rows at `source`, the split does not exist, or a row is malformed (with its file and
-            line); with "skip", if every row is malformed.
+        DataError: there are no rows at `source`, the split does not exist, or a row is malformed (with "skip", every
+            row); with file and line.
         ConfigError: `format` or `bad_rows` is unknown, a file has a split, or an official format has field names.
         ArtefactError: a link leads out of the directory.
     """
@@ -108,8 +105,7 @@ def load_rows(
         raise DataError(f"{source} has no rows; expected at least one")
     if bad:
         logger.warning("skipped %d bad rows of %d in %s", len(bad), len(bad) + len(rows), source)
-    rows.num_bad = len(bad)
-    return rows
+    return Rows(rows, len(bad))
 
 
 def load_records(
@@ -166,7 +162,6 @@ def _read_file(path: Path, layout: Format) -> Iterator[Record]:
 
 
 def _read_columns(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet or Arrow file."""
     import pyarrow
     from pyarrow import ipc, parquet
 

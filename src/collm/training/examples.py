@@ -1,7 +1,4 @@
-"""Rows become examples: token ids with target marks. Examples become tensors.
-
-Authors with different tokenizers get examples of their own.
-"""
+"""Rows become examples: token ids with target marks, for each author if tokenizers differ. They become tensors."""
 
 from __future__ import annotations
 
@@ -240,9 +237,9 @@ def _aligned(
         if not complete and count < 2:
             break
         rows = [alignment.row(text[:at]) for at in boundaries[:count]]
-        for author, each in enumerate(tokens):
-            opens[author] |= zip(each, rows, strict=False)
-            targets[author].update(range(each[0], each[count - 1] + complete))
+        for number, each in enumerate(tokens):
+            opens[number] |= zip(each, rows, strict=False)
+            targets[number].update(range(each[0], each[count - 1] + complete))
         if not complete:  # only the beginning of the last segment is used
             break
     if not opens[0]:
@@ -252,10 +249,10 @@ def _aligned(
     for sequence, length in zip(sequences, lengths, strict=True):
         digest.update(np.asarray(sequence.token_ids[:length], dtype=np.int64).tobytes())
     examples = []
-    for author, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-        rows = [opens[author].get(token, -1) for token in range(length)]
-        is_target = [token in targets[author] for token in range(length)]
-        law, name = alignment.law(author), digest.hexdigest()
+    for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        rows = [opens[number].get(token, -1) for token in range(length)]
+        is_target = [token in targets[number] for token in range(length)]
+        law, name = alignment.law(number), digest.hexdigest()
         examples.append(Example(sequence.token_ids[:length], is_target, rows, law, name))
     return examples, complete
 

@@ -26,8 +26,7 @@ from collm.errors import DAMAGED, ConfigError, DataError, RequestError
 from collm.text.chats import check_unicode
 from collm.untrusted import contained, read_text
 
-CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
-"""GSM8K's calculator annotations, as in 48/2 = <<48/2=24>>24."""
+CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")  # GSM8K's, as in 48/2 = <<48/2=24>>24
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Format:
     """An official format.
 
     Attributes:
-        name: name in `load_rows`.
         render: converts a row, given its location and fields, to collm's own format.
         files: split -> pattern of its files in the published directory.
         key: key of the list of rows in a .json file that contains an object; None if the object is a row.
@@ -165,7 +163,6 @@ FORMATS: dict[str, Format] = {
 }
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-"""Suffixes of files with rows."""
 
 
 def files_in(directory: Path, configuration: str | None, split: str | None, layout: Format) -> list[Path]:
@@ -196,7 +193,6 @@ def files_in(directory: Path, configuration: str | None, split: str | None, layo
 
 
 def _natural_key(path: Path) -> list[str | int]:
-    """Orders 2.json before 10.json."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", path.as_posix()))]
 
 

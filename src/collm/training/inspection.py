@@ -15,8 +15,7 @@ from collm.errors import ArtefactError, ConfigError
 from collm.training.scores import Scores, ScoreSummary, load_scores
 
 LOW_SHARE = 0.01
-MOSTLY_BETTER = 0.75
-"""Share of tokens at which an assistant is better, from which training needs a deferral cost."""
+MOSTLY_BETTER = 0.75  # share of tokens at which an assistant is better, from which training needs a deferral cost
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ class TokenViews:
     Attributes:
         base_logprob: log-probability of the gold token, nats, shape (N,).
         base_correct: whether the base's argmax is the gold token, bool, shape (N,).
-        assistant_logprobs, assistant_correct: the same for each assistant, shape (N, K).
-        defer_logits: u, shape (N, K).
+        assistant_logprobs, assistant_correct, defer_logits: the same for each assistant, and u, shape (N, K).
         assistant_abstained: whether each assistant has no answer, bool, shape (N, K); None if none ever abstains.
     """
 

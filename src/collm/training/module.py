@@ -1,7 +1,4 @@
-"""The joint model as one torch module: base, deferral head and loss.
-
-The marginal likelihood and its gradient pass through the output layer in chunks, without a (B, T, V) tensor.
-"""
+"""The joint model as one torch module: base, deferral head, and a loss that needs no (B, T, V) tensor."""
 
 from __future__ import annotations
 
@@ -23,8 +20,7 @@ from collm.training.config import CoLLMConfig
 from collm.training.examples import scatter
 from collm.training.scoring import read_gold
 
-MIN_ROWS = 64
-"""Smallest number of target positions per chunk. Matrix products over fewer rows are inefficient."""
+MIN_ROWS = 64  # target positions per chunk, at least. Matrix products over fewer rows are inefficient.
 
 
 class JointModule(nn.Module):
@@ -91,7 +87,6 @@ class JointModule(nn.Module):
         Args:
             target_mask: true at target positions, shape (B, T).
             assistant_logprobs: log-probabilities of the gold tokens at target positions, nats, shape (B, T, K).
-            assistant_correct: ignored.
             num_items_in_batch: number of target tokens to divide by; by default those of this batch.
             per_token: also return the values that `TokenViews` needs; the loss then has no gradient in the base.
             **inputs: gold, the gold tokens, with the base's inputs, shape (B, T), and for segments scored and rows, as
@@ -251,12 +246,9 @@ def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise MissingExtra("peft", "train") from error
-    lora_r, lora_alpha, lora_dropout, targets = (
-        config.resolved(f"lora_{name}") for name in ("r", "alpha", "dropout", "target_modules")
-    )
-    settings = LoraConfig(
-        task_type="CAUSAL_LM", r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=targets
-    )
+    targets = config.resolved("lora_target_modules")
+    options = {name: config.resolved(name) for name in ("lora_alpha", "lora_dropout")}
+    settings = LoraConfig(task_type="CAUSAL_LM", r=config.resolved("lora_r"), target_modules=targets, **options)
     try:
         with torch.random.fork_rng(), quiet_if_small(base):
             torch.manual_seed(config.seed)  # the adapter's initial weights depend on the seed only
@@ -266,7 +258,7 @@ def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
     if isinstance(wrapped.get_base_model().get_output_embeddings(), BaseTunerLayer):
         wrapped.unload()
         raise ConfigError(
-            f"lora_target_modules {targets!r} includes the output layer, which may be "
-            "tied to the embedding and is not supported in adapters by serving engines; name other layers"
+            f"lora_target_modules {targets!r} includes the output layer, which may be tied to the embedding and is not "
+            "supported in adapters by serving engines; name other layers"
         )
     return cast(nn.Module, wrapped)

@@ -1,4 +1,4 @@
-"""Scores of one model: log-probability and correctness of every target token. A training set is examples with scores.
+"""Scores of one model in memory and on disk, and the training set, which joins examples with scores.
 
 A directory of scores has scores.json, which says what they depend on, and shards, which are written atomically.
 """
@@ -31,9 +31,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 HEADER = "scores.json"
-_MODEL = ("path", "revision", "dtype", "quantization", "weights")
-"""Fields of the model's `identity`."""
-
+_MODEL = ("path", "revision", "dtype", "quantization", "weights")  # the model's `identity`
 _FIELDS = {
     "fingerprint": "input (data, tokenizer, prompt template or max_length)",
     "path": "model",
@@ -66,7 +64,6 @@ class Scores:
         logprobs: log-probabilities of the gold tokens, nats, fp32, shape (M,).
         corrects: whether the model's argmax is the gold token, bool, shape (M,).
         offsets: example i has entries offsets[i] to offsets[i + 1], int64, shape (N + 1,).
-        fingerprint: fingerprint of the examples.
         hidden: the model's last hidden states at the target tokens of each example, shape (n, H), if they were stored.
             They stay on disk until they are read.
         model: the model's `identity`, if they were stored.
@@ -213,9 +210,7 @@ def _digest(header: Header, tensors: Mapping[str, Tensor]) -> str:
 def find_scores(
     directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None, *, hidden_states: bool = False
 ) -> Scores | None:
-    """Load scores as `load_scores` does, or return None if they are incomplete or damaged."""
-    if read_header(directory) is None:
-        return None
+    """Load scores as `load_scores` does, or return None if they are missing, incomplete or damaged."""
     try:
         return load_scores(directory, examples, spec, hidden_states=hidden_states)
     except ArtefactError as error:
@@ -251,7 +246,7 @@ def load_scores(
         parts = dict[int, Tensor]()
         for shard in shards:
             counts = shard["offsets"].diff().tolist()
-            parts.update(zip(shard["examples"].tolist(), shard[name].split(counts), strict=True))
+            parts.update(zip(shard["examples"].tolist(), torch.split(shard[name], counts), strict=True))
         return [parts[index] for index in range(len(parts))]
 
     logprobs = by_example("logprob")

@@ -26,20 +26,11 @@ from collm.training.scores import Header, read_shard, shard_path, write_shard
 
 logger = logging.getLogger(__name__)
 
-Scored = LanguageModel | ToolModel | RemoteModel
-"""Anything that can score examples: a model in memory, a tool, or a model behind a server."""
-
-OnProgress = Callable[[int, int], None]
-"""Called with the number of finished tokens and the total."""
-
-LOW_STOP = -2.0
-"""Mean log P(START) after segments, in nats, below which a warning about an assistant is logged."""
-
-MAX_LOGITS = 2**25
-"""Largest number of logits in memory at once; 128 MB in fp32."""
-
-SHARD_SIZE = 256
-"""Examples per shard, and so the most work that an interrupt can lose."""
+Scored = LanguageModel | ToolModel | RemoteModel  # a model in memory, a tool, or a model behind a server
+OnProgress = Callable[[int, int], None]  # called with the number of finished tokens and the total
+LOW_STOP = -2.0  # a warning about an assistant is logged if mean log P(START) after segments, in nats, is below this
+MAX_LOGITS = 2**25  # in memory at once; 128 MB in fp32
+SHARD_SIZE = 256  # examples, and so the most work that an interrupt can lose
 
 
 @contextmanager
@@ -78,17 +69,12 @@ def write_scores(
     complete shard with the same batches, and ends with the same bytes.
 
     Args:
-        out_dir: directory of the scores. A ConfigError says so if it has those of other examples or another model.
         spec: source of the model, which identifies its scores.
         max_batch_tokens: largest number of tokens per batch with padding; by default 512 on a CPU, 16,384 elsewhere.
-        hidden_states: also store the model's last hidden states at the target tokens, H numbers each in the model's
-            dtype. Requires a model in memory.
+        hidden_states: also store the last hidden states of a model in memory at the target tokens, in its dtype.
         share: number of this process, and number of processes that share the work; each writes its shards.
-        progress: called after each batch, with the tokens of these shards.
     """
-    _check_fits(model, examples)
-    if hidden_states and not isinstance(model, LanguageModel):
-        raise ConfigError(f"{model.name} returns no hidden states to store; use a model in memory")
+    _check_fits(model, examples, hidden_states=hidden_states)
     header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=SHARD_SIZE, hidden_states=hidden_states)
     header.write(out_dir)
     order = longest_first([len(example.token_ids) for example in examples])
@@ -125,7 +111,7 @@ def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bo
         logprob (nats), correct and, for a tool, abstained of all target tokens, example by example, shape (M,), and
         optionally hidden, the last hidden states, shape (M, H).
     """
-    _check_fits(model, examples)
+    _check_fits(model, examples, hidden_states=hidden_states)
     scores = _score(model, examples, range(len(examples)), hidden_states=hidden_states)
     scores.pop("log_stop", None)
     return scores
@@ -161,7 +147,9 @@ def _is_complete(directory: Path, header: Header, shard: int, layout: dict[str, 
     return all(torch.equal(found[name], values) for name, values in layout.items())
 
 
-def _check_fits(model: Scored, examples: Sequence[Example]) -> None:
+def _check_fits(model: Scored, examples: Sequence[Example], *, hidden_states: bool) -> None:
+    if hidden_states and not isinstance(model, LanguageModel):
+        raise ConfigError(f"{model.name} returns no hidden states to store; use a model in memory")
     for index, example in enumerate(examples):
         length, largest = len(example.token_ids) - 1, max(example.token_ids)
         if model.max_length is not None and length > model.max_length:
@@ -278,17 +266,18 @@ def read_gold(
     def read(states: Tensor, gold: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         logits = model.logits(states)  # (n, V)
         if law is not None:
-            return segments.token_terms(logits.float(), gold, *rows, law)
+            return segments.token_terms(logits.float(), gold, rows[0], law)
         return -F.cross_entropy(logits.float(), gold, reduction="none"), logits.argmax(-1) == gold
 
     size = max(1, MAX_LOGITS // model.vocab_size)
-    chunks = zip(*(values.split(size) for values in (hidden[at.to(hidden.device)], *columns[:2])), strict=True)
+    chunks = zip(*(torch.split(values, size) for values in (hidden[at.to(hidden.device)], *columns[:2])), strict=True)
     read_again = torch.is_grad_enabled()
     parts = [checkpoint(read, *chunk, use_reentrant=False) if read_again else read(*chunk) for chunk in chunks]
     found = [torch.cat(values) for values in zip(*parts, strict=True)]
     if law is None:
         return {"logprob": found[0], "correct": found[1]}
-    return segment_scores(TokenTerms(*found), Spans.of(*columns, law))
+    gold, rows, scored = columns
+    return segment_scores(TokenTerms(*found), Spans.of(gold, rows, scored, law))
 
 
 def segment_scores(terms: TokenTerms, spans: Spans) -> dict[str, Tensor]:

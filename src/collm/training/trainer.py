@@ -43,8 +43,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         vocab_size: the vocabulary size of the base's tokenizer.
 
     Attributes:
-        label_report: shares of pseudo-labels; None before the warm start.
-        warm_start_report: results of the warm start; None before it.
+        label_report, warm_start_report: results of the warm start; None before it.
         origin: fingerprints of the rows and identities of the models, which checkpoints record.
 
     Raises:
@@ -201,11 +200,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Compute means over all target tokens of a set.
-
-        Returns:
-            `eval_loss`, `eval_base_nll`, ..: the names of `TokenViews.measures` with the prefix.
-        """
+        """Compute the means of `TokenViews.measures` over all target tokens of a set: `eval_loss`, .."""
         if eval_dataset is None and self.eval_dataset is None:
             raise ConfigError("there is no evaluation set; pass eval_dataset")
         model = self.accelerator.unwrap_model(self.model) if self.model_wrapped is self.model else self.model_wrapped

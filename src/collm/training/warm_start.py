@@ -19,11 +19,8 @@ from collm.training.inspection import LabelReport
 from collm.training.measures import head_measures
 from collm.training.scoring import OnProgress, read_hidden_states
 
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
-"""L2 penalties to try on standardised features, strongest first."""
-
-HELD_OUT = 0.2
-"""Share of examples held out to choose the penalty and to measure the fit."""
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)  # L2 penalties to try on standardised features, strongest first
+HELD_OUT = 0.2  # share of examples held out to choose the penalty and to measure the fit
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,6 @@ def warm_start(
     examples: Sequence[Example],
     labels: tuple[Tensor, LabelReport],
     config: CoLLMConfig,
-    *,
     progress: OnProgress = lambda done, total: None,
 ) -> WarmStartReport:
     """Set the head by a weighted logistic regression of the pseudo-labels on the base's hidden states.
@@ -60,9 +56,8 @@ def warm_start(
 
     Args:
         base: the frozen base, which is not modified, or its hidden states at the targets of each example.
-        labels: the labels of the examples, from `label_tokens`.
+        labels: from `label_tokens`.
         config: its warm_start_tokens are used, of examples in the random order of its seed.
-        progress: called with the number of tokens read and the total.
     """
     (values, about_labels), counts = labels, torch.tensor([example.num_targets for example in examples])
     if counts.sum() != len(values):
@@ -74,9 +69,9 @@ def warm_start(
             f"the head has hidden size {head.hidden_size} and {head.num_assistants} assistants, but the base has "
             f"hidden size {hidden_size} and the labels have {num_assistants} assistants"
         )
-    max_tokens, positive_weight = config.resolved("warm_start_tokens"), config.resolved("positive_weight")
+    max_tokens, positive_weight = map(config.resolved, ("warm_start_tokens", "positive_weight"))
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(config.seed))
-    counts, by_example = counts[order], values.split(counts.tolist())
+    counts, by_example = counts[order], torch.split(values, counts.tolist())
     indices = order[counts.cumsum(0) - counts < max_tokens].tolist()  # with less than max_tokens before them
     targets = torch.cat([by_example[index] for index in indices])[:max_tokens]
     if not (targets != 0).any():
@@ -85,14 +80,12 @@ def warm_start(
         hidden = read_hidden_states(base, [examples[index] for index in indices], progress)
     else:
         hidden = torch.cat([base[index] for index in indices])
-    features = hidden[:max_tokens].to(head.weight.device, torch.float32)
-    targets = targets.to(features.device)
+    features, targets = hidden[:max_tokens].to(head.weight.device, torch.float32), targets.to(head.weight.device)
     variance, mean = torch.var_mean(features, dim=0, correction=0)
     scale = variance.rsqrt().masked_fill(variance.sqrt() <= 1e-6 * mean.abs(), 0.0)  # 0 for a constant feature
     features.sub_(mean).mul_(scale)
     cut = int(counts[: round((1 - HELD_OUT) * len(indices))].sum())
     fit, report = _choose_penalty(features, targets, cut, num_assistants, positive_weight)
-    fit = fit_authors(features, targets, fit, positive_weight=positive_weight, penalty=report.penalty)
     weight, bias, mean, scale = (tensor.cpu().double() for tensor in (*fit, mean, scale))
     with torch.no_grad():  # w (h - mean) scale + b = (w scale) h + (b - (w scale) mean)
         head.weight.copy_(weight * scale)
@@ -103,7 +96,7 @@ def warm_start(
 def _choose_penalty(
     features: Tensor, targets: Tensor, cut: int, num_assistants: int, positive_weight: float
 ) -> tuple[tuple[Tensor, Tensor], WarmStartReport]:
-    """Fit the tokens before `cut` with decreasing penalties until the loss on the tokens after it increases.
+    """Fit the tokens before `cut` with decreasing penalties until the loss on the tokens after it increases; then all.
 
     If one of the parts has no positive label, all tokens are used for both.
     """
@@ -121,7 +114,8 @@ def _choose_penalty(
             break  # weaker penalties overfit more, and take longest
         best = fit, report
     assert best is not None
-    return best
+    fit, report = best
+    return fit_authors(features, targets, fit, positive_weight=positive_weight, penalty=report.penalty), report
 
 
 def weighted_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
