@@ -38,12 +38,10 @@ from collm import CoLLMConfig, CoLLMTrainer, DeferralHead
 from collm.core.objective import marginal_logprobs
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec
-from collm.training.dataset import TrainingSet
-from collm.training.examples import Example, fingerprint
-from collm.training.fused import marginal_nll_sum
-from collm.training.scores import Scores
+from collm.training.examples import Example, collate, fingerprint
+from collm.training.module import marginal_nll_sum
+from collm.training.scores import Scores, TrainingSet
 from collm.training.scoring import write_scores
-from collm.training.targets import collate
 
 FORMS = ("plain", "chunks")
 

@@ -22,7 +22,7 @@ from collm.text.guards import TokenizerIdentity
 from collm.text.template import MAX_CHARACTERS, PromptTemplate, tokenize
 from collm.text.token_ids import normalizer_growth
 from collm.training.data import MAX_MESSAGES, load_rows
-from collm.training.examples import encode_rows
+from collm.training.examples import encode
 
 SavedModel = Callable[..., Path]
 
@@ -203,7 +203,7 @@ def test_a_row_of_too_much_text_is_named(tokenizer: PreTrainedTokenizerFast, tmp
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "w1 " * MAX_CHARACTERS, "completion": "w2"}))
     with pytest.raises(DataError, match=r"rows.jsonl:1: the text has \d+ characters"):
-        encode_rows(load_rows(path), PromptTemplate(), tokenizer, max_length=9)
+        encode(load_rows(path), PromptTemplate(), tokenizer, max_length=9)
 
 
 def test_a_parquet_file_damaged_in_its_middle_is_one_error(tmp_path: Path) -> None:

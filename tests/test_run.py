@@ -22,7 +22,7 @@ from collm.run import RunConfig, hold_out, parse_model, train_collaboration
 from collm.text.chats import Chat
 from collm.training.checkpoints import last_checkpoint
 from collm.training.data import Row, Rows
-from collm.training.store import read_header
+from collm.training.scores import read_header
 from collm.training.trainer import CoLLMTrainer
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from collm.models.language_model import LanguageModel
 from collm.text.alignment import Alignment
 from collm.text.grammars import Grammars
 from collm.text.text_tokenizer import TextTokenizer
-from collm.training.aligned import aligned_example
+from collm.training.examples import aligned_example
 from collm.training.scoring import read_scores
 from tests.engine.slow_segments import SlowSegments
 from tests.tools.functions import miles

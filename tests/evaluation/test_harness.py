@@ -41,7 +41,7 @@ from collm.evaluation.tasks.named import task_named
 from collm.models.language_model import LanguageModel
 from collm.models.tools import ToolModel
 from collm.tools.calls import in_process
-from collm.training.aligned import aligned_example
+from collm.training.examples import aligned_example
 from collm.training.scoring import read_scores
 from tests.tiny_models import make_model, tiny_config
 from tests.two_tokenizers import two_tokenizers, writing_model

@@ -19,7 +19,7 @@ from collm.text.token_text import TokenText
 from collm.tools.calls import Answer, in_process
 from collm.tools.spec import ToolFunction, ToolSpec
 from collm.training.examples import Example
-from collm.training.scoring import find_scores
+from collm.training.scores import find_scores
 from tests.tokenizers import cut_anywhere, merging_tokenizer
 from tests.training.conftest import score_examples
 

@@ -18,8 +18,14 @@ from collm.models.members import AssistantSpec
 from collm.training import scoring
 from collm.training.config import CoLLMConfig
 from collm.training.examples import Example, Examples, fingerprint
-from collm.training.scores import Scores
-from collm.training.scoring import Scored, load_scores, write_scores
+from collm.training.scores import Scores, load_scores
+from collm.training.scoring import Scored, write_scores
+
+Tiny = Callable[..., PreTrainedModel]
+"""Makes a tiny model: tiny_model(seed, **options)."""
+
+Make = Callable[..., CoLLMConfig]
+Saved = Callable[..., Path]
 
 
 def random_examples(count: int, *, vocab_size: int = 97, seed: int = 0, longest: int = 20) -> Examples:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from collm.core.head import DeferralHead
 from collm.run.train import leave
 from collm.training.config import CoLLMConfig
-from collm.training.dataset import TrainingSet
+from collm.training.scores import TrainingSet
 from collm.training.trainer import CoLLMTrainer
 from tests.tiny_models import make_model, tiny_config
 from tests.training.conftest import make_scores, random_examples

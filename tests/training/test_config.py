@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -10,8 +9,7 @@ import pytest
 
 from collm.errors import ConfigError
 from collm.training.config import CoLLMConfig
-
-Make = Callable[..., CoLLMConfig]
+from tests.training.conftest import Make
 
 
 def test_defaults_are_the_authors_where_they_state_one(config: Make) -> None:

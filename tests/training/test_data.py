@@ -14,7 +14,8 @@ from collm.errors import ConfigError, DataError
 from collm.training.data import load_records, load_rows
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\u2028d", "completion": "é"}]
-CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}]
+USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}
+CHAT = [{"role": "system", "content": "s"}, USER, ANSWER]
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:
@@ -23,18 +24,23 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def test_every_source_gives_the_same_rows(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    listed, folder, as_csv = tmp_path / "rows.json", tmp_path / "folder", tmp_path / "rows.csv"
     lines = jsonl(tmp_path / "rows.jsonl", ROWS)
-    listed = tmp_path / "rows.json"
     listed.write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "table")
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
-    for source in (lines, listed, tmp_path / "table", tmp_path / "splits"):
+    table.to_csv(as_csv)
+    folder.mkdir()
+    table.to_parquet(folder / "train.parquet")
+    table.save_to_disk(tmp_path / "table")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    arrow = next((tmp_path / "table").glob("*.arrow"))
+    columns = (folder, folder / "train.parquet", arrow, tmp_path / "table", tmp_path / "splits")
+    for source in (lines, listed, as_csv, *columns):
         rows = load_rows(str(source))
-        assert [(row.prompt, row.completion, row.messages) for row in rows] == [
-            (row["prompt"], row["completion"], None) for row in ROWS
-        ]
+        assert [(row.prompt, row.completion, row.messages) for row in rows] == [(*row.values(), None) for row in ROWS]
         assert len({row.where for row in rows}) == 2
     assert [row.where for row in load_rows(lines)] == [f"{lines}:1", f"{lines}:2"]
+    assert [row.where for row in load_rows(as_csv)] == [f"{as_csv}:2", f"{as_csv}:3"]
     assert [row.where for row in load_rows(listed)] == [f"{listed}, row 1", f"{listed}, row 2"]
 
 
@@ -70,44 +76,67 @@ def test_a_chat_is_split_at_its_last_assistant_turn(tmp_path: Path) -> None:
         ({"messages": [*CHAT, "x"]}, "message 4 is a str"),
         ({"messages": [*CHAT, {"role": "user"}]}, "message 4: 'content' is None, expected a string"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "message 1: the assistant's content is empty"),
+        ({"prompt": "\ud800 b", "completion": "x"}, "'prompt': character 0 is '\\ud800', half of a character"),
+        ({"messages": [{"role": "user", "content": "a\udfff"}, ANSWER]}, "message 1: character 1 is"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
+         "message 1: 'content' has a part of type 'image_url', expected text"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 2: 'content' is 3, expected a string"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "message 2: 'weight' is 0.5, expected 0 or 1"),
+        ({"messages": [USER, {**ANSWER, "weight": [0]}]}, "message 2: 'weight' is [0], expected 0 or 1"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": "x"}]}, "message 2: 'tool_calls' is a str"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [3]}]}, "message 2: a call is 3"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+         "'arguments' of a call is '{', expected JSON"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
+         "'arguments' of a call is a list, expected an object"),
+        ({"messages": [USER, ANSWER], "tools": [1]}, "'tools' is [1], expected a list of functions with names"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "tools is '{', expected JSON"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "message 1: 'role' is ['user'], expected a string"),
+        ({"conversations": "hi"}, "'conversations' is a str, expected a list"),
+        ({"conversations": [{"from": 3, "value": "x"}]}, "message 1: 'role' is 3"),
+        ({"instruction": "a", "output": 3}, "'output' is a int"),
+        ({"instruction": "a", "output": "b", "history": [["q", "a"]]}, "has a 'history', expected a single turn"),
+        ({"prompt": [], "completion": []}, "no assistant turn to train on"),
+        ({"prompt": [USER], "completion": "x"}, "'prompt' is a list, expected a string"),
+        ({"prompt": ["x"], "completion": [ANSWER]}, "message 1 is a str"),
     ],
-)
+)  # fmt: skip
 def test_a_malformed_row_names_its_place_and_its_fault(tmp_path: Path, row: Any, complaint: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError) as caught:
-        load_rows(jsonl(tmp_path / "rows.jsonl", [ROWS[0], row]))
+        load_rows(tmp_path / "rows.jsonl")
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
     assert complaint in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("name", "content", "complaint"),
     [
-        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": ', ":3: bad JSON"),
-        ('[\n{"prompt": "a", "completion": "b"},\n{"prompt": "c"', ":3: bad JSON"),
-        (
-            '[\n{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}]',
-            ":3: bad JSON: Expecting ',' delimiter",
-        ),
-        ('[\n{"prompt": "a", "completion": "b"}', ":2: bad JSON: Expecting ',' delimiter"),
-        ('[\n{"prompt": "a", "completion": "b"},\n]', ": bad JSON"),
-        ('[\n{"prompt": "a", "completion": "b"}] x', ":2: bad JSON: Extra data"),
-        ("[]", "has no rows"),
-        ("", "has no rows"),
+        ("rows.json", '{"prompt": "a", "completion": "b"}\n\n{"prompt": ', "rows.json:3: bad JSON"),
+        ("rows.json", '[\n{"prompt": "a", "completion": "b"},\n{"prompt": "c"', "rows.json:3: bad JSON"),
+        ("rows.json", '[\n{"prompt": "a", "completion": "b"}\n{}]', ":3: bad JSON: Expecting ',' delimiter"),
+        ("rows.json", '[\n{"prompt": "a", "completion": "b"}', ":2: bad JSON: Expecting ',' delimiter"),
+        ("rows.json", '[\n{"prompt": "a", "completion": "b"},\n]', ": bad JSON"),
+        ("rows.json", '[\n{"prompt": "a", "completion": "b"}] x', ":2: bad JSON: Extra data"),
+        ("rows.json", "[]", "has no rows"),
+        ("rows.json", "", "has no rows"),
+        ("rows.jsonl", "[" * 100_000, "rows.jsonl:1: bad JSON"),
+        ("rows.jsonl", '{"prompt": "a"}\n' + "1" * 5000, "rows.jsonl:1"),
+        ("rows.jsonl", '{"prompt": "a", "completion": ' + "[" * 100_000, "rows.jsonl:1: bad JSON"),
+        ("rows.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+        ("rows.parquet", "no", "is not parquet, or damaged after row 0"),
+        ("rows.arrow", "no", "is not arrow, or damaged after row 0"),
+        ("rows.csv", 'prompt,completion\na,"b\n', "bad CSV"),
+        ("rows.csv", "prompt,completion\na\n", ":2: the number of values differs from the header's"),
+        ("rows.csv", "prompt,completion\na,b,c\n", ":2: the number of values differs from the header's"),
+        ("rows.csv", "", "has no rows"),
     ],
-)
-def test_bad_json_names_its_line(tmp_path: Path, text: str, complaint: str) -> None:
-    source = tmp_path / "rows.json"
-    source.write_text(text, encoding="utf-8")
+)  # fmt: skip
+def test_a_damaged_file_names_its_line(tmp_path: Path, name: str, content: str | bytes, complaint: str) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError) as caught:
-        load_rows(source)
+        load_rows(tmp_path / name)
     assert complaint in str(caught.value)
-
-
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    source = tmp_path / "rows.jsonl"
-    source.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not UTF-8"):
-        load_rows(source)
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
@@ -178,16 +207,13 @@ def test_a_colon_names_a_configuration_unless_a_directory_has_it(
         load_rows("./g/2:4")
 
 
-def test_a_split_is_chosen_among_those_there(tmp_path: Path) -> None:
+def test_a_split_is_chosen_among_those_there_and_refused_without_effect(tmp_path: Path) -> None:
     parts = {name: datasets.Dataset.from_list([{"prompt": name, "completion": "b"}]) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "splits")
+    parts["train"].save_to_disk(tmp_path / "table")
     assert [load_rows(tmp_path / "splits", split=name)[0].prompt for name in (None, "test")] == ["train", "test"]
     with pytest.raises(DataError, match="no split 'dev', only train, test"):
         load_rows(tmp_path / "splits", split="dev")
-
-
-def test_a_split_without_effect_is_refused(tmp_path: Path) -> None:
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "table")
     for source in (jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "table"):
         with pytest.raises(ConfigError, match="split 'test' has no effect"):
             load_rows(source, split="test")
@@ -199,19 +225,14 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path, caplog: pytest.
     with source.open("a") as file:
         file.write('{"prompt": \n')
     with caplog.at_level(logging.WARNING):
+        assert [load_rows(jsonl(tmp_path / "good", ROWS), bad_rows=way).num_bad for way in ("stop", "skip")] == [0, 0]
+        assert not caplog.records
         rows = load_rows(source, bad_rows="skip")
     assert [row.where for row in rows] == [f"{source}:1", f"{source}:14"]
     assert rows.num_bad == 13
     *reported, total = [record.getMessage() for record in caplog.records]
     assert [message.split(": ")[1] for message in reported] == [f"{source}:{line}" for line in range(2, 12)]
     assert total == f"skipped 13 bad rows of 15 in {source}"
-
-
-def test_good_rows_are_reported_to_be_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = jsonl(tmp_path / "rows.jsonl", ROWS)
-    with caplog.at_level(logging.WARNING):
-        assert [load_rows(source, bad_rows=choice).num_bad for choice in ("stop", "skip")] == [0, 0]
-    assert not caplog.records
 
 
 def test_a_line_that_is_no_json_is_one_bad_row(tmp_path: Path) -> None:
@@ -221,12 +242,8 @@ def test_a_line_that_is_no_json_is_one_bad_row(tmp_path: Path) -> None:
         load_rows(source)
     rows = load_rows(source, bad_rows="skip")
     assert ([row.where for row in rows], rows.num_bad) == ([f"{source}:2", f"{source}:3"], 1)
-
-
-def test_a_list_that_breaks_off_stops_even_where_bad_rows_are_skipped(tmp_path: Path) -> None:
-    source = tmp_path / "rows.json"
-    source.write_text('[\n{"prompt": "a", "completion": "b"},\n{"prompt": ')
-    with pytest.raises(DataError, match=r"rows.json:3: bad JSON"):
+    source.write_text('[\n{"prompt": "a", "completion": "b"},\n{"prompt": ')  # a list stops even then
+    with pytest.raises(DataError, match=r"rows.jsonl:3: bad JSON"):
         load_rows(source, bad_rows="skip")
 
 

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 from tests.processes import collm, run_processes
+from tests.training.conftest import Saved
 
 ROOT = Path(__file__).parents[2]
 WORKER = "tests.training.distributed_worker"
@@ -115,9 +115,7 @@ def test_two_processes_resume_as_if_never_stopped(alone: tuple[Path, dict[str, A
 
 
 @pytest.mark.soak
-def test_a_whole_run_in_two_processes_leaves_the_artefact_of_one(
-    saved_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_whole_run_in_two_processes_leaves_the_artefact_of_one(saved_model: Saved, tmp_path: Path) -> None:
     rows = [{"prompt": f"w{i % 20} w{i % 7}", "completion": f"w{(i * 3) % 30} w{i % 11}"} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["train", "--base", str(saved_model("base", 0)), "--assistant", str(saved_model("assistant", 1))]

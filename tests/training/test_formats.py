@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from collm.errors import ConfigError, DataError
 from collm.training.data import Row, load_rows
+from tests.training.test_data import jsonl
 
 GSM8K = [
     {
@@ -30,11 +30,6 @@ TULU = {
         {"role": "assistant", "content": "The Ebro."},
     ],
 }
-
-
-def jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def texts(rows: list[Row]) -> list[tuple[Any, str]]:
@@ -95,12 +90,17 @@ def test_a_gsm8k_directory_has_its_splits(tmp_path: Path, name: str) -> None:
         load_rows(test, split="test", format=name)
 
 
-def test_a_tulu_chat_stays_a_chat(tmp_path: Path) -> None:
+def test_a_tulu_chat_stays_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tulu = "allenai/tulu-v2-sft-mixture"
+    Hub(monkeypatch, {(tulu, None): {"train": [TULU]}})
     row, again = (load_rows(found, format="tulu")[0] for found in (jsonl(tmp_path / "train.jsonl", [TULU]), tmp_path))
     assert row == again
     assert (row.prompt, row.completion, row.messages) == (TULU["messages"][:3], "The Ebro.", TULU["messages"])
     with pytest.raises(DataError, match="has no split 'test', only train"):
         load_rows(tmp_path, split="test", format="tulu")
+    assert load_rows(tulu, format="tulu")[0].messages == TULU["messages"]
+    with pytest.raises(DataError, match=r"Should be one of \['train'\]"):
+        load_rows(tulu, split="test", format="tulu")
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,6 @@ def test_a_hub_data_set_lists_files_of_the_hub_alone(file: str, monkeypatch: pyt
     assert len(load_rows("me/rows", format="gsm8k")) == 2
 
 
-def test_tulu_comes_from_the_hub_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    tulu = "allenai/tulu-v2-sft-mixture"
-    Hub(monkeypatch, {(tulu, None): {"train": [TULU]}})
-    assert load_rows(tulu, format="tulu")[0].messages == TULU["messages"]
-    with pytest.raises(DataError, match=r"Should be one of \['train'\]"):
-        load_rows(tulu, split="test", format="tulu")
-
-
 def test_a_copy_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     copy = tmp_path / "copy" / "data"
@@ -195,17 +187,15 @@ def test_configurations_of_a_copy_are_directories(tmp_path: Path) -> None:
 
 def test_what_an_official_format_has_not_is_refused(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "train.jsonl", GSM8K)
-    with pytest.raises(ConfigError, match="format is 'gsm', expected one of rows, tulu, gsm8k, gsm8k-plain, or"):
-        load_rows(source, format="gsm")
-    with pytest.raises(
-        ConfigError, match=r"format 'builtins:dict' is a type, expected a collm\.training\.formats\.Format"
-    ):
-        load_rows(source, format="builtins:dict")
-    with pytest.raises(ConfigError, match="builtins has nothing of that name"):
-        load_rows(source, format="builtins:ROWS")
-    for names in ({"prompt_field": "question"}, {"completion_field": "answer"}):
-        with pytest.raises(ConfigError, match="no effect with format 'gsm8k'"):
-            load_rows(source, format="gsm8k", **names)
+    for complaint, options in {
+        "format is 'gsm', expected one of rows, tulu, gsm8k, gsm8k-plain, or": {"format": "gsm"},
+        "format 'builtins:dict' is a type, expected a collm.training.formats.Format": {"format": "builtins:dict"},
+        "builtins has nothing of that name": {"format": "builtins:ROWS"},
+        "prompt_field and completion_field have no effect": {"format": "gsm8k", "prompt_field": "question"},
+        "have no effect with format 'gsm8k'": {"format": "gsm8k", "completion_field": "answer"},
+    }.items():
+        with pytest.raises(ConfigError, match=complaint):
+            load_rows(source, **options)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty has no gsm8k data; expected train.jsonl or test.jsonl, or a copy"):
         load_rows(tmp_path / "empty", format="gsm8k")

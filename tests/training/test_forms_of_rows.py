@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import re
 from pathlib import Path
@@ -16,11 +15,10 @@ from collm.errors import DataError, RequestError
 from collm.text.chats import Chat
 from collm.text.template import PromptTemplate
 from collm.training.data import Row, load_rows
-from collm.training.examples import encode_rows
+from collm.training.examples import encode
 from tests.text.test_template import BYTE_LEVEL, CHATML, turns_of
-from tests.training.test_data import CHAT, ROWS, jsonl
+from tests.training.test_data import ANSWER, CHAT, USER, jsonl
 
-USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}
 CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
 READ_CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 TOOLS = [
@@ -146,71 +144,11 @@ def test_alpaca_is_known_by_its_columns(tmp_path: Path, row: dict[str, Any], pro
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
-    [
-        ({"prompt": "\ud800 b", "completion": "x"}, "'prompt': character 0 is '\\ud800', half of a character"),
-        ({"messages": [{"role": "user", "content": "a\udfff"}, ANSWER]}, "message 1: character 1 is"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
-         "message 1: 'content' has a part of type 'image_url', expected text"),
-        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 2: 'content' is 3, expected a string"),
-        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "message 2: 'weight' is 0.5, expected 0 or 1"),
-        ({"messages": [USER, {**ANSWER, "weight": [0]}]}, "message 2: 'weight' is [0], expected 0 or 1"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": "x"}]}, "message 2: 'tool_calls' is a str"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [3]}]}, "message 2: a call is 3"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-         "'arguments' of a call is '{', expected JSON"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
-         "'arguments' of a call is a list, expected an object"),
-        ({"messages": [USER, ANSWER], "tools": [1]}, "'tools' is [1], expected a list of functions with names"),
-        ({"messages": [USER, ANSWER], "tools": "{"}, "tools is '{', expected JSON"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, "message 1: 'role' is ['user'], expected a string"),
-        ({"conversations": "hi"}, "'conversations' is a str, expected a list"),
-        ({"conversations": [{"from": 3, "value": "x"}]}, "message 1: 'role' is 3"),
-        ({"instruction": "a", "output": 3}, "'output' is a int"),
-        ({"instruction": "a", "output": "b", "history": [["q", "a"]]}, "has a 'history', expected a single turn"),
-        ({"prompt": [], "completion": []}, "no assistant turn to train on"),
-        ({"prompt": [USER], "completion": "x"}, "'prompt' is a list, expected a string"),
-        ({"prompt": ["x"], "completion": [ANSWER]}, "message 1 is a str"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_read_names_its_place_and_its_fault(tmp_path: Path, row: Any, complaint: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(DataError) as caught:
-        load_rows(path)
-    assert str(caught.value).startswith(f"{path}:2: ")
-    assert complaint in str(caught.value)
-
-
-@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000, '{"prompt": "a", "completion": ' + "[" * 100_000])
-def test_absurd_json_is_a_bad_row(tmp_path: Path, line: str) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
-    with pytest.raises(DataError, match=r"rows.jsonl:2"):
-        load_rows(tmp_path / "rows.jsonl")
-
-
-@pytest.mark.parametrize(
     "chat", [CHATML, CHATML.replace("{{ m['role'] }}", "{% if m.role == 'developer' %}d{% endif %}x")]
 )
 def test_a_template_that_does_not_know_developers_sees_a_system_message(chat: str) -> None:
     prompt = PromptTemplate(chat=chat).encode_prompt(BYTE_LEVEL, [{"role": "developer", "content": "on"}])
     assert str(BYTE_LEVEL.decode(prompt)).startswith("<|start|>system" if chat == CHATML else "<|start|>dx")
-
-
-def test_files_of_columns_hold_the_same_rows(tmp_path: Path) -> None:
-    table = datasets.Dataset.from_list(ROWS)
-    table.to_parquet(tmp_path / "rows.parquet")
-    table.save_to_disk(tmp_path / "saved")
-    (arrow,) = (tmp_path / "saved").glob("*.arrow")
-    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, ["prompt", "completion"])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "rows.parquet").rename(tmp_path / "folder" / "train.parquet")
-    for source in (tmp_path / "folder" / "train.parquet", tmp_path / "folder", arrow, tmp_path / "rows.csv"):
-        assert [(row.prompt, row.completion) for row in load_rows(source)] == [tuple(row.values()) for row in ROWS]
-    assert [row.where for row in load_rows(tmp_path / "rows.csv")] == [f"{tmp_path}/rows.csv:{n}" for n in (2, 3)]
 
 
 def test_arrow_fills_what_a_row_lacks_and_that_is_not_read(tmp_path: Path) -> None:
@@ -263,26 +201,9 @@ def test_named_fields_that_are_null_leave_the_chat(tmp_path: Path) -> None:
     assert [row.prompt for row in found] == [[USER], "q"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "complaint"),
-    [
-        ("rows.parquet", b"no", "is not parquet, or damaged after row 0"),
-        ("rows.arrow", b"no", "is not arrow, or damaged after row 0"),
-        ("rows.csv", b'prompt,completion\na,"b\n', "bad CSV"),
-        ("rows.csv", b"prompt,completion\na\n", ":2: the number of values differs from the header's"),
-        ("rows.csv", b"prompt,completion\na,b,c\n", ":2: the number of values differs from the header's"),
-        ("rows.csv", b"", "has no rows"),
-    ],
-)
-def test_damaged_files_are_one_sentence(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=complaint):
-        load_rows(tmp_path / name)
-
-
 def test_special_tokens_written_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     rows = [Row("the", " cat<|end|> sat", None, "1"), Row("the", " cat", None, "2")]
-    first, _ = encode_rows(rows, PromptTemplate(), BYTE_LEVEL, max_length=99)
+    first, _ = encode(rows, PromptTemplate(), BYTE_LEVEL, max_length=99)
     assert BYTE_LEVEL.eos_token_id in first.token_ids
     assert "1 of 2 rows have the text of a special token in their completion, most often '<|end|>'" in caplog.text
 

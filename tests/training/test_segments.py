@@ -20,13 +20,12 @@ from collm.errors import DataError
 from collm.models.language_model import LanguageModel
 from collm.models.tools import ToolModel
 from collm.run import RunConfig, train_collaboration
+from collm.text.alignment import Alignment
 from collm.training import scoring
-from collm.training.aligned import encode_aligned
 from collm.training.data import load_rows
-from collm.training.examples import Example, Segments, fingerprint
+from collm.training.examples import Example, Examples, collate, encode, fingerprint, scatter, shift
 from collm.training.module import JointModule
 from collm.training.scoring import read_scores, write_scores
-from collm.training.targets import collate, scatter, shift
 from tests.two_tokenizers import two_aligned, two_tokenizers, writing_model
 
 ROWS = [
@@ -44,6 +43,12 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def aligned(path: Path, alignment: Alignment | None = None, *, max_length: int = 512) -> Examples:
+    alignment = alignment or two_aligned()
+    base = alignment.tokenizers[0]
+    return encode(load_rows(path), base.template, base.tokenizer, alignment, max_length=max_length)
+
+
 def logits_of(model: Any, example: Example) -> Tensor:
     with torch.no_grad():
         return model(torch.tensor([example.token_ids])).logits[0].float()
@@ -51,8 +56,8 @@ def logits_of(model: Any, example: Example) -> Tensor:
 
 def slow_segments(model: Any, example: Example) -> tuple[list[float], list[bool], list[float]]:
     """log q of each segment, whether greedy decoding writes it, and log P(START) behind it, from one pass."""
-    assert example.segments is not None
-    law, opens = example.segments.law, example.segments.opens
+    law, opens = example.law, example.opens
+    assert law is not None
     logits = logits_of(model, example).masked_fill(~law.written, -torch.inf)
     places = [t for t, row in enumerate(opens) if row >= 0]
     values, rights, stops = [], [], []
@@ -81,7 +86,7 @@ def slow_segments(model: Any, example: Example) -> tuple[list[float], list[bool]
 
 @pytest.mark.parametrize("max_length", [512, 30])
 def test_scores_are_the_law_written_out(rows_file: Path, max_length: int) -> None:
-    examples = encode_aligned(load_rows(rows_file), two_aligned(), max_length=max_length)
+    examples = aligned(rows_file, max_length=max_length)
     for author, tokenizer in enumerate(two_tokenizers()):
         model, own = writing_model(tokenizer, author), examples.read_by(author)
         assert [one.num_targets for one in own] == [one.num_targets for one in examples]
@@ -97,7 +102,7 @@ def test_scores_are_the_law_written_out(rows_file: Path, max_length: int) -> Non
 def test_an_assistant_that_writes_past_the_ends_of_segments_is_warned_of(
     rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    examples = encode_aligned(load_rows(rows_file), two_aligned(), max_length=512).read_by(1)
+    examples = aligned(rows_file).read_by(1)
     model = writing_model(two_tokenizers()[1], 1)
     mean = torch.tensor([stop for example in examples for stop in slow_segments(model, example)[2]]).mean().item()
     for number, (floor, warned) in enumerate(((mean - 0.01, False), (mean + 0.01, True))):
@@ -107,7 +112,7 @@ def test_an_assistant_that_writes_past_the_ends_of_segments_is_warned_of(
 
 
 def test_examples_hold_the_same_answers_in_the_tokens_of_each_author(rows_file: Path) -> None:
-    examples = encode_aligned(load_rows(rows_file), two_aligned(), max_length=512)
+    examples = aligned(rows_file)
     for index, (_, completion) in enumerate(ROWS):
         for author, tokenizer in enumerate(two_aligned().tokenizers):
             example = examples.read_by(author)[index]
@@ -116,16 +121,17 @@ def test_examples_hold_the_same_answers_in_the_tokens_of_each_author(rows_file: 
             assert tokenizer.spell(learned[:-1]) == completion.encode()
 
 
-def test_an_answer_that_is_cut_ends_at_a_boundary_and_has_no_end(rows_file: Path) -> None:
-    whole = encode_aligned(load_rows(rows_file), two_aligned(), max_length=512)
-    cut = encode_aligned(load_rows(rows_file), two_aligned(), max_length=30)
-    assert cut.num_truncated
+def test_an_answer_that_is_cut_ends_at_a_boundary_and_has_no_end(
+    rows_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = aligned(rows_file)
+    cut = aligned(rows_file, max_length=30)
+    assert "exceed max_length 30 and were truncated" in caplog.text
     for index, example in enumerate(cut):
         full = whole[index]
         assert example.token_ids == full.token_ids[: len(example.token_ids)]
         if len(example.token_ids) < len(full.token_ids):
-            assert example.segments is not None
-            assert example.segments.opens[-1] >= 0
+            assert example.opens[-1] >= 0
             assert not example.is_target[-1]
 
 
@@ -139,7 +145,8 @@ def everything_opens(example: Example, vocab_size: int) -> Example:
     opens = [0 if target else -1 for target in example.is_target]
     return replace(
         example,
-        segments=Segments([*opens, 0], law, ""),
+        opens=[*opens, 0],
+        law=law,
         token_ids=[*example.token_ids, 0],
         is_target=[*example.is_target, False],
     )
@@ -155,8 +162,7 @@ def test_where_every_token_begins_a_segment_the_loss_is_that_of_tokens(frozen: b
         base = writing_model(tokenizer, 3).requires_grad_(True)
         head = DeferralHead(32, 1)
         torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
-        segments = examples[0].segments
-        module = JointModule(base, head, frozen=frozen, law=None if segments is None else segments.law).eval()
+        module = JointModule(base, head, frozen=frozen, law=examples[0].law).eval()
         items = list[dict[str, Tensor]]()
         for example in examples:
             shifted = shift(example)
@@ -202,12 +208,11 @@ def test_a_tool_is_scored_on_segments(tmp_path: Path) -> None:
     path.write_text(json.dumps({"prompt": "how many?", "completion": " 12 * 4 = 48 miles"}) + "\n", encoding="utf-8")
     alignment = two_aligned()
     three = type(alignment)([*alignment.tokenizers, alignment.tokenizers[0]])
-    (example,) = encode_aligned(load_rows(path), three, max_length=512).read_by(2)
+    (example,) = aligned(path, three).read_by(2)
     base = alignment.tokenizers[0]
     tool = ToolModel(ToolSpec("calculator"), base.tokenizer, name="tool", vocab_size=base.vocab_size)
     logprobs, corrects, abstained = read_scores(tool, [example]).values()
-    assert example.segments is not None
-    places = [t for t, row in enumerate(example.segments.opens) if row >= 0]
+    places = [t for t, row in enumerate(example.opens) if row >= 0]
     pieces = [base.spell(example.token_ids[a:b]) for a, b in itertools.pairwise(places)]
     (result,) = [i for i, piece in enumerate(pieces) if piece == b" 48"]
     assert corrects.nonzero().squeeze(-1).tolist() == [result]
@@ -220,7 +225,7 @@ def test_an_answer_with_a_special_token_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "a", "completion": " b<eos> c"}) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.jsonl.* special token of"):
-        encode_aligned(load_rows(path), two_aligned(), max_length=99)
+        aligned(path, max_length=99)
 
 
 @pytest.mark.slow

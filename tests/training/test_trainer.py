@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,33 +15,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from collm.core.head import DeferralHead
-from collm.errors import (
-    ArtefactError,
-    ConfigError,
-    DataError,
-    MismatchError,
-    MissingExtra,
-    ModelFailure,
-    WriteError,
-)
+from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, MissingExtra, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
 from collm.training.checkpoints import last_checkpoint
-from collm.training.config import CoLLMConfig
-from collm.training.dataset import TrainingSet
-from collm.training.scores import Scores
-from collm.training.scoring import find_scores
+from collm.training.scores import Scores, TrainingSet, find_scores
 from collm.training.trainer import CoLLMTrainer
-from tests.training.conftest import make_scores, random_examples, score_examples
+from tests.training.conftest import Make, Saved, Tiny, make_scores, random_examples, score_examples
 
-Make = Callable[..., CoLLMConfig]
-Tiny = Callable[..., PreTrainedModel]
 EXAMPLES = random_examples(24, longest=14)
 KNOWS_HALF = make_scores(EXAMPLES, lambda gold: torch.where(gold % 2 == 0, -0.05, -7.0))
 DATA = TrainingSet(EXAMPLES, [KNOWS_HALF])
+MakeTrainer = Callable[..., CoLLMTrainer]
 METHODS = {
     "full": {"learning_rate": 1e-3},
     "lora": {"learning_rate": 1e-2, "lora_r": 4},
@@ -49,9 +37,16 @@ METHODS = {
 }
 
 
-def trainer_of(tiny_model: Tiny, config: CoLLMConfig, data: TrainingSet = DATA, **options: Any) -> CoLLMTrainer:
-    base = options.pop("base", None) or tiny_model(1, attention_dropout=0.1)
-    return CoLLMTrainer(base, DeferralHead(32, data.num_assistants), config, data, **options)
+@pytest.fixture
+def make(tiny_model: Tiny, config: Make) -> MakeTrainer:
+    """Makes a trainer: make(data, base=.., eval_dataset=.., callbacks=.., **options)."""
+
+    def made(data: TrainingSet = DATA, base: Any = None, eval_dataset: Any = None, callbacks: Any = (), **options: Any):
+        head = DeferralHead(32, len(data.assistant_scores))
+        base = base or tiny_model(1, attention_dropout=0.1)
+        return CoLLMTrainer(base, head, config(**options), data, eval_dataset, callbacks=callbacks)
+
+    return made
 
 
 def weights(trainer: CoLLMTrainer) -> dict[str, Tensor]:
@@ -74,9 +69,9 @@ class Kill(TrainerCallback):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_lowers_the_marginal_nll(tiny_model: Tiny, config: Make, method: str) -> None:
+def test_training_lowers_the_marginal_nll(make: MakeTrainer, method: str) -> None:
     options = {**METHODS[method], "num_train_epochs": 6.0}
-    trainer = trainer_of(tiny_model, config(method=method, **options), eval_dataset=DATA)
+    trainer = make(eval_dataset=DATA, method=method, **options)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -88,49 +83,42 @@ def test_training_lowers_the_marginal_nll(tiny_model: Tiny, config: Make, method
 
 
 @pytest.mark.slow
-def test_a_deferral_cost_is_part_of_the_loss_and_lowers_defer_probs(tiny_model: Tiny, config: Make) -> None:
+def test_a_deferral_cost_is_part_of_the_loss_and_lowers_defer_probs(make: MakeTrainer) -> None:
     trained = []
     for cost in (0.0, 1.0):
         options = {**METHODS["head"], "max_steps": 20, "deferral_cost": cost}
-        trainer = trainer_of(tiny_model, config(method="head", **options), eval_dataset=DATA)
+        trainer = make(eval_dataset=DATA, method="head", **options)
         before = trainer.evaluate()
         trainer.train()
         trained.append(trainer.evaluate())
-        free = trainer_of(tiny_model, config(method="head"), eval_dataset=DATA).evaluate()
+        free = make(eval_dataset=DATA, method="head").evaluate()
         assert before["eval_loss"] == pytest.approx(free["eval_loss"] + cost * free["eval_defer_prob"], rel=1e-5)
     assert trained[1]["eval_defer_prob"] < trained[0]["eval_defer_prob"] - 0.1
 
 
-def test_evaluate_means_over_tokens_not_batches(tiny_model: Tiny, config: Make) -> None:
-    results = [
-        trainer_of(tiny_model, config(per_device_eval_batch_size=size), eval_dataset=DATA).evaluate()
-        for size in (1, 5, 24)
-    ]
+def test_evaluate_means_over_tokens_not_batches(make: MakeTrainer) -> None:
+    results = [make(eval_dataset=DATA, per_device_eval_batch_size=size).evaluate() for size in (1, 5, 24)]
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
 
 
-def test_only_the_head_moves_with_method_head(tiny_model: Tiny, config: Make) -> None:
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_what_a_method_moves(make: MakeTrainer, tiny_model: Tiny, method: str) -> None:
     base = tiny_model(1)
-    trainer = trainer_of(tiny_model, config(method="head", head_learning_rate=1e-2, max_steps=3), base=base)
+    trainer = make(base=base, method=method, head_learning_rate=1e-2, max_steps=3)
     before = weights(trainer)
     trainer.train()
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
-    assert moved == {"head.weight", "head.bias"}
+    assert moved == (before.keys() if method == "full" else {"head.weight", "head.bias"})
     assert trainer.base is base
 
 
-def test_all_of_the_base_moves_with_method_full(tiny_model: Tiny, config: Make) -> None:
-    trainer = trainer_of(tiny_model, config(learning_rate=1e-3, max_steps=3))
-    before = weights(trainer)
-    trainer.train()
-    assert not any(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
-
-
-def test_an_adapter_leaves_the_base_alone_and_reloads_exactly(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+def test_an_adapter_leaves_the_base_alone_and_reloads_exactly(
+    make: MakeTrainer, tiny_model: Tiny, tmp_path: Path
+) -> None:
     from peft import PeftModel
 
-    trainer = trainer_of(tiny_model, config(method="lora", learning_rate=1e-2, lora_r=4, max_steps=3))
+    trainer = make(method="lora", learning_rate=1e-2, lora_r=4, max_steps=3)
     trainer.train()
     after = weights(trainer)
     plain = tiny_model(1).state_dict()
@@ -149,11 +137,9 @@ def test_an_adapter_leaves_the_base_alone_and_reloads_exactly(tiny_model: Tiny, 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tuned_base_is_saved_as_a_plain_model_beside_the_head(
-    tiny_model: Tiny, config: Make, tmp_path: Path, tied: bool
+    make: MakeTrainer, tiny_model: Tiny, tmp_path: Path, tied: bool
 ) -> None:
-    trainer = trainer_of(
-        tiny_model, config(learning_rate=1e-3, max_steps=2), base=tiny_model(1, tie_word_embeddings=tied)
-    )
+    trainer = make(base=tiny_model(1, tie_word_embeddings=tied), learning_rate=1e-3, max_steps=2)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {"base", "head.safetensors"}
@@ -166,42 +152,33 @@ def test_a_tuned_base_is_saved_as_a_plain_model_beside_the_head(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Tiny, config: Make, tmp_path: Path, method: str) -> None:
-    options = {
-        "method": method,
-        **METHODS[method],
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 9,
-        "save_strategy": "steps",
-        "save_steps": 2,
-    }
-    undisturbed = trainer_of(tiny_model, config(**options))
+def test_a_killed_run_resumes_to_the_same_bytes(make: MakeTrainer, tmp_path: Path, method: str) -> None:
+    options = {"method": method, **METHODS[method], "max_steps": 9, "save_strategy": "steps", "save_steps": 2}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    undisturbed = make(**options)
     undisturbed.train()
     there = {**options, "output_dir": str(tmp_path / "killed")}
     with pytest.raises(KeyboardInterrupt):
-        trainer_of(tiny_model, config(**there), callbacks=[Kill(5)]).train()
+        make(callbacks=[Kill(5)], **there).train()
     (tmp_path / "killed" / "checkpoint-6").mkdir()  # a save that was cut short
     found = last_checkpoint(tmp_path / "killed")
     assert found is not None
     assert found.name == "checkpoint-4"
-    resumed = trainer_of(tiny_model, config(**there))
+    resumed = make(**there)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(resumed), weights(undisturbed))
 
 
-def test_what_cannot_be_resumed_is_said(
-    tiny_model: Tiny, saved_model: Callable[..., Path], config: Make, tmp_path: Path
-) -> None:
+def test_what_cannot_be_resumed_is_said(make: MakeTrainer, saved_model: Saved, tmp_path: Path) -> None:
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     with pytest.raises(ConfigError, match="no complete checkpoint to resume from"):
-        trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=True)
-    trainer_of(tiny_model, config(**options)).train()
+        make(**options).train(resume_from_checkpoint=True)
+    make(**options).train()
     with pytest.raises(ConfigError, match="checkpoint-2 is from an earlier run"):
-        trainer_of(tiny_model, config(**options)).train()
+        make(**options).train()
     run = tmp_path / "run"
     with pytest.raises(ArtefactError, match="nowhere is not a complete checkpoint"):
-        trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / "nowhere")
+        make(**options).train(resume_from_checkpoint=run / "nowhere")
     others = random_examples(24, longest=13)
     knows = make_scores(others, lambda gold: torch.where(gold % 2 == 0, -0.05, -7.0))
     for data, more, what in (
@@ -211,27 +188,27 @@ def test_what_cannot_be_resumed_is_said(
         (DATA, {"base": load_model(ModelSpec(str(saved_model("base", 1))))}, "weights of the base"),
     ):
         with pytest.raises(ConfigError, match=f"checkpoint-2 was trained with other {what}"):
-            trainer_of(tiny_model, config(**options), data, **more).train(resume_from_checkpoint=True)
+            make(data, **more, **options).train(resume_from_checkpoint=True)
     for number, content in enumerate(("", "[]", "{}")):
         shutil.copytree(run / "checkpoint-2", run / f"unknown-{number}")
         (run / f"unknown-{number}" / "trained_on.json").write_text(content)
         with pytest.raises(ArtefactError, match=r"trained_on.json is damaged"):
-            trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / f"unknown-{number}")
+            make(**options).train(resume_from_checkpoint=run / f"unknown-{number}")
     shutil.copytree(run / "checkpoint-2", run / "damaged")
     with (run / "damaged" / "head.safetensors").open("r+b") as file:
         file.truncate(20)
     with pytest.raises(ArtefactError, match="damaged cannot be read for method 'full'"):
-        trainer_of(tiny_model, config(**options)).train(resume_from_checkpoint=run / "damaged")
+        make(**options).train(resume_from_checkpoint=run / "damaged")
     with pytest.raises(ArtefactError, match="cannot be read for method 'lora'"):
-        trainer_of(tiny_model, config(**options, method="lora")).train(resume_from_checkpoint=run / "checkpoint-2")
+        make(**options, method="lora").train(resume_from_checkpoint=run / "checkpoint-2")
 
 
-def test_accumulation_equals_one_large_batch(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+def test_accumulation_equals_one_large_batch(make: MakeTrainer, tiny_model: Tiny, tmp_path: Path) -> None:
     """Token counts differ between the small batches, so a mean of batch means would show."""
     results = []
     for size, steps in ((8, 1), (1, 8)):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 3}
-        trainer = trainer_of(tiny_model, config(learning_rate=1e-3, **options), base=tiny_model(1))
+        trainer = make(base=tiny_model(1), learning_rate=1e-3, **options)
         before = weights(trainer)
         trainer.train()
         results.append(weights(trainer))
@@ -241,7 +218,7 @@ def test_accumulation_equals_one_large_batch(tiny_model: Tiny, config: Make, tmp
     assert apart < 0.02 * moved
 
 
-def test_base_and_head_have_their_learning_rates(tiny_model: Tiny, config: Make) -> None:
+def test_base_and_head_have_their_learning_rates(make: MakeTrainer) -> None:
     rates: dict[str, float] = {}
 
     class Watch(TrainerCallback):
@@ -250,38 +227,38 @@ def test_base_and_head_have_their_learning_rates(tiny_model: Tiny, config: Make)
                 rates["head" if any(p is trainer.head.weight for p in group["params"]) else "base"] = group["lr"]
 
     options = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 1}
-    trainer = trainer_of(tiny_model, config(**options), callbacks=[Watch()])
+    trainer = make(callbacks=[Watch()], **options)
     trainer.train()
     assert rates == {"base": 1e-3, "head": pytest.approx(0.1 / 32)}
 
 
-def test_the_warm_start_runs_inside_train_unless_resuming(tiny_model: Tiny, config: Make, score: Any) -> None:
+def test_the_warm_start_runs_inside_train_unless_resuming(make: MakeTrainer, tiny_model: Tiny, score: Any) -> None:
     base = tiny_model(1)
     base_scores: Scores = score(base, EXAMPLES, "base")
     data = TrainingSet(EXAMPLES, [KNOWS_HALF], base_scores)
     options = {"method": "head", "head_learning_rate": 1e-9, "warm_start": True, "warm_start_tokens": 100}
     options |= {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = trainer_of(tiny_model, config(**options), data, base=base)
+    trainer = make(data, base=base, **options)
     trainer.train()
     assert trainer.label_report is not None
     assert trainer.label_report.share == pytest.approx((KNOWS_HALF.corrects & ~base_scores.corrects).float().mean())
     assert trainer.warm_start_report is not None
     assert trainer.warm_start_report.num_tokens == 100
     assert trainer.head.weight.abs().sum() > 0.1
-    resumed = trainer_of(tiny_model, config(**options, num_train_epochs=1.0), data, base=base)
+    resumed = make(data, base=base, **options, num_train_epochs=1.0)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.warm_start_report is None
     assert same(weights(resumed), weights(trainer))
     with pytest.raises(ConfigError, match="needs the base's scores"):
-        trainer_of(tiny_model, config(**options))
+        make(**options)
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_can_be_loaded_at_the_end(tiny_model: Tiny, config: Make) -> None:
+def test_the_best_checkpoint_can_be_loaded_at_the_end(make: MakeTrainer) -> None:
     """A learning rate that ruins the model: the last evaluation is not the best."""
     options = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
     steps = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = trainer_of(tiny_model, config(**options, **steps, load_best_model_at_end=True), eval_dataset=DATA)
+    trainer = make(eval_dataset=DATA, **options, **steps, load_best_model_at_end=True)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) == 4
@@ -289,78 +266,67 @@ def test_the_best_checkpoint_can_be_loaded_at_the_end(tiny_model: Tiny, config: 
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_activation_checkpointing_changes_no_weights(tiny_model: Tiny, config: Make) -> None:
+def test_activation_checkpointing_changes_no_weights(make: MakeTrainer, tiny_model: Tiny) -> None:
     results = []
     for on in (False, True):
-        trainer = trainer_of(
-            tiny_model, config(learning_rate=1e-3, max_steps=2, activation_checkpointing=on), base=tiny_model(1)
-        )
+        trainer = make(base=tiny_model(1), learning_rate=1e-3, max_steps=2, activation_checkpointing=on)
         trainer.train()
         results.append(weights(trainer))
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_nan_stops_training(tiny_model: Tiny, config: Make) -> None:
+def test_nan_stops_training(make: MakeTrainer, tiny_model: Tiny) -> None:
     base = tiny_model(1)
     with torch.no_grad():
         base.lm_head.weight[3] = torch.nan
     with pytest.raises(ModelFailure, match="the loss is nan at step 1"):
-        trainer_of(tiny_model, config(max_steps=2), base=base).train()
+        make(base=base, max_steps=2).train()
 
 
 def test_a_full_disk_is_said_and_leaves_no_whole_checkpoint(
-    tiny_model: Tiny, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
 
-    trainer = trainer_of(tiny_model, config(max_steps=2, save_strategy="steps", save_steps=1))
+    trainer = make(max_steps=2, save_strategy="steps", save_steps=1)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(WriteError, match=r"could not write .*checkpoint-1.*free some space"):
         trainer.train()
     assert last_checkpoint(tmp_path / "run") is None
 
 
-def test_lora_on_the_output_layer_is_refused_and_undone(tiny_model: Tiny, config: Make) -> None:
+def test_lora_on_the_output_layer_is_refused_and_undone(make: MakeTrainer, tiny_model: Tiny) -> None:
     base = tiny_model(1)
     with pytest.raises(ConfigError, match="includes the output layer"):
-        trainer_of(tiny_model, config(method="lora", lora_target_modules=["q_proj", "lm_head"]), base=base)
+        make(base=base, method="lora", lora_target_modules=["q_proj", "lm_head"])
     assert same(dict(base.state_dict()), dict(tiny_model(1).state_dict()))
     with pytest.raises(ConfigError, match="LoRA cannot be applied to the base"):
-        trainer_of(tiny_model, config(method="lora", lora_target_modules=["nothing"]), base=base)
+        make(base=base, method="lora", lora_target_modules=["nothing"])
 
 
-def test_lora_without_peft_says_what_to_install(
-    tiny_model: Tiny, config: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real_import = builtins.__import__
-
-    def without_peft(name: str, *rest: Any) -> Any:
-        if name.split(".")[0] == "peft":
-            raise ImportError(name)
-        return real_import(name, *rest)
-
-    options = config(method="lora")
-    base = tiny_model(1)
-    monkeypatch.setattr(builtins, "__import__", without_peft)
+def test_lora_without_peft_says_what_to_install(make: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match=r"pip install 'collm\[train\]'"):
-        trainer_of(tiny_model, options, base=base)
+        make(method="lora")
 
 
-def test_what_does_not_fit_is_refused(tiny_model: Tiny, config: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_does_not_fit_is_refused(
+    make: MakeTrainer, tiny_model: Tiny, config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(MismatchError, match="has 2 assistants, but the data has scores of 1"):
         CoLLMTrainer(tiny_model(1), DeferralHead(32, 2), config(), DATA)
-    with pytest.raises(DataError, match=r"an example has \d+ tokens, but max_length is 9"):
-        trainer_of(tiny_model, config(max_length=9))
-    with pytest.raises(ConfigError, match="no effect without an evaluation set"):
-        trainer_of(tiny_model, config(eval_strategy="epoch"))
-    with pytest.raises(ConfigError, match="there is no evaluation set"):
-        trainer_of(tiny_model, config()).evaluate()
-    with pytest.raises(ConfigError, match="already has an adapter"):
-        trainer_of(tiny_model, config(), base=trainer_of(tiny_model, config(method="lora")).base)
+    for kind, complaint, options in (
+        (DataError, r"an example has \d+ tokens, but max_length is 9", {"max_length": 9}),
+        (ConfigError, "no effect without an evaluation set", {"eval_strategy": "epoch"}),
+        (ConfigError, "already has an adapter", {"base": make(method="lora").base}),
+        (ConfigError, "there is no evaluation set", {}),
+    ):
+        with pytest.raises(kind, match=complaint):
+            make(**options).evaluate()
     with caplog.at_level(logging.WARNING):
-        trainer_of(tiny_model, config(), base=tiny_model(1).bfloat16())
+        make(base=tiny_model(1).bfloat16())
     assert "most updates" in caplog.text
 
 
@@ -379,26 +345,38 @@ def largest_gap(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 SMOOTH = {"learning_rate": 1e-3, "adam_epsilon": 1e-5, "seed": 3}  # no step of its own from rounding near 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_training_without_padding_gives_the_same_weights(tiny_model: Tiny, config: Make, method: str) -> None:
+@pytest.mark.parametrize(
+    ("common", "changes"),
+    [
+        pytest.param({}, {"padding_free": True}, marks=pytest.mark.slow),
+        pytest.param({"method": "lora", "lora_dropout": 0.0}, {"padding_free": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"deferral_cost": 0.5, "max_steps": 2},
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+            marks=pytest.mark.soak,
+        ),
+    ],
+    ids=["full", "lora", "compiled"],
+)
+def test_without_padding_or_compiled_training_gives_the_same_weights(
+    make: MakeTrainer, tiny_model: Tiny, common: dict[str, Any], changes: dict[str, Any]
+) -> None:
     final = []
-    options = {**SMOOTH, **({"lora_dropout": 0.0} if method == "lora" else {})}
-    for padding_free in (False, True):
-        trainer = trainer_of(
-            tiny_model,
-            config(method=method, **options, padding_free=padding_free),
-            base=tiny_model(1),
-            eval_dataset=DATA,
-        )
+    torch._dynamo.reset()
+    counters.clear()
+    for more in ({}, changes):
+        assert counters["stats"]["unique_graphs"] == 0
+        trainer = make(base=tiny_model(1), eval_dataset=DATA, **SMOOTH, **common, **more)
         trainer.train()
         final.append((weights(trainer), trainer.evaluate()["eval_loss"]))
         assert trainer.evaluate(DATA)["eval_loss"] == pytest.approx(final[-1][1], rel=1e-6)
+    assert (counters["stats"]["unique_graphs"] > 0) is ("torch_compile" in changes)
+    assert not counters["graph_break"], "more than the base was compiled"
     assert largest_gap(final[0][0], final[1][0]) < 1e-5
     assert final[0][1] == pytest.approx(final[1][1], rel=1e-5)
 
 
-def test_attention_that_mixes_sequences_is_refused(tiny_model: Tiny, config: Make) -> None:
+def test_attention_that_mixes_sequences_is_refused(make: MakeTrainer, tiny_model: Tiny) -> None:
     base = tiny_model(1)
     plain = type(base.model).forward
 
@@ -407,34 +385,13 @@ def test_attention_that_mixes_sequences_is_refused(tiny_model: Tiny, config: Mak
 
     base.model.forward = deaf.__get__(base.model)
     with pytest.raises(ConfigError, match="sequences in one row attend to each other"):
-        trainer_of(tiny_model, config(padding_free=True), base=base)
+        make(base=base, padding_free=True)
 
 
-@pytest.mark.soak
-def test_compiled_training_gives_the_same_weights(tiny_model: Tiny, config: Make) -> None:
-    final = []
-    torch._dynamo.reset()
-    counters.clear()
-    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
-        assert counters["stats"]["unique_graphs"] == 0
-        trainer = trainer_of(
-            tiny_model,
-            config(**SMOOTH, **options, deferral_cost=0.5, max_steps=2),
-            base=tiny_model(1),
-            eval_dataset=DATA,
-        )
-        trainer.train()
-        final.append((weights(trainer), trainer.evaluate()["eval_loss"]))
-    assert counters["stats"]["unique_graphs"] > 0
-    assert not counters["graph_break"], "more than the base was compiled"
-    assert largest_gap(final[0][0], final[1][0]) < 1e-5
-    assert final[0][1] == pytest.approx(final[1][1], rel=1e-5)
-
-
-def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny_model: Tiny, config: Make) -> None:
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(make: MakeTrainer, tiny_model: Tiny) -> None:
     measured = []
     for bf16 in (False, True):
-        trainer = trainer_of(tiny_model, config(**SMOOTH, bf16=bf16), base=tiny_model(1), eval_dataset=DATA)
+        trainer = make(base=tiny_model(1), eval_dataset=DATA, **SMOOTH, bf16=bf16)
         trainer.train()
         assert all(tensor.dtype == torch.float32 for tensor in weights(trainer).values())
         measured.append(trainer.evaluate()["eval_loss"])
@@ -445,7 +402,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny_model: Tiny, config: 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
 def test_a_head_trains_from_kept_hidden_states_as_from_the_base(
-    strategy: str, tiny_model: Tiny, config: Make, tmp_path: Path
+    make: MakeTrainer, strategy: str, tiny_model: Tiny, tmp_path: Path
 ) -> None:
     base = tiny_model(1)
     spec, model = ModelSpec("base"), LanguageModel(base, name="base")
@@ -453,12 +410,14 @@ def test_a_head_trains_from_kept_hidden_states_as_from_the_base(
     final = []
     for from_hidden_states in (False, True):
         data = TrainingSet(EXAMPLES, [KNOWS_HALF], kept, from_hidden_states=from_hidden_states)
-        trainer = trainer_of(
-            tiny_model,
-            config(method="head", warm_start=True, head_learning_rate=1e-2, train_sampling_strategy=strategy),
+        trainer = make(
             data,
             base=base,
             eval_dataset=data,
+            method="head",
+            warm_start=True,
+            head_learning_rate=1e-2,
+            train_sampling_strategy=strategy,
         )
         if from_hidden_states:
             base.model.forward = None  # is not read any more
@@ -468,7 +427,7 @@ def test_a_head_trains_from_kept_hidden_states_as_from_the_base(
     assert final[0][1] == pytest.approx(final[1][1], rel=1e-4)
 
 
-def test_kept_hidden_states_are_of_a_frozen_base_only(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+def test_kept_hidden_states_are_of_a_frozen_base_only(make: MakeTrainer, tiny_model: Tiny, tmp_path: Path) -> None:
     model = LanguageModel(tiny_model(1), name="base")
     plain = score_examples(model, EXAMPLES, tmp_path / "plain", spec=ModelSpec("base"))
     with pytest.raises(ConfigError, match="have no hidden states; score it with hidden_states=True"):
@@ -478,35 +437,34 @@ def test_kept_hidden_states_are_of_a_frozen_base_only(tiny_model: Tiny, config: 
     kept = score_examples(model, EXAMPLES, tmp_path / "kept", spec=ModelSpec("base"), hidden_states=True)
     data = TrainingSet(EXAMPLES, [KNOWS_HALF], kept, from_hidden_states=True)
     with pytest.raises(ConfigError, match="require a frozen base, but method 'full' changes it"):
-        trainer_of(tiny_model, config(method="full"), data)
+        make(data, method="full")
 
 
 @pytest.mark.slow
-def test_training_stops_early_and_keeps_the_best(tiny_model: Tiny, config: Make, tmp_path: Path) -> None:
+def test_training_stops_early_and_keeps_the_best(make: MakeTrainer, tiny_model: Tiny, tmp_path: Path) -> None:
     options = {
         "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 40,
         "load_best_model_at_end": True, "early_stopping_patience": 3, "learning_rate": 0.3, "seed": 5,
     }  # fmt: skip
 
-    def make(name: str, **more: Any) -> CoLLMTrainer:
-        made = config(**options, output_dir=str(tmp_path / name))
-        return trainer_of(tiny_model, made, base=tiny_model(1), eval_dataset=DATA, **more)
+    def named(name: str, **more: Any) -> CoLLMTrainer:
+        return make(base=tiny_model(1), eval_dataset=DATA, **options, output_dir=str(tmp_path / name), **more)
 
-    whole = make("whole")
+    whole = named("whole")
     whole.train()
     losses = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
     best = losses.index(min(losses))
     assert len(losses) == best + 1 + 3 < 40
     assert whole.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
     with pytest.raises(KeyboardInterrupt):
-        make("cut", callbacks=[Kill(best + 2)]).train()
-    resumed = make("cut")
+        named("cut", callbacks=[Kill(best + 2)]).train()
+    resumed = named("cut")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == whole.state.global_step
     assert same(weights(resumed), weights(whole))
 
 
-def test_a_quantized_base_passes_gradients_after_evaluation(saved_model: Callable[..., Path]) -> None:
+def test_a_quantized_base_passes_gradients_after_evaluation(saved_model: Saved) -> None:
     """Which bitsandbytes forgets on CPUs with bf16 instructions, unless its weights keep their layout."""
     path = saved_model("base", 1, hidden_size=64, intermediate_size=128)
     model = load_model(ModelSpec(str(path), dtype="float32", device="cpu", quantization="nf4"))

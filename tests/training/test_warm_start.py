@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
-from collm.training.examples import Examples
-from collm.training.labels import Labels, label_tokens
+from collm.training.examples import Examples, shift
+from collm.training.inspection import LabelReport, label_tokens
 from collm.training.measures import auc
-from collm.training.targets import shift
-from collm.training.warm_start import fit_authors, warm_start, weighted_nll
-from tests.training.conftest import make_scores, random_examples
+from collm.training.warm_start import WarmStartReport, fit_authors, warm_start, weighted_nll
+from tests.training.conftest import Make, Tiny, make_scores, random_examples
 
+Fit = Callable[..., WarmStartReport]
 EXAMPLES = random_examples(200, seed=3)
 
 
@@ -42,21 +43,35 @@ def planted(hidden: Tensor, num_assistants: int) -> Tensor:
     return author_logprobs(logits - 0.5 * logits.std()).argmax(-1)
 
 
-def labels_of(values: Tensor, num_assistants: int) -> Labels:
-    offsets = torch.tensor([0, *(example.num_targets for example in EXAMPLES)]).cumsum(0)
-    return Labels(values, offsets, num_assistants, values != 0)
+@pytest.fixture
+def fit(config: Make) -> Callable[..., WarmStartReport]:
+    """Fits a head to labels of these examples: fit(module, head, labels, **options)."""
+
+    def run(
+        module: PreTrainedModel,
+        head: DeferralHead,
+        labels: Tensor,
+        examples: Examples = EXAMPLES,
+        num_assistants: int | None = None,
+        **options: Any,
+    ) -> WarmStartReport:
+        _, *counts = labels.bincount(minlength=1 + (num_assistants or head.num_assistants)).tolist()
+        report = LabelReport(len(labels), tuple(count / len(labels) for count in counts), better=0.5)
+        base = LanguageModel(module, name="base")
+        return warm_start(base, head, examples, (labels, report), config(**{"warm_start": True, "seed": 0, **options}))
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_assistants", [1, 2, 3])
-def test_a_planted_linear_rule_is_recovered(tiny_model: Callable[..., PreTrainedModel], num_assistants: int) -> None:
+def test_a_planted_linear_rule_is_recovered(tiny_model: Tiny, fit: Fit, num_assistants: int) -> None:
     module = tiny_model(1)
     hidden = hidden_states(module, EXAMPLES)
     values = planted(hidden, num_assistants)
     assert values.unique().numel() == num_assistants + 1
     head = DeferralHead(32, num_assistants)
-    labels = labels_of(values, num_assistants)
-    report = warm_start(LanguageModel(module, name="base"), head, EXAMPLES, labels, seed=0, positive_weight=1.0)
+    report = fit(module, head, values, positive_weight=1.0)
     assert (author_logprobs(head(hidden)).argmax(-1) == values).float().mean() > 0.99
     assert report.accuracy > 0.93
     assert report.auc > 0.98
@@ -65,7 +80,7 @@ def test_a_planted_linear_rule_is_recovered(tiny_model: Callable[..., PreTrained
 
 
 @pytest.mark.slow
-def test_two_assistants_get_the_tokens_they_own(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_two_assistants_get_the_tokens_they_own(tiny_model: Tiny, fit: Fit) -> None:
     """Assistant 1 knows what follows tokens 3..6, assistant 2 what follows 7..10; the base knows the rest."""
     module = tiny_model(1, num_hidden_layers=1)
     with torch.no_grad():
@@ -81,10 +96,10 @@ def test_two_assistants_get_the_tokens_they_own(tiny_model: Callable[..., PreTra
     scores = [make_scores(examples, knows(author), knows(author)) for author in range(3)]
     for one, author in zip(scores, range(3), strict=True):
         one.corrects.copy_(owner == author)
-    labels = label_tokens(scores[0], scores[1:])
-    assert torch.equal(labels.values, owner)
+    labels, _ = label_tokens(scores[0], scores[1:])
+    assert torch.equal(labels, owner)
     head = DeferralHead(32, 2)
-    report = warm_start(LanguageModel(module, name="base"), head, examples, labels, seed=0)
+    report = fit(module, head, labels, examples)
     found = author_logprobs(head(hidden_states(module, examples))).argmax(-1)
     for author in range(3):
         assert (found[owner == author] == author).float().mean() > 0.95
@@ -92,17 +107,13 @@ def test_two_assistants_get_the_tokens_they_own(tiny_model: Callable[..., PreTra
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(
-    tiny_model: Callable[..., PreTrainedModel],
-) -> None:
+def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(tiny_model: Tiny, fit: Fit) -> None:
     module = tiny_model(1).train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     values = planted(hidden_states(module, EXAMPLES), 1)
     heads = [DeferralHead(32, 1) for _ in range(3)]
     for head, seed in zip(heads, (0, 0, 1), strict=True):
-        base = LanguageModel(module, name="base")
-        report = warm_start(base, head, EXAMPLES, labels_of(values, 1), seed=seed, max_tokens=300)
-        assert report.num_tokens == 300
+        assert fit(module, head, values, seed=seed, warm_start_tokens=300).num_tokens == 300
     assert torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[0].weight, heads[2].weight)
     assert module.training
@@ -110,32 +121,22 @@ def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_nothing_to_fit_is_an_error(tiny_model: Callable[..., PreTrainedModel]) -> None:
-    base = LanguageModel(tiny_model(1), name="base")
-    none = labels_of(torch.zeros(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64), 1)
+def test_what_does_not_fit_is_refused(tiny_model: Tiny, fit: Fit) -> None:
+    module = tiny_model(1)
+    ones = torch.ones(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64)
     with pytest.raises(DataError, match=r"no positive .*deferring has no benefit"):
-        warm_start(base, DeferralHead(32, 1), EXAMPLES, none, seed=0)
-
-
-def test_what_does_not_fit_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:
-    base = LanguageModel(tiny_model(1), name="base")
-    labels = labels_of(torch.ones(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64), 1)
+        fit(module, DeferralHead(32, 1), 0 * ones)
     for head in (DeferralHead(31, 1), DeferralHead(32, 2)):
         with pytest.raises(MismatchError, match="the head has hidden size"):
-            warm_start(base, head, EXAMPLES, labels, seed=0)
+            fit(module, head, ones, num_assistants=1)
     with pytest.raises(ConfigError, match="label the same examples"):
-        warm_start(base, DeferralHead(32, 1), random_examples(3), labels, seed=0)
-    for wrong in ({"max_tokens": 0}, {"positive_weight": 0.0}):
-        with pytest.raises(ConfigError, match="max_tokens >= 1 and positive_weight > 0"):
-            warm_start(base, DeferralHead(32, 1), EXAMPLES, labels, seed=0, **wrong)  # type: ignore[arg-type]
+        fit(module, DeferralHead(32, 1), ones, random_examples(3))
 
 
-def test_one_example_with_all_labels_alike_can_be_fitted(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_one_example_with_all_labels_alike_can_be_fitted(tiny_model: Tiny, fit: Fit) -> None:
     examples = random_examples(1)
-    ones = torch.ones(examples[0].num_targets, dtype=torch.int64)
-    labels = Labels(ones, torch.tensor([0, len(ones)]), 1, ones.bool())
     head = DeferralHead(32, 1)
-    report = warm_start(LanguageModel(tiny_model(1), name="base"), head, examples, labels, seed=0)
+    report = fit(tiny_model(1), head, torch.ones(examples[0].num_targets, dtype=torch.int64), examples)
     assert report.accuracy == 1
     assert math.isnan(report.auc)
     assert torch.isfinite(head.weight).all()
@@ -143,15 +144,12 @@ def test_one_example_with_all_labels_alike_can_be_fitted(tiny_model: Callable[..
 
 
 @pytest.mark.slow
-def test_a_feature_that_never_varies_gets_no_weight(
-    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_feature_that_never_varies_gets_no_weight(tiny_model: Tiny, fit: Fit) -> None:
     module = tiny_model(1)
     with torch.no_grad():
         module.model.norm.weight[5] = 0
     head = DeferralHead(32, 1)
-    values = planted(hidden_states(module, EXAMPLES), 1)
-    warm_start(LanguageModel(module, name="base"), head, EXAMPLES, labels_of(values, 1), seed=0)
+    fit(module, head, planted(hidden_states(module, EXAMPLES), 1))
     assert head.weight[0, 5] == 0
     assert torch.isfinite(head.weight).all()
 

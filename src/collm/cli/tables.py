@@ -87,9 +87,7 @@ def inspection_table(inspection: Inspection) -> Table:
     for number_of_author, summary in enumerate(inspection.summaries):
         cells = [f"{summary.mean_nll_nats:.4f}", f"{summary.accuracy:.2%}"]
         if number_of_author:
-            with_base = inspection.agreements[number_of_author - 1]
-            shares = (with_base.both, with_base.base_only, with_base.assistant_only, with_base.neither)
-            cells += [f"{share:.2%}" for share in shares]
+            cells += [f"{share:.2%}" for share in inspection.agreements[number_of_author - 1]]
         table.add_row(author_name(number_of_author), *cells)
     table.add_row("best author", f"{inspection.best_nll_nats:.4f}", f"{inspection.best_accuracy:.2%}")
     return table

@@ -82,7 +82,7 @@ def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> 
 
 def segment_scores(
     terms: TokenTerms, gold: Tensor, rows: Tensor, scored: Tensor, law: SegmentLaw
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Score every segment of which the tokens are scored.
 
     Args:
@@ -91,8 +91,8 @@ def segment_scores(
         scored: whether the gold token belongs to a scored segment, bool, shape (N,); a truncated segment is not scored.
 
     Returns:
-        Shape (D,) each: log q(w | x) in nats; whether greedy decoding writes exactly the segment, bool; log P(START)
-        after it in nats, the probability that its author stops there, 0 at the end of the text.
+        Shape (D,) each: "logprob", log q(w | x) in nats; "correct", whether greedy decoding writes exactly the segment;
+        "log_stop", log P(START) after it in nats, the probability that its author stops there, 0 at the end of a text.
     """
     begins = rows >= 0
     decided = begins & scored
@@ -109,4 +109,4 @@ def segment_scores(
     total = total.index_add(0, number, terms.logprob[scored])
     log_stop = where_next_begins(terms.log_start, 0.0)
     correct = (wrong == 0) & where_next_begins(terms.stops, True)
-    return total - terms.log_start[decided] + log_stop, correct, log_stop
+    return {"logprob": total - terms.log_start[decided] + log_stop, "correct": correct, "log_stop": log_stop}

@@ -13,9 +13,8 @@ from torch import Tensor
 from collm.collaboration import CoLLM
 from collm.core.objective import defer_probs
 from collm.models.members import load_members
-from collm.training.aligned import encode
 from collm.training.data import Row
-from collm.training.examples import Examples
+from collm.training.examples import Examples, encode
 from collm.training.measures import TokenViews
 from collm.training.scores import Scores
 from collm.training.scoring import read_scores

@@ -20,8 +20,7 @@ from collm.errors import ConfigError, MissingExtra, RequestError
 from collm.evaluation.gold import gold_views, greedy_writes
 from collm.evaluation.harness_options import batch_size_of, max_length_of, model_arguments, sampling_params
 from collm.text.template import tokenize
-from collm.training.aligned import aligned_example
-from collm.training.examples import Example, Examples, joined
+from collm.training.examples import Example, Examples, aligned_example, joined
 from collm.training.measures import TokenViews
 from collm.training.scoring import progress_bar
 

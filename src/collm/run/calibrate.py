@@ -22,8 +22,8 @@ from collm.run.scores import score, scores_directory
 from collm.tools.spec import not_trusted
 from collm.training.data import Row
 from collm.training.examples import Example
-from collm.training.scores import Scores
-from collm.training.scoring import find_scores, progress_bar
+from collm.training.scores import Scores, find_scores
+from collm.training.scoring import progress_bar
 from collm.untrusted import contained, read_yaml
 
 

@@ -16,10 +16,9 @@ from collm.text.alignment import Alignment
 from collm.text.template import PromptTemplate
 from collm.tools.calls import open_tool
 from collm.tools.spec import ToolSpec
-from collm.training.aligned import encode
 from collm.training.config import CoLLMConfig
 from collm.training.data import Row, Rows
-from collm.training.examples import Examples
+from collm.training.examples import Examples, encode
 
 MAX_HELD_OUT = 200
 """Maximum number of rows held out for calibration without a validation set. It is also at most a tenth of the rows."""

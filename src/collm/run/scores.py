@@ -20,12 +20,11 @@ from collm.run.data import Prepared, prepare
 from collm.run.options import DataConfig, RunConfig
 from collm.text.guards import ACCEPTABLE, TokenizerIdentity
 from collm.tools.spec import ToolSpec
-from collm.training.aligned import encode
 from collm.training.config import CoLLMConfig
-from collm.training.examples import Example
+from collm.training.examples import Example, encode
 from collm.training.remote import RemoteModel
-from collm.training.scores import Scores
-from collm.training.scoring import Scored, find_scores, load_scores, progress_bar, write_scores
+from collm.training.scores import Scores, find_scores, load_scores
+from collm.training.scoring import Scored, progress_bar, write_scores
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def score(
     Raises:
         ConfigError: a server cannot score segments.
     """
-    if server is not None and examples[0].segments is not None:
+    if server is not None and examples[0].law is not None:
         raise ConfigError(
             f"{spec} has another tokenizer than the base, so scores need all its logits, which a server does not "
             "return; score it in this process"

@@ -33,8 +33,8 @@ from collm.run.scores import score_run
 from collm.text.guards import TokenizerIdentity
 from collm.training.checkpoints import check_origin, last_checkpoint
 from collm.training.config import CoLLMConfig
-from collm.training.dataset import TrainingSet
 from collm.training.examples import fingerprint
+from collm.training.scores import TrainingSet
 from collm.training.trainer import CoLLMTrainer
 from collm.untrusted import contained, read_yaml
 

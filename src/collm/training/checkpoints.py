@@ -20,9 +20,7 @@ from collm.models.members import spec_of
 from collm.training.module import JointModule
 
 HEAD = "head.safetensors"
-FOLDERS = {"full": "base", "lora": "adapter", "head": None}
-"""Method -> directory of the tuned base; None for a frozen base."""
-
+FOLDERS = {"full": "base", "lora": "adapter"}  # of the tuned base; a frozen base is not saved
 STATE = "trainer_state.json"
 ORIGIN = "trained_on.json"
 _ORIGIN = {
@@ -33,40 +31,33 @@ _ORIGIN = {
 }
 """What a checkpoint depends on besides the options of its run."""
 
-_PREFIX = "checkpoint-"
-
 
 def save_tuned(directory: Path, joint: JointModule, method: str, state: Mapping[str, Tensor] | None = None) -> None:
     """Write head.safetensors, and the tuned base as a plain model (`base/`) or an adapter (`adapter/`).
 
-    Args:
-        state: the joint module's weights, if they were gathered from several devices.
+    `state` has the joint module's weights, if they were gathered from several devices.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = joint.state_dict() if state is None else state
     head = {name: state[f"head.{name}"].detach().cpu().contiguous() for name in ("weight", "bias")}
     save_file(head, directory / HEAD)
-    if folder := FOLDERS[method]:
+    if method in FOLDERS:
         base_state = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
         # otherwise peft would query the Hub to check whether the vocabulary grew, which never happens here
         options = {"save_embedding_layers": False} if method == "lora" else {}
         with quiet_if_small(joint.base):
-            cast(Any, joint.base).save_pretrained(directory / folder, state_dict=base_state, **options)
+            cast(Any, joint.base).save_pretrained(directory / FOLDERS[method], state_dict=base_state, **options)
 
 
 def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
-    """Load weights written by `save_tuned` into the joint model.
-
-    Raises:
-        ArtefactError: the weights are incomplete, damaged, or of another model or method.
-    """
+    """Load weights written by `save_tuned` into the joint model."""
     base = cast(Any, joint.base)
     try:
         _load(joint.head, load_file(directory / HEAD))
         if method == "lora":
             from peft import load_peft_weights, set_peft_model_state_dict
 
-            set_peft_model_state_dict(base, load_peft_weights(str(directory / "adapter"), device="cpu"))
+            set_peft_model_state_dict(base, load_peft_weights(str(directory / FOLDERS[method]), device="cpu"))
         elif method == "full":
             _load(base, _plain(base, directory).state_dict())
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -76,10 +67,21 @@ def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
         ) from error
 
 
+def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Module, DeferralHead]:
+    """Load weights written by `save_tuned` as new models on the CPU. A frozen base is returned as it is."""
+    head = DeferralHead(joint.head.hidden_size, joint.head.num_assistants)
+    head.load_state_dict(load_file(directory / HEAD))
+    if method == "full":
+        return _plain(joint.base, directory).eval(), head
+    if method == "lora":
+        return load_with_adapter(cast(ModelSpec, spec_of(joint.base)), directory / FOLDERS[method]), head
+    return joint.base, head
+
+
 def _plain(base: Any, directory: Path) -> nn.Module:
     """Load the tuned base as a model of the same class and dtype."""
     with quiet_if_small(base):
-        return cast(nn.Module, type(base).from_pretrained(directory / "base", dtype=base.dtype))
+        return cast(nn.Module, type(base).from_pretrained(directory / FOLDERS["full"], dtype=base.dtype))
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -90,30 +92,14 @@ def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         module.load_state_dict(state)
 
 
-def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Module, DeferralHead]:
-    """Load weights written by `save_tuned` as new models on the CPU. A frozen base is returned as it is.
-
-    Raises:
-        ArtefactError: the weights are incomplete or damaged.
-    """
-    base = cast(Any, joint.base)
-    head = DeferralHead(joint.head.hidden_size, joint.head.num_assistants)
-    head.load_state_dict(load_file(directory / HEAD))
-    if method == "full":
-        return _plain(base, directory).eval(), head
-    if method == "lora":
-        return load_with_adapter(cast(ModelSpec, spec_of(base)), directory / "adapter"), head
-    return base, head
-
-
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None. Checkpoints that were interrupted are ignored."""
-    found = [path for path in directory.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    whole = [path for path in found if is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+    steps = {path.name.removeprefix("checkpoint-"): path for path in directory.glob("checkpoint-*")}
+    whole = {int(step): path for step, path in steps.items() if step.isdigit() and _is_whole(path)}
+    return whole[max(whole)] if whole else None
 
 
-def is_whole(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is complete, which its state shows because Trainer writes it last."""
     try:
         return bool(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
@@ -122,15 +108,11 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def check_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
-    """Check that a checkpoint was trained on the same rows, from the same models.
-
-    Args:
-        origin: the values of `CoLLMTrainer.origin` that are known.
-
-    Raises:
-        ConfigError: they differ; the message names the first.
-        ArtefactError: the checkpoint's own values cannot be read.
-    """
+    """Check that a checkpoint is complete and of the same rows and models, as far as `CoLLMTrainer.origin` is known."""
+    if not _is_whole(checkpoint):
+        raise ArtefactError(
+            f"{checkpoint} is not a complete checkpoint: no readable {STATE}; resume from an earlier one"
+        )
     try:
         found = json.loads((checkpoint / ORIGIN).read_text(encoding="utf-8"))
         different = [what for name, what in _ORIGIN.items() if name in origin and found[name] != origin[name]]

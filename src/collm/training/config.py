@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -13,9 +13,7 @@ from transformers import TrainingArguments
 from collm.core.objective import PseudoLabelVariant
 from collm.errors import ConfigError
 
-METHODS = ("full", "lora", "head")
-
-_LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "head": 0.0}
+_LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "head": 0.0}  # of the base, by method
 
 _DEPENDENT: dict[str, tuple[str, object, object]] = {
     "lora_r": ("method", "lora", 64),
@@ -34,12 +32,11 @@ _WITHOUT_EFFECT = {
     "use_liger_kernel": "the loss reads hidden states, not the model's own loss",
     "remove_unused_columns": "a training set has no unused columns",
     "label_names": "the targets are fixed",
-    "include_for_metrics": "evaluate computes its own metrics",
-    "batch_eval_metrics": "evaluate computes its own metrics",
-    "prediction_loss_only": "evaluate computes its own metrics",
+    **dict.fromkeys(
+        ("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), "evaluate computes its own metrics"
+    ),
     "eval_accumulation_steps": "evaluate keeps no predictions",
-    "bf16_full_eval": "evaluate runs as training does",
-    "fp16_full_eval": "evaluate runs as training does",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluate runs as training does"),
     "resume_from_checkpoint": "pass it to CoLLMTrainer.train",
 }
 
@@ -107,7 +104,13 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         try:
-            self.deferral_cost = _one_or_each(self.deferral_cost)
+            costs = [float(cost) for cost in _listed(self.deferral_cost)]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"deferral_cost is {self.deferral_cost!r}, expected a number, or one for each assistant"
+            ) from error
+        self.deferral_cost = costs[0] if len(costs) == 1 else costs  # a flag gives a list of one
+        try:
             _check_ranges(self)
             _check_effects(self)
             if self.learning_rate is None:
@@ -140,58 +143,41 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         return _DEPENDENT[name][2] if value is None else value
 
     def deferral_costs(self, num_assistants: int) -> list[float]:
-        """The deferral cost of each assistant.
-
-        Raises:
-            ConfigError: there are several costs, but not one for each assistant.
-        """
+        """The deferral cost of each assistant. A ConfigError if there are several costs, but not one for each."""
         costs = _listed(self.deferral_cost)
-        if len(costs) not in (1, num_assistants):
-            raise ConfigError(
-                f"deferral_cost has {len(costs)} values, expected one, or one for each assistant ({num_assistants})"
-            )
-        return costs if len(costs) == num_assistants else costs * num_assistants
+        if len(costs) in (1, num_assistants):
+            return costs if len(costs) == num_assistants else costs * num_assistants
+        raise ConfigError(
+            f"deferral_cost has {len(costs)} values, expected one, or one for each assistant ({num_assistants})"
+        )
 
     def resolved_head_learning_rate(self, hidden_size: int) -> float:
         """The head's learning rate for a base of this hidden size."""
         return 0.1 / hidden_size if self.head_learning_rate is None else self.head_learning_rate
 
 
-def _check_ranges(config: CoLLMConfig) -> None:
-    variants = get_args(PseudoLabelVariant)
-    _require(config.method in METHODS, "method", config.method, f"one of {', '.join(METHODS)}")
-    _require(config.max_length >= 2, "max_length", config.max_length, "at least 2")
-    for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
-        value = getattr(config, name)
-        _require(value is None or value > 0, name, value, "a number above 0")
-    _require(0 <= config.seed < 1 << 32, "seed", config.seed, "0 to 2^32 - 1")
-    costs = _listed(config.deferral_cost)
-    valid = bool(costs) and all(0 <= cost < float("inf") for cost in costs)
-    _require(valid, "deferral_cost", config.deferral_cost, "0 or a finite number above it")
-    for name in ("lora_r", "warm_start_tokens", "early_stopping_patience"):
-        value = getattr(config, name)
-        _require(value is None or value >= 1, name, value, "at least 1")
-    dropout, variant = config.lora_dropout, config.pseudo_label_variant
-    _require(dropout is None or 0 <= dropout < 1, "lora_dropout", dropout, "a number from 0 to below 1")
-    _require(variant is None or variant in variants, "pseudo_label_variant", variant, f"one of {', '.join(variants)}")
-
-
-def _one_or_each(costs: list[float] | float) -> list[float] | float:
-    """Costs as floats, and a list of one, which a flag gives, as that one."""
-    try:
-        floats = [float(cost) for cost in _listed(costs)]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"deferral_cost is {costs!r}, expected a number, or one for each assistant") from error
-    return floats[0] if len(floats) == 1 else floats
-
-
 def _listed(costs: list[float] | float) -> list[float]:
     return costs if isinstance(costs, list) else [costs]
 
 
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+def _check_ranges(config: CoLLMConfig) -> None:
+    def check(name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(config, name)
+        if value is not None and not is_valid(value):
+            raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+    variants, costs = get_args(PseudoLabelVariant), _listed(config.deferral_cost)
+    valid_costs = bool(costs) and all(0 <= cost < float("inf") for cost in costs)
+    check("method", lambda value: value in _LEARNING_RATES, f"one of {', '.join(_LEARNING_RATES)}")
+    check("max_length", lambda value: value >= 2, "at least 2")
+    check("seed", lambda value: 0 <= value < 1 << 32, "0 to 2^32 - 1")
+    check("deferral_cost", lambda _: valid_costs, "0 or a finite number above it")
+    check("lora_dropout", lambda value: 0 <= value < 1, "a number from 0 to below 1")
+    check("pseudo_label_variant", lambda value: value in variants, f"one of {', '.join(variants)}")
+    for name in ("head_learning_rate", "lora_alpha", "positive_weight"):
+        check(name, lambda value: value > 0, "a number above 0")
+    for name in ("lora_r", "warm_start_tokens", "early_stopping_patience"):
+        check(name, lambda value: value >= 1, "at least 1")
 
 
 def _check_effects(config: CoLLMConfig) -> None:
@@ -205,13 +191,11 @@ def _check_effects(config: CoLLMConfig) -> None:
         raise ConfigError(
             "early_stopping_patience without load_best_model_at_end would not keep the best model; set both"
         )
-    if config.method == "head" and config.learning_rate not in (None, 0.0):
-        raise ConfigError(
-            f"learning_rate {config.learning_rate} has no effect with method 'head', which freezes the base; "
-            "set head_learning_rate"
-        )
-    if config.method == "head" and config.activation_checkpointing:
-        raise ConfigError("activation_checkpointing has no effect with method 'head', which freezes the base")
+    if config.method == "head" and (config.learning_rate or config.activation_checkpointing):
+        name, advice = "learning_rate", "set head_learning_rate"
+        if not config.learning_rate:
+            name, advice = "activation_checkpointing", "leave it out"
+        raise ConfigError(f"{name} has no effect with method 'head', which freezes the base; {advice}")
     for one in fields(config):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         if one.name in _WITHOUT_EFFECT and getattr(config, one.name) not in (default, []):

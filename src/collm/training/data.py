@@ -21,22 +21,12 @@ from typing import Any, cast
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.text.chats import Chat, read_message, read_tools
-from collm.training.directories import FILES, files_in
-from collm.training.formats import Format, format_named, text_field
+from collm.training.formats import FILES, Format, files_in, format_named, text_field
 
 logger = logging.getLogger(__name__)
 
-Record = tuple[str, Any]
-"""Location of a row, and its fields or the DataError that explains why it could not be read."""
-
-BAD_ROWS = ("stop", "skip")
-"""Ways to handle a bad row."""
-
-MAX_MESSAGES = 1000
-"""Largest number of messages in a row, because each turn is rendered with all messages before it."""
-
-MAX_REPORTED = 10
-"""Number of skipped rows that are reported individually."""
+Record = tuple[str, Any]  # location of a row, and its fields or the DataError that explains why it could not be read
+MAX_MESSAGES = 1000  # of a row, because each turn is rendered with all messages before it
 
 
 @dataclass(frozen=True)
@@ -59,11 +49,7 @@ class Row:
 
 
 class Rows(list[Row]):
-    """Rows of one source.
-
-    Attributes:
-        num_bad: number of skipped bad rows.
-    """
+    """Rows of one source. `num_bad` is the number of bad rows that were skipped."""
 
     def __init__(self, rows: Iterable[Row] = (), num_bad: int = 0) -> None:
         super().__init__(rows)
@@ -89,30 +75,29 @@ def load_rows(
         split: split of a data set or directory, "train" by default; a file has none.
         format: "rows" as above, or an official format of `collm.training.formats`.
         prompt_field, completion_field: names of the two fields of "rows".
-        bad_rows: "stop" at the first bad row, or "skip" bad rows, of which the first 10 are logged with file and line
-            and `num_bad` of the result counts all. A file that cannot be parsed is an error in any case.
+        bad_rows: "stop" at the first, or "skip" them: 10 are logged, and `Rows.num_bad` counts all. A file that cannot
+            be parsed is an error in any case.
 
     Raises:
-        DataError: there are no rows at `source`, the split does not exist, or a row is malformed (with its file and
-            line); with "skip", if every row is malformed.
+        DataError: there are no rows at `source`, the split does not exist, or a row is malformed (with "skip", every
+            row); with file and line.
         ConfigError: `format` or `bad_rows` is unknown, a file has a split, or an official format has field names.
         ArtefactError: a link leads out of the directory.
     """
-    layout = format_named(format)
-    if bad_rows not in BAD_ROWS:
-        raise ConfigError(f"bad_rows is {bad_rows!r}, expected {' or '.join(BAD_ROWS)}")
-    if format != "rows" and (prompt_field, completion_field) != ("prompt", "completion"):
+    layout, names = format_named(format), (prompt_field, completion_field)
+    if bad_rows not in ("stop", "skip"):
+        raise ConfigError(f"bad_rows is {bad_rows!r}, expected stop or skip")
+    if format != "rows" and names != ("prompt", "completion"):
         raise ConfigError(f"prompt_field and completion_field have no effect with format {format!r}; leave them out")
-
     rows, bad = Rows(), list[DataError]()
     for where, record in _records(source, split, layout):
         try:
-            rows.append(_row(where, record, layout, prompt_field, completion_field))
+            rows.append(_row(where, layout.render(where, _fields(where, record)), names))
         except DataError as error:
             if bad_rows == "stop":
                 raise
             bad.append(error)
-            if len(bad) <= MAX_REPORTED:
+            if len(bad) <= 10:
                 logger.warning("skipped a bad row: %s", error)
     if bad and not rows:
         raise DataError(f"{source}: all {len(bad)} rows are bad. The first: {bad[0]}") from bad[0]
@@ -120,8 +105,7 @@ def load_rows(
         raise DataError(f"{source} has no rows; expected at least one")
     if bad:
         logger.warning("skipped %d bad rows of %d in %s", len(bad), len(bad) + len(rows), source)
-        rows.num_bad = len(bad)
-    return rows
+    return Rows(rows, len(bad))
 
 
 def load_records(
@@ -130,12 +114,7 @@ def load_records(
     split: str | None = None,
     format: str = "rows",  # noqa: A002
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Read the unconverted fields of every row but those that are null, with its location; sources as in `load_rows`.
-
-    Raises:
-        DataError: there are no rows at `source`, the split does not exist, or a row has no named fields.
-        ConfigError: `format` is unknown, or a file has a split.
-    """
+    """Read the unconverted fields of every row but those that are null, with its location, as in `load_rows`."""
     records = [(where, _fields(where, record)) for where, record in _records(source, split, format_named(format))]
     if not records:
         raise DataError(f"{source} has no rows; expected at least one")
@@ -143,21 +122,23 @@ def load_records(
 
 
 def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[Record]:
-    path = Path(source)
+    path, text = Path(source), str(source)
     try:
         is_file = path.is_file()
     except OSError as error:  # a name that is too long
-        raise DataError(f"there is no {str(path)[:80]!r}..: {error.strerror}") from error
+        raise DataError(f"there is no {text[:80]!r}..: {error.strerror}") from error
     if is_file:
         if split is not None:
             raise ConfigError(f"split {split!r} has no effect on the file {path}; leave it out")
         return _read_file(path, layout)
-    name, configuration = _configured(str(source))
+    name, _, configuration = text.rpartition(":")
+    if path.is_dir() or not name:  # the colon is part of its name, or there is none
+        name, configuration = text, ""
     if Path(name).is_dir():
-        files = files_in(Path(name), configuration, split, layout)
+        files = files_in(Path(name), configuration or None, split, layout)
         return chain.from_iterable(_read_file(file, layout) for file in files)
-    if not (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or path.suffix in FILES):
-        return _read_hub(name, configuration, split or "train", layout)
+    if not (text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in FILES):
+        return _read_hub(name, configuration or None, split or "train", layout)
     raise DataError(
         f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a data set directory or a Hub name"
     )
@@ -176,26 +157,23 @@ def _read_file(path: Path, layout: Format) -> Iterator[Record]:
         return _read_csv(text, path)
     if text.lstrip().startswith("[") or (path.suffix == ".json" and (layout.key is not None or layout.row_files)):
         return _read_document(text, path, layout)
-    return _read_lines(text, path)
+    advice, lines = "; expected a row per line, or one list", enumerate(text.split("\n"), start=1)
+    return ((f"{path}:{number}", _parse(line, path, number, advice)) for number, line in lines if line.strip())
 
 
 def _read_columns(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet or Arrow file."""
     import pyarrow
     from pyarrow import ipc, parquet
 
-    def batches() -> Iterable[pyarrow.RecordBatch]:
-        if path.suffix == ".parquet":
-            return cast(Iterable[pyarrow.RecordBatch], parquet.ParquetFile(path).iter_batches())
-        try:
-            stream = ipc.open_stream(path.read_bytes())
-        except pyarrow.ArrowInvalid:
-            stream = ipc.open_file(path.read_bytes())
-        return cast(Iterable[pyarrow.RecordBatch], stream.read_all().to_batches())
-
     number = 0
     try:
-        for batch in batches():
+        if path.suffix == ".parquet":
+            batches = parquet.ParquetFile(path).iter_batches()
+        else:
+            content = path.read_bytes()
+            opened = ipc.open_file(content) if content.startswith(b"ARROW1") else ipc.open_stream(content)
+            batches = opened.read_all().to_batches()
+        for batch in batches:
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", record
@@ -222,13 +200,6 @@ def _read_csv(text: str, path: Path) -> Iterator[Record]:
         csv.field_size_limit(before)
 
 
-def _read_lines(text: str, path: Path) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        yield f"{path}:{number}", _parse(line, path, number, "; expected a row per line, or one list")
-
-
 def _read_document(text: str, path: Path, layout: Format) -> Iterator[Record]:
     """Rows of a JSON list, of the list at a format's key, or a single one. The location is the number of the row."""
     found = _parse(text, path)
@@ -252,12 +223,6 @@ def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
         return DataError(f"{path}:{line}: bad JSON: {error.msg} at column {error.colno}{advice}")
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
         return DataError(f"{path}:{first_line}: bad JSON: {error}{advice}")
-
-
-def _configured(source: str) -> tuple[str, str | None]:
-    """A data set's name and the configuration after its colon, unless the colon is part of a directory's name."""
-    name, _, configuration = ("", "", "") if Path(source).is_dir() else source.rpartition(":")
-    return (name, configuration or None) if name else (source, None)
 
 
 def _read_hub(name: str, configuration: str | None, split: str, layout: Format) -> Iterator[Record]:
@@ -298,18 +263,15 @@ def _fields(where: str, record: Any) -> Mapping[str, Any]:
     return {name: value for name, value in record.items() if value is not None}  # tables fill absent fields with null
 
 
-def _row(where: str, record: Any, layout: Format, prompt_field: str, completion_field: str) -> Row:
-    fields = layout.render(where, _fields(where, record))
-    if "messages" in fields and not (prompt_field in fields and completion_field in fields):
+def _row(where: str, fields: Mapping[str, Any], names: tuple[str, str]) -> Row:
+    if "messages" in fields and not all(name in fields for name in names):
         return _chat_row(where, fields["messages"], fields.get("tools"))
-    asked, answer = fields.get(prompt_field), fields.get(completion_field)
-    if isinstance(asked, list) and isinstance(answer, list | Mapping):
-        prompt_turns = [{**turn, "train": False} if isinstance(turn, Mapping) else turn for turn in asked]
-        turns = [*prompt_turns, *([answer] if isinstance(answer, Mapping) else answer)]  # TRL: the answer is the target
+    prompt, completion = map(fields.get, names)
+    if isinstance(prompt, list) and isinstance(completion, list | Mapping):  # TRL: the completion is the target
+        turns = [{**turn, "train": False} if isinstance(turn, Mapping) else turn for turn in prompt]
+        turns += [completion] if isinstance(completion, Mapping) else completion
         return _chat_row(where, turns, fields.get("tools"))
-    prompt, completion = (
-        text_field(where, fields, name, "name the fields to read") for name in (prompt_field, completion_field)
-    )
+    prompt, completion = (text_field(where, fields, name, "name the fields to read") for name in names)
     return Row(prompt, completion, None, where)
 
 
@@ -318,23 +280,25 @@ def _chat_row(where: str, messages: Any, tools: Any) -> Row:
         raise DataError(f"{where}: 'messages' is a {type(messages).__name__}, expected a list of messages")
     if len(messages) > MAX_MESSAGES:
         raise DataError(f"{where}: the chat has {len(messages)} messages, expected at most {MAX_MESSAGES}; split it")
-    read = []
-    for number, message in enumerate(messages, start=1):
+    chat, learned = list[dict[str, Any]](), set[int]()
+    for index, message in enumerate(messages):
         try:
-            read.append(read_message(message))
+            fields, is_learned = read_message(message)
         except RequestError as error:
-            raise DataError(f"{where}: message {number}{error}") from error
-    turns = [index for index, (message, learned) in enumerate(read) if message["role"] == "assistant" and learned]
-    if not turns:
-        roles = ", ".join(message["role"] for message, _ in read) or "none"
+            raise DataError(f"{where}: message {index + 1}{error}") from error
+        chat.append(fields)
+        if is_learned and fields["role"] == "assistant":
+            learned.add(index)
+    if not learned:
+        roles = ", ".join(message["role"] for message in chat) or "none"
         raise DataError(f"{where}: no assistant turn to train on, the roles are: {roles}")
     try:
         functions = read_tools(tools)
     except RequestError as error:
         raise DataError(f"{where}: {error}") from error
-    last = turns[-1]
-    chat = Chat([message for message, _ in read[: last + 1]], functions)
-    unlearned = frozenset(index for index, message in enumerate(chat) if message["role"] == "assistant") - set(turns)
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in chat[last].get("tool_calls", ())]
-    completion = "\n".join([text for text in (chat[last]["content"], *calls) if text])
-    return Row(Chat(chat[:last], functions), completion, chat, where, unlearned)
+    last = max(learned)
+    turn, before = chat[last], chat[:last]
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
+    completion = "\n".join([text for text in (turn["content"], *calls) if text])
+    unlearned = {index for index, message in enumerate(before) if message["role"] == "assistant"} - learned
+    return Row(Chat(before, functions), completion, Chat([*before, turn], functions), where, frozenset(unlearned))

@@ -1,35 +1,32 @@
-"""Official formats of data sets: the conversion of their rows, and the layout of their files.
+"""Formats of data sets: the conversion of their rows, and the files of their directories.
 
 A prompt is the question alone. Text around it belongs to the prompt template, which training and decoding share.
 
-`rows`: collm's own format, see `data.load_rows`, and formats recognised by their columns: ShareGPT's `conversations`,
-    and Alpaca's `instruction`, `input`, `output`.
-
-`tulu`: Tulu v2 mixture (allenai/tulu-v2-sft-mixture; fields `dataset`, `id`, `messages`). Split: train.
-    The chat, rendered by the chat template; every assistant turn is a target.
-
-`gsm8k`: GSM8K (openai/gsm8k; fields `question`, `answer`). Splits: train, test.
-    Prompt: the question. Completion: the answer, with its calculator marks such as <<48/2=24>> and its last line
-    "#### 72". `gsm8k-plain` is the same without the marks. The Hub's configuration is `main` unless another is named.
+- `rows`: the forms of `data.load_rows`, told by their columns.
+- `tulu`: the chats of the Tulu v2 mixture (allenai/tulu-v2-sft-mixture). Split: train.
+- `gsm8k`: questions and answers of GSM8K (openai/gsm8k), with marks such as <<48/2=24>>; `gsm8k-plain` without them.
+  Splits: train, test. The Hub's configuration is `main` unless another is named.
 
 A name `package.module:NAME` is a `Format` of your own.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from collm.core.named import imported
-from collm.errors import ConfigError, DataError, RequestError
+from collm.errors import DAMAGED, ConfigError, DataError, RequestError
 from collm.text.chats import check_unicode
+from collm.untrusted import contained, read_text
 
-CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
-"""GSM8K's calculator annotations, as in 48/2 = <<48/2=24>>24."""
+CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")  # GSM8K's, as in 48/2 = <<48/2=24>>24
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,6 @@ class Format:
     """An official format.
 
     Attributes:
-        name: name in `load_rows`.
         render: converts a row, given its location and fields, to collm's own format.
         files: split -> pattern of its files in the published directory.
         key: key of the list of rows in a .json file that contains an object; None if the object is a row.
@@ -52,45 +48,22 @@ class Format:
     row_files: bool = False
     configurations: tuple[str, ...] = ()
 
-    def files_in(self, directory: Path, split: str | None) -> list[Path]:
-        """The ordered files of a split, "train" by default; none if no split has files in the directory.
-
-        Raises:
-            DataError: only other splits have files.
-        """
-        found = {name: sorted(directory.glob(pattern), key=_natural_key) for name, pattern in self.files.items()}
-        found = {name: files for name, files in found.items() if files}
-        if not found:
-            return []
-        if (split or "train") not in found:
-            raise DataError(f"{directory} has no split {split or 'train'!r}, only {', '.join(found)}")
-        return found[split or "train"]
-
 
 def format_named(name: str) -> Format:
-    """A format of FORMATS, or your own `Format` as "package.module:NAME".
-
-    Raises:
-        ConfigError: there is no such format, or it cannot be imported.
-    """
+    """A format of FORMATS, or your own `Format` as "package.module:NAME"."""
     if name in FORMATS:
         return FORMATS[name]
     if ":" not in name:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(FORMATS)}, or package.module:NAME")
-    found = imported(name, "format")
-    if not isinstance(found, Format):
-        raise ConfigError(f"format {name!r} is a {type(found).__name__}, expected a collm.training.formats.Format")
-    return found
+    if isinstance(found := imported(name, "format"), Format):
+        return found
+    raise ConfigError(f"format {name!r} is a {type(found).__name__}, expected a collm.training.formats.Format")
 
 
 def text_field(
     where: str, record: Mapping[str, Any], name: str, advice: str = "expected the official format's fields"
 ) -> str:
-    """Read a text field of a row.
-
-    Raises:
-        DataError: the field is missing, not a string or empty.
-    """
+    """Read a text field of a row. A DataError if it is missing, not a string or empty."""
     if name not in record:
         raise DataError(f"{where}: no field {name!r}, the row has {', '.join(map(repr, record))}; {advice}")
     value = record[name]
@@ -106,7 +79,6 @@ def text_field(
 
 
 def _holds(record: Mapping[str, Any], name: str) -> bool:
-    """Whether an optional field is there and not blank."""
     value = record.get(name)
     return bool(value.strip() if isinstance(value, str) else value)
 
@@ -124,13 +96,8 @@ def _rows(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 _SHAREGPT_ROLES = {
     "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
 }
 
 
@@ -184,11 +151,6 @@ def _gsm8k_plain(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, "completion": CALCULATOR_MARK.sub("", row["completion"])}
 
 
-def _natural_key(path: Path) -> list[str | int]:
-    """Sort key that orders 2.json before 10.json."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", path.as_posix()))]
-
-
 _GSM8K_FILES = {"train": "train.jsonl", "test": "test.jsonl"}
 FORMATS: dict[str, Format] = {
     known.name: known
@@ -199,3 +161,72 @@ FORMATS: dict[str, Format] = {
         Format("gsm8k-plain", _gsm8k_plain, _GSM8K_FILES, configurations=("main",)),
     )
 }
+
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+
+
+def files_in(directory: Path, configuration: str | None, split: str | None, layout: Format) -> list[Path]:
+    """The ordered files of a split, "train" by default. They are listed here: no file of a directory may name others.
+
+    A directory has the publishers' layout of an official format, or was written by `datasets.save_to_disk`, or names
+    of files and directories tell the splits (train.jsonl, data/test-00000-of-00001.parquet), as on the Hub. A
+    configuration is a directory in it.
+    """
+    contained(directory)
+    wanted = split or "train"
+    published = {name: sorted(directory.glob(pattern), key=_natural_key) for name, pattern in layout.files.items()}
+    published = {name: files for name, files in published.items() if files}
+    if configuration is None and published:
+        if wanted not in published:
+            raise DataError(f"{directory} has no split {wanted!r}, only {', '.join(published)}")
+        return published[wanted]
+    if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
+        return _saved(directory, split)
+    if layout.files and next(directory.rglob("*.parquet"), None) is None:
+        patterns = " or ".join(layout.files.values())
+        raise DataError(f"{directory} has no {layout.name} data; expected {patterns}, or a copy of a Hub data set")
+    names = layout.configurations if configuration is None else [configuration]
+    folders = [directory / name for name in names if (directory / name).is_dir()]
+    if configuration is not None and not folders:
+        raise DataError(f"{directory} has no directory {configuration!r} for the configuration of this name")
+    return [file for folder in folders or [directory] for file in _of_split(folder, wanted)]
+
+
+def _natural_key(path: Path) -> list[str | int]:
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", path.as_posix()))]
+
+
+def _saved(directory: Path, split: str | None) -> list[Path]:
+    """The files of a table that `datasets.save_to_disk` wrote."""
+    try:
+        if (directory / "dataset_dict.json").exists():
+            splits = json.loads(read_text(directory / "dataset_dict.json"))["splits"]
+            if (split or "train") not in splits:
+                raise DataError(f"{directory} has no split {split or 'train'!r}, only {', '.join(splits)}")
+            directory = contained(directory, split or "train")
+        elif split is not None:
+            raise ConfigError(f"split {split!r} has no effect on {directory}, which has a single table; leave it out")
+        listed = json.loads(read_text(directory / "state.json"))["_data_files"]
+        return [contained(directory, one["filename"]) for one in listed]
+    except DAMAGED as error:
+        raise DataError(
+            f"{directory} is no data set of datasets.save_to_disk, or damaged ({type(error).__name__}: {error!s:.200})"
+        ) from error
+
+
+def _of_split(directory: Path, split: str) -> list[Path]:
+    """The files of a split, which names tell by the rules of the Hub. Without such names all files are for training."""
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
+    base, files = glob.escape(str(directory)), []
+    try:
+        patterns = get_data_patterns(base)
+    except FileNotFoundError:
+        patterns = {}
+    for pattern in patterns.get(split, ()):
+        with suppress(FileNotFoundError):
+            files += [Path(file) for file in resolve_pattern(pattern, base) if Path(file).suffix in FILES]
+    if not files:
+        there = f"only {', '.join(map(str, patterns))}" if patterns else "nor any other"
+        raise DataError(f"{directory} has no split {split!r} in files of the kinds {', '.join(FILES)}, {there}")
+    return [*dict.fromkeys(files)]

@@ -10,16 +10,9 @@ from torch import Tensor
 
 from collm.core.objective import author_logprobs, defer_probs, deferral_cost, marginal_logprobs, pseudo_labels
 
-EVEN_ODDS = 0.5
-
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve, with ties counting half. NaN without positives or without negatives.
-
-    Args:
-        scores: shape (M,).
-        positive: bool, shape (M,).
-    """
+    """Area under the ROC curve, with ties counting half. NaN without positives or negatives."""
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if num_positive == 0 or num_negative == 0:
         return float("nan")
@@ -29,14 +22,10 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     return above / (num_positive * num_negative)
 
 
-def author_accuracy(defer_logits: Tensor, labels: Tensor) -> float:
-    """Share of tokens whose most probable author equals the label."""
-    return (author_logprobs(defer_logits).argmax(-1) == labels).float().mean().item()
-
-
-def deferral_auc(defer_logits: Tensor, labels: Tensor) -> float:
-    """AUC of the defer prob as a classifier of the tokens labelled with an assistant."""
-    return auc(defer_probs(defer_logits), labels != 0)
+def head_measures(defer_logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Share of tokens whose most probable author is the label, and AUC of the defer prob for labels of assistants."""
+    agreement = (author_logprobs(defer_logits).argmax(-1) == labels).float().mean().item()
+    return agreement, auc(defer_probs(defer_logits), labels != 0)
 
 
 @dataclass(frozen=True)
@@ -46,8 +35,7 @@ class TokenViews:
     Attributes:
         base_logprob: log-probability of the gold token, nats, shape (N,).
         base_correct: whether the base's argmax is the gold token, bool, shape (N,).
-        assistant_logprobs, assistant_correct: the same for each assistant, shape (N, K).
-        defer_logits: u, shape (N, K).
+        assistant_logprobs, assistant_correct, defer_logits: the same for each assistant, and u, shape (N, K).
         assistant_abstained: whether each assistant has no answer, bool, shape (N, K); None if none ever abstains.
     """
 
@@ -65,21 +53,17 @@ class TokenViews:
         return [TokenViews(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
 
     def measures(self, deferral_costs: Sequence[float] = ()) -> dict[str, float]:
-        """Means over the tokens.
-
-        Args:
-            deferral_costs: nats that the loss adds per token of each assistant; none by default.
+        """Means over the tokens. The costs, in nats per token of each assistant, are part of the loss.
 
         Returns:
             loss: marginal NLL in nats, plus the deferral costs. base_nll and assistant_nll (assistant_1_nll, ..): NLL
             of each model alone. defer_prob. deferral_rate: share of tokens deferred at threshold 0.5.
             pseudo_label_share: share of tokens that an assistant's argmax predicts and the current base's does not.
-            pseudo_label_agreement: share of tokens whose most probable author is the pseudo-label. head_auc: AUC of the
-            defer prob for tokens whose pseudo-label is an assistant.
+            pseudo_label_agreement, head_auc: as in `head_measures`, for these labels.
         """
         marginal = marginal_logprobs(self.base_logprob, self.assistant_logprobs, self.defer_logits)
         labels = pseudo_labels(self.base_correct, self.assistant_correct, self.assistant_logprobs)
-        deferring = defer_probs(self.defer_logits)
+        deferring, (agreement, head_auc) = defer_probs(self.defer_logits), head_measures(self.defer_logits, labels)
         cost = deferral_cost(self.defer_logits, deferral_costs).item() if any(deferral_costs) else 0.0
         nlls = -self.assistant_logprobs.mean(0)
         names = ["assistant_nll"] if len(nlls) == 1 else [f"assistant_{k}_nll" for k in range(1, len(nlls) + 1)]
@@ -88,8 +72,8 @@ class TokenViews:
             "base_nll": -self.base_logprob.mean().item(),
             **dict(zip(names, nlls.tolist(), strict=True)),
             "defer_prob": deferring.mean().item(),
-            "deferral_rate": (deferring > EVEN_ODDS).float().mean().item(),
+            "deferral_rate": (deferring > 0.5).float().mean().item(),
             "pseudo_label_share": (labels != 0).float().mean().item(),
-            "pseudo_label_agreement": author_accuracy(self.defer_logits, labels),
-            "head_auc": deferral_auc(self.defer_logits, labels),
+            "pseudo_label_agreement": agreement,
+            "head_auc": head_auc,
         }

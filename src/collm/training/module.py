@@ -1,4 +1,4 @@
-"""The joint model as one torch module: base, deferral head and loss."""
+"""The joint model as one torch module: base, deferral head, and a loss that needs no (B, T, V) tensor."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from collm.core.head import DeferralHead
 from collm.core.objective import deferral_cost, marginal_logprobs
 from collm.core.segments import SegmentLaw
-from collm.errors import ConfigError, MismatchError, MissingExtra
+from collm.errors import ConfigError, MismatchError, MissingExtra, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.models.loading import quiet_if_small
 from collm.training.config import CoLLMConfig
-from collm.training.fused import marginal_nll_sum
-from collm.training.targets import needs_logits, read_segments, read_targets, scatter
+from collm.training.examples import scatter
+from collm.training.scoring import read_gold
+
+MIN_ROWS = 64  # target positions per chunk, at least. Matrix products over fewer rows are inefficient.
 
 
 class JointModule(nn.Module):
@@ -32,14 +36,10 @@ class JointModule(nn.Module):
 
     Args:
         base: a transformers causal LM, or a PEFT model around one.
-        head: the deferral head.
         frozen: whether the base stays in evaluation mode without gradients.
         vocab_size: as in `LanguageModel`.
         law: the base's tokens that begin a segment, if models have different tokenizers.
         deferral_costs: c, in nats per token of each assistant; none by default.
-
-    Raises:
-        MismatchError: the head has another hidden size than the base.
     """
 
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
@@ -61,18 +61,14 @@ class JointModule(nn.Module):
         self.base = base
         self.head = head
         self.frozen = frozen
-        self._model = LanguageModel(base, name="base", vocab_size=vocab_size)
-        if head.hidden_size != self._model.hidden_size:
+        self.base_lm = LanguageModel(base, name="base", vocab_size=vocab_size)
+        if head.hidden_size != self.base_lm.hidden_size:
             raise MismatchError(
-                f"the head expects hidden states of size {head.hidden_size}, the base has {self._model.hidden_size}"
+                f"the head expects hidden states of size {head.hidden_size}, the base has {self.base_lm.hidden_size}"
             )
+        self._no_split_modules = list(getattr(self.base_lm.inner, "_no_split_modules", None) or [])  # FSDP wraps these
         if frozen:
             base.requires_grad_(False)
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """The base's layer classes, which FSDP wraps."""
-        return list(getattr(self._model.inner, "_no_split_modules", None) or [])
 
     # Only the base is compiled, because the number of targets differs between batches.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -91,12 +87,11 @@ class JointModule(nn.Module):
         Args:
             target_mask: true at target positions, shape (B, T).
             assistant_logprobs: log-probabilities of the gold tokens at target positions, nats, shape (B, T, K).
-            assistant_correct: ignored.
             num_items_in_batch: number of target tokens to divide by; by default those of this batch.
             per_token: also return the values that `TokenViews` needs; the loss then has no gradient in the base.
-            **inputs: gold, the gold tokens, shape (B, T), with the base's inputs: input_ids and attention_mask, shape
-                (B, T), and for segments scored and rows, as in `targets.shift`. For a frozen base its outputs instead:
-                hidden, shape (B, T, H), base_logprob and base_correct, shape (B, T).
+            **inputs: gold, the gold tokens, with the base's inputs, shape (B, T), and for segments scored and rows, as
+                in `examples.shift`. For a frozen base its outputs instead: hidden, shape (B, T, H), base_logprob and
+                base_correct, shape (B, T).
 
         Returns:
             loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
@@ -107,7 +102,7 @@ class JointModule(nn.Module):
         if "hidden" not in batch:
             read = {name: values for name, values in inputs.items() if name not in ("gold", "scored", "rows")}
             with torch.set_grad_enabled(tunes_base):
-                batch["hidden"] = self._model.hidden_states(**read, use_cache=False)
+                batch["hidden"] = self.base_lm.hidden_states(**read, use_cache=False)
         total, views = self._loss(batch, tunes_base=tunes_base)
         result = {"loss": total / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
@@ -122,26 +117,19 @@ class JointModule(nn.Module):
         defer_logits = self.head(hidden)  # (N, K)
         views = {}
         if tunes_base and self._law is None:
-            nll = marginal_nll_sum(self._model, hidden, batch["gold"][mask], assistant_logprobs, defer_logits)
+            nll = marginal_nll_sum(self.base_lm, hidden, batch["gold"][mask], assistant_logprobs, defer_logits)
         else:
-            with torch.set_grad_enabled(tunes_base):
-                base_logprob, base_correct = self._read_base(batch)
-            nll = -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits).sum()
-            views = {"base_logprob": base_logprob, "base_correct": base_correct, "defer_logits": defer_logits.float()}
+            if "base_logprob" in batch:
+                views = {name: batch[name][mask] for name in ("base_logprob", "base_correct")}
+            else:
+                with torch.set_grad_enabled(tunes_base):
+                    scores = read_gold(self.base_lm, batch["hidden"], batch, self._law)
+                views = {"base_logprob": scores["logprob"], "base_correct": scores["correct"]}
+            views["defer_logits"] = defer_logits.float()
+            nll = -marginal_logprobs(views["base_logprob"], assistant_logprobs, defer_logits).sum()
         if any(self._deferral_costs):
             nll = nll + deferral_cost(defer_logits, self._deferral_costs)
         return nll, views
-
-    def _read_base(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The base's log-probabilities and correctness at the targets, shape (N,)."""
-        mask, hidden = batch["target_mask"], batch["hidden"]
-        if "base_logprob" in batch:
-            return batch["base_logprob"][mask], batch["base_correct"][mask]
-        if self._law is None:
-            return read_targets(self._model, hidden[mask], batch["gold"][mask])
-        at = needs_logits(batch)
-        gold, rows, scored = (batch[name][at] for name in ("gold", "rows", "scored"))
-        return read_segments(self._model, hidden[at], gold, rows, scored, self._law)[:2]
 
     def train(self, mode: bool = True) -> JointModule:
         """Set the training mode, but keep a frozen base in evaluation mode, without dropout, as in decoding."""
@@ -150,41 +138,127 @@ class JointModule(nn.Module):
             self.base.eval()
         return self
 
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Enable activation checkpointing of the base. Trainer calls this."""
+    def activation_checkpointing_enable(self, **options: Any) -> None:  # called by Trainer
         cast(Any, self.base).activation_checkpointing_enable(**options)
 
 
-def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
-    """Wrap the base with a new LoRA adapter.
+def marginal_nll_sum(
+    model: LanguageModel, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+) -> Tensor:
+    """Sum of the negative log marginal likelihood of N gold tokens (`core.objective.marginal_logprobs`).
 
-    Raises:
-        MissingExtra: peft is not installed.
-        ConfigError: the adapter would modify the output layer, or no layer.
+    The forward pass processes positions in chunks whose logits take no more memory than all hidden states (but at
+    least `MIN_ROWS` positions). It also computes each chunk's gradient, through the output layer to the hidden states:
+    d NLL / d logit_v = P(Z = base | x_<=t) (P_0(v) - [v = gold]). Nothing is recomputed, and the backward pass only
+    scales. Under autocast the matrix products use its dtype, and the likelihood fp32.
+
+    Args:
+        model: the model with the output layer, which must not be quantized.
+        hidden: last hidden states at target positions, shape (N, H).
+        gold, assistant_logprobs: gold tokens, shape (N,), and their log-probabilities, nats, shape (N, K).
+        defer_logits: u, shape (N, K).
+
+    Returns:
+        A scalar in nats, fp32; differentiable once.
     """
+    weight, bias = model.output_weight, model.output_bias
+    if not weight.is_floating_point():
+        raise UnsupportedModel(
+            f"the output layer of {model.name} has weights of {weight.dtype}; leave it unquantized for training"
+        )
+    values = (hidden.to(weight.device), gold.to(weight.device), assistant_logprobs, defer_logits)
+    return cast(Tensor, _MarginalNLL.apply(model, weight, bias, *values))  # type: ignore[no-untyped-call]
+
+
+class _MarginalNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, model: LanguageModel, weight: Tensor, bias: Tensor | None, *values: Tensor) -> Tensor:
+        """The sum over chunks, with the gradients of output weight, output bias, hidden states and defer logits."""
+        hidden, gold, assistant_logprobs, defer_logits = values
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        layer, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        needs_weight, needs_bias, needs_hidden = ctx.needs_input_grad[1:4]
+        # sums over chunks need the precision of fp32
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        defer_grad = torch.empty_like(defer_logits)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(MIN_ROWS, hidden.numel() // weight.shape[0])
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                states = hidden[part].to(dtype)
+                raw = F.linear(states, layer, offset)  # (n, V)
+                nll, raw_grad, defer_grad[part] = _likelihood(
+                    model, raw, gold[part], assistant_logprobs[part], defer_logits[part]
+                )
+                total += nll
+                if hidden_grad is not None:
+                    hidden_grad[part] = raw_grad @ layer
+                if weight_grad is not None and dtype == torch.float32:
+                    weight_grad.addmm_(raw_grad.T, states)  # without a temporary
+                elif weight_grad is not None:
+                    weight_grad += raw_grad.T @ states
+                if bias_grad is not None:
+                    bias_grad += raw_grad.sum(0, dtype=torch.float32)
+        of_layer = (None if grad is None else grad.to(weight.dtype) for grad in (weight_grad, bias_grad))
+        ctx.grads = [*of_layer, hidden_grad, defer_grad]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the gradient of this loss was already computed; compute the loss again")
+        weight, bias, hidden, defer_logits = (None if grad is None else grad.mul_(upstream) for grad in ctx.grads)
+        ctx.grads = None
+        return None, weight, bias, hidden, None, None, defer_logits
+
+
+def _likelihood(
+    model: LanguageModel, raw: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over a chunk and its gradients with respect to the output layer's values and the defer logits."""
+    with torch.enable_grad():
+        raw.requires_grad_()
+        logits = model.shape_logits(raw)
+    probs = logits.detach().float()  # overwritten below, as it is a copy or nothing else reads it
+    gold_logit = probs.gather(-1, gold.unsqueeze(-1))  # (n, 1)
+    largest = probs.amax(-1, keepdim=True)
+    norm = probs.sub_(largest).exp_().sum(-1, keepdim=True)
+    probs.div_(norm)
+    base_logprob = (gold_logit - largest - norm.log()).squeeze(-1)
+    with torch.enable_grad():
+        base, defer = base_logprob.requires_grad_(), defer_logits.detach().requires_grad_()
+        nll = -marginal_logprobs(base, assistant_logprobs, defer).sum()
+    base_grad, defer_grad = torch.autograd.grad(nll, (base, defer))  # base_grad: minus the posterior of the base
+    grad = probs.mul_(-base_grad.unsqueeze(-1)).scatter_add_(-1, gold.unsqueeze(-1), base_grad.unsqueeze(-1))
+    (raw_grad,) = torch.autograd.grad(logits, raw, grad.to(logits.dtype)) if logits is not raw else (grad,)
+    return nll.detach(), raw_grad.to(raw.dtype), defer_grad
+
+
+def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
+    """Wrap the base with a new LoRA adapter."""
     try:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise MissingExtra("peft", "train") from error
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.resolved("lora_r"),
-        lora_alpha=config.resolved("lora_alpha"),
-        lora_dropout=config.resolved("lora_dropout"),
-        target_modules=config.resolved("lora_target_modules"),
-    )
+    targets = config.resolved("lora_target_modules")
+    options = {name: config.resolved(name) for name in ("lora_alpha", "lora_dropout")}
+    settings = LoraConfig(task_type="CAUSAL_LM", r=config.resolved("lora_r"), target_modules=targets, **options)
     try:
-        with torch.random.fork_rng():  # the adapter's initial weights depend on the seed only
-            torch.manual_seed(config.seed)
-            with quiet_if_small(base):
-                wrapped = get_peft_model(base, settings)
+        with torch.random.fork_rng(), quiet_if_small(base):
+            torch.manual_seed(config.seed)  # the adapter's initial weights depend on the seed only
+            wrapped = get_peft_model(base, settings)
     except ValueError as error:
         raise ConfigError(f"LoRA cannot be applied to the base: {error}") from error
     if isinstance(wrapped.get_base_model().get_output_embeddings(), BaseTunerLayer):
         wrapped.unload()
         raise ConfigError(
-            f"lora_target_modules {config.resolved('lora_target_modules')!r} includes the output layer, which may be "
-            "tied to the embedding and is not supported in adapters by serving engines; name other layers"
+            f"lora_target_modules {targets!r} includes the output layer, which may be tied to the embedding and is not "
+            "supported in adapters by serving engines; name other layers"
         )
     return cast(nn.Module, wrapped)

@@ -1,46 +1,59 @@
-"""Scores of one model in memory."""
+"""Scores of one model in memory and on disk, and the training set, which joins examples with scores.
+
+A directory of scores has scores.json, which says what they depend on, and shards, which are written atomically.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from collm.atomic import atomic_file, write_text
+from collm.errors import DAMAGED, ArtefactError, ConfigError
+from collm.models.members import AssistantSpec
+from collm.training.examples import Example, fingerprint, scatter, shift
+from collm.untrusted import check_fields, read_text
+from collm.version import __version__
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+HEADER = "scores.json"
+_MODEL = ("path", "revision", "dtype", "quantization", "weights")  # the model's `identity`
+_FIELDS = {
+    "fingerprint": "input (data, tokenizer, prompt template or max_length)",
+    "path": "model",
+    "revision": "model revision",
+    "dtype": "model dtype",
+    "quantization": "quantization of the model",
+    "weights": "weights of the model (or source or table of the tool)",
+    "vocab_size": "vocabulary size",
+    "shard_size": "shard size",
+    "hidden_states": "kind (with or without hidden states)",
+}
+
+_ADVICE = "run the same scoring again with the same --out, which computes the missing ones"
 
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """How well a model predicts the target tokens.
-
-    Attributes:
-        mean_nll_nats: mean negative log-likelihood per target token.
-        accuracy: share of target tokens that are the model's argmax.
-        num_targets: number of target tokens.
-    """
+    """Mean negative log-likelihood per target token, and the share of them that are the model's argmax."""
 
     mean_nll_nats: float
     accuracy: float
     num_targets: int
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """Last hidden states of a frozen model at target tokens, read from disk on demand.
-
-    Attributes:
-        places: example -> its file, with the start and end of its rows.
-    """
-
-    places: Mapping[int, tuple[Path, int, int]]
-
-    def of(self, index: int) -> Tensor:
-        """Hidden states of one example's target tokens, in order, shape (n, H), in their original dtype."""
-        path, start, end = self.places[index]
-        with safe_open(path, framework="pt") as file:
-            return cast(Tensor, file.get_slice("hidden")[start:end])
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,8 @@ class Scores:
         logprobs: log-probabilities of the gold tokens, nats, fp32, shape (M,).
         corrects: whether the model's argmax is the gold token, bool, shape (M,).
         offsets: example i has entries offsets[i] to offsets[i + 1], int64, shape (N + 1,).
-        fingerprint: fingerprint of the examples.
-        hidden: the model's last hidden states at the target tokens, if they were stored.
+        hidden: the model's last hidden states at the target tokens of each example, shape (n, H), if they were stored.
+            They stay on disk until they are read.
         model: the model's `identity`, if they were stored.
         abstained: whether a tool has no answer, bool, shape (M,); None if the model never abstains.
     """
@@ -61,15 +74,12 @@ class Scores:
     corrects: Tensor
     offsets: Tensor
     fingerprint: str
-    hidden: HiddenStates | None = None
+    hidden: Sequence[Tensor] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     abstained: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
     def logprob(self, index: int) -> Tensor:
-        """Log-probabilities of one example's target tokens, in order, shape (n,)."""
+        """Log-probabilities of one example's target tokens, shape (n,)."""
         return self.logprobs[self.offsets[index] : self.offsets[index + 1]]
 
     def correct(self, index: int) -> Tensor:
@@ -77,5 +87,231 @@ class Scores:
         return self.corrects[self.offsets[index] : self.offsets[index + 1]]
 
     def summary(self) -> ScoreSummary:
-        mean = -self.logprobs.double().mean().item()
-        return ScoreSummary(mean, self.corrects.double().mean().item(), len(self.logprobs))
+        nll, accuracy = (values.double().mean().item() for values in (-self.logprobs, self.corrects))
+        return ScoreSummary(nll, accuracy, len(self.logprobs))
+
+
+@dataclass(frozen=True)
+class Header:
+    """The content of scores.json: everything the scores depend on, and library versions."""
+
+    fingerprint: str
+    path: str
+    revision: str | None
+    dtype: str | None
+    weights: str | None
+    vocab_size: int
+    shard_size: int
+    num_examples: int
+    num_targets: int
+    versions: dict[str, str]
+    quantization: str | None = None
+    hidden_states: bool = False
+    format: int = FORMAT
+
+    @classmethod
+    def of(
+        cls, examples: Sequence[Example], spec: AssistantSpec, *, vocab_size: int, shard_size: int, hidden_states: bool
+    ) -> Header:
+        return cls(
+            fingerprint=fingerprint(examples),
+            **spec.identity(),
+            vocab_size=vocab_size,
+            shard_size=shard_size,
+            num_examples=len(examples),
+            num_targets=sum(example.num_targets for example in examples),
+            hidden_states=hidden_states,
+            versions={"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def check_same(self, wanted: Mapping[str, Any], directory: Path) -> None:
+        """Raise a ConfigError that names the first differing field."""
+        for name, value in wanted.items():
+            own = getattr(self, name)
+            if own != value:
+                raise ConfigError(
+                    f"{directory} has scores of another {_FIELDS[name]}: {name} is {own!r}, now {value!r}; "
+                    "choose another directory, or delete that one to score again"
+                )
+
+    def write(self, directory: Path) -> None:
+        """Write scores.json, or check that an existing one is the same."""
+        if (found := read_header(directory)) is not None:
+            found.check_same(self.identity, directory)
+        else:
+            write_text(directory / HEADER, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_header(directory: Path) -> Header | None:
+    """Read scores.json; None if it does not exist. An ArtefactError if it is damaged or has another format."""
+    path = directory / HEADER
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(read_text(path))
+        if content["format"] != FORMAT:
+            raise ArtefactError(f"{path} has format {content['format']!r}, this version reads {FORMAT}; score again")
+        header = Header(**content)
+        check_fields(header)
+        if min(header.shard_size, header.num_examples) < 1:
+            raise ValueError(f"shard_size is {header.shard_size}, num_examples {header.num_examples}")
+        return header
+    except (*DAMAGED, ConfigError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); delete {directory} and score again") from error
+
+
+def write_shard(directory: Path, header: Header, shard: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write the scores of some examples at their target tokens.
+
+    The tensors are examples, their indices, and offsets into the others: logprob, correct, for a tool abstained, and
+    hidden, the last hidden states, if the header includes them; shape (n, ..).
+    """
+    assert ("hidden" in tensors) == header.hidden_states
+    stored = {name: values.contiguous() for name, values in tensors.items()}
+    stored |= {name: values.to(torch.uint8) for name, values in stored.items() if values.dtype == torch.bool}
+    stored["logprob"] = stored["logprob"].float()
+    content = save(stored, metadata={"sha256": _digest(header, stored)})
+    with atomic_file(shard_path(directory, shard)) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_shard(directory: Path, header: Header, shard: int) -> dict[str, Tensor]:
+    """Read one shard and verify its checksum. An ArtefactError if it is missing or damaged."""
+    path = shard_path(directory, shard)
+    if not path.exists():
+        raise ArtefactError(f"the scores in {directory} are incomplete: {path.name} is missing; {_ADVICE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            intact = (file.metadata() or {}).get("sha256") == _digest(header, tensors)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); {_ADVICE}") from error
+    if not intact:
+        raise ArtefactError(f"{path} is damaged: its content does not match its checksum; {_ADVICE}")
+    return tensors
+
+
+def shard_path(directory: Path, shard: int) -> Path:
+    return directory / f"scores-{shard:05d}.safetensors"
+
+
+def _digest(header: Header, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps([*header.identity.values()]).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_scores(
+    directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None, *, hidden_states: bool = False
+) -> Scores | None:
+    """Load scores as `load_scores` does, or return None if they are missing, incomplete or damaged."""
+    try:
+        return load_scores(directory, examples, spec, hidden_states=hidden_states)
+    except ArtefactError as error:
+        logger.info("%s", error)
+        return None
+
+
+def load_scores(
+    directory: Path,
+    examples: Sequence[Example] | None = None,
+    spec: AssistantSpec | None = None,
+    *,
+    hidden_states: bool = False,
+) -> Scores:
+    """Load the complete scores in a directory. They must be of these examples and this model, as far as given.
+
+    Raises:
+        ConfigError: the scores are of other examples or another model, or lack the hidden states that are needed.
+        ArtefactError: the scores are missing, incomplete or damaged.
+    """
+    header = read_header(directory)
+    if header is None:
+        raise ArtefactError(f"there are no scores in {directory}: no {HEADER}; run 'collm score' first")
+    wanted: dict[str, Any] = {} if examples is None else {"fingerprint": fingerprint(examples)}
+    wanted |= {} if spec is None else spec.identity()
+    wanted |= {"hidden_states": True} if hidden_states else {}
+    header.check_same(wanted, directory)
+    shards = [read_shard(directory, header, at) for at in range(-(-header.num_examples // header.shard_size))]
+    if torch.cat([shard["examples"] for shard in shards]).sort().values.tolist() != [*range(header.num_examples)]:
+        raise ArtefactError(f"{directory / HEADER} is damaged: the shards hold other examples; {_ADVICE}")
+
+    def by_example(name: str) -> list[Tensor]:
+        parts = dict[int, Tensor]()
+        for shard in shards:
+            counts = shard["offsets"].diff().tolist()
+            parts.update(zip(shard["examples"].tolist(), torch.split(shard[name], counts), strict=True))
+        return [parts[index] for index in range(len(parts))]
+
+    logprobs = by_example("logprob")
+    return Scores(
+        torch.cat(logprobs),
+        torch.cat(by_example("correct")).bool(),
+        torch.tensor([0, *map(len, logprobs)]).cumsum(0),
+        header.fingerprint,
+        by_example("hidden") if header.hidden_states else None,
+        {name: getattr(header, name) for name in _MODEL},
+        torch.cat(by_example("abstained")).bool() if "abstained" in shards[0] else None,
+    )
+
+
+class TrainingSet(Dataset[dict[str, Tensor]]):
+    """Examples with the scores of assistants 1..K. The assistants themselves are not needed for training.
+
+    A warm start needs the base's scores from before training. With `from_hidden_states`, examples are the hidden states
+    stored with these scores instead of tokens, for a frozen base.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        assistant_scores: Sequence[Scores],
+        base_scores: Scores | None = None,
+        *,
+        from_hidden_states: bool = False,
+    ) -> None:
+        if not assistant_scores:
+            raise ConfigError("a training set needs the scores of at least one assistant, got none")
+        if from_hidden_states and (base_scores is None or base_scores.hidden is None):
+            raise ConfigError("the base's scores have no hidden states; score it with hidden_states=True")
+        self.examples = examples
+        self.from_hidden_states = from_hidden_states
+        self.assistant_scores = list(assistant_scores)
+        self.base_scores = base_scores
+        self.fingerprint = fingerprint(examples)
+        for scores in filter(None, (*assistant_scores, base_scores)):
+            if scores.fingerprint != self.fingerprint:
+                raise ConfigError(
+                    f"the scores belong to other examples ({scores.fingerprint[:12]}, expected "
+                    f"{self.fingerprint[:12]}); score this data"
+                )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One example as `shift` gives it, with assistant_logprobs and assistant_correct, shape (T, K), 0 off targets.
+
+        From hidden states, T is the number of targets, and hidden, shape (T, H), base_logprob and base_correct, shape
+        (T,), replace input_ids and gold.
+        """
+        logprobs = torch.stack([each.logprob(index) for each in self.assistant_scores], dim=-1)  # (n, K)
+        correct = torch.stack([each.correct(index) for each in self.assistant_scores], dim=-1)
+        if self.from_hidden_states:
+            assert self.base_scores is not None and self.base_scores.hidden is not None  # noqa: PT018
+            own = {
+                "hidden": self.base_scores.hidden[index],
+                "base_logprob": self.base_scores.logprob(index),
+                "base_correct": self.base_scores.correct(index),
+                "target_mask": torch.ones(len(logprobs), dtype=torch.bool),
+            }
+        else:
+            own = shift(self.examples[index])
+        mask = own["target_mask"]
+        return own | {"assistant_logprobs": scatter(logprobs, mask), "assistant_correct": scatter(correct, mask)}

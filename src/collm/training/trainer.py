@@ -15,26 +15,17 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from collm.core.head import DeferralHead
-from collm.errors import ArtefactError, ConfigError, DataError, MismatchError, ModelFailure, WriteError
+from collm.errors import ConfigError, DataError, MismatchError, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
 from collm.models.members import spec_of
-from collm.training.checkpoints import (
-    ORIGIN,
-    STATE,
-    check_origin,
-    is_whole,
-    last_checkpoint,
-    load_tuned,
-    read_tuned,
-    save_tuned,
-)
+from collm.training.checkpoints import ORIGIN, STATE, check_origin, last_checkpoint, load_tuned, read_tuned, save_tuned
 from collm.training.config import CoLLMConfig
-from collm.training.dataset import TrainingSet
-from collm.training.labels import LabelReport, label_tokens
+from collm.training.examples import collate, collate_padding_free
+from collm.training.inspection import LabelReport, label_tokens
 from collm.training.measures import TokenViews
 from collm.training.module import JointModule, with_adapter
-from collm.training.scoring import progress_bar
-from collm.training.targets import collate, collate_padding_free
+from collm.training.scores import TrainingSet
+from collm.training.scoring import evaluating, progress_bar
 from collm.training.warm_start import WarmStartReport, warm_start
 
 logger = logging.getLogger(__name__)
@@ -46,17 +37,13 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
     After `train`, `base` and `head` are tuned. With method "lora", `base` is a `PeftModel`.
 
     Args:
-        base: the causal LM to tune, in place.
-        head: the deferral head to tune, in place.
-        args: training options.
+        base, head: the causal LM and the deferral head to tune, in place.
         train_dataset: examples with the assistants' scores, and for a warm start the base's.
         eval_dataset: examples with scores for `evaluate`.
-        vocab_size: as in `LanguageModel`: the vocabulary size of the base's tokenizer.
-        callbacks: transformers callbacks.
+        vocab_size: the vocabulary size of the base's tokenizer.
 
     Attributes:
-        label_report: shares of pseudo-labels; None before the warm start.
-        warm_start_report: results of the warm start; None before it.
+        label_report, warm_start_report: results of the warm start; None before it.
         origin: fingerprints of the rows and identities of the models, which checkpoints record.
 
     Raises:
@@ -81,31 +68,31 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         _check(base, head, args, train_dataset, eval_dataset)
-        self.vocab_size = vocab_size
         self.label_report: LabelReport | None = None
         self.warm_start_report: WarmStartReport | None = None
-        spec = spec_of(base)
+        spec, callbacks = spec_of(base), [*callbacks]
         self.origin: dict[str, Any] = {
             "examples": train_dataset.fingerprint,
             "evaluation": None if eval_dataset is None else eval_dataset.fingerprint,
             "base": None if spec is None else spec.identity()["weights"] or spec.identity()["revision"],
             "assistants": [dict(scores.model) for scores in train_dataset.assistant_scores],
         }
-        callbacks = [*callbacks]
         if (patience := args.early_stopping_patience) is not None:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
         if args.method == "full":
             base.requires_grad_(True)
-        tuned = with_adapter(base, args) if args.method == "lora" else base
+        self.head = head
+        self.base = with_adapter(base, args) if args.method == "lora" else base
+        self.joint = JointModule(
+            self.base,
+            head,
+            frozen=args.method == "head",
+            vocab_size=vocab_size,
+            law=train_dataset.examples[0].law,
+            deferral_costs=args.deferral_costs(head.num_assistants),
+        )
         super().__init__(
-            JointModule(
-                tuned,
-                head,
-                frozen=args.method == "head",
-                vocab_size=vocab_size,
-                law=train_dataset.law,
-                deferral_costs=args.deferral_costs(head.num_assistants),
-            ),
+            self.joint,
             args,
             data_collator=collate_padding_free if args.padding_free else collate,
             train_dataset=train_dataset,
@@ -115,25 +102,10 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         if is_deepspeed_zero3_enabled():  # the loss uses this weight outside of its layer
             import deepspeed
 
-            deepspeed.zero.register_external_parameter(self.joint, LanguageModel(tuned, name="base").output_weight)
+            deepspeed.zero.register_external_parameter(self.joint, self.joint.base_lm.output_weight)
         if args.padding_free and not train_dataset.from_hidden_states:
             with self.accelerator.autocast():
-                _check_padding_free(LanguageModel(tuned, name="base"))
-
-    @property
-    def joint(self) -> JointModule:
-        """The joint model without the wrappers of a device or a process group."""
-        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        assert isinstance(unwrapped, JointModule)
-        return unwrapped
-
-    @property
-    def base(self) -> nn.Module:
-        return self.joint.base
-
-    @property
-    def head(self) -> DeferralHead:
-        return self.joint.head
+                _check_padding_free(self.joint.base_lm)
 
     def gathered(self) -> tuple[nn.Module, DeferralHead]:
         """Gather base and head from all devices. Every process must call it."""
@@ -158,10 +130,6 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             ModelFailure: the loss is not finite.
         """
         found = last_checkpoint(Path(self.args.output_dir))
-        if resume_from_checkpoint is True and found is None:
-            raise ConfigError(
-                f"{self.args.output_dir} has no complete checkpoint to resume from; start without resuming"
-            )
         if not resume_from_checkpoint:
             if found is not None:
                 raise ConfigError(
@@ -171,39 +139,23 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
                 self._warm_start()
             return super().train(None, **options)
         checkpoint = found if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-        assert checkpoint is not None
-        if not is_whole(checkpoint):
-            raise ArtefactError(
-                f"{checkpoint} is not a complete checkpoint: no readable {STATE}; resume from an earlier one"
+        if checkpoint is None:
+            raise ConfigError(
+                f"{self.args.output_dir} has no complete checkpoint to resume from; start without resuming"
             )
         check_origin(checkpoint, self.origin)
         return super().train(str(checkpoint), **options)
 
     def _warm_start(self) -> None:
-        data = self.train_dataset
-        labels = label_tokens(data.base_scores, data.assistant_scores, self.args.resolved("pseudo_label_variant"))
-        self.label_report = labels.report()
+        data, variant = self.train_dataset, self.args.resolved("pseudo_label_variant")
+        labels = _, self.label_report = label_tokens(data.base_scores, data.assistant_scores, variant)
         logger.info("%s", self.label_report)
+        base = data.base_scores.hidden or self.joint.base_lm
         with progress_bar("Warm start", enabled=not self.args.disable_tqdm) as progress:
-            self.warm_start_report = warm_start(
-                data.base_scores.hidden or LanguageModel(self.base, name="base", vocab_size=self.vocab_size),
-                self.head,
-                data.examples,
-                labels,
-                max_tokens=self.args.resolved("warm_start_tokens"),
-                positive_weight=self.args.resolved("positive_weight"),
-                seed=self.args.seed,
-                progress=progress,
-            )
-
-    # Loss and optimiser
+            self.warm_start_report = warm_start(base, self.head, data.examples, labels, self.args, progress=progress)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss with Trainer, which passes the number of target tokens of the effective batch.
-
-        Raises:
-            ModelFailure: the loss is NaN or infinite.
-        """
+        """Compute the loss with Trainer, which passes the number of target tokens of the effective batch."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
@@ -228,18 +180,19 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             model = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decayed = set(self.get_decay_parameter_names(model))
-            head_rate = self.args.resolved_head_learning_rate(self.head.hidden_size)
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            base_parameters = [(name, p) for name, p in trained if not _is_head(name)]
-            groups = [
-                {"params": [p for n, p in base_parameters if n in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [p for n, p in base_parameters if n not in decayed], "weight_decay": 0.0},
-                {"params": [p for n, p in trained if _is_head(n)], "weight_decay": 0.0, "lr": head_rate},
-            ]
-            self.optimizer = kind([group for group in groups if group["params"]], **options)
+            groups: dict[str, dict[str, Any]] = {
+                "decayed": {"weight_decay": self.args.weight_decay},
+                "other": {"weight_decay": 0.0},
+                "head": {"weight_decay": 0.0, "lr": self.args.resolved_head_learning_rate(self.head.hidden_size)},
+            }
+            for name, parameter in model.named_parameters():
+                # wrappers put names of their own before these
+                part = next(part for part in name.split(".") if part in ("base", "head"))
+                group = "head" if part == "head" else "decayed" if name in decayed else "other"
+                if parameter.requires_grad:
+                    groups[group].setdefault("params", []).append(parameter)
+            self.optimizer = kind([group for group in groups.values() if "params" in group], **options)
         return self.optimizer
-
-    # Evaluation
 
     def evaluate(
         self,
@@ -247,48 +200,30 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Compute means over all target tokens of a set.
-
-        Returns:
-            `eval_loss`, `eval_base_nll`, ..: the names of `TokenViews.measures` with the prefix.
-
-        Raises:
-            ConfigError: there is no evaluation set.
-        """
+        """Compute the means of `TokenViews.measures` over all target tokens of a set: `eval_loss`, .."""
         if eval_dataset is None and self.eval_dataset is None:
             raise ConfigError("there is no evaluation set; pass eval_dataset")
         model = self.accelerator.unwrap_model(self.model) if self.model_wrapped is self.model else self.model_wrapped
-        training = model.training
-        model.eval()
-        parts = [self._views(model, batch) for batch in self.get_eval_dataloader(eval_dataset)]
-        model.train(training)
+        collator, self.data_collator = self.data_collator, collate  # each row an example, to count them over processes
+        try:
+            batches = self.get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+        with evaluating(model):
+            parts = [self._views(model, batch) for batch in batches]
         views = TokenViews(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        costs = self.args.deferral_costs(self.joint.head.num_assistants)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in views.measures(costs).items()}
+        measures = views.measures(self.args.deferral_costs(self.head.num_assistants))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _get_train_sampler(self, train_dataset: TrainingSet | None = None) -> Any:
-        return super()._get_train_sampler(_lengths_of(train_dataset or self.train_dataset))
-
-    def _get_eval_sampler(self, eval_dataset: TrainingSet) -> Any:
-        return super()._get_eval_sampler(_lengths_of(eval_dataset))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Use padded batches in any case, because examples are counted by rows over processes."""
-        training, self.data_collator = self.data_collator, collate
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training
 
     def _views(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The fields of `TokenViews` for one batch of every process, on the CPU."""
         inputs = self._prepare_inputs(batch)
         with torch.no_grad(), self.accelerator.autocast():
             out = model(**inputs, num_items_in_batch=1, per_token=True)
-        out = {name: values for name, values in out.items() if name != "loss"}
+        del out["loss"]
         out |= {name: inputs[name] for name in ("assistant_logprobs", "assistant_correct", "target_mask")}
         flags = [name for name, values in out.items() if values.dtype == torch.bool]
         out |= {name: out[name].to(torch.uint8) for name in flags}  # padding would convert bool to int64
@@ -298,7 +233,11 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         mask = gathered.pop("target_mask")
         return {name: values[mask].cpu() for name, values in gathered.items()}
 
-    # Checkpoints
+    def _get_train_sampler(self, train_dataset: TrainingSet | None = None) -> Any:
+        return super()._get_train_sampler(_lengths_of(train_dataset or self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: TrainingSet) -> Any:
+        return super()._get_eval_sampler(_lengths_of(eval_dataset))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -327,13 +266,11 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
 @torch.no_grad()
 def _check_padding_free(base: LanguageModel) -> None:
     """Check that sequences concatenated to one row do not attend to each other, as some attention silently does."""
-    training = base.module.training
-    base.module.eval()
     items = [{"input_ids": torch.arange(length) % base.vocab_size} for length in (7, 5)]
     row = {name: values.to(base.input_device) for name, values in collate_padding_free(items).items()}
-    together = base.hidden_states(**row, use_cache=False)[0, 7:]
-    alone = base.hidden_states(row["input_ids"][:, 7:], use_cache=False)[0]
-    base.module.train(training)
+    with evaluating(base.module):
+        together = base.hidden_states(**row, use_cache=False)[0, 7:]
+        alone = base.hidden_states(row["input_ids"][:, 7:], use_cache=False)[0]
     if not torch.allclose(together, alone, rtol=0.05, atol=0.05 * alone.abs().max().item()):
         raise ConfigError(
             f"padding_free does not work with {type(base.inner).__name__} and attention "
@@ -342,14 +279,9 @@ def _check_padding_free(base: LanguageModel) -> None:
         )
 
 
-def _is_head(parameter_name: str) -> bool:
-    """Whether a parameter of the joint module, wrapped or not, belongs to the head."""
-    return next(part for part in parameter_name.split(".") if part in ("base", "head")) == "head"
-
-
 def _lengths_of(data: TrainingSet) -> list[dict[str, range]]:
     """What samplers read of examples. Those from hidden states have no tokens, but form the same batches."""
-    return [{"input_ids": range(length)} for length in data.lengths]
+    return [{"input_ids": range(len(example.token_ids))} for example in data.examples]
 
 
 def _check(
@@ -361,11 +293,10 @@ def _check(
 ) -> None:
     if hasattr(base, "peft_config"):
         raise ConfigError("the base already has an adapter; pass the plain model, as method 'lora' adds a new one")
-    for data in [train_dataset, *([] if eval_dataset is None else [eval_dataset])]:
-        if data.num_assistants != head.num_assistants:
-            raise MismatchError(
-                f"the head has {head.num_assistants} assistants, but the data has scores of {data.num_assistants}"
-            )
+    for data in filter(None, (train_dataset, eval_dataset)):
+        count = len(data.assistant_scores)
+        if count != head.num_assistants:
+            raise MismatchError(f"the head has {head.num_assistants} assistants, but the data has scores of {count}")
         if data.from_hidden_states and args.method != "head":
             raise ConfigError(f"stored hidden states require a frozen base, but method {args.method!r} changes it")
     longest = max(len(example.token_ids) for example in train_dataset.examples)
@@ -383,8 +314,6 @@ def _check(
         )
     if args.method == "full" and base.dtype != torch.float32:
         logger.warning(
-            "the base's weights are %s, in which most updates with learning rate %g round to zero; load it with "
-            "dtype float32 and set bf16 for speed",
-            base.dtype,
-            args.learning_rate,
+            f"the base's weights are {base.dtype}, in which most updates with learning rate {args.learning_rate:g} "
+            "round to zero; load it with dtype float32 and set bf16 for speed"
         )
