@@ -58,7 +58,8 @@ class ToolSpec:
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> ToolSpec:
-        """Parse "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"."""
+        """Parse "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"; None is no option."""
+        options = {key: value for key, value in options.items() if value is not None}
         name, _, rest = text.removeprefix(PREFIX).partition(":")
         if name == "lookup" and rest:
             rest = str(Path(rest).resolve())
