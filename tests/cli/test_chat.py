@@ -30,6 +30,11 @@ def talk_of(model: CoLLM) -> Conversation:
     return Conversation(model, SamplingParams(max_new_tokens=24), 0.5)
 
 
+@pytest.fixture
+def talk(model: CoLLM) -> Conversation:
+    return talk_of(model)
+
+
 Typed = Callable[..., str]
 
 
@@ -64,8 +69,7 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 
 
 @pytest.mark.slow
-def test_every_turn_is_what_generate_makes_of_the_messages(model: CoLLM, typed: Typed) -> None:
-    talk = talk_of(model)
+def test_every_turn_is_what_generate_makes_of_the_messages(talk: Conversation, model: CoLLM, typed: Typed) -> None:
     talk.system = "w9"
     shown = typed(talk, "w2 w3", "w4", "/history")
     opening = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w2 w3"}]
@@ -83,8 +87,7 @@ def test_every_turn_is_what_generate_makes_of_the_messages(model: CoLLM, typed: 
 
 
 @pytest.mark.slow
-def test_commands_change_who_answers(model: CoLLM, typed: Typed) -> None:
-    talk = talk_of(model)
+def test_commands_change_who_answers(talk: Conversation, typed: Typed) -> None:
     lines = ("/model assistant", "w2", "/clear", "/model base", "w2", "/clear", "/model collaboration")
     typed(talk, *lines)
     assert (talk.author, talk.turns, talk.threshold) == (None, [], 0.5)
@@ -120,14 +123,15 @@ def test_each_of_two_assistants_answers_to_its_name(
         ("/help", "Ctrl-C stops an answer"),
     ],
 )
-def test_what_is_mistyped_is_said_and_the_talk_goes_on(model: CoLLM, typed: Typed, line: str, answer: str) -> None:
-    talk = talk_of(model)
+def test_what_is_mistyped_is_said_and_the_talk_goes_on(
+    talk: Conversation, typed: Typed, line: str, answer: str
+) -> None:
     assert answer in typed(talk, line, "w2")
     assert len(talk.turns) == 1
 
 
-def test_a_conversation_is_saved_as_training_data(model: CoLLM, typed: Typed, tmp_path: Path) -> None:
-    talk, path = talk_of(model), tmp_path / "talk.jsonl"
+def test_a_conversation_is_saved_as_training_data(talk: Conversation, typed: Typed, tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
     shown = typed(talk, "w2", "w3", f"/save {path}", f"/save {path}")
     row = json.loads(path.read_text())
     assert row["messages"] == talk.messages()
@@ -135,13 +139,12 @@ def test_a_conversation_is_saved_as_training_data(model: CoLLM, typed: Typed, tm
     assert "exists; choose another name" in shown
 
 
-def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(model: CoLLM) -> None:
-    talk = talk_of(model)
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(talk: Conversation) -> None:
     answer = talk.ask("w2")
     came = [next(answer), next(answer)]
     answer.close()
     assert talk.turns == [("w2", came)]
-    assert [runner.open_slots for runner in model.runners] == [0, 0]
+    assert [runner.open_slots for runner in talk.model.runners] == [0, 0]
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from unittest.mock import Mock
 import pytest
 
 from collm.cli.chat import converse
-from collm.cli.main import WRONG_USAGE, _say, main
+from collm.cli.main import WRONG_USAGE, main
 from collm.cli.terminal import Console, coloured, legend, log_to_terminal, style_of
+from collm.errors import ConfigError
 from collm.redaction import visible
 
 TITLE = "\x1b]0;owned\x07"
@@ -93,7 +94,10 @@ def test_only_what_controls_is_replaced(text: str, shown: str) -> None:
 
 
 def test_errors_and_logs_are_shown_alike(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    _say(f"the row is {TITLE}")
+    monkeypatch.setattr("sys.argv", ["collm"])
+    monkeypatch.setattr("collm.cli.main.app", Mock(side_effect=ConfigError(f"the row is {TITLE}")))
+    with pytest.raises(SystemExit):
+        main()
     assert capsys.readouterr().err == "collm: the row is <1b>]0;owned<07>\n"
     monkeypatch.setattr(logging.root, "handlers", [])
     log_to_terminal()

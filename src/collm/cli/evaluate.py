@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from collm.cli.options import CollaborationArgument, Decoding, Fields, Loading, 
 from collm.core.params import SamplingParams
 from collm.errors import ConfigError
 from collm.redaction import redacted_command
+
+if TYPE_CHECKING:
+    from collm.collaboration import CoLLM
 
 TASK_OPTIONS = "metric format prompt_field completion_field max_new_tokens stop"
 
@@ -76,32 +79,25 @@ def evaluate(
     from collm.cli.terminal import Console
     from collm.core.policies import ThresholdPolicy
     from collm.evaluation.compare import compare
-    from collm.evaluation.systems import names_in, systems_named, thresholds_named
+    from collm.evaluation.systems import systems_named
     from collm.evaluation.tasks.named import task_named
     from collm.evaluation.verdict import verdict
     from collm.training.scoring import progress_bar
 
     given = {name: getattr(how, name) for name in TASK_OPTIONS.split()}
     chosen = task_named(task, **{name: value for name, value in given.items() if value is not None})
-    items = chosen.load(
-        how.data, split=how.split, limit=how.limit, shots=how.shots, shots_source=how.shots_data, seed=how.seed
-    )
+    shots: dict[str, Any] = {"shots": how.shots, "shots_source": how.shots_data}
+    items = chosen.load(how.data, split=how.split, limit=how.limit, seed=how.seed, **shots)
     model = loading.load(collaboration)
-    threshold, names = model.threshold(decoding.threshold, decoding.budget), names_in(how.compare)
-    if how.curve:
-        if model.calibration is None:
-            raise ConfigError("the collaboration is not calibrated, so there is no curve; run 'collm calibrate' first")
-        names = [*names, *thresholds_named(model, model.calibration, names, threshold)]
-    settings = {
+    threshold = model.threshold(decoding.threshold, decoding.budget)
+    settings: dict[str, Any] = {
         "command": shlex.join(["collm", *redacted_command(sys.argv[1:])]),
         "collaboration": collaboration,
-        "data": how.data or chosen.source,
-        "limit": how.limit,
-        "shots": how.shots,
     }
+    settings |= {"data": how.data or chosen.source, "limit": how.limit, "shots": how.shots}
     with progress_bar("answering") as progress:
         found = compare(
-            systems_named(model, names, ThresholdPolicy(threshold)),
+            systems_named(model, _names(model, how, threshold), ThresholdPolicy(threshold)),
             chosen,
             items,
             out,
@@ -117,3 +113,15 @@ def evaluate(
     console.print(*comparison_tables(found), sep="\n")
     console.print(verdict(found.task, found.measure, found.results), markup=False)
     console.print(f"collm report {out}", markup=False)
+
+
+def _names(model: CoLLM, how: Answering, threshold: float) -> list[str]:
+    """Names of the systems, with those of the curve."""
+    from collm.evaluation.systems import names_in, thresholds_named
+
+    names = names_in(how.compare)
+    if not how.curve:
+        return names
+    if model.calibration is None:
+        raise ConfigError("the collaboration is not calibrated, so there is no curve; run 'collm calibrate' first")
+    return [*names, *thresholds_named(model, model.calibration, names, threshold)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from collm.serving.settings import Settings
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
+    from collm.vllm.servers import Servers
 
 
 @with_options
@@ -50,10 +52,7 @@ def serve(
     On Ctrl-C or SIGTERM the server finishes running requests and stops.
     """
     check_extra()
-    import transformers
-
     from collm.serving.run import check_address, run
-    from collm.vllm.placement import one_engine
     from collm.vllm.servers import Servers
 
     check_address(host, settings, no_auth=no_auth)
@@ -63,21 +62,34 @@ def serve(
             "in the same order"
         )
     where = [Servers.named(one) for one in servers] if servers else [None] * len(collaborations)
-    transformers.utils.logging.disable_progress_bar()  # the log is JSON
     with ExitStack() as engine:
         if loading.engine == "vllm" and not servers:
-            if len(collaborations) > 1:
-                raise ConfigError("one engine holds one collaboration; give --servers to serve several")
-            _, path = named(collaborations[0])
-            logs = Path(f"{Path(path).resolve().name}-vllm") / "logs"
-            where = [engine.enter_context(one_engine(path, logs, max_batch=settings.max_batch))]
-        models: dict[str, CoLLM] = {}
-        for given, its_servers in zip(collaborations, where, strict=True):
-            name, path = named(given)
-            if name in models:
-                raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
-            models[name] = loading.load(path, its_servers)
-        run(models, settings, host=host, port=port, no_auth=no_auth)
+            where = [engine.enter_context(_engine_of(collaborations, settings.max_batch))]
+        run(_models(collaborations, where, loading), settings, host=host, port=port, no_auth=no_auth)
+
+
+def _engine_of(collaborations: list[str], max_batch: int) -> AbstractContextManager[Servers]:
+    """A vLLM engine with the collaboration, in a process of its own."""
+    from collm.vllm.placement import one_engine
+
+    if len(collaborations) > 1:
+        raise ConfigError("one engine holds one collaboration; give --servers to serve several")
+    _, path = named(collaborations[0])
+    return one_engine(path, Path(f"{Path(path).resolve().name}-vllm") / "logs", max_batch=max_batch)
+
+
+def _models(collaborations: list[str], servers: Sequence[Servers | None], loading: Loading) -> dict[str, CoLLM]:
+    """Load the collaborations, by name."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # the log is JSON
+    models: dict[str, CoLLM] = {}
+    for given, its_servers in zip(collaborations, servers, strict=True):
+        name, path = named(given)
+        if name in models:
+            raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
+        models[name] = loading.load(path, its_servers)
+    return models
 
 
 def check_extra() -> None:

@@ -1,4 +1,4 @@
-"""The rows of a run, as examples, and what each author's scores of them are."""
+"""The data of a run: rows, the examples made of them, and the scores of each author."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of a run. No module of weight is imported before they are used, as the command line reads their fields."""
+"""Options of a run. Importing them loads no torch, so the command line can make its options of them."""
 
 from __future__ import annotations
 
