@@ -233,7 +233,7 @@ def test_the_assistants_are_not_in_memory_while_training(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[torch.nn.Module]] = []
-    load, train = load_model, CoLLMTrainer.train
+    load, plain = load_model, CoLLMTrainer.train
 
     def load_and_note(spec: Any) -> Any:
         model = load(spec)
@@ -244,7 +244,7 @@ def test_the_assistants_are_not_in_memory_while_training(
 
     def count_and_train(self: CoLLMTrainer, **kwargs: Any) -> Any:
         alive.append(sum(ref() is not None for ref in loaded))
-        return train(self, **kwargs)
+        return plain(self, **kwargs)
 
     for module in ("data", "train"):
         monkeypatch.setattr(f"collm.run.{module}.load_model", load_and_note)
