@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PRELOADED = [
-    "collm.run",
+    "collm.run.train",
     "collm.cli.main",
     "collm.cli.train",
     "collm.evaluation.report",

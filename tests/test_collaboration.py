@@ -238,8 +238,8 @@ def test_saving_keeps_what_is_not_ours(saved: Path) -> None:
     (saved / ".git" / "objects" / "pack").chmod(0o444)
     (saved / ".git" / "here").symlink_to("objects")
     (saved / "base").mkdir()  # of a collaboration with a tuned base
-    model = CoLLM.from_pretrained(saved)
-    model.source = None
+    loaded = CoLLM.from_pretrained(saved)
+    model = CoLLM(loaded.base, loaded.assistants, loaded.head, loaded.tokenizer)
     model.save_pretrained(saved)
     model.save_pretrained(saved)
     assert (saved / "notes.txt").read_text() == "mine"

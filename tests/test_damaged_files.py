@@ -13,7 +13,8 @@ import pytest
 from collm import CoLLM, CoLLMConfig
 from collm.errors import CollmError
 from collm.evaluation.run_report import report_of
-from collm.run import PastRun, RunConfig, train_collaboration
+from collm.run import RunConfig, train_collaboration
+from collm.run.calibrate import PastRun
 from collm.run.train import check_directory
 from collm.tools.lookup import Lookup
 from collm.training.inspection import inspect_scores

@@ -6,7 +6,9 @@ import copy
 import json
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.atomic import sole_writer
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.loading import load_model
-from collm.run import RunConfig, hold_out, parse_model, train_collaboration
+from collm.run import RunConfig, RunResult, train_collaboration
+from collm.run.data import split_rows
+from collm.run.options import parse_model
 from collm.text.chats import Chat
 from collm.training.checkpoints import last_checkpoint
-from collm.training.data import Row, Rows
 from collm.training.scores import read_header
 from collm.training.trainer import CoLLMTrainer
 
@@ -45,17 +48,17 @@ def setting(saved_model: SavedModel, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def options(directory: Path, **changes: Any) -> CoLLMConfig:
-    defaults: dict[str, Any] = {
-        "output_dir": str(directory),
-        "method": "head",
-        "max_length": 32,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 8,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return CoLLMConfig(**{**defaults, **changes})
+def train(setting: dict[str, Any], directory: Path, **changes: Any) -> RunResult:
+    how = {"method": "head", "max_length": 32, "num_train_epochs": 2, "per_device_train_batch_size": 8, **changes}
+    args = CoLLMConfig(output_dir=str(directory), use_cpu=True, disable_tqdm=True, **how)
+    return train_collaboration(RunConfig(**setting), args, quiet=True)
+
+
+def check_same(loaded: CoLLM, trained: CoLLM, *thresholds: float) -> None:
+    params = SamplingParams(max_new_tokens=6)
+    for threshold in thresholds:
+        came, expected = (model.generate(["w1 w2", "w5"], params, threshold=threshold) for model in (loaded, trained))
+        assert [c.token_ids for c in came] == [c.token_ids for c in expected]
 
 
 @pytest.mark.parametrize(
@@ -69,16 +72,12 @@ def options(directory: Path, **changes: Any) -> CoLLMConfig:
 def test_each_way_of_training_gives_an_artefact_that_loads(
     method: str, changes: dict[str, Any], folder: str | None, setting: dict[str, Any], tmp_path: Path
 ) -> None:
-    args = options(tmp_path / "run", method=method, **changes)
-    result = train_collaboration(RunConfig(**setting), args, quiet=True)
+    result = train(setting, tmp_path / "run", method=method, **changes)
     folders = {path.name for path in result.directory.iterdir() if path.is_dir()}
     assert folders == ({folder} if folder else set())
     loaded = CoLLM.from_pretrained(result.directory)
     assert loaded.template.text == "w9 {prompt} w8"
-    params = SamplingParams(max_new_tokens=6)
-    expected = result.model.generate(["w1 w2", "w5"], params, threshold=0.4)
-    came = loaded.generate(["w1 w2", "w5"], params, threshold=0.4)
-    assert [c.token_ids for c in came] == [c.token_ids for c in expected]
+    check_same(loaded, result.model, 0.4)
     assert loaded.calibration == result.calibration
     assert loaded.head.weight.abs().sum() > 0
     card = (result.directory / "README.md").read_text()
@@ -117,8 +116,7 @@ def test_a_tokenizer_with_named_chat_templates(
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"data": str(data), "template": "{prompt}"}
-    args = options(tmp_path / "run", method=method, warm_start=False)
-    result = train_collaboration(RunConfig(**{**setting, **changes}), args, quiet=True)
+    result = train({**setting, **changes}, tmp_path / "run", method=method, warm_start=False)
     loaded = CoLLM.from_pretrained(result.directory)
     assert loaded.template == result.model.template
     opening = [] if isinstance(named, dict) and len(named) > 1 else ["w3"]
@@ -143,6 +141,16 @@ class StopAt(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A training in this block is interrupted after this step."""
+    plain = CoLLMTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(CoLLMTrainer, "__init__", lambda s, **kw: plain(s, **kw, callbacks=[StopAt(step)]))
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def edit_rows(setting: dict[str, Any], saved_model: SavedModel) -> str:
@@ -177,41 +185,29 @@ def test_a_checkpoint_of_other_rows_or_models_is_not_resumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     setting |= {"validation": str(shutil.copy(setting["data"], tmp_path / "validation.jsonl")), "calibrate": False}
-    saving = {"save_steps": 2, "method": "full", "eval_strategy": "steps", "eval_steps": 2}
-    plain = CoLLMTrainer.__init__
-
-    def train() -> None:
-        train_collaboration(RunConfig(**setting), options(tmp_path / "run", **saving), quiet=True)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CoLLMTrainer, "__init__", lambda s, **kw: plain(s, **kw, callbacks=[StopAt(5)]))
-        with pytest.raises(KeyboardInterrupt):
-            train()
+    again = partial(train, setting, tmp_path / "run", save_steps=2, method="full", eval_strategy="steps", eval_steps=2)
+    with stopped_at(5, monkeypatch):
+        again()
     what = change(setting, saved_model)
     for _ in range(2):  # before anything is scored, and where the scores were removed
         with pytest.raises(ConfigError, match=f"checkpoint-4 was trained with other {what}.* delete the checkpoints"):
-            train()
+            again()
         shutil.rmtree(tmp_path / "run/scores", ignore_errors=True)
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    train()
+    again()
     assert (tmp_path / "run/collaboration").exists()
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def args(name: str) -> CoLLMConfig:
-        return options(tmp_path / name, method="full", learning_rate=1e-3, save_steps=2)
-
-    train_collaboration(RunConfig(**setting), args("whole"), quiet=True)
-    plain = CoLLMTrainer.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(CoLLMTrainer, "__init__", lambda s, **kw: plain(s, **kw, callbacks=[StopAt(9)]))
-        with pytest.raises(KeyboardInterrupt):
-            train_collaboration(RunConfig(**setting), args("cut"), quiet=True)
+    how = {"method": "full", "learning_rate": 1e-3, "save_steps": 2}
+    train(setting, tmp_path / "whole", **how)
+    with stopped_at(9, monkeypatch):
+        train(setting, tmp_path / "cut", **how)
     assert not (tmp_path / "cut" / "collaboration").exists()
-    train_collaboration(RunConfig(**setting), args("cut"), quiet=True)
+    train(setting, tmp_path / "cut", **how)
     assert artefact_bytes(tmp_path / "cut") == artefact_bytes(tmp_path / "whole")
 
 
@@ -219,25 +215,25 @@ def test_other_options_in_the_same_directory_are_refused(setting: dict[str, Any]
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "file").touch()
     with pytest.raises(ConfigError, match="exists and holds no run"):
-        train_collaboration(RunConfig(**setting), options(tmp_path / "foreign"))
+        train(setting, tmp_path / "foreign")
     with pytest.raises(ConfigError, match="exists and holds no run"):
-        train_collaboration(RunConfig(**setting), options(tmp_path / "foreign" / "file"))
+        train(setting, tmp_path / "foreign" / "file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.yaml.x").touch()  # of a run that was killed while it wrote its first file
     with sole_writer(tmp_path / "run"), pytest.raises(ConfigError, match=r"is being written by process \d+ on "):
-        train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
-    train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
+        train(setting, tmp_path / "run")
+    train(setting, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"holds a run with seed=42, now it is 43"):
-        train_collaboration(RunConfig(**setting), options(tmp_path / "run", seed=43))
+        train(setting, tmp_path / "run", seed=43)
     with pytest.raises(ConfigError, match="holds a run with template='w9"):
-        train_collaboration(RunConfig(**{**setting, "template": "{prompt}"}), options(tmp_path / "run"))
+        train({**setting, "template": "{prompt}"}, tmp_path / "run")
 
 
 def test_the_assistants_are_not_in_memory_while_training(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[torch.nn.Module]] = []
-    load, train = load_model, CoLLMTrainer.train
+    load, plain = load_model, CoLLMTrainer.train
 
     def load_and_note(spec: Any) -> Any:
         model = load(spec)
@@ -248,12 +244,12 @@ def test_the_assistants_are_not_in_memory_while_training(
 
     def count_and_train(self: CoLLMTrainer, **kwargs: Any) -> Any:
         alive.append(sum(ref() is not None for ref in loaded))
-        return train(self, **kwargs)
+        return plain(self, **kwargs)
 
-    for module in ("scores", "train"):
+    for module in ("data", "train"):
         monkeypatch.setattr(f"collm.run.{module}.load_model", load_and_note)
     monkeypatch.setattr(CoLLMTrainer, "train", count_and_train)
-    train_collaboration(RunConfig(**setting), options(tmp_path / "run"), quiet=True)
+    train(setting, tmp_path / "run")
     assert len(loaded) == 4  # base, two assistants, and the base again to be trained
     assert alive == [1]
 
@@ -262,19 +258,23 @@ def test_a_pair_that_does_not_fit_is_refused_before_scoring(setting: dict[str, A
     path = Path(setting["assistant"][1]) / "tokenizer.json"
     path.write_text(path.read_text().replace('"w40"', '"x40"'))
     with pytest.raises(MismatchError, match=r"assistant-2 .*token 43 is 'x40'"):
-        train_collaboration(RunConfig(**setting), options(tmp_path / "run"))
+        train(setting, tmp_path / "run")
     assert not (tmp_path / "run").exists()  # so that the corrected command may use it
 
 
-def test_held_out_rows_are_a_tenth_at_random_and_never_trained_on() -> None:
-    rows = Rows(Row(f"p{i}", "c", None, str(i)) for i in range(300))
-    train, validation = hold_out(rows, seed=0)
-    assert (len(train), len(validation)) == (270, 30)
-    assert not {row.where for row in train} & {row.where for row in validation}
-    assert len(hold_out(Rows([*rows] * 10), seed=0)[1]) == 200
-    assert hold_out(rows, seed=0)[1] == validation != hold_out(rows, seed=1)[1]
+def test_held_out_rows_are_a_tenth_at_random_and_never_trained_on(tmp_path: Path) -> None:
+    def split(count: int, seed: int = 0) -> tuple[set[str], set[str]]:
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(f'{{"prompt": "p{i}", "completion": "c"}}\n' for i in range(count)))
+        rows = split_rows(RunConfig(data=str(path), base="b", assistant=["a"]), seed=seed)
+        return {str(row.prompt) for row in rows[0]}, {str(row.prompt) for row in rows[1]}
+
+    train, validation = split(300)
+    assert (len(train), len(validation), train & validation) == (270, 30, set())
+    assert len(split(3000)[1]) == 200
+    assert split(300)[1] == validation != split(300, seed=1)[1]
     with pytest.raises(ConfigError, match="9 rows are too few"):
-        hold_out(Rows(rows[:9]), seed=0)
+        split(9)
 
 
 def test_models_may_name_a_revision(tmp_path: Path) -> None:
@@ -292,10 +292,9 @@ def test_a_published_format_and_its_bad_rows(setting: dict[str, Any], tmp_path: 
     (folder / "train.jsonl").write_text("\n".join([*lines[:5], '{"question": "w1"}', *lines[5:]]))
     changes = {"data": str(folder), "data_split": "train", "format": "gsm8k-plain"}
     with pytest.raises(DataError, match=r"train\.jsonl:6"):
-        train_collaboration(RunConfig(**{**setting, **changes}), options(tmp_path / "stopped"), quiet=True)
-    config = RunConfig(**{**setting, **changes, "bad_rows": "skip", "assistant": setting["assistant"][:1]})
-    args = options(tmp_path / "run", pseudo_label_variant="b")
-    result = train_collaboration(config, args, quiet=True)
+        train({**setting, **changes}, tmp_path / "stopped")
+    changes |= {"bad_rows": "skip", "assistant": setting["assistant"][:1]}
+    result = train({**setting, **changes}, tmp_path / "run", pseudo_label_variant="b")
     assert result.metrics["bad_rows_skipped"] == 1
     shown, _, learned = (tmp_path / "run/example.txt").read_text().partition("--- its target tokens ---\n")
     assert shown.startswith("--- the first example ---\nw9 w")
@@ -304,16 +303,11 @@ def test_a_published_format_and_its_bad_rows(setting: dict[str, Any], tmp_path: 
 
 
 def test_evaluations_while_training_use_the_validation_rows(setting: dict[str, Any], tmp_path: Path) -> None:
-    args = options(
-        tmp_path / "run", eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-        early_stopping_patience=1, head_learning_rate=0.5, num_train_epochs=20,
-    )  # fmt: skip
-    result = train_collaboration(RunConfig(**setting), args, quiet=True)
-    assert {path.name for path in (tmp_path / "run/scores/validation").iterdir()} == {
-        "base",
-        "assistant",
-        "assistant-2",
-    }
+    saving = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    patience = {"early_stopping_patience": 1, "head_learning_rate": 0.5, "num_train_epochs": 20}
+    result = train(setting, tmp_path / "run", **saving, **patience)
+    scored = {path.name for path in (tmp_path / "run/scores/validation").iterdir()}
+    assert scored == {"base", "assistant", "assistant-2"}
     checkpoint = last_checkpoint(tmp_path / "run")
     assert checkpoint is not None
     history = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -326,16 +320,15 @@ def test_evaluations_while_training_use_the_validation_rows(setting: dict[str, A
 def test_hidden_states_kept_on_disk_train_the_same_head(setting: dict[str, Any], tmp_path: Path) -> None:
     heads = []
     for kept in (False, True):
-        directory = tmp_path / f"run-{kept}"
-        result = train_collaboration(RunConfig(**setting, cache_hidden_states=kept), options(directory), quiet=True)
+        result = train({**setting, "cache_hidden_states": kept}, tmp_path / f"run-{kept}")
         heads.append(result.model.head.weight.detach())
     torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-6)
     assert read_header(tmp_path / "run-True/scores/base").hidden_states
     assert not read_header(tmp_path / "run-True/scores/assistant").hidden_states
     with pytest.raises(ConfigError, match="cache_hidden_states does not fit method 'full'"):
-        train_collaboration(RunConfig(**setting, cache_hidden_states=True), options(tmp_path / "x", method="full"))
+        train({**setting, "cache_hidden_states": True}, tmp_path / "x", method="full")
     with pytest.raises(ConfigError, match=r"deferral_cost has 3 values, expected one, or one for each assistant \(2\)"):
-        train_collaboration(RunConfig(**setting), options(tmp_path / "x", deferral_cost=[0, 1, 2]))
+        train(setting, tmp_path / "x", deferral_cost=[0, 1, 2])
     assert not (tmp_path / "x").exists()
 
 
@@ -355,20 +348,16 @@ def test_quantized_models_train_and_are_loaded_quantized(
     names = {"base": str(saved_model("base", 0, **shape)), "assistant": [str(saved_model("first", 1, **shape))]}
     models = {**setting, **names, "base_quantization": kind, "assistant_quantization": kind}
     tuning = {"lora_r": 2, "learning_rate": 1e-2} if method == "lora" else {}
-    result = train_collaboration(RunConfig(**models), options(tmp_path / "run", method=method, **tuning), quiet=True)
+    result = train(models, tmp_path / "run", method=method, **tuning)
     loaded = CoLLM.from_pretrained(result.directory)
     manifest = json.loads((result.directory / "collm.json").read_text())
     assert [spec["quantization"] for spec in (manifest["base"], *manifest["assistants"])] == [kind, kind]
-    params = SamplingParams(max_new_tokens=6)
-    for threshold in (1.0, 0.4, -1.0):
-        expected = result.model.generate(["w1 w2", "w5"], params, threshold=threshold)
-        came = loaded.generate(["w1 w2", "w5"], params, threshold=threshold)
-        assert [c.token_ids for c in came] == [c.token_ids for c in expected]
+    check_same(loaded, result.model, 1.0, 0.4, -1.0)
 
 
 def test_quantized_weights_are_not_tuned_whole(setting: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="take no updates; use lora"):
-        train_collaboration(RunConfig(**setting, base_quantization="nf4"), options(tmp_path / "x", method="full"))
+        train({**setting, "base_quantization": "nf4"}, tmp_path / "x", method="full")
     with pytest.raises(ConfigError, match=r"quantization of .* is 'nf3', expected one of nf4, int8"):
         RunConfig(**setting, base_quantization="nf3").base_model  # noqa: B018
 

@@ -25,7 +25,8 @@ from collm.evaluation.answers import AnswerFile
 from collm.evaluation.run_report import report_of
 from collm.models.loading import load_model, load_tokenizer
 from collm.redaction import redacted_command, redacted_options
-from collm.run import PastRun, RunConfig
+from collm.run import RunConfig
+from collm.run.calibrate import PastRun
 from collm.run.train import check_directory, claim_directory
 from collm.training.data import load_rows
 from collm.untrusted import MAX_JSON_BYTES, contained

@@ -18,8 +18,8 @@ import transformers
 from collm.atomic import write_text
 from collm.cli.demo import show
 from collm.cli.terminal import log_to_terminal
+from collm.core.calibration import DEFERRAL_RATES
 from collm.demo.real import check_own, write_rows
-from collm.evaluation.calibration import DEFERRAL_RATES
 from collm.evaluation.page import write_report
 from collm.evaluation.report import Report
 from collm.run import RunConfig, RunResult, train_collaboration

@@ -123,11 +123,11 @@ def rehearse(run: str, model: Path, data: str | None, out: Path, *, rows: int, l
         "eval": ["eval", collaboration, *task, "--data", good, "--limit", "4", "--out", out / "eval", *options],
         "generate": ["generate", collaboration, QUESTION, "--max-new-tokens", "16", *options],
     }
-    seconds = {name: _run(command) for name, command in commands.items()}
-    return seconds | {"serve": _serve(collaboration, chat=bool(chat))}
+    seconds = {name: run_command(command) for name, command in commands.items()}
+    return seconds | {"serve": serve_once(collaboration, chat=bool(chat))}
 
 
-def _run(command: Sequence[object]) -> float:
+def run_command(command: Sequence[object]) -> float:
     arguments = [sys.executable, "-m", "collm", *map(str, command)]
     print("$ collm", *arguments[3:], flush=True)
     started = time.monotonic()
@@ -135,7 +135,7 @@ def _run(command: Sequence[object]) -> float:
     return round(time.monotonic() - started, 1)
 
 
-def _serve(collaboration: Path, *, chat: bool) -> float:
+def serve_once(collaboration: Path, *, chat: bool) -> float:
     """Start the server, send one request, and stop it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

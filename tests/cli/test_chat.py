@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
-from collm.cli.chat import Conversation, _converse
+from collm.cli.chat import Conversation, chat, converse
 from collm.cli.terminal import Console
 from collm.errors import RequestError
 from collm.models.loading import ModelSpec
@@ -31,6 +31,34 @@ def talk_of(model: CoLLM) -> Conversation:
 
 
 @pytest.fixture
+def talk(model: CoLLM) -> Conversation:
+    return talk_of(model)
+
+
+Typed = Callable[..., str]
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Typed:
+    """Makes what the terminal shows for lines of a conversation."""
+
+    def shown(talk: Conversation, *lines: str) -> str:
+        left, console = iter(lines), Console(file=io.StringIO(), width=1000)
+
+        def read(prompt: str) -> str:
+            assert prompt == "you: "  # readline has to know it, or editing and history would write over it
+            if (line := next(left, None)) is None:
+                raise EOFError
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        converse(talk, console)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    return shown
+
+
+@pytest.fixture
 def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> CoLLM:
     head = DeferralHead(32, 1)
     with torch.no_grad():
@@ -40,31 +68,10 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
     )
 
 
-def typed(talk: Conversation, *lines: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the terminal shows for these lines."""
-    left = iter(lines)
-    console = Console(file=io.StringIO(), width=1000)
-
-    def read(prompt: str) -> str:
-        assert prompt == "you: "  # readline has to know it, or editing and history would write over it
-        line = next(left, None)
-        if line is None:
-            raise EOFError
-        if line == "^C":
-            raise KeyboardInterrupt
-        return line
-
-    monkeypatch.setattr("builtins.input", read)
-    _converse(talk, console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
 @pytest.mark.slow
-def test_every_turn_is_what_generate_makes_of_the_messages(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = talk_of(model)
+def test_every_turn_is_what_generate_makes_of_the_messages(talk: Conversation, model: CoLLM, typed: Typed) -> None:
     talk.system = "w9"
-    shown = typed(talk, "w2 w3", "w4", "/history", monkeypatch=monkeypatch)
+    shown = typed(talk, "w2 w3", "w4", "/history")
     opening = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w2 w3"}]
     first = model.generate([opening], talk.params, threshold=0.5)[0]
     messages = talk.messages()
@@ -80,30 +87,27 @@ def test_every_turn_is_what_generate_makes_of_the_messages(model: CoLLM, monkeyp
 
 
 @pytest.mark.slow
-def test_commands_change_who_answers(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = talk_of(model)
+def test_commands_change_who_answers(talk: Conversation, typed: Typed) -> None:
     lines = ("/model assistant", "w2", "/clear", "/model base", "w2", "/clear", "/model collaboration")
-    typed(talk, *lines, monkeypatch=monkeypatch)
+    typed(talk, *lines)
     assert (talk.author, talk.turns, talk.threshold) == (None, [], 0.5)
     for command, author in (("/model assistant", 1), ("/model base", 0), ("/threshold -1", 1), ("/threshold 1", 0)):
-        typed(talk, command, "w2", monkeypatch=monkeypatch)
+        typed(talk, command, "w2")
         assert {step.author for step in talk.turns[-1][1]} == {author}, command
-    typed(talk, "/undo", monkeypatch=monkeypatch)
+    typed(talk, "/undo")
     assert len(talk.turns) == 3
 
 
 def test_each_of_two_assistants_answers_to_its_name(
-    model: CoLLM, tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    model: CoLLM, tiny_model: Callable[..., PreTrainedModel], typed: Typed
 ) -> None:
     members = [*model.assistants, tiny_model(2)]
     talk = talk_of(CoLLM(model.base, members, DeferralHead(32, 2), model.tokenizer, template=model.template))
     for author, name in enumerate(("base", "assistant", "assistant-2")):
-        shown = typed(talk, f"/model {name}", "w2", monkeypatch=monkeypatch)
+        shown = typed(talk, f"/model {name}", "w2")
         assert {step.author for step in talk.turns[-1][1]} == {author}
         assert f"{name} alone" in shown
-    assert "expected one of collaboration, base, assistant, assistant-2" in typed(
-        talk, "/model assistant-1", monkeypatch=monkeypatch
-    )
+    assert "of collaboration, base, assistant, assistant-2" in typed(talk, "/model assistant-1")
 
 
 @pytest.mark.slow
@@ -120,31 +124,27 @@ def test_each_of_two_assistants_answers_to_its_name(
     ],
 )
 def test_what_is_mistyped_is_said_and_the_talk_goes_on(
-    model: CoLLM, monkeypatch: pytest.MonkeyPatch, line: str, answer: str
+    talk: Conversation, typed: Typed, line: str, answer: str
 ) -> None:
-    talk = talk_of(model)
-    assert answer in typed(talk, line, "w2", monkeypatch=monkeypatch)
+    assert answer in typed(talk, line, "w2")
     assert len(talk.turns) == 1
 
 
-def test_a_conversation_is_saved_as_training_data(
-    model: CoLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    talk, path = talk_of(model), tmp_path / "talk.jsonl"
-    shown = typed(talk, "w2", "w3", f"/save {path}", f"/save {path}", monkeypatch=monkeypatch)
+def test_a_conversation_is_saved_as_training_data(talk: Conversation, typed: Typed, tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    shown = typed(talk, "w2", "w3", f"/save {path}", f"/save {path}")
     row = json.loads(path.read_text())
     assert row["messages"] == talk.messages()
     assert row["authors"] == [[step.author for step in steps] for _, steps in talk.turns]
     assert "exists; choose another name" in shown
 
 
-def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(model: CoLLM) -> None:
-    talk = talk_of(model)
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(talk: Conversation) -> None:
     answer = talk.ask("w2")
     came = [next(answer), next(answer)]
     answer.close()
     assert talk.turns == [("w2", came)]
-    assert [runner.open_slots for runner in model.runners] == [0, 0]
+    assert [runner.open_slots for runner in talk.model.runners] == [0, 0]
 
 
 @pytest.mark.slow
@@ -164,10 +164,11 @@ def test_a_turn_reads_only_what_is_new(
     assert read <= len(steps) + 24 + 8  # drafts aside: the new answer, what follows the first, the question
 
 
-def test_a_collaboration_without_chats_is_refused(model: CoLLM) -> None:
+def test_a_collaboration_without_chats_is_refused(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     model.template = PromptTemplate()
+    monkeypatch.setattr(CoLLM, "from_pretrained", lambda *_, **__: model)
     with pytest.raises(RequestError, match="no chat template"):
-        talk_of(model).check()
+        chat(collaboration="any", threshold=0.5)
 
 
 @pytest.mark.soak

@@ -25,7 +25,8 @@ from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import TaskItem
-from collm.run.calibrate import Validation
+from collm.run.calibrate import calibrate_on
+from collm.run.options import CalibrationConfig
 from collm.serving.settings import Settings
 from collm.training.data import Row
 from collm.vllm.connections import Connections
@@ -114,13 +115,14 @@ def seeded(case: Case) -> list[Asked]:
 def calibrated(world: World, model: CoLLM, case: Case, saved: Path) -> None:
     prompts = [*case.prompts, POISON] if "failing neighbour" in case.ways else case.prompts
     rows = [Row(prompt, "the river", None, prompt) for prompt in map(str, prompts)]
-    validation = Validation(rows, "these", "token_f1", case.params[0], rates=(0.5,), refine=0)
+    sampling = {"params": case.params[0]}  # any parameters, not only those that are options of a calibration
+    options = type("Options", (CalibrationConfig,), sampling)(metric="token_f1", rates=[0.5], refine=0)
     if "failing neighbour" in case.ways:
         with pytest.raises(ModelFailure):
-            validation.calibrate(model, quiet=True)
+            calibrate_on(model, rows, options, source="these", quiet=True)
         assert open_slots(model) == 0
         return
-    found = validation.calibrate(model, quiet=True)
+    found = calibrate_on(model, rows, options, source="these", quiet=True)
     assert open_slots(model) == 0
     for point in found.points[:3]:
         out = model.generate(case.prompts, case.params[0], threshold=point.threshold)

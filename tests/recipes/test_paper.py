@@ -208,9 +208,9 @@ def test_a_run_is_rehearsed_through_every_command(run: str, tmp_path: Path, monk
     changes = rehearse.replaced
     random_weights = {"pseudo_label_variant": "b"}  # are never right, which variant a asks for
     monkeypatch.setattr(rehearse, "replaced", lambda *paths: changes(*paths) | random_weights)
-    monkeypatch.setattr(rehearse, "_run", in_process)
+    monkeypatch.setattr(rehearse, "run_command", in_process)
     monkeypatch.setattr(
-        rehearse, "_serve", lambda collaboration, *, chat: asked.append(f"serve {collaboration.name}") or 0.0
+        rehearse, "serve_once", lambda collaboration, *, chat: asked.append(f"serve {collaboration.name}") or 0.0
     )
     seconds = rehearse.rehearse(run, tmp_path / "model", None, tmp_path / "out", rows=10, layers=1)
     assert asked == ["score", "train", "score", "calibrate", "eval", "generate", "serve collaboration"]

@@ -14,7 +14,8 @@ from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import DataError, RequestError
 from collm.models.loading import ModelSpec
 from collm.models.members import stop_ids
-from collm.run.options import DataConfig
+from collm.run.data import prompt_template
+from collm.run.options import RowFormat
 from collm.text.chats import Chat
 from collm.text.template import PromptTemplate
 from collm.training.data import Row
@@ -132,9 +133,9 @@ def test_the_base_s_eos_set_counts(saved_model: Callable[..., Path], tokenizer: 
     rows = [Row([{"role": "user", "content": "w1"}], "w2", [{"role": "assistant", "content": "w2"}], "here")]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} w2 {% endfor %}"
-    assert DataConfig("d").prompt_template(tokenizer, spec, rows).turn_ends == (5, 1)
+    assert prompt_template(RowFormat(), tokenizer, spec, rows).turn_ends == (5, 1)
     plain = [Row("w1", "w2", None, "here")]
-    assert DataConfig("d").prompt_template(tokenizer, spec, plain).turn_ends == ()
+    assert prompt_template(RowFormat(), tokenizer, spec, plain).turn_ends == ()
 
 
 def test_examples_whose_end_was_cut_are_counted(caplog: pytest.LogCaptureFixture) -> None:

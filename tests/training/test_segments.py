@@ -199,7 +199,7 @@ def test_the_law_sums_to_one_over_all_segments() -> None:
                 # within a segment every place could be its end, were the next token one that begins another
                 is_target = torch.tensor([True] * length + [False])
                 terms = token_terms(logits, gold, rows, law)
-                total += segment_scores(terms, gold, rows, is_target, law)[0].exp().item()
+                total += segment_scores(terms, gold, rows, is_target, law)["logprob"].exp().item()
     assert total == pytest.approx(1.0, abs=1e-3)
 
 

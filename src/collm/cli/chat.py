@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli.options import CollaborationArgument, Fields, Loading, OperatingPoint, with_options
+from collm.atomic import write_text
+from collm.cli.options import CollaborationArgument, Decoding, Fields, Loading, with_options
+from collm.core.calibration import threshold_text
 from collm.core.params import SamplingParams
+from collm.core.types import check_threshold, deferral_rate
+from collm.errors import CollmError, ConfigError, WriteError
 
 if TYPE_CHECKING:
     from collm.cli.terminal import Console
@@ -34,7 +38,7 @@ HELP = """\
 @with_options
 def chat(
     collaboration: CollaborationArgument,
-    operating: OperatingPoint,
+    decoding: Annotated[Decoding, Fields("threshold budget")],
     params: Annotated[
         SamplingParams,
         Fields(
@@ -57,12 +61,11 @@ def chat(
 
     transformers.utils.logging.disable_progress_bar()
     model = loading.load(collaboration)
-    threshold = model.threshold(operating.threshold, operating.budget)
-    talk = Conversation(model, params, threshold, system)
-    talk.check()
+    talk = Conversation(model, params, model.threshold(decoding.threshold, decoding.budget), system)
+    model.template.encode_prompt(model.tokenizer, talk.messages("hello"))  # raises if there is no chat template
     console = Console(soft_wrap=True)
     console.print(legend(model.author_names), "[dim]/help for more[/dim]")
-    _converse(talk, console)
+    converse(talk, console)
 
 
 @dataclass
@@ -82,10 +85,6 @@ class Conversation:
     system: str | None = None
     author: int | None = None
     turns: list[tuple[str, list[TokenStep]]] = field(default_factory=list)
-
-    def check(self) -> None:
-        """Raise a RequestError where the collaboration takes no chats."""
-        self.model.template.encode_prompt(self.model.tokenizer, self.messages("hello"))
 
     def messages(self, question: str | None = None) -> list[dict[str, str]]:
         """The turns so far, and an open question."""
@@ -110,11 +109,39 @@ class Conversation:
             stream.close()
             self.turns.append((question, steps))
 
-    def save(self, path: Path) -> None:
-        """Write one row of training data, and beside its messages who wrote each token of the answers."""
-        from collm.atomic import write_text
-        from collm.errors import WriteError
+    def command(self, name: str, value: str) -> str:
+        """Run a command, and return what to show."""
+        match name:
+            case "/threshold" | "/budget":
+                try:
+                    limit = {name[1:]: float(value)}
+                except ValueError:
+                    raise ConfigError(f"{name} was given {value!r}, expected a number, as {name} 0.4") from None
+                self.threshold, self.author = check_threshold(self.model.threshold(**limit)), None
+            case "/model":
+                names = ["collaboration", *self.model.author_names]
+                if value not in names:
+                    raise ConfigError(f"/model was given {value!r}, expected one of {', '.join(names)}")
+                self.author = names.index(value) - 1 if value != "collaboration" else None
+                if self.author is not None:
+                    return f"{value} alone"
+            case "/undo" | "/clear":
+                del self.turns[-1 if name == "/undo" else 0 :]
+                return f"{len(self.turns)} turns left"
+            case "/save":
+                self._save(value)
+                return f"written to {value}"
+            case "/help":
+                return HELP
+            case _:
+                return f"{name} is no command; /help lists them"
+        return f"threshold {threshold_text(self.threshold)}"
 
+    def _save(self, name: str) -> None:
+        """Write one row of training data, and beside its messages who wrote each token of the answers."""
+        if not name:
+            raise ConfigError("/save needs a file, as /save talk.jsonl")
+        path = Path(name).expanduser()
         if path.exists():
             raise WriteError(f"{path} exists; choose another name")
         authors = [[step.author for step in steps] for _, steps in self.turns]
@@ -122,10 +149,9 @@ class Conversation:
         write_text(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _converse(talk: Conversation, console: Console) -> None:
-    """Read lines until there are no more."""
+def converse(talk: Conversation, console: Console) -> None:
+    """Answer lines until there are no more."""
     from collm.cli.terminal import not_text
-    from collm.errors import CollmError
 
     with suppress(ImportError):  # lines can be typed without
         import readline  # noqa: F401 - gives input() its editing and its history
@@ -142,9 +168,12 @@ def _converse(talk: Conversation, console: Console) -> None:
             raise not_text(error) from error
         if line == "/quit":
             return
+        name, _, value = line.partition(" ")
         try:
-            if line.startswith("/"):
-                _obey(talk, console, line)
+            if name == "/history":
+                _show_history(talk, console)
+            elif line.startswith("/"):
+                console.print(talk.command(name, value.strip()), style="dim", markup=False)
             elif line:
                 _answer(talk, console, line)
         except CollmError as error:
@@ -152,83 +181,17 @@ def _converse(talk: Conversation, console: Console) -> None:
 
 
 def _answer(talk: Conversation, console: Console, question: str) -> None:
-    from collm.core.types import deferral_rate
-
-    answer = talk.ask(question)
-    try:
-        for step in answer:
-            console.show([step])
-    except KeyboardInterrupt:
-        console.print(" [dim](stopped)[/dim]", end="")
-    finally:
-        answer.close()
+    with closing(talk.ask(question)) as answer:
+        try:
+            for step in answer:
+                console.show([step])
+        except KeyboardInterrupt:
+            console.print(" [dim](stopped)[/dim]", end="")
     authors = [step.author for step in talk.turns[-1][1]]
     console.print(f"\n[dim]{len(authors)} tokens, {deferral_rate(authors):.1%} by assistants[/dim]")
 
 
-def _obey(talk: Conversation, console: Console, line: str) -> None:
-    name, _, rest = line.partition(" ")
-    commands: dict[str, Callable[[str], str]] = {
-        "/threshold": lambda value: _set(talk, threshold=_number(name, value)),
-        "/budget": lambda value: _set(talk, budget=_number(name, value)),
-        "/model": lambda value: _choose(talk, value),
-        "/undo": lambda _: _forget(talk, 1),
-        "/clear": lambda _: _forget(talk, len(talk.turns)),
-        "/save": lambda value: _save(talk, value),
-        "/help": lambda _: HELP,
-    }
-    if name == "/history":
-        _show(talk, console)
-    elif name in commands:
-        console.print(commands[name](rest.strip()), style="dim", markup=False)
-    else:
-        console.print(f"{name} is no command; /help lists them", style="dim", markup=False)
-
-
-def _number(name: str, value: str) -> float:
-    from collm.errors import ConfigError
-
-    try:
-        return float(value)
-    except ValueError:
-        raise ConfigError(f"{name} was given {value!r}, expected a number, as {name} 0.4") from None
-
-
-def _set(talk: Conversation, **limits: float) -> str:
-    from collm.core.calibration import threshold_text
-    from collm.core.types import check_threshold
-
-    talk.threshold, talk.author = check_threshold(talk.model.threshold(**limits)), None
-    return f"threshold {threshold_text(talk.threshold)}"
-
-
-def _choose(talk: Conversation, name: str) -> str:
-    from collm.errors import ConfigError
-
-    names = talk.model.author_names
-    if name == "collaboration":
-        return _set(talk, threshold=talk.threshold)
-    if name not in names:
-        raise ConfigError(f"/model was given {name!r}, expected one of collaboration, {', '.join(names)}")
-    talk.author = names.index(name)
-    return f"{name} alone"
-
-
-def _forget(talk: Conversation, count: int) -> str:
-    del talk.turns[len(talk.turns) - count :]
-    return f"{len(talk.turns)} turns left"
-
-
-def _save(talk: Conversation, name: str) -> str:
-    from collm.errors import ConfigError
-
-    if not name:
-        raise ConfigError("/save needs a file, as /save talk.jsonl")
-    talk.save(Path(name).expanduser())
-    return f"written to {name}"
-
-
-def _show(talk: Conversation, console: Console) -> None:
+def _show_history(talk: Conversation, console: Console) -> None:
     for question, steps in talk.turns:
         console.print("[bold]you:[/bold] ", end="")
         console.print(question, markup=False)

@@ -34,7 +34,7 @@ def demo(
     collaboration = str(out / "run" / "collaboration")
     typer.echo(f"collm chat {collaboration}")
     if sys.stdin.isatty() and sys.stdout.isatty():
-        chat(collaboration, max_new_tokens=256)
+        chat(collaboration=collaboration, max_new_tokens=256)
 
 
 def show(report: Report, title: str, out: Path) -> None:

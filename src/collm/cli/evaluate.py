@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collm.cli.options import CollaborationArgument, Fields, Loading, OperatingPoint, with_options
+from collm.cli.options import CollaborationArgument, Decoding, Fields, Loading, with_options
 from collm.core.params import SamplingParams
 from collm.errors import ConfigError
+from collm.redaction import redacted_command
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
-    from collm.evaluation.compare import Comparison
+
+TASK_OPTIONS = "metric format prompt_field completion_field max_new_tokens stop"
 
 
 @dataclass(frozen=True)
-class Items:
-    """Which items of a task are answered, and how.
+class Answering:
+    """Which systems answer which items of a task, and how.
 
     Attributes:
         data: a file, a directory or a Hub name. Default for gsm8k: the published data set.
@@ -32,6 +34,14 @@ class Items:
         chat: send each item as a chat message of the user.
         max_batch: maximum number of prompts decoded at once.
         seed: seed for sampled items, few-shot examples and tokens.
+        metric: for task rows: exact_match, contains, last_number, token_f1 or module:function.
+        format: for task gsm8k: gsm8k or gsm8k-plain.
+        prompt_field: for task rows: name of the prompt field.
+        completion_field: for task rows: name of the completion field.
+        max_new_tokens: for task rows: maximum number of tokens of an answer.
+        stop: for task rows: text that ends an answer.
+        compare: comma-separated systems: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4 or POLICY.
+        curve: also evaluate every threshold of the calibration.
     """
 
     data: str | None = None
@@ -42,38 +52,12 @@ class Items:
     chat: bool = False
     max_batch: int = 16
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Options of some tasks.
-
-    Attributes:
-        metric: for task rows: exact_match, contains, last_number, token_f1 or module:function.
-        format: for task gsm8k: gsm8k or gsm8k-plain.
-        prompt_field: for task rows: name of the prompt field.
-        completion_field: for task rows: name of the completion field.
-        max_new_tokens: for task rows: maximum number of tokens of an answer.
-        stop: for task rows: text that ends an answer.
-    """
-
     metric: str | None = None
     format: str | None = None
     prompt_field: str | None = None
     completion_field: str | None = None
     max_new_tokens: int | None = None
     stop: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class Compared(OperatingPoint):
-    """The systems that answer.
-
-    Attributes:
-        compare: comma-separated systems: base, assistant, random, sft=PATH, proxy=PATH, threshold=0.4 or POLICY.
-        curve: also evaluate every threshold of the calibration.
-    """
-
     compare: str = "base,assistant"
     curve: bool = False
 
@@ -83,75 +67,61 @@ def evaluate(
     collaboration: CollaborationArgument,
     task: Annotated[str, typer.Option(help="gsm8k, rows, or your own as module:Class.")],
     out: Annotated[Path, typer.Option(help="Output directory. An interrupted evaluation resumes from it.")],
-    items: Items,
-    task_options: Annotated[
-        TaskOptions, Fields(rare="metric format prompt_field completion_field max_new_tokens stop", title="Tasks")
+    how: Annotated[
+        Answering, Fields("data split limit shots shots_data chat max_batch seed compare curve", TASK_OPTIONS, "Tasks")
     ],
-    compared: Compared,
+    decoding: Annotated[Decoding, Fields("threshold budget")],
     params: Annotated[SamplingParams, Fields("temperature")],
     loading: Annotated[Loading, Fields("device trust_code", "engine servers")],
 ) -> None:
     """Compare the collaboration with other systems on a task: scores, intervals and costs."""
+    from collm.cli.tables import comparison_tables
+    from collm.cli.terminal import Console
     from collm.core.policies import ThresholdPolicy
-    from collm.evaluation import compare as comparing
+    from collm.evaluation.compare import compare
     from collm.evaluation.systems import systems_named
     from collm.evaluation.tasks.named import task_named
+    from collm.evaluation.verdict import verdict
     from collm.training.scoring import progress_bar
 
-    chosen = task_named(task, **{name: value for name, value in asdict(task_options).items() if value is not None})
-    loaded = chosen.load(
-        items.data,
-        split=items.split,
-        limit=items.limit,
-        shots=items.shots,
-        shots_source=items.shots_data,
-        seed=items.seed,
-    )
+    given = {name: getattr(how, name) for name in TASK_OPTIONS.split()}
+    chosen = task_named(task, **{name: value for name, value in given.items() if value is not None})
+    shots: dict[str, Any] = {"shots": how.shots, "shots_source": how.shots_data}
+    items = chosen.load(how.data, split=how.split, limit=how.limit, seed=how.seed, **shots)
     model = loading.load(collaboration)
-    threshold = model.threshold(compared.threshold, compared.budget)
-    settings = {"command": _command(), "collaboration": collaboration, "data": items.data or chosen.source}
+    threshold = model.threshold(decoding.threshold, decoding.budget)
+    settings: dict[str, Any] = {
+        "command": shlex.join(["collm", *redacted_command(sys.argv[1:])]),
+        "collaboration": collaboration,
+    }
+    settings |= {"data": how.data or chosen.source, "limit": how.limit, "shots": how.shots}
     with progress_bar("answering") as progress:
-        found = comparing.compare(
-            systems_named(model, _names(model, compared, threshold), ThresholdPolicy(threshold)),
+        found = compare(
+            systems_named(model, _names(model, how, threshold), ThresholdPolicy(threshold)),
             chosen,
-            loaded,
+            items,
             out,
             threshold=threshold,
             params=params,
-            chat=items.chat,
-            max_batch=items.max_batch,
-            seed=items.seed,
-            settings={**settings, "limit": items.limit, "shots": items.shots},
+            chat=how.chat,
+            max_batch=how.max_batch,
+            seed=how.seed,
+            settings=settings,
             progress=lambda name: progress,
         )
-    _show(found, out)
-
-
-def _names(model: CoLLM, compared: Compared, threshold: float) -> list[str]:
-    """Names of the systems, with those of the curve."""
-    from collm.evaluation.systems import names_in, thresholds_named
-
-    names = names_in(compared.compare)
-    if not compared.curve:
-        return names
-    if model.calibration is None:
-        raise ConfigError("the collaboration is not calibrated, so there is no curve; run 'collm calibrate' first")
-    return [*names, *thresholds_named(model, model.calibration, names, threshold)]
-
-
-def _command() -> str:
-    """The command line, without its secrets."""
-    from collm.redaction import redacted_command
-
-    return shlex.join(["collm", *redacted_command(sys.argv[1:])])
-
-
-def _show(found: Comparison, out: Path) -> None:
-    from collm.cli.tables import comparison_tables
-    from collm.cli.terminal import Console
-    from collm.evaluation.verdict import verdict
-
     console = Console()
     console.print(*comparison_tables(found), sep="\n")
     console.print(verdict(found.task, found.measure, found.results), markup=False)
     console.print(f"collm report {out}", markup=False)
+
+
+def _names(model: CoLLM, how: Answering, threshold: float) -> list[str]:
+    """Names of the systems, with those of the curve."""
+    from collm.evaluation.systems import names_in, thresholds_named
+
+    names = names_in(how.compare)
+    if not how.curve:
+        return names
+    if model.calibration is None:
+        raise ConfigError("the collaboration is not calibrated, so there is no curve; run 'collm calibrate' first")
+    return [*names, *thresholds_named(model, model.calibration, names, threshold)]

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import json
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collm.cli.options import CollaborationArgument, Fields, Loading, OperatingPoint, with_options
+from collm.cli.options import CollaborationArgument, Decoding, Fields, Loading, with_options
 from collm.core.params import SamplingParams, StructuredOutputs
+from collm.core.types import deferral_rate
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
     from collm.text.template import Prompt
-
-
-@dataclass(frozen=True)
-class Decoding(OperatingPoint):
-    """Who writes the tokens.
-
-    Attributes:
-        policy: decision rule: threshold, joint (author drawn from its probability), mixture, confidence,
-            product:weight=.., contrastive:alpha=..,beta=.., proxy:model=..,tuned=..,untuned=.., random:rate=..,
-            single:writer=.., budget:budget=..,threshold=.. (of each completion), schedule:start=..,end=..,steps=..
-        lookahead: maximum number of drafted tokens, by default 16, 0 for none. The output is the same.
-    """
-
-    policy: str = "threshold"
-    lookahead: int | None = None
 
 
 @with_options
@@ -70,14 +57,11 @@ def generate(
     if not chat and model.training.get("rows") == "chats":
         typer.echo("this collaboration was trained on chats; --chat sends the prompt as a user's message", err=True)
     inputs: list[Prompt] = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    show = _print_json if json_ else _print_coloured
-    show(model, inputs, replace(params, structured_outputs=constraint), asdict(decoding))
-
-
-def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, decoding: dict[str, Any]) -> None:
-    import json
-
-    out = model.generate(prompts, params, **decoding)
+    params, who = replace(params, structured_outputs=constraint), asdict(decoding)
+    if not json_:
+        _print_coloured(model, inputs, params, who)
+        return
+    out = model.generate(inputs, params, **who)
     for completion in out:
         usage = {name: asdict(used) for name, used in out.usage.items()}
         summary = {"text": completion.text, "deferral_rate": completion.deferral_rate}
@@ -87,7 +71,6 @@ def _print_json(model: CoLLM, prompts: list[Prompt], params: SamplingParams, dec
 def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, decoding: dict[str, Any]) -> None:
     """Print each token when it is generated."""
     from collm.cli.terminal import Console, legend
-    from collm.core.types import deferral_rate
 
     console = Console(soft_wrap=True)
     for index, prompt in enumerate(prompts):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,15 +15,12 @@ import typer
 
 from collm.cli import serve
 from collm.cli.options import CollaborationArgument, Loading, collect, with_options
+from collm.core.types import BASE, author_name
 from collm.errors import ConfigError
 from collm.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from collm.collaboration import CoLLM
-    from collm.vllm.launch import ServerPlan
     from collm.vllm.servers import Servers
-
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @dataclass(frozen=True)
@@ -59,45 +57,32 @@ def launch(context: typer.Context, collaboration: CollaborationArgument, how: La
     """
     serve.check_extra()
     from collm.serving.run import log_as_json
-    from collm.vllm.placement import fits_in_one
+    from collm.vllm.placement import fits_in_one, one_engine
 
     log_as_json()
     serving = _serve_command(collaboration, context.args)
+    max_batch = serving.params["max_batch"]
     directory = how.work or Path(f"{Path(collaboration).resolve().name}-vllm")
-    one = not how.separate and fits_in_one(collaboration)
-    if one and (how.base_flags or how.on_failure != "fail"):
+    if how.separate or not fits_in_one(collaboration):
+        starting = _servers_of_each(collaboration, directory, how, max_batch)
+    elif how.base_flags or how.on_failure != "fail":
         given = "--base-flags" if how.base_flags else "--on-failure"
         raise ConfigError(f"{given} has no effect on one engine; leave it out, or give --separate")
-    start = _one_engine if one else _servers_of_each
-    with _terminated_as_interrupted(), start(collaboration, directory, how, serving.params["max_batch"]) as servers:
+    else:
+        starting = one_engine(
+            collaboration,
+            directory / "logs",
+            python=how.vllm_python or sys.executable,
+            flags=shlex.split(how.assistant_flags),
+            max_batch=max_batch,
+            max_length=how.max_model_len,
+            wait_s=how.wait,
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops servers, like Ctrl-C
+    with starting as servers:
         servers.write(directory / "servers.yaml")
         serving.params["servers"] = [str(directory / "servers.yaml")]
         serving.command.invoke(serving)
-
-
-def _one_engine(collaboration: str, directory: Path, how: Launching, max_batch: int) -> AbstractContextManager[Servers]:
-    from collm.vllm.placement import one_engine
-
-    return one_engine(
-        collaboration,
-        directory / "logs",
-        python=how.vllm_python or sys.executable,
-        flags=shlex.split(how.assistant_flags),
-        max_batch=max_batch,
-        max_length=how.max_model_len,
-        wait_s=how.wait,
-    )
-
-
-@contextmanager
-def _servers_of_each(collaboration: str, directory: Path, how: Launching, max_batch: int) -> Iterator[Servers]:
-    from collm.vllm.launch import check_python, launched
-    from collm.vllm.servers import Servers
-
-    plans = _plans(collaboration, directory, how, max_batch)
-    python = check_python(how.vllm_python or sys.executable)
-    with launched(plans, python, directory / "logs", wait_s=how.wait) as running:
-        yield Servers([server.url for server in running], on_failure=how.on_failure)
 
 
 def _serve_command(collaboration: str, arguments: list[str]) -> Any:
@@ -118,44 +103,28 @@ def _serve_command(collaboration: str, arguments: list[str]) -> Any:
     return context
 
 
-def _plans(collaboration: str, directory: Path, how: Launching, max_batch: int) -> Sequence[ServerPlan]:
+@contextmanager
+def _servers_of_each(collaboration: str, directory: Path, how: Launching, max_batch: int) -> Iterator[Servers]:
+    """Run a vLLM server for each model. The base is exported first, unless its export exists."""
     from collm.collaboration import CoLLM
-    from collm.core.types import BASE, author_name
     from collm.models.loading import ModelSpec
+    from collm.vllm.export import check_exported
+    from collm.vllm.launch import check_python, launched
     from collm.vllm.placement import Machine, Served, placed
+    from collm.vllm.servers import Servers
 
-    model = CoLLM.from_pretrained(collaboration, engine="local")
-    base = ModelSpec(str(_exported(model, directory / "export")))
-    models = [Served(author_name(BASE), base, shlex.split(how.base_flags))]
+    model, export = CoLLM.from_pretrained(collaboration, engine="local"), directory / "export"
+    if export.exists():
+        check_exported(export, model.head)
+    else:
+        typer.echo(f"writing the base with its head to {export}", err=True)
+        model.export_vllm(export)
+    models = [Served(author_name(BASE), ModelSpec(str(export)), shlex.split(how.base_flags))]
     for number, assistant in enumerate(model.assistants, start=1):
         if not isinstance(assistant, ModelSpec):
             raise ConfigError(f"the assistant {assistant} is a program, which no server runs; use 'collm serve'")
         models.append(Served(author_name(number), assistant, shlex.split(how.assistant_flags)))
-    return placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len)
-
-
-def _exported(model: CoLLM, out: Path) -> Path:
-    """Export the base unless the export exists."""
-    from collm.vllm.export import check_exported
-
-    if out.exists():
-        check_exported(out, model.head)
-    else:
-        typer.echo(f"writing the base with its head to {out}", err=True)
-        model.export_vllm(out)
-    return out
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C, so that servers are stopped. While serving, the server has its own handler."""
-    import signal
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    plans = placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len)
+    python = check_python(how.vllm_python or sys.executable)
+    with launched(plans, python, directory / "logs", wait_s=how.wait) as running:
+        yield Servers([server.url for server in running], on_failure=how.on_failure)

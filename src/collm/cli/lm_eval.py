@@ -6,7 +6,6 @@ import typer
 
 from collm.cli.options import CollaborationArgument
 
-PASS_ON = {"allow_extra_args": True, "allow_interspersed_args": False}
 MODEL = "collm"
 """Name of the model type in the harness."""
 

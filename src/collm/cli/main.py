@@ -29,6 +29,8 @@ from collm.redaction import visible
 from collm.version import __version__
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+PASS_ON_ALL = {"allow_extra_args": True, "allow_interspersed_args": False}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,15 +58,15 @@ def _options(
 
 app.command("demo")(demo.demo)
 app.command("score")(score.score)
-app.command("train", context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)
+app.command("train", context_settings=PASS_ON, add_help_option=False)(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
-app.command("lm-eval", context_settings=lm_eval.PASS_ON)(lm_eval.lm_eval)
+app.command("lm-eval", context_settings=PASS_ON_ALL)(lm_eval.lm_eval)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
-app.command("launch", context_settings=launch.PASS_ON)(launch.launch)
+app.command("launch", context_settings=PASS_ON)(launch.launch)
 app.add_typer(export.export, name="export")
 app.command("env")(env.env)
 
@@ -81,17 +83,14 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             _say("interrupted; run the same command again to resume training or scoring")
         raise
-    except CollmError as error:
-        _stop(str(error), WRONG_USAGE if isinstance(error, ConfigError) else FAILED, debug)
-    except Exception as error:  # a defect of ours or of a library: still one sentence, the rest on request
-        _stop(f"{type(error).__name__}: {error} (--debug shows where)", FAILED, debug)
-
-
-def _stop(message: str, status: int, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    _say(message)
-    sys.exit(status)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, CollmError):
+            _say(str(error))
+        else:  # a defect of ours or of a library: still one sentence, the rest on request
+            _say(f"{type(error).__name__}: {error} (--debug shows where)")
+        sys.exit(WRONG_USAGE if isinstance(error, ConfigError) else FAILED)
 
 
 def _say(message: str) -> None:

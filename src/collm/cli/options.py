@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,7 +16,6 @@ from collm.errors import ConfigError
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
-    from collm.run import DataConfig
     from collm.vllm.servers import Servers
 
 CollaborationArgument = Annotated[
@@ -42,16 +41,22 @@ class Fields:
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
-    """How often the base defers.
+class Decoding:
+    """Who writes the tokens.
 
     Attributes:
         threshold: the base keeps a token while its defer prob is at most this, by default the calibrated threshold.
         budget: use the best threshold within this deferral rate, instead of --threshold.
+        policy: decision rule: threshold, joint (author drawn from its probability), mixture, confidence,
+            product:weight=.., contrastive:alpha=..,beta=.., proxy:model=..,tuned=..,untuned=.., random:rate=..,
+            single:writer=.., budget:budget=..,threshold=.. (of each completion), schedule:start=..,end=..,steps=..
+        lookahead: maximum number of drafted tokens, by default 16, 0 for none. The output is the same.
     """
 
     threshold: float | None = None
     budget: float | None = None
+    policy: str = "threshold"
+    lookahead: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,36 +92,6 @@ class Loading:
         return CoLLM.from_pretrained(path, **{**vars(self), "servers": servers})
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """What the rows of a data set look like.
-
-    Attributes:
-        split: split of the data set.
-        prompt_field: name of the prompt field.
-        completion_field: name of the completion field.
-        format: layout of the rows: rows, the published format of a data set (tulu, gsm8k, gsm8k-plain), or module:NAME.
-        bad_rows: what to do at an invalid row: stop, or skip it and count it.
-        template: prompt template, as in training.
-        chat_template: file with the chat template, as in training, by default the tokenizer's template.
-    """
-
-    split: str | None = None
-    prompt_field: str = "prompt"
-    completion_field: str = "completion"
-    format: str = "rows"
-    bad_rows: str = "stop"
-    template: str = "{prompt}"
-    chat_template: str | None = None
-
-    def of(self, data: str) -> DataConfig:
-        """The rows of this source."""
-        from collm.run import DataConfig
-
-        options = dict(vars(self))
-        return DataConfig(data, options.pop("split"), **options)
-
-
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each field of its parameters that are dataclasses.
 
@@ -126,16 +101,13 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []
-    groups: dict[str, tuple[Any, set[str]]] = {}
+    groups: dict[str, tuple[Any, list[str]]] = {}
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
-        kind, *extra = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        options = _options(kind, *extra)
+        options = _options(*(get_args(hint) if get_origin(hint) is Annotated else (hint,)))
         if options:
-            groups[parameter.name] = kind, {one.name for one in options}
-        else:
-            options = [parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY)]
-        parameters += options
+            groups[parameter.name] = hint, [one.name for one in options]
+        parameters += options or [parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY)]
     if any(getattr(one.default, "hidden", False) for one in parameters):
         show_all = typer.Option(False, "--help-all", is_eager=True, callback=_help_all, help="Show all options.")
         parameters.append(
@@ -143,25 +115,27 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
         )
 
     @wraps(function)
-    def command(*arguments: Any, **given: Any) -> None:
+    def command(**given: Any) -> None:
         given.pop("help_all", None)
-        values = {
-            name: collect(kind, {one: given.pop(one, None) for one in names}) for name, (kind, names) in groups.items()
-        }
-        function(*arguments, **given, **values)
+        for name, (kind, names) in groups.items():
+            given[name] = collect(kind, {one: given.pop(one, None) for one in names})
+        function(**given)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
 
 
-def collect(kind: Any, given: Mapping[str, Any]) -> Any:
+def collect(hint: Any, given: Mapping[str, Any]) -> Any:
     """A dataclass from the values of its options. Where a value is None, the field keeps its default."""
-    values = {name: value for name, value in given.items() if value is not None}
-    pairs = {name: value for name, value in values.items() if isinstance(value, list) and isinstance(value[0], tuple)}
-    values |= {name: dict(value) for name, value in pairs.items()}
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    values = {
+        name: dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value
+        for name, value in given.items()
+        if value is not None
+    }
     if kinds := get_args(kind):
-        return None if all(value is False for value in values.values()) else kinds[0](**values)
+        return kinds[0](**values) if any(value is not False for value in values.values()) else None
     return kind(**values)
 
 
@@ -175,6 +149,12 @@ def descriptions(config: Any) -> dict[str, str]:
     return found
 
 
+def given_options(context: typer.Context) -> dict[str, str]:
+    """The parameters that the command line has, with their flags."""
+    sources = {one: context.get_parameter_source(str(one.name)) for one in context.command.params}
+    return {str(one.name): one.opts[-1] for one, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def refuse(context: typer.Context, why: str, *, only: Container[str] | None = None, none: Container[str] = ()) -> None:
     """Refuse options that would have no effect.
 
@@ -182,18 +162,12 @@ def refuse(context: typer.Context, why: str, *, only: Container[str] | None = No
         why: the reason.
         only: parameters that are allowed; None for all.
         none: parameters that are not allowed.
-
-    Raises:
-        typer.BadParameter: names all such options of the command line.
     """
-    refused = [
-        parameter.opts[-1]
-        for parameter in context.command.params
-        if (source := context.get_parameter_source(str(parameter.name))) is not None and source.name == "COMMANDLINE"
-        if parameter.name in none or (only is not None and parameter.name not in only)
+    flags = [
+        flag for name, flag in given_options(context).items() if name in none or (only is not None and name not in only)
     ]
-    if refused:
-        raise typer.BadParameter(f"{why}; leave {', '.join(refused)} out")
+    if flags:
+        raise typer.BadParameter(f"{why}; leave {', '.join(flags)} out")
 
 
 def _options(kind: Any, chosen: Fields | None = None) -> list[inspect.Parameter]:
@@ -222,22 +196,17 @@ def _option(one: Field[Any], hint: Any, default: Any, says: str, more: dict[str,
     elif several is not None:
         hint, default, says = list[get_args(several)[0]] | None, None, f"{says} Can be given several times."  # type: ignore[misc]
         if get_origin(several) is Mapping:
-            more["parser"] = _pairs(get_args(several), more["metavar"])
+            more["parser"] = partial(_pair, get_args(several), more["metavar"])
     option = typer.Option(... if default is MISSING else default, name, help=says, **more)
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
 
 
-def _pairs(kinds: Sequence[Callable[[str], Any]], metavar: str) -> Callable[[str], Any]:
-    """Read KEY=VALUE."""
-
-    def pair(text: str) -> tuple[Any, Any]:
-        key, _, value = text.partition("=")
-        try:
-            return kinds[0](key), kinds[1](value)
-        except ValueError as error:
-            raise typer.BadParameter(f"{text!r} is not {metavar} ({error})") from error
-
-    return pair
+def _pair(kinds: Sequence[Callable[[str], Any]], metavar: str, text: str) -> tuple[Any, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return kinds[0](key), kinds[1](value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not {metavar} ({error})") from error
 
 
 def _text_of(path: str) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from collm.cli.options import RowFormat, refuse, with_options
+from collm.cli.options import Fields, refuse, with_options
 from collm.errors import ConfigError
+from collm.run.options import RowFormat, parse_model
+from collm.tools.spec import PREFIX, ToolSpec
 
 if TYPE_CHECKING:
     from collm.models.members import AssistantSpec
-    from collm.run import DataConfig, Server
+    from collm.run.data import OnServer
     from collm.training.scores import Scores
 
 
@@ -64,7 +67,9 @@ class Scoring:
 def score(
     context: typer.Context,
     how: Scoring,
-    rows: RowFormat,
+    layout: Annotated[
+        RowFormat, Fields("data_split prompt_field completion_field format bad_rows template chat_template")
+    ],
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="JSON, JSONL, data set directory or Hub name.")
     ] = None,
@@ -77,63 +82,66 @@ def score(
         refuse(context, "--inspect scores nothing", only={"inspect"})
         _inspect(how.inspect)
         return
-
-    from collm.run import Server
+    from collm.training.remote import RemoteModel
 
     if how.server is None:
         refuse(context, "no effect without --server", none={"concurrency", "api_key_env"})
-    server = None if how.server is None else Server(how.server, how.concurrency, how.api_key_env)
+        server = None
+    else:
+        server = partial(RemoteModel, how.server, concurrency=how.concurrency, api_key_env=how.api_key_env)
     if how.config is not None:
         of_run = {"config", "author", "server", "concurrency", "api_key_env", "trust_code"}
         refuse(context, "--config says what to score", only=of_run)
-        if how.author is None:
-            raise typer.BadParameter("--config needs --author: base, assistant, assistant-2, ..")
-        _report(_score_of_run(how.config, how.author, server, trust_code=how.trust_code), None)
-        return
-    refuse(context, "without --config, naming a function is consent", none={"trust_code"})
-    if data is None or how.model is None or how.out is None:
-        raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
-    _report(_score_rows(context, rows.of(data), how, how.model, how.out, server), how.out)
-
-
-def _score_rows(
-    context: typer.Context, rows: DataConfig, how: Scoring, model: str, out: Path, server: Server | None
-) -> Scores:
-    from collm import run
-    from collm.tools.spec import PREFIX
-
-    of_models = {"dtype", "device", "quantization", "max_batch_tokens"}
-    if model.startswith(PREFIX):
-        refuse(context, f"no effect with {model}, which is no model", none={*of_models, "server"})
-        if how.tokenizer is None:
-            raise ConfigError(f"{model} has no tokenizer; pass the base's with --tokenizer")
-        spec: AssistantSpec = run.parse_tool(model, how.tool_eps, how.tool_seconds)
-        base = run.parse_model(how.tokenizer)
+        scores = _score_of_run(how.config, how, server)
     else:
-        refuse(context, f"no effect with {model}, which is no tool", none={"tool_eps", "tool_seconds"})
-        if server is not None:
-            refuse(context, "no effect on a model that the server runs", none=of_models)
-        spec = own = run.parse_model(model, dtype=how.dtype, device=how.device, quantization=how.quantization)
-        base = run.parse_model(how.tokenizer) if how.tokenizer else own
-    most = how.max_batch_tokens
-    return run.score_data(rows, spec, base, out, max_length=how.max_length, max_batch_tokens=most, server=server)
-
-
-def _score_of_run(config: Path, author: str, server: Server | None, *, trust_code: bool) -> Scores:
-    """Compute the scores of an author that 'collm train --config' needs."""
-    from collm import run
-    from collm.cli.train import parse
-
-    given = ["--config", str(config), *(["--trust-code"] if trust_code else [])]
-    return run.score_author(*parse(given), author, server=server)
-
-
-def _report(scores: Scores, out: Path | None) -> None:
+        refuse(context, "without --config, naming a function is consent", none={"trust_code"})
+        scores = _score_rows(context, how, layout, data, server)
     summary = scores.summary()
     typer.echo(
         f"{summary.num_targets} target tokens: mean NLL {summary.mean_nll_nats:.4f} nats, "
-        f"argmax is gold for {summary.accuracy:.2%}" + (f"; written to {out}" if out else "")
+        f"argmax is gold for {summary.accuracy:.2%}" + (f"; written to {how.out}" if how.out else "")
     )
+
+
+def _score_of_run(config: Path, how: Scoring, server: OnServer | None) -> Scores:
+    """Compute the scores of an author that 'collm train --config' needs."""
+    from collm.cli.train import parse
+    from collm.run.data import prepare, score_run
+
+    if how.author is None:
+        raise typer.BadParameter("--config needs --author: base, assistant, assistant-2, ..")
+    run, args = parse(["--config", str(config), *(["--trust-code"] if how.trust_code else [])])
+    if how.author not in run.authors:
+        raise ConfigError(f"author is {how.author!r}, expected one of {', '.join(run.authors)}")
+    if server is not None and isinstance(spec := run.authors[how.author], ToolSpec):
+        raise ConfigError(f"{how.author} is the tool {spec}, which does not run on a server; leave the server out")
+    return score_run(run, prepare(run, args), Path(args.output_dir), [how.author], server=server)[0][0]
+
+
+def _score_rows(
+    context: typer.Context, how: Scoring, layout: RowFormat, data: str | None, server: OnServer | None
+) -> Scores:
+    """Score rows with one model or tool. They are encoded as for training a base with it."""
+    from collm.run.data import encode_for, score
+
+    if data is None or how.model is None or how.out is None:
+        raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
+    of_models = {"dtype", "device", "quantization", "max_batch_tokens"}
+    if how.model.startswith(PREFIX):
+        refuse(context, f"no effect with {how.model}, which is no model", none={*of_models, "server"})
+        if how.tokenizer is None:
+            raise ConfigError(f"{how.model} has no tokenizer; pass the base's with --tokenizer")
+        spec: AssistantSpec = ToolSpec.parse(how.model, eps=how.tool_eps, seconds=how.tool_seconds)
+        base = parse_model(how.tokenizer)
+    else:
+        refuse(context, f"no effect with {how.model}, which is no tool", none={"tool_eps", "tool_seconds"})
+        if server is not None:
+            refuse(context, "no effect on a model that the server runs", none=of_models)
+        spec = own = parse_model(how.model, dtype=how.dtype, device=how.device, quantization=how.quantization)
+        base = parse_model(how.tokenizer) if how.tokenizer else own
+    prepared = encode_for(base, [spec], [layout.load(data, layout.data_split)], layout, how.max_length)
+    examples, tokenizer = prepared.sets[0].read_by(1), prepared.tokenizer_of(1)
+    return score(examples, spec, how.out, tokenizer, max_batch_tokens=how.max_batch_tokens, server=server)
 
 
 def _inspect(directory: Path) -> None:

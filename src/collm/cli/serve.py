@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,27 +62,34 @@ def serve(
             "in the same order"
         )
     where = [Servers.named(one) for one in servers] if servers else [None] * len(collaborations)
-    starts = loading.engine == "vllm" and not servers
-    with _engine_of(collaborations, settings.max_batch) if starts else nullcontext() as started:
-        models = _models(collaborations, where if started is None else [started], loading)
-        run(models, settings, host=host, port=port, no_auth=no_auth)
+    with ExitStack() as engine:
+        if loading.engine == "vllm" and not servers:
+            where = [engine.enter_context(_engine_of(collaborations, settings.max_batch))]
+        run(_models(collaborations, where, loading), settings, host=host, port=port, no_auth=no_auth)
 
 
-@contextmanager
-def _engine_of(collaborations: list[str], max_batch: int) -> Iterator[Servers]:
-    """A vLLM engine with the collaboration, in a process of its own.
-
-    Raises:
-        ConfigError: there are several collaborations.
-    """
+def _engine_of(collaborations: list[str], max_batch: int) -> AbstractContextManager[Servers]:
+    """A vLLM engine with the collaboration, in a process of its own."""
     from collm.vllm.placement import one_engine
 
     if len(collaborations) > 1:
         raise ConfigError("one engine holds one collaboration; give --servers to serve several")
     _, path = named(collaborations[0])
-    logs = Path(f"{Path(path).resolve().name}-vllm") / "logs"
-    with one_engine(path, logs, max_batch=max_batch) as servers:
-        yield servers
+    return one_engine(path, Path(f"{Path(path).resolve().name}-vllm") / "logs", max_batch=max_batch)
+
+
+def _models(collaborations: list[str], servers: Sequence[Servers | None], loading: Loading) -> dict[str, CoLLM]:
+    """Load the collaborations, by name."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # the log is JSON
+    models: dict[str, CoLLM] = {}
+    for given, its_servers in zip(collaborations, servers, strict=True):
+        name, path = named(given)
+        if name in models:
+            raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
+        models[name] = loading.load(path, its_servers)
+    return models
 
 
 def check_extra() -> None:
@@ -100,17 +107,3 @@ def named(given: str) -> tuple[str, str]:
     if is_path or not (name and equals):
         return Path(given).resolve().name, given
     return name, path
-
-
-def _models(collaborations: list[str], servers: Sequence[Servers | None], loading: Loading) -> dict[str, CoLLM]:
-    """Load the collaborations, by name."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # the log is JSON
-    models: dict[str, CoLLM] = {}
-    for given, served in zip(collaborations, servers, strict=True):
-        name, path = named(given)
-        if name in models:
-            raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
-        models[name] = loading.load(path, served)
-    return models

@@ -9,28 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+import yaml
 
 from collm.cli.options import descriptions
+from collm.errors import ConfigError
+from collm.run.options import RunConfig, functions_named
+from collm.tools.spec import not_trusted
+from collm.untrusted import read_yaml
 
 if TYPE_CHECKING:
-    from collm.run import RunConfig
     from collm.training.config import CoLLMConfig
-
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def train(context: typer.Context) -> None:
     """Train a collaboration: compute scores, warm-start the head, train, calibrate. --help lists all options."""
-    from collm import run
     from collm.cli.tables import calibration_table
     from collm.cli.terminal import Console, log_to_terminal
+    from collm.run.train import leave, train_collaboration
 
     log_to_terminal()
     config, args = parse(context.args)
     console = Console()
     console.print(f"training into {args.output_dir}; its run.yaml holds every option", markup=False)
-    result = run.train_collaboration(config, args)
-    run.leave()
+    result = train_collaboration(config, args)
+    leave()
     if config.calibrate:
         console.print(calibration_table(result.calibration))
     else:
@@ -45,66 +47,58 @@ def parse(arguments: list[str]) -> tuple[RunConfig, CoLLMConfig]:
         ConfigError: an unknown or missing key, a value that does not fit, or a function that the file names without
             consent to run it.
     """
-    from collm.errors import ConfigError
-    from collm.run import RunConfig
-    from collm.run.options import functions_named
-    from collm.tools.spec import not_trusted
     from collm.training.config import CoLLMConfig
 
-    options = vars(_parser().parse_args(arguments))
+    options = vars(parser().parse_args(arguments))
     path, trusted = options.pop("config", None), options.pop("trust_code")
-    merged = {**_read_yaml(path), **options}
-    by_file = [name for name in functions_named(merged) if name not in functions_named(options)]
-    if by_file and not trusted:
-        raise ConfigError(not_trusted(path, by_file[0]))
+    merged = {**_read(path), **options}
+    for name in functions_named(merged):
+        if not trusted and name not in functions_named(options):
+            raise ConfigError(not_trusted(path, name))
     missing = [name for name in ("base", "assistant", "data", "output_dir") if name not in merged]
     if missing:
         raise ConfigError(f"nothing says {', '.join(missing)}; give each as a flag or in the YAML file of --config")
-    known = {field.name: field for field in fields(RunConfig)}
-    own = {name: _fitting(known[name], merged.pop(name)) for name in list(merged) if name in known}
+    own = {}
+    for field in fields(RunConfig):
+        if field.name in merged:
+            own[field.name] = value = merged.pop(field.name)
+            if "str" in str(field.type) and not isinstance(value, str | list | None):
+                raise ConfigError(f"{field.name} is {value!r}, expected text; put it in quotes")
+            if "list" in str(field.type) and isinstance(value, str):
+                own[field.name] = [value]
     return RunConfig(**own), CoLLMConfig.from_dict(merged)
 
 
-def _fitting(field: Any, value: Any) -> Any:
-    """A value of a field of ours: a lone text may stand for a list of one, other values for no text."""
-    from collm.errors import ConfigError
-
-    if "str" in str(field.type) and not isinstance(value, str | list | None):
-        raise ConfigError(f"{field.name} is {value!r}, expected text; put it in quotes")
-    return [value] if "list" in str(field.type) and isinstance(value, str) else value
-
-
-def _parser() -> argparse.ArgumentParser:
-    from collm.run import RunConfig
+def parser() -> argparse.ArgumentParser:
+    """The flags, which are the fields of a run's options and those of training."""
     from collm.training.config import CoLLMConfig
 
-    parser = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog="collm train",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a collaboration. Each option is a flag and a field of --config. A flag overrides the file.",
     )
-    parser.add_argument("--config", metavar="run.yaml", help="YAML file with any of the options below")
-    parser.add_argument(
+    made.add_argument("--config", metavar="run.yaml", help="YAML file with any of the options below")
+    made.add_argument(
         "--trust-code",
         action="store_true",
         default=False,
         help="run the code that the file names as tools, metrics or formats; code that a flag names needs no consent",
     )
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
-        group = parser.add_argument_group(title)
-        says = descriptions(config)
-        for field in fields(config):
-            if field.init:
-                kind = re.sub("<class '(.*)'>", r"\1", str(field.type))
-                group.add_argument(
-                    f"--{field.name}",
-                    nargs="+" if "list" in kind else None,
-                    type=_text if "str" in kind else _value,
-                    metavar=kind,
-                    help=says.get(field.name, "").replace("%", "%%"),
-                )
-    return parser
+        group, says = made.add_argument_group(title), descriptions(config)
+        flags = [one for one in fields(config) if one.init]
+        for field in sorted(flags, key=lambda one: one.default is not one.default_factory):  # required ones first
+            kind = re.sub("<class '(.*)'>", r"\1", str(field.type))
+            group.add_argument(
+                f"--{field.name}",
+                nargs="+" if "list" in kind else None,
+                type=_text if "str" in kind else _value,
+                metavar=kind,
+                help=says.get(field.name, "").replace("%", "%%"),
+            )
+    return made
 
 
 def _text(value: str) -> str | None:
@@ -114,18 +108,13 @@ def _text(value: str) -> str | None:
 
 def _value(text: str) -> Any:
     """Other values read as they would in YAML: numbers, true, false, null."""
-    import yaml
-
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
 
 
-def _read_yaml(path: str | None) -> dict[str, Any]:
-    from collm.errors import ConfigError
-    from collm.untrusted import read_yaml
-
+def _read(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:

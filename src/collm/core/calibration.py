@@ -9,6 +9,12 @@ from typing import Any
 from collm.errors import ConfigError
 from collm.untrusted import check_fields
 
+DEFERRAL_RATES = tuple(i / 10 for i in range(11))
+"""Deferral rates that calibration aims at by default."""
+
+REFINE = 3
+"""Number of thresholds that calibration adds near the best one by default."""
+
 
 def threshold_text(threshold: float) -> str:
     """A threshold in six digits, or in as many as distinguish it from 1, at which only the base writes."""

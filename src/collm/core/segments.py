@@ -80,9 +80,7 @@ def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> 
     return TokenTerms(logprob, log_start, argmax == gold, stops)
 
 
-def segment_scores(
-    terms: TokenTerms, gold: Tensor, rows: Tensor, scored: Tensor, law: SegmentLaw
-) -> dict[str, Tensor]:
+def segment_scores(terms: TokenTerms, gold: Tensor, rows: Tensor, scored: Tensor, law: SegmentLaw) -> dict[str, Tensor]:
     """Score every segment of which the tokens are scored.
 
     Args:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from collm.collaboration import CoLLM
-from collm.core.calibration import Calibration, CalibrationPoint, HeldOutCheck, best_within
+from collm.core.calibration import (
+    DEFERRAL_RATES,
+    REFINE,
+    Calibration,
+    CalibrationPoint,
+    HeldOutCheck,
+    best_within,
+)
 from collm.core.params import SamplingParams
 from collm.core.types import BASE, Completion, check_threshold
 from collm.errors import ConfigError, DataError
@@ -20,9 +27,7 @@ from collm.evaluation.metrics import metric_named
 from collm.evaluation.teacher_forced import ASSISTANTS_ALONE, BASE_ALONE
 from collm.text.template import Prompt
 
-DEFERRAL_RATES = tuple(i / 10 for i in range(11))
 EVEN_ODDS = 0.5
-REFINE = 3
 _NARROW = 0.01  # a step in deferral rate that is not refined further
 
 OnCompletion = Callable[[int, int], None]

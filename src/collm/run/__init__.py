@@ -1,24 +1,18 @@
-"""A training run, from models, tools and rows to a calibrated collaboration."""
+"""A training run: options -> data -> scores -> training -> calibration. Public names are imported on first use."""
 
-from collm.run.calibrate import PastRun, Validation
-from collm.run.data import hold_out
-from collm.run.options import DataConfig, RunConfig, parse_model, parse_tool
-from collm.run.scores import Server, score, score_author, score_data
-from collm.run.train import RunResult, leave, train_collaboration
+from __future__ import annotations
 
-__all__ = [
-    "DataConfig",
-    "PastRun",
-    "RunConfig",
-    "RunResult",
-    "Server",
-    "Validation",
-    "hold_out",
-    "leave",
-    "parse_model",
-    "parse_tool",
-    "score",
-    "score_author",
-    "score_data",
-    "train_collaboration",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collm.run.options import RunConfig
+    from collm.run.train import RunResult, train_collaboration
+
+__all__ = ["RunConfig", "RunResult", "train_collaboration"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'collm.run' has no attribute {name!r}")
+    return getattr(import_module("collm.run.train"), name)

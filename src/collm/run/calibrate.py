@@ -3,117 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
-from collm.core.params import SamplingParams
 from collm.errors import DAMAGED, ConfigError
-from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem, calibrate, check_on
+from collm.evaluation.calibration import ValidationItem, calibrate
 from collm.evaluation.gold import deferred, gold_examples, gold_views
 from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
-from collm.models.members import AssistantSpec
-from collm.run.data import divided, split_rows
-from collm.run.options import RunConfig, functions_named
-from collm.run.scores import score, scores_directory
+from collm.run.data import score, split_rows
+from collm.run.options import CalibrationConfig, RunConfig, functions_named
 from collm.tools.spec import not_trusted
 from collm.training.data import Row
-from collm.training.examples import Example
-from collm.training.scores import Scores, find_scores
+from collm.training.scores import find_scores
 from collm.training.scoring import progress_bar
 from collm.untrusted import contained, read_yaml
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The rows and options of a calibration.
+def calibrate_on(
+    model: CoLLM, rows: Sequence[Row], options: CalibrationConfig, *, source: str, quiet: bool = False
+) -> Calibration:
+    """Calibrate on rows. With models in memory, the best thresholds of the teacher-forced curve are measured too.
 
-    Attributes:
-        rows: prompts with their reference completions.
+    Args:
         source: the source of the rows, for the record.
-        metric, params, rates, budgets, refine, max_batch: as for `calibrate`.
     """
-
-    rows: Sequence[Row]
-    source: str
-    metric: str = "exact_match"
-    params: SamplingParams = field(default_factory=SamplingParams)
-    rates: Sequence[float] = DEFERRAL_RATES
-    budgets: Sequence[float] = ()
-    refine: int = REFINE
-    max_batch: int = 16
-
-    @classmethod
-    def of(cls, config: RunConfig, rows: Sequence[Row]) -> Validation:
-        """The validation of a training run."""
-        return cls(
-            rows,
-            config.validation or f"held out of {config.data}",
-            config.metric,
-            SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
-            config.rates,
-            config.budgets,
-            config.refine,
-            config.max_batch,
+    guesses = list[float]()
+    if model.servers is None:
+        curve = curve_on(model, rows)
+        guesses = [curve.best(budget).threshold for budget in (1.0, *options.budgets)]
+    with progress_bar("calibrating", enabled=not quiet) as progress:
+        return calibrate(
+            model,
+            [ValidationItem(row.prompt, row.completion) for row in rows],
+            metric=options.metric,
+            params=options.params,
+            rates=options.rates,
+            budgets=options.budgets,
+            guesses=guesses,
+            refine=options.refine,
+            max_batch=options.max_batch,
+            settings={"data": source},
+            on_completion=progress,
         )
 
-    @property
-    def items(self) -> list[ValidationItem]:
-        """The rows as validation items."""
-        return [ValidationItem(row.prompt, row.completion) for row in self.rows]
 
-    def split(self, share: float) -> tuple[Validation, Validation]:
-        """Divide the rows at random into rows to choose thresholds on, and a share of rows to check the choice on.
-
-        The division is always the same.
-
-        Raises:
-            ConfigError: the share leaves one of the parts empty.
-        """
-        if not 0 < share < 1:
-            raise ConfigError(f"the share to check on is {share}, expected a number between 0 and 1, such as 0.3")
-        count = round(share * len(self.rows))
-        if not 0 < count < len(self.rows):
-            raise ConfigError(
-                f"a share of {share} of {len(self.rows)} rows is {count} rows; leave at least one to choose on and one "
-                "to check on"
-            )
-        chosen, checked = divided(self.rows, count, seed=0)
-        return replace(self, rows=chosen), replace(self, rows=checked)
-
-    def calibrate(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
-        """Calibrate on these rows. With models in memory, the best thresholds of the teacher-forced curve are added."""
-        guesses = list[float]()
-        if model.servers is None:
-            curve = self.curve(model)
-            guesses = [curve.best(budget).threshold for budget in (1.0, *self.budgets)]
-        with progress_bar("calibrating", enabled=not quiet) as progress:
-            return calibrate(
-                model,
-                self.items,
-                metric=self.metric,
-                params=self.params,
-                rates=self.rates,
-                budgets=self.budgets,
-                guesses=guesses,
-                refine=self.refine,
-                max_batch=self.max_batch,
-                settings={"data": self.source},
-                on_completion=progress,
-            )
-
-    def check(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
-        """Check the chosen thresholds on these rows."""
-        with progress_bar("checking", enabled=not quiet) as progress:
-            return check_on(model, self.items, params=self.params, max_batch=self.max_batch, on_completion=progress)
-
-    def curve(self, model: CoLLM) -> TeacherForcedCurve:
-        """The teacher-forced curve on these rows."""
-        views = gold_views(model, gold_examples(model, self.rows))
-        return teacher_forced(views, deferred(views))
+def curve_on(model: CoLLM, rows: Sequence[Row]) -> TeacherForcedCurve:
+    """The teacher-forced curve on rows, with the models in memory."""
+    views = gold_views(model, gold_examples(model, rows))
+    return teacher_forced(views, deferred(views))
 
 
 @dataclass(frozen=True)
@@ -142,9 +81,8 @@ class PastRun:
         try:
             options = read_yaml(path)
             values = {one.name: options[one.name] for one in fields(RunConfig)}
-            named = functions_named(values)
-            if named and not trust_code:
-                raise ConfigError(not_trusted(path, named[0]))
+            if not trust_code and (functions := functions_named(values)):
+                raise ConfigError(not_trusted(path, functions[0]))
             config = RunConfig(**values)
             seed, max_length = (int(options[name]) for name in ("seed", "max_length"))
             if abs(seed) >= 1 << 63 or max_length < 2:
@@ -156,41 +94,21 @@ class PastRun:
             ) from error
         return cls(directory, config, seed, max_length)
 
-    def validation(self) -> Validation:
-        """The validation of the run."""
-        return Validation.of(self.config, split_rows(self.config, seed=self.seed)[1])
-
     def curve(self, model: CoLLM, *, quiet: bool = False) -> TeacherForcedCurve:
         """The teacher-forced curve, with the stored scores of the assistants, so that only the base is loaded.
 
-        Missing scores are computed and stored in the run's directory.
+        Missing scores are computed and stored inside the run's directory, wherever run.yaml says they are.
         """
-        rows, config = self.validation().rows, self.config
+        _, rows = split_rows(self.config, seed=self.seed)
         examples = gold_examples(model, rows, max_length=self.max_length)
-        scores = [
-            self._scores(author, spec, examples.read_by(number), model.author_tokenizers[number], quiet=quiet)
-            for number, (author, spec) in enumerate(config.authors.items())
-            if author != "base"
-        ]
+        shared, scores = self.config.scores_in(self.directory) / "validation", []
+        inside = shared.resolve().is_relative_to(self.directory.resolve())
+        own = shared if inside else self.directory / "scores" / "validation"
+        batch = self.config.max_batch_tokens
+        for number, (author, spec) in enumerate(self.config.authors.items()):
+            if author != "base":
+                read, tokenizer = examples.read_by(number), model.author_tokenizers[number]
+                found = find_scores(shared / author, read, spec)
+                scores.append(found or score(read, spec, own / author, tokenizer, max_batch_tokens=batch, quiet=quiet))
         views = gold_views(model, examples, scores)
         return teacher_forced(views, deferred(views))
-
-    def _scores(
-        self,
-        author: str,
-        spec: AssistantSpec,
-        examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        quiet: bool,
-    ) -> Scores:
-        """The stored scores of an author. Missing scores are only written inside the run's directory."""
-        part = Path("validation") / author
-        shared = scores_directory(self.config, self.directory) / part
-        found = find_scores(shared, examples, spec)
-        if found is not None:
-            return found
-        inside = shared.resolve().is_relative_to(self.directory.resolve())
-        out = shared if inside else self.directory / "scores" / part
-        batch = self.config.max_batch_tokens
-        return score(examples, spec, out, tokenizer, max_batch_tokens=batch, quiet=quiet)

@@ -1,54 +1,60 @@
-"""Read the rows of a run and encode them."""
+"""The data of a run: rows, the examples made of them, and the scores of each author."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.loading import load_tokenizer
-from collm.models.members import aligned
-from collm.run.options import RunConfig
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.members import AssistantSpec, aligned, stop_ids
+from collm.models.tools import ToolModel
+from collm.run.options import RowFormat, RunConfig
 from collm.text.alignment import Alignment
+from collm.text.guards import ACCEPTABLE, TokenizerIdentity
 from collm.text.template import PromptTemplate
 from collm.tools.calls import open_tool
 from collm.tools.spec import ToolSpec
 from collm.training.config import CoLLMConfig
 from collm.training.data import Row, Rows
-from collm.training.examples import Examples, encode
+from collm.training.examples import Example, Examples, encode
+from collm.training.remote import RemoteModel
+from collm.training.scores import Scores, find_scores, load_scores
+from collm.training.scoring import Scored, progress_bar, write_scores
 
 MAX_HELD_OUT = 200
 """Maximum number of rows held out for calibration without a validation set. It is also at most a tenth of the rows."""
 
+OnServer = Callable[..., RemoteModel]
+"""`RemoteModel` with the address and options of a server. It takes the name of the model and `vocab_size`."""
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """The encoded data of a run.
+    """Encoded rows.
 
     Attributes:
-        validation: rows to calibrate on.
-        evaluation: these rows as examples, if there are evaluations during training.
-        num_bad: number of skipped training rows.
-        kind: "prompts", "chats", or "prompts and chats".
+        sets: the training examples and, if there are evaluations during training, those of the validation rows.
         alignment: the alignment of models that do not share a tokenizer.
+        kind: "prompts", "chats", or "prompts and chats".
+        num_bad: number of skipped training rows.
+        validation: rows to calibrate on.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
-    examples: Examples
-    validation: list[Row]
-    evaluation: Examples | None
-    num_bad: int
+    alignment: Alignment | None
+    sets: list[Examples]
     kind: str
-    alignment: Alignment | None = None
-
-    @property
-    def sets(self) -> list[Examples]:
-        """The training examples and, if there are evaluations, those of the validation rows."""
-        return [self.examples] if self.evaluation is None else [self.examples, self.evaluation]
+    num_bad: int = 0
+    validation: Sequence[Row] = ()
 
     def tokenizer_of(self, author: int) -> PreTrainedTokenizerBase:
         """The tokenizer of an author."""
@@ -56,7 +62,7 @@ class Prepared:
 
     def rendered(self) -> str:
         """The decoded first example with special tokens, and its target tokens."""
-        first = self.examples[0]
+        first = self.sets[0][0]
         learned = [token for token, wanted in zip(first.token_ids, first.is_target, strict=True) if wanted]
         whole, targets = (self.tokenizer.decode(ids) for ids in (first.token_ids, learned))
         return f"--- the first example ---\n{whole}\n--- its target tokens ---\n{targets}\n"
@@ -65,49 +71,155 @@ class Prepared:
 def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
     """Read the rows, check tokenizers and tools, and encode the rows."""
     rows, validation = split_rows(config, seed=args.seed)
-    tokenizer = load_tokenizer(config.base_model)
     for spec in config.assistants:
         if isinstance(spec, ToolSpec):
             open_tool(spec)
-    template = config.prompt_template(tokenizer, config.base_model, rows)
-    accepted = config.accept_differences
-    alignment = aligned(config.base_model, config.assistants, tokenizer, template, accept_differences=accepted)
-    examples = encode(rows, template, tokenizer, alignment, max_length=args.max_length)
-    evaluation = None
-    if args.eval_strategy != "no":
-        evaluation = encode(validation, template, tokenizer, alignment, max_length=args.max_length)
-    are_chats = {row.messages is not None for row in rows}
+    sets = [rows] if args.eval_strategy == "no" else [rows, validation]
+    accept = config.accept_differences
+    prepared = encode_for(config.base_model, config.assistants, sets, config, args.max_length, accept)
+    return replace(prepared, num_bad=rows.num_bad, validation=validation)
+
+
+def encode_for(
+    base: ModelSpec,
+    assistants: Sequence[AssistantSpec],
+    sets: Sequence[Sequence[Row]],
+    layout: RowFormat,
+    max_length: int,
+    accept_differences: Sequence[str] = ACCEPTABLE,
+) -> Prepared:
+    """Encode sets of rows for models that are not loaded. The first set says how prompts and chats are rendered."""
+    tokenizer = load_tokenizer(base)
+    template = prompt_template(layout, tokenizer, base, sets[0])
+    alignment = aligned(base, assistants, tokenizer, template, accept_differences=accept_differences)
+    examples = [encode(rows, template, tokenizer, alignment, max_length=max_length) for rows in sets]
+    are_chats = {row.messages is not None for row in sets[0]}
     kind = " and ".join(name for name, is_chat in (("prompts", False), ("chats", True)) if is_chat in are_chats)
-    return Prepared(tokenizer, template, examples, validation, evaluation, rows.num_bad, kind, alignment)
+    return Prepared(tokenizer, template, alignment, examples, kind)
 
 
-def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, list[Row]]:
-    """Rows to train on, and rows to calibrate and evaluate on.
+def prompt_template(
+    layout: RowFormat, tokenizer: PreTrainedTokenizerBase, base: ModelSpec, rows: Sequence[Row]
+) -> PromptTemplate:
+    """The template of prompts and chats. If the rows have chats, it also has the tokens that end a turn."""
+    template = PromptTemplate.of(tokenizer, layout.template)
+    if layout.chat_template is not None:
+        try:
+            template = PromptTemplate(layout.template, Path(layout.chat_template).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template {layout.chat_template} cannot be read ({error}); name a file") from error
+    if (template.chat or template.tool_chat) is None or all(row.messages is None for row in rows):
+        return template
+    return template.with_turn_ends(tokenizer, stop_ids(tokenizer, base))
 
-    Raises:
-        ConfigError: fewer than 10 rows, so that none can be held out.
-    """
-    rows = config.rows(config.data, config.data_split)
-    if config.validation is None:
-        return hold_out(rows, seed=seed)
-    return rows, list(config.rows(config.validation, config.validation_split))
 
-
-def hold_out(rows: Rows, *, seed: int) -> tuple[Rows, list[Row]]:
-    """Divide rows at random into rows to train on and rows to calibrate on.
-
-    Raises:
-        ConfigError: fewer than 10 rows.
-    """
+def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, Sequence[Row]]:
+    """Rows to train on, and rows to calibrate and evaluate on: the validation set, or rows drawn at random."""
+    rows = config.load(config.data, config.data_split)
+    if config.validation is not None:
+        return rows, config.load(config.validation, config.validation_split)
     count = min(MAX_HELD_OUT, len(rows) // 10)
     if count == 0:
         raise ConfigError(f"{len(rows)} rows are too few to hold out some for calibration; pass a validation set")
-    kept, held_out = divided(rows, count, seed=seed)
+    kept, held_out = _divided(rows, count, seed)
     return Rows(kept, rows.num_bad), held_out
 
 
-def divided(rows: Sequence[Row], count: int, *, seed: int) -> tuple[list[Row], list[Row]]:
+def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Divide rows at random, always alike, into rows to choose thresholds on, and a share to check the choice on."""
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise ConfigError(
+            f"the share to check on is {share}, which is {count} of {len(rows)} rows; expected a number between 0 and "
+            "1 that leaves at least one row to choose on and one to check on"
+        )
+    return _divided(rows, count, seed=0)
+
+
+def _divided(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
     """The rows without `count` of them that are drawn at random, and those, in their order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     kept, drawn = sorted(order[count:]), sorted(order[:count])
     return [rows[i] for i in kept], [rows[i] for i in drawn]
+
+
+def score_run(
+    config: RunConfig,
+    prepared: Prepared,
+    directory: Path,
+    authors: Sequence[str],
+    *,
+    server: OnServer | None = None,
+    quiet: bool = False,
+) -> list[list[Scores]]:
+    """The scores of these authors for each set of a run's examples. One model is in memory at a time."""
+    root = config.scores_in(directory)
+    return [
+        [
+            score(
+                examples.read_by(number),
+                spec,
+                place / author,
+                prepared.tokenizer_of(number),
+                max_batch_tokens=config.max_batch_tokens,
+                hidden_states=config.cache_hidden_states and author == "base",
+                server=server,
+                quiet=quiet,
+            )
+            for number, (author, spec) in enumerate(config.authors.items())
+            if author in authors
+        ]
+        for place, examples in zip((root, root / "validation"), prepared.sets, strict=False)
+    ]
+
+
+def score(
+    examples: Sequence[Example],
+    spec: AssistantSpec,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_batch_tokens: int | None = None,
+    hidden_states: bool = False,
+    server: OnServer | None = None,
+    quiet: bool = False,
+) -> Scores:
+    """The scores of a model or tool. They are computed in `out` unless they exist. Then the model is freed.
+
+    Several processes share the work. Each returns all scores. Examples and tokenizer are those of this model.
+    """
+    if server is not None and examples[0].law is not None:
+        raise ConfigError(
+            f"{spec} has another tokenizer than the base, so scores need all its logits, which a server does not "
+            "return; score it in this process"
+        )
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    found = find_scores(out, examples, spec, hidden_states=hidden_states)
+    if found is None:
+        model = _model(spec, tokenizer, server)
+        with progress_bar(f"scoring with {model.name}", enabled=not quiet and processes.is_main_process) as progress:
+            write_scores(
+                model,
+                examples,
+                out,
+                spec=spec,
+                max_batch_tokens=max_batch_tokens,
+                hidden_states=hidden_states,
+                share=(processes.process_index, processes.num_processes),
+                progress=progress,
+            )
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    processes.wait_for_everyone()
+    return found or load_scores(out, examples, spec)
+
+
+def _model(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: OnServer | None) -> Scored:
+    vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
+    if isinstance(spec, ToolSpec):
+        return ToolModel(spec, tokenizer, name=str(spec), vocab_size=vocab_size)
+    if server is not None:
+        return server(spec.path, vocab_size=vocab_size)
+    return LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)

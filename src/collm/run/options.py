@@ -1,44 +1,40 @@
-"""Options of a run: models, tools and rows."""
+"""Options of a run. Importing them loads no torch, so the command line can make its options of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
+from collm.core.calibration import DEFERRAL_RATES, REFINE
+from collm.core.params import SamplingParams
 from collm.core.types import author_name
 from collm.errors import ConfigError
-from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, check_rates, check_refine
-from collm.evaluation.metrics import metric_named
-from collm.models.loading import ModelSpec
-from collm.models.members import AssistantSpec, stop_ids
-from collm.text.guards import check_accepted
-from collm.text.template import PromptTemplate
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
-from collm.training.data import Row, Rows, load_rows
 from collm.untrusted import check_fields
+
+if TYPE_CHECKING:
+    from collm.models.loading import ModelSpec
+    from collm.models.members import AssistantSpec
+    from collm.training.data import Rows
 
 
 @dataclass
-class DataConfig:
-    """Rows and their templates.
+class RowFormat:
+    """What the rows of a data set look like.
 
     Attributes:
-        data: training rows: JSON, JSONL, a `datasets` directory or a Hub name.
         data_split: split of the data set.
-        prompt_field, completion_field: names of the two fields.
+        prompt_field: name of the prompt field.
+        completion_field: name of the completion field.
         template: prompt template, for training and decoding.
-        format: rows (default), or the published format of a data set: tulu, gsm8k, gsm8k-plain, or
-            module:NAME.
-        chat_template: file with the Jinja template of chats; by default the base tokenizer's template.
-        bad_rows: "stop" at an invalid row, or "skip" invalid rows and count them.
+        format: layout of the rows: rows, the published format of a data set (tulu, gsm8k, gsm8k-plain), or module:NAME.
+        bad_rows: what to do at an invalid row: stop, or skip it and count it.
+        chat_template: file with the Jinja template of chats, by default the base tokenizer's template.
     """
 
-    data: str
-    data_split: str | None = None
+    data_split: str | None = field(default=None, metadata={"flag": "--split"})
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     template: str = "{prompt}"
@@ -46,42 +42,44 @@ class DataConfig:
     bad_rows: str = "stop"
     chat_template: str | None = None
 
-    def prompt_template(
-        self, tokenizer: PreTrainedTokenizerBase, base: ModelSpec, rows: Sequence[Row]
-    ) -> PromptTemplate:
-        """The template of prompts and chats. If the rows have chats, it also has the tokens that end a turn.
+    def load(self, source: str, split: str | None) -> Rows:
+        """Read the rows of a source."""
+        from collm.training.data import load_rows
 
-        Raises:
-            ConfigError: the chat template cannot be read.
-            DataError: no token ends a turn.
-        """
-        template = PromptTemplate.of(tokenizer, self.template)
-        if self.chat_template is not None:
-            try:
-                chat = Path(self.chat_template).read_text(encoding="utf-8")
-                template = PromptTemplate(self.template, chat)
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(
-                    f"chat_template {self.chat_template} cannot be read ({error}); name a file"
-                ) from error
-        if (template.chat or template.tool_chat) is None or all(row.messages is None for row in rows):
-            return template
-        return template.with_turn_ends(tokenizer, stop_ids(tokenizer, base))
+        options = ("format", "prompt_field", "completion_field", "bad_rows")
+        return load_rows(source, split=split, **{name: getattr(self, name) for name in options})
 
-    def rows(self, source: str, split: str | None) -> Rows:
-        """Read rows with this format from any source."""
-        return load_rows(
-            source,
-            split=split,
-            format=self.format,
-            prompt_field=self.prompt_field,
-            completion_field=self.completion_field,
-            bad_rows=self.bad_rows,
-        )
+
+@dataclass
+class CalibrationConfig:
+    """How thresholds are chosen.
+
+    Attributes:
+        metric: metric of the completions: exact_match, contains, last_number, token_f1 or module:function.
+        rates: target deferral rates, by default 0, 0.1, .. 1.
+        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
+        refine: number of thresholds to add near the best one, and near that of each budget.
+        max_new_tokens: maximum number of tokens of a completion.
+        stop: texts that end a completion.
+        max_batch: maximum number of prompts decoded at once.
+    """
+
+    metric: str = "exact_match"
+    rates: list[float] = field(default_factory=lambda: list(DEFERRAL_RATES), metadata={"flag": "--rate"})
+    budgets: list[float] = field(default_factory=list, metadata={"flag": "--budget"})
+    refine: int = REFINE
+    max_new_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+    max_batch: int = 16
+
+    @property
+    def params(self) -> SamplingParams:
+        """The sampling parameters of the completions."""
+        return SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.stop)
 
 
 @dataclass(kw_only=True)
-class RunConfig(DataConfig):
+class RunConfig(CalibrationConfig, RowFormat):
     """Models and data of a run. `CoLLMConfig` has the training options. A run's YAML file has the fields of both.
 
     Attributes:
@@ -89,15 +87,11 @@ class RunConfig(DataConfig):
             Hub is repo:file.gguf.
         assistant: the assistants 1..K, in the same form. Or tools: tool:calculator, tool:lookup:facts.csv,
             or a Python function tool:package.module:function.
+        data: training rows: JSON, JSONL, a `datasets` directory or a Hub name.
         validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
         validation_split: split of the validation data set.
-        metric: metric of calibration: exact_match, contains, last_number, token_f1 or module:function.
         calibrate: calibrate after training. Set it to false if base and assistants do not fit in one process;
             `collm calibrate` can do it later with the same rows.
-        rates: target deferral rates of calibration.
-        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
-        refine: number of thresholds that calibration adds near the best one, and near that of each budget.
-        max_new_tokens, stop, max_batch: options of calibration's completions.
         dtype, device, attention: options of all models. With dtype "auto" models keep their saved dtype, but full
             fine-tuning of the base uses float32.
         base_quantization, assistant_quantization: nf4 or int8, with bitsandbytes. For the base with method "lora"
@@ -115,16 +109,10 @@ class RunConfig(DataConfig):
 
     base: str
     assistant: list[str]
+    data: str
     validation: str | None = None
     validation_split: str | None = None
     calibrate: bool = True
-    metric: str = "exact_match"
-    rates: list[float] = field(default_factory=lambda: list(DEFERRAL_RATES))
-    budgets: list[float] = field(default_factory=list)
-    refine: int = REFINE
-    max_new_tokens: int = 256
-    stop: list[str] = field(default_factory=list)
-    max_batch: int = 16
     dtype: str = "auto"
     device: str | None = None
     attention: str | None = None
@@ -138,6 +126,10 @@ class RunConfig(DataConfig):
     max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        from collm.evaluation.calibration import check_rates, check_refine
+        from collm.evaluation.metrics import metric_named
+        from collm.text.guards import check_accepted
+
         check_fields(self)
         if not self.assistant:
             raise ConfigError("there is no assistant; expected at least one directory, GGUF file or Hub id")
@@ -151,6 +143,15 @@ class RunConfig(DataConfig):
                 )
         if self.base.startswith(PREFIX):
             raise ConfigError(f"the base is {self.base}, expected a language model: the head reads its hidden states")
+        how = {"dtype": self.dtype, "device": self.device, "attention": self.attention}
+        self.base_model = parse_model(self.base, **how, quantization=self.base_quantization)
+        self.assistants: list[AssistantSpec] = [
+            ToolSpec.parse(name, eps=self.tool_eps, seconds=self.tool_seconds)
+            if name.startswith(PREFIX)
+            else parse_model(name, **how, quantization=self.assistant_quantization)
+            for name in self.assistant
+        ]
+        self.authors = {author_name(number): one for number, one in enumerate([self.base_model, *self.assistants])}
         tools = [spec for spec in self.assistants if isinstance(spec, ToolSpec)]
         if self.tool_eps is not None and not tools:
             raise ConfigError("tool_eps has no effect without a tool among the assistants; leave it out")
@@ -164,56 +165,29 @@ class RunConfig(DataConfig):
         metric_named(self.metric)
 
     @property
-    def authors(self) -> dict[str, AssistantSpec]:
-        """Base and assistants by name: base, assistant, assistant-2, .."""
-        return {author_name(author): spec for author, spec in enumerate([self.base_model, *self.assistants])}
+    def validation_source(self) -> str:
+        """Where the validation rows come from."""
+        return self.validation or f"held out of {self.data}"
 
-    @property
-    def base_model(self) -> ModelSpec:
-        """The spec of the base."""
-        return self._model(self.base, self.base_quantization)
-
-    @property
-    def assistants(self) -> list[AssistantSpec]:
-        """The specs of the assistants 1..K."""
-        return [
-            parse_tool(name, self.tool_eps, self.tool_seconds)
-            if name.startswith(PREFIX)
-            else self._model(name, self.assistant_quantization)
-            for name in self.assistant
-        ]
-
-    def _model(self, name: str, quantization: str | None) -> ModelSpec:
-        return parse_model(
-            name, dtype=self.dtype, device=self.device, attention=self.attention, quantization=quantization
-        )
+    def scores_in(self, directory: Path) -> Path:
+        """The directory of the scores of the run in this directory."""
+        return Path(self.scores or directory / "scores")
 
 
-def functions_named(options: Mapping[str, Any]) -> list[str]:
-    """The Python objects that the options of a run name as metric, format or tools."""
-    assistants = options.get("assistant") or []
-    named = [str(options.get(name, "")) for name in ("metric", "format")]
-    tools = [str(one) for one in ([assistants] if isinstance(assistants, str) else assistants)]
-    foreign = [name for name in tools if name.startswith(PREFIX) and name.split(":")[1] not in BUILT_IN]
-    return [name for name in named if ":" in name] + foreign
+def parse_model(name: str, **options: Any) -> ModelSpec:
+    """A directory, a GGUF file or a Hub id, optionally with "@revision", with further fields of its `ModelSpec`."""
+    from collm.models.loading import ModelSpec
 
-
-def parse_tool(name: str, eps: float | None = None, seconds: float | None = None) -> ToolSpec:
-    """Parse a tool with the given options."""
-    options = {"eps": eps, "seconds": seconds}
-    return ToolSpec.parse(name, **{key: value for key, value in options.items() if value is not None})
-
-
-def parse_model(
-    name: str,
-    *,
-    dtype: str = "auto",
-    device: str | None = None,
-    attention: str | None = None,
-    quantization: str | None = None,
-) -> ModelSpec:
-    """Parse a model: a directory, a GGUF file or a Hub id, optionally with "@revision"."""
     path, at, revision = name.rpartition("@")
     if not at or Path(name).expanduser().exists():
         path, revision = name, ""
-    return ModelSpec(path, revision or None, dtype, device, attention, quantization)
+    return ModelSpec(path, revision or None, **options)
+
+
+def functions_named(options: Mapping[str, Any]) -> list[str]:
+    """The functions that options of a run name as metric, format or tools."""
+    assistants = options.get("assistant") or []
+    named = [str(options.get(name, "")) for name in ("metric", "format")]
+    tools = [str(one) for one in ([assistants] if isinstance(assistants, str) else assistants)]
+    functions = [name for name in tools if name.startswith(PREFIX) and name.split(":")[1] not in BUILT_IN]
+    return [name for name in named if ":" in name] + functions

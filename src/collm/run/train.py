@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -26,10 +27,9 @@ from collm.models.language_model import LanguageModel
 from collm.models.loading import load_config, load_model
 from collm.models.names import names_gguf
 from collm.redaction import redacted_command, redacted_options, visible
-from collm.run.calibrate import Validation
-from collm.run.data import Prepared, prepare
+from collm.run.calibrate import calibrate_on
+from collm.run.data import Prepared, prepare, score_run
 from collm.run.options import RunConfig
-from collm.run.scores import score_run
 from collm.text.guards import TokenizerIdentity
 from collm.training.checkpoints import check_origin, last_checkpoint
 from collm.training.config import CoLLMConfig
@@ -38,12 +38,10 @@ from collm.training.scores import TrainingSet
 from collm.training.trainer import CoLLMTrainer
 from collm.untrusted import contained, read_yaml
 
-_LETTING_GO_S = 0.5
-
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run."""
+    """A trained collaboration, its directory, and measures of its training."""
 
     directory: Path
     model: CoLLM
@@ -98,8 +96,7 @@ def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: Par
     prepared = prepare(config, args)
     if (checkpoint := last_checkpoint(directory)) is not None:
         origin = {
-            "examples": fingerprint(prepared.examples),
-            "evaluation": None if prepared.evaluation is None else fingerprint(prepared.evaluation),
+            **dict(zip(("examples", "evaluation"), map(fingerprint, prepared.sets), strict=False)),
             "base": config.base_model.identity()["weights"],  # None for a model on the Hub, until it is loaded
             "assistants": [spec.identity() for spec in config.assistants],
         }
@@ -115,33 +112,31 @@ def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: Par
         TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
         for examples, (base, *assistants) in zip(prepared.sets, scores, strict=True)
     ]
-    model, metrics = fit(config, args, prepared, *sets)
+    model, metrics = fit(config, args, prepared, sets)
+    out = directory / "collaboration"
     if processes.is_main_process:
         model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
-        model.save_pretrained(directory / "collaboration")
+        model.save_pretrained(out)
         if config.calibrate:
-            calibration = Validation.of(config, prepared.validation).calibrate(model, quiet=quiet)
-            model.save_calibration(directory / "collaboration")
-            metrics["calibration"] = calibration.to_dict()
-        write_text(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            calibrate_on(model, prepared.validation, config, source=config.validation_source, quiet=quiet)
+            model.save_calibration(out)
     processes.wait_for_everyone()
     if not processes.is_main_process:
-        model = CoLLM.from_pretrained(directory / "collaboration", trust_code=True)
-        if model.calibration is not None:
-            metrics["calibration"] = model.calibration.to_dict()
-    return RunResult(directory / "collaboration", model, metrics)
+        model = CoLLM.from_pretrained(out, trust_code=True)
+    if model.calibration is not None:
+        metrics["calibration"] = model.calibration.to_dict()
+    if processes.is_main_process:
+        write_text(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return RunResult(out, model, metrics)
 
 
 def leave() -> None:
-    """Destroy the process group in all processes together, if there is one. Exiting without this can abort.
-
-    Gloo's threads need the GIL to free their last tensors. Destroying the group waits for these threads and holds the
-    GIL, which can deadlock, so they get time before that.
-    """
+    """Destroy the process group in all processes together, if there is one. Exiting without this can abort."""
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()
-        time.sleep(_LETTING_GO_S)
+        # Gloo's threads need the GIL to free their last tensors, and destroying the group holds it while it waits.
+        time.sleep(0.5)
         state.destroy_process_group()
 
 
@@ -154,13 +149,12 @@ def check_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
             before = dict(read_yaml(path))
         except DAMAGED as error:
             raise ConfigError(f"{path} is damaged; restore it, or choose another output_dir") from error
-        different = [name for name in now if before.get(name) != now[name]]
-        if different:
-            name = different[0]
-            raise ConfigError(
-                f"{directory} holds a run with {name}={before.get(name)!r:.200}, now it is {now[name]!r:.200}; "
-                "choose another output_dir, or give the same options to resume"
-            )
+        for name in now:
+            if before.get(name) != now[name]:
+                raise ConfigError(
+                    f"{directory} holds a run with {name}={before.get(name)!r:.200}, now it is {now[name]!r:.200}; "
+                    "choose another output_dir, or give the same options to resume"
+                )
     elif directory.exists() and not (
         directory.is_dir() and all(entry.name == "scores" or entry.name[0] == "." for entry in directory.iterdir())
     ):
@@ -180,32 +174,32 @@ def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
 
 
 def _to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
-    """All options of a run as YAML, without secrets."""
-    options = redacted_options({**asdict(config), **{f.name: getattr(args, f.name) for f in fields(args) if f.init}})
+    """All options of a run as YAML, what must be given first, without secrets."""
+    first = {name: getattr(config, name) for name in ("base", "assistant", "data")}
+    how = {one.name: getattr(args, one.name) for one in fields(args) if one.init}
+    options = redacted_options({**first, **asdict(config), **how})
     return yaml.safe_dump(json.loads(json.dumps(options, default=str)), sort_keys=False, allow_unicode=True)
 
 
 def fit(
-    config: RunConfig,
-    args: CoLLMConfig,
-    prepared: Prepared,
-    data: TrainingSet,
-    evaluation: TrainingSet | None = None,
+    config: RunConfig, args: CoLLMConfig, prepared: Prepared, sets: Sequence[TrainingSet]
 ) -> tuple[CoLLM, dict[str, Any]]:
-    """Warm-start the head and train, without the assistants in memory. Resume from a checkpoint if there is one."""
-    spec = config.base_model
+    """Warm-start the head and train, without the assistants in memory. Resume from a checkpoint if there is one.
+
+    Args:
+        sets: the set to train on and, if there are evaluations, the one to evaluate on.
+    """
+    spec, (data, *evaluation) = config.base_model, sets
     # In bf16 weights most updates of full fine-tuning are rounded to zero. `bf16: true` computes in bf16.
     in_fp32 = args.method == "full" and spec.dtype == "auto"
     base = load_model(replace(spec, dtype="float32") if in_fp32 else spec)
-    vocab_size = TokenizerIdentity.of(prepared.tokenizer).vocab_size
-    hidden_size = LanguageModel(base, name="base").hidden_size
     trainer = CoLLMTrainer(
         base=base,
-        head=DeferralHead(hidden_size, len(config.assistant)),
+        head=DeferralHead(LanguageModel(base, name="base").hidden_size, len(config.assistant)),
         args=args,
         train_dataset=data,
-        eval_dataset=evaluation,
-        vocab_size=vocab_size,
+        eval_dataset=evaluation[0] if evaluation else None,
+        vocab_size=TokenizerIdentity.of(prepared.tokenizer).vocab_size,
     )
     outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
     tuned, head = trainer.gathered()
@@ -213,11 +207,11 @@ def fit(
         "method": args.method,
         "data": config.data,
         "rows": prepared.kind,
-        "examples": len(prepared.examples),
+        "examples": len(prepared.sets[0]),
         "bad_rows_skipped": prepared.num_bad,
         "train_loss_nats": outcome.training_loss,
     }
-    if evaluation is not None:
+    if evaluation:
         metrics |= trainer.evaluate()
     if trainer.label_report is not None and trainer.warm_start_report is not None:
         metrics["pseudo_label_share"] = trainer.label_report.share

@@ -63,14 +63,14 @@ class ToolSpec:
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> ToolSpec:
-        """Parse "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"."""
-        text = text.removeprefix(PREFIX)
-        name, _, argument = text.partition(":")
-        if name not in BUILT_IN:
-            return cls(text, **options)
-        return cls(
-            name, str(Path(argument).resolve()) if name == "lookup" and argument else argument or None, **options
-        )
+        """Parse "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"; None is no option."""
+        options = {key: value for key, value in options.items() if value is not None}
+        name, _, rest = text.removeprefix(PREFIX).partition(":")
+        if name == "lookup" and rest:
+            rest = str(Path(rest).resolve())
+        if name in BUILT_IN:
+            return cls(name, rest or None, **options)
+        return cls(text.removeprefix(PREFIX), **options)
 
     @classmethod
     def of(cls, function: ToolFunction, **options: Any) -> ToolSpec:
