@@ -18,7 +18,9 @@ from collm.core.policies import ThresholdPolicy
 from collm.core.types import Completion
 from collm.errors import CollmError, ModelFailure
 from collm.evaluation.answers import read_answers
+from collm.evaluation.calibration import CalibrationOptions
 from collm.evaluation.compare import compare
+from collm.evaluation.generation import Evaluation
 from collm.evaluation.harness import HarnessLM
 from collm.evaluation.page import render_page
 from collm.evaluation.run_report import report_of
@@ -114,7 +116,7 @@ def seeded(case: Case) -> list[Asked]:
 def calibrated(world: World, model: CoLLM, case: Case, saved: Path) -> None:
     prompts = [*case.prompts, POISON] if "failing neighbour" in case.ways else case.prompts
     rows = [Row(prompt, "the river", None, prompt) for prompt in map(str, prompts)]
-    validation = Validation(rows, "these", "token_f1", case.params[0], rates=(0.5,), refine=0)
+    validation = Validation(rows, "these", CalibrationOptions("token_f1", case.params[0], rates=(0.5,), refine=0))
     if "failing neighbour" in case.ways:
         with pytest.raises(ModelFailure):
             validation.calibrate(model, quiet=True)
@@ -144,7 +146,7 @@ def evaluated(world: World, model: CoLLM, case: Case, out: Path, patch: pytest.M
         try:
             systems = systems_named(model, ["base", name], ThresholdPolicy(threshold))
             seed = case.options.get("seed", 0)
-            compare(systems, task, items, out, threshold=threshold, params=params, max_batch=2, seed=seed)
+            compare(systems, Evaluation(task, items, params, max_batch=2, seed=seed), out)
         except CollmError as error:
             assert not (out / "results.json").exists()
             if (out / "answers").exists():

@@ -62,7 +62,7 @@ def calibrate(
     from collm import run
     from collm.cli.tables import teacher_forced_table
     from collm.cli.terminal import Console
-    from collm.evaluation.calibration import DEFERRAL_RATES
+    from collm.evaluation.calibration import DEFERRAL_RATES, CalibrationOptions
 
     if choosing.check is not None and choosing.check_data is not None:
         raise typer.BadParameter("--check and --check-data are both given; use one of them")
@@ -76,14 +76,16 @@ def calibrate(
     else:
         source, rates = rows.of(choosing.data), choosing.rate or DEFERRAL_RATES
         found, most = source.rows(choosing.data, rows.split)[: choosing.limit], choosing.max_batch
-        validation = run.Validation(found, choosing.data, choosing.metric, params, rates, max_batch=most)
-    validation = replace(
-        validation,
-        budgets=choosing.budget or validation.budgets,
-        refine=validation.refine if choosing.refine is None else choosing.refine,
+        options = CalibrationOptions(choosing.metric, params, rates, max_batch=most)
+        validation = run.Validation(found, choosing.data, options)
+    options = replace(
+        validation.options,
+        budgets=choosing.budget or validation.options.budgets,
+        refine=validation.options.refine if choosing.refine is None else choosing.refine,
     )
+    validation = replace(validation, options=options)
     if choosing.teacher_forced:
-        Console().print(teacher_forced_table((past or validation).curve(model), validation.budgets))
+        Console().print(teacher_forced_table((past or validation).curve(model), options.budgets))
     else:
         validation, held_back = _held_back(validation, source, choosing)
         _choose(model, collaboration, validation, held_back)

@@ -93,7 +93,8 @@ def evaluate(
 ) -> None:
     """Compare the collaboration with other systems on a task: scores, intervals and costs."""
     from collm.core.policies import ThresholdPolicy
-    from collm.evaluation import compare as comparing
+    from collm.evaluation.compare import compare
+    from collm.evaluation.generation import Evaluation
     from collm.evaluation.systems import systems_named
     from collm.evaluation.tasks.named import task_named
     from collm.training.scoring import progress_bar
@@ -111,16 +112,10 @@ def evaluate(
     threshold = model.threshold(compared.threshold, compared.budget)
     settings = {"command": _command(), "collaboration": collaboration, "data": items.data or chosen.source}
     with progress_bar("answering") as progress:
-        found = comparing.compare(
+        found = compare(
             systems_named(model, _names(model, compared, threshold), ThresholdPolicy(threshold)),
-            chosen,
-            loaded,
+            Evaluation(chosen, loaded, params, items.chat, items.max_batch, items.seed),
             out,
-            threshold=threshold,
-            params=params,
-            chat=items.chat,
-            max_batch=items.max_batch,
-            seed=items.seed,
             settings={**settings, "limit": items.limit, "shots": items.shots},
             progress=lambda name: progress,
         )
@@ -149,9 +144,8 @@ def _command() -> str:
 def _show(found: Comparison, out: Path) -> None:
     from collm.cli.tables import comparison_tables
     from collm.cli.terminal import Console
-    from collm.evaluation.verdict import verdict
 
     console = Console()
     console.print(*comparison_tables(found), sep="\n")
-    console.print(verdict(found.task, found.measure, found.results), markup=False)
+    console.print(found.verdict, markup=False)
     console.print(f"collm report {out}", markup=False)

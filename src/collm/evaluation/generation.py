@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy
 from collm.core.types import Completion
-from collm.errors import ToolFailure
-from collm.evaluation.answers import Answer, AnswerFile, Answers, answer_path
+from collm.errors import DataError, ToolFailure
+from collm.evaluation.answers import Answer, AnswerFile, BatchCost, answer_path
 from collm.evaluation.systems import System
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.models.members import spec_of
@@ -26,75 +26,70 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Generation:
-    """The items and settings that all systems share.
+class Evaluation:
+    """The items of a task, and how systems answer them.
 
     Attributes:
-        params: sampling parameters. max_new_tokens and stop are those of the task.
-        chat: send items as chat messages of the user.
+        task: renders and scores the items, and defines where answers end.
+        params: sampling parameters. max_new_tokens and stop are those of the task. Greedy by default.
+        chat: send items as chat messages of the user, for a collaboration trained on chats.
+        max_batch: maximum number of prompts decoded at once.
         seed: with sampling, item i has seed + i, also after a resume.
+
+    Raises:
+        DataError: no items, or two items with the same id.
     """
 
     task: Task
     items: Sequence[TaskItem]
-    params: SamplingParams
-    chat: bool
-    max_batch: int
-    seed: int
+    params: SamplingParams = field(default_factory=SamplingParams)
+    chat: bool = False
+    max_batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise DataError("the task has no items; expected at least one")
+        seen: dict[str, str] = {}
+        for item in self.items:
+            if item.id in seen:
+                raise DataError(f"{item.where} and {seen[item.id]} have the same id {item.id!r}; give each its own")
+            seen[item.id] = item.where
 
     def check(self, system: System) -> None:
         """Check that the collaboration can decode as a system does, before anything is answered.
 
         A system of other models is left out, because it loads them.
-
-        Raises:
-            ConfigError, RequestError: it cannot follow the policy or the parameters, or read the first prompt.
         """
         if system.called:
             return
         model, policy = system.load(), system.at_rate(rate=0.5)
         engine = model.engine(self.max_batch)
-        params = self._drawing(self._params_for(model), policy, 0)
-        engine.add(model.request(self.prompt(self.items[0], model), params, policy))
+        engine.add(model.request(self.prompt(self.items[0], model), self._sampling(model, policy)[0], policy))
         engine.close()
 
-    def _params_for(self, model: CoLLM) -> SamplingParams:
-        stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
-        return replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop)
-
-    def _drawing(self, params: SamplingParams, policy: Policy, place: int) -> SamplingParams:
-        draws = policy.draws or params.temperature > 0
-        return replace(params, seed=self.seed + place if draws else None)
-
-    def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[Answers, CoLLM]:
-        """All answers of a system, and its model. Answers that are already in a file are reused.
-
-        Raises:
-            ConfigError: a file holds the answers of another evaluation.
-            ModelFailure: a model raised or returned NaN.
-            ToolFailure: a tool raised, hung or returned no text, or a server did not respond. The current answer is
-                not stored.
-        """
+    def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[AnswerFile, CoLLM]:
+        """The answers of a system to all items, and its model. Answers that are already in the file are reused."""
         model, policy = system.load(), system.at_rate(rate)
-        params = self._params_for(model)
+        params = self._sampling(model, policy)
+        content = [[item.id, item.prompt, item.reference, item.shots] for item in self.items]
         identity = {
             "system": f"{system.name}: {policy}",
             "models": _digest(model),
             "task": self.task.name,
             "measure": self.task.measure,
-            "items": _fingerprint(self.items),
+            "items": hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest(),
             "chat": self.chat,
-            **asdict(params),
+            **asdict(params[0]),
             "seed": self.seed,
         }
-        drawing = {item.id: self._drawing(params, policy, place) for place, item in enumerate(self.items)}
         file = AnswerFile(answer_path(out, system.name), identity)
-        left = [item for item in self.items if item.id not in file.answers.items]
+        left = [pair for pair in zip(self.items, params, strict=True) if pair[0].id not in file.answers]
         for start in range(0, len(left), self.max_batch):
-            self._batch(left[start : start + self.max_batch], system, model, policy, drawing, file)
+            self._batch(left[start : start + self.max_batch], system, model, policy, file)
             if report is not None:
-                report(len(file.answers.items), len(self.items))
-        return file.answers, model
+                report(len(file.answers), len(self.items))
+        return file, model
 
     def prompt(self, item: TaskItem, model: CoLLM) -> Prompt:
         """The prompt of an item."""
@@ -105,49 +100,57 @@ class Generation:
         rows = [item.solution for item in self.items if item.solution is not None]
         return [_as_chat(row) if self.chat and row.messages is None else row for row in rows]
 
+    def _sampling(self, model: CoLLM, policy: Policy) -> list[SamplingParams]:
+        """The parameters of each item."""
+        stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
+        params = replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop, seed=None)
+        if not policy.draws and params.temperature == 0:
+            return [params] * len(self.items)
+        return [replace(params, seed=self.seed + place) for place in range(len(self.items))]
+
     def _batch(
         self,
-        batch: Sequence[TaskItem],
+        batch: Sequence[tuple[TaskItem, SamplingParams]],
         system: System,
         model: CoLLM,
         policy: Policy,
-        drawing: Mapping[str, SamplingParams],
         file: AnswerFile,
     ) -> None:
-        prompts = [self.prompt(item, model) for item in batch]
-        started, failures = time.perf_counter(), _failures(model)
+        items, params = zip(*batch, strict=True)
+        prompts = [self.prompt(item, model) for item in items]
+        failed = {runner.name: runner.usage.failed for runner in model.runners}
+        started = time.perf_counter()
 
         def keep(index: int, completion: Completion) -> None:
-            item, seconds = batch[index], time.perf_counter() - started
-            for name, before in failures.items():
-                if times := _failures(model)[name] - before:
+            item, seconds = items[index], time.perf_counter() - started
+            for runner in model.runners:
+                if times := runner.usage.failed - failed[runner.name]:
                     raise ToolFailure(
-                        f"{name} failed {times} times while answering {item.where} (see the log), so the answer is "
-                        "not scored; fix it and run the same command again"
+                        f"{runner.name} failed {times} times while answering {item.where} (see the log), so the "
+                        "answer is not scored; fix it and run the same command again"
                     )
-            answer = Answer.of(item.id, completion, self.task.score(item, completion.text), seconds)
-            file.add(replace(answer, authors=[author or system.writes_as for author in answer.authors]))
+            answer = Answer(
+                item.id,
+                completion.token_ids,
+                completion.token_texts,
+                [author or system.writes_as for author in completion.authors],
+                [round(prob, 6) for prob in completion.defer_probs],
+                completion.finish_reason,
+                dict(self.task.score(item, completion.text)),
+                round(seconds, 4),
+            )
+            file.add(answer)
 
-        params = [drawing[item.id] for item in batch]
         done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
-        file.close_batch([item.id for item in batch], done.usage, started)
-
-
-def _failures(model: CoLLM) -> dict[str, int]:
-    """How often each model failed and the base wrote instead."""
-    return {runner.name: runner.usage.failed for runner in model.runners}
+        seconds = round(time.perf_counter() - started, 4)
+        file.add_batch(BatchCost([item.id for item in items], dict(done.usage), seconds))
 
 
 def _as_chat(row: Row) -> Row:
     assert isinstance(row.prompt, str)
-    asked = Chat([{"role": "user", "content": row.prompt}])
-    chat = Chat([*asked, {"role": "assistant", "content": row.completion}])
-    return Row(asked, row.completion, chat, row.where)
-
-
-def _fingerprint(items: Sequence[TaskItem]) -> str:
-    content = [[item.id, item.prompt, item.reference, item.shots] for item in items]
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+    question = Chat([{"role": "user", "content": row.prompt}])
+    chat = Chat([*question, {"role": "assistant", "content": row.completion}])
+    return Row(question, row.completion, chat, row.where)
 
 
 def _digest(model: CoLLM) -> str:

@@ -13,7 +13,7 @@ from collm.evaluation.intervals import bootstrap_interval
 
 
 @dataclass(frozen=True)
-class Row:
+class SystemRow:
     """One system in the table.
 
     Attributes:
@@ -40,7 +40,7 @@ class Row:
     @classmethod
     def of(
         cls, name: str, scores: Sequence[float], completions: Sequence[Completion], seconds: float, note: str = ""
-    ) -> Row:
+    ) -> SystemRow:
         """The row of a system, from its completions, their scores in [0, 1] and the time to generate them."""
         interval = bootstrap_interval(scores)
         authors = [author for completion in completions for author in completion.authors]
@@ -74,8 +74,8 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One answer.
+class ShownAnswer:
+    """One answer, token by token.
 
     Attributes:
         score: in [0, 1]: 1 for a right answer, 0 for a wrong one. None if there is no score.
@@ -100,12 +100,12 @@ class Table:
     name: str
     heading: str
     note: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     """A share y at a place x, with its 95 % interval and its name."""
 
     name: str
@@ -125,7 +125,6 @@ class Chart:
     Attributes:
         name: its id in the page.
         note: a sentence or two under the heading.
-        x_label, y_label: labels of the axes.
         curve: points joined by a line, with their intervals as a band.
         marks: points with labels.
         lines: dotted lines by name, as corners (x, y).
@@ -138,8 +137,8 @@ class Chart:
     note: str
     x_label: str
     y_label: str
-    curve: Sequence[Point]
-    marks: Sequence[Point] = ()
+    curve: Sequence[ChartPoint]
+    marks: Sequence[ChartPoint] = ()
     lines: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     in_use: float | None = None
     unit: str = "%"
@@ -157,8 +156,8 @@ class Chart:
 
 
 def deferral_chart(
-    curve: Sequence[Point],
-    rows: Sequence[Row],
+    curve: Sequence[ChartPoint],
+    rows: Sequence[SystemRow],
     rate: float,
     lines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     measure: str = "Accuracy",
@@ -172,7 +171,7 @@ def deferral_chart(
         x_label="Deferral rate",
         y_label=measure,
         curve=curve,
-        marks=[Point(row.name, row.deferral_rate, row.accuracy, row.low, row.high) for row in rows],
+        marks=[ChartPoint(row.name, row.deferral_rate, row.accuracy, row.low, row.high) for row in rows],
         lines=lines or {},
         in_use=rate,
     )
@@ -194,11 +193,11 @@ class Report:
 
     title: str
     summary: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SystemRow] = field(default_factory=list)
     measure: str | None = "Accuracy"
     charts: list[Chart] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
-    astray: list[Example] = field(default_factory=list)
+    examples: list[ShownAnswer] = field(default_factory=list)
+    astray: list[ShownAnswer] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     authors: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)

@@ -10,11 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
-from collm.core.params import SamplingParams
 from collm.errors import DAMAGED, ConfigError
-from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, ValidationItem, calibrate, check_on
-from collm.evaluation.gold import deferred, gold_examples, gold_views
-from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
+from collm.evaluation.calibration import CalibrationOptions, calibrate, check_on
+from collm.evaluation.gold import TeacherForcedCurve, gold_examples, gold_views, teacher_forced
 from collm.models.members import AssistantSpec
 from collm.run.data import divided, split_rows
 from collm.run.options import RunConfig, functions_named
@@ -34,36 +32,17 @@ class Validation:
     Attributes:
         rows: prompts with their reference completions.
         source: the source of the rows, for the record.
-        metric, params, rates, budgets, refine, max_batch: as for `calibrate`.
+        options: how thresholds are found and measured.
     """
 
     rows: Sequence[Row]
     source: str
-    metric: str = "exact_match"
-    params: SamplingParams = field(default_factory=SamplingParams)
-    rates: Sequence[float] = DEFERRAL_RATES
-    budgets: Sequence[float] = ()
-    refine: int = REFINE
-    max_batch: int = 16
+    options: CalibrationOptions = field(default_factory=CalibrationOptions)
 
     @classmethod
     def of(cls, config: RunConfig, rows: Sequence[Row]) -> Validation:
         """The validation of a training run."""
-        return cls(
-            rows,
-            config.validation or f"held out of {config.data}",
-            config.metric,
-            SamplingParams(max_new_tokens=config.max_new_tokens, stop=config.stop),
-            config.rates,
-            config.budgets,
-            config.refine,
-            config.max_batch,
-        )
-
-    @property
-    def items(self) -> list[ValidationItem]:
-        """The rows as validation items."""
-        return [ValidationItem(row.prompt, row.completion) for row in self.rows]
+        return cls(rows, config.validation or f"held out of {config.data}", config.calibration_options())
 
     def split(self, share: float) -> tuple[Validation, Validation]:
         """Divide the rows at random into rows to choose thresholds on, and a share of rows to check the choice on.
@@ -89,31 +68,19 @@ class Validation:
         guesses = list[float]()
         if model.servers is None:
             curve = self.curve(model)
-            guesses = [curve.best(budget).threshold for budget in (1.0, *self.budgets)]
+            guesses = [curve.best(budget).threshold for budget in (1.0, *self.options.budgets)]
         with progress_bar("calibrating", enabled=not quiet) as progress:
-            return calibrate(
-                model,
-                self.items,
-                metric=self.metric,
-                params=self.params,
-                rates=self.rates,
-                budgets=self.budgets,
-                guesses=guesses,
-                refine=self.refine,
-                max_batch=self.max_batch,
-                settings={"data": self.source},
-                on_completion=progress,
-            )
+            settings = {"data": self.source}
+            return calibrate(model, self.rows, self.options, guesses=guesses, settings=settings, on_completion=progress)
 
     def check(self, model: CoLLM, *, quiet: bool = False) -> Calibration:
         """Check the chosen thresholds on these rows."""
         with progress_bar("checking", enabled=not quiet) as progress:
-            return check_on(model, self.items, params=self.params, max_batch=self.max_batch, on_completion=progress)
+            return check_on(model, self.rows, self.options, on_completion=progress)
 
     def curve(self, model: CoLLM) -> TeacherForcedCurve:
         """The teacher-forced curve on these rows."""
-        views = gold_views(model, gold_examples(model, self.rows))
-        return teacher_forced(views, deferred(views))
+        return teacher_forced(gold_views(model, gold_examples(model, self.rows)))
 
 
 @dataclass(frozen=True)
@@ -172,8 +139,7 @@ class PastRun:
             for number, (author, spec) in enumerate(config.authors.items())
             if author != "base"
         ]
-        views = gold_views(model, examples, scores)
-        return teacher_forced(views, deferred(views))
+        return teacher_forced(gold_views(model, examples, scores))
 
     def _scores(
         self,

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from collm.core.params import SamplingParams
 from collm.core.types import author_name
 from collm.errors import ConfigError
-from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, check_rates, check_refine
-from collm.evaluation.metrics import metric_named
+from collm.evaluation.calibration import DEFERRAL_RATES, REFINE, CalibrationOptions
 from collm.models.loading import ModelSpec, stop_ids
 from collm.models.members import AssistantSpec
 from collm.text.guards import check_accepted
@@ -159,9 +159,12 @@ class RunConfig(DataConfig):
         if self.assistant_quantization is not None and len(tools) == len(self.assistant):
             raise ConfigError("assistant_quantization has no effect if all assistants are tools; leave it out")
         check_accepted(self.accept_differences)
-        check_rates([*self.rates, *self.budgets])
-        check_refine(self.refine)
-        metric_named(self.metric)
+        self.calibration_options()  # raises
+
+    def calibration_options(self) -> CalibrationOptions:
+        """How thresholds are chosen."""
+        params = SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.stop)
+        return CalibrationOptions(self.metric, params, self.rates, self.budgets, self.refine, self.max_batch)
 
     @property
     def authors(self) -> dict[str, AssistantSpec]:

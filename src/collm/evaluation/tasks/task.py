@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.sampling import seeded
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval
-from collm.text.chats import Chat, Message
+from collm.text.chats import Chat
 from collm.text.template import Prompt, PromptTemplate
 from collm.training.data import Row, load_rows
 
@@ -80,9 +80,14 @@ class Task(ABC):
         """A system's answers in the format of an external judge; None for a task without one."""
         return None
 
-    @abstractmethod
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
-        """All items of a split, without few-shot examples."""
+        """All items of a split, without few-shot examples. By default the rows of training data, numbered."""
+        rows = self.rows(source, split)
+        return [TaskItem(str(n), row.prompt, self.reference(row), row.where, row) for n, row in enumerate(rows, 1)]
+
+    def reference(self, row: Row) -> Any:
+        """The reference answer of a row of training data."""
+        return row.completion
 
     def rows(self, source: str | Path, split: str | None) -> list[Row]:
         """Rows of training data of a split, for few-shot examples. The task must have a format."""
@@ -115,9 +120,8 @@ class Task(ABC):
             seed: seed of both samples; None takes the first rows.
 
         Raises:
-            DataError: a source without usable rows, an invalid row (with its file and line), or too few rows for the
-                few-shot examples.
-            ConfigError: limit or shots out of range, no source for few-shot examples, or no source.
+            DataError: no usable rows, an invalid row, or too few rows for the few-shot examples.
+            ConfigError: a number out of range, or no source.
         """
         source = source or self.source
         if source is None:
@@ -131,6 +135,8 @@ class Task(ABC):
             return items
         if self.format is None:
             raise ConfigError(f"task {self.name!r} has no few-shot examples; leave shots out")
+        if shots < 0:
+            raise ConfigError(f"shots is {shots}, expected at least 0")
         if shots_source is None and _default_split(source, "train") is None:
             raise ConfigError(f"{source} has no train split for few-shot examples; give a source for them")
         taken = self._shots(shots_source or source, shots, seed, items)
@@ -147,22 +153,18 @@ class Task(ABC):
         """Render the prompt of an item.
 
         Without few-shot examples it is the item's prompt. With them, the template wraps each question as in training,
-        followed by its answer and a blank line. The result is then token ids.
-
-        Args:
-            chat: render a chat with few-shot examples as earlier turns, for a collaboration trained on chats.
-
-        Raises:
-            RequestError: the prompt is empty.
+        followed by its answer and a blank line. The result is then token ids. For a collaboration trained on chats,
+        `chat` makes few-shot examples earlier turns.
         """
         if chat and isinstance(item.prompt, str):
-            return [message for shot in item.shots for message in _turns(*shot)] + _turns(item.prompt)
+            texts = [text for shot in item.shots for text in shot] + [item.prompt]
+            return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         if not item.shots:
             return item.prompt
-        shown = [template.text.replace("{prompt}", question) + answer + "\n\n" for question, answer in item.shots]
         assert isinstance(item.prompt, str), "few-shot examples need plain prompts"
-        asked = template.text.replace("{prompt}", item.prompt)
-        return PromptTemplate().encode_prompt(tokenizer, "".join(shown) + asked)
+        shown = [(question, answer + "\n\n") for question, answer in item.shots] + [(item.prompt, "")]
+        text = "".join(template.text.replace("{prompt}", question) + answer for question, answer in shown)
+        return PromptTemplate().encode_prompt(tokenizer, text)
 
     def stop_for(self, item: TaskItem, template: PromptTemplate, *, chat: bool = False) -> tuple[str, ...]:
         """Strings that end the answer to this item. After few-shot examples also the beginning of another one."""
@@ -171,14 +173,14 @@ class Task(ABC):
         return (*self.stop, "\n\n" + template.text.partition("{prompt}")[0].rstrip())
 
     def _shots(self, source: str | Path, count: int, seed: int | None, items: Sequence[TaskItem]) -> tuple[Shot, ...]:
-        if count < 0:
-            raise ConfigError(f"shots is {count}, expected at least 0")
         chat = next((item.where for item in items if not isinstance(item.prompt, str)), None)
         if chat is not None:
             raise ConfigError(f"few-shot examples need plain prompts, but {chat} is a chat; leave shots out")
-        asked = {item.prompt for item in items if isinstance(item.prompt, str)}
+        prompts = {str(item.prompt) for item in items}
         rows = self.rows(source, _default_split(source, "train"))
-        free = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str) and row.prompt not in asked]
+        free = [
+            (row.prompt, row.completion) for row in rows if isinstance(row.prompt, str) and row.prompt not in prompts
+        ]
         if len(free) < count:
             raise DataError(
                 f"{source} has {len(free)} plain rows that are no items, expected at least {count} few-shot examples"
@@ -201,8 +203,3 @@ def _draw(values: Sequence[_T], count: int, seed: int | None) -> list[_T]:
     if seed is None:
         return list(values[:count])
     return [values[place] for place in sorted(seeded(seed).sample(range(len(values)), count))]
-
-
-def _turns(question: str, answer: str | None = None) -> list[Message]:
-    turns: list[Message] = [{"role": "user", "content": question}]
-    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
