@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.atomic import atomic_file
-from collm.evaluation.page import write_report
-from collm.evaluation.report import Report, ShownAnswer, SystemRow, Token
+from collm.evaluation.report import Report, ShownAnswer, SystemRow, Token, write_report
 from recipes.smollm2.rules import DOUBT, LEARNED, ORACLE, RANDOM, SURER
 
 NAME, PAIR = "smollm2", "smollm2_pair"

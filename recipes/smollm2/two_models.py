@@ -28,8 +28,7 @@ from collm.artefact import library_versions
 from collm.atomic import atomic_directory
 from collm.core.policies import ThresholdPolicy
 from collm.demo.real import smollm2
-from collm.evaluation.compare import compare
-from collm.evaluation.generation import Evaluation
+from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.gold import gold_examples
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.gsm8k import Gsm8k

@@ -19,10 +19,9 @@ from collm.core.types import Completion
 from collm.errors import CollmError, ModelFailure
 from collm.evaluation.answers import read_answers
 from collm.evaluation.calibration import CalibrationOptions
-from collm.evaluation.compare import compare
-from collm.evaluation.generation import Evaluation
+from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.harness import HarnessLM
-from collm.evaluation.page import render_page
+from collm.evaluation.report import render_page
 from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named

@@ -21,13 +21,12 @@ from collm.core.calibration import Calibration, CalibrationPoint
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ArtefactError, ConfigError, DataError, LoadError, ModelFailure, ToolFailure, WriteError
 from collm.evaluation.answers import Answer, AnswerFile, answer_path, read_answers
-from collm.evaluation.compare import Comparison, compare
-from collm.evaluation.generation import Evaluation
+from collm.evaluation.compare import Comparison, Evaluation, compare
 from collm.evaluation.gold import gold_views, reliability
 from collm.evaluation.intervals import Interval
-from collm.evaluation.page import render_page
+from collm.evaluation.report import render_page
 from collm.evaluation.results import SystemResult, verdict
-from collm.evaluation.run_report import Prices, deferral_tables, oracle_line, report_of
+from collm.evaluation.run_report import deferral_tables, oracle_line, parse_prices, priced, report_of
 from collm.evaluation.systems import names_in, short_names, systems_named, thresholds_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
@@ -302,21 +301,21 @@ def test_the_line_of_an_oracle_by_hand() -> None:
 
 
 def test_prices_are_of_tokens_read_and_written() -> None:
-    prices = Prices.parse(["base=0.5", "assistant-2=2:8"])
+    prices = parse_prices(["base=0.5", "assistant-2=2:8"])
     used = {"tokens_read": 100.0, "tokens_written": 10.0, "forward_passes": 3.0}
     one = replace(result("collaboration", 0.5, None), models={"base": used, "assistant-2": used})
-    assert prices.of([one]) == {"collaboration": pytest.approx((100 * 0.5 + 100 * 2 + 10 * 8) / 1e6 * 1000)}
+    assert priced([one], prices) == {"collaboration": pytest.approx((100 * 0.5 + 100 * 2 + 10 * 8) / 1e6 * 1000)}
     one.models["assistant"] = used
     with pytest.raises(ConfigError, match="assistant, which has no price; add --price assistant="):
-        prices.of([one])
+        priced([one], prices)
     with pytest.raises(ConfigError, match=r"there is a price for sft, .* expected base, assistant, assistant-2"):
-        Prices.parse(["base=1", "assistant=1", "assistant-2=1", "sft=1"]).of([one])
+        priced([one], parse_prices(["base=1", "assistant=1", "assistant-2=1", "sft=1"]))
 
 
 @pytest.mark.parametrize("text", ["base", "base=", "=1", "base=1:2:3", "base=-1", "base=cheap", "base=nan"])
 def test_other_prices_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected NAME=READ or NAME=READ:WRITTEN"):
-        Prices.parse([text])
+        parse_prices([text])
 
 
 @torch.no_grad()
@@ -469,7 +468,7 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     shown = found.answers["collaboration"][0]
     assert all(len(of_author) == 5 for token in report.examples[0].tokens for of_author in token.candidates)
     assert len(report.examples[0].tokens) == len(shown.token_ids)
-    priced = report_of(tmp_path, Prices.parse(["base=1", "assistant=2", "assistant-2=3"]))
+    priced = report_of(tmp_path, parse_prices(["base=1", "assistant=2", "assistant-2=3"]))
     used = found.results[1].models["base"]["tokens_read"]
     assert next(mark.x for mark in priced.charts[1].marks if mark.name == "base") == pytest.approx(used / 1000)
     page = render_page(report)

@@ -33,8 +33,7 @@ from collm.core.objective import defer_probs, marginal_logprobs
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ConfigError, MissingExtra, ModelFailure, RequestError
 from collm.evaluation import harness
-from collm.evaluation.compare import compare
-from collm.evaluation.generation import Evaluation
+from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.harness import HarnessLM, model_arguments, sampling_params
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named

@@ -10,8 +10,17 @@ from html.parser import HTMLParser
 import pytest
 
 from collm.errors import DataError, MissingExtra, WriteError
-from collm.evaluation.page import render_page, write_report
-from collm.evaluation.report import Chart, ChartPoint, Report, ShownAnswer, SystemRow, Token, deferral_chart
+from collm.evaluation.report import (
+    Chart,
+    ChartPoint,
+    Report,
+    ShownAnswer,
+    SystemRow,
+    Token,
+    deferral_chart,
+    render_page,
+    write_report,
+)
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator
 
-from collm.evaluation.page import write_report
-from collm.evaluation.report import ChartPoint, Report, ShownAnswer, SystemRow, Table, Token, deferral_chart
+from collm.evaluation.report import (
+    ChartPoint,
+    Report,
+    ShownAnswer,
+    SystemRow,
+    Table,
+    Token,
+    deferral_chart,
+    write_report,
+)
 from tests.browser import EVERYWHERE, PHONE, WIDE, chromium, opened, sideways, violations
 
 pytestmark = pytest.mark.slow

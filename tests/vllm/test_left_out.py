@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, ToolSpec
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ConfigError, ToolFailure
-from collm.evaluation.compare import compare
-from collm.evaluation.generation import Evaluation
-from collm.evaluation.page import render_page
+from collm.evaluation.compare import Evaluation, compare
+from collm.evaluation.report import render_page
 from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named

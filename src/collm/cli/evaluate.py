@@ -93,8 +93,7 @@ def evaluate(
 ) -> None:
     """Compare the collaboration with other systems on a task: scores, intervals and costs."""
     from collm.core.policies import ThresholdPolicy
-    from collm.evaluation.compare import compare
-    from collm.evaluation.generation import Evaluation
+    from collm.evaluation.compare import Evaluation, compare
     from collm.evaluation.systems import systems_named
     from collm.evaluation.tasks.named import task_named
     from collm.training.scoring import progress_bar

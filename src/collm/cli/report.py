@@ -20,10 +20,10 @@ def report(
 ) -> None:
     """Write an HTML report: results of all systems, charts, the author of each token, and statistics of deferral."""
     from collm.cli.terminal import log_to_terminal
-    from collm.evaluation.page import write_report
-    from collm.evaluation.run_report import Prices, report_of
+    from collm.evaluation.report import write_report
+    from collm.evaluation.run_report import parse_prices, report_of
 
     log_to_terminal()
     path = out or run / "report.html"
-    write_report(path, report_of(run, Prices.parse(price) if price else None))
+    write_report(path, report_of(run, parse_prices(price) if price else None))
     typer.echo(str(path))

@@ -29,8 +29,7 @@ from collm.core.types import Completion
 from collm.demo.arithmetic import KINDS, UNSEEN, Sum, chats, sums
 from collm.errors import ConfigError, LoadError
 from collm.evaluation.metrics import last_number
-from collm.evaluation.page import write_report
-from collm.evaluation.report import Report, ShownAnswer, SystemRow, Token
+from collm.evaluation.report import Report, ShownAnswer, SystemRow, Token, write_report
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.config import CoLLMConfig
@@ -147,9 +146,14 @@ def _train(out: Path, base: Path, seed: int) -> Path:
         return directory
     write_rows(out / "train.jsonl", chats(TRAINED, seed))
     write_rows(out / "validation.jsonl", [one.chat for one in sums(KINDS, VALIDATED, seed + 2)])
-    data = {"data": str(out / "train.jsonl"), "validation": str(out / "validation.jsonl")}
-    choosing = {"metric": "last_number", "rates": [0.1, 0.3], "refine": 0, "max_new_tokens": PARAMS.max_new_tokens}
-    models = {"base": str(base), "assistant": ["tool:calculator"], "dtype": "float32", "device": "cpu"}
+    data: dict[str, Any] = {"data": str(out / "train.jsonl"), "validation": str(out / "validation.jsonl")}
+    choosing: dict[str, Any] = {
+        "metric": "last_number",
+        "rates": [0.1, 0.3],
+        "refine": 0,
+        "max_new_tokens": PARAMS.max_new_tokens,
+    }
+    models: dict[str, Any] = {"base": str(base), "assistant": ["tool:calculator"], "dtype": "float32", "device": "cpu"}
     args = CoLLMConfig(
         output_dir=str(out / "run"),
         method="lora",
@@ -163,7 +167,7 @@ def _train(out: Path, base: Path, seed: int) -> Path:
         use_cpu=True,
         seed=seed,
     )
-    train_collaboration(RunConfig(**models, **data, **choosing), args, quiet=True)
+    train_collaboration(RunConfig(**models, **data, **choosing, max_new_tokens=PARAMS.max_new_tokens), args, quiet=True)
     return directory
 
 

@@ -93,7 +93,8 @@ class AnswerFile:
     def _write(self, change: Callable[[BinaryIO], object]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", opener=_not_through_a_link) as stream:
+            opener = lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
+            with open(self.path, "ab", opener=opener) as stream:
                 change(stream)
         except OSError as error:
             raise write_error(self.path, error) from error
@@ -112,10 +113,6 @@ def read_answers(directory: Path, system: str) -> dict[str, Answer]:
     if not path.exists():
         raise ArtefactError(f"there is no {path}; run the same 'collm eval' again")
     return AnswerFile(path).answers
-
-
-def _not_through_a_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -72,10 +72,9 @@ def calibrate(
     """Measure deferral rate and metric at several thresholds. Sets and returns `model.calibration`.
 
     The base first writes every answer alone. The quantiles of its defer probs are the thresholds that would give
-    `rates` on its own text (arXiv 2403.03870). The threshold 1/2 is added. The search is then refined near the best
-    threshold, and near the best threshold within each budget: `refine` times it adds the median of the defer probs in
-    the widest adjacent step in deferral rate. The answers are generated at each threshold, so the recorded rates are
-    measured rates.
+    `rates` on its own text (arXiv 2403.03870). 1/2 is added. Near the best threshold, and near the best one within each
+    budget, `refine` times the median of the defer probs in the widest adjacent step in deferral rate is added. The
+    answers are generated at each threshold, so the recorded rates are measured rates.
 
     Args:
         rows: the validation set: prompts with their reference completions.

@@ -108,7 +108,7 @@ def reliability(views: TokenViews, num_bins: int = 10) -> list[dict[str, float]]
     probs, right = defer_probs(views.defer_logits)[one_right], theirs[one_right]
     places = (probs * num_bins).long().clamp(max=num_bins - 1)
     bins = []
-    for place in places.unique():
+    for place in sorted(set(places.tolist())):
         inside = right[places == place].double().tolist()
         share, mean = bootstrap_interval(inside), probs[places == place].mean().item()
         ends = {"assistant_right": share.mean, "low": share.low, "high": share.high}

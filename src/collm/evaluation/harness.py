@@ -38,14 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AUTO_GROUP = 256
-"""Number of texts scored together with batch size "auto". They are divided into batches by their tokens."""
-
-UNCHOSEN_DEVICE = "cuda:0"
-"""Default device of the harness's command line. It means the device of the artefact."""
-
-MAX_GEN_TOKS = 256
-"""Default maximum number of generated tokens, as for the harness's own models."""
+AUTO_GROUP = 256  # texts scored together with batch size "auto"; they are divided into batches by their tokens
+UNCHOSEN_DEVICE = "cuda:0"  # the default of the harness's command line, for which the artefact's device is taken
+MAX_GEN_TOKS = 256  # the default of the harness's own models
 
 _LOADING = {"pretrained": (str, int), "device": (str,), "dtype": (str,), "trust_code": (bool,)}
 _KINDS = _LOADING | {
@@ -67,11 +62,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     Likelihoods are those of the joint model, log sum_z P(z | x_<t) P_z(x_t | x_<t) per token in fp32. They do not
     depend on the threshold. A continuation is greedy if greedy decoding at the operating threshold writes it
-    (`gold.greedy_writes`). The artefact's prompt template is not used. With `--apply_chat_template`, its chat template
-    is used.
+    (`gold.greedy_writes`). The artefact's prompt template is not used, its chat template with `--apply_chat_template`.
 
     Args:
-        model: the collaboration.
         threshold, budget: as for `CoLLM.generate`. By default the calibrated threshold.
         policy: name of another policy for generation. Likelihoods are the same.
         batch_size: maximum number of texts read or decoded at once. "auto" divides texts to score by their tokens, and
@@ -79,9 +72,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         max_length: maximum number of tokens of a sequence, by default the shortest context of all models. Longer texts
             are truncated on the left.
         add_bos_token: whether the tokenizer adds special tokens. By default if the text does not begin with BOS.
-
-    Raises:
-        ConfigError: options that contradict each other or have no effect, or no threshold and no calibration.
     """
 
     def __init__(
@@ -98,11 +88,11 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if policy is not None and (threshold is not None or budget is not None):
             raise ConfigError("threshold and budget have no effect with another policy; leave them out")
-        self.model = model
-        self.tokenizer = model.tokenizer
-        self.batch_size = _batch_size(batch_size)
+        self.model, self.tokenizer, self.add_bos_token = model, model.tokenizer, add_bos_token
+        if batch_size != "auto" and (not str(batch_size).isdecimal() or int(batch_size) < 1):
+            raise ConfigError(f"batch size is {batch_size!r}, expected a positive number of texts, or auto")
+        self.batch_size = None if batch_size == "auto" else int(batch_size)
         self.max_length = _max_length(model, max_length)
-        self.add_bos_token = add_bos_token
         self.policy = policy_named(policy) if policy else ThresholdPolicy(model.threshold(threshold, budget))
 
     @classmethod
@@ -122,8 +112,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         """What the harness stores with its results."""
         return {"policy": str(self.policy), "versions": library_versions()}
 
-    # Tokens
-
     @property
     def eot_token_id(self) -> int:
         return cast(int, self.tokenizer.eos_token_id)
@@ -142,8 +130,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         begun = add_special_tokens is None and bos is not None and string.startswith(str(bos))
         return tokenize(self.tokenizer, string, special=special and not begun)
 
-    # Chats
-
     @property
     def tokenizer_name(self) -> str:
         """A name for tokenizer and chat template, for the harness's request cache."""
@@ -153,9 +139,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The collaboration's chat template, for the harness's results; None if chats are not rendered."""
         if isinstance(chat_template, str):
-            raise ConfigError(
-                f"chat template {chat_template!r} does not exist; a collaboration has one template without a name"
-            )
+            why = "a collaboration has one template without a name"
+            raise ConfigError(f"chat template {chat_template!r} does not exist; {why}")
         return self.model.template.chat if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -168,8 +153,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 "add add_bos_token=false to --model_args"
             )
         return text if add_generation_prompt else text + chat_history[-1]["content"]
-
-    # Likelihoods
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         threshold = self.policy.threshold if isinstance(self.policy, ThresholdPolicy) else self.model.threshold()
@@ -220,8 +203,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         text = str(self.tokenizer.decode(continuation, clean_up_tokenization_spaces=False))
         return aligned_example(alignment, prompts, text, end=False)
 
-    # Generation
-
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each prompt. With sampling, request i has the harness's torch seed + i."""
         prompts, params, seed = [], [], torch.initial_seed()
@@ -262,12 +243,7 @@ def _log_likelihood(views: TokenViews) -> float:
 
 
 def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of `CoLLM.from_pretrained` and those of `HarnessLM`, checked.
-
-    Args:
-        given: `--model_args`.
-        options: model options of the harness; None if not given. `UNCHOSEN_DEVICE` counts as not given.
-    """
+    """The arguments of `CoLLM.from_pretrained` and of `HarnessLM`, from `--model_args` and options of the harness."""
     unchosen = {"device": UNCHOSEN_DEVICE}
     chosen = {name: value for name, value in options.items() if value is not None and value != unchosen.get(name)}
     twice = sorted(given.keys() & chosen.keys())
@@ -286,15 +262,6 @@ def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     path = str(merged.pop("pretrained"))
     loading = {name: merged.pop(name) for name in _LOADING if name in merged}
     return {"path": path, **loading}, merged
-
-
-def _batch_size(value: int | str) -> int | None:
-    """Number of texts at once; None for "auto"."""
-    if value == "auto":
-        return None
-    if not str(value).isdecimal() or int(value) < 1:
-        raise ConfigError(f"batch size is {value!r}, expected a positive number of texts, or auto")
-    return int(value)
 
 
 def _max_length(model: CoLLM, wanted: int | None) -> int:

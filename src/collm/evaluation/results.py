@@ -71,13 +71,7 @@ def result_of(
     answers: Mapping[str, Sequence[Answer]],
     file: AnswerFile,
 ) -> SystemResult:
-    """The result of a system.
-
-    Args:
-        model: the collaboration that the system decoded with.
-        answers: the answers of each system to these items, including this system and the collaboration.
-        file: this system's answers with their costs.
-    """
+    """The result of a system, from the answers of all systems so far to these items, and its own with their costs."""
     mine = answers[system.name]
     measured = {id_ for batch in file.batches for id_ in batch.ids}
     written = sum(len(answer.authors) for answer in mine if answer.id in measured)
@@ -128,7 +122,11 @@ def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> 
     own = by_name[COLLABORATION]
     if measure is None:
         return f"Task {task} gives no score by itself; outputs/ holds the answers of every system for its judge."
-    parts = [_own_words(own, measure)]
+    score = own.measures[measure]
+    parts = [
+        f"The collaboration reaches {measure} {score.mean:.1%} ({score.low:.1%} to {score.high:.1%}) on "
+        f"{own.num_items} items with {own.deferral_rate:.1%} of the tokens written by assistants."
+    ]
     if "base" in by_name:
         parts.append(_against_base(by_name["base"]))
     assistants = [result for result in results if result.name.startswith("assistant")]
@@ -136,14 +134,6 @@ def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> 
     short, seen = short_names(list(by_name)), {COLLABORATION, "base", *(result.name for result in assistants)}
     others = {short[name]: result for name, result in by_name.items() if name not in seen and not result.is_threshold}
     return " ".join([*parts, *_against_others(others)])
-
-
-def _own_words(own: SystemResult, measure: str) -> str:
-    score = own.measures[measure]
-    return (
-        f"The collaboration reaches {measure} {score.mean:.1%} ({score.low:.1%} to {score.high:.1%}) on "
-        f"{own.num_items} items with {own.deferral_rate:.1%} of the tokens written by assistants."
-    )
 
 
 def _against_base(base: SystemResult) -> str:
@@ -162,16 +152,15 @@ def _against_assistant(own: SystemResult, other: SystemResult) -> str:
     assert other.difference is not None
     cost = own.flops / other.flops if other.flops else float("nan")
     speed = own.tokens_per_s / other.tokens_per_s if other.tokens_per_s else float("nan")
+    choice = f": of the two the {other.name} alone is the better choice"
     costs = f"{cost:.2f} times its FLOPs, {speed:.2f} times its tokens per second"
     if other.difference.low > 0:
         worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
-        return f"{worse}." if cost < 1 else f"{worse}: of the two the {other.name} alone is the better choice."
+        return f"{worse}{'' if cost < 1 else choice}."
     known = "is better than" if other.difference.high < 0 else "cannot be told from"
-    difference = f"(difference {_points(other.difference, -1)})"
-    compared = f"The collaboration {known} the {other.name} alone {difference} and takes {costs}"
-    if other.difference.high >= 0 and cost >= 1:
-        return f"{compared}: of the two the {other.name} alone is the better choice."
-    return f"{compared}."
+    points = _points(other.difference, -1)
+    compared = f"The collaboration {known} the {other.name} alone (difference {points}) and takes {costs}"
+    return f"{compared}{choice if other.difference.high >= 0 and cost >= 1 else ''}."
 
 
 def _against_others(others: Mapping[str, SystemResult]) -> list[str]:

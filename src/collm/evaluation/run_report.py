@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,66 +32,49 @@ from collm.evaluation.tasks.task import TaskItem
 
 Corners = Sequence[tuple[float, float]]
 
-NUM_CORNERS = 32
-"""Maximum number of corners of the oracle's line."""
+NUM_CORNERS = 32  # of the oracle's line, at most
 
 
-@dataclass(frozen=True)
-class Prices:
-    """Prices of a million tokens that a model reads (including its own) and writes, by model name."""
+Prices = Mapping[str, tuple[float, float]]
+"""For each model the prices of a million tokens that it reads (including its own) and that it writes."""
 
-    read: Mapping[str, float]
-    written: Mapping[str, float]
 
-    @classmethod
-    def parse(cls, texts: Sequence[str]) -> Prices:
-        """Parse NAME=READ or NAME=READ:WRITTEN, where NAME is base, assistant, assistant-2, ..
-
-        Raises:
-            ConfigError: an invalid form, or a negative price.
-        """
-        read, written = {}, {}
-        for text in texts:
-            name, _, numbers = text.rpartition("=")
-            try:
-                prices = [float(number) for number in numbers.split(":")]
-            except ValueError:
-                prices = []
-            if not name or not 1 <= len(prices) <= 2 or not all(0 <= price < float("inf") for price in prices):
-                raise ConfigError(
-                    f"price is {text!r}, expected NAME=READ or NAME=READ:WRITTEN per million tokens, like base=0.1:0.4"
-                )
-            read[name], written[name] = prices[0], prices[1] if len(prices) == 2 else 0.0
-        return cls(read, written)
-
-    def of(self, results: Sequence[SystemResult]) -> dict[str, float]:
-        """The price of 1,000 items with each system.
-
-        Raises:
-            ConfigError: a model that is used has no price, or no system uses a model that has one.
-        """
-        used = sorted({name for result in results for name in result.models}, key=lambda name: (name != "base", name))
-        if unused := [name for name in self.read if name not in used]:
+def parse_prices(texts: Sequence[str]) -> Prices:
+    """Parse NAME=READ or NAME=READ:WRITTEN, where NAME is base, assistant, assistant-2, .."""
+    prices = {}
+    for text in texts:
+        name, _, numbers = text.rpartition("=")
+        try:
+            read, written = map(float, numbers.split(":") if ":" in numbers else (numbers, 0.0))
+        except ValueError:
+            name = ""
+        if not name or not all(0 <= price < float("inf") for price in (read, written)):
             raise ConfigError(
-                f"there is a price for {', '.join(unused)}, which no system uses; expected {', '.join(used)}"
+                f"price is {text!r}, expected NAME=READ or NAME=READ:WRITTEN per million tokens, like base=0.1:0.4"
             )
-        totals = dict.fromkeys((result.name for result in results), 0.0)
-        for result in results:
-            for name, did in result.models.items():
-                if did["forward_passes"] == 0:  # a program
-                    continue
-                if name not in self.read:
-                    raise ConfigError(f"{result.name} uses {name}, which has no price; add --price {name}=..")
-                price = self.read[name] * did["tokens_read"] + self.written[name] * did["tokens_written"]
-                totals[result.name] += price / 1000
-        return totals
+        prices[name] = read, written
+    return prices
+
+
+def priced(results: Sequence[SystemResult], prices: Prices) -> dict[str, float]:
+    """The price of 1,000 items with each system. All models of the systems need prices, and no others."""
+    used = sorted({name for result in results for name in result.models}, key=lambda name: (name != "base", name))
+    if unused := [name for name in prices if name not in used]:
+        raise ConfigError(f"there is a price for {', '.join(unused)}, which no system uses; expected {', '.join(used)}")
+    totals = dict.fromkeys((result.name for result in results), 0.0)
+    for result in results:
+        for name, did in result.models.items():
+            if did["forward_passes"] == 0:  # a program
+                continue
+            if name not in prices:
+                raise ConfigError(f"{result.name} uses {name}, which has no price; add --price {name}=..")
+            read, written = prices[name]
+            totals[result.name] += (read * did["tokens_read"] + written * did["tokens_written"]) / 1000
+    return totals
 
 
 def report_of(directory: Path, prices: Prices | None = None) -> Report:
-    """The report of the `collm eval` output in a directory.
-
-    Args:
-        prices: token prices for the chart of costs; None for FLOPs.
+    """The report of the `collm eval` output in a directory. Without prices, the chart of costs has FLOPs.
 
     Raises:
         ArtefactError: the directory has no finished evaluation, a damaged one, or a link that leads out.
@@ -149,14 +131,14 @@ def _text(value: Any) -> str:
 
 def _measures(found: Comparison) -> Table:
     """All measures of the task, if it has others than the main one."""
+
+    def cell(interval: Interval) -> str:
+        return f"{100 * interval.mean:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
     names = list(found.results[0].measures)
     shown = [] if names == [found.measure] else names
-    body = [(name, *(_percent(one.measures[name]) for one in found.shown)) for name in shown]
+    body = [(name, *(cell(one.measures[name]) for one in found.shown)) for name in shown]
     return Table("measures", "All measures", "Mean and 95% interval.", ("", *(one.name for one in found.shown)), body)
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.mean:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
 def deferral_tables(own: Sequence[Answer]) -> list[Table]:
@@ -216,18 +198,11 @@ def _settings(found: Comparison) -> dict[str, str]:
 
 
 def run_charts(found: Comparison, rows: Sequence[SystemRow], prices: Prices | None) -> list[Chart]:
-    """Charts of score against deferral rate, score against cost, and the reliability of the defer prob.
-
-    Charts without data are left out.
-
-    Args:
-        rows: the rows of the report's table.
-        prices: prices for the cost axis; None for FLOPs.
-    """
-    measure, reliability = found.measure, _reliability(found.tokens)
-    return (
-        reliability if measure is None else [_rates(found, rows, measure), _costs(found, measure, prices), *reliability]
-    )
+    """Charts of score against deferral rate, score against cost, and the reliability of the defer prob."""
+    charts = _reliability(found.tokens)
+    if found.measure is None:
+        return charts
+    return [_rates(found, rows, found.measure), _costs(found, found.measure, prices), *charts]
 
 
 def titled(measure: str) -> str:
@@ -255,7 +230,7 @@ def _rates(found: Comparison, rows: Sequence[SystemRow], measure: str) -> Chart:
 def _costs(found: Comparison, measure: str, prices: Prices | None) -> Chart:
     """Score against the cost of an item."""
     results = found.results
-    costs = {result.name: result.flops / 1e9 for result in results} if prices is None else prices.of(results)
+    costs = {result.name: result.flops / 1e9 for result in results} if prices is None else priced(results, prices)
     points = {result.name: _point(result, measure, costs[result.name], result.name) for result in results}
     return Chart(
         name="cost",
@@ -299,9 +274,6 @@ def oracle_line(answers: Mapping[str, Sequence[Answer]], measure: str) -> Corner
 
     It takes answers with the highest gain per assistant token first. Empty if there is nothing to gain, if the base or
     all assistants were not compared, or if items have no scores. Collaboration per token can exceed this line.
-
-    Args:
-        answers: the answers of each system, in the order of the items.
     """
     base = answers.get("base", [])
     others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]

@@ -37,7 +37,6 @@ class System:
     """A way to answer prompts.
 
     Attributes:
-        name: its name in tables and files.
         load: loads the models, unless they are those of the collaboration.
         policy: chooses the authors; None for a random policy whose rate is not known yet.
         writes_as: for an assistant alone, its author number in the collaboration.
@@ -80,12 +79,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy) -> list[System]:
-    """The collaboration at its operating point, then the named systems without duplicates.
-
-    Raises:
-        ConfigError: an unknown name, or one that does not fit the collaboration.
-        LoadError, MismatchError: a path has no model, or its tokenizer differs.
-    """
+    """The collaboration at its operating point, then the named systems without duplicates."""
     wanted = dict.fromkeys(name for name in names if name != COLLABORATION)
     return [System(COLLABORATION, lambda: model, operating), *(_system(model, name) for name in wanted)]
 
@@ -147,9 +141,8 @@ def _proxy(model: CoLLM, name: str, path: str) -> System:
 
     def load() -> CoLLM:
         members: list[nn.Module | ModelSpec] = [_module(model, 1), ModelSpec(path)]
-        options = {"template": model.template, "accept_differences": model.accept_differences}
-        head = DeferralHead(model.head.hidden_size, 2)
-        return CoLLM(_module(model, BASE), members, head, model.tokenizer, **options)
+        parts = _module(model, BASE), members, DeferralHead(model.head.hidden_size, 2), model.tokenizer
+        return CoLLM(*parts, template=model.template, accept_differences=model.accept_differences)
 
     rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
     return System(name, load, rule, called={author_name(2): "untuned"})

@@ -17,8 +17,7 @@ from collm.text.chats import Chat
 from collm.text.template import Prompt, PromptTemplate
 from collm.training.data import Row, load_rows
 
-Shot = tuple[str, str]
-"""A few-shot example: a question and its answer."""
+Shot = tuple[str, str]  # a question and its answer
 
 _T = TypeVar("_T")
 
@@ -53,8 +52,7 @@ class Task(ABC):
 
     Attributes:
         name: its name for `task_named`.
-        max_new_tokens: maximum number of tokens of an answer.
-        stop: strings that end an answer.
+        max_new_tokens, stop: maximum number of tokens of an answer, and strings that end it.
         source: the published data set on the Hub; None if there is no default.
         split: the default split, unless the source is a file or a table without splits.
         format: format of the training data for few-shot examples; None if the task has none.
@@ -129,8 +127,7 @@ class Task(ABC):
         if limit is not None and limit < 1:
             raise ConfigError(f"limit is {limit}, expected at least 1 item, or no limit")
         items = self.read(source, split or _default_split(source, self.split))
-        if limit is not None:
-            items = _draw(items, min(limit, len(items)), seed)
+        items = items if limit is None else _draw(items, min(limit, len(items)), seed)
         if shots == 0:
             return items
         if self.format is None:
