@@ -451,7 +451,10 @@ def test_insights_count_by_hand() -> None:
 def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     found = run(model, task, items, tmp_path, "base,assistant,threshold=0.9,threshold=0.1")
     report = report_of(tmp_path)
-    assert report.summary == verdict(found.task, found.measure, found.results)
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in read["rows"][:3]] == ["collaboration", "base", "assistant"]
+    assert report.summary == read["verdict"] == found.verdict
+    assert read["rows"][1]["measures"]["exact_match"]["mean"] == 0.5
     assert [row.name for row in report.rows] == ["collaboration", "base", "assistant"]
     curve, cost, trusted = report.charts
     assert (curve.y_label, curve.heading) == ("Exact_match", "Exact_match against deferral rate")
@@ -475,25 +478,12 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     measures, costs, *_ = report.tables
     assert measures.rows == []  # exact_match alone, which stands above
     assert [name for name, *_ in costs.rows][:2] == ["collaboration: base", "collaboration: assistant"]
-    for text in (
-        "What kind of token assistants write",
-        "How many tokens in a row",
-        "Where an assistant led",
-        "assistant-2",
-    ):
+    for text in ("What kind of token assistants write", "How many tokens in a row", "Where an assistant led"):
         assert text in page
+    assert "assistant-2" in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "").replace(
         "https://www.w3.org", ""
     )
     (tmp_path / "results.json").unlink()
     with pytest.raises(ArtefactError, match="no finished evaluation"):
         report_of(tmp_path)
-
-
-@pytest.mark.slow
-def test_results_are_json(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
-    found = run(model, task, items, tmp_path, "base")
-    read = json.loads((tmp_path / "results.json").read_text())
-    assert [row["name"] for row in read["rows"]] == ["collaboration", "base"]
-    assert read["verdict"] == verdict(found.task, found.measure, found.results)
-    assert read["rows"][1]["measures"]["exact_match"]["mean"] == 0.5

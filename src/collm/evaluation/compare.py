@@ -68,10 +68,7 @@ class Evaluation:
             seen[item.id] = item.where
 
     def check(self, system: System) -> None:
-        """Check that the collaboration can decode as a system does, before anything is answered.
-
-        A system of other models is left out, because it loads them.
-        """
+        """Check that the collaboration can decode as a system does. Systems that load other models are left out."""
         if system.called:
             return
         model, policy = system.load(), system.at_rate(rate=0.5)
@@ -103,7 +100,6 @@ class Evaluation:
         return file, model
 
     def prompt(self, item: TaskItem, model: CoLLM) -> Prompt:
-        """The prompt of an item."""
         return self.task.render(item, model.template, model.tokenizer, chat=self.chat)
 
     def solutions(self) -> list[Row]:
@@ -140,17 +136,11 @@ class Evaluation:
                         f"{runner.name} failed {times} times while answering {item.where} (see the log), so the "
                         "answer is not scored; fix it and run the same command again"
                     )
-            answer = Answer(
-                item.id,
-                completion.token_ids,
-                completion.token_texts,
-                [author or system.writes_as for author in completion.authors],
-                [round(prob, 6) for prob in completion.defer_probs],
-                completion.finish_reason,
-                dict(self.task.score(item, completion.text)),
-                round(seconds, 4),
-            )
-            file.add(answer)
+            authors = [author or system.writes_as for author in completion.authors]
+            probs = [round(prob, 6) for prob in completion.defer_probs]
+            tokens = completion.token_ids, completion.token_texts, authors, probs
+            scores = dict(self.task.score(item, completion.text))
+            file.add(Answer(item.id, *tokens, completion.finish_reason, scores, round(seconds, 4)))
 
         done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
         seconds = round(time.perf_counter() - started, 4)
@@ -191,7 +181,6 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The comparison in words."""
         return verdict(self.task, self.measure, self.results)
 
     @classmethod

@@ -42,7 +42,7 @@ def exact_match(prediction: str, reference: str) -> float:
 def contains(prediction: str, reference: str) -> float:
     """1 if the prediction contains the reference as whole words ("Nigeria" does not contain "Niger").
 
-    White space as in `exact_match`. Only an empty prediction contains an empty reference.
+    Only an empty prediction contains an empty reference. White space as in `exact_match`.
     """
     wanted = _normalised(reference)
     if not wanted:

@@ -12,6 +12,7 @@ from typing import Any
 
 from collm.core.calibration import threshold_text
 from collm.core.types import BASE
+from collm.engine.candidates import Candidates
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.evaluation.answers import Answer
 from collm.evaluation.compare import Comparison
@@ -45,7 +46,7 @@ def parse_prices(texts: Sequence[str]) -> Prices:
     for text in texts:
         name, _, numbers = text.rpartition("=")
         try:
-            read, written = map(float, numbers.split(":") if ":" in numbers else (numbers, 0.0))
+            read, written = (float(one) for one in (numbers.split(":") if ":" in numbers else (numbers, "0")))
         except ValueError:
             name = ""
         if not name or not all(0 <= price < float("inf") for price in (read, written)):
@@ -113,11 +114,12 @@ def _row(result: SystemResult, measure: str | None) -> SystemRow:
     if result.difference is not None:
         mean, low, high = (100 * end for end in vars(result.difference).values())
         note = f"{mean:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"
-    return SystemRow(result.name, *vars(score).values(), result.deferral_rate, result.tokens_per_s, note)
+    ends = score.mean, score.low, score.high
+    return SystemRow(result.name, *ends, result.deferral_rate, result.tokens_per_s, note)
 
 
 def _shown(found: Comparison, item: TaskItem, answer: Answer) -> ShownAnswer:
-    candidates = found.candidates.get(answer.id) or [()] * len(answer.authors)
+    candidates: Sequence[Sequence[Candidates]] = found.candidates.get(answer.id) or [()] * len(answer.authors)
     tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, candidates, strict=True)
     score = answer.scores.get(found.measure or "")
     return ShownAnswer(_text(item.prompt), _text(item.reference), [Token(*token) for token in tokens], score)

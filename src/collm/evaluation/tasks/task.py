@@ -170,14 +170,11 @@ class Task(ABC):
         return (*self.stop, "\n\n" + template.text.partition("{prompt}")[0].rstrip())
 
     def _shots(self, source: str | Path, count: int, seed: int | None, items: Sequence[TaskItem]) -> tuple[Shot, ...]:
-        chat = next((item.where for item in items if not isinstance(item.prompt, str)), None)
-        if chat is not None:
-            raise ConfigError(f"few-shot examples need plain prompts, but {chat} is a chat; leave shots out")
-        prompts = {str(item.prompt) for item in items}
-        rows = self.rows(source, _default_split(source, "train"))
-        free = [
-            (row.prompt, row.completion) for row in rows if isinstance(row.prompt, str) and row.prompt not in prompts
-        ]
+        if chats := [item.where for item in items if not isinstance(item.prompt, str)]:
+            raise ConfigError(f"few-shot examples need plain prompts, but {chats[0]} is a chat; leave shots out")
+        prompts, rows = {str(item.prompt) for item in items}, self.rows(source, _default_split(source, "train"))
+        pairs = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str)]
+        free = [pair for pair in pairs if pair[0] not in prompts]
         if len(free) < count:
             raise DataError(
                 f"{source} has {len(free)} plain rows that are no items, expected at least {count} few-shot examples"
