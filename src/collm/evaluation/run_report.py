@@ -148,9 +148,8 @@ def deferral_tables(own: Sequence[Answer]) -> list[Table]:
     classes, tokens = _counted(own, _token_class), _counted(own, str)
     counted = f"Of all {sum(total for _, _, total in tokens):,} tokens of the collaboration's answers."
     most_deferred = [one for one in tokens if one[1] > 0][:20]
-    lengths = Counter(
-        len(list(run)) for answer in own for author, run in groupby(answer.authors, lambda a: a != BASE) if author
-    )
+    grouped = (group for answer in own for group in groupby(answer.authors, lambda author: author != BASE))
+    lengths = Counter(len(list(run)) for deferred, run in grouped if deferred)
     runs = [(str(length), f"{count:,}") for length, count in sorted(lengths.items())]
     deferring = ("", "by assistants", "in all", "share")
     return [
@@ -176,13 +175,11 @@ def _token_class(text: str) -> str:
 
 def _counted(answers: Sequence[Answer], name_of: Callable[[str], str]) -> list[tuple[str, int, int]]:
     """How often assistants wrote a token of each name, and how often any author did. The most often deferred first."""
-    written = [
-        (name_of(text), author)
-        for answer in answers
-        for text, author in zip(answer.token_texts, answer.authors, strict=True)
-    ]
-    total = Counter(name for name, _ in written)
-    deferred = Counter(name for name, author in written if author != BASE)
+    total, deferred = Counter[str](), Counter[str]()
+    for answer in answers:
+        names = [name_of(text) for text in answer.token_texts]
+        total.update(names)
+        deferred.update(name for name, author in zip(names, answer.authors, strict=True) if author != BASE)
     return sorted(((name, deferred[name], total[name]) for name in total), key=lambda one: (-one[1], one[0]))
 
 
@@ -222,10 +219,8 @@ def _rates(found: Comparison, rows: Sequence[SystemRow], measure: str) -> Chart:
     if thresholds:  # models alone equal the collaboration at the highest or lowest threshold
         ends = {"base": 1.0} | ({"assistant": -1.0} if len(found.authors) == 2 else {})
         thresholds |= {name: threshold for name, threshold in ends.items() if name in by_name}
-    curve = [
-        _point(by_name[name], measure, by_name[name].deferral_rate, f"threshold {threshold_text(threshold)}")
-        for name, threshold in thresholds.items()
-    ]
+    named = [(by_name[name], f"threshold {threshold_text(threshold)}") for name, threshold in thresholds.items()]
+    curve = [_point(result, measure, result.deferral_rate, name) for result, name in named]
     return deferral_chart(curve, rows, by_name[COLLABORATION].deferral_rate, lines, titled(measure))
 
 
@@ -307,10 +302,10 @@ def _reliability(tokens: Mapping[str, Any] | None) -> list[Chart]:
         for one in tokens["reliability"]
     ]
     auc = tokens["measures"]["head_auc"]
-    of_auc = "No token that only the assistant has right, so there is no AUC."
+    right = "token that only the assistant has right"
+    of_auc = f"No {right}, so there is no AUC."
     if auc is not None:
-        of_auc = f"AUC {auc:.3f}: how often a token that only the assistant has right has a higher defer prob than"
-        of_auc += " another token."
+        of_auc = f"AUC {auc:.3f}: how often a {right} has a higher defer prob than another token."
     chart = Chart(
         name="reliability",
         heading="Can the defer prob be trusted?",

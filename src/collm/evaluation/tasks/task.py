@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,8 +142,11 @@ class Task(ABC):
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, Interval]:
         """The mean of each measure over the items with that measure."""
-        measures = dict.fromkeys(measure for _, _, scores in scored for measure in scores)
-        return {measure: bootstrap_interval(scores_of(scored, measure)) for measure in measures}
+        by_measure = defaultdict[str, list[float]](list)
+        for _, _, scores in scored:
+            for measure, score in scores.items():
+                by_measure[measure].append(score)
+        return {measure: bootstrap_interval(scores) for measure, scores in by_measure.items()}
 
     def render(
         self, item: TaskItem, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
@@ -180,11 +184,6 @@ class Task(ABC):
                 f"{source} has {len(free)} plain rows that are no items, expected at least {count} few-shot examples"
             )
         return tuple(_draw(free, count, seed))
-
-
-def scores_of(scored: Sequence[Scored], measure: str) -> list[float]:
-    """The scores of the items with this measure."""
-    return [scores[measure] for _, _, scores in scored if measure in scores]
 
 
 def _default_split(source: str | Path, split: str) -> str | None:
