@@ -143,8 +143,8 @@ def _train(out: Path, base: Path, seed: int) -> Path:
     choosing: dict[str, Any] = {"metric": "last_number", "rates": [0.1, 0.3], "refine": 0}
     config = RunConfig(**models, **data, **choosing, max_new_tokens=PARAMS.max_new_tokens)
     training: dict[str, Any] = {"method": "lora", "max_length": 256, "num_train_epochs": 1, "learning_rate": 1e-3}
-    batches = {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length", "use_cpu": True}
-    quiet = {"save_strategy": "no", "logging_strategy": "no"}
+    batches: dict[str, Any] = {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"}
+    quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "use_cpu": True}
     args = CoLLMConfig(output_dir=str(out / "run"), seed=seed, **training, **batches, **quiet)
     train_collaboration(config, args, quiet=True)
     return directory
