@@ -8,8 +8,7 @@ import time
 
 import torch
 
-from collm.evaluation.gold import Deferred
-from collm.evaluation.teacher_forced import teacher_forced
+from collm.evaluation.gold import teacher_forced
 from collm.training.measures import TokenViews
 
 
@@ -19,10 +18,10 @@ def main() -> None:
     count = parser.parse_args().tokens
     torch.set_num_threads(1)
     correct, logprobs = torch.rand(3, count) < 0.5, -torch.rand(2, count)
-    views = TokenViews(logprobs[0], correct[0], logprobs[1:].T, correct[1:2].T, torch.randn(count, 1))
-    beyond = Deferred(correct[2], correct[1], logprobs[1])
+    logits = torch.randn(count, 1)
+    views = TokenViews(logprobs[0], correct[0], logprobs[1:].T, correct[1:2].T, logits, correct[2:].T)
     started = time.perf_counter()
-    curve = teacher_forced(views, beyond)
+    curve = teacher_forced(views)
     curve.best(0.3)
     seconds = time.perf_counter() - started
     print(json.dumps({"tokens": count, "thresholds": len(curve), "seconds": seconds}, indent=1))

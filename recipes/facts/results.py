@@ -8,7 +8,7 @@ from typing import Any
 from collm.artefact import library_versions
 from collm.core.calibration import CalibrationPoint, threshold_text
 from collm.core.types import Completion
-from collm.evaluation.report import Example, Point, Report, Row, Token, deferral_chart
+from collm.evaluation.report import ChartPoint, Report, ShownAnswer, SystemRow, Token, deferral_chart
 from recipes.facts.systems import FULL, Measured
 from recipes.facts.world import DemoWorld
 
@@ -30,17 +30,17 @@ class SeedResult:
         return next(measured for measured in self.measured if measured.name == name)
 
 
-def to_rows(results: list[SeedResult]) -> list[Row]:
+def to_rows(results: list[SeedResult]) -> list[SystemRow]:
     """The rows of the table: each system on the questions of all seeds."""
     return [_row(measured.name, results) for measured in results[0].measured]
 
 
-def _row(name: str, results: list[SeedResult]) -> Row:
+def _row(name: str, results: list[SeedResult]) -> SystemRow:
     """The row of a system on the questions of all seeds."""
     measured = [m for result in results for m in result.measured if m.name == name]
     scores = [score for m in measured for score in m.scores]
     completions = [completion for m in measured for completion in m.completions]
-    return Row.of(name, scores, completions, sum(m.seconds for m in measured))
+    return SystemRow.of(name, scores, completions, sum(m.seconds for m in measured))
 
 
 def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
@@ -61,12 +61,13 @@ def calls_by_domain(results: list[SeedResult]) -> dict[str, dict[str, float]]:
     return shares
 
 
-def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds: float) -> Report:
+def to_report(results: list[SeedResult], rows: list[SystemRow], command: str, seconds: float) -> Report:
     """The report, with the curve and the examples of the first seed."""
     first = results[0]
     names = [domain.name for domain in first.world.domains]
     curve = [
-        Point(f"threshold {threshold_text(p.threshold)}", p.deferral_rate, p.metric, p.low, p.high) for p in first.curve
+        ChartPoint(f"threshold {threshold_text(p.threshold)}", p.deferral_rate, p.metric, p.low, p.high)
+        for p in first.curve
     ]
     rate = next(row for row in rows if row.name == FULL).deferral_rate
     return Report(
@@ -80,11 +81,11 @@ def to_report(results: list[SeedResult], rows: list[Row], command: str, seconds:
     )
 
 
-def _examples(result: SeedResult) -> list[Example]:
+def _examples(result: SeedResult) -> list[ShownAnswer]:
     full = result.system(FULL)
     questions = zip(result.world.test[:NUM_EXAMPLES], full.completions, full.scores, strict=False)
     return [
-        Example(
+        ShownAnswer(
             prompt=question["prompt"],
             reference=question["completion"],
             tokens=Token.of(_trimmed(completion)),
@@ -100,7 +101,7 @@ def _trimmed(completion: Completion) -> Completion:
     return replace(completion, token_texts=[first.lstrip(), *others])
 
 
-def _summary(results: list[SeedResult], rows: list[Row]) -> str:
+def _summary(results: list[SeedResult], rows: list[SystemRow]) -> str:
     collaboration = next(row for row in rows if row.name == FULL)
     singles = [row for row in rows if "alone" in row.name or "fine-tuned" in row.name]
     best = max(singles, key=lambda row: row.accuracy)
@@ -120,7 +121,7 @@ def _summary(results: list[SeedResult], rows: list[Row]) -> str:
     return f"{text}\n\nEach expert is called for its own: {shares}."
 
 
-def to_json(results: list[SeedResult], rows: list[Row], command: str, seconds: float) -> dict[str, Any]:
+def to_json(results: list[SeedResult], rows: list[SystemRow], command: str, seconds: float) -> dict[str, Any]:
     """The content of results.json."""
     return {
         "command": command,

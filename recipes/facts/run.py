@@ -20,8 +20,7 @@ from collm.cli.demo import show
 from collm.cli.terminal import log_to_terminal
 from collm.core.calibration import DEFERRAL_RATES
 from collm.demo.real import check_own, write_rows
-from collm.evaluation.page import write_report
-from collm.evaluation.report import Report
+from collm.evaluation.report import Report, write_report
 from collm.run import RunConfig, RunResult, train_collaboration
 from collm.training.config import CoLLMConfig
 from collm.training.scoring import progress_bar

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from collm.errors import DataError
 from collm.evaluation.tasks.gsm8k import NEXT_QUESTION, before_next_question, stated_answer
@@ -35,9 +34,11 @@ class HendrycksMath(Task):
     def __init__(self) -> None:
         self._equal = Equivalence()
 
-    def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
-        rows = self.rows(source, split)
-        return [TaskItem(str(n), row.prompt, _reference(row), row.where, row) for n, row in enumerate(rows, 1)]
+    def reference(self, row: Row) -> str:
+        answer = boxed(row.completion)
+        if not answer:
+            raise DataError(f"{row.where}: no \\boxed{{...}} in 'solution', expected the answer in one")
+        return answer
 
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         answer = final_answer(text)
@@ -51,13 +52,6 @@ def final_answer(text: str) -> str:
     if answer is not None:
         return answer
     return (stated_answer(text) or "").partition(". ")[0].rstrip(".").strip().strip("$").strip()
-
-
-def _reference(row: Row) -> str:
-    answer = boxed(row.completion)
-    if not answer:
-        raise DataError(f"{row.where}: no \\boxed{{...}} in 'solution', expected the answer in one")
-    return answer
 
 
 def boxed(text: str) -> str | None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.atomic import atomic_file
-from collm.evaluation.page import write_report
-from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Report, ShownAnswer, SystemRow, Token, write_report
 from recipes.smollm2.rules import DOUBT, LEARNED, ORACLE, RANDOM, SURER
 
 NAME, PAIR = "smollm2", "smollm2_pair"
@@ -102,7 +101,7 @@ def _report(results: dict[str, Any]) -> Report:
         title="SmolLM2-135M with a calculator on GSM8K",
         summary="Base and head were trained together with the calculator; nothing said where to ask it.",
         rows=[
-            Row(
+            SystemRow(
                 row["name"],
                 *(row["answers"][name] for name in ("mean", "low", "high")),
                 deferral_rate=row["deferral_rate"],
@@ -112,7 +111,7 @@ def _report(results: dict[str, Any]) -> Report:
         ],
         measure="Final answers right",
         examples=[
-            Example(
+            ShownAnswer(
                 "", "", [Token(text, author, 0.0) for text, author in zip(one["tokens"], one["authors"], strict=True)]
             )
             for one in shown["texts"]

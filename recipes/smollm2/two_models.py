@@ -28,7 +28,7 @@ from collm.artefact import library_versions
 from collm.atomic import atomic_directory
 from collm.core.policies import ThresholdPolicy
 from collm.demo.real import smollm2
-from collm.evaluation.compare import compare
+from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.gold import gold_examples
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.gsm8k import Gsm8k
@@ -139,19 +139,9 @@ class PairRun(Stages):
         names = ["base", "assistant", f"sft={self.tuned}", "random", "confidence"]
         names += [f"threshold={eta!r}" for eta in thresholds[::2]]
         systems = systems_named(model, names, ThresholdPolicy(thresholds[1]))
-        task = Gsm8k()
-        items = task.read(self.items, None)
-        found = compare(
-            systems,
-            task,
-            items,
-            self.out / "written",
-            threshold=thresholds[1],
-            chat=True,
-            max_batch=self.plan.max_batch,
-            seed=self.seed,
-        )
-        return found.to_dict()
+        task, size = Gsm8k(), self.plan.max_batch
+        asked = Evaluation(task, task.read(self.items, None), chat=True, max_batch=size, seed=self.seed)
+        return compare(systems, asked, self.out / "written").to_dict()
 
 
 def _name(stage: str, cost: float) -> str:

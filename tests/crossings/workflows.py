@@ -18,15 +18,15 @@ from collm.core.policies import ThresholdPolicy
 from collm.core.types import Completion
 from collm.errors import CollmError, ModelFailure
 from collm.evaluation.answers import read_answers
-from collm.evaluation.compare import compare
+from collm.evaluation.calibration import CalibrationOptions
+from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.harness import HarnessLM
-from collm.evaluation.page import render_page
+from collm.evaluation.report import render_page
 from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import TaskItem
 from collm.run.calibrate import calibrate_on
-from collm.run.options import CalibrationConfig
 from collm.serving.settings import Settings
 from collm.training.data import Row
 from collm.vllm.connections import Connections
@@ -115,8 +115,7 @@ def seeded(case: Case) -> list[Asked]:
 def calibrated(world: World, model: CoLLM, case: Case, saved: Path) -> None:
     prompts = [*case.prompts, POISON] if "failing neighbour" in case.ways else case.prompts
     rows = [Row(prompt, "the river", None, prompt) for prompt in map(str, prompts)]
-    sampling = {"params": case.params[0]}  # any parameters, not only those that are options of a calibration
-    options = type("Options", (CalibrationConfig,), sampling)(metric="token_f1", rates=[0.5], refine=0)
+    options = CalibrationOptions("token_f1", case.params[0], rates=(0.5,), refine=0)
     if "failing neighbour" in case.ways:
         with pytest.raises(ModelFailure):
             calibrate_on(model, rows, options, source="these", quiet=True)
@@ -146,7 +145,7 @@ def evaluated(world: World, model: CoLLM, case: Case, out: Path, patch: pytest.M
         try:
             systems = systems_named(model, ["base", name], ThresholdPolicy(threshold))
             seed = case.options.get("seed", 0)
-            compare(systems, task, items, out, threshold=threshold, params=params, max_batch=2, seed=seed)
+            compare(systems, Evaluation(task, items, params, max_batch=2, seed=seed), out)
         except CollmError as error:
             assert not (out / "results.json").exists()
             if (out / "answers").exists():

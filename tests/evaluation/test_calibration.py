@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.core.calibration import Calibration, threshold_text
 from collm.errors import ConfigError, DataError
-from collm.evaluation.calibration import ValidationItem, calibrate, check_on
+from collm.evaluation.calibration import CalibrationOptions, calibrate, check_on
+from collm.training.data import Row
 
 PARAMS = SamplingParams(max_new_tokens=8)
 
@@ -26,16 +27,18 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 
 
 @pytest.fixture
-def items(model: CoLLM) -> list[ValidationItem]:
+def items(model: CoLLM) -> list[Row]:
     """References that only the assistant alone gives."""
     prompts = [f"w{i} w{i + 3}" for i in range(12)]
     answers = model.generate(prompts, PARAMS, threshold=-1)
-    return [ValidationItem(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [Row(prompt, answer.text, None, "here") for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def test_it_finds_who_is_right_and_records_what_came(model: CoLLM, items: list[ValidationItem]) -> None:
+def test_it_finds_who_is_right_and_records_what_came(model: CoLLM, items: list[Row]) -> None:
     progress: list[tuple[int, int]] = []
-    calibration = calibrate(model, items, params=PARAMS, on_completion=lambda *p: progress.append(p))
+    calibration = calibrate(
+        model, items, CalibrationOptions(params=PARAMS), on_completion=lambda *p: progress.append(p)
+    )
     assert model.calibration is calibration
     assert calibration.best().threshold == -1
     assert (calibration.best().metric, calibration.best().deferral_rate) == (1.0, 1.0)
@@ -49,17 +52,17 @@ def test_it_finds_who_is_right_and_records_what_came(model: CoLLM, items: list[V
     for point in calibration.points[::4]:
         out = model.generate([item.prompt for item in items], PARAMS, threshold=point.threshold)
         assert out.deferral_rate == point.deferral_rate
-        right = [c.text.split() == item.reference.split() for c, item in zip(out, items, strict=True)]
+        right = [c.text.split() == item.completion.split() for c, item in zip(out, items, strict=True)]
         assert point.metric == pytest.approx(sum(right) / len(right))
         assert point.low <= point.metric <= point.high
         assert point.rate_low <= point.deferral_rate <= point.rate_high
 
 
 @pytest.mark.slow
-def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items: list[ValidationItem]) -> None:
+def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items: list[Row]) -> None:
     alone = model.generate([item.prompt for item in items], PARAMS, threshold=1.0)
     probs = [prob for completion in alone for prob in completion.defer_probs]
-    calibration = calibrate(model, items, params=PARAMS, rates=(0, 0.3, 1), refine=0)
+    calibration = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 0.3, 1), refine=0))
     middle = [p.threshold for p in calibration.points if p.threshold not in (1.0, -1.0, 0.5)]
     assert len(middle) == 1
     assert sum(prob > middle[0] for prob in probs) / len(probs) == pytest.approx(0.3, abs=0.02)
@@ -67,12 +70,12 @@ def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items
 
 
 @pytest.mark.slow
-def test_a_head_that_nearly_always_defers_is_calibrated(model: CoLLM, items: list[ValidationItem]) -> None:
+def test_a_head_that_nearly_always_defers_is_calibrated(model: CoLLM, items: list[Row]) -> None:
     """Its defer probs differ by less than fp32 can tell from 1."""
     with torch.no_grad():
         model.head.weight /= 8
         model.head.bias.fill_(22.0)
-    calibration = calibrate(model, items, params=PARAMS, rates=(0, 0.3, 1), refine=0)
+    calibration = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 0.3, 1), refine=0))
     (point,) = [one for one in calibration.points if one.threshold not in (1.0, -1.0, 0.5)]
     assert 1 - 1e-7 < point.threshold < 1
     assert 0.05 < point.deferral_rate < 0.7
@@ -95,40 +98,40 @@ def test_a_threshold_below_1_is_not_shown_as_1(threshold: float, text: str) -> N
 
 
 @pytest.mark.slow
-def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[ValidationItem]) -> None:
-    calibrate(model, items, metric="token_f1", params=PARAMS)
+def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[Row]) -> None:
+    calibrate(model, items, CalibrationOptions("token_f1", PARAMS))
     for budget in (0.0, 0.25, 0.6):
         out = model.generate([item.prompt for item in items], PARAMS, budget=budget)
         assert out.deferral_rate <= budget
 
 
 @pytest.mark.slow
-def test_the_base_wins_ties(model: CoLLM, items: list[ValidationItem]) -> None:
-    unreachable = [ValidationItem(item.prompt, "w1 " * 30) for item in items]
-    assert calibrate(model, unreachable, params=PARAMS).best().threshold == 1.0
+def test_the_base_wins_ties(model: CoLLM, items: list[Row]) -> None:
+    unreachable = [Row(item.prompt, "w1 " * 30, None, "here") for item in items]
+    assert calibrate(model, unreachable, CalibrationOptions(params=PARAMS)).best().threshold == 1.0
 
 
-def test_bad_input_is_refused(model: CoLLM, items: list[ValidationItem]) -> None:
+def test_bad_input_is_refused(model: CoLLM, items: list[Row]) -> None:
     with pytest.raises(DataError, match="validation set is empty"):
         calibrate(model, [])
     with pytest.raises(ConfigError, match=r"rate of 1\.2"):
-        calibrate(model, items, rates=(0, 1.2))
+        CalibrationOptions(rates=(0, 1.2))
     with pytest.raises(ConfigError, match=r"rate of -1"):
-        calibrate(model, items, budgets=[-1])
+        CalibrationOptions(budgets=[-1])
     with pytest.raises(ConfigError, match="threshold is 3"):
         calibrate(model, items, guesses=[3])
     with pytest.raises(ConfigError, match="refine is -1"):
-        calibrate(model, items, refine=-1)
+        CalibrationOptions(refine=-1)
     with pytest.raises(ConfigError, match="nothing_known"):
-        calibrate(model, items, metric="nothing_known")
+        CalibrationOptions("nothing_known")
 
 
 @pytest.mark.slow
-def test_refining_splits_the_widest_step_beside_the_best(model: CoLLM, items: list[ValidationItem]) -> None:
-    coarse = calibrate(model, items, params=PARAMS, rates=(0, 1), refine=0)
+def test_refining_splits_the_widest_step_beside_the_best(model: CoLLM, items: list[Row]) -> None:
+    coarse = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 1), refine=0))
     rounds = []
     for refine in (1, 2, 3):
-        finer = calibrate(model, items, params=PARAMS, rates=(0, 1), refine=refine)
+        finer = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 1), refine=refine))
         assert {point.threshold for point in coarse.points} < {point.threshold for point in finer.points}
         rounds.append([point for point in finer.points if point not in coarse.points])
     assert [len(new) for new in rounds] == [1, 2, 3]
@@ -147,23 +150,21 @@ def test_refining_splits_the_widest_step_beside_the_best(model: CoLLM, items: li
         assert set(earlier) < set(later)
 
 
-def test_refining_ends_where_no_step_is_left(model: CoLLM, items: list[ValidationItem]) -> None:
+def test_refining_ends_where_no_step_is_left(model: CoLLM, items: list[Row]) -> None:
     progress: list[tuple[int, int]] = []
-    unreachable = [ValidationItem(item.prompt, "w1 " * 30) for item in items[:2]]
-    params = SamplingParams(max_new_tokens=2)
-    found = calibrate(model, unreachable, params=params, refine=50, on_completion=lambda *p: progress.append(p))
+    unreachable = [Row(item.prompt, "w1 " * 30, None, "here") for item in items[:2]]
+    options = CalibrationOptions(params=SamplingParams(max_new_tokens=2), refine=50)
+    found = calibrate(model, unreachable, options, on_completion=lambda *p: progress.append(p))
     assert len(found.points) < 20  # two prompts of two tokens: the base alone is the best, and the next token is 25 %
     assert progress[-1] == (2 * len(found.points), 2 * len(found.points))
 
 
 @pytest.mark.slow
-def test_budgets_are_looked_for_and_kept(
-    model: CoLLM, items: list[ValidationItem], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_budgets_are_looked_for_and_kept(model: CoLLM, items: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOKAHEAD", "MAX_WAIT"):  # how far is read ahead depends on measured times, and last digits on that
         monkeypatch.setattr(f"collm.engines.{name}", 0)
-    plain = calibrate(model, items, metric="token_f1", params=PARAMS, refine=3)
-    found = calibrate(model, items, metric="token_f1", params=PARAMS, refine=3, budgets=[0.4, 0.15, 0.4])
+    plain = calibrate(model, items, CalibrationOptions("token_f1", PARAMS))
+    found = calibrate(model, items, CalibrationOptions("token_f1", PARAMS, budgets=[0.4, 0.15, 0.4]))
     assert found.budgets == [0.15, 0.4]
     assert set(plain.points) < set(found.points)
     for budget in found.budgets:
@@ -177,19 +178,19 @@ def test_budgets_are_looked_for_and_kept(
 
 
 @pytest.mark.slow
-def test_guesses_are_measured(model: CoLLM, items: list[ValidationItem]) -> None:
-    found = calibrate(model, items, params=PARAMS, rates=(0,), refine=0, guesses=[0.123, 0.5])
+def test_guesses_are_measured(model: CoLLM, items: list[Row]) -> None:
+    found = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0,), refine=0), guesses=[0.123, 0.5])
     assert [point.threshold for point in found.points] == [1.0, 0.5, 0.123]
 
 
 @pytest.mark.slow
-def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list[ValidationItem]) -> None:
-    calibrate(model, items, params=PARAMS, budgets=[0.3])
+def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list[Row]) -> None:
+    calibrate(model, items, CalibrationOptions(params=PARAMS, budgets=[0.3]))
     prompts = [f"w{i} w{i + 7}" for i in range(20)]
     answers = model.generate(prompts, PARAMS, threshold=-1)
-    others = [ValidationItem(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+    others = [Row(prompt, answer.text, None, "here") for prompt, answer in zip(prompts, answers, strict=True)]
     progress: list[tuple[int, int]] = []
-    checked = check_on(model, others, params=PARAMS, on_completion=lambda *p: progress.append(p))
+    checked = check_on(model, others, CalibrationOptions(params=PARAMS), on_completion=lambda *p: progress.append(p))
     assert model.calibration is checked
     default, budget = checked.checks
     assert (default.budget, budget.budget, default.num_prompts) == (1.0, 0.3, 20)
@@ -209,17 +210,17 @@ def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list
 
 
 @pytest.mark.slow
-def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[ValidationItem]) -> None:
-    calibrate(model, items, params=PARAMS)
-    never = [ValidationItem(item.prompt, "w1 " * 30) for item in items]
-    [check] = check_on(model, never, params=PARAMS).checks
+def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[Row]) -> None:
+    calibrate(model, items, CalibrationOptions(params=PARAMS))
+    never = [Row(item.prompt, "w1 " * 30, None, "here") for item in items]
+    [check] = check_on(model, never, CalibrationOptions(params=PARAMS)).checks
     assert "deferral rate holds" in check.summary("exact_match")
     assert "exact_match does NOT hold (promised 100.0%, measured 0.0%)" in check.summary("exact_match")
 
 
-def test_what_cannot_be_checked_is_refused(model: CoLLM, items: list[ValidationItem]) -> None:
+def test_what_cannot_be_checked_is_refused(model: CoLLM, items: list[Row]) -> None:
     with pytest.raises(ConfigError, match="not calibrated"):
         check_on(model, items)
-    calibrate(model, items, params=PARAMS, rates=(0,), refine=0)
+    calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0,), refine=0))
     with pytest.raises(DataError, match="no prompts to check"):
         check_on(model, [])

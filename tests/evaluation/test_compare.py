@@ -21,19 +21,15 @@ from collm.core.calibration import Calibration, CalibrationPoint
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ArtefactError, ConfigError, DataError, LoadError, ModelFailure, ToolFailure, WriteError
 from collm.evaluation.answers import Answer, AnswerFile, answer_path, read_answers
-from collm.evaluation.compare import Comparison, compare
-from collm.evaluation.gold import gold_views
-from collm.evaluation.insights import deferred_classes, deferred_tokens, led_astray, run_lengths, token_class
+from collm.evaluation.compare import Comparison, Evaluation, compare
+from collm.evaluation.gold import gold_views, reliability
 from collm.evaluation.intervals import Interval
-from collm.evaluation.page import render_page
-from collm.evaluation.reliability import reliability
-from collm.evaluation.results import SystemResult
-from collm.evaluation.run_charts import Prices, oracle_line
-from collm.evaluation.run_report import report_of
+from collm.evaluation.report import render_page
+from collm.evaluation.results import SystemResult, verdict
+from collm.evaluation.run_report import deferral_tables, oracle_line, parse_prices, priced, report_of
 from collm.evaluation.systems import names_in, short_names, systems_named, thresholds_named
 from collm.evaluation.tasks.named import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
-from collm.evaluation.verdict import verdict
 from collm.tools.calls import in_process
 from collm.training.data import Row
 from collm.training.examples import Example, Examples
@@ -71,7 +67,7 @@ def run(
     model: CoLLM, task: Task, items: list[TaskItem], out: Path, names: str = "base,assistant-2,random"
 ) -> Comparison:
     systems = systems_named(model, names.split(","), ThresholdPolicy(THRESHOLD))
-    return compare(systems, task, items, out, threshold=THRESHOLD, max_batch=4)
+    return compare(systems, Evaluation(task, items, max_batch=4), out)
 
 
 @pytest.mark.slow
@@ -161,7 +157,7 @@ def test_answers_to_something_else_are_refused(model: CoLLM, task: Task, items: 
         run(model, task_named("rows", metric="contains"), items, tmp_path, "base")
     systems = systems_named(model, [], ThresholdPolicy(THRESHOLD))
     with pytest.raises(ConfigError, match=r"holds answers with temperature=0\.0, now it is 0\.5"):
-        compare(systems, task, items, tmp_path, threshold=THRESHOLD, params=SamplingParams(temperature=0.5))
+        compare(systems, Evaluation(task, items, SamplingParams(temperature=0.5)), tmp_path)
     with torch.no_grad():
         model.head.bias.add_(1)
     with pytest.raises(ConfigError, match="holds answers of other models"):
@@ -217,7 +213,7 @@ def test_a_failing_tool_stops_the_run_and_is_asked_again(
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(answer))
     tool = CoLLM(model.base, [ToolSpec("calculator", eps=0.05)], DeferralHead(32), model.tokenizer)
     systems = systems_named(tool, [], ThresholdPolicy(0.4))  # a new head gives even odds: the tool is always asked
-    ask = partial(compare, systems, task, items, tmp_path, threshold=0.4, max_batch=1)
+    ask = partial(compare, systems, Evaluation(task, items, max_batch=1), tmp_path)
     with pytest.raises(ToolFailure, match=r"assistant failed 6 times while answering line 5"):
         ask()
     assert list(read_answers(tmp_path, "collaboration")) == ["0", "1", "2", "3", "4"]
@@ -294,10 +290,9 @@ def test_a_curve_leaves_out_what_other_systems_show(model: CoLLM) -> None:
 
 
 def test_the_line_of_an_oracle_by_hand() -> None:
-    base = {"a": answer("a", ["x"] * 2, [0] * 2, 0.0), "b": answer("b", ["x"] * 4, [0] * 4, 0.0)}
-    base["c"] = answer("c", ["x"] * 4, [0] * 4, 1.0)
-    one = {"a": answer("a", ["x"] * 8, [1] * 8, 1.0), "b": answer("b", ["x"] * 2, [1] * 2, 1.0)}
-    one["c"] = answer("c", ["x"], [1], 0.0)
+    base = [answer("a", ["x"] * 2, [0] * 2, 0.0), answer("b", ["x"] * 4, [0] * 4, 0.0)]
+    base += [answer("c", ["x"] * 4, [0] * 4, 1.0)]
+    one = [answer("a", ["x"] * 8, [1] * 8, 1.0), answer("b", ["x"] * 2, [1] * 2, 1.0), answer("c", ["x"], [1], 0.0)]
     line = oracle_line({"base": base, "assistant": one}, "m")
     # b first, whose right answer costs 2 tokens in place of 4, then a, which costs 8 in place of 2
     assert line == [(0.0, pytest.approx(1 / 3)), (2 / 8, pytest.approx(2 / 3)), (10 / 14, pytest.approx(1.0))]
@@ -306,21 +301,21 @@ def test_the_line_of_an_oracle_by_hand() -> None:
 
 
 def test_prices_are_of_tokens_read_and_written() -> None:
-    prices = Prices.parse(["base=0.5", "assistant-2=2:8"])
+    prices = parse_prices(["base=0.5", "assistant-2=2:8"])
     used = {"tokens_read": 100.0, "tokens_written": 10.0, "forward_passes": 3.0}
-    row = {"name": "collaboration", "models": {"base": used, "assistant-2": used}}
-    assert prices.of(row) == pytest.approx((100 * 0.5 + 100 * 2 + 10 * 8) / 1e6 * 1000)
-    row["models"]["assistant"] = used
+    one = replace(result("collaboration", 0.5, None), models={"base": used, "assistant-2": used})
+    assert priced([one], prices) == {"collaboration": pytest.approx((100 * 0.5 + 100 * 2 + 10 * 8) / 1e6 * 1000)}
+    one.models["assistant"] = used
     with pytest.raises(ConfigError, match="assistant, which has no price; add --price assistant="):
-        prices.of(row)
+        priced([one], prices)
     with pytest.raises(ConfigError, match=r"there is a price for sft, .* expected base, assistant, assistant-2"):
-        Prices.parse(["base=1", "assistant=1", "assistant-2=1", "sft=1"]).check([row])
+        priced([one], parse_prices(["base=1", "assistant=1", "assistant-2=1", "sft=1"]))
 
 
 @pytest.mark.parametrize("text", ["base", "base=", "=1", "base=1:2:3", "base=-1", "base=cheap", "base=nan"])
 def test_other_prices_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected NAME=READ or NAME=READ:WRITTEN"):
-        Prices.parse([text])
+        parse_prices([text])
 
 
 @torch.no_grad()
@@ -349,10 +344,10 @@ def test_reliability_by_hand() -> None:
     zeros = torch.zeros(6)
     views = TokenViews(zeros, base, zeros.unsqueeze(-1).expand(6, 2), theirs, logits)
     low, high = reliability(views)
-    assert (low.tokens, low.assistant_right) == (1, 0.0)  # the first; the last has both right, the asked one too
-    assert (high.tokens, high.assistant_right) == (2, 1.0)
-    assert high.defer_prob == pytest.approx(1 / (1 + math.exp(-3)), abs=1e-4)
-    assert high.low < high.assistant_right
+    assert (low["tokens"], low["assistant_right"]) == (1, 0.0)  # the first; the last has both right, the asked one too
+    assert (high["tokens"], high["assistant_right"]) == (2, 1.0)
+    assert high["defer_prob"] == pytest.approx(1 / (1 + math.exp(-3)), abs=1e-4)
+    assert high["low"] < high["assistant_right"]
 
 
 def test_a_judge_outside_gets_the_outputs_of_every_system(
@@ -439,23 +434,27 @@ def test_insights_count_by_hand() -> None:
         answer("a", [" the", " 12", ",", "5", ""], [0, 1, 1, 0, 1], 0.0),
         answer("b", [" the", "\n", " 12"], [1, 0, 2], 1.0),
     ]
-    assert [(one.name, one.deferred, one.total) for one in deferred_tokens(own)] == [
-        (" 12", 2, 2), ("", 1, 1), (" the", 1, 2), (",", 1, 1),
-    ]  # fmt: skip
-    assert {one.name: (one.deferred, one.total) for one in deferred_classes(own)} == {
-        "number": (2, 3), "word begins": (1, 2), "punctuation": (1, 1), "no text": (1, 1), "white space": (0, 1),
+    classes, tokens, runs = deferral_tables(own)
+    assert [row[:3] for row in tokens.rows] == [(" 12", "2", "2"), ("", "1", "1"), (" the", "1", "2"), (",", "1", "1")]
+    assert {row[0]: row[1:] for row in classes.rows} == {
+        "number": ("2", "3", "66.7%"), "word begins": ("1", "2", "50.0%"), "punctuation": ("1", "1", "100.0%"),
+        "no text": ("1", "1", "100.0%"), "white space": ("0", "1", "0.0%"),
     }  # fmt: skip
-    assert run_lengths(own) == {1: 3, 2: 1}
-    assert token_class("ing") == "word goes on"
-    base = {"a": answer("a", [], [], 1.0), "b": answer("b", [], [], 1.0)}
-    assert [one.id for one in led_astray(own, base, "m")] == ["a"]
+    assert runs.rows == [("1", "3"), ("2", "1")]
+    assert deferral_tables([answer("c", ["ing"], [1])])[0].rows[0][0] == "word goes on"
+    answers = {"collaboration": own, "base": [answer("a", [], [], 1.0), answer("b", [], [], 1.0)]}
+    _, worse = Comparison("t", "m", [], [], answers, [], 0.5, {}).examples()
+    assert [one.id for one in worse] == ["a"]
 
 
 @pytest.mark.slow
 def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     found = run(model, task, items, tmp_path, "base,assistant,threshold=0.9,threshold=0.1")
     report = report_of(tmp_path)
-    assert report.summary == verdict(found.task, found.measure, found.results)
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in read["rows"][:3]] == ["collaboration", "base", "assistant"]
+    assert report.summary == read["verdict"] == found.verdict
+    assert read["rows"][1]["measures"]["exact_match"]["mean"] == 0.5
     assert [row.name for row in report.rows] == ["collaboration", "base", "assistant"]
     curve, cost, trusted = report.charts
     assert (curve.y_label, curve.heading) == ("Exact_match", "Exact_match against deferral rate")
@@ -472,32 +471,19 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     shown = found.answers["collaboration"][0]
     assert all(len(of_author) == 5 for token in report.examples[0].tokens for of_author in token.candidates)
     assert len(report.examples[0].tokens) == len(shown.token_ids)
-    priced = report_of(tmp_path, Prices.parse(["base=1", "assistant=2", "assistant-2=3"]))
+    priced = report_of(tmp_path, parse_prices(["base=1", "assistant=2", "assistant-2=3"]))
     used = found.results[1].models["base"]["tokens_read"]
     assert next(mark.x for mark in priced.charts[1].marks if mark.name == "base") == pytest.approx(used / 1000)
     page = render_page(report)
     measures, costs, *_ = report.tables
     assert measures.rows == []  # exact_match alone, which stands above
     assert [name for name, *_ in costs.rows][:2] == ["collaboration: base", "collaboration: assistant"]
-    for text in (
-        "What kind of token assistants write",
-        "How many tokens in a row",
-        "Where an assistant led",
-        "assistant-2",
-    ):
+    for text in ("What kind of token assistants write", "How many tokens in a row", "Where an assistant led"):
         assert text in page
+    assert "assistant-2" in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "").replace(
         "https://www.w3.org", ""
     )
     (tmp_path / "results.json").unlink()
     with pytest.raises(ArtefactError, match="no finished evaluation"):
         report_of(tmp_path)
-
-
-@pytest.mark.slow
-def test_results_are_json(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
-    found = run(model, task, items, tmp_path, "base")
-    read = json.loads((tmp_path / "results.json").read_text())
-    assert [row["name"] for row in read["rows"]] == ["collaboration", "base"]
-    assert read["verdict"] == verdict(found.task, found.measure, found.results)
-    assert read["rows"][1]["measures"]["exact_match"]["mean"] == 0.5

@@ -33,9 +33,8 @@ from collm.core.objective import defer_probs, marginal_logprobs
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ConfigError, MissingExtra, ModelFailure, RequestError
 from collm.evaluation import harness
-from collm.evaluation.compare import compare
-from collm.evaluation.harness import HarnessLM
-from collm.evaluation.harness_options import model_arguments, sampling_params
+from collm.evaluation.compare import Evaluation, compare
+from collm.evaluation.harness import HarnessLM, model_arguments, sampling_params
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
 from collm.models.language_model import LanguageModel
@@ -528,13 +527,8 @@ def test_the_command_gives_the_numbers_of_the_library(
     assert found["config"]["policy"] == f"ThresholdPolicy(threshold={THRESHOLD})"
 
     task = task_named("rows", metric="exact_match", max_new_tokens=4)
-    compared = compare(
-        systems_named(model, [], ThresholdPolicy(THRESHOLD)),
-        task,
-        task.load(tasks / "answers.jsonl"),
-        tmp_path / "ours",
-        threshold=THRESHOLD,
-    )
+    systems = systems_named(model, [], ThresholdPolicy(THRESHOLD))
+    compared = compare(systems, Evaluation(task, task.load(tasks / "answers.jsonl")), tmp_path / "ours")
     right = [answer.scores["exact_match"] for answer in compared.answers["collaboration"]]
     assert found["results"]["answers"]["exact_match,none"] == pytest.approx(sum(right) / len(right))
     assert sum(right) == 4

@@ -10,8 +10,17 @@ from html.parser import HTMLParser
 import pytest
 
 from collm.errors import DataError, MissingExtra, WriteError
-from collm.evaluation.page import render_page, write_report
-from collm.evaluation.report import Chart, Example, Point, Report, Row, Token, deferral_chart
+from collm.evaluation.report import (
+    Chart,
+    ChartPoint,
+    Report,
+    ShownAnswer,
+    SystemRow,
+    Token,
+    deferral_chart,
+    render_page,
+    write_report,
+)
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -87,15 +96,15 @@ TOKENS = [
 
 
 ROWS = [
-    Row("Base alone", 0.083, 0.046, 0.147, 0.0, 512.3, "0.12 M parameters"),
-    Row("Expert alone", 0.0, 0.0, 0.031, 1.0, 1301.2),
-    Row("Random deferral", 0.075, 0.04, 0.136, 0.081, 39.07),
-    Row("Collaboration", 0.983, 0.941, 0.995, 0.081, 402),
+    SystemRow("Base alone", 0.083, 0.046, 0.147, 0.0, 512.3, "0.12 M parameters"),
+    SystemRow("Expert alone", 0.0, 0.0, 0.031, 1.0, 1301.2),
+    SystemRow("Random deferral", 0.075, 0.04, 0.136, 0.081, 39.07),
+    SystemRow("Collaboration", 0.983, 0.941, 0.995, 0.081, 402),
 ]
 CURVE = [
-    Point("threshold -1", 1.0, 0.0, 0.0, 0.031),
-    Point("threshold 1", 0.0, 0.083, 0.046, 0.147),
-    Point("threshold 0.51", 0.081, 0.983, 0.941, 0.995),
+    ChartPoint("threshold -1", 1.0, 0.0, 0.0, 0.031),
+    ChartPoint("threshold 1", 0.0, 0.083, 0.046, 0.147),
+    ChartPoint("threshold 0.51", 0.081, 0.983, 0.941, 0.995),
 ]
 DIAGONAL = {"whole answers at random": [(0.0, 0.083), (1.0, 0.0)]}
 
@@ -111,10 +120,10 @@ def report() -> Report:
             Chart("cost", "Accuracy against cost", "", "GFLOP", "Accuracy", CURVE, in_use=0.7, unit="GFLOP"),
         ],
         examples=[
-            Example("Tell me about Kenya.", "It is right.", TOKENS, 1.0),
-            Example("And Chad?", "It is wrong.", [Token("No", 1, 0.7)], 0.0),
-            Example("And Peru?", "It is unjudged.", [], None),
-            Example("And Togo?", "It is half right.", [], 0.5),
+            ShownAnswer("Tell me about Kenya.", "It is right.", TOKENS, 1.0),
+            ShownAnswer("And Chad?", "It is wrong.", [Token("No", 1, 0.7)], 0.0),
+            ShownAnswer("And Peru?", "It is unjudged.", [], None),
+            ShownAnswer("And Togo?", "It is half right.", [], 0.5),
         ],
         authors=["generalist", "geography expert", "chemistry expert"],
         details={"command": "collm demo --out demo", "torch": "2.13.0"},
@@ -190,7 +199,7 @@ def test_every_token_is_there_with_its_author_and_defer_prob(page, report):
 
 def test_a_token_shows_what_each_author_would_have_written(report):
     candidates = [[(" Rome", 0.5), ("</s>", 0.25)], []]
-    example = Example("p", "r", [Token("Paris", 1, 0.9, candidates)])
+    example = ShownAnswer("p", "r", [Token("Paris", 1, 0.9, candidates)])
     (token,) = tree(replace(report, examples=[example])).every("li", "token")
     (line,) = token.every("span", "line")  # the expert had nothing to say
     assert line.text == "generalist: \u00a0Rome 50.0% · </s> 25.0% "
@@ -220,12 +229,13 @@ def test_thirty_assistants_have_thirty_marks(report):
 
 
 def test_every_text_is_escaped():
+    rows = [SystemRow(HOSTILE, 0.5, 0.4, 0.6, 0.5, 1, HOSTILE)]
     report = Report(
         HOSTILE,
         HOSTILE,
-        rows=[Row(HOSTILE, 0.5, 0.4, 0.6, 0.5, 1, HOSTILE)],
-        charts=[deferral_chart([Point(HOSTILE, 0.5, 0.5, 0.4, 0.6)], [Row(HOSTILE, 0.5, 0.4, 0.6, 0.5, 1)], 0.1)],
-        examples=[Example(HOSTILE, HOSTILE, [Token(HOSTILE, 1, 0.5, [[], [(HOSTILE, 0.5)]])])],
+        rows=rows,
+        charts=[deferral_chart([ChartPoint(HOSTILE, 0.5, 0.5, 0.4, 0.6)], rows, 0.1)],
+        examples=[ShownAnswer(HOSTILE, HOSTILE, [Token(HOSTILE, 1, 0.5, [[], [(HOSTILE, 0.5)]])])],
         authors=["base", HOSTILE],
         details={HOSTILE: HOSTILE},
     )
@@ -251,7 +261,7 @@ def test_the_plot_is_labelled_text_in_the_colours_of_the_page(page, report):
 
 def test_charts_of_any_range_have_ticks():
     for low, high, furthest in ((0.0, 1.0, 1.0), (0.52, 0.53, 3e-4), (0.4, 0.4, 1234.0), (0.1, 0.8, 0.0)):
-        points = [Point("a", 0.0, low, low, low), Point("b", furthest, high, high, high)]
+        points = [ChartPoint("a", 0.0, low, low, low), ChartPoint("b", furthest, high, high, high)]
         svg = Tree(drawn(Chart("c", "c", "", "x", "y", points, unit="GFLOP"))).root
         words = [text.text.strip() for text in svg.every("text")]
         percents = [word for word in words if word.endswith("%")]
@@ -313,7 +323,7 @@ def test_an_unnamed_author_is_refused(report):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Row("base", 95.0, 0.9, 0.97, 0.1, 1),
+        lambda: SystemRow("base", 95.0, 0.9, 0.97, 0.1, 1),
         lambda: Token("a", 0, -0.1),
         lambda: deferral_chart([], [], 8.1),
     ],

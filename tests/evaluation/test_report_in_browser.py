@@ -8,13 +8,24 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator
 
-from collm.evaluation.page import write_report
-from collm.evaluation.report import Example, Point, Report, Row, Table, Token, deferral_chart
+from collm.evaluation.report import (
+    ChartPoint,
+    Report,
+    ShownAnswer,
+    SystemRow,
+    Table,
+    Token,
+    deferral_chart,
+    write_report,
+)
 from tests.browser import EVERYWHERE, PHONE, WIDE, chromium, opened, sideways, violations
 
 pytestmark = pytest.mark.slow
 
-ROWS = [Row("base", 0.1, 0.05, 0.2, 0.0, 500), Row("collaboration", 0.9, 0.8, 0.95, 0.1, 300, "a note " * 12)]
+ROWS = [
+    SystemRow("base", 0.1, 0.05, 0.2, 0.0, 500),
+    SystemRow("collaboration", 0.9, 0.8, 0.95, 0.1, 300, "a note " * 12),
+]
 CITIES = [(" Nairobi", 0.4), (" Mombasa", 0.3), (" Ouagadougou", 0.1), (" Antananarivo", 0.1), (" Mogadishu", 0.1)]
 CANDIDATES = [CITIES, [(" Nairobi", 0.99), ("<end>", 0.01)]]
 TOKENS = [Token(f" word{i}", i % 2, 0.9 * (i % 2), CANDIDATES) for i in range(60)]
@@ -29,13 +40,13 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("report") / "report.html"
-    curve = [Point(f"threshold {1 - x}", x, 0.2 + x / 2, 0.1 + x / 2, 0.3 + x / 2) for x in (0.0, 0.1, 1.0)]
+    curve = [ChartPoint(f"threshold {1 - x}", x, 0.2 + x / 2, 0.1 + x / 2, 0.3 + x / 2) for x in (0.0, 0.1, 1.0)]
     report = Report(
         "Does it pay?",
         "It does.",
         rows=ROWS,
         charts=[deferral_chart(curve, ROWS, 0.1, {"whole answers at random": [(0.0, 0.1), (1.0, 0.7)]})],
-        examples=[Example("Capital of Kenya?", "Nairobi", TOKENS, 1.0)],
+        examples=[ShownAnswer("Capital of Kenya?", "Nairobi", TOKENS, 1.0)],
         tables=[Table("tokens", "Tokens", "Of 3.", ("", "times"), [(" a", "3")])],
         authors=["base", "assistant"],
         details={"command": "collm eval " + "x" * 200},

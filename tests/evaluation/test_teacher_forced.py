@@ -12,8 +12,7 @@ from collm import CoLLM, DeferralHead
 from collm.core.objective import defer_probs
 from collm.errors import ConfigError
 from collm.evaluation import gold
-from collm.evaluation.gold import Deferred, deferred, gold_views, greedy_writes
-from collm.evaluation.teacher_forced import TeacherForcedPoint, teacher_forced
+from collm.evaluation.gold import TeacherForcedPoint, deferred, gold_views, greedy_writes, teacher_forced
 from collm.tools.spec import ToolSpec
 from collm.training.examples import Example, Examples
 from collm.training.measures import TokenViews
@@ -21,52 +20,48 @@ from collm.training.scores import Scores
 from collm.training.scoring import read_scores
 
 
-def counted(views: TokenViews, beyond: Deferred, threshold: float) -> TeacherForcedPoint:
+def counted(views: TokenViews, threshold: float) -> TeacherForcedPoint:
     """One threshold, token by token."""
+    writes, correct, logprob = deferred(views)
     by_assistant = right = 0
     nll = 0.0
     probs = defer_probs(views.defer_logits).tolist()
     for token, prob in enumerate(probs):
         if prob > threshold:
-            by_assistant += bool(beyond.by_assistant[token])
-            right += bool(beyond.correct[token])
-            nll -= beyond.logprob[token].item()
+            by_assistant += bool(writes[token])
+            right += bool(correct[token])
+            nll -= logprob[token].item()
         else:
             right += bool(views.base_correct[token])
             nll -= views.base_logprob[token].item()
     return TeacherForcedPoint(threshold, by_assistant / len(probs), right / len(probs), nll / len(probs))
 
 
-def drawn(num_tokens: int, num_assistants: int, *, distinct: int) -> tuple[TokenViews, Deferred]:
+def drawn(num_tokens: int, num_assistants: int, *, distinct: int) -> TokenViews:
     """Views whose defer logits take few values, so that many tie."""
     draw = torch.Generator().manual_seed(num_tokens)
     values = torch.randn(distinct, generator=draw)
     shape = (num_tokens, num_assistants)
-    views = TokenViews(
+    return TokenViews(
         -torch.rand(num_tokens, generator=draw) * 5,
         torch.rand(num_tokens, generator=draw) < 0.5,
         -torch.rand(shape, generator=draw) * 5,
         torch.rand(shape, generator=draw) < 0.6,
         values[torch.randint(distinct, shape, generator=draw)],
-    )
-    asked = views.defer_logits.argmax(-1, keepdim=True)
-    writes = torch.rand(num_tokens, generator=draw) < 0.8
-    correct, logprob = (v.gather(-1, asked).squeeze(-1) for v in (views.assistant_correct, views.assistant_logprobs))
-    return views, Deferred(
-        writes, torch.where(writes, correct, views.base_correct), torch.where(writes, logprob, views.base_logprob)
+        torch.rand(shape, generator=draw) < 0.2,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_assistants", "distinct"), [(1, 7), (2, 4), (1, 1), (3, 200)])
 def test_each_point_is_what_counting_gives(num_assistants: int, distinct: int) -> None:
-    views, beyond = drawn(300, num_assistants, distinct=distinct)
-    curve = teacher_forced(views, beyond)
+    views = drawn(300, num_assistants, distinct=distinct)
+    curve = teacher_forced(views)
     assert len(curve) == len(defer_probs(views.defer_logits).unique()) + 1
     assert (curve[0].threshold, curve[len(curve) - 1].threshold) == (1.0, -1.0)
     assert (curve.thresholds.diff() < 0).all()
     for place in range(len(curve)):
-        expected = counted(views, beyond, curve[place].threshold)
+        expected = counted(views, curve[place].threshold)
         assert curve[place].deferral_rate == pytest.approx(expected.deferral_rate, abs=1e-12)
         assert curve[place].accuracy == pytest.approx(expected.accuracy, abs=1e-12)
         assert curve[place].nll == pytest.approx(expected.nll, rel=1e-6)
@@ -75,16 +70,16 @@ def test_each_point_is_what_counting_gives(num_assistants: int, distinct: int) -
 
 @pytest.mark.slow
 def test_no_threshold_between_gives_anything_else() -> None:
-    views, beyond = drawn(200, 1, distinct=20)
-    curve = teacher_forced(views, beyond)
-    outcomes = {counted(views, beyond, threshold / 997).accuracy for threshold in range(-997, 998)}
+    views = drawn(200, 1, distinct=20)
+    curve = teacher_forced(views)
+    outcomes = {counted(views, threshold / 997).accuracy for threshold in range(-997, 998)}
     assert outcomes <= {round(one, 12) for one in curve.accuracies.tolist()} | set(curve.accuracies.tolist())
     assert curve.best().accuracy >= max(outcomes)
 
 
 def test_the_best_is_the_most_accurate_within_a_budget() -> None:
-    views, beyond = drawn(500, 2, distinct=50)
-    curve = teacher_forced(views, beyond)
+    views = drawn(500, 2, distinct=50)
+    curve = teacher_forced(views)
     points = [curve[place] for place in range(len(curve))]
     for budget in (0.0, 0.1, 0.35, 1.0):
         allowed = [point for point in points if point.deferral_rate <= budget]
@@ -100,11 +95,12 @@ def test_the_best_is_the_most_accurate_within_a_budget() -> None:
 
 
 def test_log_probabilities_of_minus_infinity_spoil_no_point_but_their_own() -> None:
-    views, beyond = drawn(3, 1, distinct=3)
+    views = drawn(3, 1, distinct=3)
     views.defer_logits[:, 0] = torch.tensor([2.0, 1.0, 0.0])
     views.base_logprob[0] = -torch.inf
-    beyond.logprob[2] = -torch.inf
-    nlls = teacher_forced(views, beyond).nlls
+    views.assistant_logprobs[2] = -torch.inf
+    views.assistant_abstained[:] = False
+    nlls = teacher_forced(views).nlls
     assert nlls.isinf().tolist() == [True, False, False, True]
     assert not nlls.isnan().any()
 
@@ -126,7 +122,7 @@ EXAMPLES = Examples(
 
 def test_the_curve_of_a_collaboration_agrees_with_its_greedy_choices(model: CoLLM) -> None:
     views = gold_views(model, EXAMPLES)
-    curve = teacher_forced(views, deferred(views))
+    curve = teacher_forced(views)
     for place in range(len(curve)):
         writes = greedy_writes(views, curve[place].threshold)
         assert curve[place].accuracy == pytest.approx(writes.double().mean().item())
@@ -134,14 +130,14 @@ def test_the_curve_of_a_collaboration_agrees_with_its_greedy_choices(model: CoLL
 
 def test_a_tool_without_an_answer_leaves_its_tokens_to_the_base(model: CoLLM) -> None:
     views = gold_views(model, EXAMPLES)
-    beyond = deferred(views)
+    by_assistant, _, logprob = deferred(views)
     asked_tool = views.defer_logits.argmax(-1) == 1
     assert asked_tool.any()
     assert not asked_tool.all()
-    assert (beyond.by_assistant == ~asked_tool).all()  # there is nothing to calculate
-    assert (beyond.logprob[asked_tool] == views.base_logprob[asked_tool]).all()
-    assert (beyond.logprob[~asked_tool] == views.assistant_logprobs[~asked_tool, 0]).all()
-    curve = teacher_forced(views, beyond)
+    assert (by_assistant == ~asked_tool).all()  # there is nothing to calculate
+    assert (logprob[asked_tool] == views.base_logprob[asked_tool]).all()
+    assert (logprob[~asked_tool] == views.assistant_logprobs[~asked_tool, 0]).all()
+    curve = teacher_forced(views)
     assert curve[len(curve) - 1].deferral_rate == pytest.approx((~asked_tool).double().mean().item())
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, ToolSpec
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ConfigError, ToolFailure
-from collm.evaluation.compare import compare
-from collm.evaluation.page import render_page
+from collm.evaluation.compare import Evaluation, compare
+from collm.evaluation.report import render_page
 from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
 from collm.evaluation.tasks.named import task_named
@@ -39,7 +39,7 @@ def evaluate(model: CoLLM, out: Path, prompts: list[str], names: str = "base", *
     items = [TaskItem(str(i), row.prompt, "w7", row.where, row if solutions else None) for i, row in enumerate(rows)]
     task = task_named("rows", metric="token_f1", max_new_tokens=5)
     systems = systems_named(model, names.split(","), ThresholdPolicy(0.5))
-    compare(systems, task, items, out, threshold=0.5, max_batch=2)
+    compare(systems, Evaluation(task, items, max_batch=2), out)
     read = json.loads((out / "results.json").read_text())
     page = render_page(report_of(out))
     assert [row["num_items"] for row in read["rows"]] == [len(items)] * len(systems)

@@ -46,7 +46,7 @@ def calibrate(
     """
     from collm.cli import tables
     from collm.cli.terminal import Console
-    from collm.evaluation.calibration import ValidationItem, check_on
+    from collm.evaluation.calibration import check_on
     from collm.run.calibrate import PastRun, calibrate_on, curve_on
     from collm.run.data import hold_back, split_rows
     from collm.training.data import Row
@@ -70,12 +70,11 @@ def calibrate(
         rows, held_back = hold_back(rows, choosing.check)
     elif choosing.check_data is not None:
         held_back = layout.load(choosing.check_data, None)
-    calibration = calibrate_on(model, rows, options, source=source)
+    calibration = calibrate_on(model, rows, options.calibration_options(), source=source)
     model.save_calibration(collaboration)
     if held_back:
-        items, how = [ValidationItem(row.prompt, row.completion) for row in held_back], options.params
         with progress_bar("checking") as progress:
-            calibration = check_on(model, items, params=how, max_batch=options.max_batch, on_completion=progress)
+            calibration = check_on(model, held_back, options.calibration_options(), on_completion=progress)
         model.save_calibration(collaboration)
     console.print(tables.calibration_table(calibration))
     for one in calibration.checks:

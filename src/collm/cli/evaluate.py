@@ -78,10 +78,9 @@ def evaluate(
     from collm.cli.tables import comparison_tables
     from collm.cli.terminal import Console
     from collm.core.policies import ThresholdPolicy
-    from collm.evaluation.compare import compare
+    from collm.evaluation.compare import Evaluation, compare
     from collm.evaluation.systems import systems_named
     from collm.evaluation.tasks.named import task_named
-    from collm.evaluation.verdict import verdict
     from collm.training.scoring import progress_bar
 
     given = {name: getattr(how, name) for name in TASK_OPTIONS.split()}
@@ -98,20 +97,14 @@ def evaluate(
     with progress_bar("answering") as progress:
         found = compare(
             systems_named(model, _names(model, how, threshold), ThresholdPolicy(threshold)),
-            chosen,
-            items,
+            Evaluation(chosen, items, params, how.chat, how.max_batch, how.seed),
             out,
-            threshold=threshold,
-            params=params,
-            chat=how.chat,
-            max_batch=how.max_batch,
-            seed=how.seed,
             settings=settings,
             progress=lambda name: progress,
         )
     console = Console()
     console.print(*comparison_tables(found), sep="\n")
-    console.print(verdict(found.task, found.measure, found.results), markup=False)
+    console.print(found.verdict, markup=False)
     console.print(f"collm report {out}", markup=False)
 
 

@@ -2,95 +2,87 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
-
     from collm.core.calibration import Calibration
     from collm.evaluation.compare import Comparison
+    from collm.evaluation.gold import TeacherForcedCurve
     from collm.evaluation.intervals import Interval
-    from collm.evaluation.report import Row
-    from collm.evaluation.results import SystemResult
-    from collm.evaluation.teacher_forced import TeacherForcedCurve
+    from collm.evaluation.report import SystemRow
     from collm.training.inspection import Inspection
 
+TEXTS = ("", "system", "model", "best")
+"""Headings of columns with texts. They are on the left and may take several lines."""
 
-def _table(
+
+def table(
     title: str,
     headings: Sequence[str],
-    *,
-    left: Container[str] = ("system",),
-    wrapped: Container[str] = (),
+    rows: Iterable[Sequence[str]],
     caption: str | None = None,
-    narrow: bool = False,
+    *,
+    wrapped: Container[str] = TEXTS,
+    bold: Callable[[Sequence[str]], object] = lambda row: False,
 ) -> Table:
-    """A table without rows. Cells are on the right, and on one line, unless their heading is in `left` or `wrapped`."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1))
+    """A table. Numbers are on the right, and on one line unless their heading is in `wrapped`."""
+    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        justify: Literal["left", "right"] = "left" if heading in left else "right"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading not in wrapped)
-    return table
+        made.add_column(heading, overflow="fold", no_wrap=heading not in wrapped)
+        made.columns[-1].justify = "left" if heading in TEXTS else "right"
+    for row in rows:
+        made.add_row(*row, style="bold" if bold(row) else "")
+    return made
 
 
 def calibration_table(calibration: Calibration) -> Table:
-    """Every measured threshold, the chosen one marked."""
+    """Every measured threshold, the chosen ones marked."""
     from collm.core.calibration import threshold_text
 
-    title = f"{calibration.metric_name} on {calibration.num_prompts} validation prompts"
-    headings = ("threshold", "deferral rate", "interval", calibration.metric_name, "interval", "best")
-    table = _table(title, headings, left={"best"}, wrapped={"best"}, narrow=True)
+    rows = []
     for point in calibration.points:
-        uses = calibration.uses(point)
-        table.add_row(
-            threshold_text(point.threshold),
-            f"{point.deferral_rate:.1%}",
-            f"{100 * point.rate_low:.1f} - {point.rate_high:.1%}",
-            f"{point.metric:.3f}",
-            f"{point.low:.3f} - {point.high:.3f}",
-            ", ".join(uses),
-            style="bold" if uses else "",
-        )
-    return table
+        rate = f"{point.deferral_rate:.1%}", f"{100 * point.rate_low:.1f} - {point.rate_high:.1%}"
+        metric = f"{point.metric:.3f}", f"{point.low:.3f} - {point.high:.3f}"
+        rows.append((threshold_text(point.threshold), *rate, *metric, ", ".join(calibration.uses(point))))
+    name = calibration.metric_name
+    headings = ("threshold", "deferral rate", "interval", name, "interval", "best")
+    return table(f"{name} on {calibration.num_prompts} validation prompts", headings, rows, bold=lambda row: row[-1])
 
 
 def teacher_forced_table(curve: TeacherForcedCurve, budgets: Sequence[float]) -> Table:
     """The curve at rates 0, 0.1 .. 1, its best point, and its best points within budgets."""
     from collm.core.calibration import threshold_text
 
+    best = {curve.best(): ["of all"]}
+    for budget in budgets:
+        best.setdefault(curve.best(budget), []).append(f"within {budget:.4g}")
+    points, rows = {*curve.at_rates([tenth / 10 for tenth in range(11)]), *best}, []
+    for point in sorted(points, key=lambda point: (point.deferral_rate, -point.threshold)):
+        measured = f"{point.deferral_rate:.1%}", f"{point.accuracy:.2%}", f"{point.nll:.4f}"
+        rows.append((threshold_text(point.threshold), *measured, ", ".join(best.get(point, []))))
     title = f"{curve.num_tokens:,} gold tokens, {len(curve):,} thresholds; nothing generated"
     caption = f"right = the gold token is the argmax of who writes there; choosing rightly: {curve.reachable:.2%}"
     headings = ("threshold", "deferral rate", "right", "mean NLL", "best")
-    table = _table(title, headings, left={"best"}, wrapped=headings, caption=caption)
-    best = {curve.best(): "of all"}
-    for budget in budgets:
-        point = curve.best(budget)
-        best[point] = ", ".join(filter(None, [best.get(point), f"within {budget:.4g}"]))
-    points = {*curve.at_rates([tenth / 10 for tenth in range(11)]), *best}
-    for point in sorted(points, key=lambda point: (point.deferral_rate, -point.threshold)):
-        threshold, rate = threshold_text(point.threshold), f"{point.deferral_rate:.1%}"
-        cells = (threshold, rate, f"{point.accuracy:.2%}", f"{point.nll:.4f}")
-        table.add_row(*cells, best.get(point, ""), style="bold" if point in best else "")
-    return table
+    return table(title, headings, rows, caption, wrapped=headings, bold=lambda row: row[-1])
 
 
 def inspection_table(inspection: Inspection) -> Table:
     """Base and assistants beside each other: how well each predicts, and who is right where the other is not."""
     from collm.core.types import author_name
 
-    number = f"{inspection.summaries[0].num_targets:,} target tokens"
+    rows = []
+    for author, summary in enumerate(inspection.summaries):
+        with_base = inspection.agreements[author - 1] if author > 0 else ()
+        own = author_name(author), f"{summary.mean_nll_nats:.4f}", f"{summary.accuracy:.2%}"
+        rows.append((*own, *(f"{share:.2%}" for share in with_base)))
+    rows.append(("best author", f"{inspection.best_nll_nats:.4f}", f"{inspection.best_accuracy:.2%}"))
+    title = f"{inspection.summaries[0].num_targets:,} target tokens"
     headings = ("", "mean NLL", "right", "both", "base only", "assistant only", "neither")
-    table = _table(number, headings, left={""}, narrow=True, caption="right = the gold token is the argmax")
-    for number_of_author, summary in enumerate(inspection.summaries):
-        cells = [f"{summary.mean_nll_nats:.4f}", f"{summary.accuracy:.2%}"]
-        if number_of_author:
-            cells += [f"{share:.2%}" for share in inspection.agreements[number_of_author - 1]]
-        table.add_row(author_name(number_of_author), *cells)
-    table.add_row("best author", f"{inspection.best_nll_nats:.4f}", f"{inspection.best_accuracy:.2%}")
-    return table
+    return table(title, headings, rows, "right = the gold token is the argmax")
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
@@ -98,73 +90,44 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
     Thresholds, of which a curve has many, are left to the report.
     """
-    from collm.evaluation.systems import is_threshold, short_names
-
-    shown = [result for result in comparison.results if not is_threshold(result.name)]
-    names = short_names([result.name for result in shown])
-    named = [(names[result.name], result) for result in shown]
-    tables = [_scores_table(comparison, named), _costs_table(named)]
-    return tables if set(shown[0].measures) <= {comparison.measure} else [*tables, _measures_table(named)]
-
-
-def _scores_table(comparison: Comparison, named: Sequence[tuple[str, SystemResult]]) -> Table:
-    """The main measure and the difference to the collaboration."""
-    measure = comparison.measure or "answers"
-    headings = ("system", measure, "difference", "deferral")
-    table = _table(f"{comparison.task}, {len(comparison.items)} items", headings, wrapped={"system"}, narrow=True)
-    table.columns[0].min_width = 13
-    for name, result in named:
-        score = result.measures.get(measure)
-        table.add_row(
-            name,
-            "" if score is None else f"{100 * score.mean:.1f} ({_ends(score)})",
-            "" if result.difference is None else f"{100 * result.difference.mean:+.1f} ({_ends(result.difference)})",
-            f"{result.deferral_rate:.1%}",
-        )
-    return table
+    found = comparison.shortened()
+    measure, scores, costs = found.measure or "answers", [], []
+    for result in found.shown:
+        intervals = _interval(result.measures.get(measure)), _interval(result.difference, "+")
+        scores.append((result.name, *intervals, f"{result.deferral_rate:.1%}"))
+        beside = (result.name, _scaled(result.flops), f"{result.seconds:.3g}s", f"{result.tokens_per_s:.0f}")
+        costs += [(*(("",) * 4 if row else beside), *work) for row, work in enumerate(result.work())]
+    of_scores = ("system", measure, "difference", "deferral")
+    tables = [table(f"{found.task}, {len(found.items)} items", of_scores, scores)]
+    tables[0].columns[0].min_width = 13
+    of_costs = ("system", "FLOP", "latency", "tok/s", "model", "read", "written", "passes")
+    caption = "read, written: tokens; passes: of a batch, shared by its items"
+    tables.append(table("costs of an item", of_costs, costs, caption))
+    measures = list(found.shown[0].measures)
+    if not set(measures) <= {measure}:
+        names = ("", *(result.name for result in found.shown))
+        means = [(one, *(f"{100 * result.measures[one].mean:.1f}" for result in found.shown)) for one in measures]
+        tables.append(table("all measures, in %", names, means, wrapped=names))
+    return tables
 
 
-def _costs_table(named: Sequence[tuple[str, SystemResult]]) -> Table:
-    """How long an item took, and what each model did for it."""
-    title, caption = "costs of an item", "read, written: tokens; passes: of a batch, shared by its items"
-    headings = ("system", "FLOP", "latency", "tok/s", "model", "read", "written", "passes")
-    table = _table(title, headings, left={"system", "model"}, wrapped={"system"}, caption=caption, narrow=True)
-    for name, result in named:
-        beside = (name, _scaled(result.flops), f"{result.seconds:.3g}s", f"{result.tokens_per_s:.0f}")
-        for model, used in result.models.items():
-            did = (f"{used[key]:,.1f}" for key in ("tokens_read", "tokens_written", "forward_passes"))
-            table.add_row(*beside, model, *did)
-            beside = ("", "", "", "")
-    return table
+def results_table(rows: Sequence[SystemRow], title: str) -> Table:
+    """Systems beside each other."""
+    cells = []
+    for row in rows:
+        shares = f"{row.accuracy:.1%}", f"{100 * row.low:.1f}-{row.high:.1%}", f"{row.deferral_rate:.1%}"
+        cells.append((row.name, *shares, f"{row.tokens_per_s:.0f}"))
+    headings = ("system", "accuracy", "interval", "deferral", "tokens/s")
+    return table(title, headings, cells, bold=lambda row: row[0].startswith("collaboration"))
 
 
-def _measures_table(named: Sequence[tuple[str, SystemResult]]) -> Table:
-    """All measures, without their intervals."""
-    headings = ("", *(name for name, _ in named))
-    table = _table("all measures, in %", headings, left={""}, wrapped=headings, narrow=True)
-    for measure in named[0][1].measures:
-        table.add_row(measure, *(f"{100 * result.measures[measure].mean:.1f}" for _, result in named))
-    return table
+def _interval(found: Interval | None, sign: str = "") -> str:
+    return f"{100 * found.mean:{sign}.1f} ({100 * found.low:.1f}..{100 * found.high:.1f})" if found else ""
 
 
 def _scaled(number: float) -> str:
     """Three digits and a prefix: 1.25G."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if number < 999.5 or prefix == "P":
-            return f"{number:.3g}{prefix}"
-        number /= 1000
-    raise AssertionError("the last prefix takes any number")
-
-
-def _ends(interval: Interval) -> str:
-    return f"{100 * interval.low:.1f}..{100 * interval.high:.1f}"
-
-
-def results_table(rows: Sequence[Row], title: str) -> Table:
-    """Systems beside each other."""
-    table = _table(title, ("system", "accuracy", "interval", "deferral", "tokens/s"))
-    for row in rows:
-        shares = (f"{row.accuracy:.1%}", f"{100 * row.low:.1f}-{row.high:.1%}", f"{row.deferral_rate:.1%}")
-        style = "bold" if row.name.startswith("collaboration") else ""
-        table.add_row(row.name, *shares, f"{row.tokens_per_s:.0f}", style=style)
-    return table
+    thousands = 0
+    while number >= 999.5 and thousands < 5:
+        number, thousands = number / 1000, thousands + 1
+    return f"{number:.3g}{('', 'k', 'M', 'G', 'T', 'P')[thousands]}"

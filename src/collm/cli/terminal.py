@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -17,38 +17,27 @@ from rich.text import Text
 from collm.errors import ConfigError
 from collm.redaction import visible
 
-STYLES = ("", "bold green", "bold magenta", "bold cyan", "bold yellow", "bold blue", "bold red")
+if TYPE_CHECKING:
+    from collm.core.types import TokenStep
+    from collm.evaluation.report import Token
 
-
-class Authored(Protocol):
-    """A token's text and who wrote it."""
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def author(self) -> int: ...
+STYLES = ("bold green", "bold magenta", "bold cyan", "bold yellow", "bold blue", "bold red")
+"""Rich styles of the assistants. The base is plain."""
 
 
 def style_of(author: int) -> str:
-    """Rich style of an author; the base is plain."""
-    return STYLES[0] if author == 0 else STYLES[1 + (author - 1) % (len(STYLES) - 1)]
+    return STYLES[(author - 1) % len(STYLES)] if author else ""
 
 
-def coloured(steps: Iterable[Authored]) -> Text:
+def coloured(steps: Iterable[TokenStep | Token]) -> Text:
     """The text of these steps, each in its author's style."""
-    text = Text()
-    for step in steps:
-        text.append(step.text, style_of(step.author))
-    return text
+    return Text.assemble(*((step.text, style_of(step.author)) for step in steps))
 
 
 def legend(names: Sequence[str]) -> Text:
     """Which colour is whom."""
-    text = Text("written by: ", "dim")
-    for author, name in enumerate(names):
-        text.append(name, style_of(author)).append("  ")
-    return text
+    authors = [part for author, name in enumerate(names) for part in ((name, style_of(author)), "  ")]
+    return Text.assemble("written by: ", *authors, style="dim")
 
 
 class Console(RichConsole):
@@ -59,12 +48,10 @@ class Console(RichConsole):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            if segment.control or not self.is_terminal:
-                yield segment
-            else:
-                yield Segment(visible(segment.text), segment.style)
+            shown = segment.control or not self.is_terminal
+            yield segment if shown else Segment(visible(segment.text), segment.style)
 
-    def show(self, steps: Iterable[Authored]) -> None:
+    def show(self, steps: Iterable[TokenStep | Token]) -> None:
         """Print text of authors in their colours. Piped, it is written as it is: rich would change tabs and more."""
         if self.is_terminal:
             self.print(coloured(steps), end="")

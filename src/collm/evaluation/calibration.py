@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from collm.core.calibration import (
 from collm.core.params import SamplingParams
 from collm.core.types import BASE, Completion, check_threshold
 from collm.errors import ConfigError, DataError
+from collm.evaluation.gold import ASSISTANTS_ALONE, BASE_ALONE
 from collm.evaluation.intervals import Interval, bootstrap_interval, independent_difference, ratio_interval
 from collm.evaluation.metrics import metric_named
-from collm.evaluation.teacher_forced import ASSISTANTS_ALONE, BASE_ALONE
-from collm.text.template import Prompt
+from collm.training.data import Row
 
 EVEN_ODDS = 0.5
 _NARROW = 0.01  # a step in deferral rate that is not refined further
@@ -34,119 +33,120 @@ OnCompletion = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class ValidationItem:
-    """A prompt and its reference completion."""
+class CalibrationOptions:
+    """How thresholds are found and measured.
 
-    prompt: Prompt
-    reference: str
+    Attributes:
+        metric: a name from `metrics.METRICS` or "module:function".
+        params: sampling parameters. Greedy by default.
+        rates: target deferral rates. 0 (the base alone) is always measured.
+        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
+        refine: number of thresholds to add near the best one, and near that of each budget. Fewer if no step is wider
+            than 1 %.
+        max_batch: maximum number of prompts decoded at once.
+
+    Raises:
+        ConfigError: an unknown metric, a rate or budget outside [0, 1], or a negative `refine`.
+    """
+
+    metric: str = "exact_match"
+    params: SamplingParams = field(default_factory=SamplingParams)
+    rates: Sequence[float] = DEFERRAL_RATES
+    budgets: Sequence[float] = ()
+    refine: int = REFINE
+    max_batch: int = 16
+
+    def __post_init__(self) -> None:
+        outside = [rate for rate in (*self.rates, *self.budgets) if not 0 <= rate <= 1]
+        if outside:
+            raise ConfigError(f"cannot aim at a deferral rate of {outside[0]}, expected numbers from 0 to 1")
+        if self.refine < 0:
+            raise ConfigError(f"refine is {self.refine}, expected 0 or more thresholds")
+        metric_named(self.metric)
 
 
 def calibrate(
     model: CoLLM,
-    items: Sequence[ValidationItem],
+    rows: Sequence[Row],
+    options: CalibrationOptions | None = None,
     *,
-    metric: str = "exact_match",
-    params: SamplingParams | None = None,
-    rates: Sequence[float] = DEFERRAL_RATES,
-    budgets: Sequence[float] = (),
     guesses: Sequence[float] = (),
-    refine: int = REFINE,
-    max_batch: int = 16,
     settings: dict[str, Any] | None = None,
     on_completion: OnCompletion | None = None,
 ) -> Calibration:
     """Measure deferral rate and metric at several thresholds. Sets and returns `model.calibration`.
 
     The base first writes every answer alone. The quantiles of its defer probs are the thresholds that would give
-    `rates` on its own text (arXiv 2403.03870). The threshold 1/2 is added. The search is then refined near the best
-    threshold, and near the best threshold within each budget: `refine` times it adds the median of the defer probs in
-    the widest adjacent step in deferral rate. The answers are generated at each threshold, so the recorded rates are
-    measured rates.
+    `rates` on its own text (arXiv 2403.03870). 1/2 is added. Near the best threshold, and near the best one within each
+    budget, `refine` times the median of the defer probs in the widest adjacent step in deferral rate is added. The
+    answers are generated at each threshold, so the recorded rates are measured rates.
 
     Args:
-        items: the validation set.
-        metric: a name from `metrics.METRICS` or "module:function".
-        params: sampling parameters. Greedy by default.
-        rates: target deferral rates. 0 (the base alone) is always measured.
-        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
+        rows: the validation set: prompts with their reference completions.
         guesses: further thresholds to measure, such as the best one of a `teacher_forced` curve.
-        refine: number of thresholds to add near the best one, and near that of each budget. Fewer if no step is wider
-            than 1 %.
         settings: stored with the calibration.
         on_completion: called with (completions done, maximum number of completions).
 
     Raises:
-        DataError: no items.
-        ConfigError: an unknown metric, a rate or budget outside [0, 1], an invalid guess, or a negative `refine`.
+        DataError: no rows.
+        ConfigError: an invalid guess.
     """
-    if not items:
+    if not rows:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
-    check_rates([*rates, *budgets])
-    for guess in guesses:
-        check_threshold(guess)
-    check_refine(refine)
-    params = params or SamplingParams()
-    measuring = _Measuring(model, items, metric, params, max_batch, on_completion)
-    points = [one.point for one in _search(measuring, rates, budgets, guesses, refine)]
-    points.sort(key=lambda point: (point.deferral_rate, -point.threshold))
+    options = options or CalibrationOptions()
+    guesses = [check_threshold(guess) for guess in guesses]
+    measuring = _Measuring(model, rows, options, on_completion)
+    aims = [aim for aim in (1.0, *options.budgets) for _ in range(options.refine)]
+    measuring.expect(1 + len(_thresholds([EVEN_ODDS], options.rates, guesses)) + len(aims))
+    measuring.add(BASE_ALONE)
+    thresholds = _thresholds(measuring.defer_probs[BASE_ALONE].tolist(), options.rates, guesses)
+    measuring.expect(1 + len(thresholds) + len(aims))
+    for threshold in thresholds:
+        measuring.add(threshold)
+    for aim in aims:
+        between = measuring.between(aim)
+        if between is not None:
+            measuring.add(between)
+    measuring.expect(len(measuring.points))
+    points = sorted(measuring.points, key=lambda point: (point.deferral_rate, -point.threshold))
+    params = options.params
     used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
-    model.calibration = Calibration(points, metric, len(items), used, sorted(set(budgets)))
+    model.calibration = Calibration(points, options.metric, len(rows), used, sorted(set(options.budgets)))
     return model.calibration
-
-
-def _search(
-    measuring: _Measuring, rates: Sequence[float], budgets: Sequence[float], guesses: Sequence[float], refine: int
-) -> list[_Measured]:
-    """Measure the base alone, the thresholds for the rates, and thresholds near the best ones."""
-    aims = [1.0, *budgets]
-    more = refine * len(aims)
-    measuring.expect(1 + len(_thresholds([EVEN_ODDS], rates, guesses)) + more)
-    alone = measuring.at(BASE_ALONE)
-    thresholds = _thresholds(alone.defer_probs.tolist(), rates, guesses)
-    measuring.expect(1 + len(thresholds) + more)
-    measured = [alone, *(measuring.at(threshold) for threshold in thresholds)]
-    for aim, _ in product(aims, range(refine)):
-        threshold = _between(measured, aim)
-        if threshold is not None:
-            measured.append(measuring.at(threshold))
-    measuring.expect(len(measured))
-    return measured
 
 
 def check_on(
     model: CoLLM,
-    items: Sequence[ValidationItem],
+    rows: Sequence[Row],
+    options: CalibrationOptions | None = None,
     *,
-    params: SamplingParams | None = None,
-    max_batch: int = 16,
     on_completion: OnCompletion | None = None,
 ) -> Calibration:
     """Check on new prompts that the chosen thresholds give the calibrated deferral rate and metric.
 
     The best of many thresholds was partly lucky, so its metric on other prompts is slightly lower. The interval of
-    each difference is that of two independent means (`intervals.independent_difference`).
+    each difference is that of two independent means (`intervals.independent_difference`). Sets and returns
+    `model.calibration`, now with its `checks`.
 
     Args:
-        items: prompts that calibration has not seen.
-        params: the sampling parameters of the calibration.
-
-    Returns:
-        The calibration with its `checks`. It is also the new `model.calibration`.
+        rows: prompts that calibration has not seen, with their reference completions.
+        options: the options of the calibration. The metric is always that of the calibration.
 
     Raises:
-        DataError: no items.
+        DataError: no rows.
         ConfigError: the collaboration is not calibrated, or no threshold is within one of its budgets.
     """
-    if not items:
+    if not rows:
         raise DataError("there are no prompts to check the thresholds on; expected at least one")
     calibration = model.calibration
     if calibration is None:
         raise ConfigError("the collaboration is not calibrated, so there is nothing to check; calibrate it first")
     chosen = {budget: calibration.best(budget) for budget in (1.0, *calibration.budgets)}
-    measuring = _Measuring(model, items, calibration.metric_name, params or SamplingParams(), max_batch, on_completion)
+    options = replace(options or CalibrationOptions(), metric=calibration.metric_name)
+    measuring = _Measuring(model, rows, options, on_completion)
     thresholds = {point.threshold for point in chosen.values()}
     measuring.expect(len(thresholds))
-    measured = {threshold: measuring.at(threshold).point for threshold in thresholds}
+    measured = {threshold: measuring.add(threshold) for threshold in thresholds}
     checks = []
     for budget, promised in chosen.items():
         found = measured[promised.threshold]
@@ -154,7 +154,7 @@ def check_on(
         metrics = [Interval(one.metric, one.low, one.high) for one in (found, promised)]
         rate, metric = independent_difference(*rates), independent_difference(*metrics)
         ends = (rate.low, rate.high), (metric.low, metric.high)
-        checks.append(HeldOutCheck(budget, promised, found, len(items), *ends))
+        checks.append(HeldOutCheck(budget, promised, found, len(rows), *ends))
     model.calibration = replace(calibration, checks=checks)
     return model.calibration
 
@@ -167,75 +167,60 @@ def point_of(threshold: float, completions: Sequence[Completion], scores: Sequen
     return CalibrationPoint(threshold, rate.mean, metric.mean, metric.low, metric.high, rate.low, rate.high)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A measured threshold, with the defer probs of all its tokens, fp64, shape (M,)."""
-
-    point: CalibrationPoint
-    defer_probs: Tensor
-
-
 class _Measuring:
-    """Generates and scores the items at a threshold, and reports the progress over all thresholds."""
+    """Generates and scores the rows at one threshold after another, and reports the progress over all of them."""
 
     def __init__(
-        self,
-        model: CoLLM,
-        items: Sequence[ValidationItem],
-        metric: str,
-        params: SamplingParams,
-        max_batch: int,
-        report: OnCompletion | None,
+        self, model: CoLLM, rows: Sequence[Row], options: CalibrationOptions, report: OnCompletion | None
     ) -> None:
-        self.model, self.items, self.params, self.max_batch = model, items, params, max_batch
-        self._score = metric_named(metric)
-        self._report = report
+        self.model, self.rows, self.options = model, rows, options
+        self.points: list[CalibrationPoint] = []
+        self.defer_probs: dict[float, Tensor] = {}  # of all tokens at each threshold, fp64, shape (M,)
+        self._score, self._report = metric_named(options.metric), report or (lambda done, total: None)
         self._done = self._total = 0
 
     def expect(self, thresholds: int) -> None:
         """Set the number of thresholds in all, including those that are done."""
-        self._total = len(self.items) * thresholds
-        if self._done and self._report is not None:
+        self._total = len(self.rows) * thresholds
+        if self._done:
             self._report(self._done, self._total)
 
-    def at(self, threshold: float) -> _Measured:
-        out = self.model.generate(
-            [item.prompt for item in self.items],
-            self.params,
+    def add(self, threshold: float) -> CalibrationPoint:
+        """Measure a threshold."""
+        completions = self.model.generate(
+            [row.prompt for row in self.rows],
+            self.options.params,
             threshold=threshold,
-            max_batch=self.max_batch,
+            max_batch=self.options.max_batch,
             on_completion=self._count,
         )
-        scores = [self._score(one.text, item.reference) for one, item in zip(out, self.items, strict=True)]
-        probs = torch.tensor([prob for one in out for prob in one.defer_probs], dtype=torch.float64)
-        return _Measured(point_of(threshold, out, scores), probs)
+        scores = [self._score(one.text, row.completion) for one, row in zip(completions, self.rows, strict=True)]
+        probs = [prob for one in completions for prob in one.defer_probs]
+        self.defer_probs[threshold] = torch.tensor(probs, dtype=torch.float64)
+        self.points.append(point_of(threshold, completions, scores))
+        return self.points[-1]
 
     def _count(self, index: int, completion: Completion) -> None:
         self._done += 1
-        if self._report is not None:
-            self._report(self._done, self._total)
+        self._report(self._done, self._total)
 
-
-def _between(measured: Sequence[_Measured], budget: float) -> float | None:
-    """A threshold that splits the widest step in deferral rate next to the best one within the budget.
-
-    None if no step is wide enough, or no token lies in it.
-    """
-    falling = sorted(measured, key=lambda one: -one.point.threshold)
-    points = [one.point for one in falling]
-    best = points.index(best_within(points, budget))
-    beyond = next((i for i, point in enumerate(points) if point.deferral_rate > budget), best)
-    steps = {step for step in (best - 1, best, beyond - 1) if 0 <= step < len(points) - 1}  # each to the point after
-    widths = {step: points[step + 1].deferral_rate - points[step].deferral_rate for step in steps}
-    for step in sorted(steps, key=lambda step: -widths[step]):
-        if widths[step] < _NARROW:
-            return None
-        higher, lower = points[step].threshold, points[step + 1].threshold
-        probs = falling[step].defer_probs
-        inside = probs[(probs < higher) & (probs > lower)]
-        if len(inside):
-            return _above(inside.median().item(), inside.tolist())
-    return None
+    def between(self, budget: float) -> float | None:
+        """A threshold in the widest step in deferral rate next to the best within the budget; None if there is none."""
+        points = sorted(self.points, key=lambda point: -point.threshold)
+        best = points.index(best_within(points, budget))
+        beyond = next((i for i, point in enumerate(points) if point.deferral_rate > budget), best)
+        # Each step leads to the next point.
+        steps = {step for step in (best - 1, best, beyond - 1) if 0 <= step < len(points) - 1}
+        widths = {step: points[step + 1].deferral_rate - points[step].deferral_rate for step in steps}
+        for step in sorted(steps, key=lambda step: -widths[step]):
+            if widths[step] < _NARROW:
+                return None
+            higher, lower = points[step].threshold, points[step + 1].threshold
+            probs = self.defer_probs[higher]
+            inside = probs[(probs < higher) & (probs > lower)]
+            if len(inside):
+                return _above(inside.median().item(), inside.tolist())
+        return None
 
 
 def _above(defer_prob: float, others: Sequence[float]) -> float:
@@ -246,19 +231,6 @@ def _above(defer_prob: float, others: Sequence[float]) -> float:
     higher = min((other for other in others if other > defer_prob), default=defer_prob)
     middle = (defer_prob + higher) / 2
     return middle if middle < higher else defer_prob
-
-
-def check_refine(refine: int) -> None:
-    """Raise a ConfigError for a negative number of thresholds."""
-    if refine < 0:
-        raise ConfigError(f"refine is {refine}, expected 0 or more thresholds")
-
-
-def check_rates(rates: Sequence[float]) -> None:
-    """Raise a ConfigError for a deferral rate outside [0, 1]."""
-    outside = [rate for rate in rates if not 0 <= rate <= 1]
-    if outside:
-        raise ConfigError(f"cannot aim at a deferral rate of {outside[0]}, expected numbers from 0 to 1")
 
 
 def _thresholds(defer_probs: Sequence[float], rates: Sequence[float], guesses: Sequence[float]) -> list[float]:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,11 +15,11 @@ from collm.artefact import library_versions
 from collm.collaboration import CoLLM
 from collm.core.named import policy_named
 from collm.core.objective import marginal_logprobs
+from collm.core.params import SamplingParams
 from collm.core.policies import ThresholdPolicy
 from collm.core.types import Completion
 from collm.errors import ConfigError, MissingExtra, RequestError
 from collm.evaluation.gold import gold_views, greedy_writes
-from collm.evaluation.harness_options import batch_size_of, max_length_of, model_arguments, sampling_params
 from collm.text.template import tokenize
 from collm.training.examples import Example, Examples, aligned_example, joined
 from collm.training.measures import TokenViews
@@ -26,6 +27,7 @@ from collm.training.scoring import progress_bar
 
 try:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import DEFAULT_MAX_LENGTH, normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ImportError as error:
     raise MissingExtra("lm-eval", "eval") from error
@@ -35,8 +37,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AUTO_GROUP = 256
-"""Number of texts scored together with batch size "auto". They are divided into batches by their tokens."""
+AUTO_GROUP = 256  # texts scored together with batch size "auto"; they are divided into batches by their tokens
+UNCHOSEN_DEVICE = "cuda:0"  # the default of the harness's command line, for which the artefact's device is taken
+MAX_GEN_TOKS = 256  # the default of the harness's own models
+
+_LOADING = {"pretrained": (str, int), "device": (str,), "dtype": (str,), "trust_code": (bool,)}
+_KINDS = _LOADING | {
+    "threshold": (float, int),
+    "budget": (float, int),
+    "policy": (str,),
+    "batch_size": (int, str),
+    "max_length": (int,),
+    "add_bos_token": (bool,),
+}
+"""The model arguments and their types."""
 
 Pair = tuple[Any, list[int], list[int]]
 """A request's texts (None for a window of a longer text), its context tokens, and its continuation tokens."""
@@ -47,11 +61,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     Likelihoods are those of the joint model, log sum_z P(z | x_<t) P_z(x_t | x_<t) per token in fp32. They do not
     depend on the threshold. A continuation is greedy if greedy decoding at the operating threshold writes it
-    (`gold.greedy_writes`). The artefact's prompt template is not used. With `--apply_chat_template`, its chat template
-    is used.
+    (`gold.greedy_writes`). The artefact's prompt template is not used, its chat template with `--apply_chat_template`.
 
     Args:
-        model: the collaboration.
         threshold, budget: as for `CoLLM.generate`. By default the calibrated threshold.
         policy: name of another policy for generation. Likelihoods are the same.
         batch_size: maximum number of texts read or decoded at once. "auto" divides texts to score by their tokens, and
@@ -59,9 +71,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         max_length: maximum number of tokens of a sequence, by default the shortest context of all models. Longer texts
             are truncated on the left.
         add_bos_token: whether the tokenizer adds special tokens. By default if the text does not begin with BOS.
-
-    Raises:
-        ConfigError: options that contradict each other or have no effect, or no threshold and no calibration.
     """
 
     def __init__(
@@ -78,36 +87,29 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if policy is not None and (threshold is not None or budget is not None):
             raise ConfigError("threshold and budget have no effect with another policy; leave them out")
-        self.model = model
-        self.tokenizer = model.tokenizer
-        self.batch_size = batch_size_of(batch_size)
-        self.max_length = max_length_of(model, max_length)
-        self.add_bos_token = add_bos_token
+        self.model, self.tokenizer, self.add_bos_token = model, model.tokenizer, add_bos_token
+        if batch_size != "auto" and (not str(batch_size).isdecimal() or int(batch_size) < 1):
+            raise ConfigError(f"batch size is {batch_size!r}, expected a positive number of texts, or auto")
+        self.batch_size = None if batch_size == "auto" else int(batch_size)
+        self.max_length = _max_length(model, max_length)
         self.policy = policy_named(policy) if policy else ThresholdPolicy(model.threshold(threshold, budget))
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessLM:
-        """Create the model from `--model_args` and the options batch_size, max_batch_size and device.
-
-        Raises:
-            ConfigError: an unknown or duplicate argument, or a value of the wrong type.
-            ArtefactError, LoadError, MismatchError: as for `CoLLM.from_pretrained`.
-        """
+        """Create the model from `--model_args` and the options batch_size, max_batch_size and device."""
         loading, options = model_arguments(arg_dict, additional_config or {})
         return cls(CoLLM.from_pretrained(**loading), **options)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> HarnessLM:
-        """Create the model from "name=value,name=value", as `create_from_arg_obj`."""
+        """Create the model from "name=value,name=value" and options."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Information that the harness stores with its results."""
+        """What the harness stores with its results."""
         return {"policy": str(self.policy), "versions": library_versions()}
-
-    # Tokens
 
     @property
     def eot_token_id(self) -> int:
@@ -116,20 +118,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context: BOS, or EOS if there is no BOS."""
-        prefix = self.tokenizer.bos_token_id
-        if prefix is None:
-            prefix = self.tokenizer.eos_token_id
-        if prefix is None:
-            raise ConfigError("the tokenizer has neither BOS nor EOS to put before a text; set one")
-        return cast(int, prefix)
+        for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return cast(int, token_id)
+        raise ConfigError("the tokenizer has neither BOS nor EOS to put before a text; set one")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         special = self.add_bos_token is not False if add_special_tokens is None else add_special_tokens
         bos = self.tokenizer.bos_token
         begun = add_special_tokens is None and bos is not None and string.startswith(str(bos))
         return tokenize(self.tokenizer, string, special=special and not begun)
-
-    # Chats
 
     @property
     def tokenizer_name(self) -> str:
@@ -140,18 +138,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The collaboration's chat template, for the harness's results; None if chats are not rendered."""
         if isinstance(chat_template, str):
-            raise ConfigError(
-                f"chat template {chat_template!r} does not exist; a collaboration has one template without a name"
-            )
+            why = "a collaboration has one template without a name"
+            raise ConfigError(f"chat template {chat_template!r} does not exist; {why}")
         return self.model.template.chat if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a chat up to the assistant's turn, or including the last message as the beginning of that turn.
-
-        Raises:
-            RequestError: there is no chat template, or it rejects the messages.
-            ConfigError: the tokenizer would add tokens before the text that training did not.
-        """
+        """Render a chat up to the assistant's turn, or including the last message as the beginning of that turn."""
         before = chat_history if add_generation_prompt else chat_history[:-1]
         text = self.model.template.render_chat(self.tokenizer, before, open_turn=True)
         if self.tok_encode(text) != tokenize(self.tokenizer, text, special=False):
@@ -160,8 +152,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 "add add_bos_token=false to --model_args"
             )
         return text if add_generation_prompt else text + chat_history[-1]["content"]
-
-    # Likelihoods
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         threshold = self.policy.threshold if isinstance(self.policy, ThresholdPolicy) else self.model.threshold()
@@ -203,10 +193,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             raise RequestError(
                 f"a continuation has {len(continuation)} tokens, expected 1 to {self.max_length}, which the models read"
             )
-        token_ids = [*(context or [self.prefix_token_id]), *continuation]
-        kept = token_ids[-self.max_length - 1 :]
-        if len(kept) < len(token_ids):
-            logger.warning("a context is too long; its first %d tokens were removed", len(token_ids) - len(kept))
+        kept = _last([*(context or [self.prefix_token_id]), *continuation], self.max_length + 1, "context")
         begin = len(kept) - len(continuation)
         alignment = self.model.alignment
         if alignment is None:
@@ -215,48 +202,93 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         text = str(self.tokenizer.decode(continuation, clean_up_tokenization_spaces=False))
         return aligned_example(alignment, prompts, text, end=False)
 
-    # Generation
-
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each prompt. With sampling, request i has the harness's torch seed + i.
-
-        Raises:
-            ConfigError: an unsupported generation option.
-        """
-        asked = [sampling_params(request.args[1]) for request in requests]
-        prompts = [
-            self._prompt(request.args[0], one.max_new_tokens) for request, one in zip(requests, asked, strict=True)
-        ]
-        seed = torch.initial_seed()
-        draws = [self.policy.draws or one.temperature > 0 for one in asked]
-        params = [replace(one, seed=seed + n) if draws[n] else one for n, one in enumerate(asked)]
+        """Continue each prompt. With sampling, request i has the harness's torch seed + i."""
+        prompts, params, seed = [], [], torch.initial_seed()
+        for number, (context, options) in enumerate(request.args for request in requests):
+            wanted = sampling_params(options)
+            room = self.max_length - wanted.max_new_tokens
+            if room < 1:
+                raise ConfigError(
+                    f"max_gen_toks is {wanted.max_new_tokens}, which leaves no room for a prompt in the models' "
+                    f"context of {self.max_length} tokens; lower it with --gen_kwargs max_gen_toks=.."
+                )
+            prompts.append(_last(self.tok_encode(context) or [self.prefix_token_id], room, "prompt"))
+            draws = self.policy.draws or wanted.temperature > 0
+            params.append(replace(wanted, seed=seed + number) if draws else wanted)
+        done = count(1)
         with progress_bar("generating", enabled=not disable_tqdm) as report:
-            done = 0
 
             def keep(index: int, completion: Completion) -> None:
-                nonlocal done
-                done += 1
                 self.cache_hook.add_partial("generate_until", requests[index].args, completion.text)
-                report(done, len(requests))
+                report(next(done), len(requests))
 
-            options: dict[str, Any] = {} if self.batch_size is None else {"max_batch": self.batch_size}
-            found = self.model.generate(prompts, params, policy=self.policy, on_completion=keep, **options)
+            sizes = {} if self.batch_size is None else {"max_batch": self.batch_size}
+            found = self.model.generate(prompts, params, policy=self.policy, on_completion=keep, **sizes)
         return [completion.text for completion in found]
 
-    def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
-        room = self.max_length - max_new_tokens
-        if room < 1:
-            raise ConfigError(
-                f"max_gen_toks is {max_new_tokens}, which leaves no room for a prompt in the models' context of "
-                f"{self.max_length} tokens; lower it with --gen_kwargs max_gen_toks=.."
-            )
-        token_ids = self.tok_encode(context) or [self.prefix_token_id]
-        if len(token_ids) > room:
-            logger.warning("a prompt is too long; its first %d tokens were removed", len(token_ids) - room)
-        return token_ids[-room:]
+
+def _last(token_ids: list[int], room: int, what: str) -> list[int]:
+    """The tokens without those on the left that do not fit."""
+    if len(token_ids) > room:
+        logger.warning("a %s is too long; its first %d tokens were removed", what, len(token_ids) - room)
+    return token_ids[-room:]
 
 
 def _log_likelihood(views: TokenViews) -> float:
     """The log-likelihood of all tokens together, nats."""
     logprobs = marginal_logprobs(views.base_logprob, views.assistant_logprobs, views.defer_logits)
     return float(logprobs.double().sum())
+
+
+def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `CoLLM.from_pretrained` and of `HarnessLM`, from `--model_args` and options of the harness."""
+    unchosen = {"device": UNCHOSEN_DEVICE}
+    chosen = {name: value for name, value in options.items() if value is not None and value != unchosen.get(name)}
+    twice = sorted(given.keys() & chosen.keys())
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} is given in --model_args and as --{twice[0]}; give the option only")
+    merged = {**given, **chosen}
+    unknown = sorted(merged.keys() - _KINDS.keys())
+    if unknown:
+        raise ConfigError(f"unknown model argument {', '.join(unknown)}; expected {', '.join(_KINDS)}")
+    for name, value in merged.items():
+        if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
+            kinds = " or ".join(kind.__name__ for kind in _KINDS[name])
+            raise ConfigError(f"model argument {name} is {value!r}, expected {kinds}")
+    if "pretrained" not in merged:
+        raise ConfigError("there is no collaboration; add pretrained=DIR to --model_args")
+    path = str(merged.pop("pretrained"))
+    loading = {name: merged.pop(name) for name in _LOADING if name in merged}
+    return {"path": path, **loading}, merged
+
+
+def _max_length(model: CoLLM, wanted: int | None) -> int:
+    """Maximum number of tokens of a sequence, by default the shortest context of all models."""
+    limits = [member.max_length for member in model.members if member.max_length is not None]
+    if wanted is None:
+        return min(limits, default=DEFAULT_MAX_LENGTH)
+    if wanted < 1 or wanted > min(limits, default=wanted):
+        limit = min(limits, default="any")
+        raise ConfigError(f"max_length is {wanted}, expected from 1 to {limit}, the models' context")
+    return wanted
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters from generation options of the harness.
+
+    `do_sample=False` means temperature 0, and empty texts of `until` end nothing, as for the harness's own models.
+    """
+    given: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), MAX_GEN_TOKS))
+    stop, max_new_tokens = filter(None, given.pop("until")), given.pop("max_gen_toks")
+    sampled, temperature = given.pop("do_sample"), float(given.pop("temperature", 0.0))
+    truncation = {name: given.pop(name) for name in ("top_p", "top_k") if name in given}
+    if given.pop("num_beams", 1) != 1 or given:
+        refused = ", ".join(f"{name}={options[name]!r}" for name in options if name in {*given, "num_beams"})
+        raise ConfigError(
+            f"generation option {refused} has no effect here; expected until, max_gen_toks, do_sample, temperature, "
+            "top_p and top_k"
+        )
+    if sampled and temperature == 0:
+        raise ConfigError("do_sample=True has no effect at temperature 0; give a temperature above 0")
+    return SamplingParams(max_new_tokens, temperature, stop=tuple(stop), **truncation)

@@ -27,20 +27,16 @@ class Interval:
 
 
 def bootstrap_interval(scores: Sequence[float]) -> Interval:
-    """An interval for the mean of `scores`, one score in [0, 1] per item.
+    """An interval for the mean of `scores`, one score in [0, 1] per item; a DataError for other numbers or none.
 
     Percentile bootstrap over the items, except in two cases where it would claim too much:
 
-    - scores that are all 0 or 1: the Wilson score interval (Wilson 1927). Resampling 0s and 1s only
-      approximates the binomial. With 1 right of 20 its lower end is 0, which one right answer refutes.
-    - scores that are all equal: resampling would give a width of 0. Items that score otherwise may exist, but
-      by Wilson's bound their share is at most z^2 / (n + z^2). The ends assume that those score 0 and 1. For 0/1
-      scores this is the Wilson interval.
+    - scores that are all 0 or 1: the Wilson score interval (Wilson 1927). Resampling only approximates the binomial.
+      With 1 right of 20 its lower end is 0, which one right answer refutes.
+    - scores that are all equal: resampling would give a width of 0. Items that score otherwise may exist, but by
+      Wilson's bound their share is at most z^2 / (n + z^2). The ends assume that those score 0 and 1.
 
-    Resampling knows only what some item shows: with few items, or scores nearly all equal, it is still too narrow.
-
-    Raises:
-        DataError: no scores, or one outside [0, 1].
+    With few items, or scores nearly all equal, resampling is still too narrow.
     """
     values = _checked_values(scores)
     if bool(((values == 0) | (values == 1)).all()):
@@ -53,9 +49,6 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
 
     Percentile bootstrap over the items, because the steps of one item are not independent. If all or none of every
     whole is right, resampling would give a width of 0, so the interval is Wilson's over the wholes.
-
-    Raises:
-        DataError: no wholes, a different number of parts, or a part outside [0, its whole].
     """
     part, whole = torch.tensor(parts, dtype=torch.float64), torch.tensor(wholes, dtype=torch.float64)
     if len(part) != len(whole) or not whole.sum() > 0 or not ((part >= 0) & (part <= whole)).all():
@@ -72,13 +65,8 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
 def statistic_interval(statistic: Callable[[Tensor], Tensor], items: Sequence[Sequence[float]]) -> Interval:
     """An interval for a function of the sums of D quantities, with one row of them per item, such as a macro F1.
 
-    Percentile bootstrap over the items. If all items are alike, its width is 0.
-
-    Args:
-        statistic: sums (..., D) -> values (...). Resamples in which it is NaN are left out.
-
-    Raises:
-        DataError: no items.
+    Percentile bootstrap over the items, without resamples in which the statistic is NaN. If all items are alike, its
+    width is 0. `statistic` maps sums (..., D) to values (...).
     """
     if not items:
         raise DataError("no items to take a statistic of, expected at least one")
@@ -91,9 +79,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     Percentile bootstrap over the items' differences. It is much narrower than two separate intervals, because an item
     that is hard for one is hard for both. Differences that are all equal are treated as in `bootstrap_interval`, with
     -1 and 1 as the ends of the unseen share.
-
-    Raises:
-        DataError: no scores, a different number of them, or one outside [0, 1].
     """
     if len(a) != len(b):
         raise DataError(f"{len(a)} and {len(b)} scores to compare, expected one of each per item, in one order")
@@ -104,8 +89,7 @@ def independent_difference(a: Interval, b: Interval) -> Interval:
     """An interval for the difference of two means over different items, from the interval of each.
 
     Square and add (Newcombe 1998, method 10; Zou and Donner 2008): each end is as far from the difference as the two
-    ends that push it that way are from their means, squared and added, so it is no wider than it must be and keeps
-    the skewness of both.
+    ends that push it that way are from their means, squared and added. That keeps the skewness of both.
     """
     difference = a.mean - b.mean
     below = math.hypot(a.mean - a.low, b.high - b.mean)

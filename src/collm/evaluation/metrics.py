@@ -42,7 +42,7 @@ def exact_match(prediction: str, reference: str) -> float:
 def contains(prediction: str, reference: str) -> float:
     """1 if the prediction contains the reference as whole words ("Nigeria" does not contain "Niger").
 
-    White space as in `exact_match`. Only an empty prediction contains an empty reference.
+    Only an empty prediction contains an empty reference. White space as in `exact_match`.
     """
     wanted = _normalised(reference)
     if not wanted:
@@ -72,30 +72,20 @@ def numbers_in(text: str) -> list[Decimal]:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the bag of words. Case and punctuation are ignored.
-
-    The score is 1 if both texts have no words, and 0 if one has none.
-    """
+    """Harmonic mean of precision and recall over the words, without case and punctuation. 1 if both have no words."""
     predicted, wanted = _bag_of_words(prediction), _bag_of_words(reference)
     if not predicted or not wanted:
         return float(predicted == wanted)
     return 2 * (predicted & wanted).total() / (predicted.total() + wanted.total())
 
 
-METRICS: dict[str, Metric] = {
-    "exact_match": exact_match,
-    "contains": contains,
-    "last_number": last_number,
-    "token_f1": token_f1,
-}
+METRICS: dict[str, Metric] = {one.__name__: one for one in (exact_match, contains, last_number, token_f1)}
 
 
 def metric_named(name: str) -> Metric:
     """A metric of METRICS, or a Python function "package.module:function".
 
-    Raises:
-        ConfigError: there is no such metric, or it cannot be imported. Also raised by the metric itself if the
-            function does not return a number in [0, 1].
+    A ConfigError if there is no such metric, and in use if the function does not return a number in [0, 1].
     """
     if name in METRICS:
         return METRICS[name]
@@ -104,9 +94,8 @@ def metric_named(name: str) -> Metric:
         raise ConfigError(f"metric is {name!r}, expected one of {known}, or a Python function package.module:function")
     function = imported(name, "metric")
     if not callable(function):
-        raise ConfigError(
-            f"metric {name!r} is a {type(function).__name__}, expected a function (prediction, reference)"
-        )
+        kind = type(function).__name__
+        raise ConfigError(f"metric {name!r} is a {kind}, expected a function (prediction, reference)")
 
     def metric(prediction: str, reference: str) -> float:
         score = function(prediction, reference)

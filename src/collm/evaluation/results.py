@@ -1,15 +1,16 @@
-"""The scores and costs of a system on a task."""
+"""The scores and costs of a system on a task, and a comparison of several in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from collm.collaboration import CoLLM
-from collm.core.types import ModelUsage, deferral_rate
-from collm.evaluation.answers import Answer, Answers
+from collm.core.types import deferral_rate
+from collm.evaluation.answers import Answer, AnswerFile
 from collm.evaluation.intervals import Interval, paired_difference
-from collm.evaluation.systems import COLLABORATION, System
+from collm.evaluation.systems import COLLABORATION, System, short_names
 from collm.evaluation.tasks.task import Task, TaskItem
 
 PER_ITEM = ("tokens_read", "tokens_written", "forward_passes", "calls")
@@ -39,6 +40,28 @@ class SystemResult:
     tokens_per_s: float
     seconds: float
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> SystemResult:
+        """Read the output of `dataclasses.asdict`."""
+        measures = {name: Interval(**found) for name, found in content["measures"].items()}
+        difference = None if content["difference"] is None else Interval(**content["difference"])
+        return cls(**{**content, "measures": measures, "difference": difference})
+
+    @property
+    def is_threshold(self) -> bool:
+        """Whether the system is the collaboration at another threshold, which only a curve shows."""
+        return self.name.startswith("threshold=")
+
+    @property
+    def is_author(self) -> bool:
+        """Whether the system is the base or an assistant alone."""
+        return self.name.partition("-")[0] in ("base", "assistant")
+
+    def work(self) -> list[tuple[str, ...]]:
+        """The name of each model, and its tokens read, tokens written and forward passes per item, as texts."""
+        shown = ("tokens_read", "tokens_written", "forward_passes")
+        return [(model, *(f"{used[key]:,.1f}" for key in shown)) for model, used in self.models.items()]
+
 
 def result_of(
     system: System,
@@ -46,52 +69,41 @@ def result_of(
     task: Task,
     items: Sequence[TaskItem],
     answers: Mapping[str, Sequence[Answer]],
-    found: Answers,
+    file: AnswerFile,
 ) -> SystemResult:
-    """The result of a system.
-
-    Args:
-        model: the collaboration that the system decoded with.
-        items: the answered items.
-        answers: the answers of each system in the order of the items, including this system and the collaboration.
-        found: this system's answers with their costs.
-    """
+    """The result of a system, from the answers of all systems so far to these items, and its own with their costs."""
     mine = answers[system.name]
-    measured = sum(len(batch.ids) for batch in found.batches)
-    tokens = {
-        name: {key: getattr(used, key) / max(measured, 1) for key in PER_ITEM} for name, used in _usage(found).items()
-    }
-    by_batch = {id_ for batch in found.batches for id_ in batch.ids}
-    written = sum(len(answer.authors) for answer in mine if answer.id in by_batch)
+    measured = {id_ for batch in file.batches for id_ in batch.ids}
+    written = sum(len(answer.authors) for answer in mine if answer.id in measured)
+    per_item = _usage_per_item(file)
+    authors = {runner.name: author for author, runner in enumerate(model.runners)}
+    difference = None
+    if system.name != COLLABORATION:
+        difference = _difference(task.main_measure(items), mine, answers[COLLABORATION])
     return SystemResult(
         name=system.name,
         num_items=len(items),
         measures=task.aggregate([(item, one.text, one.scores) for item, one in zip(items, mine, strict=True)]),
-        difference=None
-        if system.name == COLLABORATION
-        else _difference(task.main_measure(items), mine, answers[COLLABORATION]),
+        difference=difference,
         deferral_rate=deferral_rate([author for answer in mine for author in answer.authors]),
-        models={system.called.get(name, name): used for name, used in tokens.items()},
-        flops=sum(_flops(model, name) * used["tokens_read"] for name, used in tokens.items()),
-        tokens_per_s=written / max(sum(batch.seconds for batch in found.batches), 1e-9),
+        models={system.called.get(name, name): used for name, used in per_item.items()},
+        flops=sum(
+            2.0 * model.backend.weights_per_token(authors[name]) * used["tokens_read"]
+            for name, used in per_item.items()
+        ),
+        tokens_per_s=written / max(sum(batch.seconds for batch in file.batches), 1e-9),
         seconds=sum(answer.seconds for answer in mine) / len(mine),
     )
 
 
-def _usage(found: Answers) -> dict[str, ModelUsage]:
-    """The usage of each model over all batches. Models without usage are left out."""
-    total: dict[str, ModelUsage] = {}
-    for batch in found.batches:
-        for name, used in batch.usage.items():
-            before = total.get(name, ModelUsage())
-            total[name] = ModelUsage(*(getattr(before, key) + value for key, value in asdict(used).items()))
-    return {name: used for name, used in total.items() if any(asdict(used).values())}
-
-
-def _flops(model: CoLLM, name: str) -> float:
-    """FLOPs per token read: two for each weight outside the input embedding."""
-    author = [runner.name for runner in model.runners].index(name)
-    return 2.0 * model.backend.weights_per_token(author)
+def _usage_per_item(file: AnswerFile) -> dict[str, dict[str, float]]:
+    """The mean usage of each model. Models without usage are left out."""
+    found = [(name, used) for batch in file.batches for name, used in batch.usage.items() if any(vars(used).values())]
+    items = sum(len(batch.ids) for batch in file.batches)
+    return {
+        name: {key: sum(getattr(used, key) for other, used in found if other == name) / items for key in PER_ITEM}
+        for name in dict.fromkeys(name for name, _ in found)
+    }
 
 
 def _difference(measure: str | None, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:
@@ -102,3 +114,74 @@ def _difference(measure: str | None, mine: Sequence[Answer], theirs: Sequence[An
         if measure is not None and measure in one.scores and measure in other.scores
     ]
     return paired_difference(*map(list, zip(*pairs, strict=True))) if pairs else None
+
+
+def verdict(task: str, measure: str | None, results: Sequence[SystemResult]) -> str:
+    """Whether collaboration pays, or one model alone is the better choice, in sentences."""
+    by_name = {result.name: result for result in results}
+    own = by_name[COLLABORATION]
+    if measure is None:
+        return f"Task {task} gives no score by itself; outputs/ holds the answers of every system for its judge."
+    score = own.measures[measure]
+    parts = [
+        f"The collaboration reaches {measure} {score.mean:.1%} ({score.low:.1%} to {score.high:.1%}) on "
+        f"{own.num_items} items with {own.deferral_rate:.1%} of the tokens written by assistants."
+    ]
+    if "base" in by_name:
+        parts.append(_against_base(by_name["base"]))
+    assistants = [result for result in results if result.name.startswith("assistant")]
+    parts += [_against_assistant(own, result) for result in assistants]
+    short, seen = short_names(list(by_name)), {COLLABORATION, "base", *(result.name for result in assistants)}
+    others = {short[name]: result for name, result in by_name.items() if name not in seen and not result.is_threshold}
+    return " ".join([*parts, *_against_others(others)])
+
+
+def _against_base(base: SystemResult) -> str:
+    assert base.difference is not None
+    if base.difference.high < 0:
+        return f"It is better than the base alone by {_points(base.difference, -1)}."
+    if base.difference.low > 0:
+        return f"The base alone is better, by {_points(base.difference, 1)}, and cheaper: use it alone."
+    return (
+        f"The base alone cannot be told from it (difference {_points(base.difference, -1)}) and is cheaper: of the "
+        "two, on this evidence, the base alone is the better choice."
+    )
+
+
+def _against_assistant(own: SystemResult, other: SystemResult) -> str:
+    assert other.difference is not None
+    cost = own.flops / other.flops if other.flops else float("nan")
+    speed = own.tokens_per_s / other.tokens_per_s if other.tokens_per_s else float("nan")
+    choice = f": of the two the {other.name} alone is the better choice"
+    costs = f"{cost:.2f} times its FLOPs, {speed:.2f} times its tokens per second"
+    if other.difference.low > 0:
+        worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
+        return f"{worse}{'' if cost < 1 else choice}."
+    known = "is better than" if other.difference.high < 0 else "cannot be told from"
+    points = _points(other.difference, -1)
+    compared = f"The collaboration {known} the {other.name} alone (difference {points}) and takes {costs}"
+    return f"{compared}{choice if other.difference.high >= 0 and cost >= 1 else ''}."
+
+
+def _against_others(others: Mapping[str, SystemResult]) -> list[str]:
+    """One sentence, or none."""
+    found = {name: result.difference for name, result in others.items() if result.difference is not None}
+    groups = {
+        "is better than": [name for name, one in found.items() if one.high < 0],
+        "cannot be told from": [name for name, one in found.items() if one.low <= 0 <= one.high],
+        "is worse than": [name for name, one in found.items() if one.low > 0],
+    }
+    parts = [f"{how} {_listed(names)}" for how, names in groups.items() if names]
+    return [f"The collaboration {'; it '.join(parts)}."] if parts else []
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def _points(difference: Interval, sign: int) -> str:
+    """A difference in percentage points with its interval; `sign` -1 reverses it."""
+    mean, low, high = (100 * sign * end + 0.0 for end in (difference.mean, difference.low, difference.high))  # no -0.0
+    return f"{mean:+.1f} points ({min(low, high):+.1f} to {max(low, high):+.1f})"

@@ -3,101 +3,126 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from collm.core.calibration import threshold_text
+from collm.core.types import BASE
 from collm.engine.candidates import Candidates
-from collm.errors import DAMAGED, ArtefactError
-from collm.evaluation.answers import Answer, read_answers
-from collm.evaluation.insights import DeferralCount, deferred_classes, deferred_tokens, run_lengths, shown
-from collm.evaluation.report import Example, Report, Row, Table, Token
-from collm.evaluation.run_charts import Prices, run_charts, titled
-from collm.evaluation.systems import COLLABORATION, is_threshold, short_names
-from collm.untrusted import contained, read_text
+from collm.errors import DAMAGED, ArtefactError, ConfigError
+from collm.evaluation.answers import Answer
+from collm.evaluation.compare import Comparison
+from collm.evaluation.intervals import Interval
+from collm.evaluation.report import (
+    Chart,
+    ChartPoint,
+    Report,
+    ShownAnswer,
+    SystemRow,
+    Table,
+    Token,
+    deferral_chart,
+)
+from collm.evaluation.results import SystemResult
+from collm.evaluation.systems import COLLABORATION
+from collm.evaluation.tasks.task import TaskItem
 
-MAX_BYTES = 1 << 30
-"""Largest accepted file of an evaluation."""
+Corners = Sequence[tuple[float, float]]
+
+NUM_CORNERS = 32  # of the oracle's line, at most
+
+
+Prices = Mapping[str, tuple[float, float]]
+"""For each model the prices of a million tokens that it reads (including its own) and that it writes."""
+
+
+def parse_prices(texts: Sequence[str]) -> Prices:
+    """Parse NAME=READ or NAME=READ:WRITTEN, where NAME is base, assistant, assistant-2, .."""
+    prices = {}
+    for text in texts:
+        name, _, numbers = text.rpartition("=")
+        try:
+            read, written = (float(one) for one in (numbers.split(":") if ":" in numbers else (numbers, "0")))
+        except ValueError:
+            name = ""
+        if not name or not all(0 <= price < float("inf") for price in (read, written)):
+            raise ConfigError(
+                f"price is {text!r}, expected NAME=READ or NAME=READ:WRITTEN per million tokens, like base=0.1:0.4"
+            )
+        prices[name] = read, written
+    return prices
+
+
+def priced(results: Sequence[SystemResult], prices: Prices) -> dict[str, float]:
+    """The price of 1,000 items with each system. All models of the systems need prices, and no others."""
+    used = sorted({name for result in results for name in result.models}, key=lambda name: (name != "base", name))
+    if unused := [name for name in prices if name not in used]:
+        raise ConfigError(f"there is a price for {', '.join(unused)}, which no system uses; expected {', '.join(used)}")
+    totals = dict.fromkeys((result.name for result in results), 0.0)
+    for result in results:
+        for name, did in result.models.items():
+            if did["forward_passes"] == 0:  # a program
+                continue
+            if name not in prices:
+                raise ConfigError(f"{result.name} uses {name}, which has no price; add --price {name}=..")
+            read, written = prices[name]
+            totals[result.name] += (read * did["tokens_read"] + written * did["tokens_written"]) / 1000
+    return totals
 
 
 def report_of(directory: Path, prices: Prices | None = None) -> Report:
-    """The report of the `collm eval` output in a directory.
-
-    Args:
-        prices: token prices for the chart of costs; None for FLOPs.
+    """The report of the `collm eval` output in a directory. Without prices, the chart of costs has FLOPs.
 
     Raises:
         ArtefactError: the directory has no finished evaluation, a damaged one, or a link that leads out.
         ConfigError: a model has no price.
     """
-    contained(directory)
     try:
-        results, listed, candidates = (
-            json.loads(read_text(directory / f"{name}.json", MAX_BYTES)) for name in ("results", "items", "candidates")
-        )
-        items = {item["id"]: item for item in listed}
-        short = short_names([row["name"] for row in results["rows"]])
-        results["rows"] = [{**row, "name": short[row["name"]]} for row in results["rows"]]
-        answers = {short[name]: read_answers(directory, name) for name in short}
-        return _report(results, items, candidates, answers, prices)
+        return _report(Comparison.read(directory).shortened(), prices)
     except DAMAGED as error:
         raise ArtefactError(f"{directory} holds no finished evaluation ({error}); run 'collm eval' first") from error
 
 
-def _report(
-    results: dict[str, Any],
-    items: Mapping[str, Any],
-    candidates: Mapping[str, Any],
-    answers: Mapping[str, Mapping[str, Answer]],
-    prices: Prices | None,
-) -> Report:
-    rows = {row["name"]: row for row in results["rows"]}
-    for name, found in answers.items():
-        if found.keys() != items.keys() or len(items) != results["num_items"]:
-            raise ValueError(f"{len(found)} answers of {name} to {len(items)} of {results['num_items']} items")
-    own = [answers[COLLABORATION][item] for item in items]
-    first, astray = shown(own, answers.get("base", {}), results["measure"])
-    table = [_row(row, results["measure"]) for row in rows.values() if not is_threshold(row["name"])]
-
-    def example(answer: Answer) -> Example:
-        return _example(answer, items[answer.id], candidates.get(answer.id, ()), results["measure"])
-
+def _report(found: Comparison, prices: Prices | None) -> Report:
+    rows = [_row(result, found.measure) for result in found.shown]
+    items = {item.id: item for item in found.items}
+    examples, astray = ([_shown(found, items[one.id], one) for one in answers] for answers in found.examples())
+    work = [(f"{result.name}: {model}", *did) for result in found.shown for model, *did in result.work()]
+    did = ("", "tokens read", "tokens written", "passes")
+    costs = Table("costs", "What each model did for an item", "Means; one pass serves a whole batch.", did, work)
     return Report(
-        title=f"{results['task']}: does collaborating pay?",
-        summary=results["verdict"],
-        rows=table,
-        measure=results["measure"] and titled(results["measure"]),
-        charts=run_charts(results, table, answers, prices),
-        examples=[example(answer) for answer in first],
-        astray=[example(answer) for answer in astray],
-        authors=results["authors"],
-        tables=[_measures(rows, results["measure"]), *_tables(own, rows)],
-        details={"items": str(results["num_items"]), "threshold": f"{results['threshold']:.6g}", **_settings(results)},
+        title=f"{found.task}: does collaborating pay?",
+        summary=found.verdict,
+        rows=rows,
+        measure=found.measure and titled(found.measure),
+        charts=run_charts(found, rows, prices),
+        examples=examples,
+        astray=astray,
+        authors=found.authors,
+        tables=[_measures(found), costs, *deferral_tables(found.answers[COLLABORATION])],
+        details={"items": str(len(items)), "threshold": f"{found.threshold:.6g}", **_settings(found)},
     )
 
 
-def _row(row: Mapping[str, Any], measure: str | None) -> Row:
-    score = row["measures"].get(measure, {"mean": 0.0, "low": 0.0, "high": 0.0})
-    note = f"latency {row['seconds']:.3g} s, {row['flops'] / 1e9:.3g} GFLOP an item"
-    if (difference := row["difference"]) is not None:
-        low, high = 100 * difference["low"], 100 * difference["high"]
-        note = f"{100 * difference['mean']:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"
-    ends = (score["mean"], score["low"], score["high"])
-    return Row(row["name"], *ends, row["deferral_rate"], row["tokens_per_s"], note)
+def _row(result: SystemResult, measure: str | None) -> SystemRow:
+    score = result.measures.get(measure or "", Interval(0.0, 0.0, 0.0))
+    note = f"latency {result.seconds:.3g} s, {result.flops / 1e9:.3g} GFLOP an item"
+    if result.difference is not None:
+        mean, low, high = (100 * end for end in vars(result.difference).values())
+        note = f"{mean:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"
+    ends = score.mean, score.low, score.high
+    return SystemRow(result.name, *ends, result.deferral_rate, result.tokens_per_s, note)
 
 
-def _example(
-    answer: Answer, item: Mapping[str, Any], candidates: Sequence[Sequence[Candidates]], measure: str | None
-) -> Example:
-    known = candidates or [()] * len(answer.authors)
-    tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, known, strict=True)
-    return Example(
-        prompt=_text(item["prompt"]),
-        reference=_text(item["reference"]),
-        tokens=[Token(*token) for token in tokens],
-        score=answer.scores.get(measure or ""),
-    )
+def _shown(found: Comparison, item: TaskItem, answer: Answer) -> ShownAnswer:
+    candidates: Sequence[Sequence[Candidates]] = found.candidates.get(answer.id) or [()] * len(answer.authors)
+    tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, candidates, strict=True)
+    score = answer.scores.get(found.measure or "")
+    return ShownAnswer(_text(item.prompt), _text(item.reference), [Token(*token) for token in tokens], score)
 
 
 def _text(value: Any) -> str:
@@ -106,46 +131,190 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _measures(rows: Mapping[str, Mapping[str, Any]], main: str | None) -> Table:
+def _measures(found: Comparison) -> Table:
     """All measures of the task, if it has others than the main one."""
-    shown = {name: row["measures"] for name, row in rows.items() if not is_threshold(name)}
-    names = list(shown[COLLABORATION])
-    body = [(name, *(_interval(measures[name]) for measures in shown.values())) for name in names if names != [main]]
-    return Table("measures", "All measures", "Mean and 95% interval.", ("", *shown), body)
+
+    def cell(interval: Interval) -> str:
+        return f"{100 * interval.mean:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
+    names = list(found.results[0].measures)
+    shown = [] if names == [found.measure] else names
+    body = [(name, *(cell(one.measures[name]) for one in found.shown)) for name in shown]
+    return Table("measures", "All measures", "Mean and 95% interval.", ("", *(one.name for one in found.shown)), body)
 
 
-def _interval(found: Mapping[str, float]) -> str:
-    mean, low, high = (100 * found[end] for end in ("mean", "low", "high"))
-    return f"{mean:.1f}% ({low:.1f} to {high:.1f})"
-
-
-def _tables(own: Sequence[Answer], rows: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    deferring, did = ("", "by assistants", "in all", "share"), ("", "tokens read", "tokens written", "passes")
-    classes, tokens = deferred_classes(own), deferred_tokens(own)
-    counted = f"Of all {sum(one.total for one in classes):,} tokens of the collaboration's answers."
-    models = [
-        (f"{name}: {model}", *(f"{used[key]:,.1f}" for key in ("tokens_read", "tokens_written", "forward_passes")))
-        for name, row in rows.items()
-        if not is_threshold(name)
-        for model, used in row["models"].items()
-    ]
-    runs: list[tuple[str, ...]] = [(str(length), f"{count:,}") for length, count in run_lengths(own).items()]
+def deferral_tables(own: Sequence[Answer]) -> list[Table]:
+    """What the assistants wrote of the collaboration's answers: kinds of tokens, tokens, and lengths of runs."""
+    classes, tokens = _counted(own, _token_class), _counted(own, str)
+    counted = f"Of all {sum(total for _, _, total in tokens):,} tokens of the collaboration's answers."
+    most_deferred = [one for one in tokens if one[1] > 0][:20]
+    grouped = (group for answer in own for group in groupby(answer.authors, lambda author: author != BASE))
+    lengths = Counter(len(list(run)) for deferred, run in grouped if deferred)
+    runs = [(str(length), f"{count:,}") for length, count in sorted(lengths.items())]
+    deferring = ("", "by assistants", "in all", "share")
     return [
-        Table("costs", "What each model did for an item", "Means; one pass serves a whole batch.", did, models),
         Table("classes", "What kind of token assistants write", "By its look.", deferring, _shares(classes)),
-        Table("tokens", "The tokens that assistants write most often", counted, deferring, _shares(tokens)),
+        Table("tokens", "The tokens that assistants write most often", counted, deferring, _shares(most_deferred)),
         Table("runs", "How many tokens in a row", "That assistants wrote.", ("tokens in a row", "times"), runs),
     ]
 
 
-def _shares(counted: Sequence[DeferralCount]) -> list[tuple[str, ...]]:
-    return [(one.name, f"{one.deferred:,}", f"{one.total:,}", f"{one.share:.1%}") for one in counted]
+def _token_class(text: str) -> str:
+    """What kind of token a text is. "no text" is an EOS or a part of a character."""
+    if not text:
+        return "no text"
+    word = text.strip()
+    if not word:
+        return "white space"
+    if re.fullmatch(r"[\d.,]*\d[\d.,]*%?", word):
+        return "number"
+    if not any(letter.isalnum() for letter in word):
+        return "punctuation"
+    return "word begins" if text[0].isspace() else "word goes on"
 
 
-def _settings(results: Mapping[str, Any]) -> dict[str, str]:
-    flat = {name: value for name, value in results["settings"].items() if not isinstance(value, dict)}
+def _counted(answers: Sequence[Answer], name_of: Callable[[str], str]) -> list[tuple[str, int, int]]:
+    """How often assistants wrote a token of each name, and how often any author did. The most often deferred first."""
+    total, deferred = Counter[str](), Counter[str]()
+    for answer in answers:
+        names = [name_of(text) for text in answer.token_texts]
+        total.update(names)
+        deferred.update(name for name, author in zip(names, answer.authors, strict=True) if author != BASE)
+    return sorted(((name, deferred[name], total[name]) for name in total), key=lambda one: (-one[1], one[0]))
+
+
+def _shares(counted: Sequence[tuple[str, int, int]]) -> list[tuple[str, ...]]:
+    return [(name, f"{deferred:,}", f"{total:,}", f"{deferred / total:.1%}") for name, deferred, total in counted]
+
+
+def _settings(found: Comparison) -> dict[str, str]:
+    flat = {name: value for name, value in found.settings.items() if not isinstance(value, dict)}
     reasons = defaultdict[str, list[str]](list)
-    for name, reason in results["left_out"].items():
+    for name, reason in found.left_out.items():
         reasons[reason].append(name)
     left_out = {f"no {', '.join(names)}": reason for reason, names in reasons.items()}
-    return {name: str(value) for name, value in {**flat, **left_out, **results["settings"]["versions"]}.items()}
+    return {name: str(value) for name, value in {**flat, **left_out, **found.settings["versions"]}.items()}
+
+
+def run_charts(found: Comparison, rows: Sequence[SystemRow], prices: Prices | None) -> list[Chart]:
+    """Charts of score against deferral rate, score against cost, and the reliability of the defer prob."""
+    charts = _reliability(found.tokens)
+    if found.measure is None:
+        return charts
+    return [_rates(found, rows, found.measure), _costs(found, found.measure, prices), *charts]
+
+
+def titled(measure: str) -> str:
+    """A measure with a capital letter, for headings and labels."""
+    return measure[:1].upper() + measure[1:]
+
+
+def _rates(found: Comparison, rows: Sequence[SystemRow], measure: str) -> Chart:
+    """Score against deferral rate."""
+    by_name = {result.name: result for result in found.results}
+    lines = _random_lines(found.results, measure, {name: float(name != "base") for name in by_name})
+    if oracle := oracle_line(found.answers, measure):
+        lines["oracle: the better of whole answers"] = oracle
+    thresholds = _thresholds(found)
+    if thresholds:  # models alone equal the collaboration at the highest or lowest threshold
+        ends = {"base": 1.0} | ({"assistant": -1.0} if len(found.authors) == 2 else {})
+        thresholds |= {name: threshold for name, threshold in ends.items() if name in by_name}
+    named = [(by_name[name], f"threshold {threshold_text(threshold)}") for name, threshold in thresholds.items()]
+    curve = [_point(result, measure, result.deferral_rate, name) for result, name in named]
+    return deferral_chart(curve, rows, by_name[COLLABORATION].deferral_rate, lines, titled(measure))
+
+
+def _costs(found: Comparison, measure: str, prices: Prices | None) -> Chart:
+    """Score against the cost of an item."""
+    results = found.results
+    costs = {result.name: result.flops / 1e9 for result in results} if prices is None else priced(results, prices)
+    points = {result.name: _point(result, measure, costs[result.name], result.name) for result in results}
+    return Chart(
+        name="cost",
+        heading=f"{titled(measure)} against cost",
+        note="Further left is cheaper. "
+        + ("FLOPs are estimated from the tokens that the models read." if prices is None else "Tokens at your prices."),
+        x_label="GFLOP for an item" if prices is None else "Price of 1,000 items",
+        y_label=titled(measure),
+        curve=[points[name] for name in _thresholds(found)],
+        marks=[points[result.name] for result in found.shown],
+        lines=_random_lines(results, measure, costs),
+        in_use=costs[COLLABORATION],
+        unit="GFLOP" if prices is None else "for 1,000",
+    )
+
+
+def _thresholds(found: Comparison) -> dict[str, float]:
+    """The collaboration at several thresholds, by system. Empty if there is only one threshold."""
+    others = {one.name: float(one.name.partition("=")[2]) for one in found.results if one.is_threshold}
+    return {COLLABORATION: found.threshold, **others} if others else {}
+
+
+def _point(result: SystemResult, measure: str, x: float, name: str) -> ChartPoint:
+    score = result.measures[measure]
+    return ChartPoint(name, x, score.mean, score.low, score.high)
+
+
+def _random_lines(results: Sequence[SystemResult], measure: str, places: Mapping[str, float]) -> dict[str, Corners]:
+    """Lines from the base alone to each assistant alone: a random choice between their whole answers."""
+    ends = {one.name: (places[one.name], one.measures[measure].mean) for one in results if one.is_author}
+    base, assistants = ends.pop("base", None), ends
+    if base is None:
+        return {}
+    if len(assistants) == 1:
+        return {"whole answers at random": [base, *assistants.values()]}
+    return {f"base or {name}, at random": [base, end] for name, end in assistants.items()}
+
+
+def oracle_line(answers: Mapping[str, Sequence[Answer]], measure: str) -> Corners:
+    """Deferral rate and mean score of an oracle that takes each whole answer from the base or an assistant.
+
+    It takes answers with the highest gain per assistant token first. Empty if there is nothing to gain, if the base or
+    all assistants were not compared, or if items have no scores. Collaboration per token can exceed this line.
+    """
+    base = answers.get("base", [])
+    others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
+    if not base or not others or any(measure not in one.scores for found in [base, *others] for one in found):
+        return []
+    tokens, theirs = sum(len(answer.authors) for answer in base), 0
+    score = sum(answer.scores[measure] for answer in base)
+    corners = [(0.0, score / len(base))]
+    gains = []
+    for mine, *choices in zip(base, *others, strict=True):
+        best = max(choices, key=lambda other: (other.scores[measure], -len(other.authors)))
+        gain = best.scores[measure] - mine.scores[measure]
+        if gain > 0:
+            gains.append((gain, len(mine.authors), len(best.authors)))
+    for gain, own, other in sorted(gains, key=lambda one: one[0] / max(one[2], 1), reverse=True):
+        theirs, tokens, score = theirs + other, tokens + other - own, score + gain
+        corners.append((theirs / max(tokens, 1), score / len(base)))
+    if len(corners) == 1:
+        return []
+    step = -(-len(corners) // NUM_CORNERS)
+    return [*corners[:-1:step], corners[-1]]
+
+
+def _reliability(tokens: Mapping[str, Any] | None) -> list[Chart]:
+    if tokens is None or not tokens["reliability"]:
+        return []
+    points = [
+        ChartPoint(f"{one['tokens']:,} tokens", one["defer_prob"], one["assistant_right"], one["low"], one["high"])
+        for one in tokens["reliability"]
+    ]
+    auc = tokens["measures"]["head_auc"]
+    right = "token that only the assistant has right"
+    of_auc = f"No {right}, so there is no AUC."
+    if auc is not None:
+        of_auc = f"AUC {auc:.3f}: how often a {right} has a higher defer prob than another token."
+    chart = Chart(
+        name="reliability",
+        heading="Can the defer prob be trusted?",
+        note="On reference answers: of the tokens that either the base or the assistant has right, the share that "
+        "the assistant has, by defer prob. On the dotted line the defer prob is as good as its word; above it the "
+        f"head asks too seldom. {of_auc}",
+        x_label="Defer prob",
+        y_label="Assistant right",
+        curve=points,
+        lines={"as good as its word": [(0.0, 0.0), (1.0, 1.0)]},
+    )
+    return [chart]

@@ -23,6 +23,7 @@ from collm.text.guards import TokenizerIdentity, check_tokenizers
 from collm.tools.spec import ToolSpec
 
 COLLABORATION = "collaboration"
+_BASE_ALONE = SingleAuthorPolicy(BASE)
 _WITH_VALUE = ("sft", "proxy", "threshold")
 KNOWN = (
     "base, assistant (assistant-2, ..), threshold=0.4, random (at the collaboration's own rate), sft=PATH (a model "
@@ -36,7 +37,6 @@ class System:
     """A way to answer prompts.
 
     Attributes:
-        name: its name in tables and files.
         load: loads the models, unless they are those of the collaboration.
         policy: chooses the authors; None for a random policy whose rate is not known yet.
         writes_as: for an assistant alone, its author number in the collaboration.
@@ -79,12 +79,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy) -> list[System]:
-    """The collaboration at its operating point, then the named systems without duplicates.
-
-    Raises:
-        ConfigError: an unknown name, or one that does not fit the collaboration.
-        LoadError, MismatchError: a path has no model, or its tokenizer differs.
-    """
+    """The collaboration at its operating point, then the named systems without duplicates."""
     wanted = dict.fromkeys(name for name in names if name != COLLABORATION)
     return [System(COLLABORATION, lambda: model, operating), *(_system(model, name) for name in wanted)]
 
@@ -100,41 +95,23 @@ def thresholds_named(model: CoLLM, calibration: Calibration, names: Sequence[str
     return [f"threshold={threshold!r}" for threshold in inner if threshold != operating]
 
 
-def is_threshold(name: str) -> bool:
-    """Whether a system is the collaboration at another threshold."""
-    return name.startswith("threshold=")
-
-
 def _system(model: CoLLM, name: str) -> System:
-    kind, equals, value = name.partition("=")
+    kind, _, value = name.partition("=")
     if kind == "sft" and value:
         _check_tokenizer(model, value)
-        load = lambda: _alone(model, load_model(ModelSpec(value)))  # noqa: E731
-        return System(name, load, SingleAuthorPolicy(BASE), called={"base": "sft"})
+        return System(name, lambda: _alone(model, load_model(ModelSpec(value))), _BASE_ALONE, called={"base": "sft"})
     if kind == "proxy" and value:
-        if model.alignment is not None:
-            raise ConfigError("proxy compares the tokens of several models, and these have different tokenizers")
-        if isinstance(model.assistants[0], ToolSpec):
-            raise ConfigError(f"proxy steers {author_name(1)}, which is a tool; expected a language model")
-        model.check_in_memory()
-        _check_tokenizer(model, value)
-        called = {author_name(2): "untuned"}
-        rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
-        return System(name, lambda: _with_untuned(model, value), rule, called=called)
-    if kind.partition("-")[0] == "assistant" and not equals:
+        return _proxy(model, name, value)
+    if name.partition("-")[0] == "assistant":
         return _assistant(model, name)
-    return System(name, lambda: model, _policy(name, kind, value))
-
-
-def _policy(name: str, kind: str, value: str) -> Policy | None:
     if name == "random":
-        return None
+        return System(name, lambda: model, None)
     if name == "base":
-        return SingleAuthorPolicy(BASE)
+        return System(name, lambda: model, _BASE_ALONE)
     if kind == "threshold" and value:
-        return policy_named(f"threshold:threshold={value}")
+        return System(name, lambda: model, policy_named(f"threshold:threshold={value}"))
     if name.partition(":")[0] in POLICIES:
-        return policy_named(name)
+        return System(name, lambda: model, policy_named(name))
     raise ConfigError(f"cannot compare {name!r}; expected one of {KNOWN}")
 
 
@@ -144,12 +121,7 @@ def _assistant(model: CoLLM, name: str) -> System:
     author = model.author_names.index(name)
     if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
         return System(name, lambda: model, SingleAuthorPolicy(author))  # the base writes where a tool abstains
-    called = {"base": name}
-    return System(name, lambda: _alone(model, _module(model, author), author), SingleAuthorPolicy(BASE), author, called)
-
-
-def _module(model: CoLLM, author: int) -> nn.Module:
-    return cast(LanguageModel, model.members[author]).module
+    return System(name, lambda: _alone(model, _module(model, author), author), _BASE_ALONE, author, {"base": name})
 
 
 def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
@@ -159,15 +131,28 @@ def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
     return CoLLM(module, [module], head, model.author_tokenizers[author], template=template)
 
 
+def _proxy(model: CoLLM, name: str, path: str) -> System:
+    if model.alignment is not None:
+        raise ConfigError("proxy compares the tokens of several models, and these have different tokenizers")
+    if isinstance(model.assistants[0], ToolSpec):
+        raise ConfigError(f"proxy steers {author_name(1)}, which is a tool; expected a language model")
+    model.check_in_memory()
+    _check_tokenizer(model, path)
+
+    def load() -> CoLLM:
+        members: list[nn.Module | ModelSpec] = [_module(model, 1), ModelSpec(path)]
+        parts = _module(model, BASE), members, DeferralHead(model.head.hidden_size, 2), model.tokenizer
+        return CoLLM(*parts, template=model.template, accept_differences=model.accept_differences)
+
+    rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
+    return System(name, load, rule, called={author_name(2): "untuned"})
+
+
+def _module(model: CoLLM, author: int) -> nn.Module:
+    return cast(LanguageModel, model.members[author]).module
+
+
 def _check_tokenizer(model: CoLLM, path: str) -> None:
     """Check the tokenizer before any system answers."""
     tokenizer = TokenizerIdentity.of(load_tokenizer(ModelSpec(path)))
     check_tokenizers(model.identity, tokenizer, path, accept=model.accept_differences)
-
-
-def _with_untuned(model: CoLLM, path: str) -> CoLLM:
-    members: list[nn.Module | ModelSpec] = [_module(model, 1), ModelSpec(path)]
-    head, accepted = DeferralHead(model.head.hidden_size, 2), model.accept_differences
-    return CoLLM(
-        _module(model, BASE), members, head, model.tokenizer, template=model.template, accept_differences=accepted
-    )

@@ -9,11 +9,10 @@ from pathlib import Path
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.errors import DAMAGED, ConfigError
-from collm.evaluation.calibration import ValidationItem, calibrate
-from collm.evaluation.gold import deferred, gold_examples, gold_views
-from collm.evaluation.teacher_forced import TeacherForcedCurve, teacher_forced
+from collm.evaluation.calibration import CalibrationOptions, calibrate
+from collm.evaluation.gold import TeacherForcedCurve, gold_examples, gold_views, teacher_forced
 from collm.run.data import score, split_rows
-from collm.run.options import CalibrationConfig, RunConfig, functions_named
+from collm.run.options import RunConfig, functions_named
 from collm.tools.spec import not_trusted
 from collm.training.data import Row
 from collm.training.scores import find_scores
@@ -22,7 +21,7 @@ from collm.untrusted import contained, read_yaml
 
 
 def calibrate_on(
-    model: CoLLM, rows: Sequence[Row], options: CalibrationConfig, *, source: str, quiet: bool = False
+    model: CoLLM, rows: Sequence[Row], options: CalibrationOptions, *, source: str, quiet: bool = False
 ) -> Calibration:
     """Calibrate on rows. With models in memory, the best thresholds of the teacher-forced curve are measured too.
 
@@ -34,25 +33,13 @@ def calibrate_on(
         curve = curve_on(model, rows)
         guesses = [curve.best(budget).threshold for budget in (1.0, *options.budgets)]
     with progress_bar("calibrating", enabled=not quiet) as progress:
-        return calibrate(
-            model,
-            [ValidationItem(row.prompt, row.completion) for row in rows],
-            metric=options.metric,
-            params=options.params,
-            rates=options.rates,
-            budgets=options.budgets,
-            guesses=guesses,
-            refine=options.refine,
-            max_batch=options.max_batch,
-            settings={"data": source},
-            on_completion=progress,
-        )
+        settings = {"data": source}
+        return calibrate(model, rows, options, guesses=guesses, settings=settings, on_completion=progress)
 
 
 def curve_on(model: CoLLM, rows: Sequence[Row]) -> TeacherForcedCurve:
     """The teacher-forced curve on rows, with the models in memory."""
-    views = gold_views(model, gold_examples(model, rows))
-    return teacher_forced(views, deferred(views))
+    return teacher_forced(gold_views(model, gold_examples(model, rows)))
 
 
 @dataclass(frozen=True)
@@ -110,5 +97,4 @@ class PastRun:
                 read, tokenizer = examples.read_by(number), model.author_tokenizers[number]
                 found = find_scores(shared / author, read, spec)
                 scores.append(found or score(read, spec, own / author, tokenizer, max_batch_tokens=batch, quiet=quiet))
-        views = gold_views(model, examples, scores)
-        return teacher_forced(views, deferred(views))
+        return teacher_forced(gold_views(model, examples, scores))

@@ -15,6 +15,7 @@ from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
 from collm.untrusted import check_fields
 
 if TYPE_CHECKING:
+    from collm.evaluation.calibration import CalibrationOptions
     from collm.models.loading import ModelSpec
     from collm.models.members import AssistantSpec
     from collm.training.data import Rows
@@ -72,10 +73,12 @@ class CalibrationConfig:
     stop: list[str] = field(default_factory=list)
     max_batch: int = 16
 
-    @property
-    def params(self) -> SamplingParams:
-        """The sampling parameters of the completions."""
-        return SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.stop)
+    def calibration_options(self) -> CalibrationOptions:
+        """The options, checked."""
+        from collm.evaluation.calibration import CalibrationOptions
+
+        params = SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.stop)
+        return CalibrationOptions(self.metric, params, self.rates, self.budgets, self.refine, self.max_batch)
 
 
 @dataclass(kw_only=True)
@@ -126,8 +129,6 @@ class RunConfig(CalibrationConfig, RowFormat):
     max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        from collm.evaluation.calibration import check_rates, check_refine
-        from collm.evaluation.metrics import metric_named
         from collm.text.guards import check_accepted
 
         check_fields(self)
@@ -160,9 +161,7 @@ class RunConfig(CalibrationConfig, RowFormat):
         if self.assistant_quantization is not None and len(tools) == len(self.assistant):
             raise ConfigError("assistant_quantization has no effect if all assistants are tools; leave it out")
         check_accepted(self.accept_differences)
-        check_rates([*self.rates, *self.budgets])
-        check_refine(self.refine)
-        metric_named(self.metric)
+        self.calibration_options()  # raises
 
     @property
     def validation_source(self) -> str:

@@ -118,7 +118,8 @@ def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: Par
         model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
         model.save_pretrained(out)
         if config.calibrate:
-            calibrate_on(model, prepared.validation, config, source=config.validation_source, quiet=quiet)
+            options, source = config.calibration_options(), config.validation_source
+            calibrate_on(model, prepared.validation, options, source=source, quiet=quiet)
             model.save_calibration(out)
     processes.wait_for_everyone()
     if not processes.is_main_process:

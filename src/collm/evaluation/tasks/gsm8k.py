@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 
 from collm.errors import ConfigError, DataError
 from collm.evaluation.metrics import numbers_in
@@ -47,9 +46,11 @@ class Gsm8k(Task):
         if self.format not in _FORMATS:
             raise ConfigError(f"format of task 'gsm8k' is {self.format!r}, expected {' or '.join(_FORMATS)}")
 
-    def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
-        rows = self.rows(source, split)
-        return [TaskItem(str(n), row.prompt, str(_reference(row)), row.where, row) for n, row in enumerate(rows, 1)]
+    def reference(self, row: Row) -> str:
+        numbers = numbers_in(row.completion.rpartition("####")[2])
+        if "####" not in row.completion or len(numbers) != 1:
+            raise DataError(f"{row.where}: 'answer' ends with {row.completion[-40:]!r}, expected '####' and one number")
+        return str(numbers[0])
 
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         number = final_number(text)
@@ -69,13 +70,6 @@ def final_number(text: str) -> Decimal | None:
         return next(reversed(numbers_in(text)), None)
     line = first_line(stated)
     return next(iter(numbers_in(line.rpartition("=")[2]) or numbers_in(line)), None)
-
-
-def _reference(row: Row) -> Decimal:
-    numbers = numbers_in(row.completion.rpartition("####")[2])
-    if "####" not in row.completion or len(numbers) != 1:
-        raise DataError(f"{row.where}: 'answer' ends with {row.completion[-40:]!r}, expected '####' and one number")
-    return numbers[0]
 
 
 def before_next_question(text: str) -> str:

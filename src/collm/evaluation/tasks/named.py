@@ -15,18 +15,13 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Gsm8k, RowsTask)}
 
 
 def task_named(name: str, **options: Any) -> Task:
-    """Create a task of TASKS, or your own subclass of `Task` as "package.module:Class", with its options.
-
-    Raises:
-        ConfigError: an unknown task, one that cannot be imported, an unknown option, or an invalid value.
-    """
+    """Create a task of TASKS, or your own subclass of `Task` as "package.module:Class", with its options."""
     if name not in TASKS and ":" not in name:
         raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}, or package.module:Class")
     kind = TASKS[name] if name in TASKS else imported(name, "task")
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise ConfigError(f"task {name!r} is {kind!r:.60}, expected a subclass of collm.evaluation.tasks.task.Task")
     known = list(inspect.signature(kind).parameters)
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"task {name!r} has no option {option!r}, expected {', '.join(known) or 'none'}")
+    if unknown := [option for option in options if option not in known]:
+        raise ConfigError(f"task {name!r} has no option {unknown[0]!r}, expected {', '.join(known) or 'none'}")
     return kind(**options)

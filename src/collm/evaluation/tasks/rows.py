@@ -44,9 +44,5 @@ class RowsTask(Task):
     def rows(self, source: str | Path, split: str | None) -> list[Row]:
         return load_rows(source, split=split, prompt_field=self.prompt_field, completion_field=self.completion_field)
 
-    def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
-        rows = self.rows(source, split)
-        return [TaskItem(str(n), row.prompt, row.completion, row.where, row) for n, row in enumerate(rows, 1)]
-
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         return {self.metric: metric_named(self.metric)(text, item.reference)}

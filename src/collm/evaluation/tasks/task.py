@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.sampling import seeded
 from collm.errors import ConfigError, DataError
 from collm.evaluation.intervals import Interval, bootstrap_interval
-from collm.text.chats import Chat, Message
+from collm.text.chats import Chat
 from collm.text.template import Prompt, PromptTemplate
 from collm.training.data import Row, load_rows
 
-Shot = tuple[str, str]
-"""A few-shot example: a question and its answer."""
+Shot = tuple[str, str]  # a question and its answer
 
 _T = TypeVar("_T")
 
@@ -53,8 +53,7 @@ class Task(ABC):
 
     Attributes:
         name: its name for `task_named`.
-        max_new_tokens: maximum number of tokens of an answer.
-        stop: strings that end an answer.
+        max_new_tokens, stop: maximum number of tokens of an answer, and strings that end it.
         source: the published data set on the Hub; None if there is no default.
         split: the default split, unless the source is a file or a table without splits.
         format: format of the training data for few-shot examples; None if the task has none.
@@ -80,9 +79,14 @@ class Task(ABC):
         """A system's answers in the format of an external judge; None for a task without one."""
         return None
 
-    @abstractmethod
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
-        """All items of a split, without few-shot examples."""
+        """All items of a split, without few-shot examples. By default the rows of training data, numbered."""
+        rows = self.rows(source, split)
+        return [TaskItem(str(n), row.prompt, self.reference(row), row.where, row) for n, row in enumerate(rows, 1)]
+
+    def reference(self, row: Row) -> Any:
+        """The reference answer of a row of training data."""
+        return row.completion
 
     def rows(self, source: str | Path, split: str | None) -> list[Row]:
         """Rows of training data of a split, for few-shot examples. The task must have a format."""
@@ -115,9 +119,8 @@ class Task(ABC):
             seed: seed of both samples; None takes the first rows.
 
         Raises:
-            DataError: a source without usable rows, an invalid row (with its file and line), or too few rows for the
-                few-shot examples.
-            ConfigError: limit or shots out of range, no source for few-shot examples, or no source.
+            DataError: no usable rows, an invalid row, or too few rows for the few-shot examples.
+            ConfigError: a number out of range, or no source.
         """
         source = source or self.source
         if source is None:
@@ -125,12 +128,13 @@ class Task(ABC):
         if limit is not None and limit < 1:
             raise ConfigError(f"limit is {limit}, expected at least 1 item, or no limit")
         items = self.read(source, split or _default_split(source, self.split))
-        if limit is not None:
-            items = _draw(items, min(limit, len(items)), seed)
+        items = items if limit is None else _draw(items, min(limit, len(items)), seed)
         if shots == 0:
             return items
         if self.format is None:
             raise ConfigError(f"task {self.name!r} has no few-shot examples; leave shots out")
+        if shots < 0:
+            raise ConfigError(f"shots is {shots}, expected at least 0")
         if shots_source is None and _default_split(source, "train") is None:
             raise ConfigError(f"{source} has no train split for few-shot examples; give a source for them")
         taken = self._shots(shots_source or source, shots, seed, items)
@@ -138,8 +142,11 @@ class Task(ABC):
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, Interval]:
         """The mean of each measure over the items with that measure."""
-        measures = dict.fromkeys(measure for _, _, scores in scored for measure in scores)
-        return {measure: bootstrap_interval(scores_of(scored, measure)) for measure in measures}
+        by_measure = defaultdict[str, list[float]](list)
+        for _, _, scores in scored:
+            for measure, score in scores.items():
+                by_measure[measure].append(score)
+        return {measure: bootstrap_interval(scores) for measure, scores in by_measure.items()}
 
     def render(
         self, item: TaskItem, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
@@ -147,22 +154,18 @@ class Task(ABC):
         """Render the prompt of an item.
 
         Without few-shot examples it is the item's prompt. With them, the template wraps each question as in training,
-        followed by its answer and a blank line. The result is then token ids.
-
-        Args:
-            chat: render a chat with few-shot examples as earlier turns, for a collaboration trained on chats.
-
-        Raises:
-            RequestError: the prompt is empty.
+        followed by its answer and a blank line. The result is then token ids. For a collaboration trained on chats,
+        `chat` makes few-shot examples earlier turns.
         """
         if chat and isinstance(item.prompt, str):
-            return [message for shot in item.shots for message in _turns(*shot)] + _turns(item.prompt)
+            texts = [text for shot in item.shots for text in shot] + [item.prompt]
+            return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         if not item.shots:
             return item.prompt
-        shown = [template.text.replace("{prompt}", question) + answer + "\n\n" for question, answer in item.shots]
         assert isinstance(item.prompt, str), "few-shot examples need plain prompts"
-        asked = template.text.replace("{prompt}", item.prompt)
-        return PromptTemplate().encode_prompt(tokenizer, "".join(shown) + asked)
+        shown = [(question, answer + "\n\n") for question, answer in item.shots] + [(item.prompt, "")]
+        text = "".join(template.text.replace("{prompt}", question) + answer for question, answer in shown)
+        return PromptTemplate().encode_prompt(tokenizer, text)
 
     def stop_for(self, item: TaskItem, template: PromptTemplate, *, chat: bool = False) -> tuple[str, ...]:
         """Strings that end the answer to this item. After few-shot examples also the beginning of another one."""
@@ -171,24 +174,16 @@ class Task(ABC):
         return (*self.stop, "\n\n" + template.text.partition("{prompt}")[0].rstrip())
 
     def _shots(self, source: str | Path, count: int, seed: int | None, items: Sequence[TaskItem]) -> tuple[Shot, ...]:
-        if count < 0:
-            raise ConfigError(f"shots is {count}, expected at least 0")
-        chat = next((item.where for item in items if not isinstance(item.prompt, str)), None)
-        if chat is not None:
-            raise ConfigError(f"few-shot examples need plain prompts, but {chat} is a chat; leave shots out")
-        asked = {item.prompt for item in items if isinstance(item.prompt, str)}
-        rows = self.rows(source, _default_split(source, "train"))
-        free = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str) and row.prompt not in asked]
+        if chats := [item.where for item in items if not isinstance(item.prompt, str)]:
+            raise ConfigError(f"few-shot examples need plain prompts, but {chats[0]} is a chat; leave shots out")
+        prompts, rows = {str(item.prompt) for item in items}, self.rows(source, _default_split(source, "train"))
+        pairs = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str)]
+        free = [pair for pair in pairs if pair[0] not in prompts]
         if len(free) < count:
             raise DataError(
                 f"{source} has {len(free)} plain rows that are no items, expected at least {count} few-shot examples"
             )
         return tuple(_draw(free, count, seed))
-
-
-def scores_of(scored: Sequence[Scored], measure: str) -> list[float]:
-    """The scores of the items with this measure."""
-    return [scores[measure] for _, _, scores in scored if measure in scores]
 
 
 def _default_split(source: str | Path, split: str) -> str | None:
@@ -201,8 +196,3 @@ def _draw(values: Sequence[_T], count: int, seed: int | None) -> list[_T]:
     if seed is None:
         return list(values[:count])
     return [values[place] for place in sorted(seeded(seed).sample(range(len(values)), count))]
-
-
-def _turns(question: str, answer: str | None = None) -> list[Message]:
-    turns: list[Message] = [{"role": "user", "content": question}]
-    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
