@@ -28,7 +28,7 @@ import torch
 from benchmarks.pairs import SHAPES, collaborate, make_byte_tokenizer, make_model, prompts_of
 from benchmarks.record import run_parts
 from collm import CoLLM, SamplingParams, StructuredOutputs
-from collm.serving.run import Server
+from collm.serving.run import APIServer
 from collm.serving.settings import Settings
 
 PARTS = ("throughput", "processors", "load", "bodies")
@@ -46,10 +46,10 @@ _ENDLESS: dict[str, Any] = {
 
 
 @contextmanager
-def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[Server, Callable[[Callable[[], bool]], None]]]:
+def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[APIServer, Callable[[Callable[[], bool]], None]]]:
     """Run a server in a thread. Yields the server when it is ready, and a function that waits for a condition."""
     gc.freeze()  # as `collm serve` does
-    server = Server({"pair": model}, Settings(max_batch=max_batch, time_limit_s=600), host="127.0.0.1", port=0)
+    server = APIServer({"pair": model}, Settings(max_batch=max_batch, time_limit_s=600), host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run)
 
     def until(holds: Callable[[], bool]) -> None:
@@ -60,14 +60,14 @@ def serving(model: CoLLM, max_batch: int) -> Iterator[tuple[Server, Callable[[Ca
 
     thread.start()
     try:
-        until(lambda: server.started and server.service.collaborations.targets["pair"].served.worker.ready)
+        until(lambda: server.started and server.service.targets["pair"].worker.ready)
         yield server, until
     finally:
         server.should_exit = True
         thread.join()
 
 
-def streams(server: Server, requests: list[dict[str, Any]]) -> dict[str, Any]:
+def streams(server: APIServer, requests: list[dict[str, Any]]) -> dict[str, Any]:
     """Run streams in a client process and return its results."""
     host, port = server.servers[0].sockets[0].getsockname()
     command = [sys.executable, "-m", "benchmarks.streams", host, str(port)]
@@ -155,10 +155,10 @@ class Bench:
         rows = []
         rng = random.Random(0)
         with serving(self.pair, self.arguments.batch[-1]) as (server, until):
-            worker = server.service.collaborations.targets["pair"].served.worker
+            worker = server.service.targets["pair"].worker
             for number in range(self.arguments.rounds):
                 result = streams(server, [self._request(rng) for _ in range(self.arguments.streams)])
-                until(lambda: not (worker.outstanding or worker.running))
+                until(lambda: not (worker.outstanding or len(worker.running)))
                 seen = result["streams"]
                 row = {
                     "round": number + 1,

@@ -66,25 +66,19 @@ def test_a_deadly_grammar_costs_its_request(name: str, speaking: Running) -> Non
 @pytest.mark.parametrize("depth", [2600, 900])
 def test_every_source_of_a_grammar_is_checked(depth: int, speaking: Running) -> None:
     deadly = chain(depth)
-    function = {"name": "f", "parameters": {"type": "object", "properties": {"x": deadly}, "$defs": deadly["$defs"]}}
+    parameters = {"type": "object", "properties": {"x": deadly}, "$defs": deadly["$defs"]}
+    function = {"name": "f", "parameters": parameters}
+    required = [{"type": "function", "function": function}], [{"type": "function", **function}]
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": deadly}}
-    chat: dict[str, Any] = {"model": "pair", "messages": QUESTION}
-    for path, body in [
-        ("/v1/chat/completions", {**chat, "response_format": form}),
-        (
-            "/v1/chat/completions",
-            {**chat, "tools": [{"type": "function", "function": function}], "tool_choice": "required"},
-        ),
-        (
-            "/v1/responses",
-            {"model": "pair", "input": "x", "text": {"format": {"type": "json_schema", "name": "a", "schema": deadly}}},
-        ),
-        (
-            "/v1/responses",
-            {"model": "pair", "input": "x", "tools": [{"type": "function", **function}], "tool_choice": "required"},
-        ),
+    flat = {"format": {"type": "json_schema", "name": "a", "schema": deadly}}
+    chat, response = ("/v1/chat/completions", {"messages": QUESTION}), ("/v1/responses", {"input": "x"})
+    for (path, body), more in [
+        (chat, {"response_format": form}),
+        (chat, {"tools": required[0], "tool_choice": "required"}),
+        (response, {"text": flat}),
+        (response, {"tools": required[1], "tool_choice": "required"}),
     ]:
-        reply = speaking.post(path, **body)
+        reply = speaking.post(path, model="pair", **body, **more)
         assert reply.status_code == 400, reply.text
         assert speaking.client.get("/ready").status_code == 200
 

@@ -33,29 +33,6 @@ def is_weather(arguments: str) -> bool:
     return found["city"] in ("Paris", "Oslo") and 1 <= found["days"] <= 9 and len(found) == 2
 
 
-def test_every_field_that_changes_no_text_is_taken(client: openai.OpenAI) -> None:
-    plain = client.chat.completions.create(model="pair", messages=QUESTION, max_tokens=8)
-    reply = client.chat.completions.create(
-        model="pair",
-        messages=[{**QUESTION[0], "name": "ada"}],
-        max_completion_tokens=8,
-        temperature=0,
-        seed=1234,
-        top_p=0.9,
-        metadata={"run": "1"},
-        store=True,
-        service_tier="auto",
-        parallel_tool_calls=False,
-        reasoning_effort="low",
-        verbosity="low",
-        prompt_cache_key="a",
-        safety_identifier="b",
-        user="me",
-        prediction={"type": "content", "content": "the"},
-    )
-    assert reply.choices[0].message.content == plain.choices[0].message.content
-
-
 def test_sampling_is_meant_by_asking_for_it(client: openai.OpenAI) -> None:
     def texts(**options: Any) -> list[str]:
         reply = client.completions.create(model="pair", prompt="the", max_tokens=12, **options)
@@ -94,6 +71,8 @@ def test_messages_of_every_role_are_rendered(client: openai.OpenAI, speaking: Ru
 def test_structured_answers_are_parsed(client: openai.OpenAI, name: str) -> None:
     reply = client.chat.completions.parse(model=name, messages=QUESTION, response_format=Answer, temperature=1, seed=2)
     assert isinstance(reply.choices[0].message.parsed, Answer)
+    with client.chat.completions.stream(model=name, messages=QUESTION, response_format=Answer) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Answer)
     for form in ({"type": "json_object"}, {"type": "text"}):
         plain = client.chat.completions.create(
             model=name,
@@ -104,14 +83,6 @@ def test_structured_answers_are_parsed(client: openai.OpenAI, name: str) -> None
         )
         if form["type"] == "json_object" and plain.choices[0].finish_reason == "stop":
             assert isinstance(json.loads(plain.choices[0].message.content), dict)
-
-
-def test_structured_streams_are_parsed(client: openai.OpenAI) -> None:
-    with client.chat.completions.stream(model="pair", messages=QUESTION, response_format=Answer) as stream:
-        for _ in stream:
-            pass
-        final = stream.get_final_completion()
-    assert isinstance(final.choices[0].message.parsed, Answer)
 
 
 def test_the_ways_of_vllm_to_say_what_a_text_is(client: openai.OpenAI) -> None:
@@ -267,12 +238,6 @@ def test_what_responses_do_not_have_says_so(speaking: Running, wrong: dict[str, 
     reply = speaking.post("/v1/responses", **{"model": "pair", "input": "the", **wrong})
     assert reply.status_code == 400
     assert said in reply.json()["error"]["message"]
-
-
-def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
-    assert client.models.retrieve("pair/base").id == "pair/base"
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("other")
 
 
 def test_chats_go_on_with_a_message(client: openai.OpenAI, speaking: Running) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from collm import CoLLM
 from collm.core.calibration import Calibration, CalibrationPoint
 from collm.engine.runner import ModelRunner
-from collm.serving.run import Server
+from collm.serving.run import APIServer
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
 from collm.text.template import PromptTemplate
@@ -48,7 +50,7 @@ class Running:
 
     def __init__(self, models: Mapping[str, CoLLM], settings: Settings, port: int = 0) -> None:
         self.models = models
-        self.server = Server(models, settings, host="127.0.0.1", port=port)
+        self.server = APIServer(models, settings, host="127.0.0.1", port=port)
         self.service = self.server.service
         self.thread = threading.Thread(target=self.server.run)
         self.client = httpx.Client(timeout=30)
@@ -66,7 +68,7 @@ class Running:
         assert up.wait(30)
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
         self.client.base_url = httpx.URL(self.url)
-        self.until(lambda: all(one.worker.ready for one in self.service.collaborations.served))
+        self.until(lambda: all(one.worker.ready for one in self.service.collaborations))
         return self
 
     def stop(self) -> None:
@@ -87,11 +89,14 @@ class Running:
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, **{"api_key": "none", **options})
 
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.server.servers[0].sockets[0].getsockname(), timeout=30)
+
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 
     def worker(self, name: str = "pair") -> Any:
-        return self.service.collaborations.targets[name].served.worker
+        return self.service.targets[name].worker
 
     @property
     def open_slots(self) -> int:
@@ -99,7 +104,7 @@ class Running:
 
     def idle(self) -> bool:
         """Nothing runs, nothing waits, no slot is open."""
-        workers = [one.worker for one in self.service.collaborations.served]
+        workers = [one.worker for one in self.service.collaborations]
         return not any(one.running or one.waiting or one.outstanding for one in workers) and not self.open_slots
 
 
@@ -149,6 +154,19 @@ def serve() -> Callable[..., Any]:
             server.stop()
 
     return running
+
+
+@pytest.fixture
+def later() -> Iterator[Callable[..., Future[Any]]]:
+    """Call a function in a thread."""
+    with ThreadPoolExecutor(40) as pool:
+        yield pool.submit
+
+
+@pytest.fixture
+def serve_pair(tokenizer: PreTrainedTokenizerFast, serve: Callable[..., Any]) -> Callable[..., Any]:
+    """serve_pair(**settings): a server of one's own, with the calibrated pair."""
+    return lambda **settings: serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, **settings)
 
 
 @pytest.fixture(scope="session")

@@ -171,13 +171,15 @@ def test_the_page_lists_every_route_and_metric(server: Any) -> None:
     [
         (["--host", "0.0.0.0"], "there is no API key"),
         (["--max-batch", "0"], "max_batch is 0"),
+        (["--max-connections", "-1"], "max_connections is -1"),
+        (["--keep-alive", "-1"], "keep_alive_s is -1"),
         (["--time-limit", "0"], "time_limit_s is 0.0"),
         (["--api-key", "schlüssel"], "use printable ASCII"),
         (["{artefact}"], "two collaborations are called 'my-collaboration'"),
         (["a/b={artefact}"], "named 'a/b'"),
     ],
 )
-def test_wrong_options_are_said_before_anything_listens(
+def test_wrong_options_are_errors(
     artefact: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLLM_API_KEY", raising=False)

@@ -1,18 +1,28 @@
-"""Every refusal has OpenAI's shape and names the parameter; what changes no text is no reason for one."""
+"""Every refusal has OpenAI's shape and names the parameter, and what the schema at /openapi.json allows is answered."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
-from tests.serving.conftest import Running, make_pair
+from tests.serving.conftest import Running
 from tests.serving.test_generation import of_choice
 
-COMPLETION = {"model": "pair", "prompt": "w5"}
-CHAT = {"model": "pair", "messages": [{"role": "user", "content": "w5"}]}
+COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES: Any = [{"role": "user", "content": "w5"}]
+ASKED: dict[str, dict[str, Any]] = {
+    COMPLETION: {"model": "pair", "prompt": "w5"},
+    CHAT: {"model": "pair", "messages": MESSAGES},
+    "/v1/collm/candidates": {"model": "pair", "token_ids": [5]},
+}
 
 
 def refused(reply: httpx.Response, status: int, param: str | None, *, said: str = "") -> None:
@@ -72,24 +82,11 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str | None, str]] = [
     ({"collm": {"policy": "joint", "threshold": 0.5}}, "collm.policy", "no effect"),
     ({"collm": {"eta": 0.5}}, "collm.eta", "no parameter"),
     ({"model": "pair/base", "collm": {"threshold": 0.5}}, "collm", "one author alone"),
-    ({"model": "three"}, "collm.threshold", "not calibrated"),
+    ({"model": "three"}, "collm.threshold", "not calibrated; send collm.threshold, start the server with --threshold"),
     ({"model": "three", "collm": {"budget": 0.5}}, "collm.budget", "a budget needs a calibration"),
 ]
-
-
-@pytest.mark.parametrize(("wrong", "param", "said"), WRONG_IN_BOTH, ids=lambda value: ascii(value)[:50])
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_is_wrong_in_completions_and_chats(
-    server: Running, wrong: dict[str, Any], param: str | None, said: str, stream: bool
-) -> None:
-    options = wrong if "stream" in wrong or "stream_options" in wrong else {"stream": stream, **wrong}
-    refused(server.post("/v1/completions", **{**COMPLETION, **options}), 400, param, said=said)
-    refused(server.post("/v1/chat/completions", **{**CHAT, **options}), 400, param, said=said)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "param", "said"),
-    [
+WRONG_ALONE: dict[str, list[tuple[dict[str, Any], str, str]]] = {
+    COMPLETION: [
         ({"prompt": ""}, "prompt", "at least 1 character"),
         ({"prompt": "   "}, "prompt", "empty"),
         ({"prompt": []}, "prompt", "at least 1 item"),
@@ -107,17 +104,9 @@ def test_what_is_wrong_in_completions_and_chats(
         ({"best_of": 2}, "best_of", "expected 1, as n"),
         ({"suffix": "w1"}, "suffix", "Input should be ''"),
         ({"max_completion_tokens": 4}, "max_completion_tokens", "no parameter"),
-        ({"messages": CHAT["messages"]}, "messages", "no parameter"),
+        ({"messages": MESSAGES}, "messages", "no parameter"),
     ],
-    ids=lambda value: ascii(value)[:50],
-)
-def test_what_is_wrong_in_completions(server: Running, wrong: dict[str, Any], param: str, said: str) -> None:
-    refused(server.post("/v1/completions", **{**COMPLETION, **wrong}), 400, param, said=said)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "param", "said"),
-    [
+    CHAT: [
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "", "content": "w1"}]}, "messages[0]", "at least 1 character"),
         ({"messages": [{"role": "user"}]}, "messages[0]", "'content' is None"),
@@ -141,27 +130,24 @@ def test_what_is_wrong_in_completions(server: Running, wrong: dict[str, Any], pa
         ({"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt", "both true"),
         ({"prompt": "w5"}, "prompt", "no parameter"),
     ],
-    ids=lambda value: ascii(value)[:50],
-)
-def test_what_is_wrong_in_chats(server: Running, wrong: dict[str, Any], param: str, said: str) -> None:
-    refused(server.post("/v1/chat/completions", **{**CHAT, **wrong}), 400, param, said=said)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "param", "said"),
-    [
+    "/v1/collm/candidates": [
         ({}, "prompt", "either prompt or messages"),
-        ({"prompt": "w1", "messages": CHAT["messages"]}, "prompt", "either prompt or messages"),
+        ({"prompt": "w1", "messages": MESSAGES}, "prompt", "either prompt or messages"),
         ({"prompt": "w1", "token_ids": [97]}, "token_ids", "outside the vocabulary"),
         ({"prompt": "w1", "token_ids": [5] * 127}, "token_ids", "is 128 tokens including its output"),
         ({"prompt": "w1", "most": 11}, "most", "less than or equal to 10"),
         ({"prompt": ["w1"]}, "prompt", "valid"),
     ],
-    ids=lambda value: ascii(value)[:50],
-)
-def test_what_is_wrong_in_candidates(server: Running, wrong: dict[str, Any], param: str, said: str) -> None:
-    body = {"model": "pair", "token_ids": [5], **wrong}
-    refused(server.post("/v1/collm/candidates", **body), 400, param, said=said)
+}
+WRONG = [(path, *one) for path, found in WRONG_ALONE.items() for one in found]
+WRONG += [(path, *one) for path in (COMPLETION, CHAT) for one in WRONG_IN_BOTH]
+
+
+@pytest.mark.parametrize(("path", "wrong", "param", "said"), WRONG, ids=lambda value: ascii(value)[:50])
+def test_what_is_wrong(server: Running, path: str, wrong: dict[str, Any], param: str | None, said: str) -> None:
+    streams = [{}] if path == "/v1/collm/candidates" or "stream" in wrong else [{"stream": False}, {"stream": True}]
+    for stream in streams:
+        refused(server.post(path, **{**ASKED[path], **stream, **wrong}), 400, param, said=said)
 
 
 def test_what_official_clients_send_without_meaning_it(client: openai.OpenAI) -> None:
@@ -169,11 +155,12 @@ def test_what_official_clients_send_without_meaning_it(client: openai.OpenAI) ->
         "presence_penalty": 0,
         "frequency_penalty": 0.0,
         "logit_bias": {},
-        "top_p": 1,
+        "temperature": 0,
+        "top_p": 0.9,
         "n": 1,
         "user": "me",
         "stop": None,
-        "seed": None,
+        "seed": 1234,
         "stream": False,
     }
     plain = client.completions.create(model="pair", prompt="w5", max_tokens=5)
@@ -181,20 +168,25 @@ def test_what_official_clients_send_without_meaning_it(client: openai.OpenAI) ->
         model="pair", prompt="w5", max_tokens=5, best_of=1, suffix=None, echo=False, **nothing
     )
     assert of_choice(reply.choices[0]) == of_choice(plain.choices[0])
-    plain_chat = client.chat.completions.create(model="pair", messages=CHAT["messages"], max_tokens=5)  # type: ignore[arg-type]
+    plain_chat = client.chat.completions.create(model="pair", messages=MESSAGES, max_tokens=5)
     chat = client.chat.completions.create(
         model="pair",
-        messages=CHAT["messages"],  # type: ignore[arg-type]
+        messages=[{**MESSAGES[0], "name": "ada"}],
         max_tokens=5,
         max_completion_tokens=5,
         tools=[],
         tool_choice="none",
         response_format={"type": "text"},
         modalities=["text"],
-        parallel_tool_calls=True,
-        store=False,
-        metadata={},
+        parallel_tool_calls=False,
+        store=True,
+        metadata={"run": "1"},
         service_tier="auto",
+        reasoning_effort="low",
+        verbosity="low",
+        prompt_cache_key="a",
+        safety_identifier="b",
+        prediction={"type": "content", "content": "the"},
         **nothing,
     )
     assert of_choice(chat.choices[0]) == of_choice(plain_chat.choices[0])
@@ -228,11 +220,15 @@ def test_a_body_that_is_too_long(server: Running) -> None:
     refused(server.client.post("/v1/completions", content=chunks()), 413, None)
 
 
-def test_the_key(serve: Any, tokenizer: Any) -> None:
-    with serve({"pair": make_pair(tokenizer)}, api_key="secret") as server:
+def test_the_key(serve_pair: Any) -> None:
+    with serve_pair(api_key="secret") as server:
         with server.openai(api_key="secret") as client:
             assert client.models.list().data
-        for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
+        for authorization in ("Bearer secret", "bearer secret", "BEARER  secret"):
+            headers = {"Host": "evil.example", "Authorization": authorization}  # any name is answered
+            assert server.client.get("/v1/models", headers=headers).status_code == 200
+        wrong = ["Bearer other", "Bearer", "Bearer secret2", "Basic secret", "secret"]
+        for header in ({}, *({"Authorization": one} for one in wrong)):
             for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/collm/info"):
                 reply = server.client.get(path, headers=header)
                 refused(reply, 401, None, said="API key")
@@ -243,12 +239,78 @@ def test_the_key(serve: Any, tokenizer: Any) -> None:
         assert server.client.get("/health").status_code == server.client.get("/ready").status_code == 200
 
 
-def test_other_origins_are_let_in_only_by_name(server: Running, serve: Any, tokenizer: Any) -> None:
+ADDED = ["x-stainless-os, x-stainless-lang", "user-agent", "openai-organization, authorization, content-type"]
+
+
+def test_other_origins_are_let_in_only_by_name(server: Running, serve_pair: Any) -> None:
     origin = {"Origin": "https://example.org"}
     assert "access-control-allow-origin" not in server.client.get("/v1/models", headers=origin).headers
-    with serve({"pair": make_pair(tokenizer)}, allow_origins=["https://example.org"], api_key="k") as open_to:
+    with serve_pair(allow_origins=["https://example.org"], api_key="k") as open_to:
         preflight = {**origin, "Access-Control-Request-Method": "POST"}
         reply = open_to.client.options("/v1/completions", headers=preflight)
         assert reply.headers["access-control-allow-origin"] == "https://example.org"
+        for added in ADDED:  # by client libraries
+            asked = {**preflight, "Access-Control-Request-Headers": added}
+            assert open_to.client.options("/v1/completions", headers=asked).status_code == 200
+        shown = open_to.client.get("/v1/models", headers={**origin, "Authorization": "Bearer k"})
+        assert "X-Request-Id" in shown.headers["Access-Control-Expose-Headers"]
         other = open_to.client.options("/v1/completions", headers={**preflight, "Origin": "https://example.com"})
         assert "access-control-allow-origin" not in other.headers
+
+
+CHECKS: list[Callable[..., Any]] = [not_a_server_error, status_code_conformance, content_type_conformance]
+OPERATIONS = [
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/collm/candidates"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
+    ("GET", "/v1/collm/info"),
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    ("GET", "/metrics"),
+]
+
+
+def test_every_operation_is_fuzzed(server: Running) -> None:
+    paths = server.client.get("/openapi.json").json()["paths"]
+    assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [
+        (*one, mode)
+        for one in OPERATIONS
+        for mode in schemathesis.GenerationMode
+        if one[0] == "POST" or mode.is_positive
+    ],
+)
+def test_answers_are_as_the_schema_says(server: Running, method: str, path: str, mode: Any) -> None:
+    document = server.client.get("/openapi.json").json()
+    _aim(document)
+    cases = schemathesis.openapi.from_dict(document)[path][method].as_strategy(generation_mode=mode)
+
+    @seed(0)
+    @settings(
+        max_examples=15, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(case=cases)
+    def check(case: Any) -> None:
+        case.call_and_validate(base_url=server.url, checks=CHECKS)
+
+    check()
+
+
+def _aim(document: dict[str, Any]) -> None:
+    """Models that exist, and few tokens, so that what is generated reaches the models."""
+    schemas = document["components"]["schemas"]
+    for name in ("Completion", "Chat", "Responses", "Candidates", "Tokenize", "Detokenize"):
+        properties = schemas[f"{name}Request"]["properties"]
+        properties["model"] = {"type": "string", "enum": ["pair", "pair/base", "three"]}
+        for limit in {"max_tokens", "max_completion_tokens", "max_output_tokens"} & set(properties):
+            properties[limit] = {"type": "integer", "minimum": 1, "maximum": 5}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPResponse
@@ -24,7 +24,7 @@ from collm.core.named import POLICIES
 from collm.core.policies import Policy, StepView
 from collm.errors import ConfigError, LoadError
 from collm.models.loading import ModelSpec
-from collm.serving.run import Server, run
+from collm.serving.run import APIServer, run
 from collm.serving.settings import Settings
 from collm.serving.worker import Worker
 from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
@@ -36,7 +36,7 @@ LONG = {"model": "pair", "prompt": "w5 w6", "max_tokens": 100}
 def held(worker: Worker) -> Iterator[None]:
     """The worker does nothing until the block ends."""
     gate = threading.Event()
-    worker._do(lambda: gate.wait(60))
+    worker.commands.put(lambda: gate.wait(60))
     try:
         yield
     finally:
@@ -50,11 +50,6 @@ def alone(serve: Any, tokenizer: PreTrainedTokenizerFast) -> Iterator[Running]:
     with serve({"pair": pair}, max_batch=2, max_waiting=2, drain_s=20) as running:
         yield running
         running.until(running.idle)
-
-
-def in_threads(count: int, ask: Callable[[], Any]) -> tuple[ThreadPoolExecutor, list[Future[Any]]]:
-    pool = ThreadPoolExecutor(count)
-    return pool, [pool.submit(ask) for _ in range(count)]
 
 
 def next_event(lines: Iterator[str]) -> dict[str, Any]:
@@ -87,10 +82,9 @@ def test_a_stream_that_nobody_reads_any_more_gives_its_slots_back(alone: Running
 @contextmanager
 def asking(server: Running, **body: Any) -> Iterator[None]:
     """A client that asks, and leaves when the block ends."""
-    host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}"
-    with socket.create_connection((host, int(port))) as connection:
+    with server.connect() as connection:
         connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + content)
         yield
 
@@ -98,7 +92,7 @@ def asking(server: Running, **body: Any) -> Iterator[None]:
 def test_a_request_that_nobody_waits_for_gives_its_slots_back(alone: Running) -> None:
     steps = Steps(alone.worker())
     with asking(alone, **LONG, n=2):
-        alone.until(lambda: alone.worker().running == 2)
+        alone.until(lambda: len(alone.worker().running) == 2)
         steps.allow(1)
         alone.until(lambda: alone.open_slots >= 2)
     alone.until(lambda: alone.worker().outstanding == 0)
@@ -108,31 +102,31 @@ def test_a_request_that_nobody_waits_for_gives_its_slots_back(alone: Running) ->
     assert 'status="499"' in alone.client.get("/metrics").text
 
 
-def test_a_client_that_leaves_the_queue_makes_room(alone: Running) -> None:
+def test_a_client_that_leaves_the_queue_makes_room(alone: Running, later: Any) -> None:
     worker = alone.worker()
     with held(worker):
         with asking(alone, **LONG, n=4):
             alone.until(lambda: worker.outstanding == 4)
             assert alone.post("/v1/completions", **LONG).status_code == 429
         alone.until(lambda: worker.outstanding == 0)
-        pool, (asked,) = in_threads(1, lambda: alone.post("/v1/completions", **LONG, n=4))
+        asked = later(lambda: alone.post("/v1/completions", **LONG, n=4))
         alone.until(lambda: worker.outstanding == 4)
     assert asked.result().status_code == 200
-    pool.shutdown()
 
 
 # Queues that fill
 
 
-def test_a_full_queue_refuses_until_there_is_room(alone: Running) -> None:
+def test_a_full_queue_refuses_until_there_is_room(alone: Running, later: Any) -> None:
     with held(alone.worker()):
-        pool, asked = in_threads(4, lambda: alone.post("/v1/completions", **LONG).status_code)
+        asked = [later(lambda: alone.post("/v1/completions", **LONG).status_code) for _ in range(4)]
         alone.until(lambda: alone.worker().outstanding == 4)
         refused = [
             alone.post("/v1/completions", **LONG),
             alone.post("/v1/completions", **LONG, stream=True),
             alone.post("/v1/collm/candidates", model="pair", prompt="w1", token_ids=[5]),
         ]
+        assert alone.client.get("/health").status_code == 200
         with alone.openai() as client, pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(**LONG)
     for reply in refused:
@@ -140,7 +134,6 @@ def test_a_full_queue_refuses_until_there_is_room(alone: Running) -> None:
         assert reply.json()["error"]["code"] == "queue_full"
     assert raised.value.code == "queue_full"
     assert [one.result() for one in asked] == [200] * 4
-    pool.shutdown()
     assert alone.post("/v1/completions", **LONG).status_code == 200
 
 
@@ -164,26 +157,20 @@ def test_a_request_takes_no_longer_than_it_may(serve: Any, tokenizer: PreTrained
         server.until(server.idle)
 
 
-def test_a_stream_that_is_not_read_is_held_no_longer_than_it_may(
-    serve: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, time_limit_s=0.5) as server:
+def test_a_stream_that_is_not_read_is_held_no_longer_than_it_may(serve_pair: Any) -> None:
+    with serve_pair(time_limit_s=0.5) as server:
         server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with asking(server, **LONG, n=16, logprobs=20, stream=True):
             server.until(lambda: 'status="504"' in server.client.get("/metrics").text)
             server.until(server.idle)
 
 
-def test_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may(
-    serve: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with serve({"pair": make_pair(tokenizer)}, time_limit_s=0.05) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
-            answer = HTTPResponse(connection)
-            answer.begin()
-            assert (answer.status, json.load(answer)["error"]["code"]) == (408, "body_timeout")
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may(serve_pair: Any) -> None:
+    with serve_pair(time_limit_s=0.05) as server, server.connect() as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
+        answer = HTTPResponse(connection)
+        answer.begin()
+        assert (answer.status, json.load(answer)["error"]["code"]) == (408, "body_timeout")
 
 
 # Requests, models and policies that break
@@ -200,15 +187,14 @@ class BadPolicy(Policy):
 
 
 def test_a_policy_that_raises_ends_its_request_alone(
-    alone: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    alone: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, later: Any
 ) -> None:
     monkeypatch.setitem(POLICIES, "bad", BadPolicy)
     expected = written(alone.post("/v1/completions", **LONG))
     with held(alone.worker()):
-        pool = ThreadPoolExecutor(3)
-        bad = pool.submit(lambda: alone.post("/v1/completions", **LONG, collm={"policy": "bad"}))
-        good = pool.submit(lambda: alone.post("/v1/completions", **LONG))
-        streamed = pool.submit(lambda: alone.post("/v1/completions", **LONG, collm={"policy": "bad"}, stream=True))
+        bad = later(lambda: alone.post("/v1/completions", **LONG, collm={"policy": "bad"}))
+        good = later(lambda: alone.post("/v1/completions", **LONG))
+        streamed = later(lambda: alone.post("/v1/completions", **LONG, collm={"policy": "bad"}, stream=True))
         alone.until(lambda: alone.worker().outstanding == 3)
     assert written(good.result()) == expected
     assert bad.result().status_code == 500
@@ -219,7 +205,6 @@ def test_a_policy_that_raises_ends_its_request_alone(
         assert '"finish_reason":"' not in reply.text
         assert "[DONE]" not in reply.text
     assert "secret thing" in caplog.text
-    pool.shutdown()
 
 
 def test_a_client_sees_a_stream_break_off(alone: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,24 +219,22 @@ def test_a_client_sees_a_stream_break_off(alone: Running, monkeypatch: pytest.Mo
             list(stream)
 
 
-def test_nan_ends_one_request_and_spoils_no_other(alone: Running) -> None:
+def test_nan_ends_one_request_and_spoils_no_other(alone: Running, later: Any) -> None:
     expected = written(alone.post("/v1/completions", **LONG))
     base: Any = alone.models["pair"].base
     poison = next(token for token in range(10, 97) if token not in expected[0][1])
     base.model.embed_tokens.weight.data[poison] = torch.nan
     with held(alone.worker()):
-        pool = ThreadPoolExecutor(2)
-        bad = pool.submit(lambda: alone.post("/v1/completions", **{**LONG, "prompt": [7, poison]}))
-        good = pool.submit(lambda: alone.post("/v1/completions", **LONG))
+        bad = later(lambda: alone.post("/v1/completions", **{**LONG, "prompt": [7, poison]}))
+        good = later(lambda: alone.post("/v1/completions", **LONG))
         alone.until(lambda: alone.worker().outstanding == 2)
     assert bad.result().status_code == 500
     assert "NaN" not in bad.result().text
     assert written(good.result()) == expected
     assert written(alone.post("/v1/completions", **LONG)) == expected
-    pool.shutdown()
 
 
-def test_a_loop_that_breaks_down_fails_what_runs_and_goes_on(alone: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loop_that_breaks_down_fails_what_runs(alone: Running, caplog: pytest.LogCaptureFixture, later: Any) -> None:
     expected = written(alone.post("/v1/completions", **LONG))
     worker = alone.worker()
     engine, step, count = worker._engine, worker._engine.step, iter(range(100))
@@ -263,7 +246,7 @@ def test_a_loop_that_breaks_down_fails_what_runs_and_goes_on(alone: Running, cap
 
     with held(worker):
         engine.step = breaking
-        pool, asked = in_threads(4, lambda: alone.post("/v1/completions", **LONG))
+        asked = [later(lambda: alone.post("/v1/completions", **LONG)) for _ in range(4)]
         alone.until(lambda: worker.outstanding == 4)
     replies = [one.result() for one in asked]
     assert sorted(reply.status_code for reply in replies) == [200, 200, 500, 500]  # two ran, two waited
@@ -271,7 +254,6 @@ def test_a_loop_that_breaks_down_fails_what_runs_and_goes_on(alone: Running, cap
     assert not any("out of something" in reply.text for reply in replies)
     assert "out of something" in caplog.text
     assert worker._engine is not engine
-    pool.shutdown()
 
 
 def test_a_defect_of_ours_is_an_answer_with_an_id_and_no_details(
@@ -292,10 +274,10 @@ def test_a_defect_of_ours_is_an_answer_with_an_id_and_no_details(
 # Servers that start and stop
 
 
-def test_a_server_that_stops_finishes_what_runs_and_takes_nothing_new(alone: Running) -> None:
+def test_a_server_that_stops_finishes_what_runs_and_takes_nothing_new(alone: Running, later: Any) -> None:
     expected = written(alone.post("/v1/completions", **LONG))
     with held(alone.worker()):
-        pool, asked = in_threads(3, lambda: alone.post("/v1/completions", **LONG))
+        asked = [later(lambda: alone.post("/v1/completions", **LONG)) for _ in range(3)]
         alone.until(lambda: alone.worker().outstanding == 3)
         alone.server.handle_exit(15, None)
         alone.until(lambda: not alone.worker().accepting)
@@ -306,28 +288,24 @@ def test_a_server_that_stops_finishes_what_runs_and_takes_nothing_new(alone: Run
         assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
         assert reply.json()["error"]["code"] == "stopping"
     assert [written(one.result()) for one in asked] == [expected] * 3
-    pool.shutdown()
     alone.thread.join(20)
     assert not alone.thread.is_alive()
 
 
-def test_a_server_waits_no_longer_than_it_may(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, drain_s=0) as server:
+def test_a_server_waits_no_longer_than_it_may(serve_pair: Any, later: Any) -> None:
+    with serve_pair(drain_s=0) as server:
         steps = Steps(server.worker())
-        pool, (asked,) = in_threads(1, lambda: server.post("/v1/completions", **LONG))
+        asked = later(lambda: server.post("/v1/completions", **LONG))
         server.until(lambda: server.worker().outstanding == 1)
         server.server.handle_exit(15, None)
         assert asked.result().status_code == 503
         assert asked.result().json()["error"]["code"] == "stopping"
         steps.allow(1)
-        pool.shutdown()
         server.thread.join(20)
         assert server.idle()
 
 
-def test_while_models_are_loaded_the_server_lives_and_is_not_ready(
-    serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_while_models_are_loaded_the_server_is_not_ready(pair: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     loading, engine = threading.Event(), CoLLM.engine
 
     def slow(self: CoLLM, *arguments: Any) -> Any:
@@ -335,7 +313,7 @@ def test_while_models_are_loaded_the_server_lives_and_is_not_ready(
         return engine(self, *arguments)
 
     monkeypatch.setattr(CoLLM, "engine", slow)
-    server = Running({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, Settings())
+    server = Running({"pair": pair}, Settings())
     starting = ThreadPoolExecutor(1)
     started = starting.submit(server.start)
     server.until(lambda: hasattr(server, "url"))
@@ -354,12 +332,10 @@ def test_while_models_are_loaded_the_server_lives_and_is_not_ready(
         server.stop()
 
 
-def test_models_that_cannot_be_loaded_end_the_server(
-    tokenizer: PreTrainedTokenizerFast, pair: CoLLM, tmp_path: Path
-) -> None:
-    tokenizer.save_pretrained(tmp_path)  # and no weights
-    without = CoLLM(pair.base, [ModelSpec(str(tmp_path))], pair.head, tokenizer)
-    server = Server({"pair": without}, Settings(), host="127.0.0.1", port=0)
+def test_models_that_cannot_be_loaded_end_the_server(pair: CoLLM, tmp_path: Path) -> None:
+    pair.tokenizer.save_pretrained(tmp_path)  # and no weights
+    without = CoLLM(pair.base, [ModelSpec(str(tmp_path))], pair.head, pair.tokenizer)
+    server = APIServer({"pair": without}, Settings(), host="127.0.0.1", port=0)
     server.run()
     assert isinstance(server.service.failure, LoadError)
 
@@ -372,13 +348,13 @@ def test_an_open_address_needs_a_key(pair: CoLLM) -> None:
 def test_an_address_that_cannot_be_listened_on_is_said(pair: CoLLM) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server = Server({"pair": pair}, Settings(), host="127.0.0.1", port=port)
+        server = APIServer({"pair": pair}, Settings(), host="127.0.0.1", port=port)
         with pytest.raises(ConfigError, match=rf":{port}: .*in use; give another --host or --port"):
             server.run()
 
 
-def test_a_server_starts_again_where_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
-    models = {"pair": make_pair(tokenizer, calibration=CALIBRATION)}
+def test_a_server_starts_again_where_it_was(pair: CoLLM) -> None:
+    models = {"pair": pair}
     first = Running(models, Settings()).start()
     expected = written(first.post("/v1/completions", **LONG))
     port = int(first.url.rpartition(":")[2])
@@ -390,14 +366,14 @@ def test_a_server_starts_again_where_it_was(tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_an_idle_worker_sleeps(alone: Running) -> None:
-    """It waits on its condition, so nothing calls the engine."""
+    """It waits for commands, so nothing calls the engine."""
     worker = alone.worker()
     calls: list[int] = []
     fill = worker._fill
     worker._fill = lambda: (calls.append(1), fill())[1]
     alone.post("/v1/completions", **{**LONG, "max_tokens": 1})
     alone.until(alone.idle)
+    threading.Event().wait(0.05)
     before = len(calls)
-    assert not worker._commands
-    with worker._changed:  # only a worker that waits lets go of it
-        assert len(calls) == before
+    threading.Event().wait(0.1)
+    assert len(calls) == before > 0

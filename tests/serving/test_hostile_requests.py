@@ -7,7 +7,6 @@ import json
 import random
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from typing import Any
 
@@ -18,14 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.bodies import BODIES, MAX_BODY, send
 from collm.engine import chunks
 from collm.errors import ConfigError
-from collm.serving import connection
-from collm.serving.collaborations import Target
-from collm.serving.connection import allow_connections, quiet_accept_errors
-from collm.serving.service import MAX_THREADS
-from collm.serving.settings import Settings
+from collm.serving import run
+from collm.serving.run import allow_connections, quiet_accept_errors
+from collm.serving.service import MAX_THREADS, Target
 from tests.clients.conftest import make_speaking_pair
 from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
-from tests.serving.test_faults import LONG, asking, held, written
+from tests.serving.test_faults import LONG, asking, written
 
 CHAT: dict[str, Any] = {"model": "pair", "messages": [{"role": "user", "content": "w5"}]}
 
@@ -82,31 +79,14 @@ def test_nesting_is_no_failure_of_the_server(field: str, depth: int, server: Run
         ("", 421),
     ],
 )
-def test_without_a_key_only_own_names_are_answered(
-    host: str, status: int, serve: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, allow_hosts=["models.lan"]) as server:
+def test_without_a_key_only_own_names_are_answered(host: str, status: int, serve_pair: Any) -> None:
+    with serve_pair(allow_hosts=["models.lan"]) as server:
         reply = server.client.get("/v1/models", headers={"Host": host})
         assert reply.status_code == status
         assert server.client.get("/health", headers={"Host": host}).status_code == 200
         if status == 421:
             assert reply.json()["error"]["code"] == "unknown_host"
             assert "--allow-host" in reply.json()["error"]["message"]
-
-
-def test_with_a_key_any_name_is_answered(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    with serve({"pair": make_pair(tokenizer)}, api_key="secret") as server:
-        for authorization in ("Bearer secret", "bearer secret", "BEARER  secret"):
-            headers = {"Host": "evil.example", "Authorization": authorization}
-            assert server.client.get("/v1/models", headers=headers).status_code == 200
-        for authorization in ("Bearer", "Bearer secret2", "Basic secret", "secret"):
-            headers = {"Authorization": authorization}
-            assert server.client.get("/v1/models", headers=headers).status_code == 401
-
-
-def connect(server: Running) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=10)
 
 
 def closed(connection: socket.socket) -> bool:
@@ -118,14 +98,12 @@ def closed(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n"])
-def test_a_head_that_does_not_come_closes_the_connection(
-    sent: bytes, server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection, "HEAD_S", 0.1)
-    with connect(server) as late:
+def test_a_late_head_closes_the_connection(sent: bytes, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "HEAD_S", 0.1)
+    with server.connect() as late:
         late.sendall(sent)
         assert closed(late)
-    with connect(server) as again:  # also after a first request
+    with server.connect() as again:  # also after a first request
         again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert again.recv(1000).startswith(b"HTTP/1.1 200")
         again.sendall(b"GET /he")
@@ -133,14 +111,14 @@ def test_a_head_that_does_not_come_closes_the_connection(
     assert server.client.get("/health").status_code == 200
 
 
-def test_connections_beyond_the_limit_are_closed(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    with serve({"pair": make_pair(tokenizer)}, max_connections=3) as server:
+def test_connections_beyond_the_limit_are_closed(serve_pair: Any) -> None:
+    with serve_pair(max_connections=3) as server:
         server.client.get("/health")
         server.client.close()
         server.until(lambda: not server.server.server_state.connections)
-        held_open = [connect(server) for _ in range(3)]
+        held_open = [server.connect() for _ in range(3)]
         server.until(lambda: len(server.server.server_state.connections) == 3)
-        with connect(server) as another:
+        with server.connect() as another:
             assert closed(another)
         held_open[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert held_open[0].recv(1000).startswith(b"HTTP/1.1 200")
@@ -171,7 +149,7 @@ def test_connections_that_cannot_be_accepted_are_logged_once(caplog: pytest.LogC
 
 
 def test_a_body_has_one_length(server: Running) -> None:
-    with connect(server) as smuggling:
+    with server.connect() as smuggling:
         smuggling.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\n\r\n"
@@ -200,10 +178,8 @@ def slow_encoding(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_the_time_limit_includes_encoding(
-    stream: bool, slow_encoding: threading.Event, serve: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, time_limit_s=0.2) as server:
+def test_the_time_limit_includes_encoding(stream: bool, slow_encoding: threading.Event, serve_pair: Any) -> None:
+    with serve_pair(time_limit_s=0.2) as server:
         reply = server.post("/v1/completions", **LONG, stream=stream)
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "time_limit")
         slow_encoding.set()
@@ -227,13 +203,11 @@ class Panic(BaseException):
     """As native code raises it."""
 
 
-def test_panics_of_native_code_end_their_requests(
-    serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_panics_of_native_code_end_their_requests(serve_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def panics(*arguments: Any) -> Any:
         raise Panic("index out of bounds")
 
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}) as server:
+    with serve_pair() as server:
         expected = written(server.post("/v1/completions", **LONG))
         for place in ("encode", "text_of"):
             with monkeypatch.context() as patch:
@@ -251,9 +225,9 @@ def test_panics_of_native_code_end_their_requests(
 
 
 def test_a_client_that_does_not_read_loses_its_connection(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "UNREAD_S", 0.2)
+    monkeypatch.setattr(run, "UNREAD_S", 0.2)
     server.until(lambda: not server.service.requests)
-    with connect(server) as silent:
+    with server.connect() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
         silent.sendall(host * 200)  # more than the buffers hold
@@ -269,7 +243,7 @@ SCORED = {"model": "pair", "prompt": [5, 6, 7] * 20, "max_tokens": 0, "echo": Tr
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/collm/candidates"])
 def test_jobs_and_steps_alternate_and_jobs_end_with_their_clients(
-    path: str, serve: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    path: str, serve_pair: Any, monkeypatch: pytest.MonkeyPatch, later: Any
 ) -> None:
     monkeypatch.setattr(chunks, "MAX_POSITIONS", 1)
     job = SCORED if path == "/v1/completions" else {"model": "pair", "prompt": [5], "token_ids": [6] * 60}
@@ -278,20 +252,19 @@ def test_jobs_and_steps_alternate_and_jobs_end_with_their_clients(
         monkeypatch.setattr(
             f"collm.engine.{module}.read_chunk", lambda *arguments: (read.append("chunk"), read_chunk(*arguments))[1]
         )
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}) as server:
+    with serve_pair() as server:
         expected = server.post(path, **job).json()
         alone = written(server.post("/v1/completions", **LONG))
         steps = Steps(server.worker())
         monkeypatch.setattr(steps.engine, "step", lambda step=steps.engine.step: (read.append("step"), step())[1])
         read.clear()
-        with ThreadPoolExecutor(2) as pool:
-            writing = pool.submit(server.post, "/v1/completions", **LONG)
-            server.until(lambda: server.worker().running == 1)
-            working = pool.submit(server.post, path, **job)
-            server.until(lambda: server.worker().outstanding == 2)
-            steps.allow(1000)
-            assert written(writing.result()) == alone
-            reply = working.result().json()
+        writing = later(server.post, "/v1/completions", **LONG)
+        server.until(lambda: len(server.worker().running) == 1)
+        working = later(server.post, path, **job)
+        server.until(lambda: server.worker().outstanding == 2)
+        steps.allow(1000)
+        assert written(writing.result()) == alone
+        reply = working.result().json()
         for one in (reply, expected):
             one.pop("id", None), one.pop("created", None)
         assert reply == expected
@@ -309,37 +282,35 @@ def test_jobs_and_steps_alternate_and_jobs_end_with_their_clients(
         server.until(server.idle)
 
 
-def test_a_prompt_that_is_scored_waits_for_memory_with_a_retry(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_prompt_that_is_scored_waits_for_memory_with_a_retry(
+    serve: Any, tokenizer: PreTrainedTokenizerFast, later: Any
+) -> None:
     pair = make_pair(tokenizer, calibration=CALIBRATION, cache_memory=None)
     with serve({"pair": pair}) as server:
         for runner in pair.runners:
             runner.set_capacity(64)  # type: ignore[union-attr]
         steps = Steps(server.worker())
-        with ThreadPoolExecutor(2) as pool:
-            writing = pool.submit(server.post, "/v1/completions", **{**LONG, "prompt": [5] * 40, "max_tokens": 20})
-            server.until(lambda: server.worker().running == 1)
-            scoring = pool.submit(server.post, "/v1/completions", **{**SCORED, "prompt": [7] * 30})
-            server.until(lambda: server.worker().outstanding == 2)
-            steps.allow(3)
-            reply = scoring.result()
-            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "cache_full")
-            assert reply.headers["Retry-After"] == "1"
-            steps.allow(1000)
-            assert writing.result().status_code == 200
+        writing = later(server.post, "/v1/completions", **{**LONG, "prompt": [5] * 40, "max_tokens": 20})
+        server.until(lambda: len(server.worker().running) == 1)
+        scoring = later(server.post, "/v1/completions", **{**SCORED, "prompt": [7] * 30})
+        server.until(lambda: server.worker().outstanding == 2)
+        steps.allow(3)
+        reply = scoring.result()
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "cache_full")
+        assert reply.headers["Retry-After"] == "1"
+        steps.allow(1000)
+        assert writing.result().status_code == 200
         too_long = server.post("/v1/completions", **{**SCORED, "prompt": [7] * 70})
         assert (too_long.status_code, too_long.json()["error"]["type"]) == (400, "invalid_request_error")
         assert server.post("/v1/completions", **{**SCORED, "prompt": [7] * 30}).status_code == 200
 
 
-def test_a_server_that_stops_waits_for_no_thread(
-    slow_encoding: threading.Event, serve: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, drain_s=0.2) as server:
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(server.post, "/v1/completions", **LONG)
-            server.until(lambda: bool(busy_threads()))
-            server.server.handle_exit(15, None)
-            assert asked.result().json()["error"]["code"] == "stopping"
+def test_a_server_that_stops_waits_for_no_thread(slow_encoding: threading.Event, serve_pair: Any, later: Any) -> None:
+    with serve_pair(drain_s=0.2) as server:
+        asked = later(server.post, "/v1/completions", **LONG)
+        server.until(lambda: bool(busy_threads()))
+        server.server.handle_exit(15, None)
+        assert asked.result().json()["error"]["code"] == "stopping"
         server.thread.join(10)
         assert not server.thread.is_alive()
         assert all(thread.daemon for thread in busy_threads())
@@ -347,9 +318,7 @@ def test_a_server_that_stops_waits_for_no_thread(
 
 
 @pytest.mark.soak
-def test_a_hundred_clients_that_leave_at_random_leave_nothing_behind(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_that_leave_at_random_leave_nothing_behind(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "MAX_POSITIONS", 4)
     rng = random.Random(0)
     requests = [
@@ -385,14 +354,3 @@ def test_a_hundred_clients_that_leave_at_random_leave_nothing_behind(
             server.until(lambda: server.idle() and not server.worker()._jobs and not busy_threads())
             server.until(lambda: not server.service.requests)
         assert written(server.post("/v1/completions", **LONG)) == expected
-
-
-def test_limits_are_checked() -> None:
-    for option in ("max_connections", "keep_alive_s"):
-        with pytest.raises(ConfigError, match=f"{option} is -1"):
-            Settings(**{option: -1})
-
-
-def test_held_workers_answer_health(server: Running) -> None:
-    with held(server.worker()):
-        assert server.client.get("/health").status_code == 200

@@ -48,7 +48,7 @@ async def stream(
 
 
 @pytest.mark.soak
-def test_two_hundred_streams_with_cancellations(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_two_hundred_streams_with_cancellations(serve_pair: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     rng = random.Random(0)
     prompts = prompts_of(1, STREAMS)
     lengths = [rng.randrange(1, 40) for _ in prompts]
@@ -65,7 +65,7 @@ def test_two_hundred_streams_with_cancellations(serve: Any, tokenizer: PreTraine
             ]
             return await asyncio.gather(*map(stream, [client] * STREAMS, bodies, leaving))
 
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, max_batch=16, keep_alive_s=1) as server:
+    with serve_pair(max_batch=16, keep_alive_s=1) as server:
         assert server.post("/v1/completions", model="pair", prompt=[5], max_tokens=2).status_code == 200
         server.until(server.idle)
         before = alive()

@@ -14,12 +14,11 @@ from typing import Any
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams
 from collm.core.types import Completion
 from tests.browser import EVERYWHERE, WIDE, chromium, opened, sideways, violations
-from tests.serving.conftest import CALIBRATION, Running, Steps, make_pair
+from tests.serving.conftest import Running, Steps
 
 pytestmark = pytest.mark.slow
 
@@ -145,11 +144,8 @@ def _expect_candidates(tip: Any, thought: Any, expected: Completion, place: int)
         expect(tip).to_contain_text(f"{name}: {listed}")
 
 
-def test_a_stream_is_stopped_in_the_middle(
-    browser: Browser, serve: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    pair = make_pair(tokenizer, calibration=CALIBRATION)
-    with serve({"pair": pair}) as server, opened(browser, f"{server.url}/#{STATE}") as page:
+def test_a_stream_is_stopped_in_the_middle(browser: Browser, serve_pair: Any, pair: CoLLM) -> None:
+    with serve_pair() as server, opened(browser, f"{server.url}/#{STATE}") as page:
         steps = Steps(server.worker())
         for stop in (lambda: page.get_by_role("button", name="Stop").click(), lambda: page.keyboard.press("Escape")):
             page.get_by_role("button", name="Run").click()
@@ -257,11 +253,8 @@ def test_answers_are_copied_in_three_forms(browser: Browser, server: Running, pa
     assert answer["choices"][0]["text"] == text
 
 
-def test_a_key_is_asked_for_and_kept_out_of_the_address(
-    browser: Browser, serve: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    pair = make_pair(tokenizer, calibration=CALIBRATION)
-    with serve({"pair": pair}, api_key="open-sesame") as server:
+def test_a_key_is_asked_for_and_kept_out_of_the_address(browser: Browser, serve_pair: Any) -> None:
+    with serve_pair(api_key="open-sesame") as server:
         server.client.headers["Authorization"] = "Bearer open-sesame"
         with opened(browser, f"{server.url}/#{STATE}", failing="401") as page:
             alert = page.locator("#error[role=alert]")
@@ -300,10 +293,7 @@ def test_what_goes_wrong_is_said_in_a_sentence(browser: Browser, server: Running
         expect(alert).to_have_text("The server cannot be reached; is it still running?")
 
 
-def test_a_collaboration_without_a_chat_template_offers_no_chat(
-    browser: Browser, serve: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    pair = make_pair(tokenizer)
+def test_without_a_chat_template_there_are_no_chats(browser: Browser, serve: Callable[..., Any], pair: CoLLM) -> None:
     pair.template = type(pair.template)()
     with serve({"plain": pair}) as server, opened(browser, f"{server.url}/#mode=chat") as page:
         expect(page.get_by_role("button", name="Chat")).to_be_disabled()

@@ -14,7 +14,7 @@ from collm import CoLLM
 from collm.serving.run import log_as_json
 from collm.tools.spec import ToolSpec
 from tests.engine.test_engine import random_head
-from tests.serving.conftest import CALIBRATION, Running, make_pair
+from tests.serving.conftest import Running
 from tests.tiny_models import make_model, tiny_config
 
 ASKED = {"model": "pair", "prompt": "w61 w62", "max_tokens": 12}
@@ -30,8 +30,8 @@ def samples(server: Running) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_metrics_count_requests_tokens_and_times(serve: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}) as server:
+def test_metrics_count_requests_tokens_and_times(serve_pair: Any) -> None:
+    with serve_pair() as server:
         replies = [server.post("/v1/completions", **ASKED, n=n).json() for n in (1, 2)]
         assert "[DONE]" in server.post("/v1/completions", **ASKED, stream=True).text
         alone = server.post("/v1/completions", **{**ASKED, "model": "pair/base"}).json()
@@ -62,21 +62,19 @@ def test_metrics_count_requests_tokens_and_times(serve: Any, tokenizer: PreTrain
         assert found["collm_queue_length", "pair"] == found["collm_running", "pair"] == 0
 
 
-def test_two_servers_count_apart(serve: Any, server: Running, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_two_servers_count_apart(serve_pair: Any, server: Running) -> None:
     before = samples(server)
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}) as other:
+    with serve_pair() as other:
         other.post("/v1/completions", **ASKED)
         assert samples(other)["collm_requests_total", "pair", "/v1/completions", "200"] == 1
     assert samples(server) == before
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-def test_the_log_has_a_line_for_each_request_and_prompts_only_if_asked(
-    serve: Any, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, log_prompts: bool
-) -> None:
+def test_each_request_has_a_log_line(serve_pair: Any, caplog: pytest.LogCaptureFixture, log_prompts: bool) -> None:
     caplog.set_level(logging.INFO)
     chat = [{"role": "user", "content": "w61 w62"}]
-    with serve({"pair": make_pair(tokenizer, calibration=CALIBRATION)}, log_prompts=log_prompts) as server:
+    with serve_pair(log_prompts=log_prompts) as server:
         reply = server.post("/v1/completions", **ASKED)
         server.post("/v1/chat/completions", model="pair", messages=chat, max_tokens=3, stream=True)
         server.post("/v1/completions", **ASKED, best_of=3)

@@ -24,7 +24,7 @@ from collm.evaluation.gold import gold_examples, gold_views, reliability
 from collm.evaluation.results import SystemResult, result_of, verdict
 from collm.evaluation.systems import COLLABORATION, System, short_names
 from collm.evaluation.tasks.task import Task, TaskItem
-from collm.models.members import spec_of
+from collm.models.members import as_member, spec_of
 from collm.text.chats import Chat
 from collm.text.template import Prompt
 from collm.training.data import Row
@@ -340,7 +340,9 @@ def _as_chat(row: Row) -> Row:
 
 def _digest(model: CoLLM) -> str:
     """A hash of the head and of the sources of the models."""
-    digest = hashlib.sha256(json.dumps([str(spec_of(member)) for member in (model.base, *model.assistants)]).encode())
+    digest = hashlib.sha256(
+        json.dumps([str(spec_of(as_member(one))) for one in (model.base, *model.assistants)]).encode()
+    )
     for tensor in model.head.state_dict().values():
         digest.update(tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()

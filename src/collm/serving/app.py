@@ -1,45 +1,46 @@
-"""The server's routes."""
+"""The server's routes, and how a completion, chat or response is answered, whole or as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import base64
+import hashlib
+import logging
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.resources import files
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from collm.collaboration import CoLLM
-from collm.serving.answering import answer
-from collm.serving.collaborations import Target
-from collm.serving.errors import APIError, invalid, refusal_of, unknown
-from collm.serving.middleware import RequestMiddleware
-from collm.serving.parsing import as_chat, read_chat, read_completion, read_messages, tool_choice
-from collm.serving.playground import playground
-from collm.serving.request_log import Metrics, Record
+from collm.engine.request import Request as EngineRequest
+from collm.serving import schemas
+from collm.serving.errors import APIError, broken, invalid, refuse
+from collm.serving.middleware import Metrics, Record, RequestMiddleware
+from collm.serving.parsing import ParsedRequest, as_chat, read_chat, read_completion, read_messages, tool_choice
 from collm.serving.responses import ResponseShape, as_chat_request
-from collm.serving.schemas import (
-    CandidatesRequest,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ResponsesRequest,
-    Sampled,
-    TokenizeRequest,
-    unknown_fields,
-)
-from collm.serving.service import Service
+from collm.serving.service import Service, Target
 from collm.serving.settings import Settings
-from collm.serving.shapes import ChatShape, CompletionShape
+from collm.serving.shapes import ChatShape, CompletionShape, Scored, Shape
+from collm.serving.worker import Submission
 from collm.text.template import Prompt
 from collm.version import __version__
 
+_LOG = logging.getLogger(__name__)
+_HEAD_S = 1.0
+"""Longest wait for the first token before the head of a stream is sent, because proxies end silent requests."""
+_COMMENT_S = 5.0
+"""Longest silence of a stream."""
+_COMMENT = b": nothing new\n\n"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "Client error, as OpenAI's error object"},
     "5XX": {"description": "Server error, as OpenAI's error object"},
@@ -51,60 +52,80 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
     }
 }
 
+Body = schemas.Sampled | schemas.CandidatesRequest | schemas.TokenizeRequest | schemas.DetokenizeRequest
+
 router = APIRouter(responses=_ERRORS)
-router.add_route("/", playground, include_in_schema=False)
+_PAGE = files("collm.serving").joinpath("playground.html").read_text(encoding="utf-8")
+
+
+def _hash_of(element: str) -> str:
+    """The hash of the page's only <element>, for the content security policy."""
+    [content] = re.findall(f"<{element}>(.*?)</{element}>", _PAGE, flags=re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+_PAGE_HEADERS = {
+    # Only the page's own script and style can run, not text that a model writes into the page.
+    "Content-Security-Policy": (
+        f"default-src 'none'; connect-src 'self'; img-src data:; script-src {_hash_of('script')}; "
+        f"style-src {_hash_of('style')}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+async def playground() -> Response:
+    """The playground. It needs no API key because it has no data of the models."""
+    return Response(_PAGE, media_type="text/html", headers=_PAGE_HEADERS)
 
 
 @router.post("/v1/completions", responses=_STREAMED)
-async def completions(body: CompletionRequest, http: Request) -> Response:
+async def completions(body: schemas.CompletionRequest, http: Request) -> Response:
     """Continue prompts."""
-    service, target = _asked(http, body, body.prompt)
-    reading = read_completion(body, target, service.settings)
-    return await answer(http, service, target, reading, body, CompletionShape)
+    target = _target(http, body, body.prompt)
+    return await _answer(http, target, read_completion(body, target), CompletionShape)
 
 
 @router.post("/v1/chat/completions", responses=_STREAMED)
-async def chat_completions(body: ChatRequest, http: Request) -> Response:
+async def chat_completions(body: schemas.ChatRequest, http: Request) -> Response:
     """Answer a chat."""
-    service, target = _asked(http, body, [message.model_dump(exclude_unset=True) for message in body.messages])
-    reading = read_chat(body, target, service.settings)
-    return await answer(http, service, target, reading, body, partial(ChatShape, calls=reading.calls))
+    target = _target(http, body, [message.model_dump(exclude_unset=True) for message in body.messages])
+    return await _answer(http, target, read_chat(body, target), ChatShape)
 
 
 @router.post("/v1/responses", responses=_STREAMED)
-async def responses(body: ResponsesRequest, http: Request) -> Response:
+async def responses(body: schemas.ResponsesRequest, http: Request) -> Response:
     """Answer text or a conversation. Responses are not stored."""
-    asked = as_chat_request(body)
-    service, target = _asked(http, body, body.model_dump(exclude_unset=True)["input"])
-    reading = replace(read_chat(asked, target, service.settings), param="input")
-    return await answer(http, service, target, reading, asked, partial(ResponseShape, body=body, calls=reading.calls))
+    chat = as_chat_request(body)
+    target = _target(http, body, body.input)
+    return await _answer(http, target, read_chat(chat, target, "input"), partial(ResponseShape, body=body))
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, http: Request) -> Any:
+async def tokenize(body: schemas.TokenizeRequest, http: Request) -> Any:
     """Token ids of a prompt or of messages."""
     service, target = _service(http), _target(http, body)
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("expected either prompt or messages; give one of them", "prompt")
+    _check_either(body)
     if body.messages is None:
         special = body.add_special_tokens is not False
         token_ids = await service.in_thread(partial(target.tokenize, body.prompt or "", special=special))
     else:
-        tools = tool_choice(body.tools, "auto", None, target)
-        chat = as_chat(body, tools)
+        chat = as_chat(body, tool_choice(body.tools, "auto", None, target))
         token_ids = await service.in_thread(partial(target.render, chat, special=bool(body.add_special_tokens)))
-    limits = [one.max_length for one in target.served.model.runners if one.max_length is not None]
-    names = target.served.model.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
+    limits = [one.max_length for one in target.model.runners if one.max_length is not None]
     return {
         "count": len(token_ids),
         "max_model_len": min(limits, default=None),
         "tokens": token_ids,
-        "token_strs": names,
+        "token_strs": target.model.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None,
     }
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, http: Request) -> Any:
+async def detokenize(body: schemas.DetokenizeRequest, http: Request) -> Any:
     """The text of token ids, including special tokens."""
     target = _target(http, body)
     return {"prompt": await _service(http).in_thread(partial(target.detokenize, body.tokens))}
@@ -113,55 +134,46 @@ async def detokenize(body: DetokenizeRequest, http: Request) -> Any:
 @router.get("/tokenizer_info")
 async def tokenizer_info(http: Request, model: str | None = None) -> Any:
     """Tokenizer of a collaboration, by default of the first one. lm-evaluation-harness reads it."""
-    served = _service(http).collaborations.target(model).served
-    served.worker.check_open()
-    tokenizer = served.model.tokenizer
+    target = _service(http).target(model)
+    target.worker.check_open()
+    tokenizer = target.model.tokenizer
     special = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")}
     return {
         "tokenizer_class": type(tokenizer).__name__,
         **{name: None if token is None else str(token) for name, token in special.items()},
-        "chat_template": served.model.template.chat,
+        "chat_template": target.model.template.chat,
     }
 
 
 @router.get("/v1/models")
 async def models(http: Request) -> Any:
     """List the collaborations, and each of their authors alone."""
-    service = _service(http)
-    entries = [
-        {"id": name, "object": "model", "created": service.started, "owned_by": "collm"}
-        for name in service.collaborations.targets
-    ]
-    return {"object": "list", "data": entries}
+    return {"object": "list", "data": [_listed(http, name) for name in _service(http).targets]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, http: Request) -> Any:
     """A collaboration, or one of its authors alone."""
-    service = _service(http)
-    found = service.collaborations.target(name).name
-    return {"id": found, "object": "model", "created": service.started, "owned_by": "collm"}
+    return _listed(http, _service(http).target(name).name)
 
 
 @router.get("/v1/collm/info")
 async def info(http: Request) -> Any:
     """Authors, thresholds and calibrations of the collaborations."""
-    return {"object": "list", "data": [one.info() for one in _service(http).collaborations.served]}
+    return {"object": "list", "data": [one.info() for one in _service(http).collaborations]}
 
 
 @router.post("/v1/collm/candidates")
-async def candidates(body: CandidatesRequest, http: Request) -> Any:
+async def candidates(body: schemas.CandidatesRequest, http: Request) -> Any:
     """The most probable tokens of each author at each token of an answer."""
-    service, target = _asked(http, body, body.prompt)
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("expected either prompt or messages; give one of them", "prompt")
-    prompt = cast(Prompt, body.prompt if body.messages is None else read_messages(body.messages))
+    target = _target(http, body, body.prompt)
+    _check_either(body)
     param = "prompt" if body.messages is None else "messages"
-    prompt_ids = await service.in_thread(partial(target.encode, prompt, param, service.settings.max_prompt_tokens))
-    model = target.served.model
-    target.check([*prompt_ids.base, *body.token_ids], "token_ids")
-    found = await target.served.worker.collect(model.candidates_in_chunks(prompt, body.token_ids, body.most))
-    return {"author_names": target.served.author_names, "candidates": found}
+    prompt = cast(Prompt, body.prompt if body.messages is None else read_messages(body.messages))
+    prompt_ids = await _service(http).in_thread(partial(target.encode, prompt, param))
+    target.check_prompt([*prompt_ids.base, *body.token_ids], "token_ids")
+    found = await target.worker.collect(target.model.candidates_in_chunks(prompt, body.token_ids, body.most))
+    return {"author_names": target.model.author_names, "candidates": found}
 
 
 @router.get("/health")
@@ -173,8 +185,7 @@ async def health() -> Any:
 @router.get("/ready")
 async def ready(http: Request) -> Any:
     """Readiness probe: the models are loaded and requests are accepted."""
-    service = _service(http)
-    for one in service.collaborations.served:
+    for one in _service(http).collaborations:
         one.worker.check_open()
     return {"status": "ok"}
 
@@ -187,45 +198,98 @@ async def metrics(http: Request) -> Response:
 
 
 def _service(http: Request) -> Service:
-    service: Service = http.app.state.service
-    return service
+    return cast(Service, http.app.state.service)
 
 
-def _asked(http: Request, body: Sampled | CandidatesRequest, prompt: object) -> tuple[Service, Target]:
-    """The service and the requested model, which is ready. Both are noted in the request's record."""
+def _target(http: Request, body: Body, prompt: object = None) -> Target:
+    """The requested model, if it is ready. It is noted in the request's record."""
     service = _service(http)
     record: Record = http.scope["collm.record"]
-    target = _target(http, body)
-    if service.settings.log_prompts:
-        record.prompt = prompt
-    return service, target
-
-
-def _target(http: Request, body: Sampled | CandidatesRequest | TokenizeRequest | DetokenizeRequest) -> Target:
-    service = _service(http)
-    record: Record = http.scope["collm.record"]
-    target = service.collaborations.target(body.model)
-    record.model, record.author_names = target.name, target.served.author_names
-    strangers = unknown_fields(body)
-    if strangers and not service.settings.ignore_unknown:
-        raise unknown(strangers)
-    target.served.worker.check_open()
+    record.target = target = service.target(body.model)
+    if body.model_extra and not service.settings.ignore_unknown:
+        name = min(body.model_extra)
+        message = f"{name[:80]} is no parameter of this server; leave it out, or start it with --ignore-unknown"
+        raise invalid(message, name, "unknown_parameter")
+    target.worker.check_open()
+    record.prompt = prompt if service.settings.log_prompts else None
     return target
 
 
-async def _refused(http: Request, error: Any) -> Response:
-    refusal = refusal_of(error, f"{http.method} {http.url.path}")
-    return JSONResponse(refusal.content, refusal.status, refusal.headers)
+def _check_either(body: schemas.TokenizeRequest | schemas.CandidatesRequest) -> None:
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("expected either prompt or messages; give one of them", "prompt")
+
+
+def _listed(http: Request, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": _service(http).started, "owned_by": "collm"}
+
+
+async def _answer(http: Request, target: Target, parsed: ParsedRequest, shape_of: Callable[..., Shape]) -> Response:
+    """Answer a request, whole or as a stream. An APIError is a failure before the first token."""
+    service = _service(http)
+    record: Record = http.scope["collm.record"]
+    worker, scored = target.worker, list[Scored]()
+    requests = await service.in_thread(partial(_encoded, target, parsed))
+    for one in requests[:: parsed.n] if parsed.scored is not None else ():
+        chunks = target.model.prompt_logprobs_in_chunks(one.prompt_ids, parsed.scored or 0, policy=one.policy)
+        scored.append(await worker.collect(chunks))
+    shape = await service.in_thread(partial(shape_of, target, parsed, requests, scored))
+    submission = worker.submit(requests) if parsed.generates else Submission(requests, worker, generates=False)
+    record.submission = submission
+    if parsed.body.stream:
+        await submission.wait(_HEAD_S)
+        record.last_event = shape.broken_off
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return EventStream(_events(submission, shape, record), headers=headers)
+    while submission.unfinished:
+        await submission.wait()
+    return Response(shape.reply(submission.take(), submission.authors), media_type="application/json")
+
+
+def _encoded(target: Target, parsed: ParsedRequest) -> list[EngineRequest]:
+    """One request for each completion, ordered by prompt."""
+    params, keep_last = parsed.params, parsed.body.truncate_prompt_tokens
+    target.check_params(params, parsed.form_param)
+    encoded = [target.encode(prompt, parsed.param, keep_last) for prompt in parsed.prompts]
+    prompts = [prompt for prompt in encoded for _ in range(parsed.n)]
+    seeds = [None if params.seed is None else params.seed + i for i in range(len(prompts))]
+    return [
+        EngineRequest(prompt.base, replace(params, seed=seed), parsed.policy, prompt.assistants)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. It leaves disconnections to the middleware."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.stream_response(send)
+
+
+async def _events(submission: Submission, shape: Shape, record: Record) -> AsyncIterator[bytes]:
+    """All events, and comments while nothing comes. An error is the last event."""
+    try:
+        start = shape.begin()
+        while not submission.ended:
+            events = b"".join(shape.event(part, submission.authors) for part in submission.take())
+            yield start + (events or _COMMENT)
+            start = b""
+            await submission.wait(_COMMENT_S)
+        yield shape.end(submission.authors)
+    except APIError as error:
+        record.status = error.status
+        yield shape.broken_off(error)
+    except Exception:
+        _LOG.exception("request %s failed", record.id)
+        record.status = 500
+        yield shape.broken_off(broken())
 
 
 def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) -> FastAPI:
-    """Create the app that serves collaborations by name. It loads their models when it starts.
-
-    Raises:
-        ConfigError: no collaboration, or an invalid name.
-    """
-    settings = settings or Settings()
-    service = Service(models, settings)
+    """Create the app that serves collaborations by name. It loads their models when it starts."""
+    service = Service(models, settings or Settings())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -243,14 +307,9 @@ def create_app(models: Mapping[str, CoLLM], settings: Settings | None = None) ->
     )
     app.include_router(router)
     app.state.service = service
-    app.state.metrics = Metrics(service.collaborations.served)
+    app.state.metrics = Metrics(service.collaborations)
     for kind in (APIError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _refused)
-    _add_middleware(app, service)
-    return app
-
-
-def _add_middleware(app: FastAPI, service: Service) -> None:
+        app.add_exception_handler(kind, refuse)
     routes = {str(getattr(route, "path", "")) for route in router.routes}
     app.add_middleware(cast(Any, RequestMiddleware), service=service, metrics=app.state.metrics, routes=routes)
     if service.settings.allow_origins:
@@ -261,3 +320,4 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
             allow_headers=["*"],  # clients add their own, such as x-stainless-os
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    return app

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from collm.errors import CacheFull, CollmError, ConfigError, RequestError
 from collm.serving.schemas import WHY_NOT
@@ -18,46 +22,31 @@ _LOG = logging.getLogger(__name__)
 
 DISCONNECTED = 499
 """Status in logs and metrics for a client that disconnected."""
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
 
 
+@dataclass(eq=False)
 class APIError(Exception):
-    """An error response.
+    """An error response. Its message is for the client: what is wrong, what was expected and what to do."""
 
-    Args:
-        status: HTTP status.
-        message: what is wrong, what was expected and what to do. The client sees it.
-        param: the invalid parameter.
-        code: a machine-readable code.
-        headers: further headers of the response.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def content(self) -> dict[str, Any]:
         """The body of the response, or of an `error` event."""
-        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
-        fallback = "invalid_request_error" if self.status < 500 else "server_error"
-        content = {"message": self.message, "type": kind.get(self.status, fallback)}
-        return {"error": {**content, "param": self.param, "code": self.code}}
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return Response(json.dumps(self.content), self.status, self.headers, "application/json")
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
-    return APIError(400, message, param=param, code=code)
+    return APIError(400, message, param, code)
 
 
 @contextmanager
@@ -89,27 +78,22 @@ def broken() -> APIError:
     return APIError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
+async def refuse(http: Request, error: Any) -> Response:
+    """The response to an APIError, a RequestValidationError or an HTTPException."""
+    refusal = error
+    if isinstance(error, RequestValidationError):
+        refusal = _of_validation(error.errors())
+    elif isinstance(error, HTTPException):
+        route = f"{http.method} {http.url.path}"[:80]
+        message = f"{route}: {error.detail}; /openapi.json lists all routes"
+        refusal = APIError(error.status_code, message, headers=error.headers or {})
+    return refusal.response()  # type: ignore[no-any-return]
+
+
 _NESTED = {"collm", "stream_options", "response_format", "structured_outputs", "text"}
 _LISTS = {"messages", "tools", "input"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 100
-
-
-def refusal_of(error: APIError | RequestValidationError | HTTPException, asked: str) -> APIError:
-    """The API error for an exception. `asked` is the method and path of the request."""
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, RequestValidationError):
-        return _of_validation(error.errors())
-    return APIError(
-        error.status_code, f"{asked[:80]}: {error.detail}; /openapi.json lists all routes", headers=error.headers
-    )
-
-
-def unknown(params: Sequence[str]) -> APIError:
-    """An unknown field."""
-    message = f"{params[0][:80]} is no parameter of this server; leave it out, or start it with --ignore-unknown"
-    return invalid(message, params[0], "unknown_parameter")
 
 
 def _of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
@@ -125,10 +109,11 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     if first["type"] == "missing":
         return invalid(f"{param} is missing", param, "missing_parameter")
     expected = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in errors if _param(one["loc"]) == param)
-    reasons = "; or ".join(expected)
     unsupported = param in WHY_NOT and (param != "prompt" or first["type"] == "none_required")  # or of /v1/completions
     why = f" ({WHY_NOT[param]})" if unsupported else ""
-    return invalid(f"{param} is {_shown(first['input'])}: {reasons}{why}", param)
+    shown = _SHORT.repr(first["input"]).encode("ascii", "backslashreplace").decode()
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}.."
+    return invalid(f"{param} is {shown}: {'; or '.join(expected)}{why}", param)
 
 
 def _param(loc: Sequence[str | int]) -> str:
@@ -137,8 +122,3 @@ def _param(loc: Sequence[str | int]) -> str:
     if name in _NESTED and len(loc) > 2 and not str(loc[2]).startswith(("literal", "constrained")):
         return f"{name}.{loc[2]}"
     return f"{name}[{loc[2]}]" if name in _LISTS and len(loc) > 2 and isinstance(loc[2], int) else name
-
-
-def _shown(value: object) -> str:
-    shown = _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
-    return shown if len(shown) <= 60 else f"{shown[:60]}.."

@@ -1,4 +1,4 @@
-"""ASGI middleware: who may ask, the limits of a request, and the end of everything that is done for it."""
+"""What is done for each HTTP request: who may ask, its limits, the end of its work, its log line and metrics."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import hmac
 import ipaddress
 import json
 import logging
+import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from collm.serving.errors import DISCONNECTED, APIError, broken, invalid
-from collm.serving.request_log import Metrics, Record
-from collm.serving.service import Service
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from collm.core.types import BASE, deferral_rate
+from collm.serving.errors import DISCONNECTED, APIError, broken, invalid
+from collm.serving.service import Service, Target
+from collm.serving.worker import Submission
 
 _LOG = logging.getLogger(__name__)
+REQUEST_LOG = logging.getLogger("collm.serving.requests")
 
 OPEN_PATHS = {"/", "/health", "/ready"}
 """Paths that anybody may ask, under any name of this server."""
@@ -32,19 +35,95 @@ BYTES_PER_VALUE = 32
 """A body has at most one list, object or key for so many bytes of its maximum size. More take seconds to parse."""
 _READING_S = 1.0
 """Time for the client to read the end of a stream."""
+_HISTOGRAMS = {
+    "collm_deferral_rate": ("Share of a request's tokens that assistants wrote.", [i / 10 for i in range(11)]),
+    "collm_time_to_first_token_seconds": (
+        "Time from a request's arrival to its first token.",
+        [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120],
+    ),
+    "collm_time_per_token_seconds": (
+        "Time from a request's first token to its last, per token.",
+        [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5],
+    ),
+}
+
+
+@dataclass
+class Record:
+    """One HTTP request.
+
+    Attributes:
+        id: the value of the header X-Request-Id.
+        route: path of the route, "other" for unknown paths.
+        status: HTTP status; for an interrupted stream that of its error, 0 before the response begins.
+        prompt: the prompt; only if prompts are logged.
+        last_event: writes the last event of an interrupted stream; None before a stream begins.
+    """
+
+    id: str
+    route: str
+    target: Target | None = None
+    status: int = 0
+    prompt: Any = None
+    submission: Submission | None = None
+    answered: bool = False
+    last_event: Callable[[APIError], bytes] | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def model(self) -> str:
+        """The model name; empty until the model is found."""
+        return self.target.name if self.target else ""
+
+    def log(self) -> None:
+        authors = self.submission.authors if self.submission else []
+        line = {
+            "id": self.id,
+            "route": self.route,
+            "model": self.model,
+            "status": self.status,
+            "tokens": len(authors),
+            "deferral_rate": round(deferral_rate(authors), 4),
+            "seconds": round(time.perf_counter() - self.started, 4),
+        }
+        REQUEST_LOG.info(json.dumps(line if self.prompt is None else {**line, "prompt": self.prompt}))
+
+
+class Metrics:
+    """The metrics of the server, in a registry of their own."""
+
+    def __init__(self, collaborations: Sequence[Target]) -> None:
+        self.registry = own = CollectorRegistry()
+        self._requests = Counter("collm_requests", "Requests.", ["route", "model", "status"], registry=own)
+        self._tokens = Counter("collm_tokens", "Generated tokens.", ["model", "author"], registry=own)
+        self._histograms = [
+            Histogram(name, text, ["model"], buckets=buckets, registry=own)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        ]
+        waiting = Gauge("collm_queue_length", "Waiting completions.", ["model"], registry=own)
+        running = Gauge("collm_running", "Running completions.", ["model"], registry=own)
+        for one in collaborations:
+            waiting.labels(one.name).set_function(partial(len, one.worker.waiting))
+            running.labels(one.name).set_function(partial(len, one.worker.running))
+
+    def count(self, record: Record) -> None:
+        self._requests.labels(record.route, record.model, str(record.status)).inc()
+        written = record.submission
+        if written is None or written.first_at is None or record.target is None:
+            return
+        for author, name in enumerate(record.target.model.author_names, start=BASE):
+            self._tokens.labels(record.model, name).inc(written.authors.count(author))
+        values = [deferral_rate(written.authors), written.first_at - record.started]
+        if len(written.authors) > 1:
+            values.append((written.last_at - written.first_at) / (len(written.authors) - 1))
+        for histogram, value in zip(self._histograms, values, strict=False):
+            histogram.labels(record.model).observe(value)
 
 
 class RequestMiddleware:
-    """ASGI middleware. It owns the work of each request, which ends at the time limit or when the client leaves.
+    """It owns the work of each request, which ends at the time limit, when the client leaves or the service stops."""
 
-    Args:
-        app: the next ASGI app.
-        service: its settings limit requests. It can end all of them.
-        metrics: counts the requests.
-        routes: paths with metrics of their own.
-    """
-
-    def __init__(self, app: App, service: Service, metrics: Metrics, routes: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, routes: Collection[str]) -> None:
         self.app = app
         self.service = service
         self.settings = service.settings
@@ -75,70 +154,24 @@ class RequestMiddleware:
             await send(message)
             record.answered = message["type"] == "http.response.body" and not message.get("more_body")
 
+        async def replayed() -> Message:
+            return bodies.pop() if bodies else await receive()
+
         deadline = asyncio.get_running_loop().time() + self.settings.time_limit_s
         try:
             self._check_headers(scope)
-            body = await self._body(receive)
-            if body is None:
-                record.status = DISCONNECTED
-                return
-            working = asyncio.ensure_future(self.app(scope, _replayed(body, receive), noting))
-            if error := await self._interruption(working, receive, record, deadline):
-                await _end(error, noting, record)
+            bodies: list[Message] = [{"type": "http.request", "body": await self._body(receive), "more_body": False}]
+            working = asyncio.ensure_future(self.app(scope, replayed, noting))
+            await self._finish(working, receive, record, deadline)
         except APIError as error:
-            await send_error(error, noting)
+            await _end(error, scope, receive, noting)
         except RecursionError:  # parsing allows some hundred levels more than what is done with the result
-            await send_error(invalid("the request body is nested too deeply; use fewer levels"), noting)
+            await _end(invalid("the request body is nested too deeply; use fewer levels"), scope, receive, noting)
         except Exception:
             _LOG.exception("request %s failed", record.id)
             if record.status:
                 raise
-            await send_error(broken(), noting)
-
-    async def _interruption(
-        self, working: asyncio.Future[None], receive: Receive, record: Record, deadline: float
-    ) -> APIError | None:
-        """Wait for the work. Stop it, and say why, if the client leaves, the time is over or the service ends it."""
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        ended: asyncio.Future[APIError] = asyncio.get_running_loop().create_future()
-        self.service.requests.add(ended)
-        try:
-            left = deadline - asyncio.get_running_loop().time()
-            anything: set[asyncio.Future[Any]] = {working, leaving, ended}
-            await asyncio.wait(anything, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if working.done() or record.answered:
-                await working
-                return None
-        finally:
-            self.service.requests.discard(ended)
-            leaving.cancel()
-            working.cancel()
-        with suppress(asyncio.CancelledError):
-            await working
-        if leaving.done() and not leaving.cancelled():
-            return APIError(DISCONNECTED, "the client disconnected")
-        return ended.result() if ended.done() else self._too_late()
-
-    def _too_late(self) -> APIError:
-        limit = self.settings.time_limit_s
-        message = (
-            f"the request did not finish within {limit:g} s; request fewer tokens, or retry when the load is lower"
-        )
-        return APIError(504, message, code="time_limit")
-
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; None if the client disconnected."""
-        seconds, most = self.settings.time_limit_s, self.settings.max_body_bytes
-        try:
-            body = await asyncio.wait_for(_whole(receive, most), seconds)
-        except asyncio.TimeoutError as error:
-            message = f"the request body was not received within {seconds:g} s; send it again"
-            raise APIError(408, message, code="body_timeout") from error
-        values, allowed = sum(map((body or b"").count, (b"[", b"{", b'":'))), most // BYTES_PER_VALUE
-        if values > allowed:
-            message = f"the request body has {values} lists, objects and keys, expected at most {allowed}; send less"
-            raise APIError(413, message, code="body_too_large")
-        return body
+            await _end(broken(), scope, receive, noting)
 
     def _check_headers(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -149,16 +182,12 @@ class RequestMiddleware:
         key = self.settings.api_key
         if key is None:
             self._check_host(headers.get(b"host", b"").decode("latin-1"))
-        else:
-            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
-                fault = "the request has another one" if kind else "the request has none"
-                raise APIError(
-                    401,
-                    f"this server needs its API key as 'Authorization: Bearer KEY', and {fault}",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+            return
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
+            fault = "the request has another one" if kind else "the request has none"
+            message = f"this server needs its API key as 'Authorization: Bearer KEY', and {fault}"
+            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def _check_host(self, host: str) -> None:
         """Refuse names that a web page could have pointed at this server. Addresses have no such owner."""
@@ -167,30 +196,68 @@ class RequestMiddleware:
             ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
             return
         if name.lower() not in {"localhost", *self.settings.allow_hosts}:
-            raise APIError(
-                421,
-                f"the request is for the host {ascii(name)[:80]}, which this server does not have; start it with "
-                "--allow-host or an API key",
-                code="unknown_host",
-            )
+            message = f"the request is for the host {ascii(name)[:80]}, which this server does not have"
+            raise APIError(421, f"{message}; start it with --allow-host or an API key", code="unknown_host")
+
+    async def _body(self, receive: Receive) -> bytes:
+        """The whole body. Raise an APIError if it is too long or late, or if the client disconnects."""
+        seconds, most, body = self.settings.time_limit_s, self.settings.max_body_bytes, bytearray()
+
+        async def read() -> None:
+            async for chunk in Request({"type": "http"}, receive).stream():
+                body.extend(chunk)
+                if len(body) > most:
+                    message = f"the request body is longer than {most} bytes; send less"
+                    raise APIError(413, message, code="body_too_large")
+
+        try:
+            await asyncio.wait_for(read(), seconds)
+        except ClientDisconnect as error:
+            raise APIError(DISCONNECTED, "the client disconnected") from error
+        except asyncio.TimeoutError as error:
+            message = f"the request body was not received within {seconds:g} s; send it again"
+            raise APIError(408, message, code="body_timeout") from error
+        values, allowed = sum(map(body.count, (b"[", b"{", b'":'))), most // BYTES_PER_VALUE
+        if values > allowed:
+            message = f"the request body has {values} lists, objects and keys, expected at most {allowed}; send less"
+            raise APIError(413, message, code="body_too_large")
+        return bytes(body)
+
+    async def _finish(self, working: asyncio.Future[None], receive: Receive, record: Record, deadline: float) -> None:
+        """Wait for the work. Stop it with an APIError if the client leaves, the time is over or the service ends it."""
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        ended: asyncio.Future[APIError] = asyncio.get_running_loop().create_future()
+        self.service.requests.add(ended)
+        try:
+            left = deadline - asyncio.get_running_loop().time()
+            anything: set[asyncio.Future[Any]] = {working, leaving, ended}
+            await asyncio.wait(anything, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if working.done() or record.answered:
+                await working
+                return
+        finally:
+            self.service.requests.discard(ended)
+            leaving.cancel()
+            working.cancel()
+        with suppress(asyncio.CancelledError):
+            await working
+        if leaving.done() and not leaving.cancelled():
+            raise APIError(DISCONNECTED, "the client disconnected")
+        if ended.done():
+            raise ended.result()
+        limit = f"{self.settings.time_limit_s:g} s"
+        message = f"the request did not finish within {limit}; request fewer tokens, or retry when the load is lower"
+        raise APIError(504, message, code="time_limit")
 
 
-async def send_error(error: APIError, send: Send) -> None:
-    """Send an error response."""
-    content = json.dumps(error.content).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers}
-    listed = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": listed})
-    await send({"type": "http.response.body", "body": content})
-
-
-async def _end(error: APIError, send: Send, record: Record) -> None:
+async def _end(error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request whose work was stopped. A client that does not read the end of its stream loses it."""
+    record: Record = scope["collm.record"]
     begun, record.status = record.status, error.status
     if error.status == DISCONNECTED:
         return
     if not begun:
-        await send_error(error, send)
+        await error.response()(scope, receive, send)
     elif record.last_event is not None:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(send({"type": "http.response.body", "body": record.last_event(error)}), _READING_S)
@@ -199,32 +266,3 @@ async def _end(error: APIError, send: Send, record: Record) -> None:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _whole(receive: Receive, most: int) -> bytes | None:
-    """The whole body; None if the client disconnected.
-
-    Raises:
-        APIError: the body is longer than `most` bytes.
-    """
-    parts, length = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        length += len(parts[-1])
-        if length > most:
-            raise APIError(413, f"the request body is longer than {most} bytes; send less", code="body_too_large")
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that first gives the body that was already read."""
-    rest = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def again() -> Message:
-        return rest.pop() if rest else await receive()
-
-    return again

@@ -1,9 +1,8 @@
 """Request bodies of OpenAI's API and of vLLM.
 
-There are three kinds of fields: supported fields, fields without an effect on the text, which are ignored, and
-unsupported fields, which only accept the value without an effect (`WHY_NOT` has the reasons).
-
-Every list has a maximum length, and validation stops at its first invalid item. Texts are as long as the body may be.
+Fields are supported, ignored because they do not change the text, or unsupported: then they only accept the value
+without an effect (`WHY_NOT` has the reasons). Every list has a maximum length, and validation stops at its first
+invalid item. Texts are as long as the body may be.
 """
 
 from __future__ import annotations
@@ -30,17 +29,11 @@ def _few_keys(value: Any) -> Any:
     return value
 
 
-class Open(BaseModel):
-    """A JSON object of OpenAI's API, without type conversion. `unknown_fields` finds its unknown keys."""
+class JsonObject(BaseModel):
+    """A JSON object of OpenAI's API, without type conversion. It keeps unknown keys."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     _limit_keys = model_validator(mode="before")(_few_keys)
-
-
-class Body(Open):
-    """A JSON object without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def _encodable(text: str) -> str:
@@ -57,17 +50,20 @@ Text = Annotated[str, AfterValidator(_encodable)]
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
 Some = Annotated[list[T], Field(max_length=MAX_ITEMS, fail_fast=True)]
 AtLeastOne = Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
-Token = Annotated[int, Field(ge=0, lt=_INT64)]
-Tokens = Annotated[list[Token], Field(max_length=MAX_TOKENS, fail_fast=True)]
+Natural = Annotated[int, Field(ge=0, lt=_INT64)]
+Tokens = Annotated[list[Natural], Field(max_length=MAX_TOKENS, fail_fast=True)]
 TokenIds = Annotated[Tokens, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=_INT64)]
-BadWord = Annotated[NonEmpty, Field(max_length=256)]
-StopText = Annotated[NonEmpty, Field(max_length=256)]
+Phrase = Annotated[NonEmpty, Field(max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Most = Annotated[int, Field(ge=-1, lt=_INT64)]
+"""A number, or -1 for all."""
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Object = Annotated[dict[str, Any], BeforeValidator(_few_keys)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 WHY_NOT = {
     "audio": "models write text alone",
@@ -91,7 +87,7 @@ WHY_NOT = {
 }
 
 
-class StreamOptions(Open):
+class StreamOptions(JsonObject):
     """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="A last chunk with the usage and no choices.")
@@ -99,37 +95,25 @@ class StreamOptions(Open):
     continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
 
 
-class CollmOptions(Body):
+class CollmOptions(JsonObject, extra="forbid"):
     """Options of a collaboration. They have no effect on a single author such as NAME/base."""
 
     threshold: Annotated[float, Field(ge=-1, le=1)] | None = Field(
-        None,
-        description="The base keeps a token while its defer prob is at most this. Default: the calibrated threshold.",
+        None, description="The base keeps a token while its defer prob is at most this. Default: the calibrated one."
     )
-    budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Use the best threshold within this deferral rate, instead of threshold."
-    )
+    budget: Share | None = Field(None, description="Use the best threshold within this deferral rate.")
     policy: Text | None = Field(None, description="Another policy: 'joint', 'mixture', 'contrastive:beta=0.5', ...")
 
 
-class JsonSchema(Open):
-    """A named schema."""
-
-    name: Text | None = None
-    description: Text | None = None
-    schema_: Object | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Open):
+class ResponseFormat(JsonObject):
     """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-    schema_: Object | None = Field(None, alias="schema", description="Schema of json_object, as in llama.cpp.")
+    json_schema: Object | None = Field(None, description="An object with a `schema`.")
+    schema_: Object | None = Field(None, alias="schema", description="Another place for the schema.")
 
 
-class StructuredForm(Body):
+class StructuredForm(JsonObject, extra="forbid"):
     """vLLM's structured outputs. Exactly one field must be given."""
 
     json_: Object | Text | bool | None = Field(None, alias="json", description="A JSON schema.")
@@ -139,7 +123,7 @@ class StructuredForm(Body):
     grammar: NonEmpty | None = Field(None, description="In llguidance's Lark syntax, or in GBNF.")
 
 
-class Sampled(Open):
+class Sampled(JsonObject):
     """Fields of every request that generates text."""
 
     model: Text = Field(description="A collaboration, or one of its authors alone: NAME/base, NAME/assistant.")
@@ -147,23 +131,21 @@ class Sampled(Open):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="0 is greedy. Default: 1 with n, top_p, top_k or min_p, otherwise 0."
     )
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 keeps the most probable token.")
-    top_k: Annotated[int, Field(ge=-1, lt=_INT64)] | None = Field(None, description="-1 and 0 keep all.")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Share | None = Field(None, description="0 keeps the most probable token.")
+    top_k: Most | None = Field(None, description="-1 and 0 keep all.")
+    min_p: Share | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = Field(None, description="Completion i has seed + i.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], BeforeValidator(_few_keys)] | None = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: Annotated[list[BadWord], Field(max_length=1000, fail_fast=True)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
-    stop_token_ids: Some[Token] | None = None
+    bad_words: Annotated[list[Phrase], Field(max_length=1000, fail_fast=True)] | None = None
+    min_tokens: Natural | None = None
+    stop_token_ids: Some[Natural] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = Field(
-        None, description="Number of tokens to keep at the end of the prompt, -1 for as many as fit."
-    )
+    truncate_prompt_tokens: Most | None = Field(None, description="Tokens to keep at the end, -1 for as many as fit.")
     structured_outputs: StructuredForm | None = None
     collm: CollmOptions | None = None
     user: Text | None = Field(None, description="Ignored, like all following fields.")
@@ -184,25 +166,21 @@ class Sampled(Open):
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
 
 
-class Asked(Sampled):
+class TextRequest(Sampled):
     """Fields of completions and chats."""
 
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="Completions of each prompt. Default: 1.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=64, fail_fast=True)] | None = None
-    prompt_logprobs: Logprobs | None = Field(
-        None, description="Number of most probable tokens to list at each position of the prompt."
-    )
+    stop: Phrase | Annotated[list[Phrase], Field(max_length=64, fail_fast=True)] | None = None
+    prompt_logprobs: Logprobs | None = Field(None, description="Most probable tokens to list for each of the prompt.")
     response_format: ResponseFormat | None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(TextRequest):
     """POST /v1/completions."""
 
     prompt: NonEmpty | AtLeastOne[NonEmpty] | TokenIds | AtLeastOne[TokenIds]
-    max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = Field(
-        None, description="Maximum number of tokens. It can be 0 with echo or prompt_logprobs. Default: 256."
-    )
+    max_tokens: Natural | None = Field(None, description="It can be 0 with echo or prompt_logprobs. Default: 256.")
     logprobs: Logprobs | None = Field(None, description="With echo, also for the prompt under the joint model.")
     echo: bool | None = Field(None, description="The text begins with the prompt.")
     best_of: Count | None = Field(None, description="Must be equal to n.")
@@ -210,65 +188,42 @@ class CompletionRequest(Asked):
     add_special_tokens: Literal[True] | None = None
 
 
-class ContentPart(Open):
-    """A piece of a message."""
-
-    type: Text
-    text: Text | None = None
-
-
-class Message(Open):
+class ChatMessage(JsonObject):
     """A message. Its text parts are joined. Further keys go to the chat template."""
 
     role: NonEmpty
-    content: Text | Some[ContentPart] | None = None
+    content: Text | Some[Object] | None = None
     name: Text | None = None
     tool_calls: Some[Object] | None = None
     tool_call_id: Text | None = None
 
 
-class FunctionDefinition(Open):
+class FunctionDefinition(JsonObject):
     """A function that can be called."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: FunctionName
     description: Text | None = None
     parameters: Object | None = Field(None, description="A JSON schema of its arguments.")
     strict: bool | None = None
 
 
-class ChatTool(Open):
+class ChatTool(JsonObject):
     """A tool. Functions are the only kind."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class FunctionName(Open):
-    """The function to call."""
-
-    name: Text
-
-
-class NamedTool(Open):
-    """One tool, to be called."""
-
-    type: Literal["function"]
-    function: FunctionName
-
-
-Messages = AtLeastOne[Message]
-
-
-class ChatRequest(Asked):
+class ChatRequest(TextRequest):
     """POST /v1/chat/completions."""
 
-    messages: Messages
+    messages: AtLeastOne[ChatMessage]
     max_tokens: Count | None = Field(None, description="Maximum number of tokens of an answer. Default: 256.")
     max_completion_tokens: Count | None = Field(None, description="Maximum number of tokens. It overrides max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="With logprobs.")
     tools: Some[ChatTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="Default: auto.")
+    tool_choice: Literal["none", "auto", "required"] | ChatTool | None = Field(None, description="Default: auto.")
     parallel_tool_calls: bool | None = Field(None, description="Allow several calls. Default: true.")
     add_generation_prompt: bool | None = Field(None, description="Begin an assistant turn. Default: true.")
     continue_final_message: bool | None = Field(None, description="Continue the last message.")
@@ -288,56 +243,31 @@ class ChatRequest(Asked):
     add_special_tokens: Literal[False] | None = None
 
 
-class FlatTool(Open):
+class FlatTool(JsonObject):
     """A tool of /v1/responses."""
 
     type: Literal["function"]
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: FunctionName
     description: Text | None = None
     parameters: Object | None = None
     strict: bool | None = None
 
 
-class FlatName(Open):
-    """One tool, to be called."""
-
-    type: Literal["function"]
-    name: Text
-
-
-class TextFormat(Open):
-    """The format of the answer of /v1/responses."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: Text | None = None
-    description: Text | None = None
-    schema_: Object | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class TextOptions(Open):
+class TextOptions(JsonObject):
     """Text options of /v1/responses."""
 
-    format: TextFormat | None = None
+    format: ResponseFormat | None = None
     verbosity: Text | None = None
-
-
-class InputItem(Open):
-    """A message, a function call or a function result."""
-
-    type: Text | None = None
-    role: Text | None = None
-    content: Text | Some[ContentPart] | None = None
 
 
 class ResponsesRequest(Sampled):
     """POST /v1/responses."""
 
-    input: NonEmpty | AtLeastOne[InputItem]
+    input: NonEmpty | AtLeastOne[Object] = Field(description="Text, or messages, function calls and their results.")
     instructions: Text | None = Field(None, description="A system message before the input.")
     max_output_tokens: Count | None = Field(None, description="Maximum number of tokens of the answer. Default: 256.")
     tools: Some[FlatTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatName | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     top_logprobs: Logprobs | None = Field(None, description="With include message.output_text.logprobs.")
@@ -352,12 +282,12 @@ class ResponsesRequest(Sampled):
     prompt: None = None
 
 
-class TokenizeRequest(Open):
+class TokenizeRequest(JsonObject):
     """POST /tokenize: a prompt, or messages."""
 
     model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
     prompt: Text | None = None
-    messages: Messages | None = None
+    messages: AtLeastOne[ChatMessage] | None = None
     tools: Some[ChatTool] | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = None
@@ -367,23 +297,18 @@ class TokenizeRequest(Open):
     chat_template: None = None
 
 
-class DetokenizeRequest(Open):
+class DetokenizeRequest(JsonObject):
     """POST /detokenize."""
 
     model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
     tokens: Tokens
 
 
-class CandidatesRequest(Body):
+class CandidatesRequest(JsonObject, extra="forbid"):
     """POST /v1/collm/candidates: a prompt or messages, and the tokens of the answer."""
 
     model: Text = Field(description="A collaboration.")
     prompt: NonEmpty | TokenIds | None = None
-    messages: Messages | None = None
-    token_ids: Annotated[list[Token], Field(max_length=MAX_CANDIDATE_TOKENS, fail_fast=True)]
+    messages: AtLeastOne[ChatMessage] | None = None
+    token_ids: Annotated[list[Natural], Field(max_length=MAX_CANDIDATE_TOKENS, fail_fast=True)]
     most: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = Field(5, description="Number of candidates of each author.")
-
-
-def unknown_fields(body: BaseModel) -> list[str]:
-    """The unknown keys of a body. Unknown keys of messages and tools go to the chat template."""
-    return sorted(body.model_extra or {})

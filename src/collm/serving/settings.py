@@ -11,9 +11,7 @@ from collm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a server.
-
-    The metadata of the fields are for the command line (`cli.options`).
+    """Settings of a server. The metadata of the fields are for the command line (`cli.options`).
 
     Attributes:
         max_batch: maximum number of completions of a collaboration decoded at once.
@@ -32,9 +30,6 @@ class Settings:
         allow_origins: web origins that may call the server.
         threshold: threshold of requests that have none, by default the calibrated one of each collaboration.
         ignore_unknown: ignore unknown fields of requests.
-
-    Raises:
-        ConfigError: a limit out of range, or an API key with invalid characters.
     """
 
     max_batch: int = 16
@@ -55,15 +50,14 @@ class Settings:
     ignore_unknown: bool = False
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(["max_batch", "max_body_bytes", "max_connections", "max_tokens", "max_choices"], 1)
-        least |= dict.fromkeys(["max_waiting", "keep_alive_s", "drain_s"], 0)
+        least = dict.fromkeys(["max_waiting", "keep_alive_s", "drain_s"], 0)
+        least |= dict.fromkeys(["max_batch", "max_body_bytes", "max_connections", "max_tokens", "max_choices"], 1)
+        least |= {} if self.max_prompt_tokens is None else {"max_prompt_tokens": 1}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {bound}")
         if self.threshold is not None:
             check_threshold(self.threshold)
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise ConfigError(f"max_prompt_tokens is {self.max_prompt_tokens}, expected at least 1")
         if not self.time_limit_s > 0:
             raise ConfigError(f"time_limit_s is {self.time_limit_s}, expected more than 0 seconds")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

@@ -6,234 +6,191 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from collm.core.types import TokenStep, deferral_rate
+from transformers import PreTrainedTokenizerBase
+
+from collm.core.types import PromptLogprob, TokenStep, TopLogprobs, deferral_rate
+from collm.engine.request import Request
 from collm.serving.errors import APIError
-from collm.serving.parsing import ToolChoice
-from collm.serving.token_texts import TokenTexts
+from collm.serving.parsing import ParsedRequest, ToolChoice
+from collm.serving.service import Target
+from collm.serving.worker import Part
+from collm.text.token_text import TokenText
 from collm.text.tool_calls import Delta, ToolCallReader
 
 Json = dict[str, Any]
+Scored = list[PromptLogprob | None]
 
-_FINISHED = {"eos": "stop", "stop": "stop", "length": "length"}
-
-
-@dataclass
-class Part:
-    """Tokens of a completion: all, or those of a chunk."""
-
-    index: int
-    steps: list[TokenStep] = field(default_factory=list)
-    finish_reason: str | None = None
-    first: bool = True
-
-    @property
-    def text(self) -> str:
-        return "".join(step.text for step in self.steps)
-
-    @property
-    def finished(self) -> str | None:
-        """OpenAI's finish reason."""
-        return _FINISHED[self.finish_reason] if self.finish_reason else None
-
-    @property
-    def authorship(self) -> Json:
-        return {
-            "texts": [step.text for step in self.steps],
-            "token_ids": [step.token_id for step in self.steps],
-            "authors": [step.author for step in self.steps],
-            "defer_probs": [step.defer_prob for step in self.steps],
-            "stood_in": [step.stood_in for step in self.steps],
-        }
-
-
-@dataclass
-class Extras:
-    """Optional parts of a response, with one entry for each completion. None if not requested.
-
-    Attributes:
-        spellers: the source of log-probabilities.
-        echoed: the prompts that the texts begin with.
-        prompt_logprobs: log-probabilities of the prompts, in vLLM's format.
-        include_usage: whether the last chunk of a stream has the usage.
-        usage_so_far: whether the other chunks have it too.
-    """
-
-    spellers: Sequence[TokenTexts] | None = None
-    echoed: Sequence[str] | None = None
-    prompt_logprobs: Sequence[Any] | None = None
-    include_usage: bool = False
-    usage_so_far: bool = False
+_CONTEXT_TOKENS = 8
 
 
 class Shape:
-    """Writes the response to a request.
+    """Writes the response to a request, whole (`reply`) or as a stream (`begin`, `event`, `end`).
 
-    Args:
-        model: the requested model.
-        author_names: names of the authors, the base first.
-        extras: optional parts.
+    There is one of `requests` for each completion. `scored` are log-probabilities of each prompt, if they are needed.
     """
 
     prefix: str
     whole: str
     chunk: str
 
-    def __init__(self, model: str, author_names: Sequence[str], extras: Extras) -> None:
-        self.author_names = author_names
-        self.extras = extras
-        identity = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._head = {**identity, "collm": {"author_names": list(author_names)}}
+    def __init__(
+        self, target: Target, parsed: ParsedRequest, requests: Sequence[Request], scored: Sequence[Scored]
+    ) -> None:
+        tokenizer, params, options, n = target.model.tokenizer, parsed.params, parsed.body.stream_options, parsed.n
+        self.author_names = target.model.author_names
+        self._head: Json = {
+            "id": f"{self.prefix}{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": target.name,
+            "collm": {"author_names": list(self.author_names)},
+        }
+        self._calls = parsed.calls
+        self._prompt_tokens = sum(len(one.prompt_ids) for one in requests[::n])
+        self._include_usage = bool(options and options.include_usage)
+        self._usage_so_far = self._include_usage and bool(options and options.continuous_usage_stats)
+        as_ids = bool(parsed.body.return_tokens_as_token_ids)
+        self._token_texts = [
+            TokenTexts(tokenizer, one.prompt_ids, params.logprobs, scored[i // n] if parsed.echo else None, as_ids)
+            for i, one in enumerate(requests)
+            if parsed.logprobs
+        ]
+        most = params.prompt_logprobs
+        echoed = [target.text_of(prompt) for prompt in parsed.prompts] if parsed.echo else []
+        listed = [] if most is None else [named_prompt(tokenizer, one, most) for one in scored]
+        self._echoed = {i: echoed[i // n] for i in range(len(requests)) if echoed}
+        self._prompt_logprobs = {i: listed[i // n] for i in range(len(requests)) if listed}
 
-    def reply(self, parts: Sequence[Part], usage: Json) -> bytes:
-        """The whole response."""
-        choices = [self.choice(part) for part in parts]
-        return encoded({**self._head, "object": self.whole, "choices": choices, "usage": usage})
+    def reply(self, parts: Sequence[Part], authors: Sequence[int]) -> bytes:
+        """The whole response. `authors` wrote its tokens."""
+        choices = [self.choice(part, streamed=False) for part in parts]
+        return encoded({**self._head, "object": self.whole, "choices": choices, "usage": self.usage(authors)})
 
     def begin(self) -> bytes:
-        """The beginning of a stream."""
         return b""
 
-    def event(self, part: Part, usage: Json | None) -> bytes:
-        """A chunk of a stream. `usage` is that so far, if it was requested."""
-        body = {**self._head, "object": self.chunk, "choices": [self.chunk_choice(part)]}
-        if self.extras.include_usage:
-            body["usage"] = usage
+    def event(self, part: Part, authors: Sequence[int]) -> bytes:
+        """A chunk of a stream. `authors` wrote the tokens so far."""
+        body = {**self._head, "object": self.chunk, "choices": [self.choice(part, streamed=True)]}
+        if self._include_usage:
+            body["usage"] = self.usage(authors) if self._usage_so_far else None
         return sse(body)
 
-    def end(self, usage: Json) -> bytes:
-        """The end of a stream."""
-        if not self.extras.include_usage:
-            return DONE
-        return sse({**self._head, "object": self.chunk, "choices": [], "usage": usage}) + DONE
+    def end(self, authors: Sequence[int]) -> bytes:
+        done = b"data: [DONE]\n\n"
+        if not self._include_usage:
+            return done
+        return sse({**self._head, "object": self.chunk, "choices": [], "usage": self.usage(authors)}) + done
 
     def broken_off(self, error: APIError) -> bytes:
         """The end of a failed stream."""
         return sse(error.content)
 
-    def choice(self, part: Part) -> Json:
+    def choice(self, part: Part, *, streamed: bool) -> Json:
+        """A completion, or what a chunk adds to it."""
         raise NotImplementedError
 
-    def chunk_choice(self, part: Part) -> Json:
-        raise NotImplementedError
-
-    def _speller(self, part: Part) -> TokenTexts | None:
-        return self.extras.spellers[part.index] if self.extras.spellers else None
+    def usage(self, authors: Sequence[int]) -> Json:
+        """Numbers of tokens, also by author."""
+        by_author = {name: authors.count(author) for author, name in enumerate(self.author_names)}
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": len(authors),
+            "total_tokens": self._prompt_tokens + len(authors),
+            "collm": {**by_author, "deferral_rate": deferral_rate(authors)},
+        }
 
 
 class CompletionShape(Shape):
     """/v1/completions."""
 
-    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+    prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, part: Part) -> Json:
-        speller, echoed, scored = self._speller(part), self.extras.echoed, self.extras.prompt_logprobs
-        prompt = echoed[part.index] if echoed and part.first else ""
-        of_prompt = {"prompt_logprobs": scored[part.index]} if scored and part.first else {}
+    def choice(self, part: Part, *, streamed: bool) -> Json:
+        index, texts = part.index, self._token_texts
+        scored = {"prompt_logprobs": self._prompt_logprobs.pop(index)} if index in self._prompt_logprobs else {}
         return {
-            "index": part.index,
-            "text": prompt + part.text,
-            "logprobs": speller.completion_logprobs(part.steps) if speller else None,
-            "finish_reason": part.finished,
-            **of_prompt,
-            "collm": part.authorship,
+            "index": index,
+            "text": self._echoed.pop(index, "") + part.text,
+            "logprobs": texts[index].completion_logprobs(part.steps) if texts else None,
+            "finish_reason": part.finish_reason,
+            **scored,
+            "collm": authorship(part.steps),
         }
-
-    def chunk_choice(self, part: Part) -> Json:
-        return self.choice(part)
 
 
 class ChatShape(Shape):
-    """/v1/chat/completions.
+    """/v1/chat/completions."""
 
-    Args:
-        calls: the tools that can be called.
-    """
+    prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(
-        self, model: str, author_names: Sequence[str], extras: Extras, calls: ToolChoice | None = None
-    ) -> None:
-        super().__init__(model, author_names, extras)
-        self._calls = calls
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._messages: dict[int, AssistantMessage] = {}
 
-    def reply(self, parts: Sequence[Part], usage: Json) -> bytes:
-        choices = [self.choice(part) for part in parts]
-        of_prompt = {"prompt_logprobs": self.extras.prompt_logprobs[0]} if self.extras.prompt_logprobs else {}
-        return encoded({**self._head, "object": self.whole, "choices": choices, "usage": usage, **of_prompt})
+    def reply(self, parts: Sequence[Part], authors: Sequence[int]) -> bytes:
+        if self._prompt_logprobs:
+            self._head["prompt_logprobs"] = self._prompt_logprobs[0]
+        return super().reply(parts, authors)
 
-    def choice(self, part: Part) -> Json:
-        said = self._message(part)
-        said.add(part)
-        message: Json = {"role": "assistant", "content": said.content or (None if said.calls else ""), "refusal": None}
-        if said.calls:
-            message["tool_calls"] = [_call(call) for call in said.calls]
-        return {"index": part.index, "message": message, **self._rest(part, said)}
-
-    def chunk_choice(self, part: Part) -> Json:
-        said = self._message(part)
-        deltas = said.add(part)
-        delta: Json = {"role": "assistant"} if part.first else {}
-        content = "".join(one.text for one in deltas if one.index is None)
-        if content or not said.calls:
-            delta["content"] = content
-        calls = [_call_delta(one) for one in deltas if one.index is not None]
-        if calls:
-            delta["tool_calls"] = calls
-        return {"index": part.index, "delta": delta, **self._rest(part, said)}
-
-    def _message(self, part: Part) -> AssistantMessage:
-        """The message of the completion that a part belongs to."""
-        return self._messages.setdefault(part.index, AssistantMessage(self._calls))
-
-    def _rest(self, part: Part, said: AssistantMessage) -> Json:
-        speller = self._speller(part)
-        finished = "tool_calls" if part.finished == "stop" and said.calls else part.finished
+    def choice(self, part: Part, *, streamed: bool) -> Json:
+        index, texts = part.index, self._token_texts
+        first = {} if index in self._messages else {"role": "assistant"}
+        message = self._messages.setdefault(index, AssistantMessage(self._calls))
+        deltas = message.add(part)
+        added = {"delta": {**first, **_delta(deltas, message)}} if streamed else {"message": _message(message)}
+        called = message.calls and part.finish_reason == "stop"
         return {
-            "logprobs": {"content": speller.chat_logprobs(part.steps), "refusal": None} if speller else None,
-            "finish_reason": finished,
-            "collm": part.authorship,
+            "index": index,
+            **added,
+            "logprobs": {"content": texts[index].chat_logprobs(part.steps), "refusal": None} if texts else None,
+            "finish_reason": "tool_calls" if called else part.finish_reason,
+            "collm": authorship(part.steps),
         }
 
 
-@dataclass
-class Call:
-    """A tool call so far. Its arguments are JSON text."""
+def _message(message: AssistantMessage) -> Json:
+    calls = {"tool_calls": message.calls} if message.calls else {}
+    content = message.content or (None if calls else "")
+    return {"role": "assistant", "content": content, "refusal": None, **calls}
 
-    id: str
-    name: str
-    arguments: str = ""
+
+def _delta(deltas: Sequence[Delta], message: AssistantMessage) -> Json:
+    delta: Json = {}
+    content = "".join(one.text for one in deltas if one.index is None)
+    if content or not message.calls:
+        delta["content"] = content
+    calls = [{"index": one.index, **_call(one)} for one in deltas if one.index is not None]
+    return {**delta, "tool_calls": calls} if calls else delta
+
+
+def _call(delta: Delta) -> Json:
+    if delta.name:
+        return {"id": delta.id, "type": "function", "function": {"name": delta.name, "arguments": ""}}
+    return {"function": {"arguments": delta.text}}
 
 
 class AssistantMessage:
-    """A completion as a message: its text without tool calls, and its tool calls.
+    """A completion as a message: its text without tool calls, and its tool calls."""
 
-    Args:
-        calls: the tools that can be called.
-    """
-
-    def __init__(self, calls: ToolChoice | None) -> None:
+    def __init__(self, choice: ToolChoice | None) -> None:
         self.content = ""
-        self.calls: list[Call] = []
-        self._choice = calls
-        self._reader: ToolCallReader | None = calls.reader() if calls else None
+        self.calls: list[Json] = []
+        self._choice = choice
+        names = {tool["function"]["name"] for tool in choice.shown} if choice else set()
+        self._reader = ToolCallReader(choice.written, names) if choice else None
 
     def add(self, part: Part) -> list[Delta]:
         """Add tokens. Return the new parts of the message."""
         deltas = self._read(part)
-        if self._choice is not None and not self._choice.parallel:
-            deltas = [one for one in deltas if not one.index]
         for one in deltas:
             if one.index is None:
                 self.content += one.text
             elif one.name:
-                self.calls.append(Call(one.id, one.name))
+                self.calls.append(_call(one))
             else:
-                self.calls[one.index].arguments += one.text
+                self.calls[one.index]["function"]["arguments"] += one.text
         return deltas
 
     def _read(self, part: Part) -> list[Delta]:
@@ -242,31 +199,100 @@ class AssistantMessage:
         deltas: list[Delta] = []
         for step in part.steps:
             deltas += self._reader.push(step.text or self._choice.markers.get(step.token_id, ""))
-        return deltas + self._reader.finish() if part.finish_reason else deltas
+        if part.finish_reason:
+            deltas += self._reader.finish()
+        return [one for one in deltas if self._choice.parallel or not one.index]
 
 
-def _call(call: Call) -> Json:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+class TokenTexts:
+    """Names the tokens of a completion and up to `most` alternatives of each, step by step.
+
+    `scored` are log-probabilities of the prompt, if the text begins with it. `as_ids` names tokens by id, as in vLLM.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[int],
+        most: int,
+        scored: Sequence[PromptLogprob | None] | None,
+        as_ids: bool,
+    ) -> None:
+        self._read = TokenText(tokenizer, () if scored is not None else prompt_ids[-_CONTEXT_TOKENS:])
+        self._start = len(self._read.text)
+        self._most = most
+        self._as_ids = as_ids
+        tokens = zip(prompt_ids, scored, strict=True) if scored is not None else ()
+        self._prompt: list[tuple[int, float | None, TopLogprobs]] = [
+            (token_id, one.logprob if one else None, one.top if one else ()) for token_id, one in tokens
+        ]
+
+    def completion_logprobs(self, steps: Sequence[TokenStep]) -> dict[str, Any]:
+        """`logprobs` of /v1/completions, with offsets into the text. The chosen token is always listed."""
+        found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        prompt, self._prompt = self._prompt, []
+        for token_id, logprob, top in [*prompt, *((step.token_id, step.logprob, step.top_logprobs) for step in steps)]:
+            token = self._name(token_id)
+            likely: dict[str, float] = {}
+            for one, value in top[: self._most]:
+                likely.setdefault(self._name(one), value)
+            found["text_offset"].append(len(self._read.text) - self._start)
+            found["tokens"].append(token)
+            found["token_logprobs"].append(logprob)
+            found["top_logprobs"].append(None if logprob is None else likely | {token: logprob})
+            self._read.push(token_id)
+        return found if self._most else {**found, "top_logprobs": None}
+
+    def chat_logprobs(self, steps: Sequence[TokenStep]) -> list[dict[str, Any]]:
+        """`logprobs.content` of /v1/chat/completions."""
+        found = []
+        for step in steps:
+            likely = [self._entry(*one) for one in step.top_logprobs[: self._most]]
+            found.append({**self._entry(step.token_id, step.logprob), "top_logprobs": likely})
+            self._read.push(step.token_id)
+        return found
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self._read.spelling(token_id)
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        length = len(self._read)
+        text = self._read.push(token_id)
+        self._read.cut(length)
+        token = text if text and not self._as_ids else self._name(token_id)
+        return {"token": token, "logprob": logprob, "bytes": list(text.encode()) if text else None}
 
 
-def _call_delta(delta: Delta) -> Json:
-    if delta.name:
-        return {"index": delta.index, **_call(Call(delta.id, delta.name))}
-    return {"index": delta.index, "function": {"arguments": delta.text}}
+def named_prompt(
+    tokenizer: PreTrainedTokenizerBase, scored: Sequence[PromptLogprob | None], most: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """`prompt_logprobs` of vLLM: for each token its own entry and the most probable tokens, by token id."""
+    read = TokenText(tokenizer)
+    found: list[dict[str, dict[str, Any]] | None] = []
+    for one in scored:
+        if one is None:
+            found.append(None)
+            continue
+        ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(one.top[:most], start=1)]
+        found.append(
+            {
+                str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": read.spelling(token_id)}
+                for token_id, logprob, rank in dict.fromkeys([*ranked, (one.token_id, one.logprob, one.rank)])
+            }
+        )
+        read.push(one.token_id)
+    return found
 
 
-def usage_of(prompt_tokens: int, authors: Sequence[int], author_names: Sequence[str]) -> Json:
-    """Numbers of tokens, also by author."""
-    by_author = {name: authors.count(author) for author, name in enumerate(author_names)}
+def authorship(steps: Sequence[TokenStep]) -> Json:
+    """Who wrote which token."""
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": len(authors),
-        "total_tokens": prompt_tokens + len(authors),
-        "collm": {**by_author, "deferral_rate": deferral_rate(authors)},
+        "texts": [step.text for step in steps],
+        "token_ids": [step.token_id for step in steps],
+        "authors": [step.author for step in steps],
+        "defer_probs": [step.defer_prob for step in steps],
+        "stood_in": [step.stood_in for step in steps],
     }
-
-
-DONE = b"data: [DONE]\n\n"
 
 
 def sse(body: Mapping[str, Any], event: str | None = None) -> bytes:
@@ -279,5 +305,4 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:
-    """JSON."""
     return _ENCODER.encode(body).encode()
