@@ -366,7 +366,7 @@ def test_connections_end_when_closed_or_forgotten(cluster: Clusters, members: Ca
     before = set(threading.enumerate())
 
     def threads() -> int:
-        return sum(thread.name == "collm-vllm" for thread in set(threading.enumerate()) - before)
+        return sum(thread.name == "collm-http" for thread in set(threading.enumerate()) - before)
 
     model = world.connect()
     connections = model.backend.connections
