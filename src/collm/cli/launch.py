@@ -122,16 +122,17 @@ def _plans(collaboration: str, directory: Path, how: Launching, max_batch: int) 
     from collm.collaboration import CoLLM
     from collm.core.types import BASE, author_name
     from collm.models.loading import ModelSpec
-    from collm.vllm.placement import Machine, Served, placed
+    from collm.vllm.placement import Machine, placed
 
     model = CoLLM.from_pretrained(collaboration, engine="local")
     base = ModelSpec(str(_exported(model, directory / "export")))
-    models = [Served(author_name(BASE), base, shlex.split(how.base_flags))]
+    models, flags = {author_name(BASE): base}, {author_name(BASE): shlex.split(how.base_flags)}
     for number, assistant in enumerate(model.assistants, start=1):
         if not isinstance(assistant, ModelSpec):
             raise ConfigError(f"the assistant {assistant} is a program, which no server runs; use 'collm serve'")
-        models.append(Served(author_name(number), assistant, shlex.split(how.assistant_flags)))
-    return placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len)
+        models[author_name(number)] = assistant
+        flags[author_name(number)] = shlex.split(how.assistant_flags)
+    return placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len, flags=flags)
 
 
 def _exported(model: CoLLM, out: Path) -> Path:
