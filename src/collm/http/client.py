@@ -61,14 +61,7 @@ class FailedAttempt(Exception):  # noqa: N818
 
 
 class CircuitBreaker:
-    """Blocks calls for ten seconds after three failures in a row, then admits one trial call.
-
-    Args:
-        clock: returns the time in seconds.
-
-    Attributes:
-        failures: number of failures in a row.
-    """
+    """Blocks calls for ten seconds after three failures in a row, then admits one trial call."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.failures = 0
@@ -81,10 +74,7 @@ class CircuitBreaker:
         return self.failures >= TRIPS_AFTER
 
     def shut_s(self) -> float:
-        """Return for how many seconds calls are blocked. 0 admits one call.
-
-        An admitted trial call blocks further calls while it runs, for ten seconds at most.
-        """
+        """Return for how many seconds calls are blocked. 0 admits one call, which blocks others while it is a trial."""
         left = self._open_until - self._clock()
         if not self.tripped:
             return 0.0
@@ -104,8 +94,8 @@ class HttpClient:
     """Calls to one server, for use in one event loop. An async context manager, which closes the connections.
 
     A call is repeated after a connection error, a timeout, status 429 or 5xx, or an unusable answer. The pauses double,
-    or follow Retry-After. After three calls in a row without an answer, no calls are made for a while
-    (`CircuitBreaker`). Failures that concern one request, such as status 500 or an unusable answer, do not count.
+    or follow Retry-After. `CircuitBreaker` counts calls in a row without an answer. Failures that concern one request,
+    such as status 500 or an unusable answer, do not count.
 
     Args:
         name: the server's name in messages.
@@ -113,12 +103,8 @@ class HttpClient:
         timeout_s: longest wait for an answer.
         retries: number of further attempts.
         api_key_env: environment variable that holds the API key. If None, no key is sent.
-        first_wait_s: longest first pause.
-        longest_wait_s: longest pause, also if Retry-After is longer.
+        first_wait_s, longest_wait_s: bounds of the pauses.
         sleep: awaited between attempts, with the seconds to wait.
-
-    Raises:
-        ConfigError: the environment variable holds no key.
     """
 
     def __init__(
@@ -170,7 +156,7 @@ class HttpClient:
         return await self.with_retries(lambda: self.attempt(url, body, read))
 
     async def attempt(self, url: str, body: Any, read: Callable[[str], T], *, limit_s: float | None = None) -> T:
-        """Do what `call` does, once. Raises FailedAttempt if a repetition may succeed."""
+        """Call once. Raises FailedAttempt if a repetition may succeed."""
         limit_s = self.timeout_s if limit_s is None else limit_s
         with self.translated_errors(limit_s):
             with anyio.fail_after(limit_s):
@@ -276,9 +262,7 @@ class HttpClient:
     def first_choice(self, text: str) -> dict[str, Any] | None:
         """The first choice of a completion or of an event; None for an event without choices, such as usage.
 
-        Raises:
-            ValueError: the text is neither.
-            FailedAttempt, Refused: it is an error.
+        Raises a ValueError if the text is neither, and FailedAttempt or Refused if it reports an error.
         """
         try:
             event = json.loads(text)
@@ -291,11 +275,7 @@ class HttpClient:
         raise self._error(code if isinstance(code, int) and code >= 400 else 500, str(error)[:300])
 
     def models(self, text: str) -> dict[str, Any]:
-        """Read a list of models: names, with the largest length that vLLM states.
-
-        Raises:
-            LoadError: there is no such list.
-        """
+        """Read a list of models: names, with the largest length that vLLM states. Raises a LoadError if it is none."""
         try:
             return {str(card["id"]): card.get("max_model_len") for card in json.loads(text)["data"]}
         except (ValueError, *_MALFORMED):

@@ -16,11 +16,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """An event loop in a thread of its own. It ends when closed or garbage-collected.
-
-    Args:
-        clients: closed at the end.
-    """
+    """An event loop in a thread of its own. When closed or garbage-collected, it closes the clients and ends."""
 
     def __init__(self, clients: Sequence[HttpClient] = ()) -> None:
         self._loop = asyncio.new_event_loop()
@@ -39,11 +35,7 @@ class LoopThread:
         self._finalizer()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine in the loop.
-
-        Raises:
-            ConfigError: the loop was closed.
-        """
+        """Run a coroutine in the loop. Raises a ConfigError if the loop was closed."""
         if not self._finalizer.alive:
             coroutine.close()
             raise ConfigError("the connections to the servers were closed; load the collaboration again")

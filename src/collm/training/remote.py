@@ -100,12 +100,12 @@ class RemoteModel:
         what = f"example {number} ({len(token_ids)} tokens)"
         # prompt_logprobs 0 does not suffice for ties, because vLLM's rank of the gold token counts all tied tokens
         options = {"prompt_logprobs": 1, "max_tokens": 1, "return_token_ids": True}
-        async with limit:
-            try:
-                body = {"model": self.model, "prompt": token_ids, **options}
+        body = {"model": self.model, "prompt": token_ids, **options}
+        try:
+            async with limit:
                 answer = await client.call(f"{self.base_url}/completions", body)
-            except ModelFailure as failure:
-                raise _load_error(failure, what) from None
+        except ModelFailure as failure:
+            raise _load_error(failure, what) from None
         try:
             return _read_answer(client.first_choice(answer), token_ids, example.is_target, self.vocab_size)
         except (ValueError, FailedAttempt) as error:

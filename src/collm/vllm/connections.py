@@ -28,15 +28,10 @@ _LEAST_TEMPERATURE = 0.01
 
 
 class Run:
-    """A sequence that is decoded on servers.
-
-    Args:
-        sequence: the sequence.
-        authors: the servers.
-        report: called with each output.
+    """A sequence that is decoded on the servers of `authors`. `report` is called with each output.
 
     Attributes:
-        refused: author -> counts calls for this sequence that failed although the server answers.
+        refused: for each author, counts calls for this sequence that failed although the server answers.
     """
 
     def __init__(self, sequence: Sequence, authors: ListOf[Endpoint], report: Callable[[RequestOutput], None]) -> None:
@@ -49,7 +44,7 @@ class Run:
         self._known = [0] * len(authors)  # tokens of the sequence that each server has read or written
 
     async def one(self, author: int, body: dict[str, Any]) -> GeneratedToken:
-        """Request one token."""
+        """Request the next token."""
         self._read(author)
         return await self._authors[author].one(body)
 
@@ -98,10 +93,9 @@ class Run:
 
 
 class Connections:
-    """Connections to the servers of base and assistants. Use it as a context manager, or call `close`.
+    """Connections to the servers of base and assistants, and how sequences are decoded there.
 
-    The connections are also closed when the object is garbage-collected. A subclass for each form of serving says how a
-    sequence advances.
+    Use it as a context manager, or call `close`. The connections are also closed when the object is garbage-collected.
 
     Args:
         servers: settings for calls.
@@ -166,12 +160,7 @@ class Connections:
     def candidates(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: ListOf[int], token_ids: ListOf[int], most: int
     ) -> list[list[Candidates]]:
-        """Compute what `engine.candidates.top_candidates` does, from the servers' prompt log-probabilities.
-
-        Raises:
-            ConfigError: the servers cannot provide them.
-            ModelFailure: a server refuses the request or gives no usable answer.
-        """
+        """Compute what `engine.candidates.top_candidates` does. Raises a ConfigError if the servers cannot do it."""
         raise NotImplementedError
 
     async def check_tokens(self, author: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:

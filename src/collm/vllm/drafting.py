@@ -29,9 +29,8 @@ from collm.engine.runner import ModelRunner
 from collm.engine.sequence import Decision
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.text.token_ids import common_prefix
-from collm.vllm import OF_ONE_ENGINE, POLICY, PREFIX, THRESHOLD
+from collm.vllm import POLICY, THRESHOLD, read_threshold
 
-_KNOWN_KEYS = (THRESHOLD, *OF_ONE_ENGINE)
 _LOG = logging.getLogger(__name__)
 _DECAY = 0.95
 """Factor by which the weight of a measurement shrinks with each further measurement."""
@@ -104,10 +103,8 @@ class Drafted:
         return StepView(position, self.deferred, author_probs, defer_prob, self.temperature, uniform)
 
     def accept(self, read: Sequence[int]) -> list[Decision]:
-        """Remove and return the decisions that became final: about tokens that the assistant has read, and the next.
-
-        Args:
-            read: draft tokens that the engine read. If they differ from the draft, only the common prefix counts.
+        """Remove and return the decisions that became final: about the draft tokens that the engine read, and the next.
+        If these differ from the draft, only the common prefix counts.
         """
         count = common_prefix(list(read), self.draft)
         final, self.decisions = self.decisions[: count + 1], self.decisions[count + 1 :]
@@ -119,8 +116,6 @@ class Drafter:
     """Decodes with the base, in batches over all requests. If a request fails, its `failure` is set; others go on.
 
     Args:
-        runner: runner of the base.
-        head: the deferral head.
         most: largest number of base passes in one round, at least 1.
         draw: draws one token for each of R requests from the base's logits (R, V).
     """
@@ -311,20 +306,16 @@ class RoundTimes:
 
 
 def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
-    """Read the policy from a request's `vllm_xargs`. Returns None if there is none.
-
-    Raises:
-        ConfigError: a key is unknown, a value is invalid, or one engine cannot follow the policy.
+    """Read the policy from a request's `vllm_xargs`. Returns None if there is none. Raises a ConfigError if a key is
+    unknown, a value is invalid, or one engine cannot follow the policy.
     """
-    unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in _KNOWN_KEYS)
-    if unknown:
-        raise ConfigError(f"vllm_xargs has the unknown key {unknown[0]!r}, expected any of {', '.join(_KNOWN_KEYS)}")
-    if THRESHOLD in xargs and POLICY in xargs:
+    try:
+        threshold = read_threshold(xargs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if threshold is not None and POLICY in xargs:
         raise ConfigError(f"vllm_xargs has both {THRESHOLD} and {POLICY}; give one of them")
-    if THRESHOLD in xargs:
-        threshold = xargs[THRESHOLD]
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-            raise ConfigError(f"{THRESHOLD} is {threshold!r}, expected a number from -1 to 1")
+    if threshold is not None:
         return ThresholdPolicy(threshold)
     if POLICY not in xargs:
         return None

@@ -51,7 +51,6 @@ class Endpoint:
 
     Args:
         name: the author's name, in errors and counts.
-        url: the base URL, to which "/completions" is appended.
         servers: timeouts, retries and key.
         vocab_size: token ids in answers must be below this number.
 
@@ -84,10 +83,8 @@ class Endpoint:
         )
 
     async def find(self, wait_s: float) -> None:
-        """Wait for the server and look up its model.
-
-        Raises:
-            LoadError: the server is not up in time, refuses the request, or serves several models.
+        """Wait for the server and look up its model. Raises a LoadError if it is not up in time or refuses the request,
+        or if it serves several models.
         """
         deadline = time.monotonic() + wait_s
         while True:
@@ -111,11 +108,7 @@ class Endpoint:
         self.max_length = longest if type(longest) is int else None
 
     async def tokenize(self, text: str) -> list[int] | None:
-        """Tokenize a text on the server. Returns None if the server has no endpoint for it.
-
-        Raises:
-            Unreachable, ModelFailure: as in `HttpClient.call`.
-        """
+        """Tokenize a text on the server. Returns None if the server has no endpoint for it."""
 
         def read(answer: str) -> list[int]:
             tokens = json.loads(answer).get("tokens")
@@ -132,7 +125,7 @@ class Endpoint:
             raise
 
     async def one(self, body: dict[str, Any]) -> GeneratedToken:
-        """Request the next token. Raises as `HttpClient.call` does."""
+        """Request the next token. This and the methods below raise what `HttpClient.call` does."""
         request = self._request({**body, "max_tokens": 1}, [])
 
         def read(answer: str) -> GeneratedToken:
@@ -146,9 +139,7 @@ class Endpoint:
         return token
 
     async def likely(self, token_ids: list[int], count: int, most: int) -> list[Likely]:
-        """Request the most probable tokens, with their probabilities, at each of the last `count` tokens of a text.
-        Raises as `HttpClient.call` does.
-        """
+        """Request the most probable tokens, with their probabilities, at each of the last `count` tokens of a text."""
 
         def read(answer: str) -> list[Likely]:
             positions = (self.http.first_choice(answer) or {})["prompt_logprobs"][-count:]
@@ -169,9 +160,6 @@ class Endpoint:
         Args:
             resumable: whether generated tokens may become part of the prompt. If not, an answer that breaks off is an
                 error.
-
-        Raises:
-            Unreachable, ModelFailure: as in `HttpClient.call`.
         """
         self.http.check_breaker()
         written: list[int] = []

@@ -26,13 +26,8 @@ class ServerEngine:
     """Decodes requests on servers, which batch concurrent requests. It has the interface of `engine.engine.Engine`.
 
     Args:
-        connections: connections to the servers.
-        tokenizer: the tokenizer of all models.
         eos_ids: tokens that end a sequence.
         max_batch: largest number of sequences decoded at once; further requests wait.
-
-    Raises:
-        ConfigError: `max_batch` is out of range.
     """
 
     def __init__(

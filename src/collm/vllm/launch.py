@@ -51,7 +51,6 @@ class ServerProcess:
     """A running server. `stop` ends it.
 
     Args:
-        plan: what to start.
         python: the interpreter that has vLLM.
         log: file for the server's output.
         address: the Unix socket on which it listens. Others must not be able to create it.
@@ -74,17 +73,12 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """The base URL, to which "/completions" is appended."""
+        """The base URL."""
         return f"http://{quote(str(self.address), safe='')}/v1"
 
     def wait(self, deadline: float) -> None:
-        """Wait until the server answers.
-
-        Args:
-            deadline: when to give up, on the clock of `time.monotonic`.
-
-        Raises:
-            LoadError: the server ended, or is not up by then.
+        """Wait until the server answers. Raises a LoadError if it ends, or is not up by `deadline`, on the clock of
+        `time.monotonic`.
         """
         started = logged = time.monotonic()
         while not self._answers():
@@ -169,7 +163,6 @@ def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: fl
     memory. They listen in a directory that only this user can enter, so no other user can reach or replace them.
 
     Args:
-        plans: the servers to start.
         python: the interpreter that has vLLM.
         logs: directory for the servers' output.
         wait_s: longest time until all are up.

@@ -32,14 +32,7 @@ _PROBE: dict[str, Any] = {"prompt": [0], "temperature": 0, "logprobs": 1}
 class EngineConnection(Connections):
     """Connection to the server of an engine that holds base and assistant, and applies the policy itself.
 
-    Args:
-        servers: the server's address, and settings for calls.
-        head: the deferral head, which the engine must have.
-        tokenizer: the tokenizer of both models.
-
-    Raises:
-        ConfigError, LoadError: as in `Connections`.
-        MismatchError: as in `Connections`, or the server is not an engine of this collaboration.
+    Raises a MismatchError if the server is not an engine of this collaboration, and what `Connections` raises.
     """
 
     LOCAL_ONLY = ("min_p", "logit_bias", "bad_words", "structured_outputs", "prompt_logprobs")
@@ -96,13 +89,8 @@ class EngineConnection(Connections):
 
 
 def author_and_defer_prob(written: GeneratedToken) -> tuple[int, float]:
-    """Read the author and the defer prob from the entry after the token's own log-probability (`AUTHORS`).
-
-    Raises:
-        ModelFailure: the server did not report them.
-    """
-    entry = list(written.about.items())[1:2]
-    if not entry:
+    """Read the author and the defer prob from the entry after the token's own log-probability (`AUTHORS`)."""
+    if len(written.about) < 2:
         raise ModelFailure(f"the server did not report the author of token {written.token_id}")
-    ((token_id, log_defer_prob),) = entry
+    token_id, log_defer_prob = list(written.about.items())[1]
     return author_of(token_id), math.exp(log_defer_prob)

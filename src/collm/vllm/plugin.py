@@ -19,7 +19,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
 from collm.errors import ConfigError
-from collm.vllm import FAILED, NOTE, NOTE_FORMAT, OF_ONE_ENGINE, PREFIX, PROPOSER, THRESHOLD
+from collm.vllm import FAILED, NOTE, NOTE_FORMAT, OF_ONE_ENGINE, PROPOSER, THRESHOLD, read_threshold
 from collm.vllm.hooks import check_hooks
 from collm.vllm.rows import decide
 
@@ -61,18 +61,8 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse a request with invalid values. vLLM answers it with status 400.
-
-        Raises:
-            ValueError: a key is unknown, or the threshold is not a number from -1 to 1.
-        """
-        xargs = sampling_params.extra_args or {}
-        unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in (THRESHOLD, *OF_ONE_ENGINE))
-        if unknown:
-            raise ValueError(f"vllm_xargs has the unknown key {unknown[0]!r}, expected {THRESHOLD!r}")
-        value = xargs.get(THRESHOLD, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
-            raise ValueError(f"{THRESHOLD} is {value!r}, expected a number from -1 to 1")
+        """Refuse a request with invalid values by a ValueError. vLLM answers it with status 400."""
+        read_threshold(sampling_params.extra_args or {})
 
     # Model runner V1
 
@@ -94,12 +84,7 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
     # Both
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        """Decide for each row.
-
-        Args:
-            logits: shape (R, V), before temperature and truncation; modified in place.
-            ctx: from V2 only.
-        """
+        """Decide for each row of logits (R, V), before temperature and truncation; in place. Only V2 gives `ctx`."""
         if self.note is None:
             return logits
         if ctx is None:

@@ -39,11 +39,6 @@ class AuthorConnections(Connections):
     The base is asked to continue until it defers. Then the assistant is asked for one token. A request takes at most
     two calls for each deferral, and one more. If the policy's threshold changes, each change takes another call.
 
-    Args:
-        servers: addresses, and settings for calls.
-        head: the deferral head, which the export on the base's server must contain.
-        tokenizer: the tokenizer of all models.
-
     Attributes:
         defer_ids: tokens with which the base's server reports deferrals to the assistants 1..K.
         zero_id: the token of the row of zeros, whose logit is 0.
@@ -129,20 +124,18 @@ class AuthorConnections(Connections):
     def candidates(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: ListOf[int], token_ids: ListOf[int], most: int
     ) -> list[list[Candidates]]:
-        """Compute candidates as `Connections.candidates` states.
-
-        Rows of the head that are among the base's most probable entries are left out, and the probabilities are
-        renormalised. Less probable rows remain in the normaliser.
+        """Compute candidates from prompt log-probabilities. Rows of the head among the base's most probable entries are
+        left out, and the probabilities are renormalised. Less probable rows remain in the normaliser.
         """
         if not token_ids:
             return []
-        by_author = self.run(self._likely([*prompt_ids, *token_ids], len(token_ids), most))
-        return spelled(tokenizer, prompt_ids, token_ids, by_author)
 
-    async def _likely(self, token_ids: list[int], count: int, most: int) -> list[list[Likely]]:
-        wanted = most + 1 + len(self.defer_ids)
-        by_author = await gather([author.likely(token_ids, count, wanted) for author in self.authors])
-        return [[_without_rows(likely, self.vocab_size)[:most] for likely in each] for each in by_author]
+        async def likely() -> list[list[Likely]]:
+            text, wanted = [*prompt_ids, *token_ids], most + 1 + len(self.defer_ids)
+            return await gather([author.likely(text, len(token_ids), wanted) for author in self.authors])
+
+        by_author = [[_without_rows(one, self.vocab_size)[:most] for one in each] for each in self.run(likely())]
+        return spelled(tokenizer, prompt_ids, token_ids, by_author)
 
     # Decoding
 
@@ -156,10 +149,8 @@ class AuthorConnections(Connections):
             await self._assistant_writes(run, author, defer_prob, {**self._body(run, author), "max_tokens": 1})
 
     async def _base_writes(self, run: Run) -> tuple[int, float] | None:
-        """Let the base write until it defers, its threshold changes or the text ends.
-
-        Returns:
-            The assistant and the defer prob of a deferral; None if the base did not defer.
+        """Let the base write until it defers, its threshold changes or the text ends. Returns the assistant and the
+        defer prob of a deferral.
         """
         threshold, most = _next_threshold(run.sequence)
         async with aclosing(run.stream(BASE, self._base_body(run, threshold, most))) as stream:
@@ -173,11 +164,7 @@ class AuthorConnections(Connections):
         return None
 
     async def _assistant_writes(self, run: Run, author: int, defer_prob: float, body: dict[str, Any]) -> None:
-        """Let an assistant write the next token, or the whole text. If it fails, the base may write the token.
-
-        Args:
-            defer_prob: of each of these tokens; 1 where the base is not asked.
-        """
+        """Let an assistant write the next token, or the whole text. If it fails, the base may write the token."""
         endpoint = self.authors[author]
         try:
             shut_s = run.refused[author].shut_s()

@@ -62,8 +62,7 @@ class Servers:
 
     @classmethod
     def named(cls, text: str) -> Servers:
-        """Parse addresses that are separated by commas, the base's first, or read a YAML file with the fields of this
-        class.
+        """Parse addresses that are separated by commas, the base's first, or read a YAML file with these fields.
 
         Raises:
             ConfigError: the file does not exist or has other content.
@@ -82,13 +81,8 @@ class Servers:
 
     @classmethod
     def of(cls, content: Any, where: str) -> Servers:
-        """Create from the fields as JSON or YAML hold them.
-
-        Args:
-            where: where the fields come from, for errors.
-
-        Raises:
-            ConfigError: a field is missing, unknown or has the wrong type.
+        """Create from the fields as JSON or YAML hold them. Raises a ConfigError, which says `where` they come from, if
+        one is missing, unknown or of the wrong type.
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(content, dict) or "urls" not in content or content.keys() - known:
@@ -109,11 +103,7 @@ class Servers:
         return len(self.urls) == num_assistants == 1
 
     def check_count(self, num_assistants: int) -> None:
-        """Check that there is one server for each author.
-
-        Raises:
-            ConfigError: there is not.
-        """
+        """Raise a ConfigError if there is not one server for each author."""
         if len(self.urls) != 1 + num_assistants:
             raise ConfigError(
                 f"got {len(self.urls)} servers for a base and {num_assistants} assistants; give one for each, the "
