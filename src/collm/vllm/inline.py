@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import wraps
 from itertools import islice
 from typing import Any, TypeVar, cast
 
@@ -33,7 +32,7 @@ from collm.text.guards import TokenizerIdentity
 from collm.vllm import FAILED, HEAD, SETTINGS, THRESHOLD, author_token
 from collm.vllm.drafting import Drafted, Drafter, policy_of
 from collm.vllm.export import head_digest
-from collm.vllm.hooks import check_hooks
+from collm.vllm.hooks import check_hooks, replaces
 from collm.vllm.inline_sampling import sample, wants_authors
 
 T = TypeVar("T")
@@ -313,33 +312,28 @@ def _wrap_model_runner() -> None:
 
     if getattr(GPUModelRunner, "collm", False):
         return
-    original_sample, original_tokens = GPUModelRunner._sample, GPUModelRunner.sample_tokens
-    original_fits = GPUModelRunner._input_fits_in_drafter
+    GPUModelRunner.collm = True
 
     def proposer_of(runner: Any) -> Proposer | None:
         drafter = getattr(runner, "drafter", None)
         return drafter if isinstance(drafter, Proposer) else None
 
-    @wraps(original_sample)
-    def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+    @replaces(GPUModelRunner)
+    def _sample(original: Any, self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         proposer = proposer_of(self)
         if proposer is None:
-            return original_sample(self, logits, spec_decode_metadata)
+            return original(self, logits, spec_decode_metadata)
         return proposer.sample(self, logits, spec_decode_metadata)
 
-    @wraps(original_tokens)
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = original_tokens(self, grammar_output)
+    @replaces(GPUModelRunner)
+    def sample_tokens(original: Any, self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
         proposer = proposer_of(self)
         failed = proposer.take_failed() if proposer is not None else []
         if failed:
             output.num_nans_in_logits = {**(output.num_nans_in_logits or {}), **dict.fromkeys(failed, FAILED)}
         return output
 
-    @wraps(original_fits)
-    def _input_fits_in_drafter(self: Any, metadata: Any) -> bool:
-        return proposer_of(self) is not None or original_fits(self, metadata)  # drafts never exceed the context
-
-    GPUModelRunner._sample, GPUModelRunner.sample_tokens = _sample, sample_tokens
-    GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
-    GPUModelRunner.collm = True
+    @replaces(GPUModelRunner)
+    def _input_fits_in_drafter(original: Any, self: Any, metadata: Any) -> bool:
+        return proposer_of(self) is not None or original(self, metadata)  # drafts never exceed the context
