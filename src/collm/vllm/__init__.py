@@ -56,9 +56,10 @@ def read_threshold(xargs: Mapping[str, Any]) -> float | None:
     unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise ValueError(f"vllm_xargs has the unknown key {unknown[0]!r}, expected any of {', '.join(known)}")
-    value = xargs.get(THRESHOLD)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if THRESHOLD in xargs and not (is_number and -1 <= value <= 1):
+    if THRESHOLD not in xargs:
+        return None
+    value = xargs[THRESHOLD]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
         raise ValueError(f"{THRESHOLD} is {value!r}, expected a number from -1 to 1")
     return value
 

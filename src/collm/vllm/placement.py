@@ -41,7 +41,6 @@ class ModelMemory:
     """Memory that a model needs, in bytes.
 
     Attributes:
-        weights: size of all weights.
         kv_per_token: size of a token's keys and values in all layers; an upper bound if layers share or compress them.
         max_length: longest sequence that the model was made for, in tokens; None if its config states none.
         dtype: dtype in which the model is saved or is to be loaded. vLLM's own default is half precision for
@@ -87,13 +86,7 @@ class ModelMemory:
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources of a machine.
-
-    Attributes:
-        gpu_bytes: memory of each GPU; empty if there are none.
-        memory_bytes: free main memory.
-        cores: number of cores that this process may use.
-    """
+    """The resources of a machine: the memory of each GPU, the free main memory, and the cores that one may use."""
 
     gpu_bytes: Sequence[int]
     memory_bytes: int
@@ -106,7 +99,7 @@ class Machine:
         return cls(gpus, psutil.virtual_memory().available, len(os.sched_getaffinity(0)))
 
     def devices(self, count: int) -> list[Device]:
-        """Divide the machine between `count` servers: its GPUs if it has any, else its threads."""
+        """Divide the machine between servers: its GPUs if it has any, else its threads."""
         if self.gpu_bytes:
             groups = gpus_for(len(self.gpu_bytes), count)
             return [Device(group, 0, sum(self.gpu_bytes[gpu] for gpu in group)) for group in groups]
@@ -177,11 +170,7 @@ def kv_tokens(models: Sequence[ModelMemory], memory_bytes: float, wanted: int) -
 
 
 def fits_in_one(collaboration: str) -> bool:
-    """Whether the collaboration has exactly one assistant, which is a language model.
-
-    Raises:
-        ArtefactError: there is no collaboration.
-    """
+    """Whether the collaboration has exactly one assistant, which is a language model."""
     manifest = artefact.read_manifest(artefact.local_directory(collaboration, None))
     return len(manifest.assistants) == 1 and isinstance(manifest.assistants[0], ModelSpec)
 
@@ -291,7 +280,14 @@ def _flags(spec: ModelSpec, size: ModelMemory, device: Device, tokens: int, max_
 
 @contextmanager
 def one_engine(
-    collaboration: str | Path, logs: Path, *, python: str = sys.executable, wait_s: float = 900.0, **options: Any
+    collaboration: str | Path,
+    logs: Path,
+    *,
+    python: str = sys.executable,
+    max_batch: int = 16,
+    max_length: int | None = None,
+    wait_s: float = 900.0,
+    flags: Sequence[str] = (),
 ) -> Iterator[Servers]:
     """Run one vLLM engine with a collaboration on this machine while the block runs.
 
@@ -302,12 +298,12 @@ def one_engine(
         collaboration: a directory or Hub name.
         logs: directory for vLLM's output.
         python: the interpreter that has vLLM and collm.
+        max_batch, max_length, flags: as in `placed_in_one`.
         wait_s: longest time until the engine is up.
-        options: max_batch (default 16), max_length, drafts and flags, as in `placed_in_one`.
 
     Raises:
         ArtefactError, ConfigError, LoadError: as in `placed_in_one`, `check_python` and `launched`.
     """
-    plan = placed_in_one(str(collaboration), Machine.this(), **{"max_batch": 16, **options})
+    plan = placed_in_one(str(collaboration), Machine.this(), max_batch=max_batch, max_length=max_length, flags=flags)
     with launched([plan], check_python(python, one_engine=True), logs, wait_s=wait_s) as running:
         yield Servers([running[0].url])
