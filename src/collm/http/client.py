@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -21,7 +21,7 @@ import anyio
 from collm.errors import ConfigError, LoadError, ModelFailure
 
 if TYPE_CHECKING:
-    import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class HttpClient:
         timeout_s: longest wait for an answer.
         retries: number of further attempts.
         api_key_env: environment variable that holds the API key. If None, no key is sent.
-        first_wait_s, longest_wait_s: bounds of the pauses.
+        waits_s: the longest first pause, and the longest of all.
         sleep: awaited between attempts, with the seconds to wait.
     """
 
@@ -115,8 +115,7 @@ class HttpClient:
         timeout_s: float,
         retries: int,
         api_key_env: str | None = None,
-        first_wait_s: float = 0.25,
-        longest_wait_s: float = 10.0,
+        waits_s: tuple[float, float],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every version re-exports it
@@ -128,7 +127,7 @@ class HttpClient:
         self.sleep = sleep
         self.breaker = CircuitBreaker()
         self._api_key_env, self._key = api_key_env, read_key(api_key_env)
-        self._first_wait_s, self._longest_wait_s = first_wait_s, longest_wait_s
+        self.waits_s = waits_s
         self._random = random.Random()
         self._httpx = httpx
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -142,8 +141,8 @@ class HttpClient:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def call(self, url: str, body: Any = None, read: Callable[[str], T] = str) -> T:  # type: ignore[assignment]
-        """POST `body`, or GET without one, with retries.
+    async def call(self, url: str, body: Any, read: Callable[[str], T]) -> T:
+        """POST `body`, or GET if it is None, with retries.
 
         Args:
             read: converts the answer. A ValueError makes the answer unusable.
@@ -189,11 +188,10 @@ class HttpClient:
                 self._check_reply(reply)
                 yield reply.text
                 return
-            async with aclosing(reply.aiter_lines()) as lines:
-                async for line in lines:
-                    data = line.removeprefix("data:").strip()
-                    if line.startswith("data:") and data != "[DONE]":
-                        yield data
+            async for line in reply.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if line.startswith("data:") and data != "[DONE]":
+                    yield data
 
     # Attempts
 
@@ -220,8 +218,9 @@ class HttpClient:
                 f"{self.where} gave no usable answer {count}, expected token ids with log-probabilities, the last "
                 f"time: {failure}; check which model it serves"
             ) from None
-        pause_s = min(self._first_wait_s * 2.0 ** (failed - 1), _LONGEST_PAUSE_S, self._longest_wait_s)
-        wait_s = min(max(pause_s * self._random.uniform(0.5, 1.0), failure.wait_s), self._longest_wait_s)
+        first_s, longest_s = self.waits_s
+        pause_s = min(first_s * 2.0 ** (failed - 1), _LONGEST_PAUSE_S, longest_s) * self._random.uniform(0.5, 1.0)
+        wait_s = min(max(pause_s, failure.wait_s), longest_s)
         attempts = self.retries + 1
         _LOG.warning("%s: %s; attempt %d of %d in %.1f s", self.where, failure, failed + 1, attempts, wait_s)
         await self.sleep(wait_s)

@@ -18,7 +18,7 @@ from collm.http.loop import LoopThread, gather
 from collm.training.examples import Example
 
 Pair = tuple[Tensor, Tensor]
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 3600.0
+_WAITS_S = (0.5, 3600.0)
 _TOO_LARGE = re.compile(r"context (length|window|size)|max_model_len|too (long|many)|longer than|vocab", re.IGNORECASE)
 
 
@@ -103,7 +103,7 @@ class RemoteModel:
         body = {"model": self.model, "prompt": token_ids, **options}
         try:
             async with limit:
-                answer = await client.call(f"{self.base_url}/completions", body)
+                answer = await client.call(f"{self.base_url}/completions", body, str)
         except ModelFailure as failure:
             raise _load_error(failure, what) from None
         try:
@@ -116,7 +116,7 @@ class RemoteModel:
         """Check that the server has the model, and lower max_length to the server's limit."""
         async with self._client() as client:
             try:
-                served = client.models(await client.call(f"{self.base_url}/models"))
+                served = client.models(await client.call(f"{self.base_url}/models", None, str))
             except ModelFailure as failure:
                 raise _load_error(failure) from None
             if self.model not in served:
@@ -132,8 +132,7 @@ class RemoteModel:
             timeout_s=self.timeout_s,
             retries=self.retries,
             api_key_env=self.api_key_env,
-            first_wait_s=_FIRST_WAIT_S,
-            longest_wait_s=_LONGEST_WAIT_S,
+            waits_s=_WAITS_S,
             sleep=self.sleep,
         )
 

@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 _LOOKS_EVERY_S, _LEAST_LOOK_S = 0.5, 5.0
 _ENDING_S = 1.0
 """Longest wait for the end of a stream after its last token. If it takes longer, the connection is not reused."""
-_LONGEST_WAIT_S = 10.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
 _ENDINGS = (None, "stop", "length")
 _NO_TOKENIZER = {404, 405, 501}
 """Status codes of servers that have no endpoint for tokenization."""
@@ -79,7 +79,7 @@ class Endpoint:
             timeout_s=servers.timeout_s,
             retries=servers.retries,
             api_key_env=servers.api_key_env,
-            longest_wait_s=min(_LONGEST_WAIT_S, servers.timeout_s),
+            waits_s=(_FIRST_WAIT_S, min(_LONGEST_WAIT_S, servers.timeout_s)),
         )
 
     async def find(self, wait_s: float) -> None:

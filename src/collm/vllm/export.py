@@ -131,11 +131,10 @@ def export_base(
         tokenizer_hash=identity.hash,
         default_threshold=default_threshold,
     )
-    named = _with_row_tokens(tokenizer, defer_names(head), note)
     _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note)
     with atomic_directory(out.resolve()) as directory:
+        _with_row_tokens(tokenizer, defer_names(head), note).save_pretrained(directory)
         model.save_pretrained(directory)
-        named.save_pretrained(directory)
         (directory / NOTE).write_text(json.dumps(asdict(note), indent=2) + "\n", encoding="utf-8")
     return note
 
