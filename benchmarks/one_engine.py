@@ -30,10 +30,10 @@ from benchmarks.pairs import SHAPES, make_model, make_tokenizer, prompts_of
 from benchmarks.record import run_parts
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.policies import RandomPolicy
+from collm.http.client import socket_transport
 from collm.vllm import POLICY
-from collm.vllm.endpoint import sockets
-from collm.vllm.launch import ServerPlan, ServerProcess, check_engine_python, launched
-from collm.vllm.placement import Machine, Served, placed, placed_in_one
+from collm.vllm.launch import ServerPlan, ServerProcess, check_python, launched
+from collm.vllm.placement import Machine, placed, placed_in_one
 from collm.vllm.servers import Servers
 
 PARTS = ("forecast", "ways", "separate")
@@ -68,7 +68,7 @@ class Bench:
         self.head = DeferralHead(SHAPES[arguments.base][0])
         self.tokenizer = tokenizer
         CoLLM(self.specs[0], [self.specs[1]], self.head, tokenizer).save_pretrained(root / "artefact")
-        self.python = check_engine_python(arguments.vllm_python)
+        self.python = check_python(arguments.vllm_python, one_engine=True)
         self.length = arguments.prompt + arguments.new + 32
         self._num_prompts = 0
         self._alone: dict[int, float] = {}
@@ -142,7 +142,7 @@ class Bench:
     def _two_servers(self) -> list[dict[str, Any]]:
         model = CoLLM.from_pretrained(self.root / "artefact")
         model.export_vllm(self.root / "export")
-        served = [Served("base", ModelSpec(str(self.root / "export"))), Served("assistant", self.specs[1])]
+        served = {"base": ModelSpec(str(self.root / "export")), "assistant": self.specs[1]}
         plans = placed(served, Machine.this(), max_batch=max(self.arguments.batch), max_length=self.length)
         rows = []
         with launched(plans, self.python, self.root / "logs", wait_s=600) as servers:
@@ -170,7 +170,7 @@ class Bench:
     async def _requests(self, server: ServerProcess, count: int, batch: int, more: dict[str, Any]) -> int:
         """Generate `count` completions, `batch` at once. Returns their number of tokens."""
         room = asyncio.Semaphore(batch)
-        async with httpx.AsyncClient(timeout=None, mounts=sockets([server.url])) as client:
+        async with httpx.AsyncClient(timeout=None, transport=socket_transport(server.url)) as client:
 
             async def one(prompt: list[int]) -> int:
                 body = {"model": server.plan.name, "prompt": prompt, "max_tokens": self.arguments.new, "temperature": 1}

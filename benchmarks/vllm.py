@@ -30,11 +30,11 @@ from benchmarks.record import run_parts
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.objective import defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
+from collm.http.client import socket_transport
 from collm.vllm import ROW_SCALE
-from collm.vllm.endpoint import sockets
 from collm.vllm.export import Note
 from collm.vllm.launch import ServerProcess, check_python, launched
-from collm.vllm.placement import Machine, Served, placed
+from collm.vllm.placement import Machine, placed
 from collm.vllm.servers import Servers
 
 PER_TOKEN = "token by token"
@@ -57,9 +57,9 @@ class Bench:
         self.local = CoLLM(specs[0], [specs[1]], head, tokenizer)
         self.local.export_vllm(root / "export")
         self.note = Note.read(root / "export")
-        flags = ["--max-logprobs", "-1"]
-        models = [Served("base", ModelSpec(str(root / "export")), flags), Served("assistant", specs[1], flags)]
-        plans = placed(models, Machine.this(), max_batch=max(arguments.batch), max_length=1024)
+        flags = {name: ["--max-logprobs", "-1"] for name in ("base", "assistant")}
+        models = {"base": ModelSpec(str(root / "export")), "assistant": specs[1]}
+        plans = placed(models, Machine.this(), max_batch=max(arguments.batch), max_length=1024, flags=flags)
         self.servers: list[ServerProcess] = stack.enter_context(
             launched(plans, check_python(arguments.vllm_python), root / "logs", wait_s=600)
         )
@@ -139,7 +139,8 @@ class Bench:
 
     async def _per_token(self, batch: int, count: int, new: int) -> dict[str, Any]:
         room = asyncio.Semaphore(batch)
-        mounts = sockets([server.url for server in self.servers], limits=httpx.Limits(max_connections=None))
+        limits = httpx.Limits(max_connections=None)
+        mounts = {one.url.removesuffix("/v1"): socket_transport(one.url, limits=limits) for one in self.servers}
         async with httpx.AsyncClient(timeout=None, mounts=mounts) as client:
 
             async def one(prompt: list[int]) -> list[int]:

@@ -17,7 +17,7 @@ import collm
 from collm.core.types import author_name
 
 SOURCE = Path(collm.__file__).parent
-BOTTOM = {"errors", "version", "atomic", "untrusted", "redaction", "noise"}
+BOTTOM = {"errors", "version", "atomic", "untrusted", "redaction", "noise", "http"}
 MAY_IMPORT = {
     "core": {"core"},
     "tools": {"tools"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypedDict, cast, get_args
+from typing import Literal, Protocol, TypedDict, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -29,10 +29,10 @@ from collm.models.tools import ToolModel, ToolRunner
 from collm.text.alignment import Alignment
 from collm.text.grammars import Grammars
 from collm.text.guards import TokenizerIdentity, check_eos
-from collm.vllm.connections import AuthorConnections
 from collm.vllm.endpoint import Endpoint
-from collm.vllm.engine import ServerEngine, VllmEngine, check_local_params
-from collm.vllm.one_engine import LOCAL_ONLY, EngineConnection, OneEngine
+from collm.vllm.engine import ServerEngine
+from collm.vllm.one_engine import EngineConnection
+from collm.vllm.separate import AuthorConnections
 from collm.vllm.servers import Servers
 
 EngineName = Literal["local", "vllm"]
@@ -229,12 +229,11 @@ class OnServers:
         named = [(author_name(author), eos_ids_of(one)) for author, one in enumerate(self.given)]
         return _eos_ids(named, self.tokenizer, self.accept_differences).union(self.stop_ids)
 
-    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine[Any]:
+    def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> ServerEngine:
         for name, value in {"lookahead": lookahead, "max_wait": max_wait}.items():
             if value is not None:
                 raise ConfigError(f"{name}={value} has no effect across servers; leave it out")
-        kind: type[ServerEngine[Any]] = OneEngine if self._in_one else VllmEngine
-        return kind(self.connections, self.tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
+        return ServerEngine(self.connections, self.tokenizer, eos_ids=self._eos_ids, max_batch=max_batch)
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
         yield self.connections.candidates(self.tokenizer, prompt_ids, token_ids, most)
@@ -244,10 +243,7 @@ class OnServers:
 
     def check_params(self, params: SamplingParams) -> None:
         check_params(params, self.connections.vocab_size)
-        if self._in_one:
-            check_local_params(params, LOCAL_ONLY)
-        else:
-            check_local_params(params)
+        self.connections.check_params(params)
 
     def weights_per_token(self, author: int) -> int:
         member = self.given[author]

@@ -205,7 +205,7 @@ def test_retries_are_counted_and_the_last_reason_is_told(server: FakeServer, fai
     model = remote(server, retries=2, sleep=naps)
     model.timeout_s = 0.05 if isinstance(failure, Hang) else 5
     server.fail(Refuse(502, "another reason"), failure, failure)
-    with pytest.raises(LoadError, match=rf"POST {server.url}/completions failed 3 times, last with: {reason}"):
+    with pytest.raises(LoadError, match=rf"tiny at {server.url} .*3 times, .*the last time: {reason}"):
         model.score(EXAMPLES[:1])
     assert len(server.requests) == 3
     assert len(naps.seconds) == 2
@@ -225,23 +225,23 @@ def test_an_answer_that_trickles_is_late_too(server: FakeServer) -> None:
         (
             error("This model's maximum context length is 8 tokens."),
             MismatchError,
-            r"rejected example 41 \(\d+ tokens\)",
+            r"^example 41 \(\d+ tokens\) was refused: .*lower max_length",
         ),
         (
             error("The decoder prompt (length 9) is longer than the maximum model length of 8."),
             MismatchError,
-            "rejected example 41",
+            "^example 41 .* was refused",
         ),
         (error("Token id 96 is out of vocabulary"), MismatchError, "another tokenizer"),
         (Refuse(413, "Request body too long"), MismatchError, "413"),
         (
             error("Requested prompt logprobs of 1, which is greater than max allowed: 0"),
             LoadError,
-            "rejected: status 400",
+            "refuses a request: status 400",
         ),
         (error("The model `vocab` does not exist.", 404), LoadError, "404.*does not exist"),
         (Refuse(401, "no"), LoadError, "api_key_env"),
-        (Refuse(302, "", {"Location": "http://elsewhere"}), LoadError, "rejected: status 302"),
+        (Refuse(302, "", {"Location": "http://elsewhere"}), LoadError, "refuses a request: status 302"),
     ],
     ids=["context", "longer", "vocabulary", "413", "logprobs", "404", "401", "302"],
 )
@@ -289,9 +289,9 @@ def choice(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no JSON": (lambda answer: "<html>", "Expecting value"),
-    "null": (lambda answer: "null", "prompt_logprobs"),
-    "a list": (lambda answer: [1], "prompt_logprobs"),
+    "no JSON": (lambda answer: "<html>", "no choices: <html>"),
+    "null": (lambda answer: "null", "no choices: null"),
+    "a list": (lambda answer: [1], r"no choices: \[1\]"),
     "no choices": (lambda answer: {"choices": []}, "prompt_logprobs"),
     "no prompt_logprobs": (choice(prompt_logprobs=None), "which the server must support"),
     "one too few": (choice(prompt_logprobs=[None, {}]), r"2 positions for \d+ tokens"),
@@ -342,7 +342,7 @@ def test_servers_that_do_not_serve_the_model_are_refused(server: FakeServer) -> 
     with pytest.raises(LoadError, match=f"{server.url} does not serve 'other'; it serves: \\['tiny'\\]"):
         RemoteModel(server.url, "other", vocab_size=97)
     for refusal, complaint in (
-        (error("Not Found", 404), "rejected: status 404 .*Not Found.*ends in /v1"),
+        (error("Not Found", 404), "refuses a request: status 404 .*Not Found.*ends in /v1"),
         (Refuse(200, "<html>"), "no list of models"),
         (Refuse(200, {"data": None}), "no list of models"),
         (Refuse(200, {"data": []}), r"it serves: \[\]"),
@@ -360,11 +360,9 @@ def test_a_server_that_is_not_there_is_named(server: FakeServer, module: PreTrai
     with FakeServer(module) as gone:
         url = gone.url
     naps = Naps()
-    with pytest.raises(LoadError, match=f"GET {url}/models failed 4 times, last with: ConnectError"):
+    with pytest.raises(LoadError, match=f"tiny at {url} failed 4 times, the last time: ConnectError"):
         RemoteModel(url, "tiny", vocab_size=97, retries=3, sleep=naps)
     assert len(naps.seconds) == 3
-    with pytest.raises(LoadError, match=r"127\.0\.0\.1:99x/v1/models failed: InvalidURL"):
-        RemoteModel("http://127.0.0.1:99x/v1", "tiny", vocab_size=97, sleep=naps)
 
 
 @pytest.mark.parametrize(
@@ -378,10 +376,11 @@ def test_a_server_that_is_not_there_is_named(server: FakeServer, module: PreTrai
         ({"max_length": 0}, "max_length is 0"),
         ({"base_url": "localhost:8000"}, "base_url is not a URL"),
         ({"base_url": "ftp://localhost"}, "base_url is not a URL"),
+        ({"base_url": "http://127.0.0.1:99x/v1"}, "base_url is not a URL"),
         ({"base_url": f"http://user:{KEY}@localhost/v1"}, "api_key_env"),
         ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
-        ({"api_key_env": "COLLM_UNSET"}, "COLLM_UNSET has no key"),
-        ({"api_key_env": "COLLM_BAD"}, "COLLM_BAD has no key"),
+        ({"api_key_env": "COLLM_UNSET"}, "COLLM_UNSET holds no key"),
+        ({"api_key_env": "COLLM_BAD"}, "COLLM_BAD holds no key"),
     ],
 )
 def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], complaint: str) -> None:
@@ -432,19 +431,6 @@ def test_the_first_failure_ends_all_requests(server: FakeServer) -> None:
     with pytest.raises(LoadError, match="status 400"):
         model.score(EXAMPLES)
     assert len(server.requests) <= 4
-
-
-def test_an_interrupt_inside_a_request_leaves_nothing_behind(server: FakeServer) -> None:
-    async def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    model = remote(server, sleep=interrupt)
-    server.fail(*[Hang()] * 3, Refuse(500))
-    before = own_threads()
-    with pytest.raises(KeyboardInterrupt):
-        model.score(EXAMPLES)
-    assert own_threads() <= before
-    assert len(server.requests) <= 16 + 4
 
 
 @pytest.mark.slow

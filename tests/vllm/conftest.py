@@ -86,7 +86,7 @@ class Cluster:
         model = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=self.servers(**options))
         self._stack.callback(model.backend.connections.close)
         for endpoint in model.backend.connections.authors:
-            endpoint.sleep = self._pause
+            endpoint.http.sleep = self._pause
         for fake in self.fakes:
             fake.bodies.clear()
         return model

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import CollmError, ConfigError, LoadError, MismatchError, ModelFailure
 from collm.vllm import endpoint as module
-from collm.vllm.connections import AuthorConnections
+from collm.vllm.separate import AuthorConnections
 from collm.vllm.servers import Servers
 from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
@@ -136,7 +136,7 @@ def test_an_assistant_that_gives_no_token_ids_is_refused_at_the_start(cluster: C
     check(world, ModelFailure, "assistant at http.* gave no usable answer 1 time, expected token ids with log-prob")
 
 
-@pytest.mark.parametrize("cards", [[], [{"name": "x"}], [7]])
+@pytest.mark.parametrize("cards", [[{"name": "x"}], [7]])
 def test_a_list_of_models_that_is_none_is_refused(cluster: Clusters, cards: list[Any]) -> None:
     world = cluster()
     world.fakes[1].cards = cards
@@ -147,6 +147,8 @@ def test_a_server_of_several_models_is_refused(cluster: Clusters) -> None:
     world = cluster()
     world.fakes[1].cards = [{"id": "tiny"}, {"id": "adapter"}]
     check(world, LoadError, r"serves several models \(tiny, adapter\); expected only the assistant")
+    world.fakes[1].cards = []
+    check(world, LoadError, "serves no model; expected only the assistant")
 
 
 def test_a_wrong_address_is_refused_at_once(cluster: Clusters) -> None:

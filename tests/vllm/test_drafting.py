@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import torch
@@ -61,29 +62,28 @@ class Engine:
     def run(self, prompts: Sequence[list[int]], policies: Sequence[Policy]) -> list[tuple[list[int], list[int]]]:
         """Tokens and their authors."""
         requests = [
-            Drafted(None, policy, len(prompt), end_ids=self.end_ids, seed=-seed)
+            Drafted(None, policy, len(prompt), end_ids=self.end_ids, seed=-seed, text=list(prompt), room=NEW)
             for seed, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))
         ]
-        texts = {one: list(prompt) for one, prompt in zip(requests, prompts, strict=True)}
         authors: dict[Drafted, list[int]] = {one: [] for one in requests}
-        live = set(requests)
+        live = list(requests)
         while live:
-            room = {one: NEW - len(authors[one]) for one in live}
-            self.drafter.draft({one: texts[one] for one in requests if one in live}, room, greedy)
-            for one in [one for one in requests if one in live]:
-                self._round(one, texts[one], authors[one])
-                if one.failure is not None or len(authors[one]) >= NEW or texts[one][-1] in self.end_ids:
+            self.drafter.draft(live)
+            for one in list(live):
+                text = cast("list[int]", one.text)
+                self._round(one, text, authors[one])
+                one.room = NEW - len(authors[one])
+                if one.failure is not None or not one.room or text[-1] in self.end_ids:
                     self.drafter.forget(one)
                     live.remove(one)
-        return [(texts[one][one.prompt_length :], authors[one]) for one in requests]
+        return [(list(one.text[one.prompt_length :]), authors[one]) for one in requests]
 
     def _round(self, one: Drafted, text: list[int], authors: list[int]) -> None:
         if one.failure is not None:
             return
         read = one.draft[: self._random.randrange(len(one.draft) + 1)] if self.trims else one.draft
         for decision in one.accept(read):
-            token = decision.draw.token_id if decision.draw is not None else self._next(text)
-            text.append(token)
+            text.append(decision.choice.token_id if decision.choice is not None else self._next(text))
             authors.append(decision.author)
 
     @torch.no_grad()
@@ -105,7 +105,8 @@ def pair(tokenizer: PreTrainedTokenizerFast) -> CoLLM:
 def engine_of(pair: CoLLM, most: int, **options: bool) -> Engine:
     base = LanguageModel(pair.base, name="base", vocab_size=pair.identity.vocab_size)  # type: ignore[arg-type]
     ends = frozenset({pair.tokenizer.eos_token_id})
-    return Engine(Drafter(ModelRunner(base), pair.head, most=most), pair.assistants[0], ends, **options)  # type: ignore[arg-type]
+    drafter = Drafter(ModelRunner(base), pair.head, most=most, draw=greedy)
+    return Engine(drafter, pair.assistants[0], ends, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("most", "trims"), [(1, False), (4, False), (9, False), (5, True)])
@@ -149,21 +150,25 @@ def test_a_request_that_meets_nan_fails_alone(tokenizer: PreTrainedTokenizerFast
 
 def test_what_breaks_down_fails_the_requests_that_it_was_for(pair: CoLLM) -> None:
     drafter = engine_of(pair, 4).drafter
-    requests = [Drafted(None, ThresholdPolicy(threshold), 2) for threshold in (1.0, -1.0)]
-    texts = {one: [5, 6] for one in requests}
+
+    def request(threshold: float) -> Drafted:
+        return Drafted(None, ThresholdPolicy(threshold), 2, text=[5, 6], room=9)
 
     def broken(logits: Tensor, asking: Sequence[Drafted]) -> list[Draw]:
         raise ValueError("no")
 
-    drafter.draft(texts, dict.fromkeys(requests, 9), broken)
+    requests = [request(threshold) for threshold in (1.0, -1.0)]
+    drafter.draw = broken
+    drafter.draft(requests)
     assert [type(one.failure) for one in requests] == [ValueError, ValueError]
-    again = Drafted(None, ThresholdPolicy(1.0), 2)
-    drafter.draft({again: [5, 6]}, {again: 9}, greedy)
+    drafter.draw = greedy
+    again = request(1.0)
+    drafter.draft([again])
     assert again.failure is None
     assert len(again.draft) == 3
     drafter.head.weight.data.fill_(torch.nan)
-    last = Drafted(None, ThresholdPolicy(1.0), 2)
-    drafter.draft({last: [5, 6]}, {last: 9}, greedy)
+    last = request(1.0)
+    drafter.draft([last])
     assert isinstance(last.failure, ModelFailure)
 
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # so named in all its versions
 from transformers import PreTrainedTokenizerFast
 
 from collm.errors import ConfigError, ModelFailure
+from collm.http.client import COOLS_S, TRIPS_AFTER, CircuitBreaker, Unreachable
+from collm.http.loop import LoopThread
 from collm.vllm import endpoint as module
-from collm.vllm.answers import Piece, read_piece
-from collm.vllm.circuit_breaker import COOLS_S, TRIPS_AFTER, CircuitBreaker
-from collm.vllm.endpoint import Endpoint, Unreachable
+from collm.vllm.endpoint import Endpoint
 from collm.vllm.servers import Servers
 from tests.tiny_models import make_model, tiny_config
 from tests.vllm.fake import DOWN, HANG, FakeVllm, Fault, Served, refusal
 
-T = TypeVar("T")
 PROMPT = [5, 6, 7]
 
 
@@ -45,31 +42,24 @@ class Asking:
     def __init__(self, fake: FakeVllm, **options: Any) -> None:
         self.pauses: list[float] = []
         self.now = 0.0
-        servers = Servers([fake.url], **{"timeout_s": 20.0, **options})
-        self.endpoint = Endpoint("the assistant", fake.url, servers, 97, sleep=self._sleep)
+        self.endpoint = Endpoint("the assistant", fake.url, Servers([fake.url], **{"timeout_s": 20.0, **options}), 97)
         self.endpoint.model = fake.name
-        self.endpoint.breaker = CircuitBreaker(clock=lambda: self.now)
-        self.headers = servers.headers
+        self.endpoint.http.sleep = self._sleep
+        self.endpoint.http.breaker = CircuitBreaker(clock=lambda: self.now)
+        self.do = LoopThread([self.endpoint.http]).run
 
     async def _sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
 
-    def do(self, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
-        async def go() -> T:
-            async with httpx.AsyncClient(headers=self.headers, timeout=self.endpoint.servers.timeout_s) as client:
-                return await work(client)
-
-        return asyncio.run(go())
-
     def one(self, **body: Any) -> int:
-        return self.do(lambda client: self.endpoint.one(client, asked(**body))).token_id
+        return self.do(self.endpoint.one(asked(**body))).token_id
 
     def stream(self, count: int, **body: Any) -> list[int]:
-        async def go(client: Any) -> list[int]:
-            async with aclosing(self.endpoint.stream(client, asked(max_tokens=count, **body))) as pieces:
+        async def go() -> list[int]:
+            async with aclosing(self.endpoint.stream(asked(max_tokens=count, **body))) as pieces:
                 return [one.token_id async for piece in pieces for one in piece]
 
-        return self.do(go)
+        return self.do(go())
 
 
 def asked(**body: Any) -> dict[str, Any]:
@@ -86,7 +76,7 @@ def greedy(served: Served, count: int) -> list[int]:
 def test_tokens_and_their_log_probabilities_come_as_the_model_says(fake: FakeVllm, served: Served) -> None:
     asking = Asking(fake)
     assert asking.stream(7) == greedy(served, 7)
-    written = asking.do(lambda client: asking.endpoint.one(client, asked(logprob_token_ids=[3, 9])))
+    written = asking.do(asking.endpoint.one(asked(logprob_token_ids=[3, 9])))
     logprobs = served.logits(PROMPT)[-1].log_softmax(-1)
     assert written.about.keys() == {3, 9, written.token_id}
     for token_id, value in written.about.items():
@@ -267,9 +257,10 @@ def test_more_tokens_than_asked_for_are_no_answer(fake: FakeVllm) -> None:
         asking.stream(2)
 
 
-def test_an_event_about_something_else_is_passed_over() -> None:
-    usage = json.dumps({"choices": [], "usage": {"total_tokens": 5}})
-    assert read_piece(usage, PROMPT, 97) == Piece([], last=False)
+def test_an_event_about_something_else_is_passed_over(fake: FakeVllm, served: Served) -> None:
+    fake.faults = [Fault(after=2, then={"choices": [], "usage": {"total_tokens": 5}})]
+    assert Asking(fake).stream(4) == greedy(served, 4)
+    assert len(fake.bodies) == 2
 
 
 def test_a_server_that_does_not_stream_is_understood(fake: FakeVllm, served: Served) -> None:
@@ -292,16 +283,16 @@ def test_a_resumed_answer_draws_on_its_own(fake: FakeVllm) -> None:
 def test_a_whole_stream_leaves_its_connection_for_the_next(fake: FakeVllm) -> None:
     asking = Asking(fake)
 
-    async def thrice(client: Any) -> None:
+    async def thrice() -> None:
         for _ in range(3):
-            async with aclosing(asking.endpoint.stream(client, asked(max_tokens=4))) as pieces:
+            async with aclosing(asking.endpoint.stream(asked(max_tokens=4))) as pieces:
                 count = 0
                 async for piece in pieces:
                     count += len(piece)
                     if count == 4:  # the reader stops at the last token
                         break
 
-    asking.do(thrice)
+    asking.do(thrice())
     assert fake.connections == 1
 
 
@@ -367,7 +358,7 @@ def test_a_key_is_sent_and_never_repeated(served: Served, monkeypatch: pytest.Mo
     with FakeVllm(served, key="tell-no-one") as fake:
         assert Asking(fake, api_key_env="THE_KEY").one() == greedy(served, 1)[0]
         fake.key = "another"
-        for ask in (lambda a: a.one(), lambda a: a.stream(2), lambda a: a.do(lambda c: a.endpoint.find(c, 0.0))):
+        for ask in (lambda a: a.one(), lambda a: a.stream(2), lambda a: a.do(a.endpoint.find(0.0))):
             with pytest.raises(Exception, match=r"status 401 .*\*\*\*.*; check the key in THE_KEY") as caught:
                 ask(Asking(fake, api_key_env="THE_KEY"))
             assert "tell-no-one" not in str(caught.value)
@@ -382,7 +373,7 @@ def test_likely_tokens_of_a_text(fake: FakeVllm, served: Served) -> None:
     asking = Asking(fake, retries=1)
     text = [*PROMPT, *greedy(served, 4)]
     fake.faults = [refusal(503)]
-    likely = asking.do(lambda client: asking.endpoint.likely(client, text, 4, 3))
+    likely = asking.do(asking.endpoint.likely(text, 4, 3))
     probs = served.logits(text).softmax(-1)
     assert len(likely) == 4
     for place, said in enumerate(likely, start=len(PROMPT) - 1):
@@ -391,7 +382,7 @@ def test_likely_tokens_of_a_text(fake: FakeVllm, served: Served) -> None:
         assert [prob for _, prob in said[:3]] == pytest.approx(best.values.tolist(), abs=1e-6)
     fake.always = lambda body: Fault(change=lambda choice: {**choice, "prompt_logprobs": None})
     with pytest.raises(ModelFailure, match=r"the assistant at .* gave no usable answer 2 times"):
-        asking.do(lambda client: asking.endpoint.likely(client, text, 4, 3))
+        asking.do(asking.endpoint.likely(text, 4, 3))
 
 
 def test_the_end_of_a_stream_is_not_waited_for_long(

@@ -6,7 +6,7 @@ import gc
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,11 @@ def check_equal(ours: Completion, expected: Completion, *, defer_probs: bool = T
     assert ours.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     if defer_probs:
         assert ours.defer_probs == pytest.approx(expected.defer_probs, abs=1e-4)
+
+
+def check_all_equal(ours: Iterable[Completion], expected: Iterable[Completion]) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        check_equal(one, other)
 
 
 def check_drawn(token_ids: torch.Tensor, law: torch.Tensor) -> None:
@@ -87,8 +92,7 @@ def test_stop_strings_cut_the_same_text_wherever_a_piece_ends(cluster: Clusters)
     params = [SamplingParams(max_new_tokens=24, stop=[stop, "never"]) for stop in stops]
     expected = local.generate(prompts, params, threshold=0.5)
     assert {one.finish_reason for one in expected} == {"stop"}
-    for ours, theirs in zip(remote.generate(prompts, params, threshold=0.5), expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(remote.generate(prompts, params, threshold=0.5), expected)
     world.fakes[0].wait_until(lambda: not world.fakes[0].running)
 
 
@@ -103,8 +107,7 @@ def test_an_end_token_of_either_author_ends_the_text(cluster: Clusters, monkeypa
     expected = world.members.local.generate(prompts, GREEDY, threshold=0.5)
     enders = {one.authors[-1] for one in expected if one.finish_reason == "eos"}
     assert enders == {0, 1}
-    for ours, theirs in zip(world.connect().generate(prompts, GREEDY, threshold=0.5), expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(world.connect().generate(prompts, GREEDY, threshold=0.5), expected)
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 7, 500])
@@ -116,8 +119,7 @@ def test_limits_of_request_and_context_are_the_same(cluster: Clusters, max_new_t
     for threshold in (-1.0, 0.5, 1.0):
         expected = world.members.local.generate(prompts, params, threshold=threshold)
         assert {one.finish_reason for one in expected} <= {"length", "eos"}
-        for ours, theirs in zip(remote.generate(prompts, params, threshold=threshold), expected, strict=True):
-            check_equal(ours, theirs)
+        check_all_equal(remote.generate(prompts, params, threshold=threshold), expected)
     with pytest.raises(RequestError, match="is 128 tokens including its output"):
         remote.generate([[5] * 128], params, threshold=0.5)
 
@@ -127,10 +129,7 @@ def test_a_padded_base_writes_the_same(tokenizer: PreTrainedTokenizerFast, tmp_p
     world.members = make_members(tokenizer, tmp_path / "out", 1, vocab_size=len(tokenizer) + 31)
     world.fakes.clear()
     expected = world.members.local.generate(prompts_of(8, 4), GREEDY, threshold=0.5)
-    for ours, theirs in zip(
-        world.serve().connect().generate(prompts_of(8, 4), GREEDY, threshold=0.5), expected, strict=True
-    ):
-        check_equal(ours, theirs)
+    check_all_equal(world.serve().connect().generate(prompts_of(8, 4), GREEDY, threshold=0.5), expected)
 
 
 def test_a_stream_says_what_generate_says(cluster: Clusters) -> None:
@@ -366,7 +365,7 @@ def test_connections_end_when_closed_or_forgotten(cluster: Clusters, members: Ca
     before = set(threading.enumerate())
 
     def threads() -> int:
-        return sum(thread.name == "collm-vllm" for thread in set(threading.enumerate()) - before)
+        return sum(thread.name == "collm-http" for thread in set(threading.enumerate()) - before)
 
     model = world.connect()
     connections = model.backend.connections

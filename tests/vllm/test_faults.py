@@ -12,7 +12,7 @@ from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.engine.engine import RequestOutput
 from collm.engine.request import Request
 from collm.errors import ModelFailure
-from collm.vllm.circuit_breaker import COOLS_S, TRIPS_AFTER, CircuitBreaker
+from collm.http.client import COOLS_S, TRIPS_AFTER, CircuitBreaker
 from tests.engine.test_engine import prompts_of
 from tests.vllm.conftest import Cluster
 from tests.vllm.fake import DOWN, HANG, FakeVllm, Fault, refusal
@@ -104,7 +104,7 @@ def test_one_that_comes_back_writes_again(cluster: Clusters) -> None:
     world = cluster()
     now = [0.0]
     model = world.connect(on_failure="base", retries=0)
-    model.backend.connections.authors[1].breaker = CircuitBreaker(clock=lambda: now[0])
+    model.backend.connections.authors[1].http.breaker = CircuitBreaker(clock=lambda: now[0])
     expected = world.members.local.generate([PROMPT], GREEDY, threshold=0.5)[0]
     world.fakes[1].down()
     assert model.generate([PROMPT], GREEDY, threshold=0.5)[0].stood_in
@@ -229,10 +229,10 @@ def test_a_fault_of_our_own_fails_its_request_and_no_other(cluster: Clusters, mo
     endpoint = model.backend.connections.authors[0]
     stream = endpoint.stream
 
-    def raising(client: Any, body: dict[str, Any], **options: Any) -> Any:
+    def raising(body: dict[str, Any], **options: Any) -> Any:
         if body["prompt"] == prompts[0]:
             raise ZeroDivisionError("a bug")
-        return stream(client, body, **options)
+        return stream(body, **options)
 
     monkeypatch.setattr(endpoint, "stream", raising)
     bad, good = decode(model, *((prompt, ThresholdPolicy(0.5)) for prompt in prompts))

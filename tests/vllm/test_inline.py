@@ -35,7 +35,7 @@ from collm.vllm.placement import one_engine
 from collm.vllm.servers import Servers
 from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
-from tests.vllm.test_engine import check_drawn, check_equal
+from tests.vllm.test_engine import check_all_equal, check_drawn, check_equal
 from tests.vllm.test_servers import GREEDY, PYTHON, QUIET, SHAPE, _address, _counter, ask
 
 pytestmark = pytest.mark.vllm
@@ -95,8 +95,7 @@ def test_greedy_equals_the_models_in_memory_for_mixed_rules_under_preemption(wor
     before = _counter(world.url, "vllm:num_preemptions_total")
     found = world.served.generate(prompts, params, policy=policies, max_batch=40)
     assert _counter(world.url, "vllm:num_preemptions_total") > before
-    for ours, theirs in zip(found, world.local.generate(prompts, params, policy=policies), strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(found, world.local.generate(prompts, params, policy=policies))
     assert {author for one in found for author in one.authors} == {0, 1}
 
 
@@ -117,8 +116,7 @@ def test_stop_strings_ends_and_streams_are_the_local_ones(world: World) -> None:
     expected = world.local.generate(prompts, params, threshold=0.5)
     assert {one.finish_reason for one in expected} == {"stop"}
     served = world.served
-    for ours, theirs in zip(served.generate(prompts, params, threshold=0.5), expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(served.generate(prompts, params, threshold=0.5), expected)
     steps = list(served.stream(prompts[3], GREEDY, threshold=0.5))
     assert [step.token_id for step in steps] == whole[3].token_ids
     assert "".join(step.text for step in steps) == whole[3].text
@@ -134,8 +132,7 @@ def test_what_changes_logits_counts_the_text_of_both_authors(world: World) -> No
     ]
     prompts = prompts_of(8, len(params))
     expected = world.local.generate(prompts, params, threshold=0.6)
-    for ours, theirs in zip(world.served.generate(prompts, params, threshold=0.6), expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(world.served.generate(prompts, params, threshold=0.6), expected)
     assert {author for one in expected for author in one.authors} == {0, 1}
     found = world.served.generate(prompts[4], params[4], threshold=0.6)[0].top_logprobs
     for mine, others in zip(found, expected[4].top_logprobs, strict=True):
@@ -175,8 +172,7 @@ def test_a_request_that_fails_in_the_worker_gets_an_error_and_no_other_does(worl
         found = world.served.generate(prompts, GREEDY, threshold=0.5)
     assert {reply.result().status_code for reply in failing} == {500}
     assert ask(url, json=body, timeout=60).status_code == 200
-    for ours, theirs in zip(found, world.local.generate(prompts, GREEDY, threshold=0.5), strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(found, world.local.generate(prompts, GREEDY, threshold=0.5))
 
 
 def test_cancelled_requests_leave_the_others_exact(world: World) -> None:
@@ -187,8 +183,7 @@ def test_cancelled_requests_leave_the_others_exact(world: World) -> None:
         stream.close()  # type: ignore[attr-defined]
     prompts = prompts_of(13, 12)
     expected = world.local.generate(prompts, GREEDY, threshold=0.5)
-    for ours, theirs in zip(served.generate(prompts, GREEDY, threshold=0.5), expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(served.generate(prompts, GREEDY, threshold=0.5), expected)
 
 
 def test_what_one_engine_cannot_do_is_refused(world: World) -> None:

@@ -137,8 +137,8 @@ def test_stop_strings_end_the_request(pair: CoLLM, engine: FakeEngine, stack: Ex
 def test_an_answer_that_breaks_off_goes_on_where_the_rule_allows(
     pair: CoLLM, engine: FakeEngine, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.vllm.endpoint._FIRST_WAIT_S", 0.01)
     model = connect(pair, engine, stack)
+    monkeypatch.setattr(model.backend.connections.authors[1].http, "waits_s", (0.01, 10.0))  # type: ignore[attr-defined]
     engine.faults = [Fault(after=5), DOWN]
     (found,) = model.generate([[5, 6]], GREEDY, threshold=0.5)
     check_equal(found, pair.generate([[5, 6]], GREEDY, threshold=0.5)[0])

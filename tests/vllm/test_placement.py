@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from collm.vllm.placement import (
     USABLE,
     Machine,
     ModelMemory,
-    Served,
     fits_in_one,
     gpus_for,
     kv_tokens,
@@ -39,7 +38,7 @@ def flag(plan: ServerPlan, name: str) -> str:
     return plan.flags[list(plan.flags).index(name) + 1]
 
 
-def test_a_footprint_is_read_from_the_config_alone(saved_model: Saved) -> None:
+def test_memory_is_read_from_the_config_alone(saved_model: Saved) -> None:
     path = saved_model("model", 0)
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     next(path.glob("*.safetensors")).unlink()
@@ -65,7 +64,7 @@ def test_a_config_may_lack_a_length(config: PretrainedConfig, length: int | None
     spec = ModelSpec(str(tmp_path))
     assert ModelMemory.of(spec).max_length == length
     for wanted in (None, 16):
-        (plan,) = placed([Served("base", spec)], Machine([], 64 * GIB, 2), max_batch=2, max_length=wanted)
+        (plan,) = placed({"base": spec}, Machine([], 64 * GIB, 2), max_batch=2, max_length=wanted)
         assert flag(plan, "--max-model-len") == str(wanted or min(length or 8192, 8192))
 
 
@@ -75,7 +74,7 @@ def test_a_model_without_attention_is_refused(tmp_path: Path) -> None:
         ModelMemory.of(ModelSpec(str(tmp_path)))
 
 
-def test_what_has_no_footprint_is_refused(tmp_path: Path) -> None:
+def test_models_of_unknown_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="could not load the config"):
         ModelMemory.of(ModelSpec(str(tmp_path)))
     with pytest.raises(ConfigError, match=r"quantized \(nf4\).*--servers"):
@@ -106,25 +105,25 @@ def test_every_server_has_gpus_and_only_a_lack_makes_them_share(num_gpus: int, n
 
 
 @pytest.fixture
-def models(saved_model: Saved) -> Sequence[Served]:
-    base, assistant = (ModelSpec(str(saved_model(name, seed))) for name, seed in (("one", 0), ("other", 1)))
-    return [Served("base", base, ["--seed", "1"]), Served("assistant", assistant)]
+def models(saved_model: Saved) -> dict[str, ModelSpec]:
+    return {name: ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant"))}
 
 
-def test_servers_on_cores(models: Sequence[Served]) -> None:
-    base, assistant = placed(models, Machine([], 64 * GIB, 5), max_batch=3, max_length=100)
+def test_servers_on_cores(models: dict[str, ModelSpec]) -> None:
+    flags = {"base": ["--seed", "1"]}
+    base, assistant = placed(models, Machine([], 64 * GIB, 5), max_batch=3, max_length=100, flags=flags)
     assert base.environment == {"OMP_NUM_THREADS": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     assert assistant.environment == base.environment
     (crowded, *_) = placed(models, Machine([], 64 * GIB, 1), max_batch=3)
     assert crowded.environment["OMP_NUM_THREADS"] == "1"
     assert (base.gpus, base.flags[-2:]) == ("", ["--seed", "1"])
-    size = ModelMemory.of(models[0].spec)
+    size = ModelMemory.of(models["base"])
     assert int(flag(base, "--kv-cache-memory-bytes")) == 3 * (100 + BLOCK_TOKENS) * size.kv_per_token
     assert flag(base, "--dtype") == "float32"  # vLLM's auto would halve it
     assert (flag(base, "--max-model-len"), flag(base, "--max-num-seqs")) == ("100", "3")
 
 
-def test_servers_on_one_gpu_share_it(models: Sequence[Served]) -> None:
+def test_servers_on_one_gpu_share_it(models: dict[str, ModelSpec]) -> None:
     plans = placed(models, Machine([24 * GIB], 64 * GIB, 1), max_batch=1 << 20)
     assert [plan.gpus for plan in plans] == ["0", "0"]
     shares = [float(flag(plan, "--gpu-memory-utilization")) for plan in plans]
@@ -134,23 +133,23 @@ def test_servers_on_one_gpu_share_it(models: Sequence[Served]) -> None:
     assert flag(plans[0], "--max-model-len") == "128"
 
 
-def test_servers_on_many_gpus_are_parallel(models: Sequence[Served]) -> None:
+def test_servers_on_many_gpus_are_parallel(models: dict[str, ModelSpec]) -> None:
     base, assistant = placed(models, Machine([24 * GIB] * 6, 64 * GIB, 1), max_batch=4)
     assert (base.gpus, assistant.gpus) == ("0", "1,2,3,4")
     assert flag(assistant, "--tensor-parallel-size") == "4"
-    size, tokens = ModelMemory.of(models[1].spec), 4 * (128 + BLOCK_TOKENS)
+    size, tokens = ModelMemory.of(models["assistant"]), 4 * (128 + BLOCK_TOKENS)
     assert int(flag(assistant, "--kv-cache-memory-bytes")) == tokens * size.kv_per_token // 4
 
 
-def test_a_memory_that_holds_no_sequence_is_refused(models: Sequence[Served]) -> None:
+def test_a_memory_that_holds_no_sequence_is_refused(models: dict[str, ModelSpec]) -> None:
     with pytest.raises(
         ConfigError, match=r"beside its weights, the base has memory for .* 0 tokens, expected at least 128"
     ):
         placed(models, Machine([GIB], 64 * GIB, 1), max_batch=4)
 
 
-def test_a_revision_is_served(models: Sequence[Served]) -> None:
-    given = [models[0], Served("assistant", ModelSpec(models[1].spec.path, revision="v2"))]
+def test_a_revision_is_served(models: dict[str, ModelSpec]) -> None:
+    given = {**models, "assistant": ModelSpec(models["assistant"].path, revision="v2")}
     assert flag(placed(given, Machine([], 64 * GIB, 1), max_batch=1)[1], "--revision") == "v2"
 
 

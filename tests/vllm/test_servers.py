@@ -30,7 +30,7 @@ from collm.vllm.launch import ServerPlan, ServerProcess, launched
 from collm.vllm.servers import Servers
 from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
-from tests.vllm.test_engine import check_drawn, check_equal
+from tests.vllm.test_engine import check_all_equal, check_drawn
 
 pytestmark = pytest.mark.vllm
 
@@ -102,8 +102,7 @@ def test_greedy_equals_the_models_in_memory_for_mixed_rules_at_once(world: World
     prompts = prompts_of(11, len(policies))  # ragged
     params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies)]
     expected = world.local(k).generate(prompts, params, policy=policies)
-    for ours, theirs in zip(world.served(k).generate(prompts, params, policy=policies), expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(world.served(k).generate(prompts, params, policy=policies), expected)
     assert {author for one in expected for author in one.authors} == set(range(k + 1))
 
 
@@ -116,8 +115,7 @@ def test_stop_strings_and_ends_cut_the_same_text(world: World) -> None:
     ]
     expected = local.generate(prompts, params, threshold=0.5)
     assert {one.finish_reason for one in expected} == {"stop"}
-    for ours, theirs in zip(served.generate(prompts, params, threshold=0.5), expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(served.generate(prompts, params, threshold=0.5), expected)
 
 
 def test_forty_requests_at_once_stream_the_same_steps(world: World) -> None:
@@ -126,8 +124,7 @@ def test_forty_requests_at_once_stream_the_same_steps(world: World) -> None:
     served = world.served(2)
     out = served.generate(prompts, GREEDY, policy=policies, max_batch=40)
     expected = world.local(2).generate(prompts, GREEDY, policy=policies)
-    for ours, theirs in zip(out, expected, strict=True):
-        check_equal(ours, theirs)
+    check_all_equal(out, expected)
     steps = list(served.stream(prompts[7], GREEDY, policy=policies[7]))
     assert [step.token_id for step in steps] == out[7].token_ids
     assert "".join(step.text for step in steps) == out[7].text

@@ -110,7 +110,7 @@ def _servers_of_each(collaboration: str, directory: Path, how: Launching, max_ba
     from collm.models.loading import ModelSpec
     from collm.vllm.export import check_exported
     from collm.vllm.launch import check_python, launched
-    from collm.vllm.placement import Machine, Served, placed
+    from collm.vllm.placement import Machine, placed
     from collm.vllm.servers import Servers
 
     model, export = CoLLM.from_pretrained(collaboration, engine="local"), directory / "export"
@@ -119,12 +119,14 @@ def _servers_of_each(collaboration: str, directory: Path, how: Launching, max_ba
     else:
         typer.echo(f"writing the base with its head to {export}", err=True)
         model.export_vllm(export)
-    models = [Served(author_name(BASE), ModelSpec(str(export)), shlex.split(how.base_flags))]
+    name = author_name(BASE)
+    models, flags = {name: ModelSpec(str(export))}, {name: shlex.split(how.base_flags)}
     for number, assistant in enumerate(model.assistants, start=1):
         if not isinstance(assistant, ModelSpec):
             raise ConfigError(f"the assistant {assistant} is a program, which no server runs; use 'collm serve'")
-        models.append(Served(author_name(number), assistant, shlex.split(how.assistant_flags)))
-    plans = placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len)
+        name = author_name(number)
+        models[name], flags[name] = assistant, shlex.split(how.assistant_flags)
+    plans = placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len, flags=flags)
     python = check_python(how.vllm_python or sys.executable)
     with launched(plans, python, directory / "logs", wait_s=how.wait) as running:
         yield Servers([server.url for server in running], on_failure=how.on_failure)

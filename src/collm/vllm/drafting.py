@@ -25,12 +25,11 @@ from collm.core.sampling import seeded
 from collm.core.types import BASE
 from collm.engine.kv_cache import in_pages
 from collm.engine.runner import ModelRunner
-from collm.engine.sequence import Draw
+from collm.engine.sequence import Decision
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.text.token_ids import common_prefix
-from collm.vllm import OF_ONE_ENGINE, POLICY, PREFIX, THRESHOLD
+from collm.vllm import POLICY, THRESHOLD, read_threshold
 
-_KNOWN_KEYS = (THRESHOLD, *OF_ONE_ENGINE)
 _LOG = logging.getLogger(__name__)
 _DECAY = 0.95
 """Factor by which the weight of a measurement shrinks with each further measurement."""
@@ -40,48 +39,38 @@ _FEW_TOKENS = 4
 """A pass with at most this many tokens in each row is a decoding step. Longer passes read prompts."""
 
 
-@dataclass(frozen=True)
-class DraftDecision:
-    """The decision about one position.
-
-    Attributes:
-        defer_prob: 1 - P(Z = 0).
-        author: the author that the policy chose.
-        draw: the author's token; None until the assistant has been asked.
-    """
-
-    defer_prob: float
-    author: int
-    draw: Draw | None = None
-
-
 @dataclass(eq=False)
 class Drafted:
     """A request in the engine and the base's decisions about it.
 
     Attributes:
-        request: the engine's own object for the request.
+        state: the engine's own state of the request.
         policy: chooses the author of each position; must not consult the assistant.
         prompt_length: number of prompt tokens; decisions start after them.
-        temperature: the request's temperature.
         end_ids: tokens after which nothing is drafted.
         seed: seed of the policy's random numbers.
+        generator: the engine's random generator of a request with a seed.
+        failure: the error that ended the request; None if there was none.
+        text: the final tokens, prompt and completion; set before the drafter is called. Only needed slices are read.
+        room: number of tokens that the request may still generate; set likewise.
         decisions: decisions about the positions after the final tokens, in order; only the last may be a deferral.
         deferred: number of final tokens that the assistant wrote.
         slot: slot in the base's cache; None if the request has none.
-        failure: the error that ended the request; None if there was none.
     """
 
-    request: Any
+    state: Any
     policy: Policy
     prompt_length: int
     temperature: float = 0.0
     end_ids: Collection[int] = ()
     seed: int | None = None
-    decisions: list[DraftDecision] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    failure: Exception | None = None
+    text: Sequence[int] = ()
+    room: int = 0
+    decisions: list[Decision] = field(default_factory=list)
     deferred: int = 0
     slot: int | None = None
-    failure: Exception | None = None
 
     def __post_init__(self) -> None:
         self._random = seeded(self.seed)
@@ -90,7 +79,7 @@ class Drafted:
     @property
     def written(self) -> list[int]:
         """Tokens that the base wrote after the final tokens."""
-        return [one.draw.token_id for one in self.decisions if one.draw is not None]
+        return [one.choice.token_id for one in self.decisions if one.choice is not None]
 
     @property
     def draft(self) -> list[int]:
@@ -101,83 +90,72 @@ class Drafted:
     def is_decided(self) -> bool:
         """Whether there is nothing to decide before the engine's next pass."""
         last = self.decisions[-1] if self.decisions else None
-        return last is not None and (last.draw is None or last.draw.token_id in self.end_ids)
+        return last is not None and (last.choice is None or last.choice.token_id in self.end_ids)
 
-    def uniform(self, position: int) -> float:
-        """The random number in [0, 1) for a position's author, as in `engine.sequence.Sequence.uniform`."""
+    def view(self, author_probs: Sequence[float], defer_prob: float) -> StepView:
+        """What the policy sees at the next position. Random numbers are those of `engine.sequence.Sequence.uniform`."""
+        position = len(self.text) - self.prompt_length + len(self.decisions)
         while len(self._uniforms) <= position:
             self._uniforms.append(self._random.random())
             self._random.random()  # the number for the token itself
-        return self._uniforms[position]
+        uniform = self._uniforms[position]
+        return StepView(position, self.deferred, author_probs, defer_prob, self.temperature, uniform)
 
-    def accept(self, read: Sequence[int]) -> list[DraftDecision]:
-        """Remove and return the decisions that became final.
-
-        These are the decisions about tokens that the assistant has read, and the next one.
-
-        Args:
-            read: draft tokens that the engine read. If they differ from the draft, only the common prefix counts.
+    def accept(self, read: Sequence[int]) -> list[Decision]:
+        """Remove and return the decisions that became final: about the draft tokens that the engine read, and the next.
+        If these differ from the draft, only the common prefix counts.
         """
         count = common_prefix(list(read), self.draft)
-        settled, self.decisions = self.decisions[: count + 1], self.decisions[count + 1 :]
-        self.deferred += settled[-1].author != BASE
-        return settled
-
-
-Texts = Mapping[Drafted, Sequence[int]]
-"""Final tokens of each request, prompt and completion. Only the needed slices are read."""
-
-DrawTokens = Callable[[Tensor, Sequence[Drafted]], list[Draw]]
-"""Draws one token for each of R requests from logits (R, V)."""
+        final, self.decisions = self.decisions[: count + 1], self.decisions[count + 1 :]
+        self.deferred += final[-1].author != BASE
+        return final
 
 
 class Drafter:
-    """Decodes with the base, in batches over all requests.
+    """Decodes with the base, in batches over all requests. If a request fails, its `failure` is set; others go on.
 
     Args:
-        runner: runner of the base.
-        head: the deferral head.
         most: largest number of base passes in one round, at least 1.
+        draw: draws one token for each of R requests from the base's logits (R, V).
     """
 
-    def __init__(self, runner: ModelRunner, head: DeferralHead, *, most: int) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        head: DeferralHead,
+        *,
+        most: int,
+        draw: Callable[[Tensor, Sequence[Drafted]], list[Draw]],
+    ) -> None:
         self.runner = runner
         self.head = head
         self.most = most
+        self.draw = draw
         self.times = RoundTimes()
         self._used: dict[int, Drafted] = {}  # slot -> its request, the least recently used first
 
-    def draft(self, texts: Texts, room: Mapping[Drafted, int], draw: DrawTokens) -> None:
-        """Decide about the next positions of each request, at least one for each.
-
-        If a request fails, its `failure` is set. Other requests are unaffected.
-
-        Args:
-            texts: final tokens of each request.
-            room: number of tokens that each request may still generate.
-            draw: draws the base's tokens.
-        """
+    def draft(self, requests: Sequence[Drafted]) -> None:
+        """Decide about the next positions of each request, at least one for each."""
         while undecided := [
             one
-            for one in texts
-            if one.failure is None and not one.is_decided and len(one.decisions) < min(self.most, room[one])
+            for one in requests
+            if one.failure is None and not one.is_decided and len(one.decisions) < min(self.most, one.room)
         ]:
             if all(one.decisions for one in undecided) and not self.times.pays(len(undecided)):
                 return
-            self.decide(undecided, texts, draw)
+            self.decide(undecided)
 
-    def decide(self, requests: Sequence[Drafted], texts: Texts, draw: DrawTokens) -> None:
-        """Decide about one position of each request. Failures are handled as in `draft`."""
+    def decide(self, requests: Sequence[Drafted]) -> None:
+        """Decide about one position of each request."""
         reading = []
         for one in requests:
             if isinstance(one.policy, SingleAuthorPolicy) and one.policy.writer != BASE:
-                one.decisions.append(DraftDecision(1.0, 1))  # the base does not have to read any token
+                one.decisions.append(Decision(1, 1.0, None, None))  # the base does not have to read any token
             else:
                 reading.append(one)
-        for batch in self._batches(reading, texts):
+        for batch in self._batches(reading):
             try:
-                self._make_room(batch, texts)
-                self._decide_batch(batch, texts, draw)
+                self._decide_batch(batch)
             except Exception as error:
                 if not isinstance(error, CollmError):
                     _LOG.exception("a forward pass of the base failed")
@@ -185,55 +163,56 @@ class Drafter:
                     self._fail(one, error)
 
     @torch.inference_mode()
-    def _decide_batch(self, requests: Sequence[Drafted], texts: Texts, draw: DrawTokens) -> None:
+    def _decide_batch(self, requests: Sequence[Drafted]) -> None:
+        self._make_room(requests)
         start = time.perf_counter()
-        unseen = {self._slot(one, texts[one]): self._unseen(one, texts[one]) for one in requests}
+        unseen = dict(map(self._unseen, requests))
         hidden, logits_of = self.runner.extend_hidden(unseen)
         defer_logits = self.head(hidden.to(self.head.weight.device))
         probs = torch.cat([author_logprobs(defer_logits).exp(), defer_probs(defer_logits).unsqueeze(-1)], dim=-1)
         is_finite = (probs.isfinite().all(-1) & hidden.isfinite().all(-1).to(probs.device)).tolist()
-        writing: list[tuple[int, Drafted, float]] = []
+        writing: list[tuple[int, Decision]] = []
         for row, (one, (*author_probs, defer_prob)) in enumerate(zip(requests, probs.tolist(), strict=True)):
             if not is_finite[row]:
                 self._fail(one, ModelFailure(f"{self.runner.name} gave hidden states that are not finite"))
                 continue
-            position = len(texts[one]) - one.prompt_length + len(one.decisions)
-            view = StepView(position, one.deferred, author_probs, defer_prob, one.temperature, one.uniform(position))
-            author = one.policy.author(view)
+            author = one.policy.author(one.view(author_probs, defer_prob))
+            decision = Decision(author, defer_prob, None, None)
             if author == BASE:
-                writing.append((row, one, defer_prob))
+                writing.append((row, decision))
             else:
-                one.decisions.append(DraftDecision(defer_prob, author))
+                one.decisions.append(decision)
         if writing:
-            self._write(writing, logits_of([row for row, *_ in writing]), draw)
+            self._write(
+                [(requests[row], decision) for row, decision in writing], logits_of([row for row, _ in writing])
+            )
         if max(map(len, unseen.values())) <= _FEW_TOKENS:
             self.times.saw_pass(len(requests), time.perf_counter() - start)
 
-    def _write(self, writing: Sequence[tuple[int, Drafted, float]], logits: Tensor, draw: DrawTokens) -> None:
+    def _write(self, writing: Sequence[tuple[Drafted, Decision]], logits: Tensor) -> None:
         """Let the base write one token of each request, from logits (R, V)."""
-        is_finite = logits.isfinite().all(-1).tolist()
-        for (_, one, _), is_valid in zip(writing, is_finite, strict=True):
-            if not is_valid:
-                self._fail(one, ModelFailure(f"{self.runner.name} gave logits that are not finite"))
-        valid = [row for row, is_valid in enumerate(is_finite) if is_valid]
-        draws = draw(logits[valid], [writing[row][1] for row in valid]) if valid else []
+        valid = []
+        for row, is_finite in enumerate(logits.isfinite().all(-1).tolist()):
+            if is_finite:
+                valid.append(row)
+            else:
+                self._fail(writing[row][0], ModelFailure(f"{self.runner.name} gave logits that are not finite"))
+        draws = self.draw(logits[valid], [writing[row][0] for row in valid]) if valid else []
         for row, drawn in zip(valid, draws, strict=True):
-            _, one, defer_prob = writing[row]
-            one.decisions.append(DraftDecision(defer_prob, BASE, drawn))
-
-    def _slot(self, one: Drafted, text: Sequence[int]) -> int:
-        if one.slot is None:
-            one.slot = self.runner.open([*map(int, text), *one.written])
-        self._used.pop(one.slot, None)
-        self._used[one.slot] = one
-        return one.slot
-
-    def _unseen(self, one: Drafted, text: Sequence[int]) -> list[int]:
-        assert one.slot is not None
-        length = self.runner.length(one.slot)
-        return [*map(int, text[length:]), *one.written[max(length - len(text), 0) :]]
+            one, decision = writing[row]
+            decision.choice = drawn
+            one.decisions.append(decision)
 
     # Slots
+
+    def _unseen(self, one: Drafted) -> tuple[int, list[int]]:
+        """The request's slot and the tokens that the base has not read."""
+        if one.slot is None:
+            one.slot = self.runner.open([*map(int, one.text), *one.written])
+        self._used.pop(one.slot, None)
+        self._used[one.slot] = one
+        length = self.runner.length(one.slot)
+        return one.slot, [*map(int, one.text[length:]), *one.written[max(length - len(one.text), 0) :]]
 
     def forget(self, one: Drafted) -> None:
         """Close the slot of a request that ended or must be read again."""
@@ -246,12 +225,12 @@ class Drafter:
         one.failure = error
         self.forget(one)
 
-    def _batches(self, requests: Sequence[Drafted], texts: Texts) -> list[list[Drafted]]:
+    def _batches(self, requests: Sequence[Drafted]) -> list[list[Drafted]]:
         """Split the requests into batches that fit into the base's cache."""
         batches: list[list[Drafted]] = []
         left = slots = 0
         for one in requests:
-            size = self._size(one, texts)
+            size = _size(one)
             if size > left or not slots:
                 batches.append([])
                 left, slots = self.runner.capacity, self.runner.most_slots
@@ -259,21 +238,21 @@ class Drafter:
             left, slots = left - size, slots - 1
         return batches
 
-    def _make_room(self, batch: Sequence[Drafted], texts: Texts) -> None:
+    def _make_room(self, batch: Sequence[Drafted]) -> None:
         """Close slots of other requests, the least recently used first, until the batch fits."""
-        others = [one for one in self._used.values() if one not in batch]
-        left = self.runner.capacity - sum(self._size(one, texts) for one in batch)
-        left -= sum(in_pages(self.runner.length(one.slot)) for one in others if one.slot is not None)
-        slots = self.runner.most_slots - len(batch) - len(others)
-        for one in others:
+        kept = set(batch)
+        lengths = {one: in_pages(self.runner.length(slot)) for slot, one in self._used.items() if one not in kept}
+        left = self.runner.capacity - sum(map(_size, batch)) - sum(lengths.values())
+        slots = self.runner.most_slots - len(batch) - len(lengths)
+        for one, length in lengths.items():
             if left >= 0 and slots >= 0:
                 return
-            assert one.slot is not None
-            left, slots = left + in_pages(self.runner.length(one.slot)), slots + 1
+            left, slots = left + length, slots + 1
             self.forget(one)
 
-    def _size(self, one: Drafted, texts: Texts) -> int:
-        return in_pages(len(texts[one]) + len(one.written))
+
+def _size(one: Drafted) -> int:
+    return in_pages(len(one.text) + len(one.written))
 
 
 class RoundTimes:
@@ -285,13 +264,13 @@ class RoundTimes:
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, float] = {}  # requests, rounded up to a power of two -> seconds
+        self._passes: dict[int, float] = {}  # requests, as the exponent of the next power of two -> seconds
         self._tokens = self._seconds = 0.0
         self._sums = [0.0] * 5  # weights, tokens, tokens squared, seconds, tokens times seconds
 
     def saw_pass(self, requests: int, seconds: float) -> None:
         """Record a base pass that made one step for each request."""
-        size = _rounded(requests)
+        size = (requests - 1).bit_length()
         self._passes[size] = _DECAY * self._passes.get(size, seconds) + (1 - _DECAY) * seconds
 
     def saw_reading(self, tokens: int, seconds: float) -> None:
@@ -318,32 +297,24 @@ class RoundTimes:
         return min(max((weight * products - tokens * seconds) / spread, 0.0), seconds / tokens)
 
     def pays(self, requests: int) -> bool:
-        """Whether another base pass for this many requests saves time. True until there are measurements."""
-        seconds = self._passes.get(_rounded(requests))
+        """Whether another base pass for this many requests saves time; True until there are measurements."""
+        seconds = self._passes.get((requests - 1).bit_length())
         if seconds is None or not self._seconds:
             return True
         return requests * self._seconds > (seconds + requests * self.seconds_per_token) * self._tokens
 
 
-def _rounded(requests: int) -> int:
-    return 1 << (requests - 1).bit_length()
-
-
 def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
-    """Read the policy from a request's `vllm_xargs`. Returns None if there is none.
-
-    Raises:
-        ConfigError: a key is unknown, a value is invalid, or one engine cannot follow the policy.
+    """Read the policy from a request's `vllm_xargs`. Returns None if there is none. Raises a ConfigError if a key is
+    unknown, a value is invalid, or one engine cannot follow the policy.
     """
-    unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in _KNOWN_KEYS)
-    if unknown:
-        raise ConfigError(f"vllm_xargs has the unknown key {unknown[0]!r}, expected any of {', '.join(_KNOWN_KEYS)}")
-    if THRESHOLD in xargs and POLICY in xargs:
+    try:
+        threshold = read_threshold(xargs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if threshold is not None and POLICY in xargs:
         raise ConfigError(f"vllm_xargs has both {THRESHOLD} and {POLICY}; give one of them")
-    if THRESHOLD in xargs:
-        threshold = xargs[THRESHOLD]
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-            raise ConfigError(f"{THRESHOLD} is {threshold!r}, expected a number from -1 to 1")
+    if threshold is not None:
         return ThresholdPolicy(threshold)
     if POLICY not in xargs:
         return None

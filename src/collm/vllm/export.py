@@ -37,7 +37,7 @@ def head_digest(head: DeferralHead) -> str:
 def defer_names(head: DeferralHead) -> list[str]:
     """Names of the tokens for the head's rows: one for each assistant, then one for the row of zeros.
 
-    The last name contains the head's digest. So a server that knows this token serves an export of this very head.
+    The last contains the head's digest. So a server that knows this token serves an export of this very head.
     """
     count = head.num_assistants
     names = ["<|defer|>"] if count == 1 else [f"<|defer-{k}|>" for k in range(1, count + 1)]
@@ -72,11 +72,7 @@ class Note:
 
     @classmethod
     def read(cls, directory: Path) -> Note:
-        """Read the note of an exported base.
-
-        Raises:
-            ArtefactError: the note is missing or damaged, or has another format.
-        """
+        """Read the note of an exported base. Raises an ArtefactError if it is missing, damaged or of another format."""
         path = directory / NOTE
         try:
             content = json.loads(read_text(path))
@@ -107,8 +103,6 @@ def export_base(
 
     Args:
         base: as for `CoLLM`; it is not modified.
-        head: the deferral head.
-        tokenizer: the tokenizer of the collaboration.
         out: the directory to create.
         default_threshold: stored in the note.
 
@@ -137,30 +131,23 @@ def export_base(
         tokenizer_hash=identity.hash,
         default_threshold=default_threshold,
     )
-    named = _with_row_tokens(tokenizer, defer_names(head), note)
     _add_rows(model, ROW_SCALE * head.weight.detach() / language.scale, note)
     with atomic_directory(out.resolve()) as directory:
+        _with_row_tokens(tokenizer, defer_names(head), note).save_pretrained(directory)
         model.save_pretrained(directory)
-        named.save_pretrained(directory)
         (directory / NOTE).write_text(json.dumps(asdict(note), indent=2) + "\n", encoding="utf-8")
     return note
 
 
 def check_exported(directory: Path, head: DeferralHead) -> None:
-    """Check that a directory holds a base that was exported with this head.
-
-    Raises:
-        ArtefactError: it does not.
-    """
-    note = Note.read(directory)
+    """Raise an ArtefactError if a directory does not hold a base that was exported with this head."""
+    note, advice = Note.read(directory), "remove the directory to export the base again"
     try:
         tokenizer = load_tokenizer(ModelSpec(str(directory)))
     except LoadError as error:
-        raise ArtefactError(f"{directory} has no tokenizer; remove the directory to export the base again") from error
+        raise ArtefactError(f"{directory} has no tokenizer; {advice}") from error
     if tokenizer.convert_tokens_to_ids(defer_names(head)) != [*note.defer_ids, note.zero_id]:
-        raise ArtefactError(
-            f"{directory} was exported with another head; remove the directory to export the base again"
-        )
+        raise ArtefactError(f"{directory} was exported with another head; {advice}")
 
 
 def _merged_copy(base: nn.Module | ModelSpec) -> Any:
@@ -205,18 +192,17 @@ def _zero_padded(values: Tensor, length: int) -> Tensor:
 
 def _with_row_tokens(tokenizer: PreTrainedTokenizerBase, names: list[str], note: Note) -> PreTrainedTokenizerBase:
     """Copy the tokenizer and add a special token for each new row and for the padding rows before them."""
-    named = deepcopy(tokenizer)
-    padding = [f"<|padding-{token_id}|>" for token_id in range(note.vocab_size, note.defer_ids[0])]
-    taken = [name for name in [*padding, *names] if name in named.get_vocab()]
+    named, expected = deepcopy(tokenizer), [*note.defer_ids, note.zero_id]
+    new = [*(f"<|padding-{token_id}|>" for token_id in range(note.vocab_size, note.defer_ids[0])), *names]
+    taken = [name for name in new if name in named.get_vocab()]
     if taken:
         raise UnsupportedModel(
             f"the tokenizer has the token {taken[0]!r} already; rename it, because the export adds a token of this name"
         )
-    named.add_tokens([AddedToken(name, special=True) for name in [*padding, *names]], special_tokens=True)
+    named.add_tokens([AddedToken(name, special=True) for name in new], special_tokens=True)
     found = named.convert_tokens_to_ids(names)
-    if found != [*note.defer_ids, note.zero_id]:
+    if found != expected:
         raise UnsupportedModel(
-            f"the tokenizer gives the new tokens the ids {found}, expected {[*note.defer_ids, note.zero_id]}; its "
-            "vocabulary has gaps"
+            f"the tokenizer gives the new tokens the ids {found}, expected {expected}; its vocabulary has gaps"
         )
     return named

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from importlib import import_module
 from operator import attrgetter
+from typing import Any
 
 from collm.errors import ConfigError
 
@@ -48,11 +50,7 @@ READ: Mapping[str, str] = {
 
 
 def check_hooks() -> None:
-    """Check that vLLM has all that one engine with base and assistant depends on.
-
-    Raises:
-        ConfigError: something is missing or has other parameters; the message names the first.
-    """
+    """Raise a ConfigError that names the first part of vLLM that is missing or has other parameters."""
     found = next(_differences(), None)
     if found is not None:
         version = getattr(import_module("vllm"), "__version__", "of an unknown version")
@@ -60,6 +58,21 @@ def check_hooks() -> None:
             f"vLLM {version} {found}, as base and assistant in one engine require; use a release that does, "
             "or a server for each model"
         )
+
+
+def replaces(owner: type) -> Callable[[Callable[..., Any]], None]:
+    """A decorator for f(original, self, ...), which replaces the owner's method of its name."""
+
+    def install(function: Callable[..., Any]) -> None:
+        original = getattr(owner, function.__name__)
+
+        @wraps(original)
+        def method(*arguments: Any, **options: Any) -> Any:
+            return function(original, *arguments, **options)
+
+        setattr(owner, function.__name__, method)
+
+    return install
 
 
 def _differences() -> Iterator[str]:

@@ -11,8 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import wraps
 from itertools import islice
 from typing import Any, TypeVar, cast
 
@@ -25,18 +23,20 @@ from collm.artefact import load_parts, local_directory
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.engine.runner import ModelRunner
-from collm.engine.sequence import Draw
+from collm.engine.sequence import Decision
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.models.members import load_members
 from collm.text.guards import TokenizerIdentity
-from collm.vllm import AUTHORS, FAILED, HEAD, SETTINGS, THRESHOLD, author_token
-from collm.vllm.drafting import DraftDecision, Drafted, Drafter, policy_of
+from collm.vllm import FAILED, HEAD, SETTINGS, THRESHOLD, author_token
+from collm.vllm.drafting import Drafted, Drafter, policy_of
 from collm.vllm.export import head_digest
-from collm.vllm.hooks import check_hooks
-from collm.vllm.inline_sampling import SamplingRequest, sample
+from collm.vllm.hooks import check_hooks, replaces
+from collm.vllm.inline_sampling import sample, wants_authors
 
 T = TypeVar("T")
+Entries = list[list[tuple[int, float]]]
+"""New tokens of a request: for each, ids with log-probabilities, its own first."""
 _LOG = logging.getLogger(__name__)
 _NO_TOKEN = -1
 """Padding of sampled token ids, as in vLLM."""
@@ -98,7 +98,7 @@ class Proposer:
         self._head = head_digest(parts.head)
         self._default = None if parts.calibration is None else ThresholdPolicy(parts.calibration.best().threshold)
         most = self._config.speculative_config.num_speculative_tokens + 1
-        self._drafter = Drafter(runner, parts.head.to(base.device), most=most)
+        self._drafter = Drafter(runner, parts.head.to(base.device), most=most, draw=self._draw)
 
     # After the assistant's pass
 
@@ -114,7 +114,7 @@ class Proposer:
         new = _from_first_rank(lambda: self._fail_all_on_error(lambda: self._new_tokens(logits, spec), None))
         return _output(new, logits.device, logprobs=runner.input_batch.max_num_logprobs is not None)
 
-    def _new_tokens(self, logits: Tensor, spec: Any) -> list[NewTokens | None]:
+    def _new_tokens(self, logits: Tensor, spec: Any) -> list[Entries | None]:
         """New tokens for each row of the batch; None for a row that gets no token."""
         batch = self._runner.input_batch
         batch.generators.clear()  # tokens are drawn here; vLLM would rewind generators of rows without a token
@@ -122,49 +122,41 @@ class Proposer:
         read = iter([] if spec is None else spec.draft_token_ids.tolist())
         drafts = [list(islice(read, count)) for count in counts]
         is_reading = self._runner.discard_request_mask.np[: batch.num_reqs]
-        rows = [(row, self._request(row)) for row in range(batch.num_reqs) if not is_reading[row]]
-        undecided = [(row, one) for row, one in rows if not one.decisions and one.failure is None]
+        rows = {row: self._request(row) for row in range(batch.num_reqs) if not is_reading[row]}
+        undecided = [one for one in rows.values() if not one.decisions and one.failure is None]
         self._is_step = not undecided and len(rows) == len(counts)
         if self._is_step:
             self._drafter.times.saw_reading(sum(counts) + len(rows), time.perf_counter() - self._drafted_at)
-        self._drafter.decide([one for _, one in undecided], self._texts(undecided), self._draw)
-        new: list[NewTokens | None] = [None] * batch.num_reqs
-        for row, one in rows:
-            if one.failure is None:
-                new[row] = NewTokens(one.accept(drafts[row]), _wants_authors(one))
-        self._draw_deferred([(row, one) for row, one in rows if one.failure is None], new, logits, spec)
-        self._num_new = sum(len(one.decisions) for one in new if one is not None)
+        self._drafter.decide(undecided)
+        final = {row: one.accept(drafts[row]) for row, one in rows.items() if one.failure is None}
+        self._num_new = sum(map(len, final.values()))
+        deferred = {row: decisions for row, decisions in final.items() if decisions[-1].choice is None}
+        if deferred:
+            places = [_logits_index(spec, row, len(decisions) - 1) for row, decisions in deferred.items()]
+            self._draw_deferred([(rows[row], deferred[row]) for row in deferred], logits[places][:, : self._vocab_size])
+        new: list[Entries | None] = [None] * batch.num_reqs
+        for row, decisions in final.items():
+            if rows[row].failure is None:
+                new[row] = [_entries(one, with_author=wants_authors(rows[row])) for one in decisions]
         return new
 
-    def _draw_deferred(self, rows: Rows, new: list[NewTokens | None], logits: Tensor, spec: Any) -> None:
-        deferred = [(row, one) for row, one in rows if cast(NewTokens, new[row]).decisions[-1].draw is None]
-        if not deferred:
-            return
-        indices = [_logits_index(spec, row, len(cast(NewTokens, new[row]).decisions) - 1) for row, _ in deferred]
-        next_logits = logits[indices][:, : self._vocab_size]
-        has_nan = next_logits.isnan().any(-1).tolist()
-        for (row, one), is_nan in zip(deferred, has_nan, strict=True):
+    def _draw_deferred(self, deferred: Sequence[tuple[Drafted, list[Decision]]], logits: Tensor) -> None:
+        """Let the assistant write the token of each request's last decision, from logits (R, V)."""
+        valid = []
+        for row, is_nan in enumerate(logits.isnan().any(-1).tolist()):
             if is_nan:
-                one.failure = ModelFailure("the assistant gave logits that are not finite")
-                new[row] = None
-        valid = [i for i, is_nan in enumerate(has_nan) if not is_nan]
-        requests = [self._sampling_request(deferred[i][1], cast(NewTokens, new[deferred[i][0]]).tokens) for i in valid]
-        draws = sample(self._runner.sampler, next_logits[valid], requests) if valid else []
-        for i, drawn in zip(valid, draws, strict=True):
-            decisions = cast(NewTokens, new[deferred[i][0]]).decisions
-            decisions[-1] = replace(decisions[-1], draw=drawn)
+                deferred[row][0].failure = ModelFailure("the assistant gave logits that are not finite")
+            else:
+                valid.append(row)
+        if valid:
+            drafted = [[one.choice.token_id for one in deferred[row][1] if one.choice is not None] for row in valid]
+            draws = sample(self._runner.sampler, logits[valid], [deferred[row][0] for row in valid], drafted)
+            for row, drawn in zip(valid, draws, strict=True):
+                deferred[row][1][-1].choice = drawn
 
     def _draw(self, logits: Tensor, requests: Sequence[Drafted]) -> list[Draw]:
-        sampled = [self._sampling_request(one, one.written) for one in requests]
-        return sample(self._runner.sampler, logits.to(self._runner.device), sampled)
-
-    def _sampling_request(self, one: Drafted, drafted: Sequence[int]) -> SamplingRequest:
-        state: State = one.request
-        params = state.cached.sampling_params
-        top = params.num_logprobs
-        if top and _wants_authors(one):
-            top -= 1
-        return SamplingRequest(state.cached, [*state.cached.output_token_ids, *drafted], state.generator, top)
+        written = [one.written for one in requests]
+        return sample(self._runner.sampler, logits.to(self._runner.device), requests, written)
 
     # Before its next pass
 
@@ -193,25 +185,15 @@ class Proposer:
         self._began_at = now
         for name in [name for name in self._requests if name not in self._runner.requests]:
             self._drafter.forget(self._requests.pop(name))
-        rows = [(row, self._request(row)) for row, new in enumerate(sampled) if new]
-        room = {one: self._room(one) for _, one in rows}
-        rows = [(row, one) for row, one in rows if room[one] > 0]
-        self._drafter.draft(self._texts(rows), room, self._draw)
+        rows = {row: self._request(row) for row, new in enumerate(sampled) if new}
+        rows = {row: one for row, one in rows.items() if one.room > 0}
+        self._drafter.draft(list(rows.values()))
         drafts: list[list[int]] = [[] for _ in sampled]
-        for row, one in rows:
+        for row, one in rows.items():
             if one.failure is None:
                 drafts[row] = one.draft
         self._drafted_at = time.perf_counter()
         return drafts
-
-    def _room(self, one: Drafted) -> int:
-        """Number of tokens that a request may still generate; 0 if it has ended."""
-        cached = one.request.cached
-        if cached.output_token_ids and cached.output_token_ids[-1] in one.end_ids:
-            return 0
-        left = self._config.model_config.max_model_len - cached.num_tokens
-        most = cached.sampling_params.max_tokens
-        return int(left if most is None else min(left, most - len(cached.output_token_ids)))
 
     # Requests
 
@@ -225,16 +207,20 @@ class Proposer:
         return failed
 
     def _request(self, row: int) -> Drafted:
-        name = self._runner.input_batch.req_ids[row]
-        cached = self._runner.requests[name]
+        """The request in a row of vLLM's batch, with its current text."""
+        batch = self._runner.input_batch
+        name = batch.req_ids[row]
+        state = self._runner.requests[name]
         if name not in self._requests:
-            self._requests[name] = self._new_request(cached)
+            self._requests[name] = self._new_request(state)
         one = self._requests[name]
-        one.request.cached = cached  # vLLM replaces it when a request continues with a further prompt
+        one.state = state  # vLLM replaces it when a request continues with a further prompt
+        one.text = batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]]
+        one.room = _room(one, self._config.model_config.max_model_len)
         return one
 
-    def _new_request(self, cached: Any) -> Drafted:
-        params, failure = cached.sampling_params, None
+    def _new_request(self, state: Any) -> Drafted:
+        params, failure = state.sampling_params, None
         policy: Policy = ThresholdPolicy(1.0)
         xargs = params.extra_args or {}
         try:
@@ -250,67 +236,36 @@ class Proposer:
         if params.seed is not None:
             generator = torch.Generator(device=self._runner.device)
             generator.manual_seed(seeded(params.seed).getrandbits(63))  # of which a CPU's generator uses 32
-        end_ids = {params.eos_token_id, *(params.stop_token_ids or ())} - {None}
-        state = State(cached, generator)
         return Drafted(
-            state, policy, cached.num_prompt_tokens, params.temperature, end_ids, params.seed, failure=failure
+            state,
+            policy,
+            prompt_length=state.num_prompt_tokens,
+            temperature=params.temperature,
+            end_ids={params.eos_token_id, *(params.stop_token_ids or ())} - {None},
+            seed=params.seed,
+            generator=generator,
+            failure=failure,
         )
 
-    def _texts(self, rows: Rows) -> dict[Drafted, Any]:
-        batch = self._runner.input_batch
-        return {one: batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]] for row, one in rows}
+
+def _room(one: Drafted, max_length: int) -> int:
+    """Number of tokens that a request may still generate; 0 if it has ended."""
+    output_ids, most = one.state.output_token_ids, one.state.sampling_params.max_tokens
+    if output_ids and output_ids[-1] in one.end_ids:
+        return 0
+    left = max_length - one.state.num_tokens
+    return int(left if most is None else min(left, most - len(output_ids)))
 
 
-@dataclass
-class State:
-    """A request in vLLM.
-
-    Attributes:
-        cached: vLLM's state of the request.
-        generator: random generator of a request with a seed; else None.
-    """
-
-    cached: Any
-    generator: torch.Generator | None
-
-
-Rows = Sequence[tuple[int, Drafted]]
-"""Row in vLLM's batch and request."""
-
-
-@dataclass(frozen=True)
-class NewTokens:
-    """The new tokens of a request.
-
-    Attributes:
-        decisions: the decisions that became final, one for each token.
-        authors: whether the log-probabilities describe the author of each token.
-    """
-
-    decisions: list[DraftDecision]
-    authors: bool
-
-    @property
-    def tokens(self) -> list[int]:
-        return [one.draw.token_id for one in self.decisions if one.draw is not None]
-
-    @property
-    def logprobs(self) -> list[list[tuple[int, float]]]:
-        """Log-probabilities for each token: its own first, then the others."""
-        entries = []
-        for decision in self.decisions:
-            draw = cast(Draw, decision.draw)
-            own = [(draw.token_id, draw.logprob)]
-            if self.authors:
-                taken = {draw.token_id, *(token_id for token_id, _ in draw.top)}
-                log_defer_prob = math.log(decision.defer_prob) if decision.defer_prob > 0 else -math.inf
-                own.append((author_token(decision.author, taken), log_defer_prob))
-            entries.append([*own, *draw.top])
-        return entries
-
-
-def _wants_authors(one: Drafted) -> bool:
-    return bool((one.request.cached.sampling_params.extra_args or {}).get(AUTHORS))
+def _entries(decision: Decision, *, with_author: bool) -> list[tuple[int, float]]:
+    """Token ids with log-probabilities: the new token, its author if wanted, and the most probable ones."""
+    draw = cast(Draw, decision.choice)
+    own = [(draw.token_id, draw.logprob)]
+    if with_author:
+        taken = {draw.token_id, *(token_id for token_id, _ in draw.top)}
+        log_defer_prob = math.log(decision.defer_prob) if decision.defer_prob > 0 else -math.inf
+        own.append((author_token(decision.author, taken), log_defer_prob))
+    return [*own, *draw.top]
 
 
 def _logits_index(spec: Any, row: int, count: int) -> int:
@@ -322,31 +277,24 @@ def _logits_index(spec: Any, row: int, count: int) -> int:
     return int(spec.target_logits_indices[sum(spec.num_draft_tokens[:row]) + count])
 
 
-def _output(new: Sequence[NewTokens | None], device: torch.device, *, logprobs: bool) -> SamplerOutput:
-    """Convert to vLLM's format: tokens (R, n), padded, and log-probabilities of R n tokens."""
-    fewest = 2 if None in new else 1  # vLLM takes a single column for tokens, without padding
-    width = max(fewest, *(len(one.decisions) for one in new if one is not None), 1)
-    tokens = torch.full((len(new), width), _NO_TOKEN, dtype=torch.int32)
-    for row, one in enumerate(new):
-        if one is not None:
-            tokens[row, : len(one.decisions)] = torch.tensor(one.tokens)
-    return SamplerOutput(tokens.to(device), _logprobs(new, width) if logprobs else None)
-
-
-def _logprobs(new: Sequence[NewTokens | None], width: int) -> LogprobsTensors:
-    """Log-probabilities of `width` tokens for each row. All ranks are 0, because those of the base's tokens are
-    unknown.
+def _output(new: Sequence[Entries | None], device: torch.device, *, logprobs: bool) -> SamplerOutput:
+    """Convert to vLLM's format: tokens (R, n), padded, and log-probabilities of R n tokens. All ranks are 0, because
+    those of the base's tokens are unknown.
     """
-    by_row = [one.logprobs if one is not None else [] for one in new]
-    columns = max((len(pairs) for by_token in by_row for pairs in by_token), default=1)
+    fewest = 2 if None in new else 1  # vLLM takes a single column for tokens, without padding
+    width = max(fewest, *(len(one or ()) for one in new))
+    columns = max((len(pairs) for one in new for pairs in one or ()), default=1)
+    tokens = torch.full((len(new), width), _NO_TOKEN, dtype=torch.int32)
     ids = torch.zeros(len(new), width, columns, dtype=torch.int32)
     values = torch.full(ids.shape, -math.inf)
-    for row, by_token in enumerate(by_row):
-        for token, pairs in enumerate(by_token):
-            ids[row, token, : len(pairs)] = torch.tensor([token_id for token_id, _ in pairs])
-            values[row, token, : len(pairs)] = torch.tensor([value for _, value in pairs])
+    for row, one in enumerate(new):
+        for place, pairs in enumerate(one or ()):
+            ids[row, place, : len(pairs)] = torch.tensor([token_id for token_id, _ in pairs])
+            values[row, place, : len(pairs)] = torch.tensor([value for _, value in pairs])
+            tokens[row, place] = pairs[0][0]
     ranks = torch.zeros(len(new) * width, dtype=torch.int32)
-    return LogprobsTensors(ids.flatten(0, 1), values.flatten(0, 1), ranks)
+    found = LogprobsTensors(ids.flatten(0, 1), values.flatten(0, 1), ranks)
+    return SamplerOutput(tokens.to(device), found if logprobs else None)
 
 
 def _from_first_rank(decide: Callable[[], T]) -> T:
@@ -363,33 +311,28 @@ def _wrap_model_runner() -> None:
 
     if getattr(GPUModelRunner, "collm", False):
         return
-    original_sample, original_tokens = GPUModelRunner._sample, GPUModelRunner.sample_tokens
-    original_fits = GPUModelRunner._input_fits_in_drafter
+    GPUModelRunner.collm = True
 
     def proposer_of(runner: Any) -> Proposer | None:
         drafter = getattr(runner, "drafter", None)
         return drafter if isinstance(drafter, Proposer) else None
 
-    @wraps(original_sample)
-    def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+    @replaces(GPUModelRunner)
+    def _sample(original: Any, self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         proposer = proposer_of(self)
         if proposer is None:
-            return original_sample(self, logits, spec_decode_metadata)
+            return original(self, logits, spec_decode_metadata)
         return proposer.sample(self, logits, spec_decode_metadata)
 
-    @wraps(original_tokens)
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = original_tokens(self, grammar_output)
+    @replaces(GPUModelRunner)
+    def sample_tokens(original: Any, self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
         proposer = proposer_of(self)
         failed = proposer.take_failed() if proposer is not None else []
         if failed:
             output.num_nans_in_logits = {**(output.num_nans_in_logits or {}), **dict.fromkeys(failed, FAILED)}
         return output
 
-    @wraps(original_fits)
-    def _input_fits_in_drafter(self: Any, metadata: Any) -> bool:
-        return proposer_of(self) is not None or original_fits(self, metadata)  # drafts never exceed the context
-
-    GPUModelRunner._sample, GPUModelRunner.sample_tokens = _sample, sample_tokens
-    GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
-    GPUModelRunner.collm = True
+    @replaces(GPUModelRunner)
+    def _input_fits_in_drafter(original: Any, self: Any, metadata: Any) -> bool:
+        return proposer_of(self) is not None or original(self, metadata)  # drafts never exceed the context

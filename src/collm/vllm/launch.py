@@ -46,17 +46,11 @@ class ServerPlan:
         """The GPUs that the server may use, as in CUDA_VISIBLE_DEVICES."""
         return self.environment.get("CUDA_VISIBLE_DEVICES", "")
 
-    def command(self, python: str, address: Path) -> list[str]:
-        """The server's command line."""
-        served = ["--model", self.model, "--served-model-name", self.name]
-        return [python, "-m", _MODULE, *served, "--uds", str(address), *self.flags]
-
 
 class ServerProcess:
     """A running server. `stop` ends it.
 
     Args:
-        plan: what to start.
         python: the interpreter that has vLLM.
         log: file for the server's output.
         address: the Unix socket on which it listens. Others must not be able to create it.
@@ -66,9 +60,10 @@ class ServerProcess:
         self.plan = plan
         self.log = log
         self.address = address
+        served = ["--model", plan.model, "--served-model-name", plan.name, "--uds", str(address)]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                plan.command(python, address),
+                [python, "-m", _MODULE, *served, *plan.flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -78,17 +73,12 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """The base URL, to which "/completions" is appended."""
+        """The base URL."""
         return f"http://{quote(str(self.address), safe='')}/v1"
 
     def wait(self, deadline: float) -> None:
-        """Wait until the server answers.
-
-        Args:
-            deadline: when to give up, on the clock of `time.monotonic`.
-
-        Raises:
-            LoadError: the server ended, or is not up by then.
+        """Wait until the server answers. Raises a LoadError if it ends, or is not up by `deadline`, on the clock of
+        `time.monotonic`.
         """
         started = logged = time.monotonic()
         while not self._answers():
@@ -121,14 +111,12 @@ class ServerProcess:
 
     def _answers(self) -> bool:
         health = http.client.HTTPConnection("localhost")
-        with socket.socket(socket.AF_UNIX) as health.sock:
+        with socket.socket(socket.AF_UNIX) as health.sock, suppress(OSError, http.client.HTTPException):
             health.sock.settimeout(2.0)
-            try:
-                health.sock.connect(str(self.address))
-                health.request("GET", "/health")
-                return health.getresponse().status == 200
-            except (OSError, http.client.HTTPException):
-                return False
+            health.sock.connect(str(self.address))
+            health.request("GET", "/health")
+            return health.getresponse().status == 200
+        return False
 
     def _last_error(self) -> str:
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -136,18 +124,20 @@ class ServerProcess:
         return errors[-1][-300:]
 
 
-def check_python(python: str) -> str:
+def check_python(python: str, *, one_engine: bool = False) -> str:
     """Check that an interpreter has vLLM and the plug-in, and return its name.
 
+    Args:
+        one_engine: whether vLLM must also have what is listed in `hooks`.
+
     Raises:
-        ConfigError: it lacks vLLM or the plug-in, or is not an interpreter.
+        ConfigError: it lacks one of these, or is not an interpreter.
     """
     code = (
         f"import vllm; from importlib.metadata import entry_points as e; print(len(e(group={GROUP!r}, name='collm')))"
     )
     try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-        found = int(done.stdout.split()[-1])
+        found = int(_run(python, code, check=True).stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, LookupError) as error:
         raise ConfigError(
             f"{python} has no vLLM; install vLLM and collm-vllm (plugins/vllm) in a separate environment, and name its "
@@ -155,22 +145,16 @@ def check_python(python: str) -> str:
         ) from error
     if not found:
         raise ConfigError(f"vLLM of {python} has no collm plug-in; install collm-vllm (plugins/vllm) beside it")
+    if one_engine:
+        done = _run(python, "from collm.vllm import hooks; hooks.check_hooks(); import collm.vllm.inline")
+        if done.returncode:
+            error_line = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise ConfigError(f"{python} cannot run base and assistant in one engine: {error_line}")
     return python
 
 
-def check_engine_python(python: str) -> str:
-    """Check that an interpreter can run one engine with base and assistant, and return its name.
-
-    Raises:
-        ConfigError: it lacks vLLM, the plug-in or something in `hooks`.
-    """
-    code = "from collm.vllm import hooks; hooks.check_hooks(); import collm.vllm.inline"
-    check_python(python)
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        error = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ConfigError(f"{python} cannot run base and assistant in one engine: {error}")
-    return python
+def _run(python: str, code: str, *, check: bool = False) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300, check=check)
 
 
 @contextmanager
@@ -179,7 +163,6 @@ def launched(plans: Sequence[ServerPlan], python: str, logs: Path, *, wait_s: fl
     memory. They listen in a directory that only this user can enter, so no other user can reach or replace them.
 
     Args:
-        plans: the servers to start.
         python: the interpreter that has vLLM.
         logs: directory for the servers' output.
         wait_s: longest time until all are up.

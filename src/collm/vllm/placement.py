@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,13 @@ import psutil
 import torch
 
 from collm import artefact
-from collm.artefact.manifest import read_manifest
 from collm.core.types import author_name
 from collm.errors import ConfigError, LoadError
 from collm.models.language_model import context_length
 from collm.models.loading import ModelSpec, empty_model
 from collm.models.names import names_gguf
 from collm.vllm import PROPOSER, SETTINGS
-from collm.vllm.launch import ServerPlan, check_engine_python, launched
+from collm.vllm.launch import ServerPlan, check_python, launched
 from collm.vllm.servers import Servers
 
 USABLE = 0.9
@@ -42,7 +41,6 @@ class ModelMemory:
     """Memory that a model needs, in bytes.
 
     Attributes:
-        weights: size of all weights.
         kv_per_token: size of a token's keys and values in all layers; an upper bound if layers share or compress them.
         max_length: longest sequence that the model was made for, in tokens; None if its config states none.
         dtype: dtype in which the model is saved or is to be loaded. vLLM's own default is half precision for
@@ -56,21 +54,17 @@ class ModelMemory:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> ModelMemory:
-        """Compute the footprint from a model's config. Weights are not read.
+        """Compute the memory from a model's config. Weights are not read.
 
         Raises:
             ConfigError: the model is to be quantized, or is a GGUF file.
             LoadError: there is no config of a causal LM with attention.
         """
-        if spec.quantization is not None:
+        if spec.quantization is not None or names_gguf(spec.path):
+            kind = f"to be quantized ({spec.quantization})" if spec.quantization else "a GGUF file"
             raise ConfigError(
-                f"{spec.path} is to be quantized ({spec.quantization}), which launched servers do not support; start a "
-                "server of a quantized checkpoint yourself and give its address with --servers"
-            )
-        if names_gguf(spec.path):
-            raise ConfigError(
-                f"{spec.path} is a GGUF file, which launched servers do not support; start a server of it yourself and "
-                "give its address with --servers, or use the original checkpoint"
+                f"{spec.path} is {kind}, which launched servers do not support; use the original checkpoint, or start "
+                "a server of it yourself and give its address with --servers"
             )
         model = empty_model(spec)
         config: Any = model.config
@@ -92,13 +86,7 @@ class ModelMemory:
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources of a machine.
-
-    Attributes:
-        gpu_bytes: memory of each GPU; empty if there are none.
-        memory_bytes: free main memory.
-        cores: number of cores that this process may use.
-    """
+    """The resources of a machine: the memory of each GPU, the free main memory, and the cores that one may use."""
 
     gpu_bytes: Sequence[int]
     memory_bytes: int
@@ -111,7 +99,7 @@ class Machine:
         return cls(gpus, psutil.virtual_memory().available, len(os.sched_getaffinity(0)))
 
     def devices(self, count: int) -> list[Device]:
-        """Divide the machine between `count` servers: its GPUs if it has any, else its threads."""
+        """Divide the machine between servers: its GPUs if it has any, else its threads."""
         if self.gpu_bytes:
             groups = gpus_for(len(self.gpu_bytes), count)
             return [Device(group, 0, sum(self.gpu_bytes[gpu] for gpu in group)) for group in groups]
@@ -150,128 +138,11 @@ class Device:
         each = -(-tokens * size.kv_per_token // max(1, len(self.gpus)))
         flags = ["--kv-cache-memory-bytes", str(each)]
         if not self.gpus:
-            return [
-                *flags,
-                "--enforce-eager",
-                "--block-size",
-                str(BLOCK_TOKENS),
-                "--distributed-executor-backend",
-                "uni",
-            ]
+            flags += ["--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
+            return [*flags, "--distributed-executor-backend", "uni"]
         taken = size.weights + tokens * size.kv_per_token + OVERHEAD_BYTES * len(self.gpus)
         share = f"{min(USABLE, taken / self.memory_bytes):.3f}"
         return [*flags, "--tensor-parallel-size", str(len(self.gpus)), "--gpu-memory-utilization", share]
-
-
-def fits_in_one(collaboration: str) -> bool:
-    """Whether the collaboration has exactly one assistant, which is a language model.
-
-    Raises:
-        ArtefactError: there is no collaboration.
-    """
-    manifest = read_manifest(artefact.local_directory(collaboration, None))
-    return len(manifest.assistants) == 1 and isinstance(manifest.assistants[0], ModelSpec)
-
-
-def placed_in_one(
-    collaboration: str,
-    machine: Machine,
-    *,
-    max_batch: int,
-    max_length: int | None = None,
-    drafts: int = DRAFTS,
-    flags: Sequence[str] = (),
-) -> ServerPlan:
-    """Plan one server that holds base and assistant (`inline`) and uses all GPUs, or all threads, of a machine.
-
-    Both models keep what they have read, so both caches hold the same number of tokens. The base is on the first GPU.
-
-    Args:
-        collaboration: a directory or Hub name.
-        machine: the machine's resources.
-        max_batch, max_length: as in `placed`.
-        drafts: largest number of tokens that the base writes before the assistant reads them.
-        flags: further flags of vLLM, which come last.
-
-    Raises:
-        ArtefactError: there is no collaboration.
-        ConfigError: it does not fit in one engine, or as in `placed`.
-        LoadError: as in `placed`.
-    """
-    if not fits_in_one(collaboration):
-        raise ConfigError(
-            f"one engine holds a base and one language model as its assistant, but {collaboration} has other "
-            "assistants; use a server for each model ('collm launch'), or engine 'local'"
-        )
-    directory = artefact.local_directory(collaboration, None)
-    manifest = read_manifest(directory)
-    assistant = Served(author_name(1), cast(ModelSpec, manifest.assistants[0]), flags)
-    sizes = [ModelMemory.of(manifest.base_weights(directory)), ModelMemory.of(assistant.spec)]
-    (device,) = machine.devices(1)
-    length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
-    tokens = _kv_tokens(sizes, device, assistant.name, max_batch=max_batch, length=length)
-    settings = {"collaboration": str(directory), "cache_memory": tokens * sizes[0].kv_per_token}
-    proposer = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": drafts}
-    flags = [
-        *_flags(assistant, sizes[1], device, tokens, max_batch=max_batch, length=length),
-        *("--speculative-config", json.dumps(proposer)),
-        *("--additional-config", json.dumps({SETTINGS: settings})),
-        *assistant.flags,
-    ]
-    environment = {**device.environment, "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    return ServerPlan(assistant.name, assistant.spec.path, flags, environment)
-
-
-@contextmanager
-def one_engine(
-    collaboration: str | Path,
-    logs: Path,
-    *,
-    python: str = sys.executable,
-    max_batch: int = 16,
-    max_length: int | None = None,
-    wait_s: float = 900.0,
-    flags: Sequence[str] = (),
-) -> Iterator[Servers]:
-    """Run one vLLM engine with a collaboration on this machine while the block runs.
-
-        with one_engine("my-run/collaboration", Path("logs")) as servers:
-            model = CoLLM.from_pretrained("my-run/collaboration", servers=servers)
-
-    Args:
-        collaboration: a directory or Hub name.
-        logs: directory for vLLM's output.
-        python: the interpreter that has vLLM and collm.
-        max_batch: largest number of concurrent requests.
-        max_length, flags: as in `placed_in_one`.
-        wait_s: longest time until the engine is up.
-
-    Raises:
-        ArtefactError, ConfigError, LoadError: as in `placed_in_one`, `check_engine_python` and `launched`.
-    """
-    plan = placed_in_one(str(collaboration), Machine.this(), max_batch=max_batch, max_length=max_length, flags=flags)
-    with launched([plan], check_engine_python(python), logs, wait_s=wait_s) as running:
-        yield Servers([running[0].url])
-
-
-def _kv_tokens(sizes: Sequence[ModelMemory], device: Device, name: str, *, max_batch: int, length: int) -> int:
-    """Number of tokens whose keys and values fit for the models that share a device."""
-    tokens = kv_tokens(sizes, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
-    if tokens < length + BLOCK_TOKENS:
-        raise ConfigError(
-            f"beside its weights, the {name} has memory for the keys and values of {max(tokens, 0)} tokens, expected "
-            f"at least {length}, the longest sequence; lower --max-model-len, or use more memory or several machines"
-        )
-    return tokens
-
-
-def _flags(served: Served, size: ModelMemory, device: Device, tokens: int, *, max_batch: int, length: int) -> list[str]:
-    """vLLM's flags for one model on its device."""
-    flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
-    flags += ["--generation-config", "vllm"]  # the model's would change sampling and limit the length
-    if served.spec.revision is not None:
-        flags += ["--revision", served.spec.revision]
-    return [*flags, *device.flags(size, tokens)]
 
 
 def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
@@ -298,43 +169,141 @@ def kv_tokens(models: Sequence[ModelMemory], memory_bytes: float, wanted: int) -
     return min(wanted, int(left // sum(model.kv_per_token for model in models)))
 
 
-@dataclass(frozen=True)
-class Served:
-    """A model to serve.
-
-    Attributes:
-        name: name of its author.
-        spec: the model.
-        flags: further flags of vLLM, which come last.
-    """
-
-    name: str
-    spec: ModelSpec
-    flags: Sequence[str] = ()
+def fits_in_one(collaboration: str) -> bool:
+    """Whether the collaboration has exactly one assistant, which is a language model."""
+    manifest = artefact.read_manifest(artefact.local_directory(collaboration, None))
+    return len(manifest.assistants) == 1 and isinstance(manifest.assistants[0], ModelSpec)
 
 
 def placed(
-    models: Sequence[Served], machine: Machine, *, max_batch: int, max_length: int | None = None
+    models: Mapping[str, ModelSpec],
+    machine: Machine,
+    *,
+    max_batch: int,
+    max_length: int | None = None,
+    flags: Mapping[str, Sequence[str]] | None = None,
 ) -> list[ServerPlan]:
     """Plan servers on one machine for `max_batch` sequences, or for as many tokens as fit.
 
     Args:
-        models: the models to serve, the base first.
+        models: the models by the names of their authors, the base first.
         machine: the machine's resources.
         max_batch: largest number of sequences at once.
         max_length: longest sequence, in tokens. By default, what all models can read, at most 8192.
+        flags: further flags of vLLM by author, which come last.
 
     Raises:
         ConfigError: not even one sequence of this length fits.
         LoadError: as in `ModelMemory.of`.
     """
-    sizes = [ModelMemory.of(model.spec) for model in models]
+    sizes = [ModelMemory.of(spec) for spec in models.values()]
     devices = machine.devices(len(models))
-    length = max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
+    length = _length(sizes, max_length)
     plans = []
-    for model, size, device in zip(models, sizes, devices, strict=True):
+    for (name, spec), size, device in zip(models.items(), sizes, devices, strict=True):
         sharing = [other for other, its in zip(sizes, devices, strict=True) if its.gpus == device.gpus]
-        tokens = _kv_tokens(sharing, device, model.name, max_batch=max_batch, length=length)
-        flags = [*_flags(model, size, device, tokens, max_batch=max_batch, length=length), *model.flags]
-        plans.append(ServerPlan(model.name, model.spec.path, flags, device.environment))
+        tokens = _kv_tokens(sharing, device, name, max_batch, length)
+        own = [*_flags(spec, size, device, tokens, max_batch, length), *(flags or {}).get(name, ())]
+        plans.append(ServerPlan(name, spec.path, own, device.environment))
     return plans
+
+
+def placed_in_one(
+    collaboration: str,
+    machine: Machine,
+    *,
+    max_batch: int,
+    max_length: int | None = None,
+    drafts: int = DRAFTS,
+    flags: Sequence[str] = (),
+) -> ServerPlan:
+    """Plan one server that holds base and assistant (`inline`) and uses all GPUs, or all threads, of a machine.
+
+    Both models keep what they have read, so both caches hold the same number of tokens. The base is on the first GPU.
+
+    Args:
+        collaboration: a directory or Hub name.
+        machine, max_batch, max_length: as in `placed`.
+        drafts: largest number of tokens that the base writes before the assistant reads them.
+        flags: further flags of vLLM, which come last.
+
+    Raises:
+        ArtefactError: there is no collaboration.
+        ConfigError: it does not fit in one engine, or as in `placed`.
+        LoadError: as in `placed`.
+    """
+    if not fits_in_one(collaboration):
+        raise ConfigError(
+            f"one engine holds a base and one language model as its assistant, but {collaboration} has other "
+            "assistants; use a server for each model ('collm launch'), or engine 'local'"
+        )
+    directory = artefact.local_directory(collaboration, None)
+    manifest = artefact.read_manifest(directory)
+    name, assistant = author_name(1), cast(ModelSpec, manifest.assistants[0])
+    sizes = [ModelMemory.of(manifest.base_weights(directory)), ModelMemory.of(assistant)]
+    (device,) = machine.devices(1)
+    length = _length(sizes, max_length)
+    tokens = _kv_tokens(sizes, device, name, max_batch, length)
+    settings = {"collaboration": str(directory), "cache_memory": tokens * sizes[0].kv_per_token}
+    proposer = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": drafts}
+    flags = [
+        *_flags(assistant, sizes[1], device, tokens, max_batch, length),
+        *("--speculative-config", json.dumps(proposer)),
+        *("--additional-config", json.dumps({SETTINGS: settings})),
+        *flags,
+    ]
+    return ServerPlan(name, assistant.path, flags, {**device.environment, "VLLM_USE_V2_MODEL_RUNNER": "0"})
+
+
+def _length(sizes: Sequence[ModelMemory], max_length: int | None) -> int:
+    return max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
+
+
+def _kv_tokens(sizes: Sequence[ModelMemory], device: Device, name: str, max_batch: int, length: int) -> int:
+    """Number of tokens whose keys and values fit for the models that share a device."""
+    tokens = kv_tokens(sizes, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
+    if tokens < length + BLOCK_TOKENS:
+        raise ConfigError(
+            f"beside its weights, the {name} has memory for the keys and values of {max(tokens, 0)} tokens, expected "
+            f"at least {length}, the longest sequence; lower --max-model-len, or use more memory or several machines"
+        )
+    return tokens
+
+
+def _flags(spec: ModelSpec, size: ModelMemory, device: Device, tokens: int, max_batch: int, length: int) -> list[str]:
+    """vLLM's flags for one model on its device."""
+    flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
+    flags += ["--generation-config", "vllm"]  # the model's would change sampling and limit the length
+    flags += [] if spec.revision is None else ["--revision", spec.revision]
+    return [*flags, *device.flags(size, tokens)]
+
+
+@contextmanager
+def one_engine(
+    collaboration: str | Path,
+    logs: Path,
+    *,
+    python: str = sys.executable,
+    max_batch: int = 16,
+    max_length: int | None = None,
+    wait_s: float = 900.0,
+    flags: Sequence[str] = (),
+) -> Iterator[Servers]:
+    """Run one vLLM engine with a collaboration on this machine while the block runs.
+
+        with one_engine("my-run/collaboration", Path("logs")) as servers:
+            model = CoLLM.from_pretrained("my-run/collaboration", servers=servers)
+
+    Args:
+        collaboration: a directory or Hub name.
+        logs: directory for vLLM's output.
+        python: the interpreter that has vLLM and collm.
+        max_batch, max_length, flags: as in `placed_in_one`.
+        wait_s: longest time until the engine is up.
+
+    Raises:
+        ArtefactError, ConfigError, LoadError: as in `placed_in_one`, `check_python` and `launched`.
+    """
+    plan = placed_in_one(str(collaboration), Machine.this(), max_batch=max_batch, max_length=max_length, flags=flags)
+    with launched([plan], check_python(python, one_engine=True), logs, wait_s=wait_s) as running:
+        yield Servers([running[0].url])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
 from collm.errors import ConfigError
-from collm.vllm import FAILED, NOTE, NOTE_FORMAT, OF_ONE_ENGINE, PREFIX, PROPOSER, THRESHOLD
-from collm.vllm.hooks import check_hooks
+from collm.vllm import FAILED, NOTE, NOTE_FORMAT, OF_ONE_ENGINE, PROPOSER, THRESHOLD, read_threshold
+from collm.vllm.hooks import check_hooks, replaces
 from collm.vllm.rows import decide
 
 try:  # model runner V2, vLLM's choice on recent GPUs
@@ -61,18 +60,8 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse a request with invalid values. vLLM answers it with status 400.
-
-        Raises:
-            ValueError: a key is unknown, or the threshold is not a number from -1 to 1.
-        """
-        xargs = sampling_params.extra_args or {}
-        unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in (THRESHOLD, *OF_ONE_ENGINE))
-        if unknown:
-            raise ValueError(f"vllm_xargs has the unknown key {unknown[0]!r}, expected {THRESHOLD!r}")
-        value = xargs.get(THRESHOLD, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
-            raise ValueError(f"{THRESHOLD} is {value!r}, expected a number from -1 to 1")
+        """Refuse a request with invalid values by a ValueError. vLLM answers it with status 400."""
+        read_threshold(sampling_params.extra_args or {})
 
     # Model runner V1
 
@@ -94,12 +83,7 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
     # Both
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        """Decide for each row.
-
-        Args:
-            logits: shape (R, V), before temperature and truncation; modified in place.
-            ctx: from V2 only.
-        """
+        """Decide for each row of logits (R, V), before temperature and truncation; in place. Only V2 gives `ctx`."""
         if self.note is None:
             return logits
         if ctx is None:
@@ -127,46 +111,41 @@ def register() -> None:
 
     if getattr(Scheduler, "collm", False):
         return
-    original_check, original_update = SamplingParams._validate_spec_decode, Scheduler.update_from_output
+    Scheduler.collm = True
 
-    @wraps(original_check)
-    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        original_check(self, speculative_config)
-        is_one_engine = speculative_config is not None and speculative_config.model == PROPOSER
-        error = _error(self, in_one_engine=is_one_engine)
-        if error is not None:
-            raise VLLMValidationError(error)
+    @replaces(SamplingParams)
+    def _validate_spec_decode(original: Any, self: Any, speculative_config: Any) -> None:
+        original(self, speculative_config)
+        try:
+            _check_supported(self, speculative_config is not None and speculative_config.model == PROPOSER)
+        except ConfigError as error:
+            raise VLLMValidationError(str(error)) from None
 
-    @wraps(original_update)
-    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+    @replaces(Scheduler)
+    def update_from_output(original: Any, self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         nans = model_runner_output.num_nans_in_logits or {}
         failed = [name for name, count in nans.items() if count == FAILED]
         self.grammar_compile_error_reqs.update(failed)  # vLLM ends these requests with an error in this step
         for name in failed:
             model_runner_output.prompt_logprobs_dict.pop(name, None)  # no answer will report them
-        return original_update(self, scheduler_output, model_runner_output)
-
-    SamplingParams._validate_spec_decode, Scheduler.update_from_output = _validate_spec_decode, update_from_output
-    Scheduler.collm = True
+        return original(self, scheduler_output, model_runner_output)
 
 
-def _error(params: Any, *, in_one_engine: bool) -> str | None:
-    """The error for a request that this engine does not support, or None."""
-    if not in_one_engine:
-        unsupported = [name for name in OF_ONE_ENGINE if name in (params.extra_args or {})]
-        if not unsupported:
-            return None
-        return f"vllm_xargs has {unsupported[0]!r}, which only an engine with base and assistant supports; leave it out"
+def _check_supported(params: Any, is_one_engine: bool) -> None:
+    """Raise a ConfigError for a request that this engine does not support."""
+    xargs = params.extra_args or {}
+    if not is_one_engine:
+        unsupported = [name for name in OF_ONE_ENGINE if name in xargs]
+        if unsupported:
+            why = "which only an engine with base and assistant supports; leave it out"
+            raise ConfigError(f"vllm_xargs has {unsupported[0]!r}, {why}")
+        return
     from collm.vllm.drafting import policy_of
 
     for name in ("structured_outputs", "thinking_token_budget", "trace_decode_token_ids"):
         if getattr(params, name):
-            return f"{name} is not available in an engine with base and assistant; leave it out"
-    try:
-        policy_of(params.extra_args or {})
-    except ConfigError as error:
-        return str(error)
-    return None
+            raise ConfigError(f"{name} is not available in an engine with base and assistant; leave it out")
+    policy_of(xargs)
 
 
 def _threshold_of(params: Any) -> float | None:

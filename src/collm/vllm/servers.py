@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,10 +12,10 @@ import yaml
 
 from collm.atomic import atomic_file
 from collm.errors import ConfigError
+from collm.http.client import check_limits, check_url
 from collm.untrusted import read_yaml
 
 OnFailure = Literal["fail", "base"]
-_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,19 @@ class Servers:
         if not isinstance(self.urls, list | tuple) or not all(isinstance(url, str) for url in self.urls):
             raise ConfigError("urls is not a list of addresses, the base's first; write one")  # which may hold a key
         object.__setattr__(self, "urls", tuple(url.strip().rstrip("/") for url in self.urls))
-        if not all(_URL.fullmatch(url) for url in self.urls):  # not shown, as it may hold a key
-            raise ConfigError("a server's address is not a URL like http://localhost:8001/v1 without a user or key")
+        for url in self.urls:
+            check_url("a server's address", url)
         if self.api_key_env is not None and not str(self.api_key_env).isidentifier():
             raise ConfigError("api_key_env is not the name of an environment variable; put the key into one")
         if self.on_failure not in get_args(OnFailure):
             raise ConfigError(f"on_failure is {self.on_failure!r}, expected 'fail' or 'base'")
-        if not 0 < self.timeout_s < math.inf or not 0 <= self.wait_s < math.inf or self.retries < 0:
-            raise ConfigError(
-                f"timeout_s, wait_s and retries are {self.timeout_s}, {self.wait_s} and {self.retries}, expected "
-                "a finite timeout_s above 0, a finite wait_s of at least 0, and retries of at least 0"
-            )
+        check_limits(self.timeout_s, self.retries)
+        if not 0 <= self.wait_s < math.inf:
+            raise ConfigError(f"wait_s is {self.wait_s}, expected a finite number of seconds of at least 0")
 
     @classmethod
     def named(cls, text: str) -> Servers:
-        """Parse addresses that are separated by commas, the base's first, or read a YAML file with the fields of this
-        class.
+        """Parse addresses that are separated by commas, the base's first, or read a YAML file with these fields.
 
         Raises:
             ConfigError: the file does not exist or has other content.
@@ -86,13 +81,8 @@ class Servers:
 
     @classmethod
     def of(cls, content: Any, where: str) -> Servers:
-        """Create from the fields as JSON or YAML hold them.
-
-        Args:
-            where: where the fields come from, for errors.
-
-        Raises:
-            ConfigError: a field is missing, unknown or has the wrong type.
+        """Create from the fields as JSON or YAML hold them. Raises a ConfigError, which says `where` they come from, if
+        one is missing, unknown or of the wrong type.
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(content, dict) or "urls" not in content or content.keys() - known:
@@ -113,27 +103,9 @@ class Servers:
         return len(self.urls) == num_assistants == 1
 
     def check_count(self, num_assistants: int) -> None:
-        """Check that there is one server for each author.
-
-        Raises:
-            ConfigError: there is not.
-        """
+        """Raise a ConfigError if there is not one server for each author."""
         if len(self.urls) != 1 + num_assistants:
             raise ConfigError(
                 f"got {len(self.urls)} servers for a base and {num_assistants} assistants; give one for each, the "
                 "base's first"
             )
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """HTTP headers that carry the API key.
-
-        Raises:
-            ConfigError: the environment variable holds no key.
-        """
-        if self.api_key_env is None:
-            return {}
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            raise ConfigError(f"the environment variable {self.api_key_env} holds no key (printable ASCII); set it")
-        return {"Authorization": f"Bearer {key}"}
