@@ -25,7 +25,7 @@ from collm.core.sampling import seeded
 from collm.core.types import BASE
 from collm.engine.kv_cache import in_pages
 from collm.engine.runner import ModelRunner
-from collm.engine.sequence import Decision
+from collm.engine.sequence import Decision, Draw
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.text.token_ids import common_prefix
 from collm.vllm import POLICY, THRESHOLD, read_threshold

@@ -23,7 +23,7 @@ from collm.artefact import load_parts, local_directory
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.engine.runner import ModelRunner
-from collm.engine.sequence import Decision
+from collm.engine.sequence import Decision, Draw
 from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.models.members import load_members

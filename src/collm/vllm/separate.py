@@ -16,9 +16,8 @@ from collm.core.objective import defer_probs
 from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
 from collm.engine.candidates import Candidates, Likely, spelled
-from collm.engine.draws import Draw
 from collm.engine.request import Request
-from collm.engine.sequence import Decision, Sequence
+from collm.engine.sequence import Decision, Draw, Sequence
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.http.client import Unreachable
 from collm.http.loop import gather
