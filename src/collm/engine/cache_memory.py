@@ -5,28 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 import torch
 
+from collm.engine.slot_table import SlotTable
 from collm.errors import ConfigError
 
 SHARES = {"cpu": 0.5, "cuda": 0.8}
 """Default share of the memory that is free after loading the models."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class Cached(Protocol):
-    """A model with its own KV cache."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def bytes_per_position(self) -> int: ...
-
-    def set_capacity(self, positions: int) -> None: ...
 
 
 def cache_bytes(memory: str | int | None) -> int | float | None:
@@ -47,7 +35,7 @@ def cache_bytes(memory: str | int | None) -> int | float | None:
     raise ConfigError(f"cache_memory is {memory!r}, expected a size such as 4GiB or a share of free memory such as 50%")
 
 
-def share_cache_memory(models: Sequence[Cached], memory: str | int | None) -> None:
+def share_cache_memory(models: Sequence[SlotTable], memory: str | int | None) -> None:
     """Allocate each model's cache. Models on one device share its memory and get the same number of positions.
 
     Args:
@@ -57,7 +45,7 @@ def share_cache_memory(models: Sequence[Cached], memory: str | int | None) -> No
         ConfigError: the memory is too small for a cache.
     """
     wanted = cache_bytes(memory)
-    by_device: dict[torch.device, list[Cached]] = {}
+    by_device: dict[torch.device, list[SlotTable]] = {}
     for model in models:
         by_device.setdefault(model.device, []).append(model)
     for device, members in by_device.items():

@@ -55,6 +55,8 @@ class LanguageModel:
         self.scale = getattr(text_config, "logit_scale", None) or 1 / (
             getattr(text_config, "logits_scaling", None) or 1
         )
+        is_padded = self.vocab_size != self.padded_vocab_size
+        self._shapes_logits = is_padded or self.softcap is not None or self.scale != 1
 
     @property
     def padded_vocab_size(self) -> int:
@@ -123,7 +125,8 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., H) to next-token logits (..., V), scaled and capped like the model's own."""
-        return self.shape_logits(cast(Tensor, self._output_layer(hidden.to(self.device))))
+        values = cast(Tensor, self._output_layer(hidden.to(self._output_layer.weight.device)))
+        return self.shape_logits(values) if self._shapes_logits else values
 
     def shape_logits(self, values: Tensor) -> Tensor:
         """Scale, cap and truncate outputs of the output layer, shape (..., padded V). May return the same tensor."""
