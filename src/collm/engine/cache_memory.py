@@ -49,9 +49,8 @@ def share_cache_memory(models: Sequence[SlotTable], memory: str | int | None) ->
     for model in models:
         by_device.setdefault(model.device, []).append(model)
     for device, members in by_device.items():
-        limit = (
-            wanted if isinstance(wanted, int) else int(_free_bytes(device) * (wanted or SHARES.get(device.type, 0.5)))
-        )
+        share = wanted or SHARES.get(device.type, 0.5)
+        limit = share if isinstance(share, int) else int(_free_bytes(device) * share)
         positions = limit // sum(model.bytes_per_position for model in members)
         for model in members:
             model.set_capacity(positions)
@@ -62,13 +61,8 @@ def _free_bytes(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     available = int(psutil.virtual_memory().available)
-    limit, used = (_read_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return available if limit is None or used is None else max(min(available, limit - used), 0)
-
-
-def _read_number(path: Path) -> int | None:
-    """Read a number of a control group; None outside of a group or without a limit."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+        limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # outside of a control group, or in one without a limit
+        return available
+    return max(min(available, limit - used), 0)

@@ -33,12 +33,7 @@ class PromptLookup:
     def _match(self) -> int | None:
         text = self._token_ids
         for end in range(self._indexed, len(text)):
-            for n in _NGRAMS:
-                if end >= n:
-                    self._after[tuple(text[end - n : end])] = end
+            self._after |= {tuple(text[end - n : end]): end for n in _NGRAMS if end >= n}
         self._indexed = max(self._indexed, len(text))
-        for n in _NGRAMS:
-            at = self._after.get(tuple(text[-n:]))
-            if at is not None and len(text) >= n:
-                return at
-        return None
+        found = (self._after.get(tuple(text[-n:])) for n in _NGRAMS if len(text) >= n)
+        return next((at for at in found if at is not None), None)

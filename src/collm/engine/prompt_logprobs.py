@@ -43,18 +43,13 @@ def prompt_logprobs(
 @torch.inference_mode()
 def _chunk(logprobs: Tensor, token_ids: Sequence[int], most: int, start: int) -> list[PromptLogprob | None]:
     """The log-probabilities of tokens in their distributions, shape (T, V)."""
-    gold = torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1)
-    gold_logprobs = logprobs.gather(-1, gold)
-    if gold_logprobs.isnan().any():
+    gold = logprobs.gather(-1, torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1))
+    if gold.isnan().any():
         raise ModelFailure(f"a model returned NaN logits after {start} tokens of the prompt; check its weights")
-    ranks = (logprobs >= gold_logprobs).sum(-1).tolist()
+    ranks = (logprobs >= gold).sum(-1).tolist()
     values, ids = (each.tolist() for each in logprobs.topk(min(most, logprobs.shape[-1])))
-    return [
-        PromptLogprob(token_id, logprob, rank, tuple(zip(likely, tops, strict=True)))
-        for token_id, logprob, rank, likely, tops in zip(
-            token_ids, gold_logprobs.squeeze(-1).tolist(), ranks, ids, values, strict=True
-        )
-    ]
+    rows = zip(token_ids, gold.squeeze(-1).tolist(), ranks, ids, values, strict=True)
+    return [PromptLogprob(*gold, tuple(zip(likely, tops, strict=True))) for *gold, likely, tops in rows]
 
 
 @torch.inference_mode()

@@ -51,7 +51,8 @@ class ModelRunner(SlotTable):
         super().__init__(model, paged=model.device.type != "cpu" or bool(static))
         self.usage = ModelUsage()
         self.max_pass_tokens = max_pass_tokens
-        self._window = _smallest_window(model)
+        windows = [getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        self._window = min(filter(None, windows), default=None)
         self._static: StaticPasses | None = None
         self._is_static = False
         self._check()
@@ -228,8 +229,3 @@ def _split(chunks: Sequence[NewTokens], budget: int) -> list[list[NewTokens]]:
             room -= end - at
             at = end
     return passes
-
-
-def _smallest_window(model: LanguageModel) -> int | None:
-    windows = [getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((window for window in windows if window), default=None)

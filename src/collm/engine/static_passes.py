@@ -103,7 +103,7 @@ class StaticPass:
 
     def outputs(self, chunks: Sequence[NewTokens]) -> tuple[Tensor, Tensor | None]:
         """Copy the hidden states to keep, (R, H), and logits (R, V) if only the last token of each chunk is kept."""
-        if all([chunk.keep == 1 for chunk in chunks]):
+        if all(chunk.keep == 1 for chunk in chunks):
             return self.hidden[self.last[: len(chunks)]], self.logits[: len(chunks)].clone()
         ends = [i * self._width + len(chunk.positions) for i, chunk in enumerate(chunks)]
         kept = [at for end, chunk in zip(ends, chunks, strict=True) for at in range(end - chunk.keep, end)]
