@@ -40,9 +40,6 @@ def share_cache_memory(models: Sequence[SlotTable], memory: str | int | None) ->
 
     Args:
         memory: limit per device, as in `cache_bytes`; None for the default share.
-
-    Raises:
-        ConfigError: the memory is too small for a cache.
     """
     wanted = cache_bytes(memory)
     by_device: dict[torch.device, list[SlotTable]] = {}

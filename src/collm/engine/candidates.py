@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from collm.engine.chunks import Chunks, chunks, read_chunk
+from collm.engine.chunks import Chunks, Runners, chunks, read_chunk
 from collm.engine.runner import ModelRunner
 from collm.errors import RequestError
 from collm.models.assistant import ModelOutput
@@ -19,13 +19,12 @@ from collm.text.token_text import TokenText
 
 Candidates = Sequence[tuple[str, float]]
 """Token texts with an author's probabilities, most probable first."""
-
 Likely = list[tuple[int, float]]
 """Token ids with probabilities, most probable first."""
 
 
 def top_candidates(
-    runners: Sequence[ModelRunner | ToolRunner],
+    runners: Runners,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[int],
     token_ids: Sequence[int],
@@ -38,15 +37,10 @@ def top_candidates(
     Args:
         runners: runners of the authors, the base first.
         most: number of candidates per author.
-
-    Raises:
-        RequestError: prompt and answer exceed a model's context.
-        CacheFull: running requests use the KV cache.
     """
     text = [*prompt_ids, *token_ids]
     for start, end in chunks(len(prompt_ids), len(text), runners[0].model.vocab_size):
-        outputs = [read_chunk(runner, text, start, end) for runner in runners]
-        by_author = [_top_tokens(output, slice(None), most) for output in outputs]
+        by_author = [_top_tokens(read_chunk(runner, text, start, end), slice(None), most) for runner in runners]
         yield spelled(tokenizer, text[:start], text[start:end], by_author)
 
 
@@ -66,11 +60,7 @@ def spelled(
 
 
 def aligned_candidates(
-    runners: Sequence[ModelRunner | ToolRunner],
-    alignment: Alignment,
-    prompts: Sequence[list[int]],
-    token_ids: Sequence[int],
-    most: int = 5,
+    runners: Runners, alignment: Alignment, prompts: Sequence[list[int]], token_ids: Sequence[int], most: int = 5
 ) -> Chunks[list[Candidates]]:
     """Like `top_candidates`, for authors with different tokenizers. Assistants have candidates at boundaries only.
 
@@ -109,11 +99,11 @@ def _opening_candidates(
     if encoded is None:
         raise RequestError(f"the tokenizer of {tokenizer.name} cannot encode the answer; pass another answer")
     text, ends = [*prompt, *encoded.ids], [0, *encoded.ends]
-    wanted = {len(prompt) + ends.index(at): alignment.row(answer[:at]) for at in boundaries}
+    wanted = {len(prompt) + ends.index(at): at for at in boundaries}
     for start, end in chunks(len(prompt), len(text) + 1, runner.model.vocab_size):
         output = read_chunk(runner, text, start, end)
         for position in [at for at in range(start, end) if at in wanted]:
-            mask = alignment.opening_mask(author, wanted[position], output.logits.device)
+            mask = alignment.opening_mask(author, alignment.row(answer[: wanted[position]]), output.logits.device)
             (likely,) = _top_tokens(output, slice(position - start, position - start + 1), most, mask)
             yield [(tokenizer.shown(one), prob) for one, prob in likely if prob]
 

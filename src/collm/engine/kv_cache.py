@@ -70,11 +70,7 @@ class KVCache(Cache):  # type: ignore[misc]
         return self.used * self.bytes_per_position
 
     def hold(self, slot: int, length: int) -> None:
-        """Allocate `length` positions for a slot.
-
-        Raises:
-            RequestError: `length` exceeds the maximum length of a slot.
-        """
+        """Allocate `length` positions for a slot."""
         if length > self.max_length:
             raise RequestError(
                 f"a sequence has {length} tokens, but the KV cache holds at most {self.max_length} tokens per "
@@ -212,11 +208,9 @@ class PagedCache(KVCache):
         pages = self.pages.setdefault(slot, [])
         before, after = len(pages), self.held.get(slot, 0) // PAGE
         if after > before:
-            taken = self._free[before - after :][::-1]
-            assert len(taken) == after - before, "the caller must release missing pages first"
-            del self._free[before - after :]
-            pages += taken
-            self.table[slot, before:after] = to_device(taken, self.table.device, torch.int32)
+            assert after - before <= len(self._free), "the caller must release missing pages first"
+            pages += [self._free.pop() for _ in range(after - before)]
+            self.table[slot, before:after] = to_device(pages[before:], self.table.device, torch.int32)
 
     def release(self, slot: int, *, wipe: bool = False) -> None:
         super().release(slot)

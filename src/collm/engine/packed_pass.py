@@ -3,7 +3,8 @@
 The new tokens of all sequences form a single row (1, T) with explicit positions, so that only attention distinguishes
 sequences. A `PackedPass` has no padding. A `StaticPass` (`static_passes`) is padded to one of a few shapes.
 
-Shapes: T tokens, n slots of a group, width queries per slot of a group, H heads, L cached positions, D head dimension.
+Shapes: T tokens, n slots of a group, width queries per slot of a group, H heads, H_kv key heads, L cached positions, D
+and D_v head dimensions.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from collm.core.transfers import to_device
 from collm.engine.kv_cache import KVCache, PagedCache
-from collm.engine.slot_attention import fused_attention, plain_attention
 from collm.errors import UnsupportedModel
 from collm.models.language_model import LanguageModel
 
@@ -32,11 +33,13 @@ _CACHE_ARGUMENT = "cache" if Version(transformers.__version__).release >= (5, 24
 _MAX_GROUP_WIDTH = 16  # longer rows have an attention call of their own
 _SMALL_CALL = 4096  # number of scores below which a call's overhead dominates
 
+Memory = tuple[Tensor, Tensor]
+"""Keys and values of a layer, as the cache holds them."""
 Mask = tuple[Callable[..., Tensor], int | None]
 """A mask function of transformers, which takes indices of batch, head, queries and keys; and its window, if any."""
 
 
-class NewTokens(NamedTuple):
+class SlotTokens(NamedTuple):
     """New tokens of one slot in a pass.
 
     Attributes:
@@ -86,7 +89,7 @@ class PackedPass:
         num_cached: number of cached tokens of the longest sequence.
     """
 
-    def __init__(self, chunks: Sequence[NewTokens], cache: KVCache, device: torch.device, window: int | None) -> None:
+    def __init__(self, chunks: Sequence[SlotTokens], cache: KVCache, device: torch.device, window: int | None) -> None:
         self.chunks = sorted(chunks, key=lambda chunk: (len(chunk.positions) > _MAX_GROUP_WIDTH, chunk.slot))
         sizes = [len(chunk.positions) for chunk in self.chunks]
         *starts, size = accumulate(sizes, initial=0)
@@ -106,16 +109,7 @@ class PackedPass:
         self._cache = cache
         self._masks: dict[tuple[Callable[..., Tensor], int, torch.device], Tensor] = {}
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        memory: tuple[Tensor, Tensor],
-        mask: Mask,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, module: Any, query: Tensor, memory: Memory, mask: Mask, scale: float, **caps: Any) -> Tensor:
         """Attention of queries (H, T, D) over a layer's keys and values, group by group: (T, H, D_v)."""
         outputs = []
         for i, group in enumerate(self._groups):
@@ -123,10 +117,10 @@ class PackedPass:
             queries = query[:, group.tokens]  # (H, n * width, D)
             queries = queries.reshape(len(query), len(keys), group.width, -1).transpose(0, 1)  # (n, H, width, D)
             bias = self._bias(i, mask[0], query) if group.masked else None
-            if softcap is None and sinks is None:
-                attended = fused_attention(queries, keys, values, bias, scale)
+            if caps["softcap"] is None and caps["sinks"] is None:
+                attended = _fused_attention(queries, keys, values, bias, scale)
             else:
-                attended = plain_attention(queries, keys, values, bias, scale, softcap, sinks)
+                attended = _plain_attention(queries, keys, values, bias, scale, **caps)
             attended = attended.transpose(1, 2).flatten(0, 1)  # (n * width, H, D_v)
             outputs.append(attended if group.kept is None else attended[group.kept])
         return torch.cat(outputs)
@@ -146,15 +140,10 @@ class PackedPass:
 
 
 def _groups(
-    chunks: Sequence[NewTokens], start_of: Mapping[int, int], windowed: bool, device: torch.device
+    chunks: Sequence[SlotTokens], start_of: Mapping[int, int], windowed: bool, device: torch.device
 ) -> list[Group]:
-    """Form groups of neighbouring chunks.
-
-    Args:
-        start_of: slot -> index of its first packed token.
-        windowed: whether some sequence is longer than a window.
-    """
-    members: list[list[NewTokens]] = []
+    """Form groups of neighbouring chunks. Each slot's first packed token is at `start_of[slot]`."""
+    members: list[list[SlotTokens]] = []
     for chunk in chunks:
         if members and _may_share([*members[-1], chunk]):
             members[-1].append(chunk)
@@ -173,7 +162,7 @@ def _groups(
     return groups
 
 
-def _may_share(rows: Sequence[NewTokens]) -> bool:
+def _may_share(rows: Sequence[SlotTokens]) -> bool:
     """Whether at most half of a shared attention call would be padding."""
     width, longest = max([len(row.positions) for row in rows]), max([row.positions.stop for row in rows])
     scores = (rows[-1].slot - rows[0].slot + 1) * width * longest
@@ -181,7 +170,7 @@ def _may_share(rows: Sequence[NewTokens]) -> bool:
     return width <= _MAX_GROUP_WIDTH and scores <= max(_SMALL_CALL, 2 * needed)
 
 
-def _padding(rows: Sequence[NewTokens], at: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _padding(rows: Sequence[SlotTokens], at: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Indices `Group.tokens` and `Group.kept`. Padding repeats a real token of the group."""
     first, last = rows[0].slot, rows[-1].slot
     padded = [at] * ((last - first + 1) * width)
@@ -193,6 +182,50 @@ def _padding(rows: Sequence[NewTokens], at: int, width: int, device: torch.devic
         at += size
     tokens, queries = to_device([*padded, *kept], device).split([len(padded), len(kept)])
     return tokens, queries
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of queries (n, H, width, D) over keys (n, H_kv, L, D): (n, H, width, D_v).
+
+    Args:
+        mask: added to the scores, shape (n, 1, width, L); None if each query sees the keys up to its own.
+    """
+    batch, heads, width, _ = query.shape
+    shared = heads // key.shape[1]
+    if mask is None and width > 1:  # a whole prompt, causal from position 0
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared > 1)
+    # Fold query heads that share a key head into more queries of that head, so that keys are not copied.
+    folded = query.reshape(batch, heads // shared, shared * width, -1)
+    if mask is not None and shared > 1 and width > 1:
+        mask = mask.repeat(1, 1, shared, 1)
+    attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    return attended.reshape(batch, heads, width, -1)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Like `_fused_attention`, with capped scores (Gemma 2) or a sink per head (GPT-OSS)."""
+    shared, width = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    scores = query @ key.transpose(2, 3) * scale  # (n, H, width, L)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and width > 1:
+        mask = torch.full((width, key.shape[2]), -torch.inf, dtype=scores.dtype, device=query.device).triu(1)
+    if mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, width, 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
+    return weights @ value
 
 
 def run_model(model: LanguageModel, cache: KVCache, layout: Any) -> Tensor:
@@ -227,8 +260,8 @@ def _slot_attention(
         missing = "no slot layout" if slot_pass is None else "a position bias"
         raise UnsupportedModel(f"{type(module).__name__} calls attention with {missing}; collm cannot run it exactly")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    caps = options.get("softcap"), options.get("s_aux")
-    return slot_pass.attend(module, query[0], (key, value), attention_mask, scale, *caps).unsqueeze(0), None
+    caps = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
+    return slot_pass.attend(module, query[0], (key, value), attention_mask, scale, **caps).unsqueeze(0), None
 
 
 def _deferred_mask(mask_function: Callable[..., Tensor], local_size: int | None = None, **options: Any) -> Mask:

@@ -139,28 +139,25 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend from W consecutive queries of each row to the cached keys of its slot.
+    """Attend from W consecutive queries of each row to the cached keys of its slot: (T, H, D_v).
 
     Args:
         query: shape (T, H, D), row by row, with stride 1 in the last dimension.
         key, value: shape (N, page, H_kv, D) and (N, page, H_kv, D_v).
-        table: the pages of each slot, in order, shape (S, P), int32.
-        slots: the slot of each row, shape (B,), int32.
-        positions: position of each query, shape (T,), int32; -1 for padding, whose output is 0.
+        table, slots: the pages of each slot, in order, shape (S, P), int32; and the slot of each row, shape (B,).
+        positions: position of each query, shape (T,); -1 for padding, whose output is 0.
         mask_kind: sliding window and chunk size, 0 for none, shape (2,), int32.
-        scale: factor of the scores.
         softcap: scores x become softcap * tanh(x / softcap).
         sinks: a logit per head that takes part in the softmax without a value, shape (H,).
-
-    Returns:
-        Shape (T, H, D_v), in the dtype of the queries.
     """
     tokens, heads, dim = query.shape
     rows, (_, page, kv_heads, dim_v) = len(slots), value.shape
     width, group = tokens // rows, heads // kv_heads
     block_m = min(64, max(16, triton.next_power_of_2(width * group)))
     tiles = triton.cdiv(width * group, block_m)
-    splits = _splits(rows * tiles * kv_heads, query.device)
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
+    # The programs should fill the device about twice.
+    splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(2 * processors, rows * tiles * kv_heads)))
     partial = query.new_empty(tokens, heads, splits, dim_v, dtype=torch.float32)
     highest, total = (query.new_empty(tokens, heads, splits, dtype=torch.float32) for _ in range(2))
     output = query.new_empty(tokens, heads, dim_v)
@@ -177,9 +174,3 @@ def paged_attention(
         BLOCK_S=triton.next_power_of_2(splits), SINKS=sinks is not None, **blocks,
     )  # fmt: skip
     return output
-
-
-def _splits(programs: int, device: torch.device) -> int:
-    """Number of splits such that the programs fill the device about twice."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return int(min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(2 * processors, programs))))

@@ -13,7 +13,7 @@ from collm.core.transfers import to_device
 from collm.core.types import ModelUsage
 from collm.engine.cache_memory import share_cache_memory
 from collm.engine.kv_cache import PagedCache
-from collm.engine.packed_pass import NewTokens, PackedPass, run_model
+from collm.engine.packed_pass import SlotTokens, PackedPass, run_model
 from collm.engine.slot_check import CHECK_POSITIONS, check_against_plain_forward
 from collm.engine.slot_table import SlotTable
 from collm.engine.static_passes import StaticPasses, bucket_of, can_run_static
@@ -55,21 +55,19 @@ class ModelRunner(SlotTable):
         self._window = min(filter(None, windows), default=None)
         self._static: StaticPasses | None = None
         self._is_static = False
-        self._check()
+        self.set_capacity(CHECK_POSITIONS)
+        check_against_plain_forward(model, self)
         self.bytes_per_position = self._cache.bytes_per_position
         if can_run_static(model) and (model.device.type == "cuda" if static is None else static):
             self._is_static = True
             try:
-                self._check()
+                self.set_capacity(CHECK_POSITIONS)
+                check_against_plain_forward(model, self)
             except UnsupportedModel as error:
                 self._fall_back_to_eager(error)
                 self._texts, self._closed = [], []
         self.usage = ModelUsage()
         share_cache_memory([self], cache_memory)
-
-    def _check(self) -> None:
-        self.set_capacity(CHECK_POSITIONS)
-        check_against_plain_forward(self.model, self)
 
     def _fall_back_to_eager(self, error: UnsupportedModel) -> None:
         _LOG.warning("%s runs without CUDA graphs, which is slower: %s", self.name, error)
@@ -135,9 +133,6 @@ class ModelRunner(SlotTable):
         Returns:
             The hidden state after the last token of each slot, shape (R, H), and a function that maps n of these rows
             to their logits, shape (n, V).
-
-        Raises:
-            RequestError, Exception: as in `extend`.
         """
         hidden, logits = self._read(unseen, dict.fromkeys(unseen, 1))
         return hidden, lambda rows: self.model.logits(hidden[rows]) if logits is None else logits[rows]
@@ -159,7 +154,7 @@ class ModelRunner(SlotTable):
         for slot, token_ids in unseen.items():
             assert token_ids, "every slot needs at least one new token"
             start = len(self._texts[slot])
-            chunks.append(NewTokens(slot, range(start, start + len(token_ids)), token_ids, keep[slot]))
+            chunks.append(SlotTokens(slot, range(start, start + len(token_ids)), token_ids, keep[slot]))
         ends = {chunk.slot: chunk.positions.stop + run for chunk in chunks}
         longest = max(ends.values())
         if self.max_length is not None and longest > self.max_length:
@@ -213,9 +208,9 @@ class ModelRunner(SlotTable):
         return ModelOutput(torch.cat(logits)[at], torch.cat(hidden)[at], followed=read)
 
 
-def _split(chunks: Sequence[NewTokens], budget: int) -> list[list[NewTokens]]:
+def _split(chunks: Sequence[SlotTokens], budget: int) -> list[list[SlotTokens]]:
     """Split chunks into passes of at most `budget` tokens, in order."""
-    passes: list[list[NewTokens]] = [[]]
+    passes: list[list[SlotTokens]] = [[]]
     room = budget
     for slot, positions, token_ids, keep in chunks:
         at = 0
@@ -225,7 +220,7 @@ def _split(chunks: Sequence[NewTokens], budget: int) -> list[list[NewTokens]]:
                 room = budget
             end = min(at + room, len(positions))
             kept = max(end - max(len(positions) - keep, at), 0)
-            passes[-1].append(NewTokens(slot, positions[at:end], token_ids[at:end], kept))
+            passes[-1].append(SlotTokens(slot, positions[at:end], token_ids[at:end], kept))
             room -= end - at
             at = end
     return passes

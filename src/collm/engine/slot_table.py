@@ -26,6 +26,7 @@ class SlotTable:
 
     Attributes:
         max_length: largest number of tokens of a sequence in the model's context; None if unlimited.
+        capacity: positions that all slots together can hold, in whole pages (`kv_cache.in_pages`).
         bytes_per_position: memory of a token's keys and values; 0 until it is measured.
     """
 
@@ -46,11 +47,6 @@ class SlotTable:
         return len(self._texts) - len(self._closed)
 
     @property
-    def capacity(self) -> int:
-        """Positions that all slots together can hold, in whole pages (`kv_cache.in_pages`)."""
-        return self._cache.capacity
-
-    @property
     def most_slots(self) -> int:
         """Number of slots that can be open at once."""
         return self._cache.slots
@@ -61,11 +57,7 @@ class SlotTable:
         return self._cache.allocated_bytes
 
     def set_capacity(self, positions: int) -> None:
-        """Allocate a new cache of `positions` positions. The content of closed slots is dropped.
-
-        Raises:
-            ConfigError: `positions` is less than a page.
-        """
+        """Allocate a new cache of `positions` positions. The content of closed slots is dropped."""
         if positions < PAGE:
             raise ConfigError(
                 f"the KV cache memory of {self.name} holds {positions} tokens of {self.bytes_per_position:,} "
@@ -77,27 +69,22 @@ class SlotTable:
             self._cache = PagedCache(positions, self.max_length, self._input_device)
         else:
             self._cache = ReservedCache(positions, self.max_length)
+        self.capacity = self._cache.capacity
 
     @torch.inference_mode()
     def open(self, token_ids: Sequence[int] = ()) -> int:
-        """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all.
-
-        Raises:
-            CacheFull: all slots are open.
-        """
+        """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all."""
         source, shared = self._longest_prefix(token_ids)
-        if source in self._closed and 2 * shared >= len(self._texts[source]):
-            slot = source  # reuse it, as little of its content is lost
-        else:
-            slot = self._free_slot()
-            if slot != source:
-                self._cache.release(slot)
-                try:
-                    if shared:
-                        self._make_room({slot: shared}, except_slot=source)
-                        self._cache.copy(source, slot, shared)
-                except CacheFull:
-                    shared = 0
+        loses_little = source in self._closed and 2 * shared >= len(self._texts[source])
+        slot = source if loses_little else self._free_slot()
+        if slot != source:
+            self._cache.release(slot)
+            try:
+                if shared:
+                    self._make_room({slot: shared}, except_slot=source)
+                    self._cache.copy(source, slot, shared)
+            except CacheFull:
+                shared = 0
         if slot in self._closed:
             self._closed.remove(slot)
         self._texts[slot] = list(token_ids[:shared])
@@ -133,11 +120,7 @@ class SlotTable:
         self._texts[slot].extend(token_ids)
 
     def _make_room(self, lengths: Mapping[int, int], *, except_slot: int = -1) -> None:
-        """Allocate cache for `lengths` tokens of slots that hold less, dropping caches of closed slots if necessary.
-
-        Raises:
-            CacheFull: the open slots use too much of the cache.
-        """
+        """Allocate cache for `lengths` tokens of slots that hold less, dropping caches of closed slots if necessary."""
         cache = self._cache
         growth = sum([in_pages(length) - cache.held.get(slot, 0) for slot, length in lengths.items()])
         missing = cache.used + growth - cache.capacity

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from collm.core.transfers import to_device
 from collm.engine.kv_cache import PagedCache
-from collm.engine.packed_pass import Mask, NewTokens, run_model
+from collm.engine.packed_pass import Mask, Memory, SlotTokens, run_model
 from collm.errors import UnsupportedModel
 from collm.models.language_model import LanguageModel
 
@@ -65,7 +66,7 @@ class StaticPass:
         self.token_ids, self.positions, self.places, self.queries, self.slots, self.last = parts
         self.fill([])
 
-    def fill(self, chunks: Sequence[NewTokens]) -> None:
+    def fill(self, chunks: Sequence[SlotTokens]) -> None:
         """Set all inputs with one copy to the device. There are at most `batch` chunks, each of a row."""
         missing = self._batch - len(chunks)
         positions = [chunk.positions for chunk in chunks]
@@ -78,19 +79,10 @@ class StaticPass:
         self._inputs.copy_(to_device(inputs, self._inputs.device))
 
     def _padded(self, rows: Sequence[Sequence[int]], value: int) -> list[int]:
-        filled = [each for row in rows for each in (*row, *[value] * (self._width - len(row)))]
-        return filled + [value] * (self._width * (self._batch - len(rows)))
+        rows = [*rows, *[()] * (self._batch - len(rows))]
+        return [each for row in rows for each in (*row, *[value] * (self._width - len(row)))]
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        memory: tuple[Tensor, Tensor],
-        mask: Mask,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, module: Any, query: Tensor, memory: Memory, mask: Mask, scale: float, **caps: Any) -> Tensor:
         """Attention of queries (H, T, D) over a layer's keys and values in pages: (T, H, D_v)."""
         from collm.engine.paged_attention import paged_attention  # requires Triton, which PyTorch for GPUs includes
 
@@ -98,10 +90,9 @@ class StaticPass:
             kind = mask_kind(*mask, query.device)
             self._kinds[module] = torch.tensor(kind, dtype=torch.int32, device=query.device)
         rows = self._cache.table, self.slots, self.queries
-        caps = {"scale": scale, "softcap": softcap, "sinks": sinks}
-        return paged_attention(query.transpose(0, 1), *memory, *rows, self._kinds[module], **caps)
+        return paged_attention(query.transpose(0, 1), *memory, *rows, self._kinds[module], scale=scale, **caps)
 
-    def outputs(self, chunks: Sequence[NewTokens]) -> tuple[Tensor, Tensor | None]:
+    def outputs(self, chunks: Sequence[SlotTokens]) -> tuple[Tensor, Tensor | None]:
         """Copy the hidden states to keep, (R, H), and logits (R, V) if only the last token of each chunk is kept."""
         if all(chunk.keep == 1 for chunk in chunks):
             return self.hidden[self.last[: len(chunks)]], self.logits[: len(chunks)].clone()
@@ -127,11 +118,7 @@ class StaticPasses:
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def prepare(self, most_rows: int) -> None:
-        """Capture all passes of up to `most_rows` rows, the largest first so that the others reuse its memory.
-
-        Raises:
-            UnsupportedModel: the model cannot be captured.
-        """
+        """Capture all passes of up to `most_rows` rows, the largest first so that the others reuse its memory."""
         start, free = time.perf_counter(), self._free_bytes()
         rows = next((batch for batch in BATCHES if batch >= most_rows), BATCHES[-1])
         wanted = [(w, b) for w in WIDTHS for b in BATCHES if b <= rows and w * b <= MOST_TOKENS]
@@ -146,7 +133,7 @@ class StaticPasses:
         return torch.cuda.mem_get_info(self._model.device)[0] if self._captures else 0
 
     def run(
-        self, shape: tuple[int, int], chunks: Sequence[NewTokens], following: Tensor | None
+        self, shape: tuple[int, int], chunks: Sequence[SlotTokens], following: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Run one pass of the shape that `bucket_of` returns. Returns what `StaticPass.outputs` does.
 
@@ -188,15 +175,7 @@ class StaticPasses:
 
 
 def mask_kind(mask_function: Callable[..., Tensor], size: int | None, device: torch.device) -> tuple[int, int]:
-    """Classify a mask function by evaluating it. Returns the sliding window and the chunk size, 0 for none.
-
-    Args:
-        mask_function: takes indices of batch, head, queries and keys, as in transformers.
-        size: the size of the window or chunk, if any.
-
-    Raises:
-        UnsupportedModel: the mask is neither causal, nor a sliding window, nor chunked.
-    """
+    """Classify a mask function by evaluating it. Returns the sliding window and the chunk size, 0 for none."""
     step = size or 16
     at = sorted({0, 1, 2, 1 << 20} | {multiple * step + off for multiple in (1, 2, 3, 10) for off in (-1, 0, 1)})
     near = {query + off - back for query in at for off in (-1, 0, 1) for back in (0, step)}
@@ -217,10 +196,8 @@ def mask_kind(mask_function: Callable[..., Tensor], size: int | None, device: to
 def can_run_static(model: LanguageModel) -> bool:
     """Whether the model lies on a single device that Triton supports."""
     devices = {parameter.device for parameter in model.module.parameters()}
-    if len(devices) > 1:
+    if len(devices) > 1 or find_spec("triton") is None:
         return False
-    try:
-        import triton
-    except ImportError:
-        return False
+    import triton
+
     return model.device.type == "cuda" or bool(triton.knobs.runtime.interpret)

@@ -15,7 +15,6 @@ class TextStream:
     """Incremental detokeniser of one completion.
 
     Args:
-        tokenizer: any transformers tokenizer.
         prompt_ids: the prompt, whose last tokens may affect the spelling of the completion.
         stop: strings that end the text.
         keep_stop: whether to keep the stop string in the text.
