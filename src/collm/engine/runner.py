@@ -13,7 +13,7 @@ from collm.core.transfers import to_device
 from collm.core.types import ModelUsage
 from collm.engine.cache_memory import share_cache_memory
 from collm.engine.kv_cache import PagedCache
-from collm.engine.packed_pass import SlotTokens, PackedPass, run_model
+from collm.engine.packed_pass import PackedPass, SlotTokens, run_model
 from collm.engine.slot_check import CHECK_POSITIONS, check_against_plain_forward
 from collm.engine.slot_table import SlotTable
 from collm.engine.static_passes import StaticPasses, bucket_of, can_run_static
