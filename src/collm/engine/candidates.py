@@ -17,10 +17,8 @@ from collm.models.tools import ToolRunner
 from collm.text.alignment import Alignment
 from collm.text.token_text import TokenText
 
-Candidates = Sequence[tuple[str, float]]
-"""Token texts with an author's probabilities, most probable first."""
-Likely = list[tuple[int, float]]
-"""Token ids with probabilities, most probable first."""
+Candidates = Sequence[tuple[str, float]]  # token texts with an author's probabilities, most probable first
+Likely = list[tuple[int, float]]  # token ids with probabilities, most probable first
 
 
 def top_candidates(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_NGRAMS = (3, 2)
-"""Lengths of the n-grams that are looked up, in order."""
+_NGRAMS = (3, 2)  # lengths of the n-grams that are looked up, in order
 
 
 class PromptLookup:

@@ -101,7 +101,7 @@ class PackedPass:
             places = [chunk.slot for chunk in self.chunks for _ in chunk.positions]
         by_chunk = [*[chunk.token_ids for chunk in self.chunks], *[chunk.positions for chunk in self.chunks]]
         inputs = to_device([*chain.from_iterable(by_chunk), *places, *kept], device)
-        self.token_ids, self.positions, self.places, *_ = inputs.split(size)
+        self.token_ids, self.positions, self.places, *_ = torch.split(inputs, size)
         self.kept = None if kept == list(range(size)) else inputs[3 * size :]
         longest = max([chunk.positions.stop for chunk in self.chunks])
         self.num_cached = longest - max(sizes)
@@ -180,7 +180,7 @@ def _padding(rows: Sequence[SlotTokens], at: int, width: int, device: torch.devi
         padded[place : place + width] = [at + min(i, size - 1) for i in range(width)]
         kept += range(place, place + size)
         at += size
-    tokens, queries = to_device([*padded, *kept], device).split([len(padded), len(kept)])
+    tokens, queries = torch.split(to_device([*padded, *kept], device), [len(padded), len(kept)])
     return tokens, queries
 
 

@@ -44,7 +44,10 @@ def _chunk(logprobs: Tensor, token_ids: Sequence[int], most: int, start: int) ->
     ranks = (logprobs >= gold).sum(-1).tolist()
     values, ids = (each.tolist() for each in logprobs.topk(min(most, logprobs.shape[-1])))
     rows = zip(token_ids, gold.squeeze(-1).tolist(), ranks, ids, values, strict=True)
-    return [PromptLogprob(*gold, tuple(zip(likely, tops, strict=True))) for *gold, likely, tops in rows]
+    return [
+        PromptLogprob(token_id, logprob, rank, tuple(zip(likely, tops, strict=True)))
+        for token_id, logprob, rank, likely, tops in rows
+    ]
 
 
 @torch.inference_mode()

@@ -62,7 +62,7 @@ class StaticPass:
         self._kinds = kinds
         sizes = [width * batch] * 4 + [batch] * 2
         self._inputs = torch.zeros(sum(sizes), dtype=torch.long, device=cache.table.device)
-        parts = self._inputs.split(sizes)
+        parts = torch.split(self._inputs, sizes)
         self.token_ids, self.positions, self.places, self.queries, self.slots, self.last = parts
         self.fill([])
 
