@@ -202,7 +202,7 @@ class Bench:
             for _ in range(48):
                 engine.step()
             held = sum(runner.cache_bytes for runner in self.pair.runners)
-            needed = sum(one.bytes_per_position * sum(one.lengths) for one in self.pair.runners)
+            needed = sum(one.bytes_per_position * sum(map(len, one._texts)) for one in self.pair.runners)
             engine.close()
             rows.append(
                 _logged({"batch": batch, "longest_prompt": len(prompts[-1]), "held_over_needed": held / needed})

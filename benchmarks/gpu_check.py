@@ -214,7 +214,7 @@ class GpuCheck:
 
 
 def _cache_bytes(runner: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in runner._cache.layers if layer.is_initialized)
+    return sum(memory.nbytes for layer in runner._cache.memory.values() for memory in layer)
 
 
 def _used(device: torch.device) -> int:

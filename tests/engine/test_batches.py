@@ -374,7 +374,7 @@ def test_cache_memory_is_shared_so_that_all_models_hold_equally_much(pair: CoLLM
 def test_memory_is_taken_as_it_is_written_and_given_back(pair: CoLLM) -> None:
     runner = pair.runners[0]
     runner.extend({(first := runner.open([])): [5]})
-    keys = runner._cache.layers[0].keys
+    keys = runner._cache.memory[0][0]
     before = _resident(keys)
     runner.extend({(slot := runner.open([])): [5] * 90})
     taken = _resident(keys) - before

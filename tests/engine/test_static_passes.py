@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import MistralConfig, PreTrainedModel
 
 from collm.engine.runner import ModelRunner
-from collm.engine.slot_attention import mask_kind
-from collm.engine.static_passes import MOST_TOKENS, bucket_of
+from collm.engine.static_passes import MOST_TOKENS, bucket_of, mask_kind
 from collm.models.language_model import LanguageModel
 from tests.architectures import ARCHITECTURES, EXACT
 from tests.engine.test_runner import plain_logits, play_schedule
@@ -128,7 +127,7 @@ def _check_static(name: str, device: str, steps: int) -> None:
     assert runner._static is not None
     before = model.config._attn_implementation
     play_schedule(model, runner, seed=3, steps=steps)
-    assert runner._static._buckets
+    assert runner._static._passes
     assert model.config._attn_implementation == before
 
 
@@ -178,7 +177,7 @@ def test_a_run_reads_on_with_what_it_finds_likeliest(
 def test_a_mask_that_the_kernel_does_not_know_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.engine.slot_attention.mask_kind", _unknown)
+    monkeypatch.setattr("collm.engine.static_passes.mask_kind", _unknown)
     model = make_model(tiny_config(), seed=0)
     with caplog.at_level(logging.WARNING):
         runner = static_runner(model, "the expert")
@@ -244,7 +243,7 @@ def test_an_engine_makes_the_passes_of_its_batch_ahead(
     with caplog.at_level(logging.INFO):
         runner.prepare(3)
         runner.prepare(2)
-    assert set(runner._static._buckets) == {(width, batch) for width in (1, 2, 4, 8, 16) for batch in (1, 2, 4)}
+    assert set(runner._static._passes) == {(width, batch) for width in (1, 2, 4, 8, 16) for batch in (1, 2, 4)}
     assert [record.getMessage()[:20] for record in caplog.records] == ["m: 15 CUDA graphs in"]
-    logits = runner._static._buckets[1, 1].logits
+    logits = runner._static._passes[1, 1].logits
     assert not logits.requires_grad

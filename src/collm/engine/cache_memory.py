@@ -5,28 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 import torch
 
+from collm.engine.slot_table import SlotTable
 from collm.errors import ConfigError
 
 SHARES = {"cpu": 0.5, "cuda": 0.8}
 """Default share of the memory that is free after loading the models."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class Cached(Protocol):
-    """A model with its own KV cache."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def bytes_per_position(self) -> int: ...
-
-    def set_capacity(self, positions: int) -> None: ...
 
 
 def cache_bytes(memory: str | int | None) -> int | float | None:
@@ -47,23 +35,19 @@ def cache_bytes(memory: str | int | None) -> int | float | None:
     raise ConfigError(f"cache_memory is {memory!r}, expected a size such as 4GiB or a share of free memory such as 50%")
 
 
-def share_cache_memory(models: Sequence[Cached], memory: str | int | None) -> None:
+def share_cache_memory(models: Sequence[SlotTable], memory: str | int | None) -> None:
     """Allocate each model's cache. Models on one device share its memory and get the same number of positions.
 
     Args:
         memory: limit per device, as in `cache_bytes`; None for the default share.
-
-    Raises:
-        ConfigError: the memory is too small for a cache.
     """
     wanted = cache_bytes(memory)
-    by_device: dict[torch.device, list[Cached]] = {}
+    by_device: dict[torch.device, list[SlotTable]] = {}
     for model in models:
         by_device.setdefault(model.device, []).append(model)
     for device, members in by_device.items():
-        limit = (
-            wanted if isinstance(wanted, int) else int(_free_bytes(device) * (wanted or SHARES.get(device.type, 0.5)))
-        )
+        share = wanted or SHARES.get(device.type, 0.5)
+        limit = share if isinstance(share, int) else int(_free_bytes(device) * share)
         positions = limit // sum(model.bytes_per_position for model in members)
         for model in members:
             model.set_capacity(positions)
@@ -74,13 +58,8 @@ def _free_bytes(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     available = int(psutil.virtual_memory().available)
-    limit, used = (_read_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return available if limit is None or used is None else max(min(available, limit - used), 0)
-
-
-def _read_number(path: Path) -> int | None:
-    """Read a number of a control group; None outside of a group or without a limit."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+        limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # outside of a control group, or in one without a limit
+        return available
+    return max(min(available, limit - used), 0)

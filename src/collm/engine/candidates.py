@@ -6,45 +6,39 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from collm.engine.chunks import Chunks, chunks, read_chunk
+from collm.engine.chunks import Chunks, Runners, chunks, read_chunk
 from collm.engine.runner import ModelRunner
 from collm.errors import RequestError
+from collm.models.assistant import ModelOutput
 from collm.models.tools import ToolRunner
 from collm.text.alignment import Alignment
 from collm.text.token_text import TokenText
 
-Candidates = Sequence[tuple[str, float]]
-"""Token texts with an author's probabilities, most probable first."""
-
-Likely = list[tuple[int, float]]
-"""Token ids with probabilities, most probable first."""
+Candidates = Sequence[tuple[str, float]]  # token texts with an author's probabilities, most probable first
+Likely = list[tuple[int, float]]  # token ids with probabilities, most probable first
 
 
 def top_candidates(
-    runners: Sequence[ModelRunner | ToolRunner],
+    runners: Runners,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[int],
     token_ids: Sequence[int],
     most: int = 5,
 ) -> Chunks[list[Candidates]]:
-    """For each token of an answer, list each author's most probable tokens, in author order. Yields chunks of tokens.
+    """For each token of an answer, list each author's most probable tokens. Yields chunks of tokens.
 
     A tool has one candidate, or none where it abstains.
 
     Args:
         runners: runners of the authors, the base first.
-        tokenizer: the tokenizer of all authors.
         most: number of candidates per author.
-
-    Raises:
-        RequestError: prompt and answer exceed a model's context.
-        CacheFull: running requests use the KV cache.
     """
     text = [*prompt_ids, *token_ids]
     for start, end in chunks(len(prompt_ids), len(text), runners[0].model.vocab_size):
-        by_author = [_top_tokens(runner, text, start, end, most) for runner in runners]
+        by_author = [_top_tokens(read_chunk(runner, text, start, end), slice(None), most) for runner in runners]
         yield spelled(tokenizer, text[:start], text[start:end], by_author)
 
 
@@ -54,11 +48,7 @@ def spelled(
     token_ids: Sequence[int],
     by_author: Sequence[Sequence[Likely]],
 ) -> list[list[Candidates]]:
-    """Convert candidates from token ids to texts: for each token of an answer, those of each author.
-
-    Args:
-        by_author: for each author, its candidates at each token.
-    """
+    """Convert candidates of each author at each token of an answer to texts, token by token."""
     read = TokenText(tokenizer, prompt_ids)
     texts: list[list[Candidates]] = []
     for token_id, *likely in zip(token_ids, *by_author, strict=True):
@@ -68,21 +58,13 @@ def spelled(
 
 
 def aligned_candidates(
-    runners: Sequence[ModelRunner | ToolRunner],
-    alignment: Alignment,
-    prompts: Sequence[list[int]],
-    token_ids: Sequence[int],
-    most: int = 5,
+    runners: Runners, alignment: Alignment, prompts: Sequence[list[int]], token_ids: Sequence[int], most: int = 5
 ) -> Chunks[list[Candidates]]:
     """Like `top_candidates`, for authors with different tokenizers. Assistants have candidates at boundaries only.
 
     Args:
         prompts: the prompt in each author's tokens.
         token_ids: the answer in the base's tokens. A character that is incomplete at its end is left out.
-
-    Raises:
-        RequestError: prompt and answer exceed a model's context.
-        CacheFull: running requests use the KV cache.
     """
     base = alignment.tokenizers[0]
     spelled = [base.token_bytes[token_id] or b"" for token_id in token_ids]
@@ -118,24 +100,19 @@ def _opening_candidates(
     wanted = {len(prompt) + ends.index(at): at for at in boundaries}
     for start, end in chunks(len(prompt), len(text) + 1, runner.model.vocab_size):
         output = read_chunk(runner, text, start, end)
-        for position in range(start, end):
-            if position not in wanted:
-                continue
-            row, at = position - start, wanted[position]
-            logits = output.logits[row].float()
-            mask = alignment.opening_mask(author, alignment.row(answer[:at]), logits.device)
-            probs, ids = logits.masked_fill(~mask, -torch.inf).softmax(-1).topk(min(most, len(logits)))
-            likely = [
-                (tokenizer.shown(one), prob) for one, prob in zip(ids.tolist(), probs.tolist(), strict=True) if prob
-            ]
-            abstained = bool(output.abstained) and output.abstained[row]
-            yield [] if abstained else likely[:1] if output.abstained else likely
+        for position in [at for at in range(start, end) if at in wanted]:
+            mask = alignment.opening_mask(author, alignment.row(answer[: wanted[position]]), output.logits.device)
+            (likely,) = _top_tokens(output, slice(position - start, position - start + 1), most, mask)
+            yield [(tokenizer.shown(one), prob) for one, prob in likely if prob]
 
 
-def _top_tokens(runner: ModelRunner | ToolRunner, text: Sequence[int], start: int, end: int, most: int) -> list[Likely]:
-    output = read_chunk(runner, text, start, end)
-    probs, ids = output.logits.float().softmax(-1).topk(min(most, output.logits.shape[-1]))
+def _top_tokens(output: ModelOutput, rows: slice, most: int, mask: Tensor | None = None) -> list[Likely]:
+    """The most probable tokens of some rows, of those in the mask; one of a tool, and none where it abstains."""
+    logits = output.logits[rows].float()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    probs, ids = logits.softmax(-1).topk(min(most, logits.shape[-1]))
     found = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), probs.tolist(), strict=True)]
-    if isinstance(runner, ToolRunner):
-        return [[] if abstained else likely[:1] for likely, abstained in zip(found, output.abstained, strict=True)]
-    return found
+    if not output.abstained:
+        return found
+    return [[] if abstained else likely[:1] for likely, abstained in zip(found, output.abstained[rows], strict=True)]

@@ -15,11 +15,10 @@ from collm.models.tools import ToolRunner
 T = TypeVar("T")
 Chunks = Generator[list[T], None, None]
 """One item for each token of a text, chunk by chunk."""
+Runners = Sequence[ModelRunner | ToolRunner]
 
-MAX_POSITIONS = 256
-"""Largest number of positions of a chunk."""
-_MAX_LOGITS = 1 << 25
-"""Largest number of logits of a chunk, 128 MiB in fp32."""
+MAX_POSITIONS = 256  # of a chunk
+_MAX_LOGITS = 1 << 25  # of a chunk, 128 MiB in fp32
 
 
 def chunks(start: int, end: int, vocab_size: int) -> Iterator[tuple[int, int]]:
@@ -34,10 +33,6 @@ def read_chunk(runner: ModelRunner | ToolRunner, text: Sequence[int], start: int
     """Read what precedes each of the tokens [start, end) of a text, shape (end - start, V). `start` is at least 1.
 
     No slot is open afterwards. The runner remembers what it has read until running requests need the space.
-
-    Raises:
-        RequestError: the text exceeds the model's context or its KV cache.
-        CacheFull: running requests use the KV cache.
     """
     text = text[: end - 1]
     check_cache([runner], text)

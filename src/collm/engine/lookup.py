@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_NGRAMS = (3, 2)
-"""Lengths of the n-grams that are looked up, in order."""
+_NGRAMS = (3, 2)  # lengths of the n-grams that are looked up, in order
 
 
 class PromptLookup:
     """Finds the most recent earlier occurrence of a text's last n-gram (prompt lookup decoding, Saxena 2023).
 
-    Args:
-        token_ids: the text. It may be appended to between calls.
+    The text may be appended to between calls.
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
@@ -22,23 +20,14 @@ class PromptLookup:
 
     def draft(self, length: int) -> list[int]:
         """Draft at most `length` tokens; none if the last n-gram is new."""
-        at = self._match()
-        return list(self._token_ids[at : at + length]) if at is not None else []
+        text = self._token_ids
+        for end in range(self._indexed, len(text)):
+            self._after |= {tuple(text[end - n : end]): end for n in _NGRAMS if end >= n}
+        self._indexed = max(self._indexed, len(text))
+        found = (self._after.get(tuple(text[-n:])) for n in _NGRAMS if len(text) >= n)
+        at = next((at for at in found if at is not None), len(text))
+        return list(text[at : at + length])
 
     def next_token(self) -> int | None:
         """The first draft token, or None."""
-        at = self._match()
-        return self._token_ids[at] if at is not None else None
-
-    def _match(self) -> int | None:
-        text = self._token_ids
-        for end in range(self._indexed, len(text)):
-            for n in _NGRAMS:
-                if end >= n:
-                    self._after[tuple(text[end - n : end])] = end
-        self._indexed = max(self._indexed, len(text))
-        for n in _NGRAMS:
-            at = self._after.get(tuple(text[-n:]))
-            if at is not None and len(text) >= n:
-                return at
-        return None
+        return next(iter(self.draft(1)), None)

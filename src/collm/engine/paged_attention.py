@@ -34,67 +34,66 @@ def _attend_split(
 ):  # fmt: skip
     """Attend from one tile of queries that share a key head to one split of the keys."""
     row = tl.program_id(0) // TILES
-    tile = tl.program_id(0) % TILES
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    member = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # queries of the row, token by token
+    member = tl.program_id(0) % TILES * BLOCK_M + tl.arange(0, BLOCK_M)  # queries of the row, token by token
     token = row * WIDTH + member // GROUP
     head = kv_head * GROUP + member % GROUP
     real = member < WIDTH * GROUP
     position = tl.load(positions + token, mask=real, other=-1)  # -1: padding, which attends to nothing
-    end = tl.max(position) + 1
+    window, chunk = tl.load(mask_kind), tl.load(mask_kind + 1)
     first = tl.min(tl.where(position < 0, 2147483647, position))
-    window = tl.load(mask_kind)
-    chunk = tl.load(mask_kind + 1)
     start = tl.where(window > 0, tl.maximum(first - window + 1, 0), 0)
-    start = tl.where(chunk > 0, first // tl.maximum(chunk, 1) * chunk, start)
-    begin = start // BLOCK_N
-    blocks = tl.cdiv(end, BLOCK_N) - begin
-    share = tl.cdiv(blocks, SPLITS)
-    dims = tl.arange(0, BLOCK_D)
-    dims_v = tl.arange(0, BLOCK_V)
+    begin = tl.where(chunk > 0, first // tl.maximum(chunk, 1) * chunk, start) // BLOCK_N
+    end = tl.max(position) + 1
+    share = tl.cdiv(tl.cdiv(end, BLOCK_N) - begin, SPLITS)
+    dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     queries = tl.load(
         query + token[:, None] * query_token + head[:, None] * query_head + dims[None, :],
         mask=real[:, None] & (dims[None, :] < DIM), other=0.0,
     )  # fmt: skip
-    slot = tl.load(slots + row)
+    pages = table + tl.load(slots + row) * table_slot
     best = tl.full([BLOCK_M], -float("inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for block in range(begin + split * share, tl.minimum(begin + (split + 1) * share, begin + blocks)):
+    for block in range(begin + split * share, tl.minimum(begin + (split + 1) * share, tl.cdiv(end, BLOCK_N))):
         places = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        held = places < end
-        page = tl.load(table + slot * table_slot + places // PAGE, mask=held, other=0).to(tl.int64)
-        at = page * PAGE + places % PAGE
-        keys = tl.load(
-            key + at[None, :] * key_position + kv_head * key_head + dims[:, None],
-            mask=held[None, :] & (dims[:, None] < DIM), other=0.0,
+        at = tl.load(pages + places // PAGE, mask=places < end, other=0).to(tl.int64) * PAGE + places % PAGE
+        best, weight, attended = _attend_block(
+            queries, position, places, key + at * key_position + kv_head * key_head,
+            value + at * value_position + kv_head * value_head, best, weight, attended, end, window, chunk,
+            scale, softcap, DIM, DIM_V, BLOCK_D, BLOCK_V, SOFTCAP,
         )  # fmt: skip
-        scores = tl.dot(queries, keys, input_precision="ieee") * scale
-        if SOFTCAP:
-            scaled = scores / softcap
-            scores = softcap * (1 - 2 / (tl.exp(2 * scaled) + 1))  # tanh
-        seen = (places[None, :] <= position[:, None]) & held[None, :]
-        seen = seen & ((window <= 0) | (places[None, :] > position[:, None] - window))
-        seen = seen & ((chunk <= 0) | (places[None, :] >= position[:, None] // tl.maximum(chunk, 1) * chunk))
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        safe = tl.where(higher == -float("inf"), 0.0, higher)  # no visible key so far
-        weights = tl.exp(scores - safe[:, None])
-        kept = tl.exp(best - safe)
-        values = tl.load(
-            value + at[:, None] * value_position + kv_head * value_head + dims_v[None, :],
-            mask=held[:, None] & (dims_v[None, :] < DIM_V), other=0.0,
-        )  # fmt: skip
-        weight = weight * kept + tl.sum(weights, 1)
-        attended = attended * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        best = higher
     place = (token * HEADS + head) * SPLITS + split
     tl.store(highest + place, best, mask=real)
     tl.store(total + place, weight, mask=real)
     tl.store(
         partial + place[:, None] * DIM_V + dims_v[None, :], attended, mask=real[:, None] & (dims_v[None, :] < DIM_V)
     )
+
+
+@triton.jit
+def _attend_block(
+    queries, position, places, key, value, best, weight, attended, end, window, chunk, scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Attend to one block of keys, and return the highest scores, the weights and the weighted values so far."""
+    dims, dims_v, held = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), places < end
+    keys = tl.load(key[None, :] + dims[:, None], mask=held[None, :] & (dims[:, None] < DIM), other=0.0)
+    scores = tl.dot(queries, keys, input_precision="ieee") * scale
+    if SOFTCAP:
+        scores = softcap * (1 - 2 / (tl.exp(2 * (scores / softcap)) + 1))  # tanh
+    seen = (places[None, :] <= position[:, None]) & held[None, :]
+    seen = seen & ((window <= 0) | (places[None, :] > position[:, None] - window))
+    seen = seen & ((chunk <= 0) | (places[None, :] >= position[:, None] // tl.maximum(chunk, 1) * chunk))
+    scores = tl.where(seen, scores, -float("inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    safe = tl.where(higher == -float("inf"), 0.0, higher)  # no visible key so far
+    weights = tl.exp(scores - safe[:, None])
+    kept = tl.exp(best - safe)
+    values = tl.load(value[:, None] + dims_v[None, :], mask=held[:, None] & (dims_v[None, :] < DIM_V), other=0.0)
+    attended = attended * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return higher, weight * kept + tl.sum(weights, 1), attended
 
 
 @triton.jit
@@ -140,29 +139,25 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend from W consecutive queries of each row to the cached keys of its slot.
+    """Attend from W consecutive queries of each row to the cached keys of its slot: (T, H, D_v).
 
     Args:
         query: shape (T, H, D), row by row, with stride 1 in the last dimension.
-        key: shape (N, page, H_kv, D).
-        value: shape (N, page, H_kv, D_v).
-        table: the pages of each slot, in order, shape (S, P), int32.
-        slots: the slot of each row, shape (B,), int32.
-        positions: position of each query, shape (T,), int32; -1 for padding, whose output is 0.
+        key, value: shape (N, page, H_kv, D) and (N, page, H_kv, D_v).
+        table, slots: the pages of each slot, in order, shape (S, P), int32; and the slot of each row, shape (B,).
+        positions: position of each query, shape (T,); -1 for padding, whose output is 0.
         mask_kind: sliding window and chunk size, 0 for none, shape (2,), int32.
-        scale: factor of the scores.
         softcap: scores x become softcap * tanh(x / softcap).
         sinks: a logit per head that takes part in the softmax without a value, shape (H,).
-
-    Returns:
-        Shape (T, H, D_v), in the dtype of the queries.
     """
     tokens, heads, dim = query.shape
     rows, (_, page, kv_heads, dim_v) = len(slots), value.shape
     width, group = tokens // rows, heads // kv_heads
     block_m = min(64, max(16, triton.next_power_of_2(width * group)))
     tiles = triton.cdiv(width * group, block_m)
-    splits = _splits(rows * tiles * kv_heads, query.device)
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
+    # The programs should fill the device about twice.
+    splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(2 * processors, rows * tiles * kv_heads)))
     partial = query.new_empty(tokens, heads, splits, dim_v, dtype=torch.float32)
     highest, total = (query.new_empty(tokens, heads, splits, dtype=torch.float32) for _ in range(2))
     output = query.new_empty(tokens, heads, dim_v)
@@ -179,9 +174,3 @@ def paged_attention(
         BLOCK_S=triton.next_power_of_2(splits), SINKS=sinks is not None, **blocks,
     )  # fmt: skip
     return output
-
-
-def _splits(programs: int, device: torch.device) -> int:
-    """Number of splits such that the programs fill the device about twice."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return int(min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(2 * processors, programs))))

@@ -10,18 +10,13 @@ from torch import Tensor
 from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs
 from collm.core.types import BASE, PromptLogprob
-from collm.engine.chunks import Chunks, chunks, read_chunk
-from collm.engine.runner import ModelRunner
+from collm.engine.chunks import Chunks, Runners, chunks, read_chunk
 from collm.errors import ModelFailure
 from collm.models.tools import ToolRunner
 
 
 def prompt_logprobs(
-    runners: Sequence[ModelRunner | ToolRunner],
-    head: DeferralHead,
-    prompt_ids: Sequence[int],
-    most: int = 0,
-    author: int | None = None,
+    runners: Runners, head: DeferralHead, prompt_ids: Sequence[int], most: int = 0, author: int | None = None
 ) -> Chunks[PromptLogprob | None]:
     """Compute log sum_z P(z | x_<t) P_z(x_t | x_<t) of each token, in nats; None for the first. Yields chunks.
 
@@ -37,43 +32,34 @@ def prompt_logprobs(
     """
     yield [None]
     for start, end in chunks(1, len(prompt_ids), runners[BASE].model.vocab_size):
-        yield _chunk(_logprobs(runners, head, prompt_ids, start, end, author), prompt_ids[start:end], most, start)
+        yield _chunk(_logprobs(runners, head, prompt_ids[:end], start, author), prompt_ids[start:end], most, start)
 
 
 @torch.inference_mode()
 def _chunk(logprobs: Tensor, token_ids: Sequence[int], most: int, start: int) -> list[PromptLogprob | None]:
     """The log-probabilities of tokens in their distributions, shape (T, V)."""
-    gold = torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1)
-    gold_logprobs = logprobs.gather(-1, gold)
-    if gold_logprobs.isnan().any():
+    gold = logprobs.gather(-1, torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1))
+    if gold.isnan().any():
         raise ModelFailure(f"a model returned NaN logits after {start} tokens of the prompt; check its weights")
-    ranks = (logprobs >= gold_logprobs).sum(-1).tolist()
+    ranks = (logprobs >= gold).sum(-1).tolist()
     values, ids = (each.tolist() for each in logprobs.topk(min(most, logprobs.shape[-1])))
+    rows = zip(token_ids, gold.squeeze(-1).tolist(), ranks, ids, values, strict=True)
     return [
         PromptLogprob(token_id, logprob, rank, tuple(zip(likely, tops, strict=True)))
-        for token_id, logprob, rank, likely, tops in zip(
-            token_ids, gold_logprobs.squeeze(-1).tolist(), ranks, ids, values, strict=True
-        )
+        for token_id, logprob, rank, likely, tops in rows
     ]
 
 
 @torch.inference_mode()
-def _logprobs(
-    runners: Sequence[ModelRunner | ToolRunner],
-    head: DeferralHead,
-    prompt_ids: Sequence[int],
-    start: int,
-    end: int,
-    author: int | None,
-) -> Tensor:
-    """Log-probabilities of all tokens in place of the tokens [start, end), shape (end - start, V)."""
+def _logprobs(runners: Runners, head: DeferralHead, text: Sequence[int], start: int, author: int | None) -> Tensor:
+    """Log-probabilities of all tokens in place of the tokens of a text from `start` on, shape (T, V)."""
     by_reader: list[Tensor] = []
     for runner in [runners[each] for each in (range(len(runners)) if author is None else sorted({BASE, author}))]:
-        read = read_chunk(runner, prompt_ids, start, end)
+        read = read_chunk(runner, text, start, len(text))
         logprobs = torch.log_softmax(read.logits.float(), dim=-1)
         if isinstance(runner, ToolRunner):
-            gold = torch.tensor(prompt_ids[start:end]).unsqueeze(-1)
-            scores, *_ = runner.model.score(prompt_ids[:end], [i >= start for i in range(end)])
+            gold = torch.tensor(text[start:]).unsqueeze(-1)
+            scores, *_ = runner.model.score(text, [i >= start for i in range(len(text))])
             logprobs.scatter_(-1, gold, scores[:, None])
             if author is not None:
                 abstained = torch.tensor(read.abstained).unsqueeze(-1)

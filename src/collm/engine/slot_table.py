@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from collm.engine.kv_cache import PAGE, PagedCache, ReservedCache
+from collm.engine.kv_cache import PAGE, KVCache, PagedCache, ReservedCache, in_pages
 from collm.errors import CacheFull, ConfigError
 from collm.models.language_model import LanguageModel
 from collm.text.token_ids import common_prefix
@@ -27,31 +26,25 @@ class SlotTable:
 
     Attributes:
         max_length: largest number of tokens of a sequence in the model's context; None if unlimited.
+        capacity: positions that all slots together can hold, in whole pages (`kv_cache.in_pages`).
         bytes_per_position: memory of a token's keys and values; 0 until it is measured.
     """
 
     def __init__(self, model: LanguageModel, *, paged: bool) -> None:
         self.model = model
         self.name = model.name
+        self.device = model.device
         self.max_length = model.max_length
         self.bytes_per_position = 0
+        self._input_device = model.input_device
         self._paged = paged
         self._texts: list[list[int]] = []  # slot -> the tokens in its cache
         self._closed: list[int] = []  # free slots, the longest free first
-        self._cache: ReservedCache | PagedCache
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+        self._cache: KVCache
 
     @property
     def open_slots(self) -> int:
         return len(self._texts) - len(self._closed)
-
-    @property
-    def capacity(self) -> int:
-        """Positions that all slots together can hold, in whole pages (`kv_cache.in_pages`)."""
-        return self._cache.capacity
 
     @property
     def most_slots(self) -> int:
@@ -59,21 +52,12 @@ class SlotTable:
         return self._cache.slots
 
     @property
-    def lengths(self) -> list[int]:
-        """Number of cached tokens of each open or closed slot."""
-        return [len(text) for text in self._texts]
-
-    @property
     def cache_bytes(self) -> int:
         """Memory of keys and values."""
         return self._cache.allocated_bytes
 
     def set_capacity(self, positions: int) -> None:
-        """Allocate a new cache of `positions` positions. The content of closed slots is dropped.
-
-        Raises:
-            ConfigError: `positions` is less than a page.
-        """
+        """Allocate a new cache of `positions` positions. The content of closed slots is dropped."""
         if positions < PAGE:
             raise ConfigError(
                 f"the KV cache memory of {self.name} holds {positions} tokens of {self.bytes_per_position:,} "
@@ -81,32 +65,26 @@ class SlotTable:
             )
         assert not self.open_slots
         self._texts, self._closed = [], []
-        layers = int(self.model.config.num_hidden_layers)
         if self._paged:
-            self._cache = PagedCache(layers, positions, self.max_length, self.model.input_device)
+            self._cache = PagedCache(positions, self.max_length, self._input_device)
         else:
-            self._cache = ReservedCache(layers, positions, self.max_length)
+            self._cache = ReservedCache(positions, self.max_length)
+        self.capacity = self._cache.capacity
 
     @torch.inference_mode()
     def open(self, token_ids: Sequence[int] = ()) -> int:
-        """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all.
-
-        Raises:
-            CacheFull: all slots are open.
-        """
+        """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all."""
         source, shared = self._longest_prefix(token_ids)
-        if source in self._closed and 2 * shared >= len(self._texts[source]):
-            slot = source  # reuse it, as little of its content is lost
-        else:
-            slot = self._free_slot()
-            if slot != source:
-                self._cache.release(slot)
-                try:
-                    if shared:
-                        self._make_room({slot: shared}, except_slot=source)
-                        self._cache.copy(source, slot, shared)
-                except CacheFull:
-                    shared = 0
+        loses_little = source in self._closed and 2 * shared >= len(self._texts[source])
+        slot = source if loses_little else self._free_slot()
+        if slot != source:
+            self._cache.release(slot)
+            try:
+                if shared:
+                    self._make_room({slot: shared}, except_slot=source)
+                    self._cache.copy(source, slot, shared)
+            except CacheFull:
+                shared = 0
         if slot in self._closed:
             self._closed.remove(slot)
         self._texts[slot] = list(token_ids[:shared])
@@ -141,38 +119,22 @@ class SlotTable:
         """Accept these tokens of a run into the slot."""
         self._texts[slot].extend(token_ids)
 
-    @contextmanager
-    def _unchanged_on_failure(self, slots: Iterable[int]) -> Iterator[None]:
-        """Roll the slots back if the block raises."""
-        starts = {slot: len(self._texts[slot]) for slot in slots}
-        try:
-            yield
-        except Exception:
-            for slot, start in starts.items():
-                self.rollback(slot, start)
-            raise
-
     def _make_room(self, lengths: Mapping[int, int], *, except_slot: int = -1) -> None:
-        """Allocate cache for `lengths` tokens of each slot, dropping caches of closed slots if necessary.
-
-        Raises:
-            CacheFull: the open slots use too much of the cache.
-        """
-        lengths = {slot: length for slot, length in lengths.items() if length > self._cache.held.get(slot, 0)}
-        if not lengths:
-            return
-        missing = self._cache.missing(lengths)
+        """Allocate cache for `lengths` tokens of slots that hold less, dropping caches of closed slots if necessary."""
+        cache = self._cache
+        growth = sum([in_pages(length) - cache.held.get(slot, 0) for slot, length in lengths.items()])
+        missing = cache.used + growth - cache.capacity
         for slot in self._closed:
             if missing > 0 and slot not in (*lengths, except_slot):
-                missing -= self._cache.held.get(slot, 0)
+                missing -= cache.held.get(slot, 0)
                 self._drop(slot)
         if missing > 0:
             raise CacheFull(
-                f"the KV cache of {self.name} holds {self._cache.capacity:,} tokens, {missing:,} too few for the "
+                f"the KV cache of {self.name} holds {cache.capacity:,} tokens, {missing:,} too few for the "
                 "running sequences; raise cache_memory or decode fewer sequences at once"
             )
         for slot, length in lengths.items():
-            self._cache.hold(slot, length)
+            cache.hold(slot, length)
 
     def _drop(self, slot: int, *, wipe: bool = False) -> None:
         self._texts[slot].clear()

@@ -15,7 +15,6 @@ class TextStream:
     """Incremental detokeniser of one completion.
 
     Args:
-        tokenizer: any transformers tokenizer.
         prompt_ids: the prompt, whose last tokens may affect the spelling of the completion.
         stop: strings that end the text.
         keep_stop: whether to keep the stop string in the text.
@@ -50,16 +49,13 @@ class TextStream:
             self.stopped, self._held = True, ""
             at, stop = min(found, key=lambda one: one[0])
             return text[: at + len(stop) * self._keep_stop]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        # Hold back the longest end of the text with which a stop string begins.
+        longest = min(len(text), max(map(len, self._stop), default=0))
+        held = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
     def finish(self) -> str:
         """Return the text held back for a possible stop string. An incomplete character is dropped."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
