@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from collm import artefact
+from collm.artefact.manifest import read_manifest
 from collm.core.types import author_name
 from collm.errors import ConfigError, LoadError
 from collm.models.language_model import context_length
@@ -171,7 +172,7 @@ def kv_tokens(models: Sequence[ModelMemory], memory_bytes: float, wanted: int) -
 
 def fits_in_one(collaboration: str) -> bool:
     """Whether the collaboration has exactly one assistant, which is a language model."""
-    manifest = artefact.read_manifest(artefact.local_directory(collaboration, None))
+    manifest = read_manifest(artefact.local_directory(collaboration, None))
     return len(manifest.assistants) == 1 and isinstance(manifest.assistants[0], ModelSpec)
 
 
@@ -238,7 +239,7 @@ def placed_in_one(
             "assistants; use a server for each model ('collm launch'), or engine 'local'"
         )
     directory = artefact.local_directory(collaboration, None)
-    manifest = artefact.read_manifest(directory)
+    manifest = read_manifest(directory)
     name, assistant = author_name(1), cast(ModelSpec, manifest.assistants[0])
     sizes = [ModelMemory.of(manifest.base_weights(directory)), ModelMemory.of(assistant)]
     (device,) = machine.devices(1)
