@@ -144,36 +144,6 @@ def test_packed_passes_over_pages_equal_the_plain_forward(
     play_schedule(model, runner, seed=4, steps=20)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_run_reads_on_with_what_it_finds_likeliest(
-    static: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device == "cpu":
-        monkeypatch.setattr("collm.engine.paged_attention.paged_attention", obvious_attention)
-    model = make_model(tiny_config(), seed=1, device=device)
-    runner = ModelRunner(LanguageModel(model, name="m"), static=static, cache_memory="4MB")
-    texts = {runner.open(): [5, 6, 7, 8], runner.open(): [9]}
-    slots = list(texts)
-    came = runner.extend({slots[1]: [9], slots[0]: texts[slots[0]]}, {slots[1]: 1, slots[0]: 3}, run=3)
-    assert came.followed is not None
-    rows, followed = iter(came.logits), iter(came.followed.tolist())
-    for slot, kept in ((slots[1], 1), (slots[0], 3)):
-        text, tokens = texts[slot], []
-        for length in range(len(text) - kept + 1, len(text) + 4):
-            expected = plain_logits(model, [*text, *tokens][:length])
-            torch.testing.assert_close(next(rows), expected, atol=2e-4, rtol=1e-3)
-            reads = length >= len(text) and len(tokens) < 3
-            assert next(followed) == (int(expected.argmax()) if reads else -1)
-            if reads:
-                tokens.append(int(expected.argmax()))
-        assert runner.length(slot) == len(text)
-        runner.confirm(slot, tokens[:2])
-        logits = runner.extend({slot: [11]}).logits[0]
-        torch.testing.assert_close(logits, plain_logits(model, [*text, *tokens[:2], 11]), atol=2e-4, rtol=1e-3)
-
-
 def test_a_mask_that_the_kernel_does_not_know_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

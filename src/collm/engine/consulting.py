@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from collm.core.combinations import CombiningPolicy
-from collm.core.transfers import to_device
 from collm.core.types import BASE
 from collm.engine.reader import draw_tokens
 from collm.engine.sequence import Consultation, Draw, Logits, Sequence
+from collm.models.language_model import to_device
 
 _MIN_LOGPROB = -1e4
 """Log-probability passed to combinations for a logit of -inf, so that sums and differences stay finite."""

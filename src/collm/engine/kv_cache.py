@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from collm.core.transfers import to_device
 from collm.errors import ConfigError, RequestError
+from collm.models.language_model import to_device
 
 PAGE = 16
 """Positions per page."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import penalised
-from collm.core.transfers import to_device
+from collm.models.language_model import to_device
 from collm.text.grammars import Grammar, bit_row, forbidden
 from collm.text.template import tokenize
 from collm.text.token_ids import common_prefix

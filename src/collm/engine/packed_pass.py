@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from collm.core.transfers import to_device
 from collm.engine.kv_cache import KVCache, PagedCache
 from collm.errors import UnsupportedModel
-from collm.models.language_model import LanguageModel
+from collm.models.language_model import LanguageModel, to_device
 
 ATTENTION_NAME = "collm_slots"
 _CACHE_ARGUMENT = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
@@ -269,5 +268,7 @@ def _deferred_mask(mask_function: Callable[..., Tensor], local_size: int | None 
     return mask_function, local_size
 
 
-AttentionInterface.register(ATTENTION_NAME, _slot_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _deferred_mask)
+def register_attention() -> None:
+    """Make the attention over slots known to transformers."""
+    AttentionInterface.register(ATTENTION_NAME, _slot_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _deferred_mask)

@@ -16,12 +16,12 @@ from collm.core.head import DeferralHead
 from collm.core.objective import author_logprobs, defer_probs
 from collm.core.params import SamplingParams
 from collm.core.sampling import sample, token_probs
-from collm.core.transfers import to_device
 from collm.engine.logits_processors import Edits
 from collm.engine.sequence import Draw, Logits, Sequence
 from collm.engine.slot_table import MIN_SHARED
 from collm.errors import CollmError, ModelFailure, PolicyFailure, RequestError
 from collm.models.assistant import Assistant, ModelOutput
+from collm.models.language_model import to_device
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Reader:
         self.runner = runner
         self.slots: dict[Sequence, int] = {}
         self.failures: dict[Sequence, CollmError] = {}
+        self._lengths: dict[Sequence, int] = {}  # tokens in the slot, some of which may be cut
         self._head = head
         self._num_tokens = 0  # read in the current call
 
@@ -78,6 +79,7 @@ class Reader:
         """Close the sequence's slot, if it has one. `wipe` is necessary after NaN."""
         slot = self.slots.pop(sequence, None)
         sequence.num_computed[self.author] = 0
+        self._lengths.pop(sequence, None)
         if slot is not None:
             self.runner.close(slot, wipe=wipe)
 
@@ -103,7 +105,8 @@ class Reader:
         for sequence in [sequence for sequences, _ in parts for sequence in sequences]:
             rows[sequence] = range(len(params), len(params) + len(wanted[sequence]))
             params += [sequence.request.params] * len(wanted[sequence])
-            uniforms += sequence.token_uniforms(self.author, wanted[sequence])
+            places, is_greedy = wanted[sequence], not sequence.request.params.temperature
+            uniforms += [0.0] * len(places) if is_greedy else sequence.token_uniforms(self.author, places)
         raw = logits = output.logits.float()
         numbers, by_author = list[Tensor](), None
         if self._head is not None:
@@ -141,9 +144,11 @@ class Reader:
                 if sequence not in self.slots:
                     # A shared prefix must end before the first token that needs an output.
                     slot = self.slots[sequence] = self.runner.open(text[: len(text) - len(places) + 1])
-                    sequence.num_computed[self.author] = self.runner.length(slot)
+                    self._lengths[sequence] = sequence.num_computed[self.author] = self.runner.length(slot)
                 slot, length = self.slots[sequence], sequence.num_computed[self.author]
-                self.runner.rollback(slot, length)
+                if length < self._lengths[sequence]:
+                    self.runner.rollback(slot, length)
+                    self._lengths[sequence] = length
                 unseen[slot], keep[slot] = text[length:], len(places)
                 ends.append(len(text))
             output = self.runner.extend(unseen, keep)
@@ -155,7 +160,7 @@ class Reader:
             self.failures[sequences[0]] = as_failure(error, ModelFailure, self.runner.name)
             return []
         for sequence, end in zip(sequences, ends, strict=True):
-            sequence.num_computed[self.author] = end
+            sequence.num_computed[self.author] = self._lengths[sequence] = end
         self._num_tokens += sum(map(len, unseen.values()))
         return [(sequences, output)]
 

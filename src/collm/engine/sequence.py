@@ -235,9 +235,7 @@ class Sequence:
         return self._uniforms[position][of]
 
     def token_uniforms(self, author: int, decisions: range) -> list[float]:
-        """The random numbers for an author's tokens at these decisions. Greedy decoding needs none."""
-        if not self.request.params.temperature:
-            return [0.0] * len(decisions)
+        """The random numbers for an author's tokens at these decisions."""
         if self.segments is not None:
             return [self.segments.uniform(author)]
         return [self.uniform(len(self.steps) + i, 1) for i in decisions]
@@ -335,7 +333,18 @@ class Sequence:
         text = ""
         if token_id not in self.end_ids or (params.include_stop_str_in_output and token_id in params.stop_token_ids):
             text = self._stream.push(token_id, may_stop=len(self.steps) >= params.min_tokens)
-        self.finish_reason = self._finish_reason(token_id)
+        if token_id in self._eos_ids:
+            self.finish_reason = "eos"
+        elif (
+            token_id in self.end_ids
+            or self._stream.stopped
+            or (self.processors is not None and self.processors.is_complete(self.generated))
+        ):
+            self.finish_reason = "stop"
+        elif len(self.steps) + 1 >= params.max_new_tokens or (
+            self.max_length is not None and len(self.token_ids) >= self.max_length
+        ):
+            self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._stream.finish()
         writer = BASE if decision.abstained else decision.author
@@ -343,18 +352,6 @@ class Sequence:
         step = TokenStep(token_id, text, writer, *numbers, stood_in=decision.stood_in)
         self.steps.append(step)
         return step
-
-    def _finish_reason(self, token_id: int) -> FinishReason | None:
-        if token_id in self._eos_ids:
-            return "eos"
-        if token_id in self.end_ids or self._stream.stopped:
-            return "stop"
-        if self.processors is not None and self.processors.is_complete(self.generated):
-            return "stop"
-        full = self.max_length is not None and len(self.token_ids) >= self.max_length
-        if full or len(self.steps) + 1 >= self.request.params.max_new_tokens:
-            return "length"
-        return None
 
     def preempt(self) -> None:
         """Drop everything that is not final. It is computed again later."""

@@ -115,10 +115,6 @@ class SlotTable:
         assert 0 <= length <= len(self._texts[slot])
         del self._texts[slot][length:]
 
-    def confirm(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Accept these tokens of a run into the slot."""
-        self._texts[slot].extend(token_ids)
-
     def _make_room(self, lengths: Mapping[int, int], *, except_slot: int = -1) -> None:
         """Allocate cache for `lengths` tokens of slots that hold less, dropping caches of closed slots if necessary."""
         cache = self._cache

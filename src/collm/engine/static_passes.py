@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collm.core.transfers import to_device
 from collm.engine.kv_cache import PagedCache
 from collm.engine.packed_pass import Mask, Memory, SlotTokens, run_model
 from collm.errors import UnsupportedModel
-from collm.models.language_model import LanguageModel
+from collm.models.language_model import LanguageModel, to_device
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,18 +131,10 @@ class StaticPasses:
     def _free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self._model.device)[0] if self._captures else 0
 
-    def run(
-        self, shape: tuple[int, int], chunks: Sequence[SlotTokens], following: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run one pass of the shape that `bucket_of` returns. Returns what `StaticPass.outputs` does.
-
-        Args:
-            following: tokens on the device, of which the chunks then hold indices, one per chunk.
-        """
+    def run(self, shape: tuple[int, int], chunks: Sequence[SlotTokens]) -> tuple[Tensor, Tensor | None]:
+        """Run one pass of the shape that `bucket_of` returns. Returns what `StaticPass.outputs` does."""
         static = self._pass(*shape)
         static.fill(chunks)
-        if following is not None:
-            static.token_ids[: len(chunks)] = following[static.token_ids[: len(chunks)]]
         if static.graph is None:
             self._forward(static)
         else:

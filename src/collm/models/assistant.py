@@ -19,13 +19,11 @@ class ModelOutput:
         logits: next-token logits, shape (R, V), sequence by sequence, for the requested positions.
         hidden: last hidden states, shape (R, H); None for an assistant without hidden states.
         abstained: whether the assistant abstains, per row; empty for an assistant that never abstains.
-        followed: the token that a run read after each row, else -1, shape (R,); None without a run.
     """
 
     logits: Tensor
     hidden: Tensor | None = None
     abstained: Sequence[bool] = ()
-    followed: Tensor | None = None
 
 
 class Limited(Protocol):

@@ -147,3 +147,9 @@ def eos_set(eos: Any, name: str) -> frozenset[int]:
         if type(one) is not int or one < 0:
             raise LoadError(f"the generation config of {name!r} has eos_token_id {eos!r:.80}, expected token ids")
     return frozenset(ids)
+
+
+def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy (nested) lists of numbers to the device as a tensor, without waiting for the device's pending work."""
+    cuda = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=cuda).to(device, non_blocking=True)
