@@ -50,6 +50,8 @@ class MixturePolicy(CombiningPolicy):
     The token is credited to the author with the largest posterior P(Z = z) P_z(x).
     """
 
+    name = "mixture"
+
     def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
         joint = [author_logprobs[:, author, None] + logprobs[author] for author in sorted(logprobs)]
         return torch.logsumexp(torch.stack(joint), dim=0)
@@ -67,6 +69,7 @@ class ProductPolicy(CombiningPolicy):
     minimizing contrastive divergence", 2002).
     """
 
+    name = "product"
     weight: float = 0.5
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class ContrastivePolicy(CombiningPolicy):
         expert, amateur: author numbers, which differ.
     """
 
+    name = "contrastive"
     alpha: float = 0.1
     beta: float = 0.5
     expert: int = 1
@@ -129,6 +133,7 @@ class ProxyTuningPolicy(CombiningPolicy):
         untuned: author number of M-, the small model before tuning.
     """
 
+    name = "proxy"
     model: int = 1
     tuned: int = BASE
     untuned: int = 2

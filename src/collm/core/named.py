@@ -11,28 +11,19 @@ from collm.core.policies import Policy
 from collm.errors import ConfigError
 
 POLICIES: dict[str, type[Policy]] = {
-    "threshold": policies.ThresholdPolicy,
-    "schedule": policies.ScheduledPolicy,
-    "budget": policies.BudgetPolicy,
-    "joint": policies.JointPolicy,
-    "single": policies.SingleAuthorPolicy,
-    "random": policies.RandomPolicy,
-    "confidence": policies.ConfidencePolicy,
-    "mixture": combinations.MixturePolicy,
-    "product": combinations.ProductPolicy,
-    "contrastive": combinations.ContrastivePolicy,
-    "proxy": combinations.ProxyTuningPolicy,
+    kind.name: kind
+    for kind in (*vars(policies).values(), *vars(combinations).values())
+    if isinstance(kind, type) and issubclass(kind, Policy) and kind.name
 }
-"""Policies by name. `OraclePolicy` is missing because it needs the reference completion."""
+"""Policies by name. `OraclePolicy` has none because it needs the reference completion."""
 
 
 def name_of(policy: Policy) -> str | None:
     """The text that `policy_named` parses into this policy, or None if its class has no name."""
-    for name, kind in POLICIES.items():
-        if type(policy) is kind:
-            options = ",".join(f"{one.name}={getattr(policy, one.name)!r}" for one in fields(cast(Any, policy)))
-            return f"{name}:{options}" if options else name
-    return None
+    if POLICIES.get(policy.name) is not type(policy):
+        return None
+    options = ",".join(f"{one.name}={getattr(policy, one.name)!r}" for one in fields(cast(Any, policy)))
+    return f"{policy.name}:{options}" if options else policy.name
 
 
 def policy_named(text: str) -> Policy:

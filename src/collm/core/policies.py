@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import ClassVar
 
 from collm.core.types import BASE, check_threshold
 from collm.errors import ConfigError
@@ -42,6 +43,8 @@ class StepView:
 class Policy:
     """Base class of policies. A policy is a pure function of the step."""
 
+    name: ClassVar[str] = ""
+    """The name by which users choose the policy; none if it needs more than numbers."""
     draws = False
     """Whether the choice of the author is random even at temperature 0, so that a seed has an effect."""
 
@@ -80,6 +83,7 @@ class ThresholdRule(Policy):
 class ThresholdPolicy(ThresholdRule):
     """Defer where 1 - P(Z = 0) exceeds a fixed threshold in [-1, 1] (arXiv 2403.03870)."""
 
+    name = "threshold"
     threshold: float
 
     def __post_init__(self) -> None:
@@ -97,6 +101,7 @@ class ScheduledPolicy(ThresholdRule):
     Thresholds are in [-1, 1], and `steps` is at least 1.
     """
 
+    name = "schedule"
     start: float
     end: float
     steps: int
@@ -124,6 +129,7 @@ class BudgetPolicy(ThresholdRule):
         burst: number of tokens by which deferrals may exceed the rate.
     """
 
+    name = "budget"
     budget: float
     threshold: float = 0.5
     burst: int = 1
@@ -142,6 +148,7 @@ class BudgetPolicy(ThresholdRule):
 class SingleAuthorPolicy(Policy):
     """One author writes every token: 0 the base, k assistant k."""
 
+    name = "single"
     writer: int
 
     def author(self, step: StepView) -> int:
@@ -154,6 +161,8 @@ class JointPolicy(Policy):
 
     At temperature 0 the most probable author writes. A tie goes to the lowest author number.
     """
+
+    name = "joint"
 
     def author(self, step: StepView) -> int:
         authors = range(len(step.author_probs))
@@ -168,6 +177,7 @@ class JointPolicy(Policy):
 class RandomPolicy(ThresholdRule):
     """A baseline that defers with probability `rate`, regardless of the text, to the assistant argmax_k u_k."""
 
+    name = "random"
     rate: float
     draws = True
 
@@ -184,6 +194,8 @@ class ConfidencePolicy(Policy):
 
     A tie goes to the lowest author number. Confidence as the largest softmax probability is from arXiv 1610.02136.
     """
+
+    name = "confidence"
 
     def consults(self, num_assistants: int) -> Sequence[int]:
         return range(1, num_assistants + 1)
