@@ -26,7 +26,7 @@ import collm
 from benchmarks.record import run_parts
 from benchmarks.tokenizers import PACKAGES, fetch, load
 from collm import CoLLM, CoLLMConfig, SamplingParams
-from collm.core.objective import defer_probs
+from collm.core.head import defer_probs
 from collm.core.policies import SingleAuthorPolicy
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import bootstrap_interval

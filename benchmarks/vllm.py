@@ -28,7 +28,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from benchmarks.pairs import SHAPES, make_model, make_tokenizer, prompts_of
 from benchmarks.record import run_parts
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
-from collm.core.objective import defer_probs
+from collm.core.head import defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.http.client import socket_transport
 from collm.vllm import ROW_SCALE

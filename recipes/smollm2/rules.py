@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from collm import CoLLM
 from collm.core.combinations import CombiningPolicy, MixturePolicy, ProductPolicy, ProxyTuningPolicy
-from collm.core.objective import author_logprobs, defer_probs
+from collm.core.head import author_logprobs, defer_probs
 from collm.evaluation.intervals import Interval, statistic_interval
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example, batch_tokens_on, batches_by_length, collate, shift

@@ -20,7 +20,8 @@ from benchmarks.tokenizers import fetch, load
 from collm import CoLLM, CoLLMConfig
 from collm.artefact import library_versions
 from collm.atomic import atomic_file
-from collm.core.objective import defer_probs, marginal_logprobs
+from collm.core.head import defer_probs
+from collm.core.objective import marginal_logprobs
 from collm.demo.real import smollm2
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import Interval, statistic_interval

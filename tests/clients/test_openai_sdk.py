@@ -69,10 +69,11 @@ def test_messages_of_every_role_are_rendered(client: openai.OpenAI, speaking: Ru
 
 @pytest.mark.parametrize("name", ["pair", "pair/base", "pair/assistant"])
 def test_structured_answers_are_parsed(client: openai.OpenAI, name: str) -> None:
-    reply = client.chat.completions.parse(model=name, messages=QUESTION, response_format=Answer, temperature=1, seed=2)
+    asked: dict[str, Any] = {"model": name, "messages": QUESTION, "temperature": 1, "seed": 2}
+    reply = client.chat.completions.parse(**asked, response_format=Answer)
     assert isinstance(reply.choices[0].message.parsed, Answer)
-    with client.chat.completions.stream(model=name, messages=QUESTION, response_format=Answer) as stream:
-        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Answer)
+    with client.chat.completions.stream(**asked, response_format=Answer) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == reply.choices[0].message.parsed
     for form in ({"type": "json_object"}, {"type": "text"}):
         plain = client.chat.completions.create(
             model=name,

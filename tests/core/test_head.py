@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collm.core.head import DeferralHead
-from collm.core.objective import author_logprobs
+from collm.core.head import DeferralHead, author_logprobs
 from collm.errors import ConfigError
 
 

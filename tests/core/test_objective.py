@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collm.core.objective import author_logprobs, defer_probs, marginal_logprobs, pseudo_labels
+from collm.core.head import author_logprobs, defer_probs
+from collm.core.objective import marginal_logprobs, pseudo_labels
 from collm.errors import ConfigError
 
 logprobs = st.floats(-20, 0)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams, ToolSpec
-from collm.core.objective import author_logprobs
+from collm.core.head import author_logprobs
 from collm.core.types import Completion
 from collm.models.loading import load_model
 from collm.models.tools import ToolModel

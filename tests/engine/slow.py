@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm import DeferralHead, SamplingParams
 from collm.core.combinations import CombiningPolicy
-from collm.core.objective import author_logprobs, defer_probs
+from collm.core.head import author_logprobs, defer_probs
 from collm.core.policies import Policy, StepView
 from collm.core.sampling import sample, token_probs
 from collm.models.tools import ToolModel

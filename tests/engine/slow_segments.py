@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from collm import DeferralHead, SamplingParams
-from collm.core.objective import author_logprobs, defer_probs
+from collm.core.head import author_logprobs, defer_probs
 from collm.core.policies import Policy, StepView
 from collm.core.sampling import sample, token_probs
 from collm.models.tools import ToolModel

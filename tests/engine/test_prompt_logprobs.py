@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams, ToolSpec
-from collm.core.objective import author_logprobs
+from collm.core.head import author_logprobs
 from collm.core.policies import SingleAuthorPolicy
 from collm.engine import chunks
 from collm.errors import ConfigError, RequestError

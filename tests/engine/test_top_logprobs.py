@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams, ToolSpec
 from collm.core.combinations import CombiningPolicy, ContrastivePolicy, MixturePolicy, ProductPolicy
-from collm.core.objective import author_logprobs
+from collm.core.head import author_logprobs
 from collm.core.policies import ConfidencePolicy, JointPolicy, Policy, ThresholdPolicy
 from collm.errors import ConfigError
 from collm.models.tools import ToolModel

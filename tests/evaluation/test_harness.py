@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams, ToolSpec
 from collm.cli.main import main
-from collm.core.objective import defer_probs, marginal_logprobs
+from collm.core.head import defer_probs
+from collm.core.objective import marginal_logprobs
 from collm.core.policies import ThresholdPolicy
 from collm.errors import ConfigError, MissingExtra, ModelFailure, RequestError
 from collm.evaluation import harness

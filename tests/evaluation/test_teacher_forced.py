@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead
-from collm.core.objective import defer_probs
+from collm.core.head import defer_probs
 from collm.errors import ConfigError
 from collm.evaluation import gold
 from collm.evaluation.gold import TeacherForcedPoint, deferred, gold_views, greedy_writes, teacher_forced

@@ -204,16 +204,17 @@ class Panic(BaseException):
 
 
 def test_panics_of_native_code_end_their_requests(serve_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def panics(*arguments: Any) -> Any:
+    def panics(*arguments: Any, **options: Any) -> Any:
         raise Panic("index out of bounds")
 
     with serve_pair() as server:
         expected = written(server.post("/v1/completions", **LONG))
-        for place in ("encode", "text_of"):
+        for place in ("encode", "detokenize"):
             with monkeypatch.context() as patch:
                 patch.setattr(Target, place, panics)
                 for _ in range(MAX_THREADS + 1):  # no thread is lost
-                    assert server.post("/v1/completions", **LONG, echo=True).status_code == 500
+                    reply = server.post("/v1/completions", **{**LONG, "prompt": [5, 6]}, echo=True)
+                    assert reply.status_code == 500
         with monkeypatch.context() as patch:
             patch.setattr("collm.engine.prompt_logprobs.read_chunk", panics)
             assert server.post("/v1/completions", **SCORED).status_code == 500

@@ -31,7 +31,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"q": {"en
 
 
 def workers() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "isolated" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children() if "isolated.py render" in " ".join(one.cmdline())]
 
 
 @pytest.fixture

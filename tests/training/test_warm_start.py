@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from collm.core.head import DeferralHead
-from collm.core.objective import author_logprobs
+from collm.core.head import DeferralHead, author_logprobs
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Examples, shift

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import collm
-from collm.core.objective import author_logprobs, defer_probs
+from collm.core.head import author_logprobs, defer_probs
 from collm.core.policies import StepView, ThresholdPolicy
 from collm.vllm.rows import decide
 from tests.test_layering import imports_of

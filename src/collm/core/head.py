@@ -1,4 +1,4 @@
-"""The deferral head: one linear layer from the base's last hidden state to the defer logits."""
+"""The deferral head, one linear layer on the base's last hidden state, and the distribution of the author it gives."""
 
 from __future__ import annotations
 
@@ -34,3 +34,22 @@ class DeferralHead(nn.Module):
         """Map hidden states of shape (..., H) to defer logits u of shape (..., K), fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
+def author_logprobs(defer_logits: Tensor) -> Tensor:
+    """log P(Z = 0..K) = log_softmax([0, u_1..u_K]) in nats, fp32, shape (..., K + 1), from u of shape (..., K).
+
+    Entry 0 is the base. With K = 1 this equals the paper's sigmoid.
+    """
+    return torch.log_softmax(F.pad(defer_logits.float(), (1, 0)), dim=-1)
+
+
+def defer_probs(defer_logits: Tensor) -> Tensor:
+    """1 - P(Z = 0), computed as sigmoid(logsumexp_k u_k) to avoid cancellation, from u of shape (..., K).
+
+    The result is fp64, shape (...), because in fp32 every probability above 1 - 6e-8 would be 1, and a head that nearly
+    always defers would not rank tokens.
+    """
+    logit = torch.logsumexp(defer_logits.float(), dim=-1)  # in fp32, below which logits are noise
+    smaller = torch.sigmoid(-logit.abs()).double()
+    return torch.where(logit > 0, 1 - smaller, smaller)

@@ -10,30 +10,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from collm.core.head import author_logprobs
 from collm.errors import ConfigError
 
 PseudoLabelVariant = Literal["a", "b"]
-
-
-def author_logprobs(defer_logits: Tensor) -> Tensor:
-    """log P(Z = 0..K) = log_softmax([0, u_1..u_K]) in nats, fp32, shape (..., K + 1), from u of shape (..., K).
-
-    Entry 0 is the base. With K = 1 this equals the paper's sigmoid.
-    """
-    return torch.log_softmax(F.pad(defer_logits.float(), (1, 0)), dim=-1)
-
-
-def defer_probs(defer_logits: Tensor) -> Tensor:
-    """1 - P(Z = 0), computed as sigmoid(logsumexp_k u_k) to avoid cancellation, from u of shape (..., K).
-
-    The result is fp64, shape (...), because in fp32 every probability above 1 - 6e-8 would be 1, and a head that nearly
-    always defers would not rank tokens.
-    """
-    logit = torch.logsumexp(defer_logits.float(), dim=-1)  # in fp32, below which logits are noise
-    smaller = torch.sigmoid(-logit.abs()).double()
-    return torch.where(logit > 0, 1 - smaller, smaller)
 
 
 def marginal_logprobs(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor) -> Tensor:

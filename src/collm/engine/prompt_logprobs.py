@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from collm.core.head import DeferralHead
-from collm.core.objective import author_logprobs
+from collm.core.head import DeferralHead, author_logprobs
 from collm.core.types import BASE, PromptLogprob
 from collm.engine.chunks import Chunks, Runners, chunks, read_chunk
 from collm.errors import ModelFailure

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collm.core.head import DeferralHead
-from collm.core.objective import author_logprobs, defer_probs
+from collm.core.head import DeferralHead, author_logprobs, defer_probs
 from collm.core.params import SamplingParams
 from collm.core.sampling import sample, token_probs
 from collm.engine.logits_processors import Edits

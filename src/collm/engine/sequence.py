@@ -17,10 +17,10 @@ from collm.engine.logits_processors import Edits, LogitsProcessors
 from collm.engine.lookup import PromptLookup
 from collm.engine.request import Request
 from collm.engine.speculation import AcceptanceRates
-from collm.engine.text import TextStream
 from collm.errors import ConfigError
 from collm.models.assistant import Assistant
 from collm.text.grammars import Grammar
+from collm.text.token_text import TextStream
 
 
 @dataclass(frozen=True)

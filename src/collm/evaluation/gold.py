@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from collm.collaboration import CoLLM
-from collm.core.objective import defer_probs
+from collm.core.head import defer_probs
 from collm.core.policies import check_share
 from collm.evaluation.intervals import bootstrap_interval
 from collm.models.members import load_members

@@ -32,6 +32,7 @@ from collm.serving.service import Service, Target
 from collm.serving.settings import Settings
 from collm.serving.shapes import ChatShape, CompletionShape, Scored, Shape
 from collm.serving.worker import Submission
+from collm.text.chats import Chat
 from collm.text.template import Prompt
 from collm.version import __version__
 
@@ -107,14 +108,13 @@ async def responses(body: schemas.ResponsesRequest, http: Request) -> Response:
 @router.post("/tokenize")
 async def tokenize(body: schemas.TokenizeRequest, http: Request) -> Any:
     """Token ids of a prompt or of messages."""
-    service, target = _service(http), _target(http, body)
+    target = _target(http, body)
     _check_either(body)
-    if body.messages is None:
-        special = body.add_special_tokens is not False
-        token_ids = await service.in_thread(partial(target.tokenize, body.prompt or "", special=special))
-    else:
-        chat = as_chat(body, tool_choice(body.tools, "auto", None, target))
-        token_ids = await service.in_thread(partial(target.render, chat, special=bool(body.add_special_tokens)))
+    prompt: str | Chat = body.prompt or ""
+    if body.messages is not None:
+        prompt = as_chat(body, tool_choice(body.tools, "auto", None, target))
+    special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    token_ids = await _service(http).in_thread(partial(target.tokenize, prompt, special=special))
     limits = [one.max_length for one in target.model.runners if one.max_length is not None]
     return {
         "count": len(token_ids),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from collm.core.types import TokenStep
 from collm.serving.errors import APIError, invalid
 from collm.serving.schemas import ChatRequest, FlatTool, ResponsesRequest, Sampled
-from collm.serving.shapes import AssistantMessage, Json, Shape, authorship, encoded, sse
+from collm.serving.shapes import Json, Shape, authorship, encoded, sse
 from collm.serving.worker import Part
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -77,7 +77,6 @@ class ResponseShape(Shape):
     def __init__(self, *arguments: Any, body: ResponsesRequest) -> None:
         super().__init__(*arguments)
         self._body = body
-        self._message = AssistantMessage(self._calls)
         self._steps: list[TokenStep] = []
         self._pending: list[TokenStep] = []  # whose text is not out yet
         self._logprobs: list[Json] = []
@@ -104,7 +103,7 @@ class ResponseShape(Shape):
         if self._token_texts:
             self._logprobs += self._token_texts[0].chat_logprobs(part.steps)
         self._cut = part.finish_reason == "length"
-        for delta in self._message.add(part):
+        for delta in self.deltas(part):
             if delta.index is None:
                 self._write(delta.text)
             elif delta.name:

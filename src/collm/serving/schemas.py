@@ -214,7 +214,17 @@ class ChatTool(JsonObject):
     function: FunctionDefinition
 
 
-class ChatRequest(TextRequest):
+class ChatOptions(JsonObject):
+    """What the chat template shows besides the messages."""
+
+    tools: Some[ChatTool] | None = None
+    add_generation_prompt: bool | None = Field(None, description="Begin an assistant turn. Default: true.")
+    continue_final_message: bool | None = Field(None, description="Continue the last message.")
+    chat_template_kwargs: Object | None = Field(None, description="Variables of the chat template.")
+    chat_template: None = None
+
+
+class ChatRequest(ChatOptions, TextRequest):
     """POST /v1/chat/completions."""
 
     messages: AtLeastOne[ChatMessage]
@@ -222,12 +232,8 @@ class ChatRequest(TextRequest):
     max_completion_tokens: Count | None = Field(None, description="Maximum number of tokens. It overrides max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = Field(None, description="With logprobs.")
-    tools: Some[ChatTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChatTool | None = Field(None, description="Default: auto.")
     parallel_tool_calls: bool | None = Field(None, description="Allow several calls. Default: true.")
-    add_generation_prompt: bool | None = Field(None, description="Begin an assistant turn. Default: true.")
-    continue_final_message: bool | None = Field(None, description="Continue the last message.")
-    chat_template_kwargs: Object | None = Field(None, description="Variables of the chat template.")
     reasoning_effort: Text | None = Field(None, description="Ignored, like all following fields.")
     verbosity: Text | None = None
     prediction: Object | None = None
@@ -238,7 +244,6 @@ class ChatRequest(TextRequest):
     audio: None = None
     web_search_options: None = None
     documents: Annotated[list[Any], Field(max_length=0)] | None = None
-    chat_template: None = None
     echo: Literal[False] | None = None
     add_special_tokens: Literal[False] | None = None
 
@@ -282,19 +287,14 @@ class ResponsesRequest(Sampled):
     prompt: None = None
 
 
-class TokenizeRequest(JsonObject):
+class TokenizeRequest(ChatOptions):
     """POST /tokenize: a prompt, or messages."""
 
     model: Text | None = Field(None, description="Optional if all collaborations have the same tokenizer.")
     prompt: Text | None = None
     messages: AtLeastOne[ChatMessage] | None = None
-    tools: Some[ChatTool] | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: Object | None = None
     return_token_strs: bool | None = None
-    chat_template: None = None
 
 
 class DetokenizeRequest(JsonObject):

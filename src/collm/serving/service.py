@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
@@ -49,11 +49,6 @@ class Target:
         return self.worker.model
 
     @property
-    def alone(self) -> list[str]:
-        """The model names of the collaboration's authors alone."""
-        return [f"{self.worker.name}/{author}" for author in self.model.author_names]
-
-    @property
     def default_threshold(self) -> float | None:
         """The threshold of requests that have none; None if there is no default."""
         if self.settings.threshold is not None:
@@ -67,7 +62,7 @@ class Target:
         return {
             "id": self.name,
             "author_names": self.model.author_names,
-            "alone": self.alone,
+            "alone": [f"{self.name}/{author}" for author in self.model.author_names],
             "default_threshold": self.default_threshold,
             "calibration": calibration and {key: calibration[key] for key in shown},
             "chat": self.model.template.chat is not None,
@@ -135,31 +130,21 @@ class Target:
             param = form if param.startswith("structured_outputs") else param
             raise invalid(f"{param} {rest}", param) from error
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """The token ids of a text without a template."""
-        with refused("prompt"):
-            return tokenize(self.model.tokenizer, text, special=special)
+    def tokenize(self, prompt: str | Chat, *, special: bool) -> list[int]:
+        """The token ids of a text without a template, or of a chat."""
+        template, tokenizer = self.model.template, self.model.tokenizer
+        with refused("prompt" if isinstance(prompt, str) else "messages"):
+            if not isinstance(prompt, str):
+                prompt = template.render_chat(tokenizer, prompt, open_turn=prompt.add_generation_prompt)
+            return tokenize(tokenizer, prompt, special=special)
 
-    def render(self, chat: Chat, *, special: bool) -> list[int]:
-        open_turn = chat.add_generation_prompt
-        with refused("messages"):
-            text = self.model.template.render_chat(self.model.tokenizer, chat, open_turn=open_turn)
-        return self.tokenize(text, special=special)
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, including special tokens."""
+    def detokenize(self, token_ids: list[int], *, special: bool = True) -> str:
+        """The text of token ids, with or without special tokens."""
         vocab_size = self.model.identity.vocab_size
-        outside = [token for token in token_ids if token >= vocab_size]
-        if outside:
+        if outside := [token for token in token_ids if token >= vocab_size]:
             raise invalid(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens", "tokens")
-        return str(self.model.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
-
-    def text_of(self, prompt: Prompt) -> str:
-        """The text of a completion's prompt."""
-        if isinstance(prompt, str):
-            return prompt
-        token_ids, tokenizer = cast("list[int]", prompt), self.model.tokenizer
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+        return str(self.model.tokenizer.decode(token_ids, **options))
 
 
 def _characters(prompt: Prompt) -> int:
@@ -188,7 +173,8 @@ class Service:
         self.collaborations = [Target(name, Worker(name, model, settings), settings) for name, model in models.items()]
         self.targets = {one.name: one for one in self.collaborations}
         for one in self.collaborations:
-            self.targets |= {name: replace(one, name=name, author=i) for i, name in enumerate(one.alone)}
+            for author, name in enumerate(one.info()["alone"]):
+                self.targets[name] = replace(one, name=name, author=author)
         self.started = int(time.time())
         self.requests: set[asyncio.Future[APIError]] = set()
         self.failure: Exception | None = None

@@ -6,23 +6,21 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.types import PromptLogprob, TokenStep, TopLogprobs, deferral_rate
 from collm.engine.request import Request
 from collm.serving.errors import APIError
-from collm.serving.parsing import ParsedRequest, ToolChoice
+from collm.serving.parsing import ParsedRequest
 from collm.serving.service import Target
 from collm.serving.worker import Part
-from collm.text.token_text import TokenText
+from collm.text.token_text import CONTEXT_TOKENS, TokenText
 from collm.text.tool_calls import Delta, ToolCallReader
 
 Json = dict[str, Any]
 Scored = list[PromptLogprob | None]
-
-_CONTEXT_TOKENS = 8
 
 
 class Shape:
@@ -46,7 +44,9 @@ class Shape:
             "model": target.name,
             "collm": {"author_names": list(self.author_names)},
         }
-        self._calls = parsed.calls
+        self._calls = calls = parsed.calls
+        names = {tool["function"]["name"] for tool in calls.shown} if calls else None
+        self._readers = [ToolCallReader(calls.written, names) for _ in requests] if calls else []
         self._prompt_tokens = sum(len(one.prompt_ids) for one in requests[::n])
         self._include_usage = bool(options and options.include_usage)
         self._usage_so_far = self._include_usage and bool(options and options.continuous_usage_stats)
@@ -57,7 +57,11 @@ class Shape:
             if parsed.logprobs
         ]
         most = params.prompt_logprobs
-        echoed = [target.text_of(prompt) for prompt in parsed.prompts] if parsed.echo else []
+        echoed = [
+            prompt if isinstance(prompt, str) else target.detokenize(cast("list[int]", prompt), special=False)
+            for prompt in parsed.prompts
+            if parsed.echo
+        ]
         listed = [] if most is None else [named_prompt(tokenizer, one, most) for one in scored]
         self._echoed = {i: echoed[i // n] for i in range(len(requests)) if echoed}
         self._prompt_logprobs = {i: listed[i // n] for i in range(len(requests)) if listed}
@@ -90,6 +94,16 @@ class Shape:
     def choice(self, part: Part, *, streamed: bool) -> Json:
         """A completion, or what a chunk adds to it."""
         raise NotImplementedError
+
+    def deltas(self, part: Part) -> list[Delta]:
+        """The text and the tool calls of a part."""
+        if self._calls is None:
+            return [Delta(part.text)] if part.text else []
+        reader, markers, deltas = self._readers[part.index], self._calls.markers, list[Delta]()
+        for step in part.steps:
+            deltas += reader.push(step.text or markers.get(step.token_id, ""))
+        deltas += reader.finish() if part.finish_reason else []
+        return [one for one in deltas if self._calls.parallel or not one.index]
 
     def usage(self, authors: Sequence[int]) -> Json:
         """Numbers of tokens, also by author."""
@@ -127,7 +141,7 @@ class ChatShape(Shape):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._messages: dict[int, AssistantMessage] = {}
+        self._begun: set[int] = set()
 
     def reply(self, parts: Sequence[Part], authors: Sequence[int]) -> bytes:
         if self._prompt_logprobs:
@@ -135,73 +149,34 @@ class ChatShape(Shape):
         return super().reply(parts, authors)
 
     def choice(self, part: Part, *, streamed: bool) -> Json:
-        index, texts = part.index, self._token_texts
-        first = {} if index in self._messages else {"role": "assistant"}
-        message = self._messages.setdefault(index, AssistantMessage(self._calls))
-        deltas = message.add(part)
-        added = {"delta": {**first, **_delta(deltas, message)}} if streamed else {"message": _message(message)}
-        called = message.calls and part.finish_reason == "stop"
+        index, texts, deltas = part.index, self._token_texts, self.deltas(part)
+        content = "".join(one.text for one in deltas if one.index is None)
+        called = bool(self._readers and self._readers[index].count)
+        message: Json = {} if index in self._begun else {"role": "assistant"}
+        self._begun.add(index)
+        if streamed:
+            message |= {"content": content} if content or not called else {}
+            calls = [{"index": one.index, **_call(one)} for one in deltas if one.index is not None]
+        else:
+            message |= {"content": content or (None if called else ""), "refusal": None}
+            calls = [_call(one) for one in deltas if one.name]
+            for one in deltas:
+                if one.index is not None:
+                    calls[one.index]["function"]["arguments"] += one.text
+        message |= {"tool_calls": calls} if calls else {}
         return {
             "index": index,
-            **added,
+            "delta" if streamed else "message": message,
             "logprobs": {"content": texts[index].chat_logprobs(part.steps), "refusal": None} if texts else None,
-            "finish_reason": "tool_calls" if called else part.finish_reason,
+            "finish_reason": "tool_calls" if called and part.finish_reason == "stop" else part.finish_reason,
             "collm": authorship(part.steps),
         }
-
-
-def _message(message: AssistantMessage) -> Json:
-    calls = {"tool_calls": message.calls} if message.calls else {}
-    content = message.content or (None if calls else "")
-    return {"role": "assistant", "content": content, "refusal": None, **calls}
-
-
-def _delta(deltas: Sequence[Delta], message: AssistantMessage) -> Json:
-    delta: Json = {}
-    content = "".join(one.text for one in deltas if one.index is None)
-    if content or not message.calls:
-        delta["content"] = content
-    calls = [{"index": one.index, **_call(one)} for one in deltas if one.index is not None]
-    return {**delta, "tool_calls": calls} if calls else delta
 
 
 def _call(delta: Delta) -> Json:
     if delta.name:
         return {"id": delta.id, "type": "function", "function": {"name": delta.name, "arguments": ""}}
     return {"function": {"arguments": delta.text}}
-
-
-class AssistantMessage:
-    """A completion as a message: its text without tool calls, and its tool calls."""
-
-    def __init__(self, choice: ToolChoice | None) -> None:
-        self.content = ""
-        self.calls: list[Json] = []
-        self._choice = choice
-        names = {tool["function"]["name"] for tool in choice.shown} if choice else set()
-        self._reader = ToolCallReader(choice.written, names) if choice else None
-
-    def add(self, part: Part) -> list[Delta]:
-        """Add tokens. Return the new parts of the message."""
-        deltas = self._read(part)
-        for one in deltas:
-            if one.index is None:
-                self.content += one.text
-            elif one.name:
-                self.calls.append(_call(one))
-            else:
-                self.calls[one.index]["function"]["arguments"] += one.text
-        return deltas
-
-    def _read(self, part: Part) -> list[Delta]:
-        if self._reader is None or self._choice is None:
-            return [Delta(part.text)] if part.text else []
-        deltas: list[Delta] = []
-        for step in part.steps:
-            deltas += self._reader.push(step.text or self._choice.markers.get(step.token_id, ""))
-        if part.finish_reason:
-            deltas += self._reader.finish()
-        return [one for one in deltas if self._choice.parallel or not one.index]
 
 
 class TokenTexts:
@@ -218,7 +193,7 @@ class TokenTexts:
         scored: Sequence[PromptLogprob | None] | None,
         as_ids: bool,
     ) -> None:
-        self._read = TokenText(tokenizer, () if scored is not None else prompt_ids[-_CONTEXT_TOKENS:])
+        self._read = TokenText(tokenizer, () if scored is not None else prompt_ids[-CONTEXT_TOKENS:])
         self._start = len(self._read.text)
         self._most = most
         self._as_ids = as_ids
@@ -256,9 +231,7 @@ class TokenTexts:
         return f"token_id:{token_id}" if self._as_ids else self._read.spelling(token_id)
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        length = len(self._read)
-        text = self._read.push(token_id)
-        self._read.cut(length)
+        text = self._read.added(token_id)
         token = text if text and not self._as_ids else self._name(token_id)
         return {"token": token, "logprob": logprob, "bytes": list(text.encode()) if text else None}
 

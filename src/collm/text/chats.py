@@ -134,12 +134,12 @@ def tool_name(tool: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def check_unicode(text: str) -> None:
-    """Raise a RequestError for text without a UTF-8 encoding, such as half of a surrogate pair."""
+def check_unicode(text: str, where: str = "") -> None:
+    """Raise a RequestError that begins with `where` for text without a UTF-8 encoding (half of a surrogate pair)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f": character {error.start} is {text[error.start]!r}, half of a character") from error
+        raise RequestError(f"{where}: character {error.start} is {text[error.start]!r}, half of a character") from error
 
 
 def _text(content: Any) -> str:

@@ -171,7 +171,7 @@ class Grammars:
         limits = LLParserLimits(**_PARSER_LIMITS)
         matcher = LLMatcher(self._llg_tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"structured_outputs cannot be compiled: {_shortened(matcher.get_error())}")
+            raise RequestError(f"structured_outputs cannot be compiled: {' '.join(matcher.get_error().split()):.200}")
         return matcher
 
 
@@ -252,7 +252,8 @@ def _source(structured: StructuredOutputs) -> str:
         try:
             lark = gbnf_to_lark.gbnf_to_lark(lark) if "::=" in lark else lark
         except Exception as error:  # the parser may raise anything on invalid input
-            raise RequestError(f"structured_outputs.grammar is not a GBNF grammar: {_shortened(str(error))}") from error
+            message = " ".join(str(error).split())
+            raise RequestError(f"structured_outputs.grammar is not a GBNF grammar: {message:.200}") from error
         return LLMatcher.grammar_from_lark(lark)
     try:
         schema = structured.json if isinstance(structured.json, str) else json.dumps(structured.json)
@@ -260,8 +261,3 @@ def _source(structured: StructuredOutputs) -> str:
         return LLMatcher.grammar_from_json_schema(schema)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"structured_outputs.json is no JSON, expected a JSON schema ({error})") from error
-
-
-def _shortened(message: str) -> str:
-    first = " ".join(message.split())
-    return first if len(first) <= 200 else f"{first[:200]}.."

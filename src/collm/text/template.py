@@ -64,7 +64,7 @@ class PromptTemplate:
         """A template with a tokenizer's chat template. Of several named ones, `default` and `tool_use` are used."""
         found = tokenizer.chat_template
         named = found if isinstance(found, Mapping) else {"default": found}
-        return cls(text, chat=named.get("default"), tool_chat=named.get("tool_use"))
+        return cls(text, named.get("default"), tool_chat=named.get("tool_use"))
 
     def chat_for(self, tools: Sequence[object] | None) -> str | None:
         """The template of chats with these tools; None if there is none."""
@@ -95,13 +95,12 @@ class PromptTemplate:
     def _closing_tokens(
         self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[int]:
-        content = "answer"
-        turn = Chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": content}], tools)
+        turn = Chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], tools)
         try:
             closed = self._turn(tokenizer, turn, 1)[1]
         except (DataError, RequestError):
             return []  # the template does not support this chat; training rows will raise the error
-        closing = tokenize(tokenizer, closed[closed.rfind(content) + len(content) :], special=False)
+        closing = tokenize(tokenizer, closed.rpartition("answer")[2], special=False)
         special = special_ids(tokenizer)
         for wanted in (stop_ids, special):
             found = [token for token in closing if token in wanted]
@@ -148,9 +147,9 @@ class PromptTemplate:
         prompt_ids = self.encode_prompt(tokenizer, prompt)
         whole = tokenize(tokenizer, self.text.replace("{prompt}", prompt) + completion)
         encoded = _append_completion(tokenizer, prompt_ids, whole, completion)
-        ends = encoded.is_target[-1] and encoded.token_ids[-1] == tokenizer.eos_token_id
-        eos = [] if ends else _eos_ids(tokenizer)
-        return Encoded([*encoded.token_ids, *eos], [*encoded.is_target, *[True] * len(eos)])
+        if encoded.is_target[-1] and encoded.token_ids[-1] == tokenizer.eos_token_id:
+            return encoded
+        return Encoded([*encoded.token_ids, *_eos_ids(tokenizer)], [*encoded.is_target, True])
 
     def encode_chat(
         self,
@@ -260,10 +259,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = T
     Raises:
         RequestError: the text is not valid Unicode or is too long, or the tokenizer fails.
     """
-    try:
-        check_unicode(text)
-    except RequestError as error:
-        raise RequestError(f"the text cannot be read{error}") from error
+    check_unicode(text, "the text cannot be read")
     if len(text) > MAX_CHARACTERS:
         raise RequestError(f"the text has {len(text)} characters, expected at most {MAX_CHARACTERS}; shorten it")
     try:

@@ -10,17 +10,20 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from collm.errors import MismatchError
 from collm.text.template import PromptTemplate, continuation_ids, special_ids, tokenize
+from collm.text.token_text import CONTEXT_TOKENS
 
-_CONTEXT_TOKENS = 8
 _WINDOW_BYTES = 32
 """Distance in bytes from the end of the known text to the boundary from which it is encoded again."""
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's character for a space."""
 _BYTE = re.compile("<0x[+0-9A-Fa-f][0-9A-Fa-f]>")
 """A token that stands for a byte, as the decoder reads it."""
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+"""Bytes by the characters of byte-level BPE."""
 
 
 class Encoding(NamedTuple):
@@ -86,7 +89,7 @@ class TextTokenizer:
 
     def encode_after(self, prompt_ids: Sequence[int], text: str) -> Encoding | None:
         """Tokenise a text that follows a prompt. Returns None if the tokens do not spell exactly this text."""
-        context_ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        context_ids = list(prompt_ids[-CONTEXT_TOKENS:])
         context = str(self.tokenizer.decode(context_ids, clean_up_tokenization_spaces=False))
         if self._plain:  # several times faster than through transformers
             whole = cast("list[int]", self._backend.encode(context + text, add_special_tokens=False).ids)
@@ -116,15 +119,13 @@ class GrowingIds:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self.ends: list[int] = []
-        self._prompt_ids = prompt_ids[-_CONTEXT_TOKENS:]
+        self._prompt_ids = prompt_ids[-CONTEXT_TOKENS:]
         self._adds_space = tokenizer.adds_space(prompt_ids)
 
     def spell(self, token_ids: Sequence[int]) -> bytes | None:
         """The bytes of tokens that follow the answer, without a space that the tokenizer adds at its beginning."""
         spelled = self.tokenizer.spell(token_ids)
-        if spelled and self._adds_space and not self.ids:
-            return spelled.removeprefix(b" ")
-        return spelled
+        return spelled.removeprefix(b" ") if spelled and self._adds_space and not self.ids else spelled
 
     def spells(self, answer: bytes) -> bool:
         """Whether the ids are those of `answer`, which must extend the previous one."""
@@ -197,16 +198,6 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[bytes
             found[token_id] = bytes([int(token[3:5], 16)]) if is_byte else token.replace(_SPACE, " ").encode()
         elif token_id in added:
             found[token_id] = token.encode()
-        elif all(character in _BYTE_OF for character in token):
+        elif _BYTE_OF.keys() >= set(token):
             found[token_id] = bytes(_BYTE_OF[character] for character in token)
     return found
-
-
-def _byte_of() -> dict[str, int]:
-    """Map byte-level BPE's characters to bytes: printable ones to themselves, 256 and up to the others (GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_of()

@@ -42,6 +42,9 @@ class ToolCallReader:
         written: the format of calls.
         names: names of the tools; None for any name.
         new_id: creates the id of a call.
+
+    Attributes:
+        count: number of calls so far.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class ToolCallReader:
         self._raw = ""  # the text of a call that has no name yet
         self._call: _CallObject | None = None
         self._in_list = False
-        self._count = 0
+        self.count = 0
         self._found: list[Delta] = []
 
     def push(self, text: str) -> list[Delta]:
@@ -76,7 +79,7 @@ class ToolCallReader:
             self._start(self._call)
             self._object()
         rest = self._raw + self._buffer
-        if (self._state == self._text or self._raw) and not (self._count and self._is_space(rest)):
+        if (self._state == self._text or self._raw) and not (self.count and self._is_space(rest)):
             self._emit_text(rest)
         self._buffer = self._raw = ""
         return self.push("")
@@ -140,7 +143,7 @@ class ToolCallReader:
                     return self._give_up()
                 self._start(call)
         if call.started and len(call.arguments) > call.num_reported:
-            self._found.append(Delta(call.arguments[call.num_reported :], self._count - 1))
+            self._found.append(Delta(call.arguments[call.num_reported :], self.count - 1))
             call.num_reported = len(call.arguments)
         dropped, self._buffer = self._buffer[place - 1 : place], self._buffer[place:]
         if not (call.done or call.broken):
@@ -203,8 +206,8 @@ class ToolCallReader:
         if call.name is not None and (call.arguments or call.done):
             call.started = self._begun = self._blank = True
             self._raw = ""
-            self._found.append(Delta("", self._count, call.call_id or self._new_id(), call.name))
-            self._count += 1
+            self._found.append(Delta("", self.count, call.call_id or self._new_id(), call.name))
+            self.count += 1
 
     def _emit_text(self, text: str) -> None:
         if text:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from collm.core.objective import author_logprobs, defer_probs, deferral_cost, marginal_logprobs, pseudo_labels
+from collm.core.head import author_logprobs, defer_probs
+from collm.core.objective import deferral_cost, marginal_logprobs, pseudo_labels
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from collm.core.head import DeferralHead
-from collm.core.objective import author_logprobs
+from collm.core.head import DeferralHead, author_logprobs
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.training.config import CoLLMConfig

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from collm.core.combinations import CombiningPolicy
-from collm.core.head import DeferralHead
+from collm.core.head import DeferralHead, author_logprobs, defer_probs
 from collm.core.named import policy_named
-from collm.core.objective import author_logprobs, defer_probs
 from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.core.types import BASE

@@ -23,7 +23,7 @@ def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
     rows = logits[:, defer_ids]  # (R, K)
     u = rows.float() / note["scale"] + torch.tensor(note["biases"], device=logits.device)
     logit = torch.logsumexp(u, dim=-1)
-    smaller = torch.sigmoid(-logit.abs()).double()  # as in `core.objective.defer_probs`
+    smaller = torch.sigmoid(-logit.abs()).double()  # as in `core.head.defer_probs`
     deferring = torch.where(logit > 0, 1 - smaller, smaller) > thresholds
     chosen = u.argmax(-1, keepdim=True)
     logits[:, note["vocab_size"] :] = -math.inf

@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from collm.core.head import DeferralHead
-from collm.core.objective import defer_probs
+from collm.core.head import DeferralHead, defer_probs
 from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
 from collm.engine.candidates import Candidates, Likely, spelled

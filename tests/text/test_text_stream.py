@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from collm.engine.text import TextStream
+from collm.text.token_text import TextStream
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
