@@ -26,15 +26,14 @@ from collm.core.types import BASE
 from collm.engine.kv_cache import in_pages
 from collm.engine.runner import ModelRunner
 from collm.engine.sequence import Decision, Draw
+from collm.engine.speculation import PassTimes
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.text.token_ids import common_prefix
 from collm.vllm import POLICY, THRESHOLD, read_threshold
 
 _LOG = logging.getLogger(__name__)
 _DECAY = 0.95
-"""Factor by which the weight of a measurement shrinks with each further measurement."""
-_SPREAD = 1e-3
-"""Least relative variance of pass sizes from which the time per token can be estimated."""
+"""Factor by which the weight of a round shrinks with each further round."""
 _FEW_TOKENS = 4
 """A pass with at most this many tokens in each row is a decoding step. Longer passes read prompts."""
 
@@ -79,7 +78,7 @@ class Drafted:
     @property
     def written(self) -> list[int]:
         """Tokens that the base wrote after the final tokens."""
-        return [one.choice.token_id for one in self.decisions if one.choice is not None]
+        return written(self.decisions)
 
     @property
     def draft(self) -> list[int]:
@@ -116,7 +115,8 @@ class Drafter:
 
     Args:
         most: largest number of base passes in one round, at least 1.
-        draw: draws one token for each of R requests from the base's logits (R, V).
+        draw: draws one token for each of R requests from logits (R, V). Also takes the tokens of each request that the
+            engine's state does not have yet.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Drafter:
         head: DeferralHead,
         *,
         most: int,
-        draw: Callable[[Tensor, Sequence[Drafted]], list[Draw]],
+        draw: Callable[[Tensor, Sequence[Drafted], Sequence[Sequence[int]]], list[Draw]],
     ) -> None:
         self.runner = runner
         self.head = head
@@ -141,7 +141,8 @@ class Drafter:
             for one in requests
             if one.failure is None and not one.is_decided and len(one.decisions) < min(self.most, one.room)
         ]:
-            if all(one.decisions for one in undecided) and not self.times.pays(len(undecided)):
+            drafted = sum(len(one.decisions) for one in requests)
+            if all(one.decisions for one in undecided) and not self.times.pays(len(undecided), drafted):
                 return
             self.decide(undecided)
 
@@ -171,37 +172,30 @@ class Drafter:
         defer_logits = self.head(hidden.to(self.head.weight.device))
         probs = torch.cat([author_logprobs(defer_logits).exp(), defer_probs(defer_logits).unsqueeze(-1)], dim=-1)
         is_finite = (probs.isfinite().all(-1) & hidden.isfinite().all(-1).to(probs.device)).tolist()
-        writing: list[tuple[int, Decision]] = []
-        for row, (one, (*author_probs, defer_prob)) in enumerate(zip(requests, probs.tolist(), strict=True)):
-            if not is_finite[row]:
+        for one, (*author_probs, defer_prob), valid in zip(requests, probs.tolist(), is_finite, strict=True):
+            if valid:
+                author = one.policy.author(one.view(author_probs, defer_prob))
+                one.decisions.append(Decision(author, defer_prob, None, None))
+            else:
                 self._fail(one, ModelFailure(f"{self.runner.name} gave hidden states that are not finite"))
-                continue
-            author = one.policy.author(one.view(author_probs, defer_prob))
-            decision = Decision(author, defer_prob, None, None)
-            if author == BASE:
-                writing.append((row, decision))
-            else:
-                one.decisions.append(decision)
-        if writing:
-            self._write(
-                [(requests[row], decision) for row, decision in writing], logits_of([row for row, _ in writing])
-            )
+        rows = [row for row, one in enumerate(requests) if one.failure is None and one.decisions[-1].author == BASE]
+        if rows:
+            self.write(self.runner.name, [(requests[row], requests[row].decisions) for row in rows], logits_of(rows))
         if max(map(len, unseen.values())) <= _FEW_TOKENS:
-            self.times.saw_pass(len(requests), time.perf_counter() - start)
+            self.times.base.record(len(requests), time.perf_counter() - start)
 
-    def _write(self, writing: Sequence[tuple[Drafted, Decision]], logits: Tensor) -> None:
-        """Let the base write one token of each request, from logits (R, V)."""
-        valid = []
-        for row, is_finite in enumerate(logits.isfinite().all(-1).tolist()):
-            if is_finite:
-                valid.append(row)
-            else:
-                self._fail(writing[row][0], ModelFailure(f"{self.runner.name} gave logits that are not finite"))
-        draws = self.draw(logits[valid], [writing[row][0] for row in valid]) if valid else []
-        for row, drawn in zip(valid, draws, strict=True):
-            one, decision = writing[row]
-            decision.choice = drawn
-            one.decisions.append(decision)
+    def write(self, author: str, decided: Sequence[tuple[Drafted, list[Decision]]], logits: Tensor) -> None:
+        """Draw the token of each request's last decision from logits (R, V) of the named author."""
+        is_valid = logits.amax(-1).isfinite().tolist()  # NaN is the largest, and -inf means a probability of 0
+        for (one, _), valid in zip(decided, is_valid, strict=True):
+            if not valid:
+                self._fail(one, ModelFailure(f"{author} gave logits that are not finite"))
+        rows = [row for row, valid in enumerate(is_valid) if valid]
+        if rows:
+            requests, decisions = zip(*(decided[row] for row in rows), strict=True)
+            draws = self.draw(logits[rows], requests, [written(each) for each in decisions])
+            for each, drawn in zip(decisions, draws, strict=True):
+                each[-1].choice = drawn
 
     # Slots
 
@@ -251,6 +245,11 @@ class Drafter:
             self.forget(one)
 
 
+def written(decisions: Sequence[Decision]) -> list[int]:
+    """The tokens that were written at these positions, as far as they are known."""
+    return [one.choice.token_id for one in decisions if one.choice is not None]
+
+
 def _size(one: Drafted) -> int:
     return in_pages(len(one.text) + len(one.written))
 
@@ -259,49 +258,32 @@ class RoundTimes:
     """Predicts whether another pass of the base before the assistant's pass saves time.
 
     A round produces n tokens in s seconds. Another base pass adds m tokens, one for each request in it. It is worth its
-    time if m / (seconds of the pass + m b) > n / s. Here b is the time that one more token adds to the assistant's pass
-    (Dinkelbach 1967). All values are measured while the engine runs.
+    time if m / (seconds of the pass + seconds that m more tokens add to the assistant's pass) > n / s.
+
+    Attributes:
+        base: seconds of base passes, by the number of requests.
+        assistant: seconds of the assistant's passes, by the number of tokens.
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, float] = {}  # requests, as the exponent of the next power of two -> seconds
+        self.base, self.assistant = PassTimes(), PassTimes()
         self._tokens = self._seconds = 0.0
-        self._sums = [0.0] * 5  # weights, tokens, tokens squared, seconds, tokens times seconds
-
-    def saw_pass(self, requests: int, seconds: float) -> None:
-        """Record a base pass that made one step for each request."""
-        size = (requests - 1).bit_length()
-        self._passes[size] = _DECAY * self._passes.get(size, seconds) + (1 - _DECAY) * seconds
-
-    def saw_reading(self, tokens: int, seconds: float) -> None:
-        """Record an assistant pass over this many draft tokens."""
-        new = [1.0, tokens, tokens**2, seconds, tokens * seconds]
-        self._sums = [_DECAY * old + one for old, one in zip(self._sums, new, strict=True)]
 
     def saw_round(self, tokens: int, seconds: float) -> None:
         """Record a round, from one assistant pass to the next."""
         self._tokens = _DECAY * self._tokens + tokens
         self._seconds = _DECAY * self._seconds + seconds
 
-    @property
-    def seconds_per_token(self) -> float:
-        """Time that one more token adds to the assistant's pass: the least-squares slope of its pass times.
+    def pays(self, requests: int, drafted: int) -> bool:
+        """Whether another base pass saves time; True until there are measurements.
 
-        If all passes have nearly the same size, a single slow pass distorts the slope. So the slope is limited to the
-        mean time per token of all passes.
+        Args:
+            requests: number of requests in the pass.
+            drafted: number of tokens that the assistant's pass would read without it.
         """
-        weight, tokens, squares, seconds, products = self._sums
-        spread = weight * squares - tokens**2
-        if spread <= _SPREAD * squares:
-            return 0.0
-        return min(max((weight * products - tokens * seconds) / spread, 0.0), seconds / tokens)
-
-    def pays(self, requests: int) -> bool:
-        """Whether another base pass for this many requests saves time; True until there are measurements."""
-        seconds = self._passes.get((requests - 1).bit_length())
-        if seconds is None or not self._seconds:
-            return True
-        return requests * self._seconds > (seconds + requests * self.seconds_per_token) * self._tokens
+        longer = self.assistant.at(drafted + requests) - self.assistant.at(drafted)
+        seconds = self.base.at(requests) + max(longer, 0.0)  # measured times need not be monotone
+        return not self._seconds or requests * self._seconds > seconds * self._tokens
 
 
 def policy_of(xargs: Mapping[str, Any]) -> Policy | None:

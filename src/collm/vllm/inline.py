@@ -24,7 +24,7 @@ from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.engine.runner import ModelRunner
 from collm.engine.sequence import Decision, Draw
-from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
+from collm.errors import CollmError, ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.models.members import load_members
 from collm.text.guards import TokenizerIdentity
@@ -58,9 +58,7 @@ class Proposer:
         check_hooks()
         self._config = vllm_config
         self._requests: dict[str, Drafted] = {}
-        self._is_step = False
-        self._num_new = 0
-        self._drafted_at = self._began_at = 0.0
+        self._drafted_at = self._sampled_at = 0.0
         _wrap_model_runner()
         if get_tp_group().rank_in_group == 0:
             self._load()
@@ -100,6 +98,9 @@ class Proposer:
         most = self._config.speculative_config.num_speculative_tokens + 1
         self._drafter = Drafter(runner, parts.head.to(base.device), most=most, draw=self._draw)
 
+    def _draw(self, logits: Tensor, requests: Sequence[Drafted], drafted: Sequence[Sequence[int]]) -> list[Draw]:
+        return sample(self._runner.sampler, logits.to(self._runner.device), requests, drafted)
+
     # After the assistant's pass
 
     def sample(self, runner: Any, logits: Tensor, spec: Any) -> SamplerOutput:
@@ -111,7 +112,7 @@ class Proposer:
             spec: vLLM's metadata, which assigns logits to requests; None if there are no drafts.
         """
         self._runner = runner
-        new = _from_first_rank(lambda: self._fail_all_on_error(lambda: self._new_tokens(logits, spec), None))
+        new = self._on_first_rank(lambda: self._new_tokens(logits, spec), None)
         return _output(new, logits.device, logprobs=runner.input_batch.max_num_logprobs is not None)
 
     def _new_tokens(self, logits: Tensor, spec: Any) -> list[Entries | None]:
@@ -124,39 +125,23 @@ class Proposer:
         is_reading = self._runner.discard_request_mask.np[: batch.num_reqs]
         rows = {row: self._request(row) for row in range(batch.num_reqs) if not is_reading[row]}
         undecided = [one for one in rows.values() if not one.decisions and one.failure is None]
-        self._is_step = not undecided and len(rows) == len(counts)
-        if self._is_step:
-            self._drafter.times.saw_reading(sum(counts) + len(rows), time.perf_counter() - self._drafted_at)
+        now, times = time.perf_counter(), self._drafter.times
         self._drafter.decide(undecided)
         final = {row: one.accept(drafts[row]) for row, one in rows.items() if one.failure is None}
-        self._num_new = sum(map(len, final.values()))
+        if not undecided and len(rows) == len(counts):
+            times.assistant.record(sum(counts) + len(rows), now - self._drafted_at)
+            times.saw_round(sum(map(len, final.values())), now - self._sampled_at)
+        self._sampled_at = now
         deferred = {row: decisions for row, decisions in final.items() if decisions[-1].choice is None}
         if deferred:
             places = [_logits_index(spec, row, len(decisions) - 1) for row, decisions in deferred.items()]
-            self._draw_deferred([(rows[row], deferred[row]) for row in deferred], logits[places][:, : self._vocab_size])
+            decided = [(rows[row], decisions) for row, decisions in deferred.items()]
+            self._drafter.write("the assistant", decided, logits[places][:, : self._vocab_size])
         new: list[Entries | None] = [None] * batch.num_reqs
         for row, decisions in final.items():
             if rows[row].failure is None:
                 new[row] = [_entries(one, with_author=wants_authors(rows[row])) for one in decisions]
         return new
-
-    def _draw_deferred(self, deferred: Sequence[tuple[Drafted, list[Decision]]], logits: Tensor) -> None:
-        """Let the assistant write the token of each request's last decision, from logits (R, V)."""
-        valid = []
-        for row, is_nan in enumerate(logits.isnan().any(-1).tolist()):
-            if is_nan:
-                deferred[row][0].failure = ModelFailure("the assistant gave logits that are not finite")
-            else:
-                valid.append(row)
-        if valid:
-            drafted = [[one.choice.token_id for one in deferred[row][1] if one.choice is not None] for row in valid]
-            draws = sample(self._runner.sampler, logits[valid], [deferred[row][0] for row in valid], drafted)
-            for row, drawn in zip(valid, draws, strict=True):
-                deferred[row][1][-1].choice = drawn
-
-    def _draw(self, logits: Tensor, requests: Sequence[Drafted]) -> list[Draw]:
-        written = [one.written for one in requests]
-        return sample(self._runner.sampler, logits.to(self._runner.device), requests, written)
 
     # Before its next pass
 
@@ -166,34 +151,31 @@ class Proposer:
         Args:
             sampled: the new tokens of each row; empty while the prompt is being read.
         """
-        return _from_first_rank(lambda: self._fail_all_on_error(lambda: self._drafts(sampled), []))
+        return self._on_first_rank(lambda: self._drafts(sampled), [])
 
-    def _fail_all_on_error(self, work: Callable[[], list[T]], default: T) -> list[T]:
-        """Call `work`. If it raises, fail every request in the batch and return `default` for each row."""
-        try:
-            return work()
-        except Exception as error:
-            _LOG.exception("the collaboration failed")
-            for row in range(self._runner.input_batch.num_reqs):
-                self._request(row).failure = error
-            return [default] * self._runner.input_batch.num_reqs
+    def _on_first_rank(self, work: Callable[[], list[T]], default: T) -> list[T]:
+        """Call `work` on the first rank of the tensor-parallel group and broadcast its result. If it raises, fail every
+        request in the batch. The result is then `default` for each row.
+        """
+        group, result = get_tp_group(), None
+        if group.rank_in_group == 0:
+            try:
+                result = work()
+            except Exception as error:
+                _LOG.exception("the collaboration failed")
+                result = [default] * self._runner.input_batch.num_reqs
+                for row in range(len(result)):
+                    self._request(row).failure = error
+        return cast("list[T]", result if group.world_size == 1 else group.broadcast_object(result, src=0))
 
     def _drafts(self, sampled: Sequence[Sequence[int]]) -> list[list[int]]:
-        now = time.perf_counter()
-        if self._is_step:
-            self._drafter.times.saw_round(self._num_new, now - self._began_at)
-        self._began_at = now
-        for name in [name for name in self._requests if name not in self._runner.requests]:
+        for name in self._requests.keys() - self._runner.requests.keys():
             self._drafter.forget(self._requests.pop(name))
         rows = {row: self._request(row) for row, new in enumerate(sampled) if new}
         rows = {row: one for row, one in rows.items() if one.room > 0}
         self._drafter.draft(list(rows.values()))
-        drafts: list[list[int]] = [[] for _ in sampled]
-        for row, one in rows.items():
-            if one.failure is None:
-                drafts[row] = one.draft
         self._drafted_at = time.perf_counter()
-        return drafts
+        return [rows[row].draft if row in rows and rows[row].failure is None else [] for row in range(len(sampled))]
 
     # Requests
 
@@ -295,14 +277,6 @@ def _output(new: Sequence[Entries | None], device: torch.device, *, logprobs: bo
     ranks = torch.zeros(len(new) * width, dtype=torch.int32)
     found = LogprobsTensors(ids.flatten(0, 1), values.flatten(0, 1), ranks)
     return SamplerOutput(tokens.to(device), found if logprobs else None)
-
-
-def _from_first_rank(decide: Callable[[], T]) -> T:
-    """Call `decide` on the first rank of the tensor-parallel group and broadcast its result."""
-    group = get_tp_group()
-    if group.world_size == 1:
-        return decide()
-    return cast(T, group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0))
 
 
 def _wrap_model_runner() -> None:
