@@ -44,12 +44,10 @@ class Drafted:
 
     Attributes:
         state: the engine's own state of the request.
-        policy: chooses the author of each position; must not consult the assistant.
         prompt_length: number of prompt tokens; decisions start after them.
         end_ids: tokens after which nothing is drafted.
         seed: seed of the policy's random numbers.
         generator: the engine's random generator of a request with a seed.
-        failure: the error that ended the request; None if there was none.
         text: the final tokens, prompt and completion; set before the drafter is called. Only needed slices are read.
         room: number of tokens that the request may still generate; set likewise.
         decisions: decisions about the positions after the final tokens, in order; only the last may be a deferral.
@@ -76,14 +74,9 @@ class Drafted:
         self._uniforms: list[float] = []
 
     @property
-    def written(self) -> list[int]:
-        """Tokens that the base wrote after the final tokens."""
-        return written(self.decisions)
-
-    @property
     def draft(self) -> list[int]:
         """Tokens for the assistant to read. The last decision is about the position after them."""
-        return self.written[: len(self.decisions) - 1] if self.decisions else []
+        return written(self.decisions)[: len(self.decisions) - 1] if self.decisions else []
 
     @property
     def is_decided(self) -> bool:
@@ -97,19 +90,17 @@ class Drafted:
         while len(self._uniforms) <= position:
             self._uniforms.append(self._random.random())
             self._random.random()  # the number for the token itself
-        uniform = self._uniforms[position]
-        return StepView(position, self.deferred, author_probs, defer_prob, self.temperature, uniform)
+        return StepView(position, self.deferred, author_probs, defer_prob, self.temperature, self._uniforms[position])
 
     def accept(self, read: Sequence[int]) -> list[Decision]:
-        """Remove and return the decisions that became final: about the draft tokens that the engine read, and the next.
-        If these differ from the draft, only the common prefix counts.
-        """
+        """Remove and return the final decisions: about the draft tokens that the engine read, and the next."""
         count = common_prefix(list(read), self.draft)
         final, self.decisions = self.decisions[: count + 1], self.decisions[count + 1 :]
         self.deferred += final[-1].author != BASE
         return final
 
 
+@dataclass(eq=False)
 class Drafter:
     """Decodes with the base, in batches over all requests. If a request fails, its `failure` is set; others go on.
 
@@ -119,18 +110,12 @@ class Drafter:
             engine's state does not have yet.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        head: DeferralHead,
-        *,
-        most: int,
-        draw: Callable[[Tensor, Sequence[Drafted], Sequence[Sequence[int]]], list[Draw]],
-    ) -> None:
-        self.runner = runner
-        self.head = head
-        self.most = most
-        self.draw = draw
+    runner: ModelRunner
+    head: DeferralHead
+    most: int
+    draw: Callable[[Tensor, Sequence[Drafted], Sequence[Sequence[int]]], list[Draw]]
+
+    def __post_init__(self) -> None:
         self.times = RoundTimes()
         self._used: dict[int, Drafted] = {}  # slot -> its request, the least recently used first
 
@@ -202,11 +187,11 @@ class Drafter:
     def _unseen(self, one: Drafted) -> tuple[int, list[int]]:
         """The request's slot and the tokens that the base has not read."""
         if one.slot is None:
-            one.slot = self.runner.open([*map(int, one.text), *one.written])
+            one.slot = self.runner.open([*map(int, one.text), *written(one.decisions)])
         self._used.pop(one.slot, None)
         self._used[one.slot] = one
         length = self.runner.length(one.slot)
-        return one.slot, [*map(int, one.text[length:]), *one.written[max(length - len(one.text), 0) :]]
+        return one.slot, [*map(int, one.text[length:]), *written(one.decisions)[max(length - len(one.text), 0) :]]
 
     def forget(self, one: Drafted) -> None:
         """Close the slot of a request that ended or must be read again."""
@@ -246,23 +231,20 @@ class Drafter:
 
 
 def written(decisions: Sequence[Decision]) -> list[int]:
-    """The tokens that were written at these positions, as far as they are known."""
+    """The known tokens of these decisions."""
     return [one.choice.token_id for one in decisions if one.choice is not None]
 
 
 def _size(one: Drafted) -> int:
-    return in_pages(len(one.text) + len(one.written))
+    return in_pages(len(one.text) + len(written(one.decisions)))
 
 
 class RoundTimes:
     """Predicts whether another pass of the base before the assistant's pass saves time.
 
     A round produces n tokens in s seconds. Another base pass adds m tokens, one for each request in it. It is worth its
-    time if m / (seconds of the pass + seconds that m more tokens add to the assistant's pass) > n / s.
-
-    Attributes:
-        base: seconds of base passes, by the number of requests.
-        assistant: seconds of the assistant's passes, by the number of tokens.
+    time if m / (seconds of the pass + seconds that m more tokens add to the assistant's pass) > n / s. Times of `base`
+    are by the number of requests, and times of `assistant` by the number of tokens.
     """
 
     def __init__(self) -> None:
@@ -275,11 +257,8 @@ class RoundTimes:
         self._seconds = _DECAY * self._seconds + seconds
 
     def pays(self, requests: int, drafted: int) -> bool:
-        """Whether another base pass saves time; True until there are measurements.
-
-        Args:
-            requests: number of requests in the pass.
-            drafted: number of tokens that the assistant's pass would read without it.
+        """Whether another base pass for these requests saves time, if the assistant must read so many tokens without
+        it; True until there are measurements.
         """
         longer = self.assistant.at(drafted + requests) - self.assistant.at(drafted)
         seconds = self.base.at(requests) + max(longer, 0.0)  # measured times need not be monotone
@@ -294,12 +273,10 @@ def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
         threshold = read_threshold(xargs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if threshold is not None and POLICY in xargs:
-        raise ConfigError(f"vllm_xargs has both {THRESHOLD} and {POLICY}; give one of them")
-    if threshold is not None:
-        return ThresholdPolicy(threshold)
     if POLICY not in xargs:
-        return None
+        return None if threshold is None else ThresholdPolicy(threshold)
+    if threshold is not None:
+        raise ConfigError(f"vllm_xargs has both {THRESHOLD} and {POLICY}; give one of them")
     policy = policy_named(str(xargs[POLICY]))
     check_policy(policy)
     return policy
