@@ -32,7 +32,7 @@ from collm import CoLLM, DeferralHead, ModelSpec, SamplingParams
 from collm.core.policies import RandomPolicy
 from collm.http.client import socket_transport
 from collm.vllm import POLICY
-from collm.vllm.launch import ServerPlan, ServerProcess, check_python, launched
+from collm.vllm.launch import ServerProcess, check_python, launched
 from collm.vllm.placement import Machine, placed, placed_in_one
 from collm.vllm.servers import Servers
 
@@ -119,7 +119,7 @@ class Bench:
 
     # Servers
 
-    def _plain(self, speculation: str | None = None) -> ServerPlan:
+    def _plain(self, speculation: str | None = None) -> ServerProcess:
         """Plan a vLLM server of the assistant alone, with the flags of one engine."""
         plan = self._in_one()
         flags = list(plan.flags)
@@ -128,14 +128,14 @@ class Bench:
         if speculation is not None:
             ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
             flags += ["--speculative-config", json.dumps(ngram)]
-        return ServerPlan(plan.name, plan.model, flags, plan.environment)
+        return ServerProcess(plan.name, plan.model, flags, plan.environment)
 
-    def _in_one(self) -> ServerPlan:
+    def _in_one(self) -> ServerProcess:
         options = {"max_batch": max(self.arguments.batch), "max_length": self.length}
         return placed_in_one(str(self.root / "artefact"), Machine.this(), **options)
 
     @contextmanager
-    def _launched(self, plan: ServerPlan) -> Iterator[ServerProcess]:
+    def _launched(self, plan: ServerProcess) -> Iterator[ServerProcess]:
         with launched([plan], self.python, self.root / "logs", wait_s=600) as (server,):
             yield server
 
@@ -173,7 +173,7 @@ class Bench:
         async with httpx.AsyncClient(timeout=None, transport=socket_transport(server.url)) as client:
 
             async def one(prompt: list[int]) -> int:
-                body = {"model": server.plan.name, "prompt": prompt, "max_tokens": self.arguments.new, "temperature": 1}
+                body = {"model": server.name, "prompt": prompt, "max_tokens": self.arguments.new, "temperature": 1}
                 async with room:
                     reply = await client.post(f"{server.url}/completions", json={**body, "ignore_eos": True, **more})
                 reply.raise_for_status()

@@ -60,7 +60,7 @@ class Bench:
         flags = {name: ["--max-logprobs", "-1"] for name in ("base", "assistant")}
         models = {"base": ModelSpec(str(root / "export")), "assistant": specs[1]}
         plans = placed(models, Machine.this(), max_batch=max(arguments.batch), max_length=1024, flags=flags)
-        self.servers: list[ServerProcess] = stack.enter_context(
+        self.servers = stack.enter_context(
             launched(plans, check_python(arguments.vllm_python), root / "logs", wait_s=600)
         )
         self.remote = CoLLM(specs[0], [specs[1]], head, tokenizer, servers=Servers([one.url for one in self.servers]))
@@ -184,7 +184,7 @@ async def _logprobs(client: httpx.AsyncClient, server: ServerProcess, body: dict
 
 
 async def _post(client: httpx.AsyncClient, server: ServerProcess, body: dict[str, Any]) -> Any:
-    reply = await client.post(f"{server.url}/completions", json={"model": server.plan.name, **body})
+    reply = await client.post(f"{server.url}/completions", json={"model": server.name, **body})
     reply.raise_for_status()
     return reply.json()
 

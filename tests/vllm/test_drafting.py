@@ -91,7 +91,7 @@ class Engine:
         return int(self.assistant(torch.tensor([text])).logits[0, -1].argmax())
 
 
-def greedy(logits: Tensor, requests: Sequence[Drafted]) -> list[Draw]:
+def greedy(logits: Tensor, requests: Sequence[Drafted], drafted: Sequence[Sequence[int]]) -> list[Draw]:
     return [Draw(token_id, 0.0) for token_id in logits.argmax(-1).tolist()]
 
 
@@ -154,11 +154,8 @@ def test_what_breaks_down_fails_the_requests_that_it_was_for(pair: CoLLM) -> Non
     def request(threshold: float) -> Drafted:
         return Drafted(None, ThresholdPolicy(threshold), 2, text=[5, 6], room=9)
 
-    def broken(logits: Tensor, asking: Sequence[Drafted]) -> list[Draw]:
-        raise ValueError("no")
-
     requests = [request(threshold) for threshold in (1.0, -1.0)]
-    drafter.draw = broken
+    drafter.draw = lambda *_: list[Draw]()  # of the wrong length, which raises a ValueError
     drafter.draft(requests)
     assert [type(one.failure) for one in requests] == [ValueError, ValueError]
     drafter.draw = greedy
@@ -173,31 +170,15 @@ def test_what_breaks_down_fails_the_requests_that_it_was_for(pair: CoLLM) -> Non
 
 
 def test_another_pass_pays_while_it_gives_more_than_rounds_do() -> None:
-    pace = RoundTimes()
-    assert pace.pays(1)  # nothing is known yet
+    times = RoundTimes()
+    assert times.pays(1, 16)  # nothing is known yet
     for tokens in (8, 16, 24) * 20:
-        pace.saw_reading(tokens, 0.010 + 0.001 * tokens)
-        pace.saw_round(tokens, 0.030)
-    assert pace.seconds_per_token == pytest.approx(0.001)
-    pace.saw_pass(4, 0.002)  # 4 tokens in 6 ms, beside about 16 in 30 ms
-    assert pace.pays(4)
-    pace.saw_pass(1, 0.002)  # 1 token in 3 ms
-    assert not pace.pays(1)
-
-
-def test_reading_times_of_one_size_name_no_price() -> None:
-    pace = RoundTimes()
-    for _ in range(50):
-        pace.saw_reading(16, 0.02)
-    assert pace.seconds_per_token == 0
-
-
-def test_a_token_costs_no_more_than_its_share_of_the_passes() -> None:
-    pace = RoundTimes()
-    for _ in range(50):
-        pace.saw_reading(1, 0.04)
-    pace.saw_reading(2, 0.8)  # held up; by the slope alone a token would cost 0.76 s
-    assert 0.04 < pace.seconds_per_token < 0.1
+        times.assistant.record(tokens, 0.010 + 0.001 * tokens)
+        times.saw_round(tokens, 0.030)
+    for requests in (1, 4):
+        times.base.record(requests, 0.002)
+    assert times.pays(4, 12)  # 4 tokens in about 6 ms, beside about 16 in 30 ms
+    assert not times.pays(1, 15)  # 1 token in about 3 ms
 
 
 def test_policies_that_one_engine_can_follow_keep_their_names() -> None:

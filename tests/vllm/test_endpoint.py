@@ -56,8 +56,8 @@ class Asking:
 
     def stream(self, count: int, **body: Any) -> list[int]:
         async def go() -> list[int]:
-            async with aclosing(self.endpoint.stream(asked(max_tokens=count, **body))) as pieces:
-                return [one.token_id async for piece in pieces for one in piece]
+            async with aclosing(self.endpoint.stream(asked(max_tokens=count, **body))) as tokens:
+                return [one.token_id async for one in tokens]
 
         return self.do(go())
 
@@ -125,13 +125,13 @@ def test_what_may_pass_is_asked_for_again_and_given_up_in_the_end(
     fake: FakeVllm, served: Served, name: str, streaming: bool
 ) -> None:
     asking = Asking(fake, retries=2)
-    ask = (lambda: asking.stream(1)) if streaming else (lambda: [asking.one()])
+    count = 2 if streaming else 1
     fake.faults = [PASSING[name]] * 2
-    assert ask() == greedy(served, 1)
-    assert (len(fake.bodies), asking.endpoint.usage.calls, asking.endpoint.usage.forward_passes) == (3, 3, 1)
+    assert asking.stream(count) == greedy(served, count)
+    assert (len(fake.bodies), asking.endpoint.usage.calls, asking.endpoint.usage.forward_passes) == (3, 3, count)
     fake.faults = [PASSING[name]] * 9
     with pytest.raises(ModelFailure, match=rf"the assistant at {fake.url} .*3 times, .*the last time: .*; check"):
-        ask()
+        asking.stream(count)
     assert len(fake.bodies) == 6
 
 
@@ -285,12 +285,9 @@ def test_a_whole_stream_leaves_its_connection_for_the_next(fake: FakeVllm) -> No
 
     async def thrice() -> None:
         for _ in range(3):
-            async with aclosing(asking.endpoint.stream(asked(max_tokens=4))) as pieces:
-                count = 0
-                async for piece in pieces:
-                    count += len(piece)
-                    if count == 4:  # the reader stops at the last token
-                        break
+            async with aclosing(asking.endpoint.stream(asked(max_tokens=4))) as tokens:
+                for _ in range(4):  # the reader stops at the last token
+                    await anext(tokens)
 
     asking.do(thrice())
     assert fake.connections == 1

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -387,7 +388,7 @@ def test_connections_end_when_closed_or_forgotten(cluster: Clusters, members: Ca
         model.generate([[5]], GREEDY, threshold=0.5)
     m = members(1)
     forgotten = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=world.servers())
-    with forgotten.backend.connections:
+    with closing(forgotten.backend.connections):
         assert threads() == 1
     forgotten = CoLLM(m.models[0], m.models[1:], m.head, m.tokenizer, servers=world.servers())
     assert forgotten.backend.connections.defer_ids

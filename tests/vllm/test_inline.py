@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from openai import OpenAI
 from transformers import PreTrainedTokenizerFast
 
 from collm import CoLLM, ModelSpec, SamplingParams, StructuredOutputs
@@ -36,7 +31,7 @@ from collm.vllm.servers import Servers
 from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 from tests.vllm.test_engine import check_all_equal, check_drawn, check_equal
-from tests.vllm.test_servers import GREEDY, PYTHON, QUIET, SHAPE, _address, _counter, ask
+from tests.vllm.test_servers import GREEDY, PYTHON, QUIET, SHAPE, _counter, ask, check_authors, serving
 
 pytestmark = pytest.mark.vllm
 
@@ -249,24 +244,6 @@ def test_ranks_of_a_tensor_parallel_assistant_are_told_what_the_first_decides(
 
 def test_launch_starts_one_engine_serves_authors_and_leaves_nothing(world: World, tmp_path: Path) -> None:
     arguments = ["launch", str(world.artefact), "--vllm-python", PYTHON, "--work", str(tmp_path / "work")]
-    arguments += ["--port", "0", "--max-batch", "2", "--max-model-len", "256", "--wait", "400"]
-    command = [sys.executable, "-m", "collm", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **QUIET}) as process:
-        try:
-            url = _address(process)
-            children = psutil.Process(process.pid).children(recursive=True)
-            assert sum("api_server" in " ".join(child.cmdline()) for child in children) == 1
-            client = OpenAI(base_url=f"{url}/v1", api_key="none")
-            extra = {"collm": {"threshold": 0.5}}
-            reply = client.completions.create(
-                model="artefact", prompt="w5 w6", max_tokens=20, temperature=0, extra_body=extra
-            )
-            expected = world.local.generate("w5 w6", SamplingParams(max_new_tokens=20), threshold=0.5)[0]
-            assert reply.choices[0].text == expected.text
-            assert reply.choices[0].collm["authors"] == expected.authors  # type: ignore[attr-defined]
-            assert 1 in expected.authors
-        finally:
-            process.send_signal(signal.SIGTERM)
-            _, rest = process.communicate(timeout=120)
-    assert process.returncode == 0, rest
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    with serving(*arguments, "--max-batch", "2", "--max-model-len", "256", "--wait", "400") as (asked, children):
+        assert sum("api_server" in " ".join(child.cmdline()) for child in children) == 1
+        check_authors(asked(), world.local)

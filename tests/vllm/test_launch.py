@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from collm.errors import ConfigError, LoadError
-from collm.vllm.launch import ServerPlan, check_python, launched
+from collm.vllm.launch import ServerProcess, check_python, launched
 
 SERVER = """
 import http.server, os, signal, socketserver, subprocess, sys
@@ -50,8 +50,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(tmp_path / "fake"), "PIDS": str(tmp_path / "pids"), "BEHAVIOUR": "fine"}
 
 
-def plan(environment: dict[str, str], behaviour: str = "fine", name: str = "base", **more: str) -> ServerPlan:
-    return ServerPlan(name, "some-model", ["--seed", "1"], {**environment, "BEHAVIOUR": behaviour, **more})
+def plan(environment: dict[str, str], behaviour: str = "fine", name: str = "base", **more: str) -> ServerProcess:
+    return ServerProcess(name, "some-model", ["--seed", "1"], {**environment, "BEHAVIOUR": behaviour, **more})
 
 
 def processes(environment: dict[str, str]) -> list[psutil.Process]:

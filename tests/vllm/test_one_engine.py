@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,10 +136,11 @@ def test_stop_strings_end_the_request(pair: CoLLM, engine: FakeEngine, stack: Ex
 
 
 def test_an_answer_that_breaks_off_goes_on_where_the_rule_allows(
-    pair: CoLLM, engine: FakeEngine, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    pair: CoLLM, engine: FakeEngine, stack: ExitStack
 ) -> None:
     model = connect(pair, engine, stack)
-    monkeypatch.setattr(model.backend.connections.authors[1].http, "waits_s", (0.01, 10.0))  # type: ignore[attr-defined]
+    http = model.backend.connections.authors[1].http  # type: ignore[attr-defined]
+    http.settings = replace(http.settings, waits_s=(0.01, 10.0))
     engine.faults = [Fault(after=5), DOWN]
     (found,) = model.generate([[5, 6]], GREEDY, threshold=0.5)
     check_equal(found, pair.generate([[5, 6]], GREEDY, threshold=0.5)[0])

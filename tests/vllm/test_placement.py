@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from collm import CoLLM, DeferralHead, ModelSpec
 from collm.errors import ConfigError, LoadError
 from collm.tools.spec import ToolSpec
-from collm.vllm.launch import ServerPlan
+from collm.vllm.launch import ServerProcess
 from collm.vllm.placement import (
     BLOCK_TOKENS,
     OVERHEAD_BYTES,
@@ -23,8 +23,6 @@ from collm.vllm.placement import (
     Machine,
     ModelMemory,
     fits_in_one,
-    gpus_for,
-    kv_tokens,
     placed,
     placed_in_one,
 )
@@ -34,8 +32,8 @@ SIZES = st.builds(ModelMemory, st.integers(0, 40 * GIB), st.integers(1, 1 << 20)
 Saved = Callable[..., Path]
 
 
-def flag(plan: ServerPlan, name: str) -> str:
-    return plan.flags[list(plan.flags).index(name) + 1]
+def flag(server: ServerProcess, name: str) -> str:
+    return server.flags[list(server.flags).index(name) + 1]
 
 
 def test_memory_is_read_from_the_config_alone(saved_model: Saved) -> None:
@@ -81,23 +79,27 @@ def test_models_of_unknown_memory_are_refused(tmp_path: Path) -> None:
         ModelMemory.of(ModelSpec("anywhere", quantization="nf4"))
 
 
-@given(
-    st.lists(SIZES, min_size=1),
-    st.integers(0, 400 * GIB),
-    st.integers(1, 1 << 20),
-)
-def test_all_that_share_a_memory_fit_into_it(models: list[ModelMemory], memory: int, wanted: int) -> None:
-    tokens = kv_tokens(models, memory, wanted)
-    needed = [sum(m.weights + OVERHEAD_BYTES + n * m.kv_per_token for m in models) for n in (tokens, tokens + 1)]
-    assert tokens <= wanted
-    assert tokens < 0 or needed[0] <= memory
-    assert tokens == wanted or needed[1] > memory
+@given(st.lists(SIZES, min_size=1), st.integers(0, 400 * GIB), st.integers(1, 64), st.integers(1, 1 << 14))
+def test_all_that_share_a_memory_fit_into_it(models: list[ModelMemory], memory: int, batch: int, length: int) -> None:
+    def needed(tokens: int) -> int:
+        return sum(m.weights + OVERHEAD_BYTES + tokens * m.kv_per_token for m in models)
+
+    try:
+        tokens = Machine([], memory, 1).kv_tokens("base", models, batch, length)
+    except ConfigError:
+        assert needed(length + BLOCK_TOKENS) > USABLE * memory
+        return
+    assert length + BLOCK_TOKENS <= tokens <= batch * (length + BLOCK_TOKENS)
+    assert needed(tokens) <= USABLE * memory
+    assert tokens == batch * (length + BLOCK_TOKENS) or needed(tokens + 1) > USABLE * memory
 
 
 @given(st.integers(1, 16), st.integers(2, 5))
 def test_every_server_has_gpus_and_only_a_lack_makes_them_share(num_gpus: int, num_servers: int) -> None:
-    groups = gpus_for(num_gpus, num_servers)
-    used = [gpu for group in groups for gpu in group]
+    parts = Machine(range(1, num_gpus + 1), GIB, 1).divided(num_servers)
+    groups = [part.environment["CUDA_VISIBLE_DEVICES"].split(",") for part in parts]
+    used = [int(gpu) for group in groups for gpu in group]
+    assert [size for part in parts for size in part.gpu_bytes] == [gpu + 1 for gpu in used]
     assert len(groups) == num_servers
     assert all(len(group) & (len(group) - 1) == 0 < len(group) for group in groups)
     assert set(used) <= set(range(num_gpus))
@@ -116,7 +118,7 @@ def test_servers_on_cores(models: dict[str, ModelSpec]) -> None:
     assert assistant.environment == base.environment
     (crowded, *_) = placed(models, Machine([], 64 * GIB, 1), max_batch=3)
     assert crowded.environment["OMP_NUM_THREADS"] == "1"
-    assert (base.gpus, base.flags[-2:]) == ("", ["--seed", "1"])
+    assert base.flags[-2:] == ["--seed", "1"]
     size = ModelMemory.of(models["base"])
     assert int(flag(base, "--kv-cache-memory-bytes")) == 3 * (100 + BLOCK_TOKENS) * size.kv_per_token
     assert flag(base, "--dtype") == "float32"  # vLLM's auto would halve it
@@ -125,7 +127,7 @@ def test_servers_on_cores(models: dict[str, ModelSpec]) -> None:
 
 def test_servers_on_one_gpu_share_it(models: dict[str, ModelSpec]) -> None:
     plans = placed(models, Machine([24 * GIB], 64 * GIB, 1), max_batch=1 << 20)
-    assert [plan.gpus for plan in plans] == ["0", "0"]
+    assert [plan.environment for plan in plans] == [{"CUDA_VISIBLE_DEVICES": "0"}] * 2
     shares = [float(flag(plan, "--gpu-memory-utilization")) for plan in plans]
     assert sum(shares) == pytest.approx(USABLE, abs=2e-3)
     kv = [int(flag(plan, "--kv-cache-memory-bytes")) for plan in plans]
@@ -135,7 +137,7 @@ def test_servers_on_one_gpu_share_it(models: dict[str, ModelSpec]) -> None:
 
 def test_servers_on_many_gpus_are_parallel(models: dict[str, ModelSpec]) -> None:
     base, assistant = placed(models, Machine([24 * GIB] * 6, 64 * GIB, 1), max_batch=4)
-    assert (base.gpus, assistant.gpus) == ("0", "1,2,3,4")
+    assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (base, assistant)] == ["0", "1,2,3,4"]
     assert flag(assistant, "--tensor-parallel-size") == "4"
     size, tokens = ModelMemory.of(models["assistant"]), 4 * (128 + BLOCK_TOKENS)
     assert int(flag(assistant, "--kv-cache-memory-bytes")) == tokens * size.kv_per_token // 4
@@ -170,7 +172,7 @@ def test_one_engine_has_memory_for_both_models(saved_model: Saved, tokenizer: To
     assert plan.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert list(plan.flags)[-2:] == ["--seed", "3"]
     on_gpus = placed_in_one(str(tmp_path / "pair"), Machine([80 * GIB] * 3, 8 * GIB, 2), max_batch=4)
-    assert on_gpus.gpus == "0,1"  # tensor parallelism wants a power of two
+    assert on_gpus.environment["CUDA_VISIBLE_DEVICES"] == "0,1"  # tensor parallelism wants a power of two
     with pytest.raises(ConfigError, match="has memory for the keys and values of"):
         placed_in_one(str(tmp_path / "pair"), Machine([], 1, 2), max_batch=4)
 

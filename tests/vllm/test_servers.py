@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -26,7 +28,7 @@ from collm.core.sampling import token_probs
 from collm.errors import MismatchError, ModelFailure
 from collm.vllm import THRESHOLD
 from collm.vllm.export import Note
-from collm.vllm.launch import ServerPlan, ServerProcess, launched
+from collm.vllm.launch import ServerProcess, launched
 from collm.vllm.servers import Servers
 from tests.engine.test_engine import prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
@@ -89,9 +91,9 @@ def world(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
         model.save_pretrained(artefacts[k])
         model.export_vllm(exports[k])
     models = {"base-1": exports[1], "base-2": exports[2], "one": root / "one", "two": root / "two"}
-    plans = [ServerPlan(name, str(path), FLAGS, QUIET) for name, path in models.items()]
+    plans = [ServerProcess(name, str(path), FLAGS, QUIET) for name, path in models.items()]
     with launched(plans, PYTHON, root / "logs", wait_s=400) as running:
-        yield World(artefacts, exports, {1: running[0], 2: running[1]}, running[2:])
+        yield World(artefacts, exports, {1: running[0], 2: running[1]}, list(running[2:]))
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -216,31 +218,43 @@ def test_servers_of_something_else_are_refused(world: World) -> None:
 
 def test_an_openai_client_sees_the_servers_through_collm_serve(world: World, tmp_path: Path) -> None:
     world.servers(1, on_failure="base").write(tmp_path / "servers.yaml")
-    arguments = ["serve", str(world.artefacts[1]), "--servers", str(tmp_path / "servers.yaml"), "--port", "0"]
-    with subprocess.Popen([sys.executable, "-m", "collm", *arguments], stderr=subprocess.PIPE, text=True) as process:
+    with serving("serve", str(world.artefacts[1]), "--servers", str(tmp_path / "servers.yaml")) as (asked, _):
+        chunks = list(asked(stream=True))
+        whole = check_authors(asked(), world.local(1))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[Callable[..., Any], list[psutil.Process]]]:
+    """Run a command that serves a collaboration: a function that asks for a completion, and the command's children.
+    It ends without an error and leaves no process.
+    """
+    command = [sys.executable, "-m", "collm", *arguments, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **QUIET}) as process:
         try:
-            url = _address(process)
+            assert process.stderr is not None
+            logged = (json.loads(line).get("message", "") for line in process.stderr if line.startswith("{"))
+            url = next(
+                f"http://{message.partition('http://')[2].split()[0]}" for message in logged if "http:" in message
+            )
             client = OpenAI(base_url=f"{url}/v1", api_key="none")
-            extra = {"collm": {"threshold": 0.5}}
-            asked = {"model": "artefact-1", "prompt": "w5 w6", "max_tokens": 20, "temperature": 0, "extra_body": extra}
-            whole = client.completions.create(**asked)  # type: ignore[call-overload]
-            chunks = list(client.completions.create(**asked, stream=True))  # type: ignore[call-overload]
-            assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
-            expected = world.local(1).generate("w5 w6", SamplingParams(max_new_tokens=20), threshold=0.5)[0]
-            assert whole.choices[0].text == expected.text
-            assert whole.choices[0].collm["authors"] == expected.authors
+            options = {"model": Path(arguments[1]).name, "prompt": "w5 w6", "max_tokens": 20, "temperature": 0}
+            children = psutil.Process(process.pid).children(recursive=True)
+            extra = {"extra_body": {"collm": {"threshold": 0.5}}}
+            yield partial(client.completions.create, **options, **extra), children  # type: ignore[arg-type]
         finally:
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
-        assert process.returncode == 0
+            _, rest = process.communicate(timeout=120)
+    assert process.returncode == 0, rest
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
-def _address(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("{") and "http://" in (message := json.loads(line).get("message", "")):
-            return "http://" + message.partition("http://")[2].split()[0]
-    raise AssertionError("the server ended before it listened")
+def check_authors(reply: Any, local: CoLLM) -> str:
+    """The text of a completion, which is that of the models in memory, by both authors."""
+    (expected,) = local.generate("w5 w6", SamplingParams(max_new_tokens=20), threshold=0.5)
+    assert (reply.choices[0].text, reply.choices[0].collm["authors"]) == (expected.text, expected.authors)
+    assert 1 in expected.authors
+    return expected.text
 
 
 def test_commands_take_servers(world: World, tmp_path: Path) -> None:
@@ -264,25 +278,9 @@ def test_commands_take_servers(world: World, tmp_path: Path) -> None:
 
 def test_launch_starts_all_serves_and_leaves_nothing(world: World, tmp_path: Path) -> None:
     arguments = ["launch", str(world.artefacts[1]), "--vllm-python", PYTHON, "--work", str(tmp_path / "work")]
-    arguments += ["--port", "0", "--max-batch", "2", "--wait", "400", "--separate"]
-    command = [sys.executable, "-m", "collm", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **QUIET}) as process:
-        try:
-            url = _address(process)
-            children = psutil.Process(process.pid).children(recursive=True)
-            assert sum("api_server" in " ".join(child.cmdline()) for child in children) == 2
-            client = OpenAI(base_url=f"{url}/v1", api_key="none")
-            extra = {"collm": {"threshold": 0.5}}
-            text = client.completions.create(
-                model="artefact-1", prompt="w5 w6", max_tokens=20, temperature=0, extra_body=extra
-            )
-            expected = world.local(1).generate("w5 w6", SamplingParams(max_new_tokens=20), threshold=0.5)[0]
-            assert text.choices[0].text == expected.text
-        finally:
-            process.send_signal(signal.SIGTERM)
-            _, rest = process.communicate(timeout=120)
-    assert process.returncode == 0, rest
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    with serving(*arguments, "--max-batch", "2", "--wait", "400", "--separate") as (asked, children):
+        assert sum("api_server" in " ".join(child.cmdline()) for child in children) == 2
+        check_authors(asked(), world.local(1))
 
 
 def test_an_assistant_that_dies_is_stood_in_for_and_a_base_that_dies_fails(world: World) -> None:

@@ -126,7 +126,7 @@ def _servers_of_each(collaboration: str, directory: Path, how: Launching, max_ba
             raise ConfigError(f"the assistant {assistant} is a program, which no server runs; use 'collm serve'")
         name = author_name(number)
         models[name], flags[name] = assistant, shlex.split(how.assistant_flags)
-    plans = placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len, flags=flags)
+    servers = placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len, flags=flags)
     python = check_python(how.vllm_python or sys.executable)
-    with launched(plans, python, directory / "logs", wait_s=how.wait) as running:
-        yield Servers([server.url for server in running], on_failure=how.on_failure)
+    with launched(servers, python, directory / "logs", wait_s=how.wait):
+        yield Servers([server.url for server in servers], on_failure=how.on_failure)

@@ -11,7 +11,8 @@ import random
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -30,9 +31,7 @@ _SOCKET = re.compile(r"http://(%2[Ff][^/]+)")
 _LONGEST_PAUSE_S = 30.0
 TRIPS_AFTER, COOLS_S = 3, 10.0
 _IDLE_S = 3.0
-"""Time after which an unused connection is closed. It is less than vLLM's five seconds, so that vLLM does not close a
-connection at the moment of a request.
-"""
+"""Time until an unused connection is closed. vLLM closes it after five seconds, perhaps at the moment of a request."""
 _OUTAGES = {408, 429, 502, 503, 504}
 """Status codes that concern the server and not the request."""
 _NOT_IMPLEMENTED = 501
@@ -90,8 +89,33 @@ class CircuitBreaker:
         self.failures = 0
 
 
+@dataclass(frozen=True)
+class CallSettings:
+    """Settings for calls. Raises a ConfigError if one is out of range.
+
+    Attributes:
+        timeout_s: longest wait for an answer.
+        retries: number of further attempts.
+        api_key_env: environment variable that holds the API key. If None, no key is sent.
+        waits_s: the longest first pause, and the longest of all.
+        sleep: awaited between attempts, with the seconds to wait.
+    """
+
+    timeout_s: float
+    retries: int
+    api_key_env: str | None = None
+    waits_s: tuple[float, float] = (0.5, 3600.0)
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < math.inf:
+            raise ConfigError(f"timeout_s is {self.timeout_s}, expected a finite number of seconds above 0")
+        if self.retries < 0:
+            raise ConfigError(f"retries is {self.retries}, expected at least 0")
+
+
 class HttpClient:
-    """Calls to one server, for use in one event loop. An async context manager, which closes the connections.
+    """Calls to one server, for use in one event loop. `aclose` closes the connections.
 
     A call is repeated after a connection error, a timeout, status 429 or 5xx, or an unusable answer. The pauses double,
     or follow Retry-After. `CircuitBreaker` counts calls in a row without an answer. Failures that concern one request,
@@ -100,52 +124,27 @@ class HttpClient:
     Args:
         name: the server's name in messages.
         url: the base URL. The host `%2Ftmp%2Fbase.sock` is the Unix socket /tmp/base.sock.
-        timeout_s: longest wait for an answer.
-        retries: number of further attempts.
-        api_key_env: environment variable that holds the API key. If None, no key is sent.
-        waits_s: the longest first pause, and the longest of all.
-        sleep: awaited between attempts, with the seconds to wait.
     """
 
-    def __init__(
-        self,
-        name: str,
-        url: str,
-        *,
-        timeout_s: float,
-        retries: int,
-        api_key_env: str | None = None,
-        waits_s: tuple[float, float],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
+    def __init__(self, name: str, url: str, settings: CallSettings) -> None:
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # every version re-exports it
 
         self.url = url
         self.where = f"{name} at {url}"
-        self.timeout_s = timeout_s
-        self.retries = retries
-        self.sleep = sleep
+        self.settings = settings
+        self.sleep = settings.sleep
         self.breaker = CircuitBreaker()
-        self._api_key_env, self._key = api_key_env, read_key(api_key_env)
-        self.waits_s = waits_s
+        self._key = read_key(settings.api_key_env)
         self._random = random.Random()
         self._httpx = httpx
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S)
         options: Any = {"transport": socket_transport(url, limits=limits), "verify": url.startswith("https")}
         self._client: httpx.AsyncClient = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, **options)
-
-    async def __aenter__(self) -> HttpClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
+        self.aclose = self._client.aclose
 
     async def call(self, url: str, body: Any, read: Callable[[str], T]) -> T:
-        """POST `body`, or GET if it is None, with retries.
-
-        Args:
-            read: converts the answer. A ValueError makes the answer unusable.
+        """POST `body`, or GET if it is None, with retries. If `read` raises a ValueError, the answer is unusable.
 
         Raises:
             Unreachable: no attempt was answered.
@@ -156,12 +155,12 @@ class HttpClient:
 
     async def attempt(self, url: str, body: Any, read: Callable[[str], T], *, limit_s: float | None = None) -> T:
         """Call once. Raises FailedAttempt if a repetition may succeed."""
-        limit_s = self.timeout_s if limit_s is None else limit_s
+        limit_s = self.settings.timeout_s if limit_s is None else limit_s
         with self.translated_errors(limit_s):
             with anyio.fail_after(limit_s):
-                reply = await self._client.request("GET" if body is None else "POST", url, json=body)
-            self._check_reply(reply)
-            return read_strictly(reply.text, read)
+                async with aclosing(self.events(url, body)) as texts:
+                    text = await anext(texts)
+            return read_strictly(text, read)
 
     async def with_retries(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Repeat an attempt until it succeeds, fails for good or there are no retries left. Raises as `call` does."""
@@ -181,17 +180,20 @@ class HttpClient:
                 return result
 
     async def events(self, url: str, body: Any) -> AsyncGenerator[str, None]:
-        """Yield the data of server-sent events of one line each, or the whole text of any other answer."""
-        async with self._client.stream("POST", url, json=body) as reply:
-            if reply.status_code != 200 or "event-stream" not in reply.headers.get("Content-Type", ""):
-                await reply.aread()
-                self._check_reply(reply)
-                yield reply.text
+        """POST `body`, or GET if it is None. Yield the data of server-sent events of one line each, or the whole text
+        of any other answer.
+        """
+        async with self._client.stream("GET" if body is None else "POST", url, json=body) as reply:
+            if reply.status_code == 200 and "event-stream" in reply.headers.get("Content-Type", ""):
+                async for line in reply.aiter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if line.startswith("data:") and data != "[DONE]":
+                        yield data
                 return
-            async for line in reply.aiter_lines():
-                data = line.removeprefix("data:").strip()
-                if line.startswith("data:") and data != "[DONE]":
-                    yield data
+            await reply.aread()
+            if reply.status_code != 200:
+                raise self._error(reply.status_code, reply.text, _retry_after_s(reply.headers.get("Retry-After", "")))
+            yield reply.text
 
     # Attempts
 
@@ -206,22 +208,18 @@ class HttpClient:
 
     async def pause(self, failure: FailedAttempt, failed: int) -> None:
         """Wait before the next attempt, or raise if there is none."""
-        if failed > self.retries or (self.breaker.tripped and failure.outage):
-            count = f"{failed} time{'s' * (failed > 1)}"
+        if failed > self.settings.retries or (self.breaker.tripped and failure.outage):
+            count, last = f"{failed} time{'s' * (failed > 1)}", f"the last time: {failure}; check"
             if failure.outage:
                 self.breaker.failed()
-                raise Unreachable(
-                    f"{self.where} failed {count}, the last time: {failure}; check that the server runs"
-                ) from None
+                raise Unreachable(f"{self.where} failed {count}, {last} that the server runs") from None
             self.breaker.succeeded()
-            raise ModelFailure(
-                f"{self.where} gave no usable answer {count}, expected token ids with log-probabilities, the last "
-                f"time: {failure}; check which model it serves"
-            ) from None
-        first_s, longest_s = self.waits_s
+            problem = f"gave no usable answer {count}, expected token ids with log-probabilities"
+            raise ModelFailure(f"{self.where} {problem}, {last} which model it serves") from None
+        first_s, longest_s = self.settings.waits_s
         pause_s = min(first_s * 2.0 ** (failed - 1), _LONGEST_PAUSE_S, longest_s) * self._random.uniform(0.5, 1.0)
         wait_s = min(max(pause_s, failure.wait_s), longest_s)
-        attempts = self.retries + 1
+        attempts = self.settings.retries + 1
         _LOG.warning("%s: %s; attempt %d of %d in %.1f s", self.where, failure, failed + 1, attempts, wait_s)
         await self.sleep(wait_s)
 
@@ -237,10 +235,6 @@ class HttpClient:
         except (self._httpx.HTTPError, ValueError) as error:
             raise FailedAttempt(self.redacted(str(error))) from error
 
-    def _check_reply(self, reply: httpx.Response) -> None:
-        if reply.status_code != 200:
-            raise self._error(reply.status_code, reply.text, _retry_after_s(reply.headers.get("Retry-After", "")))
-
     def _error(self, status: int, text: str, wait_s: float = 0.0) -> Exception:
         """The exception for a status other than 200."""
         reason = f"status {status} {' '.join(self.redacted(text).split())[:300]}".strip()
@@ -248,7 +242,7 @@ class HttpClient:
             return FailedAttempt(reason, outage=status in _OUTAGES, wait_s=wait_s)
         advice = "check the address, which ends in /v1 for vLLM, and the model that it serves"
         if status in (401, 403):
-            variable = self._api_key_env
+            variable = self.settings.api_key_env
             advice = f"check the key in {variable}" if variable else "name the key's environment variable (api_key_env)"
         return Refused(f"{self.where} refuses a request: {reason}; {advice}", status, reason)
 
@@ -311,14 +305,6 @@ def check_url(name: str, url: str) -> None:
     raise ConfigError(
         f"{name} is not a URL like http://localhost:8001/v1 without a user or key; pass a key with api_key_env"
     )
-
-
-def check_limits(timeout_s: float, retries: int) -> None:
-    """Raise a ConfigError if a setting of `HttpClient` is out of range."""
-    if not 0 < timeout_s < math.inf:
-        raise ConfigError(f"timeout_s is {timeout_s}, expected a finite number of seconds above 0")
-    if retries < 0:
-        raise ConfigError(f"retries is {retries}, expected at least 0")
 
 
 def read_key(variable: str | None) -> str:

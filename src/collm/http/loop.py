@@ -19,16 +19,11 @@ class LoopThread:
     """An event loop in a thread of its own. When closed or garbage-collected, it closes the clients and ends."""
 
     def __init__(self, clients: Sequence[HttpClient] = ()) -> None:
-        self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=_run_loop, args=(self._loop,), name="collm-http", daemon=True)
+        ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        thread = threading.Thread(target=asyncio.run, args=(_run(ready, clients),), name="collm-http", daemon=True)
         thread.start()
-        self._finalizer = weakref.finalize(self, _close, self._loop, thread, clients)
-
-    def __enter__(self) -> LoopThread:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._loop, stopped = ready.result()
+        self._finalizer = weakref.finalize(self, _close, self._loop, stopped, thread)
 
     def close(self) -> None:
         """Cancel running coroutines and end the thread. Further calls of this method do nothing."""
@@ -50,29 +45,21 @@ class LoopThread:
             future.cancel()
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+async def _run(ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]], clients: Sequence[HttpClient]) -> None:
+    stopped = asyncio.Event()
+    ready.set_result((asyncio.get_running_loop(), stopped))
+    await stopped.wait()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for client in clients:
+        await client.aclose()
 
 
-def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, clients: Sequence[HttpClient]) -> None:
+def _close(loop: asyncio.AbstractEventLoop, stopped: asyncio.Event, thread: threading.Thread) -> None:
     """Stop the loop and wait for its thread, unless the thread itself dropped the last reference."""
-
-    async def stop() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        try:
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for client in clients:
-                await client.__aexit__()
-            await loop.shutdown_asyncgens()
-        finally:
-            loop.stop()
-
-    asyncio.run_coroutine_threadsafe(stop(), loop)
+    loop.call_soon_threadsafe(stopped.set)
     if threading.current_thread() is not thread:
         thread.join()
 

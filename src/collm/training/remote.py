@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing, closing
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -13,12 +14,11 @@ import torch
 from torch import Tensor
 
 from collm.errors import CollmError, ConfigError, LoadError, MismatchError, ModelFailure
-from collm.http.client import FailedAttempt, HttpClient, Refused, check_echo, check_limits, check_url, logprob, read_key
+from collm.http.client import CallSettings, FailedAttempt, HttpClient, Refused, check_echo, check_url, logprob
 from collm.http.loop import LoopThread, gather
 from collm.training.examples import Example
 
 Pair = tuple[Tensor, Tensor]
-_WAITS_S = (0.5, 3600.0)
 _TOO_LARGE = re.compile(r"context (length|window|size)|max_model_len|too (long|many)|longer than|vocab", re.IGNORECASE)
 
 
@@ -60,11 +60,9 @@ class RemoteModel:
         for option in ("vocab_size", "max_length", "concurrency"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise ConfigError(f"{option} is {value}, expected at least 1")
-        check_limits(self.timeout_s, self.retries)
         check_url("base_url", self.base_url)
-        read_key(self.api_key_env)
         self.base_url, self.name = self.base_url.rstrip("/"), self.name or self.model
-        with LoopThread() as loop:
+        with closing(LoopThread()) as loop:
             loop.run(self._check_served())
 
     def score(self, examples: Sequence[Example], *, numbers: Sequence[int] | None = None) -> list[Pair]:
@@ -86,12 +84,12 @@ class RemoteModel:
         """
         if not examples:
             return []
-        with LoopThread() as loop:
+        with closing(LoopThread()) as loop:
             return loop.run(self._score_all(examples, numbers or range(len(examples))))
 
     async def _score_all(self, examples: Sequence[Example], numbers: Sequence[int]) -> list[Pair]:
         limit = asyncio.Semaphore(self.concurrency)
-        async with self._client() as client:
+        async with aclosing(self._client()) as client:
             pairs = zip(examples, numbers, strict=True)
             return await gather([self._score_one(client, limit, *pair) for pair in pairs])
 
@@ -114,7 +112,7 @@ class RemoteModel:
 
     async def _check_served(self) -> None:
         """Check that the server has the model, and lower max_length to the server's limit."""
-        async with self._client() as client:
+        async with aclosing(self._client()) as client:
             try:
                 served = client.models(await client.call(f"{self.base_url}/models", None, str))
             except ModelFailure as failure:
@@ -126,15 +124,8 @@ class RemoteModel:
             self.max_length = min(longest - 2, self.max_length or longest)
 
     def _client(self) -> HttpClient:
-        return HttpClient(
-            self.name,
-            self.base_url,
-            timeout_s=self.timeout_s,
-            retries=self.retries,
-            api_key_env=self.api_key_env,
-            waits_s=_WAITS_S,
-            sleep=self.sleep,
-        )
+        settings = CallSettings(self.timeout_s, self.retries, self.api_key_env, sleep=self.sleep)
+        return HttpClient(self.name, self.base_url, settings)
 
 
 def _load_error(failure: ModelFailure, example: str = "") -> CollmError:

@@ -50,7 +50,7 @@ SETTINGS = "collm"
 def read_threshold(xargs: Mapping[str, Any]) -> float | None:
     """The threshold in a request's `vllm_xargs`; None if there is none.
 
-    Raises a ValueError if it is not a number from -1 to 1, or if a key with our prefix is unknown.
+    Raises a ValueError if it is not a number from -1 to 1, or a key with our prefix is unknown.
     """
     known = (THRESHOLD, *OF_ONE_ENGINE)
     unknown = sorted(name for name in xargs if name.startswith(PREFIX) and name not in known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ListOf
 from contextlib import aclosing
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,7 @@ from collm.core.types import author_name
 from collm.engine.candidates import Candidates
 from collm.engine.engine import RequestOutput
 from collm.engine.request import Request
-from collm.engine.sequence import Decision, Sequence
+from collm.engine.sequence import Decision, Draw, Sequence
 from collm.errors import ConfigError, MismatchError
 from collm.http.client import CircuitBreaker
 from collm.http.loop import LoopThread
@@ -22,7 +22,6 @@ from collm.text.guards import PROBE, TokenizerIdentity
 from collm.vllm.endpoint import Endpoint, GeneratedToken
 from collm.vllm.servers import Servers
 
-Opened = TypeVar("Opened", bound="Connections")
 _LEAST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this one."""
 
@@ -30,38 +29,24 @@ _LEAST_TEMPERATURE = 0.01
 class Run:
     """A sequence that is decoded on the servers of `authors`. `report` is called with each output.
 
-    Attributes:
-        refused: for each author, counts calls for this sequence that failed although the server answers.
+    For each author, `refused` counts calls for this sequence that failed although the server answers.
     """
 
     def __init__(self, sequence: Sequence, authors: ListOf[Endpoint], report: Callable[[RequestOutput], None]) -> None:
         self.sequence = sequence
-        self.params = sequence.request.params
-        self.policy = sequence.request.policy
+        self.params, self.policy = sequence.request.params, sequence.request.policy
         self.refused = [CircuitBreaker() for _ in authors]
         self._authors = authors
         self._report = report
-        self._known = [0] * len(authors)  # tokens of the sequence that each server has read or written
 
-    async def one(self, author: int, body: dict[str, Any]) -> GeneratedToken:
-        """Request the next token."""
-        self._read(author)
-        return await self._authors[author].one(body)
-
-    async def stream(
+    def stream(
         self, author: int, body: dict[str, Any], *, resumable: bool = True
-    ) -> AsyncGenerator[GeneratedToken, None]:
-        """Stream the tokens of one call."""
-        self._read(author)
-        async with aclosing(self._authors[author].stream(body, resumable=resumable)) as pieces:
-            async for piece in pieces:
-                for written in piece:
-                    yield written
-
-    def _read(self, author: int) -> None:
+    ) -> aclosing[AsyncGenerator[GeneratedToken, None]]:
+        """Stream the tokens of one call, as a context manager."""
         length = len(self.sequence.token_ids)
-        self._authors[author].usage.tokens_read += length - self._known[author]
-        self._known[author] = length
+        self._authors[author].usage.tokens_read += length - self.sequence.num_computed[author]
+        self.sequence.num_computed[author] = length
+        return aclosing(self._authors[author].stream(body, resumable=resumable))
 
     def body(self) -> dict[str, Any]:
         """Build the part of a request that all authors share. It leaves nothing to the generation config of a model."""
@@ -69,42 +54,38 @@ class Run:
         body: dict[str, Any] = {
             "prompt": list(self.sequence.token_ids),
             "max_tokens": self.sequence.draft_limit + 1,
-            "temperature": params.temperature,
-            "repetition_penalty": params.repetition_penalty,
-            "presence_penalty": params.presence_penalty,
-            "frequency_penalty": params.frequency_penalty,
             "logprobs": 0,
             "ignore_eos": True,  # the text ends at `stop_token_ids`, whatever the model's EOS is
             "stop_token_ids": sorted(self.sequence.end_ids),
         }
+        names = ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"]
         if params.temperature > 0:
-            body |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": 0.0}
-        return body
+            names += ["top_p", "top_k", "min_p"]
+        return body | {name: getattr(params, name) for name in names}
 
-    def emit(self, decision: Decision) -> None:
-        """Add a decision and report the tokens that became final."""
+    def emit(self, author: int, defer_prob: float, drawn: Draw, *, stood_in: bool = False) -> bool:
+        """Add a token of the author that the policy chose, or of the base in its place, and report it. Returns whether
+        the text has ended.
+        """
         sequence = self.sequence
-        sequence.decisions.append(decision)
+        sequence.decisions.append(Decision(author, defer_prob, None, drawn, abstained=stood_in, stood_in=stood_in))
         for step in sequence.advance():
             self._authors[step.author].usage.tokens_written += 1
-            self._known[step.author] = len(sequence.token_ids)
+            sequence.num_computed[step.author] = len(sequence.token_ids)
             completion = sequence.completion() if sequence.finish_reason is not None else None
             self._report(RequestOutput(sequence.number, step, completion))
+        return sequence.finish_reason is not None
 
 
 class Connections:
     """Connections to the servers of base and assistants, and how sequences are decoded there.
 
-    Use it as a context manager, or call `close`. The connections are also closed when the object is garbage-collected.
+    `close` closes them. They are also closed when the object is garbage-collected.
 
     Args:
         servers: settings for calls.
         urls: the URL of each author's server, the base's first.
         tokenizer: the tokenizer of all models.
-
-    Attributes:
-        authors: an `Endpoint` for each author.
-        vocab_size: number of token ids that all models share.
 
     Raises:
         ConfigError: the environment variable for the API key holds no key.
@@ -112,8 +93,8 @@ class Connections:
         MismatchError: a server has another model than the collaboration names.
     """
 
-    LOCAL_ONLY: ClassVar[ListOf[str]]
-    """Parameters that are only available with models in memory."""
+    LOCAL_ONLY: ClassVar[ListOf[str]] = ("min_p", "logit_bias", "bad_words", "structured_outputs", "prompt_logprobs")
+    """Parameters for models in memory only, because vLLM does not combine them with drafts, or the base cannot."""
 
     def __init__(self, servers: Servers, urls: ListOf[str], tokenizer: PreTrainedTokenizerBase) -> None:
         self.servers = servers
@@ -127,23 +108,14 @@ class Connections:
             self.close()
             raise
 
-    def __enter__(self: Opened) -> Opened:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     async def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Wait for the servers and check which models they hold."""
-        raise NotImplementedError
 
     async def advance(self, run: Run) -> None:
         """Request the next tokens of a sequence."""
-        raise NotImplementedError
 
     def check_request(self, request: Request) -> None:
         """Raise a ConfigError if the servers do not support the policy or a parameter of a request."""
-        raise NotImplementedError
 
     def check_params(self, params: SamplingParams) -> None:
         """Raise a ConfigError if the servers do not support a parameter."""
@@ -161,7 +133,7 @@ class Connections:
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: ListOf[int], token_ids: ListOf[int], most: int
     ) -> list[list[Candidates]]:
         """Compute what `engine.candidates.top_candidates` does. Raises a ConfigError if the servers cannot do it."""
-        raise NotImplementedError
+        raise ConfigError("the candidates of each author are not available in one engine; use engine 'local'")
 
     async def check_tokens(self, author: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise a MismatchError if a server tokenizes text differently than the collaboration does."""

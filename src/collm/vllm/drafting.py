@@ -25,15 +25,14 @@ from collm.core.types import BASE
 from collm.engine.kv_cache import in_pages
 from collm.engine.runner import ModelRunner
 from collm.engine.sequence import Decision, Draw
+from collm.engine.speculation import PassTimes
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.text.token_ids import common_prefix
 from collm.vllm import POLICY, THRESHOLD, read_threshold
 
 _LOG = logging.getLogger(__name__)
 _DECAY = 0.95
-"""Factor by which the weight of a measurement shrinks with each further measurement."""
-_SPREAD = 1e-3
-"""Least relative variance of pass sizes from which the time per token can be estimated."""
+"""Factor by which the weight of a round shrinks with each further round."""
 _FEW_TOKENS = 4
 """A pass with at most this many tokens in each row is a decoding step. Longer passes read prompts."""
 
@@ -44,12 +43,10 @@ class Drafted:
 
     Attributes:
         state: the engine's own state of the request.
-        policy: chooses the author of each position; must not consult the assistant.
         prompt_length: number of prompt tokens; decisions start after them.
         end_ids: tokens after which nothing is drafted.
         seed: seed of the policy's random numbers.
         generator: the engine's random generator of a request with a seed.
-        failure: the error that ended the request; None if there was none.
         text: the final tokens, prompt and completion; set before the drafter is called. Only needed slices are read.
         room: number of tokens that the request may still generate; set likewise.
         decisions: decisions about the positions after the final tokens, in order; only the last may be a deferral.
@@ -76,14 +73,9 @@ class Drafted:
         self._uniforms: list[float] = []
 
     @property
-    def written(self) -> list[int]:
-        """Tokens that the base wrote after the final tokens."""
-        return [one.choice.token_id for one in self.decisions if one.choice is not None]
-
-    @property
     def draft(self) -> list[int]:
         """Tokens for the assistant to read. The last decision is about the position after them."""
-        return self.written[: len(self.decisions) - 1] if self.decisions else []
+        return written(self.decisions)[: len(self.decisions) - 1] if self.decisions else []
 
     @property
     def is_decided(self) -> bool:
@@ -97,39 +89,32 @@ class Drafted:
         while len(self._uniforms) <= position:
             self._uniforms.append(self._random.random())
             self._random.random()  # the number for the token itself
-        uniform = self._uniforms[position]
-        return StepView(position, self.deferred, author_probs, defer_prob, self.temperature, uniform)
+        return StepView(position, self.deferred, author_probs, defer_prob, self.temperature, self._uniforms[position])
 
     def accept(self, read: Sequence[int]) -> list[Decision]:
-        """Remove and return the decisions that became final: about the draft tokens that the engine read, and the next.
-        If these differ from the draft, only the common prefix counts.
-        """
+        """Remove and return the final decisions: about the draft tokens that the engine read, and the next."""
         count = common_prefix(list(read), self.draft)
         final, self.decisions = self.decisions[: count + 1], self.decisions[count + 1 :]
         self.deferred += final[-1].author != BASE
         return final
 
 
+@dataclass(eq=False)
 class Drafter:
     """Decodes with the base, in batches over all requests. If a request fails, its `failure` is set; others go on.
 
     Args:
         most: largest number of base passes in one round, at least 1.
-        draw: draws one token for each of R requests from the base's logits (R, V).
+        draw: draws one token for each of R requests from logits (R, V). Also takes the tokens of each request that the
+            engine's state does not have yet.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        head: DeferralHead,
-        *,
-        most: int,
-        draw: Callable[[Tensor, Sequence[Drafted]], list[Draw]],
-    ) -> None:
-        self.runner = runner
-        self.head = head
-        self.most = most
-        self.draw = draw
+    runner: ModelRunner
+    head: DeferralHead
+    most: int
+    draw: Callable[[Tensor, Sequence[Drafted], Sequence[Sequence[int]]], list[Draw]]
+
+    def __post_init__(self) -> None:
         self.times = RoundTimes()
         self._used: dict[int, Drafted] = {}  # slot -> its request, the least recently used first
 
@@ -140,7 +125,8 @@ class Drafter:
             for one in requests
             if one.failure is None and not one.is_decided and len(one.decisions) < min(self.most, one.room)
         ]:
-            if all(one.decisions for one in undecided) and not self.times.pays(len(undecided)):
+            drafted = sum(len(one.decisions) for one in requests)
+            if all(one.decisions for one in undecided) and not self.times.pays(len(undecided), drafted):
                 return
             self.decide(undecided)
 
@@ -170,48 +156,41 @@ class Drafter:
         defer_logits = self.head(hidden.to(self.head.weight.device))
         probs = torch.cat([author_logprobs(defer_logits).exp(), defer_probs(defer_logits).unsqueeze(-1)], dim=-1)
         is_finite = (probs.isfinite().all(-1) & hidden.isfinite().all(-1).to(probs.device)).tolist()
-        writing: list[tuple[int, Decision]] = []
-        for row, (one, (*author_probs, defer_prob)) in enumerate(zip(requests, probs.tolist(), strict=True)):
-            if not is_finite[row]:
+        for one, (*author_probs, defer_prob), valid in zip(requests, probs.tolist(), is_finite, strict=True):
+            if valid:
+                author = one.policy.author(one.view(author_probs, defer_prob))
+                one.decisions.append(Decision(author, defer_prob, None, None))
+            else:
                 self._fail(one, ModelFailure(f"{self.runner.name} gave hidden states that are not finite"))
-                continue
-            author = one.policy.author(one.view(author_probs, defer_prob))
-            decision = Decision(author, defer_prob, None, None)
-            if author == BASE:
-                writing.append((row, decision))
-            else:
-                one.decisions.append(decision)
-        if writing:
-            self._write(
-                [(requests[row], decision) for row, decision in writing], logits_of([row for row, _ in writing])
-            )
+        rows = [row for row, one in enumerate(requests) if one.failure is None and one.decisions[-1].author == BASE]
+        if rows:
+            self.write(self.runner.name, [(requests[row], requests[row].decisions) for row in rows], logits_of(rows))
         if max(map(len, unseen.values())) <= _FEW_TOKENS:
-            self.times.saw_pass(len(requests), time.perf_counter() - start)
+            self.times.base.record(len(requests), time.perf_counter() - start)
 
-    def _write(self, writing: Sequence[tuple[Drafted, Decision]], logits: Tensor) -> None:
-        """Let the base write one token of each request, from logits (R, V)."""
-        valid = []
-        for row, is_finite in enumerate(logits.isfinite().all(-1).tolist()):
-            if is_finite:
-                valid.append(row)
-            else:
-                self._fail(writing[row][0], ModelFailure(f"{self.runner.name} gave logits that are not finite"))
-        draws = self.draw(logits[valid], [writing[row][0] for row in valid]) if valid else []
-        for row, drawn in zip(valid, draws, strict=True):
-            one, decision = writing[row]
-            decision.choice = drawn
-            one.decisions.append(decision)
+    def write(self, author: str, decided: Sequence[tuple[Drafted, list[Decision]]], logits: Tensor) -> None:
+        """Draw the token of each request's last decision from logits (R, V) of the named author."""
+        is_valid = logits.amax(-1).isfinite().tolist()  # NaN is the largest, and -inf means a probability of 0
+        for (one, _), valid in zip(decided, is_valid, strict=True):
+            if not valid:
+                self._fail(one, ModelFailure(f"{author} gave logits that are not finite"))
+        rows = [row for row, valid in enumerate(is_valid) if valid]
+        if rows:
+            requests, decisions = zip(*(decided[row] for row in rows), strict=True)
+            draws = self.draw(logits[rows], requests, [written(each) for each in decisions])
+            for each, drawn in zip(decisions, draws, strict=True):
+                each[-1].choice = drawn
 
     # Slots
 
     def _unseen(self, one: Drafted) -> tuple[int, list[int]]:
         """The request's slot and the tokens that the base has not read."""
         if one.slot is None:
-            one.slot = self.runner.open([*map(int, one.text), *one.written])
+            one.slot = self.runner.open([*map(int, one.text), *written(one.decisions)])
         self._used.pop(one.slot, None)
         self._used[one.slot] = one
         length = self.runner.length(one.slot)
-        return one.slot, [*map(int, one.text[length:]), *one.written[max(length - len(one.text), 0) :]]
+        return one.slot, [*map(int, one.text[length:]), *written(one.decisions)[max(length - len(one.text), 0) :]]
 
     def forget(self, one: Drafted) -> None:
         """Close the slot of a request that ended or must be read again."""
@@ -250,57 +229,39 @@ class Drafter:
             self.forget(one)
 
 
+def written(decisions: Sequence[Decision]) -> list[int]:
+    """The known tokens of these decisions."""
+    return [one.choice.token_id for one in decisions if one.choice is not None]
+
+
 def _size(one: Drafted) -> int:
-    return in_pages(len(one.text) + len(one.written))
+    return in_pages(len(one.text) + len(written(one.decisions)))
 
 
 class RoundTimes:
     """Predicts whether another pass of the base before the assistant's pass saves time.
 
     A round produces n tokens in s seconds. Another base pass adds m tokens, one for each request in it. It is worth its
-    time if m / (seconds of the pass + m b) > n / s. Here b is the time that one more token adds to the assistant's pass
-    (Dinkelbach 1967). All values are measured while the engine runs.
+    time if m / (seconds of the pass + seconds that m more tokens add to the assistant's pass) > n / s. Times of `base`
+    are by the number of requests, and times of `assistant` by the number of tokens.
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, float] = {}  # requests, as the exponent of the next power of two -> seconds
+        self.base, self.assistant = PassTimes(), PassTimes()
         self._tokens = self._seconds = 0.0
-        self._sums = [0.0] * 5  # weights, tokens, tokens squared, seconds, tokens times seconds
-
-    def saw_pass(self, requests: int, seconds: float) -> None:
-        """Record a base pass that made one step for each request."""
-        size = (requests - 1).bit_length()
-        self._passes[size] = _DECAY * self._passes.get(size, seconds) + (1 - _DECAY) * seconds
-
-    def saw_reading(self, tokens: int, seconds: float) -> None:
-        """Record an assistant pass over this many draft tokens."""
-        new = [1.0, tokens, tokens**2, seconds, tokens * seconds]
-        self._sums = [_DECAY * old + one for old, one in zip(self._sums, new, strict=True)]
 
     def saw_round(self, tokens: int, seconds: float) -> None:
         """Record a round, from one assistant pass to the next."""
         self._tokens = _DECAY * self._tokens + tokens
         self._seconds = _DECAY * self._seconds + seconds
 
-    @property
-    def seconds_per_token(self) -> float:
-        """Time that one more token adds to the assistant's pass: the least-squares slope of its pass times.
-
-        If all passes have nearly the same size, a single slow pass distorts the slope. So the slope is limited to the
-        mean time per token of all passes.
+    def pays(self, requests: int, drafted: int) -> bool:
+        """Whether another base pass for these requests saves time, if the assistant must read so many tokens without
+        it; True until there are measurements.
         """
-        weight, tokens, squares, seconds, products = self._sums
-        spread = weight * squares - tokens**2
-        if spread <= _SPREAD * squares:
-            return 0.0
-        return min(max((weight * products - tokens * seconds) / spread, 0.0), seconds / tokens)
-
-    def pays(self, requests: int) -> bool:
-        """Whether another base pass for this many requests saves time; True until there are measurements."""
-        seconds = self._passes.get((requests - 1).bit_length())
-        if seconds is None or not self._seconds:
-            return True
-        return requests * self._seconds > (seconds + requests * self.seconds_per_token) * self._tokens
+        longer = self.assistant.at(drafted + requests) - self.assistant.at(drafted)
+        seconds = self.base.at(requests) + max(longer, 0.0)  # measured times need not be monotone
+        return not self._seconds or requests * self._seconds > seconds * self._tokens
 
 
 def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
@@ -311,12 +272,10 @@ def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
         threshold = read_threshold(xargs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if threshold is not None and POLICY in xargs:
-        raise ConfigError(f"vllm_xargs has both {THRESHOLD} and {POLICY}; give one of them")
-    if threshold is not None:
-        return ThresholdPolicy(threshold)
     if POLICY not in xargs:
-        return None
+        return None if threshold is None else ThresholdPolicy(threshold)
+    if threshold is not None:
+        raise ConfigError(f"vllm_xargs has both {THRESHOLD} and {POLICY}; give one of them")
     policy = policy_named(str(xargs[POLICY]))
     check_policy(policy)
     return policy

@@ -8,20 +8,28 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 
 from collm.core.types import ModelUsage
 from collm.engine.candidates import Likely
 from collm.errors import LoadError, ModelFailure
-from collm.http.client import FailedAttempt, HttpClient, Refused, Unreachable, check_echo, logprob, read_strictly
+from collm.http.client import (
+    CallSettings,
+    FailedAttempt,
+    HttpClient,
+    Refused,
+    Unreachable,
+    check_echo,
+    logprob,
+    read_strictly,
+)
 from collm.vllm.servers import Servers
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _LOOKS_EVERY_S, _LEAST_LOOK_S = 0.5, 5.0
 _ENDING_S = 1.0
@@ -34,12 +42,7 @@ _NO_TOKENIZER = {404, 405, 501}
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """A token that a server generated.
-
-    Attributes:
-        logprob: its log-probability, in nats.
-        about: log-probabilities of the tokens that the request named, in nats, by token id.
-    """
+    """A token that a server generated, its log-probability in nats, and those of the tokens that the request named."""
 
     token_id: int
     logprob: float
@@ -61,10 +64,7 @@ class Endpoint:
         max_length: the server's limit for the tokens of prompt and completion; None if it states none.
     """
 
-    may_abstain = False
     capacity = None
-    most_slots = None
-    open_slots = 0
 
     def __init__(self, name: str, url: str, servers: Servers, vocab_size: int) -> None:
         self.name = name
@@ -73,22 +73,15 @@ class Endpoint:
         self.usage = ModelUsage()
         self.model = ""
         self.max_length: int | None = None
-        self.http = HttpClient(
-            name,
-            url,
-            timeout_s=servers.timeout_s,
-            retries=servers.retries,
-            api_key_env=servers.api_key_env,
-            waits_s=(_FIRST_WAIT_S, min(_LONGEST_WAIT_S, servers.timeout_s)),
-        )
+        waits_s = (_FIRST_WAIT_S, min(_LONGEST_WAIT_S, servers.timeout_s))
+        settings = CallSettings(servers.timeout_s, servers.retries, servers.api_key_env, waits_s)
+        self.http = HttpClient(name, url, settings)
 
     async def find(self, wait_s: float) -> None:
-        """Wait for the server and look up its model. Raises a LoadError if it is not up in time or refuses the request,
-        or if it serves several models.
-        """
+        """Wait for the server and look up its model. Raises a LoadError as `Connections` does."""
         deadline = time.monotonic() + wait_s
         while True:
-            look_s = min(self.http.timeout_s, max(deadline - time.monotonic(), _LEAST_LOOK_S))
+            look_s = min(self.http.settings.timeout_s, max(deadline - time.monotonic(), _LEAST_LOOK_S))
             try:
                 models = self.http.models(await self.http.attempt(f"{self.url}/models", None, str, limit_s=look_s))
                 break
@@ -126,17 +119,8 @@ class Endpoint:
 
     async def one(self, body: dict[str, Any]) -> GeneratedToken:
         """Request the next token. This and the methods below raise what `HttpClient.call` does."""
-        request = self._request({**body, "max_tokens": 1}, [])
-
-        def read(answer: str) -> GeneratedToken:
-            written, _ = self._read(answer, request)
-            if len(written) != 1:
-                raise ValueError(f"got {len(written)} tokens, expected 1")
-            return written[0]
-
-        token = await self._complete(request, read)
-        self.usage.forward_passes += 1
-        return token
+        async with aclosing(self.stream({**body, "max_tokens": 1})) as tokens:
+            return await anext(tokens)
 
     async def likely(self, token_ids: list[int], count: int, most: int) -> list[Likely]:
         """Request the most probable tokens, with their probabilities, at each of the last `count` tokens of a text."""
@@ -150,16 +134,16 @@ class Endpoint:
             return [[(token, math.exp(value)) for token, value in at] for at in ranked]
 
         body = {"model": self.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": most}
-        return await self._complete(body, read)
 
-    async def stream(
-        self, body: dict[str, Any], *, resumable: bool = True
-    ) -> AsyncGenerator[list[GeneratedToken], None]:
-        """Stream tokens as they arrive. If an answer breaks off, its rest is requested. Use `aclosing` to stop early.
+        async def attempt() -> list[Likely]:
+            self.usage.calls += 1
+            return await self.http.attempt(f"{self.url}/completions", body, read)
 
-        Args:
-            resumable: whether generated tokens may become part of the prompt. If not, an answer that breaks off is an
-                error.
+        return await self.http.with_retries(attempt)
+
+    async def stream(self, body: dict[str, Any], *, resumable: bool = True) -> AsyncGenerator[GeneratedToken, None]:
+        """Stream tokens. Use `aclosing` to stop early. If an answer breaks off, its rest is requested, unless
+        generated tokens must not become part of a prompt (`resumable`).
         """
         self.http.check_breaker()
         written: list[int] = []
@@ -172,7 +156,8 @@ class Endpoint:
                         self.http.breaker.succeeded()
                         self.usage.forward_passes += len(piece)
                         written += [one.token_id for one in piece]
-                        yield piece
+                        for one in piece:
+                            yield one
                 return
             except FailedAttempt as failure:
                 if len(written) == body["max_tokens"]:  # only the end of the answer is missing
@@ -198,42 +183,31 @@ class Endpoint:
             request["seed"] = random.Random(f"{body['seed']} {len(written)}").getrandbits(31)
         return request
 
-    async def _complete(self, body: dict[str, Any], read: Callable[[str], T]) -> T:
-        async def attempt() -> T:
-            self.usage.calls += 1
-            return await self.http.attempt(f"{self.url}/completions", body, read)
-
-        return await self.http.with_retries(attempt)
-
     async def _pieces(self, request: dict[str, Any]) -> AsyncGenerator[list[GeneratedToken], None]:
         """Yield the tokens of one answer, as they arrive."""
         self.usage.calls += 1
-        most, count = request["max_tokens"], 0
-        with self.http.translated_errors(self.http.timeout_s):
-            async with aclosing(self.http.events(f"{self.url}/completions", {**request, "stream": True})) as events:
-                is_last = False
+        most, count, is_last = request["max_tokens"], 0, False
+        body = {**request, "stream": True} if most > 1 else request
+        with self.http.translated_errors(self.http.settings.timeout_s):
+            async with aclosing(self.http.events(f"{self.url}/completions", body)) as events:
                 while not is_last:
-                    piece, is_last = await self._next(events, request)
+                    piece: list[GeneratedToken] = []
+                    with anyio.fail_after(self.http.settings.timeout_s):
+                        while not piece and not is_last:
+                            text = await anext(events, None)
+                            if text is None:
+                                raise FailedAttempt("the answer broke off", outage=True)
+                            piece, is_last = read_strictly(text, lambda event: self._read(event, request))
                     count += len(piece)
                     if count > most:
                         raise ValueError(f"got more than the {most} tokens that were requested")
                     if not count:
                         raise ValueError("the answer ended without a token")
-                    if is_last:
-                        await _drain(events)
-                    if piece:
-                        yield piece
-
-    async def _next(
-        self, events: AsyncGenerator[str, None], request: dict[str, Any]
-    ) -> tuple[list[GeneratedToken], bool]:
-        """Wait for the next piece that has tokens or is the last."""
-        with anyio.fail_after(self.http.timeout_s):
-            while (text := await anext(events, None)) is not None:
-                written, is_last = read_strictly(text, lambda event: self._read(event, request))
-                if written or is_last:
-                    return written, is_last
-        raise FailedAttempt("the answer broke off", outage=True)
+                    if is_last:  # the connection can be reused only if the rest of the stream is read
+                        with suppress(Exception), anyio.move_on_after(_ENDING_S):
+                            async for _ in events:
+                                pass
+                    yield piece
 
     def _read(self, text: str, request: dict[str, Any]) -> tuple[list[GeneratedToken], bool]:
         """Read the tokens of an answer, or of one event of a stream, and whether it is the last."""
@@ -246,10 +220,10 @@ class Endpoint:
             raise ValueError(f"the answer ended with finish_reason {ending!r}, expected 'stop' or 'length'")
         token_ids = choice["token_ids"]
         about = logprobs.get("top_logprobs") or [{}] * len(token_ids)
-        triples = zip(token_ids, logprobs["token_logprobs"], about, strict=True)
-        written = [
-            GeneratedToken(self._token_id(token), logprob(value), _by_token(top)) for token, value, top in triples
-        ]
+        written = []
+        for token_id, value, top in zip(token_ids, logprobs["token_logprobs"], about, strict=True):
+            by_token = {int(key.removeprefix("token_id:")): logprob(beside) for key, beside in top.items()}
+            written.append(GeneratedToken(self._token_id(token_id), logprob(value), by_token))
         return written, ending is not None
 
     def _token_id(self, value: Any) -> int:
@@ -260,14 +234,3 @@ class Endpoint:
                 f"got token id {value}, expected ids below {self.vocab_size}; the server has another model"
             )
         return value
-
-
-def _by_token(top: dict[str, Any]) -> dict[int, float]:
-    return {int(key.removeprefix("token_id:")): logprob(value) for key, value in top.items()}
-
-
-async def _drain(events: AsyncGenerator[str, None]) -> None:
-    """Read the rest of a stream, so that its connection can be reused."""
-    with suppress(Exception), anyio.move_on_after(_ENDING_S):
-        async for _ in events:
-            pass

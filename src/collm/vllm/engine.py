@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -21,28 +22,21 @@ _STEP_WAIT_S = 0.02
 _CLOSED = "the connections to the servers were closed during decoding; load the collaboration again"
 
 
+@dataclass(eq=False)
 class ServerEngine:
     """Decodes requests on servers, which batch concurrent requests. It has the interface of `engine.engine.Engine`.
 
-    Args:
-        eos_ids: tokens that end a sequence.
-        max_batch: largest number of sequences decoded at once; further requests wait.
+    At most `max_batch` sequences are decoded at once; further requests wait.
     """
 
-    def __init__(
-        self,
-        connections: Connections,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        eos_ids: frozenset[int],
-        max_batch: int = 16,
-    ) -> None:
-        if max_batch < 1:
-            raise ConfigError(f"max_batch is {max_batch}, expected at least 1")
-        self.connections = connections
-        self.tokenizer = tokenizer
-        self.eos_ids = eos_ids
-        self.max_batch = max_batch
+    connections: Connections
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
+    max_batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise ConfigError(f"max_batch is {self.max_batch}, expected at least 1")
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Future[None]] = {}
         self._count = 0

@@ -27,7 +27,7 @@ from collm.vllm import NOTE, NOTE_FORMAT, ROW_SCALE
 
 
 def head_digest(head: DeferralHead) -> str:
-    """A digest of the head: twelve hexadecimal digits."""
+    """Twelve hexadecimal digits that identify the head."""
     digest = hashlib.sha256()
     for values in (head.weight, head.bias):
         digest.update(values.detach().float().cpu().numpy().tobytes())
@@ -35,9 +35,8 @@ def head_digest(head: DeferralHead) -> str:
 
 
 def defer_names(head: DeferralHead) -> list[str]:
-    """Names of the tokens for the head's rows: one for each assistant, then one for the row of zeros.
-
-    The last contains the head's digest. So a server that knows this token serves an export of this very head.
+    """Names of the tokens for the head's rows: one for each assistant, then one for the row of zeros. The last contains
+    the head's digest. So a server that knows this token serves an export of this very head.
     """
     count = head.num_assistants
     names = ["<|defer|>"] if count == 1 else [f"<|defer-{k}|>" for k in range(1, count + 1)]
@@ -56,8 +55,6 @@ class Note:
         vocab_size: number of token ids that all models share.
         tokenizer_hash: hash of the collaboration's tokenizer.
         default_threshold: the threshold chosen by calibration; None before calibration.
-        version: version of collm that wrote the note.
-        format: format of the note.
     """
 
     defer_ids: list[int]
@@ -103,7 +100,6 @@ def export_base(
 
     Args:
         base: as for `CoLLM`; it is not modified.
-        out: the directory to create.
         default_threshold: stored in the note.
 
     Raises:
@@ -167,27 +163,17 @@ def _merged_copy(base: nn.Module | ModelSpec) -> Any:
 @torch.no_grad()
 def _add_rows(model: Any, rows: Tensor, note: Note) -> None:
     """Append `rows` and a row of zeros to the output layer, untie it, and zero the rows that belong to no token."""
-    vocab_size = note.zero_id + 1
-    old = model.get_output_embeddings()
-    weight, bias = _zero_padded(old.weight, vocab_size), getattr(old, "bias", None)
-    weight[note.vocab_size :] = 0
-    weight[note.defer_ids] = rows.to(weight)
-    output = nn.Linear(weight.shape[1], vocab_size, bias=bias is not None, device="meta")
-    output.weight = nn.Parameter(weight)
-    if bias is not None:
-        output.bias = nn.Parameter(_zero_padded(bias, vocab_size))
-        output.bias[note.vocab_size :] = 0
-    embedded = len(model.get_input_embeddings().weight)
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    model.get_input_embeddings().weight[embedded:] = 0  # no text contains these tokens
+    output = model.get_output_embeddings()
+    output.weight = nn.Parameter(output.weight.clone())
     model.config.tie_word_embeddings = False
-    model.set_output_embeddings(output)
-
-
-def _zero_padded(values: Tensor, length: int) -> Tensor:
-    longer = values.new_zeros(length, *values.shape[1:])
-    longer[: len(values)] = values
-    return longer
+    embedded = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(note.zero_id + 1, mean_resizing=False)
+    model.get_input_embeddings().weight[embedded:] = 0  # no text contains these tokens
+    output = model.get_output_embeddings()
+    output.weight[note.vocab_size :] = 0
+    output.weight[note.defer_ids] = rows.to(output.weight)
+    if getattr(output, "bias", None) is not None:
+        output.bias[note.vocab_size :] = 0
 
 
 def _with_row_tokens(tokenizer: PreTrainedTokenizerBase, names: list[str], note: Note) -> PreTrainedTokenizerBase:

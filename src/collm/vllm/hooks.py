@@ -41,8 +41,7 @@ READ: Mapping[str, str] = {
     _RUNNER: "device discard_request_mask drafter input_batch requests sampler",
     _SCHEDULER: "grammar_compile_error_reqs",
     "vllm.v1.outputs:ModelRunnerOutput": "num_nans_in_logits prompt_logprobs_dict",
-    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "bonus_logits_indices draft_token_ids num_draft_tokens "
-    "target_logits_indices",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "draft_token_ids num_draft_tokens",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_tokens output_token_ids prompt_token_ids sampling_params",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "generators num_reqs num_tokens_no_spec req_ids token_ids_cpu",
 }
@@ -61,7 +60,7 @@ def check_hooks() -> None:
 
 
 def replaces(owner: type) -> Callable[[Callable[..., Any]], None]:
-    """A decorator for f(original, self, ...), which replaces the owner's method of its name."""
+    """A decorator for f(original, self, ...), which replaces the owner's method of its name, but only once."""
 
     def install(function: Callable[..., Any]) -> None:
         original = getattr(owner, function.__name__)
@@ -70,7 +69,9 @@ def replaces(owner: type) -> Callable[[Callable[..., Any]], None]:
         def method(*arguments: Any, **options: Any) -> Any:
             return function(original, *arguments, **options)
 
-        setattr(owner, function.__name__, method)
+        if not hasattr(original, "is_replaced"):
+            method.is_replaced = True  # type: ignore[attr-defined]
+            setattr(owner, function.__name__, method)
 
     return install
 

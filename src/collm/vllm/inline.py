@@ -24,7 +24,7 @@ from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.engine.runner import ModelRunner
 from collm.engine.sequence import Decision, Draw
-from collm.errors import CollmError, ConfigError, MismatchError, ModelFailure
+from collm.errors import CollmError, ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.models.members import load_members
 from collm.text.guards import TokenizerIdentity
@@ -46,21 +46,13 @@ class Proposer:
     """The base in a worker of vLLM.
 
     With tensor parallelism, the first rank holds the base and decides. It broadcasts its decisions to the other ranks.
-
-    Raises:
-        ConfigError: vLLM lacks something in `hooks`, `additional_config` names no collaboration, or the collaboration
-            has several assistants.
-        MismatchError: the base's context is shorter than the longest request that vLLM admits.
-        ArtefactError, LoadError: as in `CoLLM.from_pretrained`.
     """
 
     def __init__(self, vllm_config: Any) -> None:
         check_hooks()
         self._config = vllm_config
         self._requests: dict[str, Drafted] = {}
-        self._is_step = False
-        self._num_new = 0
-        self._drafted_at = self._began_at = 0.0
+        self._drafted_at = self._sampled_at = 0.0
         _wrap_model_runner()
         if get_tp_group().rank_in_group == 0:
             self._load()
@@ -100,18 +92,20 @@ class Proposer:
         most = self._config.speculative_config.num_speculative_tokens + 1
         self._drafter = Drafter(runner, parts.head.to(base.device), most=most, draw=self._draw)
 
+    def _draw(self, logits: Tensor, requests: Sequence[Drafted], drafted: Sequence[Sequence[int]]) -> list[Draw]:
+        return sample(self._runner.sampler, logits.to(self._runner.device), requests, drafted)
+
     # After the assistant's pass
 
     def sample(self, runner: Any, logits: Tensor, spec: Any) -> SamplerOutput:
         """Choose the new tokens of each request: its draft, and the next token, by the base or the assistant.
 
         Args:
-            runner: vLLM's model runner.
             logits: the assistant's logits before the first and after each draft token, shape (T, V).
             spec: vLLM's metadata, which assigns logits to requests; None if there are no drafts.
         """
         self._runner = runner
-        new = _from_first_rank(lambda: self._fail_all_on_error(lambda: self._new_tokens(logits, spec), None))
+        new = self._on_first_rank(lambda: self._new_tokens(logits, spec), None)
         return _output(new, logits.device, logprobs=runner.input_batch.max_num_logprobs is not None)
 
     def _new_tokens(self, logits: Tensor, spec: Any) -> list[Entries | None]:
@@ -124,76 +118,56 @@ class Proposer:
         is_reading = self._runner.discard_request_mask.np[: batch.num_reqs]
         rows = {row: self._request(row) for row in range(batch.num_reqs) if not is_reading[row]}
         undecided = [one for one in rows.values() if not one.decisions and one.failure is None]
-        self._is_step = not undecided and len(rows) == len(counts)
-        if self._is_step:
-            self._drafter.times.saw_reading(sum(counts) + len(rows), time.perf_counter() - self._drafted_at)
+        now, times = time.perf_counter(), self._drafter.times
         self._drafter.decide(undecided)
         final = {row: one.accept(drafts[row]) for row, one in rows.items() if one.failure is None}
-        self._num_new = sum(map(len, final.values()))
+        if not undecided and len(rows) == len(counts):
+            times.assistant.record(sum(counts) + len(rows), now - self._drafted_at)
+            times.saw_round(sum(map(len, final.values())), now - self._sampled_at)
+        self._sampled_at = now
         deferred = {row: decisions for row, decisions in final.items() if decisions[-1].choice is None}
         if deferred:
-            places = [_logits_index(spec, row, len(decisions) - 1) for row, decisions in deferred.items()]
-            self._draw_deferred([(rows[row], deferred[row]) for row in deferred], logits[places][:, : self._vocab_size])
+            # the logits of a request are those before its first draft token, and after each
+            places = [sum(counts[:row]) + row + len(decisions) - 1 for row, decisions in deferred.items()]
+            decided = [(rows[row], decisions) for row, decisions in deferred.items()]
+            self._drafter.write("the assistant", decided, logits[places][:, : self._vocab_size])
         new: list[Entries | None] = [None] * batch.num_reqs
         for row, decisions in final.items():
             if rows[row].failure is None:
                 new[row] = [_entries(one, with_author=wants_authors(rows[row])) for one in decisions]
         return new
 
-    def _draw_deferred(self, deferred: Sequence[tuple[Drafted, list[Decision]]], logits: Tensor) -> None:
-        """Let the assistant write the token of each request's last decision, from logits (R, V)."""
-        valid = []
-        for row, is_nan in enumerate(logits.isnan().any(-1).tolist()):
-            if is_nan:
-                deferred[row][0].failure = ModelFailure("the assistant gave logits that are not finite")
-            else:
-                valid.append(row)
-        if valid:
-            drafted = [[one.choice.token_id for one in deferred[row][1] if one.choice is not None] for row in valid]
-            draws = sample(self._runner.sampler, logits[valid], [deferred[row][0] for row in valid], drafted)
-            for row, drawn in zip(valid, draws, strict=True):
-                deferred[row][1][-1].choice = drawn
-
-    def _draw(self, logits: Tensor, requests: Sequence[Drafted]) -> list[Draw]:
-        written = [one.written for one in requests]
-        return sample(self._runner.sampler, logits.to(self._runner.device), requests, written)
-
     # Before its next pass
 
     def propose(self, sampled: Sequence[Sequence[int]], *rest: Any, **options: Any) -> list[list[int]]:
         """Draft tokens for all requests in the batch. vLLM calls this after it has added the tokens from `sample`.
-
-        Args:
-            sampled: the new tokens of each row; empty while the prompt is being read.
+        `sampled` are those of each row, none while the prompt is being read.
         """
-        return _from_first_rank(lambda: self._fail_all_on_error(lambda: self._drafts(sampled), []))
+        return self._on_first_rank(lambda: self._drafts(sampled), [])
 
-    def _fail_all_on_error(self, work: Callable[[], list[T]], default: T) -> list[T]:
-        """Call `work`. If it raises, fail every request in the batch and return `default` for each row."""
-        try:
-            return work()
-        except Exception as error:
-            _LOG.exception("the collaboration failed")
-            for row in range(self._runner.input_batch.num_reqs):
-                self._request(row).failure = error
-            return [default] * self._runner.input_batch.num_reqs
+    def _on_first_rank(self, work: Callable[[], list[T]], default: T) -> list[T]:
+        """Broadcast the result of `work` on the first rank. If it raises, every request in the batch fails, and the
+        result is `default` for each row.
+        """
+        group, result = get_tp_group(), None
+        if group.rank_in_group == 0:
+            try:
+                result = work()
+            except Exception as error:
+                _LOG.exception("the collaboration failed")
+                result = [default] * self._runner.input_batch.num_reqs
+                for row in range(len(result)):
+                    self._request(row).failure = error
+        return cast("list[T]", result if group.world_size == 1 else group.broadcast_object(result, src=0))
 
     def _drafts(self, sampled: Sequence[Sequence[int]]) -> list[list[int]]:
-        now = time.perf_counter()
-        if self._is_step:
-            self._drafter.times.saw_round(self._num_new, now - self._began_at)
-        self._began_at = now
-        for name in [name for name in self._requests if name not in self._runner.requests]:
+        for name in self._requests.keys() - self._runner.requests.keys():
             self._drafter.forget(self._requests.pop(name))
         rows = {row: self._request(row) for row, new in enumerate(sampled) if new}
         rows = {row: one for row, one in rows.items() if one.room > 0}
         self._drafter.draft(list(rows.values()))
-        drafts: list[list[int]] = [[] for _ in sampled]
-        for row, one in rows.items():
-            if one.failure is None:
-                drafts[row] = one.draft
         self._drafted_at = time.perf_counter()
-        return drafts
+        return [rows[row].draft if row in rows and rows[row].failure is None else [] for row in range(len(sampled))]
 
     # Requests
 
@@ -216,20 +190,22 @@ class Proposer:
         one = self._requests[name]
         one.state = state  # vLLM replaces it when a request continues with a further prompt
         one.text = batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]]
-        one.room = _room(one, self._config.model_config.max_model_len)
+        output_ids, most = state.output_token_ids, state.sampling_params.max_tokens
+        left = self._config.model_config.max_model_len - state.num_tokens
+        has_ended = output_ids and output_ids[-1] in one.end_ids
+        one.room = 0 if has_ended else min(left, left if most is None else most - len(output_ids))
         return one
 
     def _new_request(self, state: Any) -> Drafted:
         params, failure = state.sampling_params, None
-        policy: Policy = ThresholdPolicy(1.0)
+        policy: Policy | None = self._default
         xargs = params.extra_args or {}
         try:
             if xargs.get(HEAD, self._head) != self._head:
                 raise MismatchError(f"the request expects the head {xargs[HEAD]}, but the engine has {self._head}")
-            given = policy_of(xargs) or self._default
-            if given is None:
+            policy = policy_of(xargs) or policy
+            if policy is None:
                 raise ConfigError(f"the collaboration is not calibrated; give vllm_xargs {{{THRESHOLD!r}: ..}}")
-            policy = given
         except CollmError as error:
             failure = error
         generator = None
@@ -238,7 +214,7 @@ class Proposer:
             generator.manual_seed(seeded(params.seed).getrandbits(63))  # of which a CPU's generator uses 32
         return Drafted(
             state,
-            policy,
+            policy or ThresholdPolicy(1.0),
             prompt_length=state.num_prompt_tokens,
             temperature=params.temperature,
             end_ids={params.eos_token_id, *(params.stop_token_ids or ())} - {None},
@@ -246,15 +222,6 @@ class Proposer:
             generator=generator,
             failure=failure,
         )
-
-
-def _room(one: Drafted, max_length: int) -> int:
-    """Number of tokens that a request may still generate; 0 if it has ended."""
-    output_ids, most = one.state.output_token_ids, one.state.sampling_params.max_tokens
-    if output_ids and output_ids[-1] in one.end_ids:
-        return 0
-    left = max_length - one.state.num_tokens
-    return int(left if most is None else min(left, most - len(output_ids)))
 
 
 def _entries(decision: Decision, *, with_author: bool) -> list[tuple[int, float]]:
@@ -268,50 +235,24 @@ def _entries(decision: Decision, *, with_author: bool) -> list[tuple[int, float]
     return [*own, *draw.top]
 
 
-def _logits_index(spec: Any, row: int, count: int) -> int:
-    """Index of the assistant's logits after the first `count` tokens of a row's draft."""
-    if spec is None:
-        return row
-    if count == spec.num_draft_tokens[row]:
-        return int(spec.bonus_logits_indices[row])
-    return int(spec.target_logits_indices[sum(spec.num_draft_tokens[:row]) + count])
-
-
 def _output(new: Sequence[Entries | None], device: torch.device, *, logprobs: bool) -> SamplerOutput:
     """Convert to vLLM's format: tokens (R, n), padded, and log-probabilities of R n tokens. All ranks are 0, because
     those of the base's tokens are unknown.
     """
     fewest = 2 if None in new else 1  # vLLM takes a single column for tokens, without padding
     width = max(fewest, *(len(one or ()) for one in new))
-    columns = max((len(pairs) for one in new for pairs in one or ()), default=1)
-    tokens = torch.full((len(new), width), _NO_TOKEN, dtype=torch.int32)
-    ids = torch.zeros(len(new), width, columns, dtype=torch.int32)
-    values = torch.full(ids.shape, -math.inf)
-    for row, one in enumerate(new):
-        for place, pairs in enumerate(one or ()):
-            ids[row, place, : len(pairs)] = torch.tensor([token_id for token_id, _ in pairs])
-            values[row, place, : len(pairs)] = torch.tensor([value for _, value in pairs])
-            tokens[row, place] = pairs[0][0]
-    ranks = torch.zeros(len(new) * width, dtype=torch.int32)
-    found = LogprobsTensors(ids.flatten(0, 1), values.flatten(0, 1), ranks)
-    return SamplerOutput(tokens.to(device), found if logprobs else None)
-
-
-def _from_first_rank(decide: Callable[[], T]) -> T:
-    """Call `decide` on the first rank of the tensor-parallel group and broadcast its result."""
-    group = get_tp_group()
-    if group.world_size == 1:
-        return decide()
-    return cast(T, group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0))
+    places = [pairs for one in new for pairs in [*(one or ()), *[[]] * (width - len(one or ()))]]
+    columns = max(1, *map(len, places))
+    tokens = torch.tensor([pairs[0][0] if pairs else _NO_TOKEN for pairs in places], dtype=torch.int32)
+    padded = [[*pairs, *[(0, -math.inf)] * (columns - len(pairs))] for pairs in places]
+    ids, values = torch.tensor(padded, dtype=torch.float64).unbind(-1)  # fp64 holds token ids exactly
+    found = LogprobsTensors(ids.int(), values.float(), torch.zeros(len(places), dtype=torch.int32))
+    return SamplerOutput(tokens.view(len(new), width).to(device), found if logprobs else None)
 
 
 def _wrap_model_runner() -> None:
     """Patch vLLM's model runner: a `Proposer` chooses new tokens in place of the rejection sampler."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    if getattr(GPUModelRunner, "collm", False):
-        return
-    GPUModelRunner.collm = True
 
     def proposer_of(runner: Any) -> Proposer | None:
         drafter = getattr(runner, "drafter", None)
@@ -320,9 +261,8 @@ def _wrap_model_runner() -> None:
     @replaces(GPUModelRunner)
     def _sample(original: Any, self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         proposer = proposer_of(self)
-        if proposer is None:
-            return original(self, logits, spec_decode_metadata)
-        return proposer.sample(self, logits, spec_decode_metadata)
+        given = (self, logits, spec_decode_metadata)
+        return original(*given) if proposer is None else proposer.sample(*given)
 
     @replaces(GPUModelRunner)
     def sample_tokens(original: Any, self: Any, grammar_output: Any) -> Any:

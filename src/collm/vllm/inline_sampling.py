@@ -34,8 +34,7 @@ def sample(sampler: Any, logits: Tensor, requests: Sequence[Drafted], drafted: S
 
     Args:
         sampler: vLLM's `v1.sample.sampler.Sampler`.
-        logits: shape (R, V).
-        requests: the R requests.
+        logits: shape (R, V), for R requests.
         drafted: tokens of each request that vLLM's state does not have yet.
     """
     params = [one.state.sampling_params for one in requests]
@@ -98,9 +97,7 @@ def _disallowed(params: Sequence[Any], logits: Tensor) -> Tensor | None:
     """Mask of the tokens that requests exclude, shape (R, V); None if no request excludes any."""
     if not any(one.allowed_token_ids for one in params):
         return None
-    mask = torch.zeros_like(logits, dtype=torch.bool)
+    mask = torch.ones_like(logits, dtype=torch.bool)
     for row, one in enumerate(params):
-        if one.allowed_token_ids:
-            mask[row] = True
-            mask[row, one.allowed_token_ids] = False
+        mask[row, one.allowed_token_ids or slice(None)] = False
     return mask

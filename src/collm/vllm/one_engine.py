@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import aclosing
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +11,8 @@ from collm.core.head import DeferralHead
 from collm.core.named import name_of
 from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE
-from collm.engine.candidates import Candidates
 from collm.engine.request import Request
-from collm.engine.sequence import Decision, Draw
+from collm.engine.sequence import Draw
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.vllm import AUTHORS, HEAD, POLICY, author_of
 from collm.vllm.connections import Connections, Run
@@ -33,9 +30,6 @@ class EngineConnection(Connections):
 
     Raises a MismatchError if the server is not an engine of this collaboration, and what `Connections` raises.
     """
-
-    LOCAL_ONLY = ("min_p", "logit_bias", "bad_words", "structured_outputs", "prompt_logprobs")
-    """vLLM does not combine these with drafts, or the base does not support them."""
 
     def __init__(self, servers: Servers, head: DeferralHead, tokenizer: PreTrainedTokenizerBase) -> None:
         self.head = head_digest(head)
@@ -65,11 +59,6 @@ class EngineConnection(Connections):
                 f"{request.policy} has no name, so it cannot be sent to another process; use engine 'local'"
             )
 
-    def candidates(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int
-    ) -> list[list[Candidates]]:
-        raise ConfigError("the candidates of each author are not available in one engine; use engine 'local'")
-
     async def advance(self, run: Run) -> None:
         params, top = run.params, run.params.logprobs or 0
         body = run.body()
@@ -77,13 +66,12 @@ class EngineConnection(Connections):
         body["logprobs"] = 1 + top  # one of them describes the author
         body["vllm_xargs"] = {POLICY: name_of(run.policy), AUTHORS: 1, HEAD: self.head}
         resumable = isinstance(run.policy, ThresholdPolicy | SingleAuthorPolicy)
-        async with aclosing(run.stream(_ASSISTANT, body, resumable=resumable)) as stream:
+        async with run.stream(_ASSISTANT, body, resumable=resumable) as stream:
             async for written in stream:
                 author, defer_prob = author_and_defer_prob(written)
                 own, _, *others = written.about.items()
                 likely = sorted([own, *others], key=lambda pair: -pair[1])[:top]
-                run.emit(Decision(author, defer_prob, None, Draw(written.token_id, written.logprob, tuple(likely))))
-                if run.sequence.finish_reason is not None:
+                if run.emit(author, defer_prob, Draw(written.token_id, written.logprob, tuple(likely))):
                     return
 
 

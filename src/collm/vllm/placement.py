@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from collm.models.language_model import context_length
 from collm.models.loading import ModelSpec, empty_model
 from collm.models.names import names_gguf
 from collm.vllm import PROPOSER, SETTINGS
-from collm.vllm.launch import ServerPlan, check_python, launched
+from collm.vllm.launch import ServerProcess, check_python, launched
 from collm.vllm.servers import Servers
 
 USABLE = 0.9
@@ -55,11 +55,8 @@ class ModelMemory:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> ModelMemory:
-        """Compute the memory from a model's config. Weights are not read.
-
-        Raises:
-            ConfigError: the model is to be quantized, or is a GGUF file.
-            LoadError: there is no config of a causal LM with attention.
+        """Compute the memory from a model's config. Raises a ConfigError if the model is to be quantized or is a GGUF
+        file, and a LoadError if there is no config of a causal LM with attention.
         """
         if spec.quantization is not None or names_gguf(spec.path):
             kind = f"to be quantized ({spec.quantization})" if spec.quantization else "a GGUF file"
@@ -87,11 +84,18 @@ class ModelMemory:
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources of a machine: the memory of each GPU, the free main memory, and the cores that one may use."""
+    """The resources of a machine, or those of one server.
+
+    Attributes:
+        gpu_bytes: memory of each GPU, from the number `first_gpu` on.
+        memory_bytes: free main memory, which servers without GPUs share; of a server with GPUs, their memory.
+        cores: number of cores, and so of threads, of a server without GPUs.
+    """
 
     gpu_bytes: Sequence[int]
     memory_bytes: int
     cores: int
+    first_gpu: int = 0
 
     @classmethod
     def this(cls) -> Machine:
@@ -99,75 +103,64 @@ class Machine:
         gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
         return cls(gpus, psutil.virtual_memory().available, len(os.sched_getaffinity(0)))
 
-    def devices(self, count: int) -> list[Device]:
-        """Divide the machine between servers: its GPUs if it has any, else its threads."""
-        if self.gpu_bytes:
-            groups = gpus_for(len(self.gpu_bytes), count)
-            return [Device(group, 0, sum(self.gpu_bytes[gpu] for gpu in group)) for group in groups]
-        return [Device((), max(1, self.cores // count), self.memory_bytes)] * count
+    def divided(self, count: int) -> list[Machine]:
+        """Divide the machine between servers. Servers with equal parts share this part.
 
-
-@dataclass(frozen=True)
-class Device:
-    """The resources of one server.
-
-    Attributes:
-        gpus: numbers of its GPUs. Servers with equal numbers share these GPUs. Servers without GPUs share the main
-            memory.
-        threads: number of threads of a server without GPUs.
-        memory_bytes: memory of its GPUs together, or free main memory.
-    """
-
-    gpus: Sequence[int]
-    threads: int
-    memory_bytes: int
+        The base gets the first GPU. The assistants get equal shares of the others, in powers of two for tensor
+        parallelism. If there are fewer GPUs than servers, all share the first. A single server gets all GPUs, up to a
+        power of two. Without GPUs, servers get equal shares of the cores.
+        """
+        num_gpus = len(self.gpu_bytes)
+        if not num_gpus:
+            return [replace(self, cores=max(1, self.cores // count))] * count
+        share = num_gpus if count == 1 else (num_gpus - 1) // (count - 1)
+        size = 1 << max(share.bit_length() - 1, 0)
+        groups = [(0, size)] if count == 1 else [(0, 1), *((1 + k * size, size) for k in range(count - 1))]
+        parts = []
+        for first, n in groups if num_gpus >= count else [(0, 1)] * count:
+            own = self.gpu_bytes[first : first + n]
+            parts.append(Machine(own, sum(own), self.cores, first))
+        return parts
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables that limit a server to this device.
+        """Environment variables that limit a server to these resources.
 
         More threads than cores would slow each other down. On a CPU, vLLM would run the model in a separate process.
         Both processes would then spin while they wait for each other, so on few cores little time would be left for
         other work.
         """
-        if self.gpus:
-            return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
-        return {"OMP_NUM_THREADS": str(self.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        if self.gpu_bytes:
+            gpus = range(self.first_gpu, self.first_gpu + len(self.gpu_bytes))
+            return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        return {"OMP_NUM_THREADS": str(self.cores), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+    def kv_tokens(self, name: str, models: Sequence[ModelMemory], max_batch: int, length: int) -> int:
+        """Number of tokens whose keys and values fit for all models that share this memory, as many as are wanted.
+
+        T = (memory - sum_i (weights_i + overhead)) / sum_i kv_i, because base and assistants read the same sequences.
+        Raises a ConfigError, which names the server, if not even one sequence of this length fits.
+        """
+        left = USABLE * self.memory_bytes - sum(model.weights + OVERHEAD_BYTES for model in models)
+        tokens = min(max_batch * (length + BLOCK_TOKENS), int(left // sum(model.kv_per_token for model in models)))
+        if tokens < length + BLOCK_TOKENS:
+            raise ConfigError(
+                f"beside its weights, the {name} has memory for the keys and values of {max(tokens, 0)} tokens, "
+                f"expected at least {length}, the longest sequence; lower --max-model-len, or use more memory or "
+                "several machines"
+            )
+        return tokens
 
     def flags(self, size: ModelMemory, tokens: int) -> list[str]:
-        """vLLM's flags for this device, with a KV cache of this many tokens."""
-        each = -(-tokens * size.kv_per_token // max(1, len(self.gpus)))
-        flags = ["--kv-cache-memory-bytes", str(each)]
-        if not self.gpus:
+        """vLLM's flags for a model on these resources, with a KV cache of this many tokens."""
+        num_gpus = len(self.gpu_bytes)
+        flags = ["--kv-cache-memory-bytes", str(-(-tokens * size.kv_per_token // max(1, num_gpus)))]
+        if not num_gpus:
             flags += ["--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
             return [*flags, "--distributed-executor-backend", "uni"]
-        taken = size.weights + tokens * size.kv_per_token + OVERHEAD_BYTES * len(self.gpus)
+        taken = size.weights + tokens * size.kv_per_token + OVERHEAD_BYTES * num_gpus
         share = f"{min(USABLE, taken / self.memory_bytes):.3f}"
-        return [*flags, "--tensor-parallel-size", str(len(self.gpus)), "--gpu-memory-utilization", share]
-
-
-def gpus_for(num_gpus: int, num_servers: int) -> list[list[int]]:
-    """Choose the GPUs of each server.
-
-    The base gets the first GPU. The assistants get equal shares of the others, in powers of two for tensor parallelism.
-    If there are fewer GPUs than servers, all share the first. A single server gets all GPUs, up to a power of two.
-    """
-    if num_servers == 1:
-        return [list(range(1 << (num_gpus.bit_length() - 1)))]
-    if num_gpus < num_servers:
-        return [[0]] * num_servers
-    each = (num_gpus - 1) // (num_servers - 1)
-    size = 1 << (each.bit_length() - 1)
-    return [[0], *(list(range(1 + k * size, 1 + (k + 1) * size)) for k in range(num_servers - 1))]
-
-
-def kv_tokens(models: Sequence[ModelMemory], memory_bytes: float, wanted: int) -> int:
-    """Number of tokens whose keys and values fit for all servers that share a memory, at most `wanted`.
-
-    T = (memory - sum_i (weights_i + overhead)) / sum_i kv_i, because base and assistants read the same sequences.
-    """
-    left = memory_bytes - sum(model.weights + OVERHEAD_BYTES for model in models)
-    return min(wanted, int(left // sum(model.kv_per_token for model in models)))
+        return [*flags, "--tensor-parallel-size", str(num_gpus), "--gpu-memory-utilization", share]
 
 
 def fits_in_one(collaboration: str) -> bool:
@@ -183,13 +176,11 @@ def placed(
     max_batch: int,
     max_length: int | None = None,
     flags: Mapping[str, Sequence[str]] | None = None,
-) -> list[ServerPlan]:
-    """Plan servers on one machine for `max_batch` sequences, or for as many tokens as fit.
+) -> list[ServerProcess]:
+    """Prepare servers on one machine for `max_batch` sequences, or for as many tokens as fit.
 
     Args:
         models: the models by the names of their authors, the base first.
-        machine: the machine's resources.
-        max_batch: largest number of sequences at once.
         max_length: longest sequence, in tokens. By default, what all models can read, at most 8192.
         flags: further flags of vLLM by author, which come last.
 
@@ -198,15 +189,14 @@ def placed(
         LoadError: as in `ModelMemory.of`.
     """
     sizes = [ModelMemory.of(spec) for spec in models.values()]
-    devices = machine.devices(len(models))
+    parts = machine.divided(len(models))
     length = _length(sizes, max_length)
-    plans = []
-    for (name, spec), size, device in zip(models.items(), sizes, devices, strict=True):
-        sharing = [other for other, its in zip(sizes, devices, strict=True) if its.gpus == device.gpus]
-        tokens = _kv_tokens(sharing, device, name, max_batch, length)
-        own = [*_flags(spec, size, device, tokens, max_batch, length), *(flags or {}).get(name, ())]
-        plans.append(ServerPlan(name, spec.path, own, device.environment))
-    return plans
+    servers = []
+    for (name, spec), size, part in zip(models.items(), sizes, parts, strict=True):
+        sharing = [other for other, its in zip(sizes, parts, strict=True) if its == part]
+        own = _flags(spec, size, max_batch, length) + part.flags(size, part.kv_tokens(name, sharing, max_batch, length))
+        servers.append(ServerProcess(name, spec.path, [*own, *(flags or {}).get(name, ())], part.environment))
+    return servers
 
 
 def placed_in_one(
@@ -217,8 +207,8 @@ def placed_in_one(
     max_length: int | None = None,
     drafts: int = DRAFTS,
     flags: Sequence[str] = (),
-) -> ServerPlan:
-    """Plan one server that holds base and assistant (`inline`) and uses all GPUs, or all threads, of a machine.
+) -> ServerProcess:
+    """Prepare one server that holds base and assistant (`inline`) and uses all GPUs, or all threads, of a machine.
 
     Both models keep what they have read, so both caches hold the same number of tokens. The base is on the first GPU.
 
@@ -230,8 +220,7 @@ def placed_in_one(
 
     Raises:
         ArtefactError: there is no collaboration.
-        ConfigError: it does not fit in one engine, or as in `placed`.
-        LoadError: as in `placed`.
+        ConfigError, LoadError: it does not fit in one engine, or as in `placed`.
     """
     if not fits_in_one(collaboration):
         raise ConfigError(
@@ -242,41 +231,30 @@ def placed_in_one(
     manifest = read_manifest(directory)
     name, assistant = author_name(1), cast(ModelSpec, manifest.assistants[0])
     sizes = [ModelMemory.of(manifest.base_weights(directory)), ModelMemory.of(assistant)]
-    (device,) = machine.devices(1)
+    (part,) = machine.divided(1)
     length = _length(sizes, max_length)
-    tokens = _kv_tokens(sizes, device, name, max_batch, length)
+    tokens = part.kv_tokens(name, sizes, max_batch, length)
     settings = {"collaboration": str(directory), "cache_memory": tokens * sizes[0].kv_per_token}
     proposer = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": drafts}
     flags = [
-        *_flags(assistant, sizes[1], device, tokens, max_batch, length),
+        *_flags(assistant, sizes[1], max_batch, length),
+        *part.flags(sizes[1], tokens),
         *("--speculative-config", json.dumps(proposer)),
         *("--additional-config", json.dumps({SETTINGS: settings})),
         *flags,
     ]
-    return ServerPlan(name, assistant.path, flags, {**device.environment, "VLLM_USE_V2_MODEL_RUNNER": "0"})
+    return ServerProcess(name, assistant.path, flags, {**part.environment, "VLLM_USE_V2_MODEL_RUNNER": "0"})
 
 
 def _length(sizes: Sequence[ModelMemory], max_length: int | None) -> int:
     return max_length or min(LENGTH, *(size.max_length or LENGTH for size in sizes))
 
 
-def _kv_tokens(sizes: Sequence[ModelMemory], device: Device, name: str, max_batch: int, length: int) -> int:
-    """Number of tokens whose keys and values fit for the models that share a device."""
-    tokens = kv_tokens(sizes, USABLE * device.memory_bytes, max_batch * (length + BLOCK_TOKENS))
-    if tokens < length + BLOCK_TOKENS:
-        raise ConfigError(
-            f"beside its weights, the {name} has memory for the keys and values of {max(tokens, 0)} tokens, expected "
-            f"at least {length}, the longest sequence; lower --max-model-len, or use more memory or several machines"
-        )
-    return tokens
-
-
-def _flags(spec: ModelSpec, size: ModelMemory, device: Device, tokens: int, max_batch: int, length: int) -> list[str]:
-    """vLLM's flags for one model on its device."""
+def _flags(spec: ModelSpec, size: ModelMemory, max_batch: int, length: int) -> list[str]:
+    """vLLM's flags for one model on any resources."""
     flags = ["--dtype", size.dtype, "--max-model-len", str(length), "--max-num-seqs", str(max_batch)]
     flags += ["--generation-config", "vllm"]  # the model's would change sampling and limit the length
-    flags += [] if spec.revision is None else ["--revision", spec.revision]
-    return [*flags, *device.flags(size, tokens)]
+    return flags if spec.revision is None else [*flags, "--revision", spec.revision]
 
 
 @contextmanager
@@ -296,15 +274,14 @@ def one_engine(
             model = CoLLM.from_pretrained("my-run/collaboration", servers=servers)
 
     Args:
-        collaboration: a directory or Hub name.
         logs: directory for vLLM's output.
         python: the interpreter that has vLLM and collm.
-        max_batch, max_length, flags: as in `placed_in_one`.
+        collaboration, max_batch, max_length, flags: as in `placed_in_one`.
         wait_s: longest time until the engine is up.
 
     Raises:
         ArtefactError, ConfigError, LoadError: as in `placed_in_one`, `check_python` and `launched`.
     """
-    plan = placed_in_one(str(collaboration), Machine.this(), max_batch=max_batch, max_length=max_length, flags=flags)
-    with launched([plan], check_python(python, one_engine=True), logs, wait_s=wait_s) as running:
-        yield Servers([running[0].url])
+    server = placed_in_one(str(collaboration), Machine.this(), max_batch=max_batch, max_length=max_length, flags=flags)
+    with launched([server], check_python(python, one_engine=True), logs, wait_s=wait_s):
+        yield Servers([server.url])

@@ -42,9 +42,6 @@ class DeferLogitsProcessor(*_BASES):  # type: ignore[misc]
     to argmax_k u_k where sigmoid(logsumexp_k u_k) exceeds the request's `vllm_xargs: {"defer_threshold": x}`. Without
     this value it never defers. Both interfaces of vLLM are supported: model runner V1 numbers rows of the batch, V2
     numbers slots of requests. V2 runs on GPUs only and is untested.
-
-    Raises:
-        ValueError: the note in the model's directory has another format.
     """
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
@@ -108,10 +105,6 @@ def register() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
-
-    if getattr(Scheduler, "collm", False):
-        return
-    Scheduler.collm = True
 
     @replaces(SamplingParams)
     def _validate_spec_decode(original: Any, self: Any, speculative_config: Any) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from collm.core.head import defer_probs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,11 +24,9 @@ def decide(logits: Tensor, thresholds: Tensor, note: dict[str, Any]) -> Tensor:
     defer_ids = torch.tensor(note["defer_ids"], device=logits.device)
     rows = logits[:, defer_ids]  # (R, K)
     u = rows.float() / note["scale"] + torch.tensor(note["biases"], device=logits.device)
-    logit = torch.logsumexp(u, dim=-1)
-    smaller = torch.sigmoid(-logit.abs()).double()  # as in `core.head.defer_probs`
-    deferring = torch.where(logit > 0, 1 - smaller, smaller) > thresholds
+    deferring = (defer_probs(u) > thresholds).unsqueeze(-1)
     chosen = u.argmax(-1, keepdim=True)
     logits[:, note["vocab_size"] :] = -math.inf
-    logits.masked_fill_(deferring.unsqueeze(-1), -math.inf)
-    kept = rows.gather(-1, chosen).masked_fill_(~deferring.unsqueeze(-1), -math.inf)
+    logits.masked_fill_(deferring, -math.inf)
+    kept = rows.gather(-1, chosen).masked_fill_(~deferring, -math.inf)
     return logits.scatter_(-1, defer_ids[chosen], kept)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence as ListOf
-from contextlib import aclosing
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy, ThresholdRu
 from collm.core.types import BASE
 from collm.engine.candidates import Candidates, Likely, spelled
 from collm.engine.request import Request
-from collm.engine.sequence import Decision, Draw, Sequence
+from collm.engine.sequence import Draw, Sequence
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.http.client import Unreachable
 from collm.http.loop import gather
@@ -34,8 +33,8 @@ _LEAST_LOGPROB = -1e3
 class AuthorConnections(Connections):
     """Connections to one server for each author.
 
-    The base is asked to continue until it defers. Then the assistant is asked for one token. A request takes at most
-    two calls for each deferral, and one more. If the policy's threshold changes, each change takes another call.
+    A request takes at most two calls for each deferral, and one more. Each change of the policy's threshold takes
+    another call.
 
     Attributes:
         defer_ids: tokens with which the base's server reports deferrals to the assistants 1..K.
@@ -43,23 +42,15 @@ class AuthorConnections(Connections):
         biases: b_1..b_K.
 
     Raises:
-        ConfigError: there is not one server for each author, or as in `Connections`.
-        LoadError: as in `Connections`.
-        MismatchError: as in `Connections`, or the base's server has another head or no plug-in.
+        ConfigError: there is not one server for each author.
+        MismatchError: the base's server has another head or no plug-in.
+        CollmError: as in `Connections`.
     """
 
     LOCAL_ONLY = (
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
-        "allowed_token_ids",
-        "bad_words",
-        "min_tokens",
-        "structured_outputs",
-        "logprobs",
-        "prompt_logprobs",
+        *Connections.LOCAL_ONLY,
+        *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+        *("allowed_token_ids", "min_tokens", "logprobs"),
     )
     """These change or need logits. A text takes many calls, and a server counts only the tokens of one call."""
 
@@ -92,20 +83,20 @@ class AuthorConnections(Connections):
         always = await base.one({**body, "vllm_xargs": {THRESHOLD: -1}})
         never = await base.one({**body, "vllm_xargs": {THRESHOLD: 1}})
         if always.token_id not in self.defer_ids or never.token_id >= self.vocab_size:
-            raise MismatchError(
-                f"the {base.http.where} does not defer, because its vLLM has no collm plug-in; install collm-vllm "
-                "(plugins/vllm) there and restart the server"
+            problem = (
+                "does not defer, because its vLLM has no collm plug-in; install collm-vllm (plugins/vllm) there and "
+                "restart the server"
             )
-        if any(token not in never.about for token in [*self.defer_ids, self.zero_id]):
-            raise MismatchError(
-                f"the {base.http.where} does not report its defer prob; its server must support logprob_token_ids, as "
-                "vLLM does"
+        elif any(token not in never.about for token in [*self.defer_ids, self.zero_id]):
+            problem = "does not report its defer prob; its server must support logprob_token_ids, as vLLM does"
+        elif not _LEAST_LOGPROB < never.about[self.zero_id] < 0:
+            problem = (
+                "returns logits or processed values as log-probabilities; start its vLLM with the default "
+                "--logprobs-mode (raw_logprobs)"
             )
-        if not _LEAST_LOGPROB < never.about[self.zero_id] < 0:
-            raise MismatchError(
-                f"the {base.http.where} returns logits or processed values as log-probabilities; start its vLLM with "
-                "the default --logprobs-mode (raw_logprobs)"
-            )
+        else:
+            return
+        raise MismatchError(f"the {base.http.where} {problem}")
 
     def check_request(self, request: Request) -> None:
         policy = request.policy
@@ -122,9 +113,7 @@ class AuthorConnections(Connections):
     def candidates(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: ListOf[int], token_ids: ListOf[int], most: int
     ) -> list[list[Candidates]]:
-        """Compute candidates from prompt log-probabilities. Rows of the head among the base's most probable entries are
-        left out, and the probabilities are renormalised. Less probable rows remain in the normaliser.
-        """
+        """Rows of the head among the base's most probable entries are left out, and the others are renormalised."""
         if not token_ids:
             return []
 
@@ -147,17 +136,14 @@ class AuthorConnections(Connections):
             await self._assistant_writes(run, author, defer_prob, {**self._body(run, author), "max_tokens": 1})
 
     async def _base_writes(self, run: Run) -> tuple[int, float] | None:
-        """Let the base write until it defers, its threshold changes or the text ends. Returns the assistant and the
-        defer prob of a deferral.
-        """
+        """Let the base write until it defers, its threshold changes or the text ends. Returns a deferral, if any."""
         threshold, most = _next_threshold(run.sequence)
-        async with aclosing(run.stream(BASE, self._base_body(run, threshold, most))) as stream:
+        async with run.stream(BASE, self._base_body(run, threshold, most)) as stream:
             async for written in stream:
                 defer_prob, logprob = self._defer_prob_and_logprob(written)
                 if written.token_id in self.defer_ids:
                     return self.defer_ids.index(written.token_id) + 1, defer_prob
-                run.emit(Decision(BASE, defer_prob, None, Draw(written.token_id, logprob)))
-                if run.sequence.finish_reason is not None:
+                if run.emit(BASE, defer_prob, Draw(written.token_id, logprob)):
                     return None
         return None
 
@@ -170,14 +156,9 @@ class AuthorConnections(Connections):
                 raise Unreachable(
                     f"{endpoint.name} failed too often for this text, so it is not asked for {shut_s:.0f} s"
                 )
-            if body["max_tokens"] == 1:
-                written = await run.one(author, body)
-                run.emit(Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
-                return
-            async with aclosing(run.stream(author, body)) as stream:
+            async with run.stream(author, body) as stream:
                 async for written in stream:
-                    run.emit(Decision(author, defer_prob, None, Draw(written.token_id, written.logprob)))
-                    if run.sequence.finish_reason is not None:
+                    if run.emit(author, defer_prob, Draw(written.token_id, written.logprob)):
                         return
         except ModelFailure as failure:
             if not isinstance(failure, Unreachable):
@@ -185,9 +166,10 @@ class AuthorConnections(Connections):
             endpoint.usage.failed += 1
             if self.servers.on_failure == "fail":
                 raise
-            written = await run.one(BASE, self._base_body(run, 1.0, 1))
-            drawn = Draw(written.token_id, self._defer_prob_and_logprob(written)[1])
-            run.emit(Decision(author, defer_prob, None, drawn, abstained=True, stood_in=True))
+            async with run.stream(BASE, self._base_body(run, 1.0, 1)) as stream:
+                written = await anext(stream)
+            logprob = self._defer_prob_and_logprob(written)[1]
+            run.emit(author, defer_prob, Draw(written.token_id, logprob), stood_in=True)
 
     def _base_body(self, run: Run, threshold: float, most: int) -> dict[str, Any]:
         rows = {"logprob_token_ids": [*self.defer_ids, self.zero_id]}
@@ -233,10 +215,8 @@ def _without_rows(likely: Likely, vocab_size: int) -> Likely:
 def _next_threshold(sequence: Sequence) -> tuple[float, int]:
     """The threshold of the next position, and for how many positions it stays the same if none is deferred."""
     policy, start, most = sequence.request.policy, len(sequence.steps), sequence.draft_limit + 1
-    if isinstance(policy, SingleAuthorPolicy):
-        return 1.0, most
-    if isinstance(policy, ThresholdPolicy):
-        return policy.threshold, most
+    if isinstance(policy, SingleAuthorPolicy | ThresholdPolicy):
+        return (policy.threshold if isinstance(policy, ThresholdPolicy) else 1.0), most
     rule = cast(ThresholdRule, policy)
 
     def at(position: int) -> float:

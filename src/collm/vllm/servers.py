@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import yaml
 
 from collm.atomic import atomic_file
 from collm.errors import ConfigError
-from collm.http.client import check_limits, check_url
+from collm.http.client import CallSettings, check_url
 from collm.untrusted import read_yaml
 
 OnFailure = Literal["fail", "base"]
@@ -56,16 +56,14 @@ class Servers:
             raise ConfigError("api_key_env is not the name of an environment variable; put the key into one")
         if self.on_failure not in get_args(OnFailure):
             raise ConfigError(f"on_failure is {self.on_failure!r}, expected 'fail' or 'base'")
-        check_limits(self.timeout_s, self.retries)
+        CallSettings(self.timeout_s, self.retries)
         if not 0 <= self.wait_s < math.inf:
             raise ConfigError(f"wait_s is {self.wait_s}, expected a finite number of seconds of at least 0")
 
     @classmethod
     def named(cls, text: str) -> Servers:
-        """Parse addresses that are separated by commas, the base's first, or read a YAML file with these fields.
-
-        Raises:
-            ConfigError: the file does not exist or has other content.
+        """Parse addresses that are separated by commas, the base's first, or read a YAML file with these fields. Raises
+        a ConfigError if the file does not exist, or a field is missing, unknown or of the wrong type.
         """
         if "://" in text:
             return cls(text.split(","))
@@ -77,21 +75,14 @@ class Servers:
                 f"could not read servers from {text!r}: {type(error).__name__}; expected addresses like "
                 "http://localhost:8001/v1 separated by commas, or a YAML file with a list 'urls'"
             ) from error
-        return cls.of(content, str(path))
-
-    @classmethod
-    def of(cls, content: Any, where: str) -> Servers:
-        """Create from the fields as JSON or YAML hold them. Raises a ConfigError, which says `where` they come from, if
-        one is missing, unknown or of the wrong type.
-        """
         known = {field.name for field in fields(cls)}
         if not isinstance(content, dict) or "urls" not in content or content.keys() - known:
             found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-            raise ConfigError(f"{where} has {found:.200}, expected 'urls' and any of {', '.join(sorted(known))}")
+            raise ConfigError(f"{path} has {found:.200}, expected 'urls' and any of {', '.join(sorted(known))}")
         try:
             return cls(**content)
         except TypeError as error:
-            raise ConfigError(f"{where}: {error}; expected a list of urls, seconds and numbers") from error
+            raise ConfigError(f"{path}: {error}; expected a list of urls, seconds and numbers") from error
 
     def write(self, path: Path) -> None:
         """Write a file that `named` can read."""
