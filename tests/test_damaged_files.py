@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from collm import CoLLM, CoLLMConfig
-from collm.errors import CollmError
+from collm.errors import ArtefactError, CollmError
 from collm.evaluation.run_report import report_of
 from collm.run import RunConfig, train_collaboration
 from collm.run.calibrate import PastRun
@@ -121,13 +121,15 @@ def test_damage_is_one_error_that_names_the_place(damaged: tuple[Path, Path, str
             READERS[file](place)
         whole = path.read_bytes()
         given += [whole[: len(whole) // 2], whole[::-1], b"\xff" + whole]
-    usable, longest = [], 0
+    usable, errors = list[bytes](), list[CollmError]()
     for content in given:
         path.write_bytes(content)
         try:
             READERS[file](place)
             usable.append(content[:30])
         except CollmError as error:
-            longest = max(longest, len(str(error)))
-    assert longest < 5000, "an error is a sentence"
+            errors.append(error)
+    assert max(len(str(error)) for error in errors) < 5000, "an error is a sentence"
     assert file in MAY_BE_LACKING or not usable
+    if file.startswith("run/collaboration/"):
+        assert all(isinstance(error, ArtefactError) and path.name in str(error) for error in errors)

@@ -44,8 +44,20 @@ def test_both_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [nn.Linear(64, 64) for _ in range(2)]
     assert not packing_pays(layers)  # too small to matter
     monkeypatch.setattr(packing, "_LEAST_BYTES", 0)
+    rounds: dict[tuple[int, type], list[float]] = {}
+    measure = packing._seconds
+
+    def seconds(layers: list[nn.Module], inputs: Tensor) -> float:
+        rounds.setdefault((len(inputs), type(layers[0])), []).append(measure(layers, inputs))
+        return rounds[len(inputs), type(layers[0])][-1]
+
+    monkeypatch.setattr(packing, "_seconds", seconds)
     with torch.inference_mode():
-        assert packing_pays(layers) in (True, False)
+        pays = packing_pays(layers)
+    assert all(len(times) >= packing._LEAST_ROUNDS and min(times) > 0 for times in rounds.values())
+    best = {form: min(times[1:]) for form, times in rounds.items()}
+    ratios = [best[count, PackedLinear] / best[count, nn.Linear] for count in (1, 16)]
+    assert pays == (sum(ratios) < 2)
 
 
 def test_rows_come_in_few_numbers() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import select
+import socket
 import subprocess
 import sys
 import time
@@ -59,9 +58,9 @@ class IsolatedTool:
         answers: list[Answer] = []
         while len(answers) < len(ends):
             left = ends[len(answers) :]
-            self._send({"text": text, "ends": list(left)})
+            request: object = {"text": text, "ends": list(left)}
             for end in left:
-                reply = self._receive(self.spec.seconds)
+                reply, request = self._reply(self.spec.seconds, request), None
                 if isinstance(reply, dict):
                     prefix = text[:end] if end <= _QUOTED_CHARS else "..." + text[end - _QUOTED_CHARS : end]
                     reply = ToolFailure(f"{self.spec} {reply['failed']}; the text so far ends with {prefix!r}")
@@ -76,50 +75,40 @@ class IsolatedTool:
 
     def _start(self) -> None:
         self._buffer = b""
-        command = [sys.executable, "-I", worker.__file__, self.spec.name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._stop = weakref.finalize(self, _stop, self._process)
-        self._send(sys.path)
-        if (reply := self._receive(START_SECONDS)) is not None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-I", worker.__file__, self.spec.name]
+            process = self._process = subprocess.Popen(command, stdin=theirs, stdout=theirs)
+        self._stop = weakref.finalize(self, _stop, process, self._socket)
+        if (reply := self._reply(START_SECONDS, sys.path)) is not None:
             self.close()
             raise LoadError(f"could not load {self.spec}: it {reply['failed']}; {HOW_TO_FIND}")
 
-    def _send(self, content: object) -> None:
-        self._unsent = memoryview(json.dumps(content).encode() + b"\n")
-
-    def _receive(self, seconds: float) -> Any:
-        """Send the rest of the request, and read the next reply of `worker`. A process without one is stopped."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        requests, replies = self._process.stdin.fileno(), self._process.stdout.fileno()
+    def _reply(self, seconds: float, request: object = None) -> Any:
+        """Send a request, if given, and read the next reply of `worker`. A process without one is stopped."""
         deadline = time.monotonic() + seconds
-        while b"\n" not in self._buffer:
-            poll = select.poll()
-            poll.register(replies, select.POLLIN)
-            if self._unsent:
-                poll.register(requests, select.POLLOUT)
-            left = deadline - time.monotonic()
-            ready = dict(poll.poll(left * 1000)) if left > 0 else {}
-            if not ready:
-                self.close()
-                return {"failed": f"did not answer within {seconds:g} s"}
-            if requests in ready:
-                try:
-                    self._unsent = self._unsent[os.write(requests, self._unsent[: select.PIPE_BUF]) :]
-                except BrokenPipeError:
-                    self._unsent = memoryview(b"")  # the end of the replies reports the failure
-            if replies in ready:
-                piece = os.read(replies, 1 << 16)
+        try:
+            self._socket.settimeout(seconds)
+            with suppress(ConnectionError):  # the end of the replies reports the failure
+                self._socket.sendall(b"" if request is None else json.dumps(request).encode() + b"\n")
+            while b"\n" not in self._buffer:
+                self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+                piece = b""
+                with suppress(ConnectionResetError):
+                    piece = self._socket.recv(1 << 16)
                 if not piece:
-                    with suppress(subprocess.TimeoutExpired):
-                        status = self._process.wait(left)
-                        self.close()
-                        return {"failed": f"ended its process with status {status}"}
+                    status = self._process.wait(max(deadline - time.monotonic(), 0))
+                    self.close()
+                    return {"failed": f"ended its process with status {status}"}
                 self._buffer += piece
+        except (TimeoutError, subprocess.TimeoutExpired):
+            self.close()
+            return {"failed": f"did not answer within {seconds:g} s"}
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    with process:  # closes the pipes and waits
-        process.kill()
+def _stop(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    connection.close()
+    process.kill()
+    process.wait()

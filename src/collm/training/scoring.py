@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,24 +78,24 @@ def write_scores(
     header = Header.of(examples, spec, vocab_size=model.vocab_size, shard_size=SHARD_SIZE, hidden_states=hidden_states)
     header.write(out_dir)
     order = longest_first([len(example.token_ids) for example in examples])
-    layouts = [_layout(examples, order[at : at + SHARD_SIZE]) for at in range(0, len(order), SHARD_SIZE)]
-    own = dict(list(enumerate(layouts))[share[0] :: share[1]])
-    left = {number: layout for number, layout in own.items() if not _is_complete(out_dir, header, number, layout)}
-    shards = {number: [examples[index] for index in layout["examples"]] for number, layout in own.items()}
-    total = sum(map(_num_read, shards.values()))
-    done = total - sum(_num_read(shards[number]) for number in left)
+    shards = [order[at : at + SHARD_SIZE] for at in range(0, len(order), SHARD_SIZE)]
+    own = [*enumerate(shards)][share[0] :: share[1]]
+    done, total = 0, _num_read(examples[index] for _, indices in own for index in indices)
 
     def report(read: int) -> None:
         progress(done + read, total)
 
-    report(0)
     stops = list[Tensor]()
-    for number, layout in left.items():
-        numbers = layout["examples"].tolist()
-        scores = _score(model, shards[number], numbers, max_batch_tokens, hidden_states=hidden_states, report=report)
-        done += _num_read(shards[number])
-        stops.append(scores.pop("log_stop", torch.empty(0)))
-        write_shard(out_dir, header, number, scores | layout)
+    for number, indices in own:
+        shard = {index: examples[index] for index in indices}
+        offsets = torch.tensor([0, *(example.num_targets for example in shard.values())]).cumsum(0)
+        layout = {"examples": torch.tensor(indices), "offsets": offsets}
+        if not _is_complete(out_dir, header, number, layout):
+            scores = _score(model, shard, max_batch_tokens, hidden_states=hidden_states, report=report)
+            stops.append(scores.pop("log_stop", torch.empty(0)))
+            write_shard(out_dir, header, number, scores | layout)
+        done += _num_read(shard.values())
+        report(0)
     if stops and (mean := torch.cat(stops).mean()) < LOW_STOP:
         logger.warning(
             f"{model.name} gives the end of a segment a log-probability of {mean:.1f} nats on average, expected more "
@@ -103,47 +104,39 @@ def write_scores(
         )
 
 
-def read_scores(model: Scored, examples: Sequence[Example], *, hidden_states: bool = False) -> dict[str, Tensor]:
+def read_scores(
+    model: Scored,
+    examples: Sequence[Example],
+    *,
+    hidden_states: bool = False,
+    logprobs: bool = True,
+    progress: OnProgress = lambda done, total: None,
+) -> dict[str, Tensor]:
     """Score like `write_scores`, but in memory.
 
     Returns:
         logprob (nats), correct and, for a tool, abstained of all target tokens, example by example, shape (M,), and
-        optionally hidden, the last hidden states, shape (M, H).
+        optionally hidden, the last hidden states, shape (M, H). Without `logprobs` only these.
     """
     _check_fits(model, examples, hidden_states=hidden_states)
-    scores = _score(model, examples, range(len(examples)), hidden_states=hidden_states)
+    shard, total = dict(enumerate(examples)), _num_read(examples)
+    options = {"hidden_states": hidden_states, "logprobs": logprobs}
+    scores = _score(model, shard, report=lambda read: progress(read, total), **options)
     scores.pop("log_stop", None)
     return scores
 
 
-def read_hidden_states(model: LanguageModel, examples: Sequence[Example], progress: OnProgress) -> Tensor:
-    """The last hidden states at all target tokens, example by example, shape (M, H)."""
-    total, numbers = _num_read(examples), range(len(examples))
-
-    def report(read: int) -> None:
-        progress(read, total)
-
-    return _score(model, examples, numbers, hidden_states=True, logprobs=False, report=report)["hidden"]
-
-
-def _num_read(examples: Sequence[Example]) -> int:
+def _num_read(examples: Iterable[Example]) -> int:
     return sum(len(example.token_ids) - 1 for example in examples)
 
 
-def _layout(examples: Sequence[Example], indices: Sequence[int]) -> dict[str, Tensor]:
-    counts = torch.tensor([0, *(examples[index].num_targets for index in indices)])
-    return {"examples": torch.tensor(indices), "offsets": counts.cumsum(0)}
-
-
 def _is_complete(directory: Path, header: Header, shard: int, layout: dict[str, Tensor]) -> bool:
-    if not shard_path(directory, shard).exists():
-        return False
     try:
-        found = read_shard(directory, header, shard)
+        found = read_shard(directory, header, shard) if shard_path(directory, shard).exists() else None
     except ArtefactError as error:
         logger.warning("%s", error)
         return False
-    return all(torch.equal(found[name], values) for name, values in layout.items())
+    return found is not None and all(torch.equal(found[name], values) for name, values in layout.items())
 
 
 def _check_fits(model: Scored, examples: Sequence[Example], *, hidden_states: bool) -> None:
@@ -165,37 +158,34 @@ def _check_fits(model: Scored, examples: Sequence[Example], *, hidden_states: bo
 
 def _score(
     model: Scored,
-    examples: Sequence[Example],
-    numbers: Sequence[int],
+    examples: Mapping[int, Example],
     max_batch_tokens: int | None = None,
     *,
     hidden_states: bool,
     logprobs: bool = True,
-    report: Callable[[int], None] = lambda read: None,
+    report: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """The scores of examples, in their order, on the CPU: as in `read_scores`, and for segments also log_stop.
 
     `report` is called after each batch with the number of tokens that were read. Errors give the examples' numbers.
     """
-    batches = [[place] for place in range(len(examples))]
-    if isinstance(model, RemoteModel):
-        batches = [list(range(len(examples)))]
-    elif isinstance(model, LanguageModel):
-        lengths = [len(example.token_ids) for example in examples]
-        batches = batches_by_length(lengths, max_batch_tokens or batch_tokens_on(model.device))
-    found, num_read = dict[int, dict[str, Tensor]](), 0
-    for places in batches:
-        batch, named = [examples[place] for place in places], [numbers[place] for place in places]
+    found, num_read, numbers = dict[int, dict[str, Tensor]](), 0, [*examples]
+    largest = 1 if isinstance(model, ToolModel) else sys.maxsize  # tokens of a batch
+    if isinstance(model, LanguageModel):
+        largest = max_batch_tokens or batch_tokens_on(model.device)
+    for places in batches_by_length([len(example.token_ids) for example in examples.values()], largest):
+        batch = {numbers[place]: examples[numbers[place]] for place in places}
         if isinstance(model, RemoteModel):
-            scores = [{"logprob": each[0], "correct": each[1]} for each in model.score(batch, numbers=named)]
+            pairs = model.score([*batch.values()], numbers=[*batch])
+            scores = [{"logprob": logprob, "correct": correct} for logprob, correct in pairs]
         elif isinstance(model, ToolModel):
-            scores = [_read_tool(model, batch[0])]
+            scores = [_read_tool(model, example) for example in batch.values()]
         else:
-            scores = _read_batch(model, batch, named, hidden_states=hidden_states, logprobs=logprobs)
-        found.update(zip(places, scores, strict=True))
-        num_read += _num_read(batch)
+            scores = _read_batch(model, batch, hidden_states=hidden_states, logprobs=logprobs)
+        found.update(zip(batch, scores, strict=True))
+        num_read += _num_read(batch.values())
         report(num_read)
-    return {name: torch.cat([found[place][name] for place in range(len(examples))]) for name in found[0]}
+    return {name: torch.cat([found[number][name] for number in numbers]) for name in found[numbers[0]]}
 
 
 def _read_tool(model: ToolModel, example: Example) -> dict[str, Tensor]:
@@ -218,23 +208,23 @@ def _read_tool(model: ToolModel, example: Example) -> dict[str, Tensor]:
 
 
 def _read_batch(
-    model: LanguageModel, examples: Sequence[Example], numbers: Sequence[int], *, hidden_states: bool, logprobs: bool
+    model: LanguageModel, examples: Mapping[int, Example], *, hidden_states: bool, logprobs: bool
 ) -> list[dict[str, Tensor]]:
     """The scores of each example of one forward pass."""
-    batch = collate([shift(example) for example in examples])
+    batch, law = collate([*map(shift, examples.values())]), next(iter(examples.values())).law
     counts = batch["target_mask"].sum(-1).tolist()
     try:
         with evaluating(model.module), torch.inference_mode():
             batch = {name: values.to(model.input_device) for name, values in batch.items()}
             states = model.hidden_states(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            scores = read_gold(model, states, batch, examples[0].law) if logprobs else {}
+            scores = read_gold(model, states, batch, law) if logprobs else {}
             if hidden_states:
                 scores["hidden"] = states[batch["target_mask"].to(states.device)]
     except Exception as error:
         what = f"{type(error).__name__} while it read {len(examples)} examples at once"
         raise ModelFailure(f"{model.name} raised {what}: {error}") from error
     parts = {name: torch.split(values.cpu(), counts) for name, values in scores.items()}
-    for number, logprob in zip(numbers, parts.get("logprob", ()), strict=False):
+    for number, logprob in zip(examples, parts.get("logprob", ()), strict=False):
         if logprob.isnan().any():
             raise ModelFailure(
                 f"{model.name} returned NaN logits for example {number} (at its target token "
@@ -259,7 +249,7 @@ def read_gold(
     """
     at = needs_logits(batch)
     columns = [batch[name][at].to(model.device) for name in ("gold", "rows", "scored") if name in batch]
-    law = None if law is None else law.to(model.device)
+    law = law and law.to(model.device)
 
     def read(states: Tensor, gold: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         logits = model.logits(states)  # (n, V)

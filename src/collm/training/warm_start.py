@@ -16,7 +16,7 @@ from collm.training.config import CoLLMConfig
 from collm.training.examples import Example
 from collm.training.inspection import LabelReport
 from collm.training.measures import head_measures
-from collm.training.scoring import OnProgress, read_hidden_states
+from collm.training.scoring import OnProgress, read_scores
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)  # L2 penalties to try on standardised features, strongest first
 HELD_OUT = 0.2  # share of examples held out to choose the penalty and to measure the fit
@@ -76,7 +76,8 @@ def warm_start(
     if not (targets != 0).any():
         raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {about_labels}")
     if isinstance(base, LanguageModel):
-        hidden = read_hidden_states(base, [examples[index] for index in indices], progress)
+        used = [examples[index] for index in indices]
+        hidden = read_scores(base, used, hidden_states=True, logprobs=False, progress=progress)["hidden"]
     else:
         hidden = torch.cat([base[index] for index in indices])
     features, targets = hidden[:max_tokens].to(head.weight.device, torch.float32), targets.to(head.weight.device)
