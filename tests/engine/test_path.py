@@ -14,7 +14,7 @@ from collm import CoLLM, SamplingParams
 from collm.core.policies import ThresholdPolicy
 from tests.engine.test_engine import random_head
 
-MOST_CALLS, MOST_FILES = 84, 19
+MOST_CALLS, MOST_FILES = 30, 9
 """Calls of our functions in a step of one sequence, outside the model's forward pass, and the files of these."""
 
 
