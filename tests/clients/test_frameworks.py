@@ -169,14 +169,8 @@ def test_chats_and_completions_pass_through(proxied: openai.OpenAI, speaking: Ru
 
 @pytest.mark.clients
 def test_tools_structured_answers_and_responses_pass_through(proxied: openai.OpenAI) -> None:
-    called = proxied.chat.completions.create(
-        model="pair",
-        messages=QUESTION,
-        tools=[WEATHER],
-        tool_choice="required",
-        max_tokens=300,
-        parallel_tool_calls=False,
-    )
+    forced: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    called = proxied.chat.completions.create(model="pair", messages=QUESTION, max_tokens=300, **forced)
     (call,) = called.choices[0].message.tool_calls or ()
     assert json.loads(call.function.arguments)["city"] in ("Paris", "Oslo")  # type: ignore[union-attr]
     parsed = proxied.chat.completions.parse(model="pair", messages=QUESTION, response_format=Answer, max_tokens=200)

@@ -36,7 +36,8 @@ def tokenizer_path(tmp_path: Path) -> str:
 
 
 def api(speaking: Running, **options: Any) -> LocalCompletionsAPI:
-    return LocalCompletionsAPI(model="pair", base_url=f"{speaking.url}/v1/completions", max_retries=1, **options)
+    options = {"model": "pair", "base_url": f"{speaking.url}/v1/completions", "max_retries": 1, **options}
+    return LocalCompletionsAPI(**options)
 
 
 @pytest.mark.parametrize("backend", ["huggingface", "remote", "auto"])
@@ -55,12 +56,7 @@ def test_likelihoods_are_those_of_the_collaboration(speaking: Running, backend: 
 
 def test_an_author_alone_has_likelihoods_of_its_own(speaking: Running, tokenizer_path: str) -> None:
     model = speaking.models["pair"]
-    base = LocalCompletionsAPI(
-        model="pair/base",
-        base_url=f"{speaking.url}/v1/completions",
-        tokenizer_backend="huggingface",
-        tokenizer=tokenizer_path,
-    )
+    base = api(speaking, model="pair/base", tokenizer_backend="huggingface", tokenizer=tokenizer_path)
     found = base.loglikelihood(asked("loglikelihood", PAIRS[:2]))
     for (context, continuation), (total, _) in zip(PAIRS[:2], found, strict=True):
         before, whole = BYTES.encode(context), BYTES.encode(context) + BYTES.encode(continuation)
@@ -79,11 +75,6 @@ def test_chats_are_answered(speaking: Running) -> None:
     chat = LocalChatCompletion(model="pair", base_url=f"{speaking.url}/v1/chat/completions", max_retries=1)
     message = chat.apply_chat_template([{"role": "user", "content": "the cat?"}])
     (found,) = chat.generate_until(asked("generate_until", [(message, {"until": ["zz"], "max_gen_toks": 9})]))
-    reply = speaking.post(
-        "/v1/chat/completions",
-        model="pair",
-        messages=[{"role": "user", "content": "the cat?"}],
-        max_tokens=9,
-        stop=["zz"],
-    )
+    body = {"model": "pair", "messages": [{"role": "user", "content": "the cat?"}], "max_tokens": 9, "stop": ["zz"]}
+    reply = speaking.post("/v1/chat/completions", **body)
     assert found == reply.json()["choices"][0]["message"]["content"]

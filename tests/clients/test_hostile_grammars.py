@@ -87,9 +87,8 @@ def test_a_large_schema_is_compiled(speaking: Running) -> None:
     """What people send stays far from the bounds."""
     properties = {f"field_{i}": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/part"}]} for i in range(100)}
     schema = {"type": "object", "properties": properties, "$defs": {"part": {"enum": [f"e{i}" for i in range(500)]}}}
-    reply = speaking.post(
-        "/v1/completions", model="pair", prompt="x", max_tokens=2, structured_outputs={"json": schema}
-    )
+    asked = {"model": "pair", "prompt": "x", "max_tokens": 2, "structured_outputs": {"json": schema}}
+    reply = speaking.post("/v1/completions", **asked)
     assert reply.status_code == 200, reply.text
 
 
@@ -116,14 +115,9 @@ def test_time_and_memory_of_the_check_are_limited(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_an_ambiguous_grammar_ends_its_text_before_it_holds_up_others(speaking: Running) -> None:
     grammar = 'start: s\ns: s s | "a" | s s s |'
-    asked = {
-        "model": "pair",
-        "prompt": "x",
-        "max_tokens": 400,
-        "ignore_eos": True,
-        "logit_bias": {str(BYTES.eos_token_id): -100},
-    }
-    reply = speaking.post("/v1/completions", **asked, structured_outputs={"grammar": grammar})
+    asked = {"model": "pair", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
+    endless = {"logit_bias": {str(BYTES.eos_token_id): -100}, "structured_outputs": {"grammar": grammar}}
+    reply = speaking.post("/v1/completions", **asked, **endless)
     assert reply.status_code == 400
     assert re.search(r"Current row has 10\d\d items; max is 1000", reply.json()["error"]["message"])
 

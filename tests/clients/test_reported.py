@@ -87,11 +87,8 @@ def test_a_call_that_was_cut_may_be_sent_back(speaking: Running, arguments: str,
 
     assert rendered(arguments) == rendered(json.dumps(read))
     call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": arguments}
-    items = [
-        {"role": "user", "content": "x"},
-        call,
-        {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
-    ]
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
+    items = [{"role": "user", "content": "x"}, call, output]
     assert speaking.post("/v1/responses", model="pair", input=items, max_output_tokens=2).status_code == 200
 
 
@@ -224,11 +221,7 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION, {"guided_json": {}}, "guided_json"),
     (CHAT, {"messages": "the cat?"}, "messages"),
-    (
-        CHAT,
-        {"messages": [*QUESTION, called('"Paris"'), said()]},
-        "messages[1]",
-    ),  # sglang#28035
+    (CHAT, {"messages": [*QUESTION, called('"Paris"'), said()]}, "messages[1]"),  # sglang#28035
     (CHAT, {"messages": [*QUESTION, called('["Paris"]'), said()]}, "messages[1]"),
     (CHAT, {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
     (
@@ -236,11 +229,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "tree"}}}},
         "response_format",
     ),
-    (
-        CHAT,
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "no"}}]}]},
-        "messages[0]",
-    ),
+    (CHAT, {"messages": [called("no")]}, "messages[0]"),
 ]
 
 

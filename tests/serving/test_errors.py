@@ -151,44 +151,19 @@ def test_what_is_wrong(server: Running, path: str, wrong: dict[str, Any], param:
 
 
 def test_what_official_clients_send_without_meaning_it(client: openai.OpenAI) -> None:
-    nothing: dict[str, Any] = {
-        "presence_penalty": 0,
-        "frequency_penalty": 0.0,
-        "logit_bias": {},
-        "temperature": 0,
-        "top_p": 0.9,
-        "n": 1,
-        "user": "me",
-        "stop": None,
-        "seed": 1234,
-        "stream": False,
-    }
+    nothing: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "temperature": 0}
+    nothing |= {"top_p": 0.9, "n": 1, "user": "me", "stop": None, "seed": 1234, "stream": False}
     plain = client.completions.create(model="pair", prompt="w5", max_tokens=5)
-    reply = client.completions.create(
-        model="pair", prompt="w5", max_tokens=5, best_of=1, suffix=None, echo=False, **nothing
-    )
+    more: dict[str, Any] = {"best_of": 1, "suffix": None, "echo": False}
+    reply = client.completions.create(model="pair", prompt="w5", max_tokens=5, **more, **nothing)
     assert of_choice(reply.choices[0]) == of_choice(plain.choices[0])
     plain_chat = client.chat.completions.create(model="pair", messages=MESSAGES, max_tokens=5)
-    chat = client.chat.completions.create(
-        model="pair",
-        messages=[{**MESSAGES[0], "name": "ada"}],
-        max_tokens=5,
-        max_completion_tokens=5,
-        tools=[],
-        tool_choice="none",
-        response_format={"type": "text"},
-        modalities=["text"],
-        parallel_tool_calls=False,
-        store=True,
-        metadata={"run": "1"},
-        service_tier="auto",
-        reasoning_effort="low",
-        verbosity="low",
-        prompt_cache_key="a",
-        safety_identifier="b",
-        prediction={"type": "content", "content": "the"},
-        **nothing,
-    )
+    nothing |= {"max_tokens": 5, "max_completion_tokens": 5, "tools": [], "tool_choice": "none"}
+    nothing |= {"response_format": {"type": "text"}, "modalities": ["text"], "parallel_tool_calls": False}
+    nothing |= {"store": True, "metadata": {"run": "1"}, "service_tier": "auto", "reasoning_effort": "low"}
+    nothing |= {"verbosity": "low", "prompt_cache_key": "a", "safety_identifier": "b"}
+    nothing |= {"prediction": {"type": "content", "content": "the"}}
+    chat = client.chat.completions.create(model="pair", messages=[{**MESSAGES[0], "name": "ada"}], **nothing)
     assert of_choice(chat.choices[0]) == of_choice(plain_chat.choices[0])
 
 
@@ -259,21 +234,9 @@ def test_other_origins_are_let_in_only_by_name(server: Running, serve_pair: Any)
 
 
 CHECKS: list[Callable[..., Any]] = [not_a_server_error, status_code_conformance, content_type_conformance]
-OPERATIONS = [
-    ("POST", "/v1/completions"),
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/responses"),
-    ("POST", "/v1/collm/candidates"),
-    ("POST", "/tokenize"),
-    ("POST", "/detokenize"),
-    ("GET", "/tokenizer_info"),
-    ("GET", "/v1/models"),
-    ("GET", "/v1/models/{name}"),
-    ("GET", "/v1/collm/info"),
-    ("GET", "/health"),
-    ("GET", "/ready"),
-    ("GET", "/metrics"),
-]
+POSTED = [COMPLETION, CHAT, "/v1/responses", "/v1/collm/candidates", "/tokenize", "/detokenize"]
+READ = ["/v1/models", "/v1/models/{name}", "/v1/collm/info", "/tokenizer_info", "/health", "/ready", "/metrics"]
+OPERATIONS = [*(("POST", path) for path in POSTED), *(("GET", path) for path in READ)]
 
 
 def test_every_operation_is_fuzzed(server: Running) -> None:

@@ -158,9 +158,8 @@ def test_the_end_of_a_text_is_a_stop(tokenizer: PreTrainedTokenizerFast, serve: 
         model.generation_config.eos_token_id = [1, long.token_ids[4]]  # type: ignore[union-attr]
     ending = CoLLM(pair.base, pair.assistants, pair.head, tokenizer)
     with serve({"pair": ending}) as server, server.openai() as client:
-        reply = client.completions.create(
-            model="pair", prompt=PROMPT, max_tokens=9, extra_body={"collm": {"threshold": 0.5}}
-        )
+        body = {"collm": {"threshold": 0.5}}
+        reply = client.completions.create(model="pair", prompt=PROMPT, max_tokens=9, extra_body=body)
     assert reply.choices[0].finish_reason == "stop"
     assert reply.usage.completion_tokens == long.token_ids.index(long.token_ids[4]) + 1
 
@@ -292,9 +291,8 @@ def events(text: str) -> list[Any]:
 def written_ids(text: str) -> list[int]:
     """The tokens of a stream of any route."""
     parts = [event["choices"][0] if event.get("choices") else event for event in events(text)]
-    deltas = [
-        part["collm"] for part in parts if "collm" in part and part.get("type") in (None, "response.output_text.delta")
-    ]
+    kinds = None, "response.output_text.delta"
+    deltas = [part["collm"] for part in parts if "collm" in part and part.get("type") in kinds]
     return [token_id for delta in deltas for token_id in delta["token_ids"]]
 
 
@@ -302,10 +300,9 @@ def written_ids(text: str) -> list[int]:
 def test_a_stream_goes_on_while_nothing_is_written(path: str, serve_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "_HEAD_S", 0.05)
     monkeypatch.setattr(app, "_COMMENT_S", 0.05)
-    body: dict[str, Any] = {"model": "pair", "stream": True}
-    body |= {"messages": [{"role": "user", "content": "w5"}]} if "chat" in path else {}
-    body |= {"input": "w5"} if "responses" in path else {}
-    body |= {"prompt": "w5"} if path == "/v1/completions" else {}
+    prompts = {"completions": {"prompt": "w5"}, "responses": {"input": "w5"}}
+    messages = {"messages": [{"role": "user", "content": "w5"}]}
+    body = {"model": "pair", "stream": True, **prompts.get(path.removeprefix("/v1/"), messages)}
     with serve_pair() as server:
         expected = written_ids(server.post(path, **body).text)
         with held(server.worker()), server.client.stream("POST", path, json=body) as reply:
@@ -352,9 +349,8 @@ def test_tokens_are_named_by_their_ids_if_asked(server: Running) -> None:
     assert reply["logprobs"]["tokens"] == names
     assert all(name in top for name, top in zip(names, reply["logprobs"]["top_logprobs"], strict=True))
     chat = {"model": "pair", "messages": [{"role": "user", "content": "w5"}], "max_tokens": 3}
-    reply = server.post(
-        "/v1/chat/completions", **chat, logprobs=True, top_logprobs=2, return_tokens_as_token_ids=True
-    ).json()["choices"][0]
+    options = {"logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True}
+    reply = server.post("/v1/chat/completions", **chat, **options).json()["choices"][0]
     entries = reply["logprobs"]["content"]
     assert [one["token"] for one in entries] == [f"token_id:{token_id}" for token_id in reply["collm"]["token_ids"]]
     assert all(top["token"].startswith("token_id:") for one in entries for top in one["top_logprobs"])

@@ -271,12 +271,10 @@ def test_jobs_and_steps_alternate_and_jobs_end_with_their_clients(
         assert reply == expected
         assert "step chunk chunk step" in " ".join(read)  # a chunk is of both authors
         gate = threading.Event()
-        monkeypatch.setattr(
-            "collm.engine.prompt_logprobs.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
-        )
-        monkeypatch.setattr(
-            "collm.engine.candidates.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
-        )
+        for module in ("candidates", "prompt_logprobs"):
+            monkeypatch.setattr(
+                f"collm.engine.{module}.read_chunk", lambda *arguments: (gate.wait(0.05), read_chunk(*arguments))[1]
+            )
         with httpx.Client(base_url=server.url, timeout=0.3) as leaving, pytest.raises(httpx.ReadTimeout):
             leaving.post(path, json=job)
         server.until(lambda: not server.worker()._jobs, seconds=2)

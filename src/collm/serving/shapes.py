@@ -247,12 +247,10 @@ def named_prompt(
             found.append(None)
             continue
         ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(one.top[:most], start=1)]
-        found.append(
-            {
-                str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": read.spelling(token_id)}
-                for token_id, logprob, rank in dict.fromkeys([*ranked, (one.token_id, one.logprob, one.rank)])
-            }
-        )
+        entries: dict[str, dict[str, Any]] = {}
+        for token_id, logprob, rank in dict.fromkeys([*ranked, (one.token_id, one.logprob, one.rank)]):
+            entries[str(token_id)] = {"logprob": logprob, "rank": rank, "decoded_token": read.spelling(token_id)}
+        found.append(entries)
         read.push(one.token_id)
     return found
 

@@ -226,8 +226,7 @@ class Submission:
         self.first_at: float | None = None
         self.last_at = 0.0
         self._worker = worker
-        ended = () if generates else range(len(requests))
-        self._parts = {index: Part(index, finish_reason="length") for index in ended}
+        self._parts = {} if generates else {n: Part(n, finish_reason="length") for n in range(len(requests))}
         self._failure: APIError | None = None
         self._arrived = asyncio.Event()
 

@@ -78,10 +78,9 @@ def _workers(task: str, memory_bytes: int, pid: int) -> queue.LifoQueue[_Worker 
 
 
 def _end_all(workers: queue.LifoQueue[_Worker | None], pid: int) -> None:
-    if pid == os.getpid():  # not a fork of their process
-        for worker in [workers.get_nowait() for _ in range(workers.qsize())]:
-            if worker is not None:
-                _end(worker)
+    while pid == os.getpid() and not workers.empty():  # not a fork of their process
+        if worker := workers.get_nowait():
+            _end(worker)
 
 
 def _end(worker: _Worker) -> None:
