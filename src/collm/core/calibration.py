@@ -1,4 +1,4 @@
-"""Results of calibration: the deferral rate and metric measured at each threshold, and the choice of a threshold."""
+"""Calibration: its options, the deferral rate and metric measured at each threshold, and the choice of a threshold."""
 
 from __future__ import annotations
 
