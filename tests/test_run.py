@@ -153,42 +153,21 @@ def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             yield
 
 
-def edit_rows(setting: dict[str, Any], saved_model: SavedModel) -> str:
-    Path(setting["data"]).write_text(Path(setting["data"]).read_text().replace('"w3 ', '"w4 '))
-    return "rows"
-
-
-def retrain_base(setting: dict[str, Any], saved_model: SavedModel) -> str:
-    saved_model("base", 7)
-    return "weights of the base"
-
-
-def retrain_assistant(setting: dict[str, Any], saved_model: SavedModel) -> str:
-    saved_model("second", 7, hidden_size=48)
-    return "assistants"
-
-
-def edit_validation(setting: dict[str, Any], saved_model: SavedModel) -> str:
-    Path(setting["validation"]).write_text('{"prompt": "w1", "completion": "w2"}\n')
-    return "evaluation rows"
-
-
-Change = Callable[[dict[str, Any], SavedModel], str]
-
-
-@pytest.mark.parametrize("change", [edit_rows, retrain_base, retrain_assistant, edit_validation])
+@pytest.mark.parametrize("what", ["rows", "weights of the base", "assistants", "evaluation rows"])
 def test_a_checkpoint_of_other_rows_or_models_is_not_resumed(
-    change: Change,
-    setting: dict[str, Any],
-    saved_model: SavedModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    what: str, setting: dict[str, Any], saved_model: SavedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting |= {"validation": str(shutil.copy(setting["data"], tmp_path / "validation.jsonl")), "calibrate": False}
     again = partial(train, setting, tmp_path / "run", save_steps=2, method="full", eval_strategy="steps", eval_steps=2)
     with stopped_at(5, monkeypatch):
         again()
-    what = change(setting, saved_model)
+    if what.endswith("rows"):
+        path = Path(setting["data" if what == "rows" else "validation"])
+        path.write_text(path.read_text().replace('"w3 ', '"w4 '))
+    elif what == "assistants":
+        saved_model("second", 7, hidden_size=48)
+    else:
+        saved_model("base", 7)
     for _ in range(2):  # before anything is scored, and where the scores were removed
         with pytest.raises(ConfigError, match=f"checkpoint-4 was trained with other {what}.* delete the checkpoints"):
             again()

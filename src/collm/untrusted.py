@@ -74,24 +74,25 @@ def check_fields(record: Any) -> None:
     kinds = get_type_hints(type(record))
     for field in fields(record):
         value = getattr(record, field.name)
-        if not _fits(value, kinds[field.name]):
+        if not fits(value, kinds[field.name]):
             raise ConfigError(f"{field.name} is {value!r:.80}, expected {field.type}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type that an annotation declares."""
     origin, kinds = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
     if origin is Literal:
         return value in kinds
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in kinds)
+        return any(fits(value, one) for one in kinds)
     if origin is tuple and kinds[-1] is not ...:
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
     if origin in (tuple, list, Sequence):
-        return isinstance(value, list | tuple) and all(_fits(one, kinds[0]) for one in value)
+        return isinstance(value, list | tuple) and all(fits(one, kinds[0]) for one in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(one, kinds[0]) and _fits(value[one], kinds[1]) for one in value)
+        return isinstance(value, dict) and all(fits(one, kinds[0]) and fits(value[one], kinds[1]) for one in value)
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float) and abs(value) < math.inf if kind is float else isinstance(value, kind)

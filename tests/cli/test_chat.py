@@ -26,16 +26,12 @@ from collm.text.template import PromptTemplate
 TEMPLATE = "{% for m in messages %} w0 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w1{% endif %}"
 
 
-def talk_of(model: CoLLM) -> Conversation:
-    return Conversation(model, SamplingParams(max_new_tokens=24), 0.5)
+Typed = Callable[..., str]
 
 
 @pytest.fixture
 def talk(model: CoLLM) -> Conversation:
-    return talk_of(model)
-
-
-Typed = Callable[..., str]
+    return Conversation(model, SamplingParams(max_new_tokens=24), 0.5)
 
 
 @pytest.fixture
@@ -99,10 +95,10 @@ def test_commands_change_who_answers(talk: Conversation, typed: Typed) -> None:
 
 
 def test_each_of_two_assistants_answers_to_its_name(
-    model: CoLLM, tiny_model: Callable[..., PreTrainedModel], typed: Typed
+    talk: Conversation, tiny_model: Callable[..., PreTrainedModel], typed: Typed
 ) -> None:
-    members = [*model.assistants, tiny_model(2)]
-    talk = talk_of(CoLLM(model.base, members, DeferralHead(32, 2), model.tokenizer, template=model.template))
+    model, two = talk.model, [*talk.model.assistants, tiny_model(2)]
+    talk.model = CoLLM(model.base, two, DeferralHead(32, 2), model.tokenizer, template=model.template)
     for author, name in enumerate(("base", "assistant", "assistant-2")):
         shown = typed(talk, f"/model {name}", "w2")
         assert {step.author for step in talk.turns[-1][1]} == {author}
@@ -150,11 +146,11 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(talk: Conversation)
 @pytest.mark.slow
 @pytest.mark.parametrize(("threshold", "author"), [(1, 0), (-1, 1)])
 def test_a_turn_reads_only_what_is_new(
-    saved_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, threshold: float, author: int
+    talk: Conversation, saved_model: Callable[..., Path], threshold: float, author: int
 ) -> None:
     base, assistant = (ModelSpec(str(saved_model(name, seed))) for seed, name in enumerate(("base", "assistant")))
-    model = CoLLM(base, [assistant], DeferralHead(32, 1), tokenizer, template=PromptTemplate(chat=TEMPLATE))
-    talk = talk_of(model)
+    tokenizer, template = talk.model.tokenizer, talk.model.template
+    talk.model = model = CoLLM(base, [assistant], DeferralHead(32, 1), tokenizer, template=template)
     talk.threshold = threshold
     list(talk.ask(" ".join(f"w{i}" for i in range(2, 42))))
     before = model.runners[author].usage.tokens_read

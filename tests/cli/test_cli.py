@@ -26,6 +26,7 @@ from tests.fake_server import FakeServer
 from tests.processes import collm
 
 ROOT = Path(__file__).parents[2]
+REQUIRED = "base: b\nassistant: x\ndata: d\noutput_dir: o\n"
 WIDE = {"COLUMNS": "200", "TERM": "dumb"}
 
 
@@ -136,11 +137,6 @@ def test_inspecting_scores(pair: dict[str, Path], tmp_path: Path) -> None:
     shown = succeeds("score", "--inspect", tmp_path / "scores", cwd=tmp_path)
     for text in ("160 target tokens", "assistant", "best author", "pseudo-labels give"):
         assert text in shown.stdout
-    both = collm("score", pair["data"], "--inspect", tmp_path / "scores", cwd=tmp_path)
-    neither = collm("score", pair["data"], cwd=tmp_path)
-    assert (both.returncode, neither.returncode) == (2, 2)
-    assert "scores nothing" in both.stderr
-    assert "--inspect SCORES" in neither.stderr
 
 
 @pytest.mark.slow
@@ -174,8 +170,10 @@ def test_a_run_in_parts(pair: dict[str, Path], tmp_path: Path) -> None:
     [
         (["score", "--config", "run.yaml"], "needs --author"),
         (["score", "x.jsonl", "--config", "run.yaml", "--author", "base"], "leave data out"),
-        (["score", "--inspect", "scores", "--dtype", "float32"], "leave --dtype out"),
-        (["score", "x.jsonl"], "expected DATA, --model and --out"),
+        (["score", "--inspect", "scores", "--dtype", "float32"], "--inspect scores nothing; leave --dtype out"),
+        (["score", "x.jsonl"], "expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES"),
+        (["score", "x.jsonl", "--concurrency", "3"], "without --server"),
+        (["train", "--nothing", "1"], "--nothing"),
         (["calibrate", "run", "--metric", "contains"], "without --data the run of DIR says the rest"),
         (["calibrate", "run", "--teacher-forced", "--rate", "0.4"], "generates nothing; leave --rate out"),
         (["calibrate", "run", "--check", "0.4", "--check-data", "x.jsonl"], "are both given"),
@@ -267,27 +265,22 @@ def test_yaml_and_flags_are_the_same_fields_and_a_flag_wins(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nlearnig_rate: 1\n", "did you mean 'learning_rate'"),
+        (f"{REQUIRED}learnig_rate: 1\n", "did you mean 'learning_rate'"),
         ("base: b\n", "nothing says assistant, data, output_dir"),
         ("- a\n", "expected fields with values"),
         ("base: [", "could not read"),
-        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nmetric: best\n", "best"),
-        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nlora_r: 4\n", "lora_r has no effect"),
-        ("base: b\nassistant: x\ndata: d\noutput_dir: o\ntemplate: {prompt}\n", "put it in quotes"),
-        ("base: b\nassistant: []\ndata: d\noutput_dir: o\n", "no assistant"),
-        ("base: b\nassistant: x\ndata: d\noutput_dir: o\nvalidation_split: t\n", "no effect without validation"),
+        (f"{REQUIRED}metric: best\n", "best"),
+        (f"{REQUIRED}rates: [0, 1.2]\n", r"cannot aim at a deferral rate of 1\.2"),
+        (f"{REQUIRED}lora_r: 4\n", "lora_r has no effect"),
+        (f"{REQUIRED}template: {{prompt}}\n", "put it in quotes"),
+        (REQUIRED.replace("x", "[]"), "no assistant"),
+        (f"{REQUIRED}validation_split: t\n", "no effect without validation"),
     ],
 )
 def test_bad_configs_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse(["--config", str(tmp_path / "run.yaml")])
-
-
-def test_an_unknown_flag_of_train_is_wrong_usage() -> None:
-    done = CliRunner().invoke(app, ["train", "--nothing", "1"])
-    assert done.exit_code == 2
-    assert "--nothing" in done.stderr
 
 
 @pytest.mark.slow
@@ -323,5 +316,3 @@ def test_score_on_a_server(pair: dict[str, Path], tmp_path: Path) -> None:
         done = succeeds(*common, "--server", server.url, "--out", tmp_path / "remote", cwd=tmp_path)
     here = collm(*common, "--out", tmp_path / "local", cwd=tmp_path)
     assert here.stdout.split(";")[0] == done.stdout.split(";")[0]
-    lonely = collm(*common, "--concurrency", "3", "--out", tmp_path / "other", cwd=tmp_path)
-    assert (lonely.returncode, "without --server" in lonely.stderr) == (2, True)

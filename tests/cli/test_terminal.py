@@ -105,13 +105,6 @@ def test_errors_and_logs_are_shown_alike(capsys: pytest.CaptureFixture[str], mon
     assert capsys.readouterr().err == "skipped <1b>]0;owned<07>\n"
 
 
-def test_every_author_has_a_style_of_its_own_and_the_base_none() -> None:
-    styles = [style_of(author) for author in range(7)]
-    assert styles[0] == ""
-    assert len(set(styles)) == 7
-    assert style_of(7) == style_of(1)
-
-
 @pytest.mark.parametrize(
     ("terminal", "text"), [(False, "The Paris"), (True, "The \x1b[1;32mPa\x1b[0m\x1b[1;35mris\x1b[0m")]
 )
@@ -123,4 +116,6 @@ def test_a_terminal_shows_colours_and_a_pipe_plain_text(terminal: bool, text: st
         coloured([SimpleNamespace(text=part, author=author) for part, author in parts]), legend(["me", "you"])
     )
     assert text in out.getvalue()
+    assert len({style_of(author) for author in range(7)}) == 7
+    assert style_of(7) == style_of(1)
     assert ("written by: me  you" in out.getvalue()) is not terminal

@@ -13,12 +13,12 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from collm import CoLLM, SamplingParams
+from collm.core.calibration import CalibrationOptions
 from collm.core.named import name_of
 from collm.core.policies import ThresholdPolicy
 from collm.core.types import Completion
 from collm.errors import CollmError, ModelFailure
 from collm.evaluation.answers import read_answers
-from collm.evaluation.calibration import CalibrationOptions
 from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.harness import HarnessLM
 from collm.evaluation.report import render_page
@@ -115,7 +115,8 @@ def seeded(case: Case) -> list[Asked]:
 def calibrated(world: World, model: CoLLM, case: Case, saved: Path) -> None:
     prompts = [*case.prompts, POISON] if "failing neighbour" in case.ways else case.prompts
     rows = [Row(prompt, "the river", None, prompt) for prompt in map(str, prompts)]
-    options = CalibrationOptions("token_f1", case.params[0], rates=(0.5,), refine=0)
+    options = CalibrationOptions("token_f1", rates=[0.5], refine=0)
+    options.params = case.params[0]
     if "failing neighbour" in case.ways:
         with pytest.raises(ModelFailure):
             calibrate_on(model, rows, options, source="these", quiet=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial, partialmethod
 from itertools import pairwise
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, DeferralHead, SamplingParams
-from collm.core.calibration import Calibration, threshold_text
+from collm.core.calibration import Calibration, CalibrationOptions, threshold_text
 from collm.errors import ConfigError, DataError
-from collm.evaluation.calibration import CalibrationOptions, calibrate, check_on
+from collm.evaluation.calibration import calibrate, check_on
 from collm.training.data import Row
 
 PARAMS = SamplingParams(max_new_tokens=8)
+options = partial(CalibrationOptions, max_new_tokens=8)
 
 
 @pytest.fixture
@@ -36,9 +38,7 @@ def items(model: CoLLM) -> list[Row]:
 
 def test_it_finds_who_is_right_and_records_what_came(model: CoLLM, items: list[Row]) -> None:
     progress: list[tuple[int, int]] = []
-    calibration = calibrate(
-        model, items, CalibrationOptions(params=PARAMS), on_completion=lambda *p: progress.append(p)
-    )
+    calibration = calibrate(model, items, options(), on_completion=lambda *p: progress.append(p))
     assert model.calibration is calibration
     assert calibration.best().threshold == -1
     assert (calibration.best().metric, calibration.best().deferral_rate) == (1.0, 1.0)
@@ -62,7 +62,7 @@ def test_it_finds_who_is_right_and_records_what_came(model: CoLLM, items: list[R
 def test_thresholds_aim_at_their_rates_on_the_bases_own_text(model: CoLLM, items: list[Row]) -> None:
     alone = model.generate([item.prompt for item in items], PARAMS, threshold=1.0)
     probs = [prob for completion in alone for prob in completion.defer_probs]
-    calibration = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 0.3, 1), refine=0))
+    calibration = calibrate(model, items, options(rates=[0, 0.3, 1], refine=0))
     middle = [p.threshold for p in calibration.points if p.threshold not in (1.0, -1.0, 0.5)]
     assert len(middle) == 1
     assert sum(prob > middle[0] for prob in probs) / len(probs) == pytest.approx(0.3, abs=0.02)
@@ -75,31 +75,21 @@ def test_a_head_that_nearly_always_defers_is_calibrated(model: CoLLM, items: lis
     with torch.no_grad():
         model.head.weight /= 8
         model.head.bias.fill_(22.0)
-    calibration = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 0.3, 1), refine=0))
+    calibration = calibrate(model, items, options(rates=[0, 0.3, 1], refine=0))
     (point,) = [one for one in calibration.points if one.threshold not in (1.0, -1.0, 0.5)]
     assert 1 - 1e-7 < point.threshold < 1
     assert 0.05 < point.deferral_rate < 0.7
     assert 0 < 1 - float(threshold_text(point.threshold)) < 1e-7
 
 
-@pytest.mark.parametrize(
-    ("threshold", "text"),
-    [
-        (1.0, "1"),
-        (-1.0, "-1"),
-        (0.5, "0.5"),
-        (2 / 3, "0.666667"),
-        (1 - 2e-10, "0.9999999998"),
-        (1 - 1e-16, repr(1 - 1e-16)),
-    ],
-)
-def test_a_threshold_below_1_is_not_shown_as_1(threshold: float, text: str) -> None:
-    assert threshold_text(threshold) == text
+def test_a_threshold_below_1_is_not_shown_as_1() -> None:
+    texts = {1.0: "1", -1.0: "-1", 0.5: "0.5", 2 / 3: "0.666667", 1 - 2e-10: "0.9999999998", 1 - 1e-16: repr(1 - 1e-16)}
+    assert [threshold_text(threshold) for threshold in texts] == list(texts.values())
 
 
 @pytest.mark.slow
 def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[Row]) -> None:
-    calibrate(model, items, CalibrationOptions("token_f1", PARAMS))
+    calibrate(model, items, options(metric="token_f1"))
     for budget in (0.0, 0.25, 0.6):
         out = model.generate([item.prompt for item in items], PARAMS, budget=budget)
         assert out.deferral_rate <= budget
@@ -108,14 +98,14 @@ def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[Row]) 
 @pytest.mark.slow
 def test_the_base_wins_ties(model: CoLLM, items: list[Row]) -> None:
     unreachable = [Row(item.prompt, "w1 " * 30, None, "here") for item in items]
-    assert calibrate(model, unreachable, CalibrationOptions(params=PARAMS)).best().threshold == 1.0
+    assert calibrate(model, unreachable, options()).best().threshold == 1.0
 
 
 def test_bad_input_is_refused(model: CoLLM, items: list[Row]) -> None:
     with pytest.raises(DataError, match="validation set is empty"):
         calibrate(model, [])
     with pytest.raises(ConfigError, match=r"rate of 1\.2"):
-        CalibrationOptions(rates=(0, 1.2))
+        CalibrationOptions(rates=[0, 1.2])
     with pytest.raises(ConfigError, match=r"rate of -1"):
         CalibrationOptions(budgets=[-1])
     with pytest.raises(ConfigError, match="threshold is 3"):
@@ -123,15 +113,15 @@ def test_bad_input_is_refused(model: CoLLM, items: list[Row]) -> None:
     with pytest.raises(ConfigError, match="refine is -1"):
         CalibrationOptions(refine=-1)
     with pytest.raises(ConfigError, match="nothing_known"):
-        CalibrationOptions("nothing_known")
+        calibrate(model, items, CalibrationOptions("nothing_known"))
 
 
 @pytest.mark.slow
 def test_refining_splits_the_widest_step_beside_the_best(model: CoLLM, items: list[Row]) -> None:
-    coarse = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 1), refine=0))
+    coarse = calibrate(model, items, options(rates=[0, 1], refine=0))
     rounds = []
     for refine in (1, 2, 3):
-        finer = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0, 1), refine=refine))
+        finer = calibrate(model, items, options(rates=[0, 1], refine=refine))
         assert {point.threshold for point in coarse.points} < {point.threshold for point in finer.points}
         rounds.append([point for point in finer.points if point not in coarse.points])
     assert [len(new) for new in rounds] == [1, 2, 3]
@@ -153,18 +143,19 @@ def test_refining_splits_the_widest_step_beside_the_best(model: CoLLM, items: li
 def test_refining_ends_where_no_step_is_left(model: CoLLM, items: list[Row]) -> None:
     progress: list[tuple[int, int]] = []
     unreachable = [Row(item.prompt, "w1 " * 30, None, "here") for item in items[:2]]
-    options = CalibrationOptions(params=SamplingParams(max_new_tokens=2), refine=50)
-    found = calibrate(model, unreachable, options, on_completion=lambda *p: progress.append(p))
+    found = calibrate(
+        model, unreachable, CalibrationOptions(max_new_tokens=2, refine=50), on_completion=lambda *p: progress.append(p)
+    )
     assert len(found.points) < 20  # two prompts of two tokens: the base alone is the best, and the next token is 25 %
     assert progress[-1] == (2 * len(found.points), 2 * len(found.points))
 
 
 @pytest.mark.slow
 def test_budgets_are_looked_for_and_kept(model: CoLLM, items: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOOKAHEAD", "MAX_WAIT"):  # how far is read ahead depends on measured times, and last digits on that
-        monkeypatch.setattr(f"collm.engines.{name}", 0)
-    plain = calibrate(model, items, CalibrationOptions("token_f1", PARAMS))
-    found = calibrate(model, items, CalibrationOptions("token_f1", PARAMS, budgets=[0.4, 0.15, 0.4]))
+    # How far is read ahead depends on measured times, and last digits on that.
+    monkeypatch.setattr(CoLLM, "generate", partialmethod(CoLLM.generate, lookahead=0, max_wait=0))
+    plain = calibrate(model, items, options(metric="token_f1"))
+    found = calibrate(model, items, options(metric="token_f1", budgets=[0.4, 0.15, 0.4]))
     assert found.budgets == [0.15, 0.4]
     assert set(plain.points) < set(found.points)
     for budget in found.budgets:
@@ -178,19 +169,13 @@ def test_budgets_are_looked_for_and_kept(model: CoLLM, items: list[Row], monkeyp
 
 
 @pytest.mark.slow
-def test_guesses_are_measured(model: CoLLM, items: list[Row]) -> None:
-    found = calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0,), refine=0), guesses=[0.123, 0.5])
-    assert [point.threshold for point in found.points] == [1.0, 0.5, 0.123]
-
-
-@pytest.mark.slow
 def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list[Row]) -> None:
-    calibrate(model, items, CalibrationOptions(params=PARAMS, budgets=[0.3]))
+    calibrate(model, items, options(budgets=[0.3]))
     prompts = [f"w{i} w{i + 7}" for i in range(20)]
     answers = model.generate(prompts, PARAMS, threshold=-1)
     others = [Row(prompt, answer.text, None, "here") for prompt, answer in zip(prompts, answers, strict=True)]
     progress: list[tuple[int, int]] = []
-    checked = check_on(model, others, CalibrationOptions(params=PARAMS), on_completion=lambda *p: progress.append(p))
+    checked = check_on(model, others, options(), on_completion=lambda *p: progress.append(p))
     assert model.calibration is checked
     default, budget = checked.checks
     assert (default.budget, budget.budget, default.num_prompts) == (1.0, 0.3, 20)
@@ -202,18 +187,17 @@ def test_what_was_promised_is_checked_on_other_prompts(model: CoLLM, items: list
         assert low <= check.held_out.deferral_rate - check.promised.deferral_rate <= high
         assert ("deferral rate holds" in check.summary("exact_match")) == (low <= 0 <= high)
     assert "exact_match holds" in default.summary("exact_match")  # the assistant alone is always right
-    assert default.summary("exact_match").startswith(
-        "On 20 held-out prompts, the default threshold (-1): deferral rate holds"
-    )
+    opening = "On 20 held-out prompts, the default threshold (-1): deferral rate holds"
+    assert default.summary("exact_match").startswith(opening)
     assert "a budget of 0.3" in budget.summary("exact_match")
     assert Calibration.from_dict(json.loads(json.dumps(checked.to_dict()))) == checked
 
 
 @pytest.mark.slow
 def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[Row]) -> None:
-    calibrate(model, items, CalibrationOptions(params=PARAMS))
+    calibrate(model, items, options())
     never = [Row(item.prompt, "w1 " * 30, None, "here") for item in items]
-    [check] = check_on(model, never, CalibrationOptions(params=PARAMS)).checks
+    [check] = check_on(model, never, options()).checks
     assert "deferral rate holds" in check.summary("exact_match")
     assert "exact_match does NOT hold (promised 100.0%, measured 0.0%)" in check.summary("exact_match")
 
@@ -221,6 +205,7 @@ def test_a_promise_that_does_not_hold_is_called_that(model: CoLLM, items: list[R
 def test_what_cannot_be_checked_is_refused(model: CoLLM, items: list[Row]) -> None:
     with pytest.raises(ConfigError, match="not calibrated"):
         check_on(model, items)
-    calibrate(model, items, CalibrationOptions(params=PARAMS, rates=(0,), refine=0))
+    found = calibrate(model, items, options(rates=[0], refine=0), guesses=[0.123, 0.5])
+    assert [point.threshold for point in found.points] == [1.0, 0.5, 0.123]  # guesses are measured
     with pytest.raises(DataError, match="no prompts to check"):
         check_on(model, [])

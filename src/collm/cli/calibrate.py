@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from collm.cli.options import Fields, Loading, given_options, refuse, with_options
-from collm.run.options import CalibrationConfig, RowFormat
+from collm.core.calibration import CalibrationOptions
+from collm.run.options import RowFormat
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def calibrate(
     context: typer.Context,
     collaboration: Annotated[str, typer.Argument(metavar="DIR", help="The collaboration: a directory.")],
     choosing: Choosing,
-    options: CalibrationConfig,
+    options: CalibrationOptions,
     layout: Annotated[RowFormat, Fields("data_split prompt_field completion_field format bad_rows")],
     loading: Annotated[Loading, Fields("device trust_code", "engine servers")],
 ) -> None:
@@ -70,11 +71,11 @@ def calibrate(
         rows, held_back = hold_back(rows, choosing.check)
     elif choosing.check_data is not None:
         held_back = layout.load(choosing.check_data, None)
-    calibration = calibrate_on(model, rows, options.calibration_options(), source=source)
+    calibration = calibrate_on(model, rows, options, source=source)
     model.save_calibration(collaboration)
     if held_back:
         with progress_bar("checking") as progress:
-            calibration = check_on(model, held_back, options.calibration_options(), on_completion=progress)
+            calibration = check_on(model, held_back, options, on_completion=progress)
         model.save_calibration(collaboration)
     console.print(tables.calibration_table(calibration))
     for one in calibration.checks:
@@ -82,7 +83,6 @@ def calibrate(
 
 
 def _check_usage(context: typer.Context, choosing: Choosing) -> None:
-    """Refuse options that would have no effect."""
     if choosing.check is not None and choosing.check_data is not None:
         raise typer.BadParameter("--check and --check-data are both given; use one of them")
     if choosing.teacher_forced:

@@ -70,14 +70,7 @@ def chat(
 
 @dataclass
 class Conversation:
-    """Turns with one collaboration.
-
-    Attributes:
-        threshold: of the collaboration.
-        system: the system message, if any.
-        author: who answers alone; None for the collaboration.
-        turns: question and answer of each.
-    """
+    """Turns with one collaboration, or with one author of it alone."""
 
     model: CoLLM
     params: SamplingParams
@@ -129,24 +122,20 @@ class Conversation:
                 del self.turns[-1 if name == "/undo" else 0 :]
                 return f"{len(self.turns)} turns left"
             case "/save":
-                self._save(value)
+                if not value:
+                    raise ConfigError("/save needs a file, as /save talk.jsonl")
+                path = Path(value).expanduser()
+                if path.exists():
+                    raise WriteError(f"{path} exists; choose another name")
+                authors = [[step.author for step in steps] for _, steps in self.turns]
+                row = {"messages": self.messages(), "authors": authors, "author_names": self.model.author_names}
+                write_text(path, json.dumps(row, ensure_ascii=False) + "\n")
                 return f"written to {value}"
             case "/help":
                 return HELP
             case _:
                 return f"{name} is no command; /help lists them"
         return f"threshold {threshold_text(self.threshold)}"
-
-    def _save(self, name: str) -> None:
-        """Write one row of training data, and beside its messages who wrote each token of the answers."""
-        if not name:
-            raise ConfigError("/save needs a file, as /save talk.jsonl")
-        path = Path(name).expanduser()
-        if path.exists():
-            raise WriteError(f"{path} exists; choose another name")
-        authors = [[step.author for step in steps] for _, steps in self.turns]
-        row = {"messages": self.messages(), "authors": authors, "author_names": self.model.author_names}
-        write_text(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def converse(talk: Conversation, console: Console) -> None:
@@ -158,12 +147,9 @@ def converse(talk: Conversation, console: Console) -> None:
     while True:
         try:
             line = input("you: ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
             console.print()
-            return
-        except KeyboardInterrupt:
-            console.print()
-            continue
+            line = "/quit" if isinstance(end, EOFError) else ""
         except UnicodeDecodeError as error:
             raise not_text(error) from error
         if line == "/quit":
@@ -171,7 +157,11 @@ def converse(talk: Conversation, console: Console) -> None:
         name, _, value = line.partition(" ")
         try:
             if name == "/history":
-                _show_history(talk, console)
+                for question, steps in talk.turns:
+                    console.print("[bold]you:[/bold] ", end="")
+                    console.print(question, markup=False)
+                    console.show(steps)
+                    console.print()
             elif line.startswith("/"):
                 console.print(talk.command(name, value.strip()), style="dim", markup=False)
             elif line:
@@ -189,11 +179,3 @@ def _answer(talk: Conversation, console: Console, question: str) -> None:
             console.print(" [dim](stopped)[/dim]", end="")
     authors = [step.author for step in talk.turns[-1][1]]
     console.print(f"\n[dim]{len(authors)} tokens, {deferral_rate(authors):.1%} by assistants[/dim]")
-
-
-def _show_history(talk: Conversation, console: Console) -> None:
-    for question, steps in talk.turns:
-        console.print("[bold]you:[/bold] ", end="")
-        console.print(question, markup=False)
-        console.show(steps)
-        console.print()

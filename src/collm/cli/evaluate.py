@@ -6,17 +6,13 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from collm.cli.options import CollaborationArgument, Decoding, Fields, Loading, with_options
 from collm.core.params import SamplingParams
-from collm.errors import ConfigError
 from collm.redaction import redacted_command
-
-if TYPE_CHECKING:
-    from collm.collaboration import CoLLM
 
 TASK_OPTIONS = "metric format prompt_field completion_field max_new_tokens stop"
 
@@ -79,7 +75,7 @@ def evaluate(
     from collm.cli.terminal import Console
     from collm.core.policies import ThresholdPolicy
     from collm.evaluation.compare import Evaluation, compare
-    from collm.evaluation.systems import systems_named
+    from collm.evaluation.systems import names_in, systems_named, thresholds_named
     from collm.evaluation.tasks.named import task_named
     from collm.training.scoring import progress_bar
 
@@ -88,33 +84,17 @@ def evaluate(
     shots: dict[str, Any] = {"shots": how.shots, "shots_source": how.shots_data}
     items = chosen.load(how.data, split=how.split, limit=how.limit, seed=how.seed, **shots)
     model = loading.load(collaboration)
-    threshold = model.threshold(decoding.threshold, decoding.budget)
-    settings: dict[str, Any] = {
-        "command": shlex.join(["collm", *redacted_command(sys.argv[1:])]),
-        "collaboration": collaboration,
-    }
+    threshold, names = model.threshold(decoding.threshold, decoding.budget), names_in(how.compare)
+    if how.curve:
+        names += thresholds_named(model, names, threshold)
+    systems = systems_named(model, names, ThresholdPolicy(threshold))
+    evaluation = Evaluation(chosen, items, params, how.chat, how.max_batch, how.seed)
+    command = shlex.join(["collm", *redacted_command(sys.argv[1:])])
+    settings: dict[str, Any] = {"command": command, "collaboration": collaboration}
     settings |= {"data": how.data or chosen.source, "limit": how.limit, "shots": how.shots}
     with progress_bar("answering") as progress:
-        found = compare(
-            systems_named(model, _names(model, how, threshold), ThresholdPolicy(threshold)),
-            Evaluation(chosen, items, params, how.chat, how.max_batch, how.seed),
-            out,
-            settings=settings,
-            progress=lambda name: progress,
-        )
+        found = compare(systems, evaluation, out, settings=settings, on_answer=progress)
     console = Console()
     console.print(*comparison_tables(found), sep="\n")
     console.print(found.verdict, markup=False)
     console.print(f"collm report {out}", markup=False)
-
-
-def _names(model: CoLLM, how: Answering, threshold: float) -> list[str]:
-    """Names of the systems, with those of the curve."""
-    from collm.evaluation.systems import names_in, thresholds_named
-
-    names = names_in(how.compare)
-    if not how.curve:
-        return names
-    if model.calibration is None:
-        raise ConfigError("the collaboration is not calibrated, so there is no curve; run 'collm calibrate' first")
-    return [*names, *thresholds_named(model, model.calibration, names, threshold)]

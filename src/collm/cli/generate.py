@@ -62,28 +62,27 @@ def generate(
         _print_coloured(model, inputs, params, who)
         return
     out = model.generate(inputs, params, **who)
-    for completion in out:
-        usage = {name: asdict(used) for name, used in out.usage.items()}
-        summary = {"text": completion.text, "deferral_rate": completion.deferral_rate}
-        typer.echo(json.dumps({**summary, **asdict(completion), "usage_of_call": usage}))
+    usage = {name: asdict(used) for name, used in out.usage.items()}
+    for one in out:
+        summary = {"text": one.text, "deferral_rate": one.deferral_rate}
+        typer.echo(json.dumps({**summary, **asdict(one), "usage_of_call": usage}))
 
 
 def _print_coloured(model: CoLLM, prompts: list[Prompt], params: SamplingParams, decoding: dict[str, Any]) -> None:
-    """Print each token when it is generated."""
     from collm.cli.terminal import Console, legend
 
     console = Console(soft_wrap=True)
     for index, prompt in enumerate(prompts):
         if len(prompts) > 1:
             console.print(f"[dim]prompt {index + 1}[/dim]")
-        authors, is_empty = [], True
+        steps = []
         for step in model.stream(prompt, params, **decoding):
             console.show([step])
-            authors.append(step.author)
-            is_empty = is_empty and not step.text
+            steps.append(step)
         console.print()
-        if is_empty and authors:
-            who = model.author_names[authors[-1]]
+        if steps and not any(step.text for step in steps):
+            who = model.author_names[steps[-1].author]
             typer.echo(f"the answer is empty: the {who} ended the text at once", err=True)
         if console.is_terminal:
-            console.print(legend(model.author_names), f"[dim]deferral rate {deferral_rate(authors):.1%}[/dim]")
+            rate = deferral_rate([step.author for step in steps])
+            console.print(legend(model.author_names), f"[dim]deferral rate {rate:.1%}[/dim]")

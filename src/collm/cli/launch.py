@@ -92,10 +92,8 @@ def _serve_command(collaboration: str, arguments: list[str]) -> Any:
     app = typer.Typer(add_completion=False)
     app.command("serve")(serve.serve)
     context = typer.main.get_command(app).make_context("collm serve", [collaboration, *arguments])
-    for name in (one.name for one in fields(Loading)):  # vLLM servers run the models
-        if context.params[name]:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} has no effect here; --base-flags and --assistant-flags say how models run")
+    if given := [one.name.replace("_", "-") for one in fields(Loading) if context.params[one.name]]:
+        raise ConfigError(f"--{given[0]} has no effect here; --base-flags and --assistant-flags say how models run")
     if len(context.params["collaborations"]) > 1:
         raise ConfigError(f"collm launch serves one collaboration, got {' '.join(context.params['collaborations'])}")
     settings = collect(Settings, {one.name: context.params[one.name] for one in fields(Settings)})
@@ -119,13 +117,13 @@ def _servers_of_each(collaboration: str, directory: Path, how: Launching, max_ba
     else:
         typer.echo(f"writing the base with its head to {export}", err=True)
         model.export_vllm(export)
-    name = author_name(BASE)
-    models, flags = {name: ModelSpec(str(export))}, {name: shlex.split(how.base_flags)}
+    models = {author_name(BASE): ModelSpec(str(export))}
     for number, assistant in enumerate(model.assistants, start=1):
         if not isinstance(assistant, ModelSpec):
             raise ConfigError(f"the assistant {assistant} is a program, which no server runs; use 'collm serve'")
-        name = author_name(number)
-        models[name], flags[name] = assistant, shlex.split(how.assistant_flags)
+        models[author_name(number)] = assistant
+    flags = dict.fromkeys(models, shlex.split(how.assistant_flags))
+    flags |= {author_name(BASE): shlex.split(how.base_flags)}
     servers = placed(models, Machine.this(), max_batch=max_batch, max_length=how.max_model_len, flags=flags)
     python = check_python(how.vllm_python or sys.executable)
     with launched(servers, python, directory / "logs", wait_s=how.wait):

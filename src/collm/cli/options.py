@@ -110,9 +110,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
         parameters += options or [parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY)]
     if any(getattr(one.default, "hidden", False) for one in parameters):
         show_all = typer.Option(False, "--help-all", is_eager=True, callback=_help_all, help="Show all options.")
-        parameters.append(
-            inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=show_all, annotation=bool)
-        )
+        parameters.append(parameters[-1].replace(name="help_all", default=show_all, annotation=bool))
 
     @wraps(function)
     def command(**given: Any) -> None:
@@ -156,17 +154,9 @@ def given_options(context: typer.Context) -> dict[str, str]:
 
 
 def refuse(context: typer.Context, why: str, *, only: Container[str] | None = None, none: Container[str] = ()) -> None:
-    """Refuse options that would have no effect.
-
-    Args:
-        why: the reason.
-        only: parameters that are allowed; None for all.
-        none: parameters that are not allowed.
-    """
-    flags = [
-        flag for name, flag in given_options(context).items() if name in none or (only is not None and name not in only)
-    ]
-    if flags:
+    """Refuse options that would have no effect: all but `only`, or those of `none`."""
+    given = given_options(context).items()
+    if flags := [flag for name, flag in given if name in none or (only is not None and name not in only)]:
         raise typer.BadParameter(f"{why}; leave {', '.join(flags)} out")
 
 
@@ -177,16 +167,16 @@ def _options(kind: Any, chosen: Fields | None = None) -> list[inspect.Parameter]
         return []
     known, hints, says = {one.name: one for one in fields(config)}, get_type_hints(config), descriptions(config)
     chosen = chosen or Fields(" ".join(known))
-    found = []
-    for name in [*chosen.shown.split(), *chosen.rare.split()]:
-        default = chosen.defaults.get(name, known[name].default)
-        rare = {"hidden": True, "rich_help_panel": chosen.title} if name in chosen.rare.split() else {}
-        found.append(_option(known[name], hints[name], default, says[name], rare))
-    return found
+    rare = {"hidden": True, "rich_help_panel": chosen.title}
+    groups = [(name, more) for names, more in ((chosen.shown, {}), (chosen.rare, rare)) for name in names.split()]
+    return [
+        _option(known[name], hints[name], chosen.defaults.get(name, known[name].default), says[name], more)
+        for name, more in groups
+    ]
 
 
-def _option(one: Field[Any], hint: Any, default: Any, says: str, more: dict[str, Any]) -> inspect.Parameter:
-    more |= one.metadata
+def _option(one: Field[Any], hint: Any, default: Any, says: str, more: Mapping[str, Any]) -> inspect.Parameter:
+    more = {**more, **one.metadata}
     name = more.pop("flag", "--" + re.sub("_(s|bytes)$", "", one.name).replace("_", "-"))
     says = says[0].upper() + says[1:]
     several = next((part for part in (hint, *get_args(hint)) if get_origin(part) in (Sequence, Mapping, list)), None)

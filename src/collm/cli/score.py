@@ -79,20 +79,26 @@ def score(
     `collm train` computes missing scores itself.
     """
     if how.inspect is not None:
+        from collm.cli.tables import inspection_table
+        from collm.cli.terminal import Console
+        from collm.training.inspection import inspect_scores
+
         refuse(context, "--inspect scores nothing", only={"inspect"})
-        _inspect(how.inspect)
+        inspection, console = inspect_scores(how.inspect), Console()
+        console.print(inspection_table(inspection))
+        console.print(str(inspection.labels), markup=False)
         return
     from collm.training.remote import RemoteModel
 
+    server: OnServer | None = None
     if how.server is None:
         refuse(context, "no effect without --server", none={"concurrency", "api_key_env"})
-        server = None
     else:
         server = partial(RemoteModel, how.server, concurrency=how.concurrency, api_key_env=how.api_key_env)
     if how.config is not None:
         of_run = {"config", "author", "server", "concurrency", "api_key_env", "trust_code"}
         refuse(context, "--config says what to score", only=of_run)
-        scores = _score_of_run(how.config, how, server)
+        scores = _score_of_run(how, server)
     else:
         refuse(context, "without --config, naming a function is consent", none={"trust_code"})
         scores = _score_rows(context, how, layout, data, server)
@@ -103,14 +109,13 @@ def score(
     )
 
 
-def _score_of_run(config: Path, how: Scoring, server: OnServer | None) -> Scores:
-    """Compute the scores of an author that 'collm train --config' needs."""
+def _score_of_run(how: Scoring, server: OnServer | None) -> Scores:
     from collm.cli.train import parse
     from collm.run.data import prepare, score_run
 
     if how.author is None:
         raise typer.BadParameter("--config needs --author: base, assistant, assistant-2, ..")
-    run, args = parse(["--config", str(config), *(["--trust-code"] if how.trust_code else [])])
+    run, args = parse(["--config", str(how.config), *(["--trust-code"] if how.trust_code else [])])
     if how.author not in run.authors:
         raise ConfigError(f"author is {how.author!r}, expected one of {', '.join(run.authors)}")
     if server is not None and isinstance(spec := run.authors[how.author], ToolSpec):
@@ -142,14 +147,3 @@ def _score_rows(
     prepared = encode_for(base, [spec], [layout.load(data, layout.data_split)], layout, how.max_length)
     examples, tokenizer = prepared.sets[0].read_by(1), prepared.tokenizer_of(1)
     return score(examples, spec, how.out, tokenizer, max_batch_tokens=how.max_batch_tokens, server=server)
-
-
-def _inspect(directory: Path) -> None:
-    from collm.cli.tables import inspection_table
-    from collm.cli.terminal import Console
-    from collm.training.inspection import inspect_scores
-
-    inspection = inspect_scores(directory)
-    console = Console()
-    console.print(inspection_table(inspection))
-    console.print(str(inspection.labels), markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,39 +53,30 @@ def serve(
     """
     check_extra()
     from collm.serving.run import check_address, run
+    from collm.vllm.placement import one_engine
     from collm.vllm.servers import Servers
 
     check_address(host, settings, no_auth=no_auth)
     if servers and len(servers) != len(collaborations):
-        raise ConfigError(
-            f"--servers was given {len(servers)} times for {len(collaborations)} collaborations; give one for each, "
-            "in the same order"
-        )
+        times = f"{len(servers)} times for {len(collaborations)} collaborations"
+        raise ConfigError(f"--servers was given {times}; give one for each, in the same order")
     where = [Servers.named(one) for one in servers] if servers else [None] * len(collaborations)
     with ExitStack() as engine:
         if loading.engine == "vllm" and not servers:
-            where = [engine.enter_context(_engine_of(collaborations, settings.max_batch))]
+            if len(collaborations) > 1:
+                raise ConfigError("one engine holds one collaboration; give --servers to serve several")
+            _, path = named(collaborations[0])
+            logs = Path(f"{Path(path).resolve().name}-vllm") / "logs"
+            where = [engine.enter_context(one_engine(path, logs, max_batch=settings.max_batch))]
         run(_models(collaborations, where, loading), settings, host=host, port=port, no_auth=no_auth)
 
 
-def _engine_of(collaborations: list[str], max_batch: int) -> AbstractContextManager[Servers]:
-    """A vLLM engine with the collaboration, in a process of its own."""
-    from collm.vllm.placement import one_engine
-
-    if len(collaborations) > 1:
-        raise ConfigError("one engine holds one collaboration; give --servers to serve several")
-    _, path = named(collaborations[0])
-    return one_engine(path, Path(f"{Path(path).resolve().name}-vllm") / "logs", max_batch=max_batch)
-
-
 def _models(collaborations: list[str], servers: Sequence[Servers | None], loading: Loading) -> dict[str, CoLLM]:
-    """Load the collaborations, by name."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # the log is JSON
     models: dict[str, CoLLM] = {}
-    for given, its_servers in zip(collaborations, servers, strict=True):
-        name, path = named(given)
+    for (name, path), its_servers in zip(map(named, collaborations), servers, strict=True):
         if name in models:
             raise ConfigError(f"two collaborations are called {name!r}; give one of them another name: NAME={path}")
         models[name] = loading.load(path, its_servers)

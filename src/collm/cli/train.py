@@ -41,12 +41,7 @@ def train(context: typer.Context) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[RunConfig, CoLLMConfig]:
-    """The YAML file's fields with the flags' over them.
-
-    Raises:
-        ConfigError: an unknown or missing key, a value that does not fit, or a function that the file names without
-            consent to run it.
-    """
+    """The YAML file's fields with the flags' over them. Functions that the file names need consent."""
     from collm.training.config import CoLLMConfig
 
     options = vars(parser().parse_args(arguments))
@@ -73,21 +68,14 @@ def parser() -> argparse.ArgumentParser:
     """The flags, which are the fields of a run's options and those of training."""
     from collm.training.config import CoLLMConfig
 
-    made = argparse.ArgumentParser(
-        prog="collm train",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description="Train a collaboration. Each option is a flag and a field of --config. A flag overrides the file.",
-    )
+    about = "Train a collaboration. Each option is a flag and a field of --config. A flag overrides the file."
+    defaults: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    made = argparse.ArgumentParser("collm train", description=about, **defaults)
     made.add_argument("--config", metavar="run.yaml", help="YAML file with any of the options below")
-    made.add_argument(
-        "--trust-code",
-        action="store_true",
-        default=False,
-        help="run the code that the file names as tools, metrics or formats; code that a flag names needs no consent",
-    )
+    says = "run the code that the file names as tools, metrics or formats; code that a flag names needs no consent"
+    made.add_argument("--trust-code", action="store_true", default=False, help=says)
     for title, config in (("what to train on what", RunConfig), ("how to train", CoLLMConfig)):
-        group, says = made.add_argument_group(title), descriptions(config)
+        group, texts = made.add_argument_group(title), descriptions(config)
         flags = [one for one in fields(config) if one.init]
         for field in sorted(flags, key=lambda one: one.default is not one.default_factory):  # required ones first
             kind = re.sub("<class '(.*)'>", r"\1", str(field.type))
@@ -96,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
                 nargs="+" if "list" in kind else None,
                 type=_text if "str" in kind else _value,
                 metavar=kind,
-                help=says.get(field.name, "").replace("%", "%%"),
+                help=texts.get(field.name, "").replace("%", "%%"),
             )
     return made
 
@@ -115,10 +103,8 @@ def _value(text: str) -> Any:
 
 
 def _read(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
     try:
-        content = read_yaml(Path(path))
+        content = {} if path is None else read_yaml(Path(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"could not read {path}: {error}; expected a YAML file of fields") from error
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Results of calibration: the deferral rate and metric measured at each threshold, and the choice of a threshold."""
+"""Calibration: its options, the deferral rate and metric measured at each threshold, and the choice of a threshold."""
 
 from __future__ import annotations
 
@@ -6,14 +6,40 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from collm.core.params import SamplingParams
 from collm.errors import ConfigError
 from collm.untrusted import check_fields
 
-DEFERRAL_RATES = tuple(i / 10 for i in range(11))
-"""Deferral rates that calibration aims at by default."""
 
-REFINE = 3
-"""Number of thresholds that calibration adds near the best one by default."""
+@dataclass
+class CalibrationOptions:
+    """How thresholds are chosen. A ConfigError for a rate or budget outside [0, 1], and a negative `refine`.
+
+    Attributes:
+        metric: metric of the completions: exact_match, contains, last_number, token_f1 or module:function.
+        rates: target deferral rates, by default 0, 0.1, .. 1.
+        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
+        refine: number of thresholds to add near the best one, and near that of each budget.
+        max_new_tokens: maximum number of tokens of a completion.
+        stop: texts that end a completion.
+        max_batch: maximum number of prompts decoded at once.
+        params: sampling parameters, greedy and with the two above. Others can be set.
+    """
+
+    metric: str = "exact_match"
+    rates: list[float] = field(default_factory=lambda: [i / 10 for i in range(11)], metadata={"flag": "--rate"})
+    budgets: list[float] = field(default_factory=list, metadata={"flag": "--budget"})
+    refine: int = 3
+    max_new_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+    max_batch: int = 16
+
+    def __post_init__(self) -> None:
+        if outside := [rate for rate in (*self.rates, *self.budgets) if not 0 <= rate <= 1]:
+            raise ConfigError(f"cannot aim at a deferral rate of {outside[0]}, expected numbers from 0 to 1")
+        if self.refine < 0:
+            raise ConfigError(f"refine is {self.refine}, expected 0 or more thresholds")
+        self.params = SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.stop)
 
 
 def threshold_text(threshold: float) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from collm.atomic import write_error
 from collm.core.types import FinishReason, ModelUsage
@@ -60,42 +60,36 @@ class AnswerFile:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
-                self._take(json.loads(line), now)
+                ((kind, record),) = json.loads(line).items()
+                if kind == "identity":
+                    _check(path, record, now)
+                elif kind == "answer":
+                    self.answers[record["id"]] = Answer(**record)
+                else:
+                    usage = {name: ModelUsage(**used) for name, used in record["usage"].items()}
+                    self.batches.append(BatchCost(**{**record, "usage": usage}))
             except DAMAGED as error:
                 raise ArtefactError(f"{path}, line {number} is damaged ({error}); delete the file") from error
         if identity is not None:
-            self._write(lambda stream: stream.truncate(sum(len(line) + 1 for line in lines)))
-            if not lines:
-                self._append({"identity": now})
+            self._write(*([] if lines else [{"identity": now}]), after=sum(len(line) + 1 for line in lines))
 
     def add(self, answer: Answer) -> None:
         self.answers[answer.id] = answer
-        self._append({"answer": asdict(answer)})
+        self._write({"answer": asdict(answer)})
 
     def add_batch(self, batch: BatchCost) -> None:
         self.batches.append(batch)
-        self._append({"batch": asdict(batch)})
+        self._write({"batch": asdict(batch)})
 
-    def _take(self, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        if "identity" in record:
-            _check(self.path, record["identity"], now)
-        elif "answer" in record:
-            self.answers[record["answer"]["id"]] = Answer(**record["answer"])
-        else:
-            batch = record["batch"]
-            usage = {name: ModelUsage(**used) for name, used in batch["usage"].items()}
-            self.batches.append(BatchCost(batch["ids"], usage, batch["seconds"]))
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        self._write(lambda stream: stream.write(line.encode()))
-
-    def _write(self, change: Callable[[BinaryIO], object]) -> None:
+    def _write(self, *records: Mapping[str, Any], after: int | None = None) -> None:
+        """Append records, after the first bytes if their number is given."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             opener = lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
             with open(self.path, "ab", opener=opener) as stream:
-                change(stream)
+                if after is not None:
+                    stream.truncate(after)
+                stream.writelines(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in records)
         except OSError as error:
             raise write_error(self.path, error) from error
 
@@ -109,10 +103,7 @@ def answer_path(directory: Path, system: str) -> Path:
 
 def read_answers(directory: Path, system: str) -> dict[str, Answer]:
     """The answers of one system, by item."""
-    path = answer_path(directory, system)
-    if not path.exists():
-        raise ArtefactError(f"there is no {path}; run the same 'collm eval' again")
-    return AnswerFile(path).answers
+    return AnswerFile(answer_path(directory, system)).answers
 
 
 def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from collm.collaboration import CoLLM
-from collm.core.calibration import (
-    DEFERRAL_RATES,
-    REFINE,
-    Calibration,
-    CalibrationPoint,
-    HeldOutCheck,
-    best_within,
-)
-from collm.core.params import SamplingParams
+from collm.core.calibration import Calibration, CalibrationOptions, CalibrationPoint, HeldOutCheck, best_within
 from collm.core.types import BASE, Completion, check_threshold
 from collm.errors import ConfigError, DataError
 from collm.evaluation.gold import ASSISTANTS_ALONE, BASE_ALONE
 from collm.evaluation.intervals import Interval, bootstrap_interval, independent_difference, ratio_interval
 from collm.evaluation.metrics import metric_named
 from collm.training.data import Row
+from collm.training.scoring import OnProgress
 
 EVEN_ODDS = 0.5
 _NARROW = 0.01  # a step in deferral rate that is not refined further
-
-OnCompletion = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How thresholds are found and measured.
-
-    Attributes:
-        metric: a name from `metrics.METRICS` or "module:function".
-        params: sampling parameters. Greedy by default.
-        rates: target deferral rates. 0 (the base alone) is always measured.
-        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
-        refine: number of thresholds to add near the best one, and near that of each budget. Fewer if no step is wider
-            than 1 %.
-        max_batch: maximum number of prompts decoded at once.
-
-    Raises:
-        ConfigError: an unknown metric, a rate or budget outside [0, 1], or a negative `refine`.
-    """
-
-    metric: str = "exact_match"
-    params: SamplingParams = field(default_factory=SamplingParams)
-    rates: Sequence[float] = DEFERRAL_RATES
-    budgets: Sequence[float] = ()
-    refine: int = REFINE
-    max_batch: int = 16
-
-    def __post_init__(self) -> None:
-        outside = [rate for rate in (*self.rates, *self.budgets) if not 0 <= rate <= 1]
-        if outside:
-            raise ConfigError(f"cannot aim at a deferral rate of {outside[0]}, expected numbers from 0 to 1")
-        if self.refine < 0:
-            raise ConfigError(f"refine is {self.refine}, expected 0 or more thresholds")
-        metric_named(self.metric)
 
 
 def calibrate(
@@ -72,14 +30,13 @@ def calibrate(
     *,
     guesses: Sequence[float] = (),
     settings: dict[str, Any] | None = None,
-    on_completion: OnCompletion | None = None,
+    on_completion: OnProgress = lambda done, total: None,
 ) -> Calibration:
     """Measure deferral rate and metric at several thresholds. Sets and returns `model.calibration`.
 
     The base first writes every answer alone. The quantiles of its defer probs are the thresholds that would give
-    `rates` on its own text (arXiv 2403.03870). 1/2 is added. Near the best threshold, and near the best one within each
-    budget, `refine` times the median of the defer probs in the widest adjacent step in deferral rate is added. The
-    answers are generated at each threshold, so the recorded rates are measured rates.
+    `rates` on its own text (arXiv 2403.03870). To these and 1/2, `refine` times the median of the defer probs in the
+    widest step beside the best threshold is added, also for each budget. Answers are generated at each threshold.
 
     Args:
         rows: the validation set: prompts with their reference completions.
@@ -89,25 +46,22 @@ def calibrate(
 
     Raises:
         DataError: no rows.
-        ConfigError: an invalid guess.
+        ConfigError: an unknown metric, or an invalid guess.
     """
     if not rows:
         raise DataError("the validation set is empty; calibration needs at least one prompt with its reference")
     options = options or CalibrationOptions()
     guesses = [check_threshold(guess) for guess in guesses]
-    measuring = _Measuring(model, rows, options, on_completion)
     aims = [aim for aim in (1.0, *options.budgets) for _ in range(options.refine)]
-    measuring.expect(1 + len(_thresholds([EVEN_ODDS], options.rates, guesses)) + len(aims))
+    most = len([BASE_ALONE, EVEN_ODDS, *options.rates, *guesses, *aims])
+    measuring = _Measuring(model, rows, options, options.metric, most, on_completion)
     measuring.add(BASE_ALONE)
-    thresholds = _thresholds(measuring.defer_probs[BASE_ALONE].tolist(), options.rates, guesses)
-    measuring.expect(1 + len(thresholds) + len(aims))
-    for threshold in thresholds:
+    for threshold in _thresholds(measuring.defer_probs[BASE_ALONE].tolist(), options.rates, guesses):
         measuring.add(threshold)
     for aim in aims:
-        between = measuring.between(aim)
-        if between is not None:
+        if (between := measuring.between(aim)) is not None:
             measuring.add(between)
-    measuring.expect(len(measuring.points))
+    on_completion(measuring.done, measuring.done)
     points = sorted(measuring.points, key=lambda point: (point.deferral_rate, -point.threshold))
     params = options.params
     used = {"max_new_tokens": params.max_new_tokens, "temperature": params.temperature, **(settings or {})}
@@ -120,21 +74,16 @@ def check_on(
     rows: Sequence[Row],
     options: CalibrationOptions | None = None,
     *,
-    on_completion: OnCompletion | None = None,
+    on_completion: OnProgress = lambda done, total: None,
 ) -> Calibration:
     """Check on new prompts that the chosen thresholds give the calibrated deferral rate and metric.
 
-    The best of many thresholds was partly lucky, so its metric on other prompts is slightly lower. The interval of
-    each difference is that of two independent means (`intervals.independent_difference`). Sets and returns
+    The best of many thresholds was partly lucky, so its metric on other prompts is slightly lower. Sets and returns
     `model.calibration`, now with its `checks`.
 
     Args:
         rows: prompts that calibration has not seen, with their reference completions.
-        options: the options of the calibration. The metric is always that of the calibration.
-
-    Raises:
-        DataError: no rows.
-        ConfigError: the collaboration is not calibrated, or no threshold is within one of its budgets.
+        options: those of the calibration. The metric is always that of the calibration.
     """
     if not rows:
         raise DataError("there are no prompts to check the thresholds on; expected at least one")
@@ -142,19 +91,16 @@ def check_on(
     if calibration is None:
         raise ConfigError("the collaboration is not calibrated, so there is nothing to check; calibrate it first")
     chosen = {budget: calibration.best(budget) for budget in (1.0, *calibration.budgets)}
-    options = replace(options or CalibrationOptions(), metric=calibration.metric_name)
-    measuring = _Measuring(model, rows, options, on_completion)
-    thresholds = {point.threshold for point in chosen.values()}
-    measuring.expect(len(thresholds))
+    thresholds, options = {point.threshold for point in chosen.values()}, options or CalibrationOptions()
+    measuring = _Measuring(model, rows, options, calibration.metric_name, len(thresholds), on_completion)
     measured = {threshold: measuring.add(threshold) for threshold in thresholds}
     checks = []
     for budget, promised in chosen.items():
         found = measured[promised.threshold]
         rates = [Interval(one.deferral_rate, one.rate_low, one.rate_high) for one in (found, promised)]
         metrics = [Interval(one.metric, one.low, one.high) for one in (found, promised)]
-        rate, metric = independent_difference(*rates), independent_difference(*metrics)
-        ends = (rate.low, rate.high), (metric.low, metric.high)
-        checks.append(HeldOutCheck(budget, promised, found, len(rows), *ends))
+        differences = [independent_difference(*both) for both in (rates, metrics)]
+        checks.append(HeldOutCheck(budget, promised, found, len(rows), *((one.low, one.high) for one in differences)))
     model.calibration = replace(calibration, checks=checks)
     return model.calibration
 
@@ -171,19 +117,19 @@ class _Measuring:
     """Generates and scores the rows at one threshold after another, and reports the progress over all of them."""
 
     def __init__(
-        self, model: CoLLM, rows: Sequence[Row], options: CalibrationOptions, report: OnCompletion | None
+        self,
+        model: CoLLM,
+        rows: Sequence[Row],
+        options: CalibrationOptions,
+        metric: str,
+        most: int,
+        report: OnProgress,
     ) -> None:
         self.model, self.rows, self.options = model, rows, options
         self.points: list[CalibrationPoint] = []
         self.defer_probs: dict[float, Tensor] = {}  # of all tokens at each threshold, fp64, shape (M,)
-        self._score, self._report = metric_named(options.metric), report or (lambda done, total: None)
-        self._done = self._total = 0
-
-    def expect(self, thresholds: int) -> None:
-        """Set the number of thresholds in all, including those that are done."""
-        self._total = len(self.rows) * thresholds
-        if self._done:
-            self._report(self._done, self._total)
+        self._score, self._report = metric_named(metric), report
+        self.done, self._most = 0, len(rows) * most
 
     def add(self, threshold: float) -> CalibrationPoint:
         """Measure a threshold."""
@@ -201,8 +147,8 @@ class _Measuring:
         return self.points[-1]
 
     def _count(self, index: int, completion: Completion) -> None:
-        self._done += 1
-        self._report(self._done, self._total)
+        self.done += 1
+        self._report(self.done, self._most)
 
     def between(self, budget: float) -> float | None:
         """A threshold in the widest step in deferral rate next to the best within the budget; None if there is none."""
@@ -212,9 +158,7 @@ class _Measuring:
         # Each step leads to the next point.
         steps = {step for step in (best - 1, best, beyond - 1) if 0 <= step < len(points) - 1}
         widths = {step: points[step + 1].deferral_rate - points[step].deferral_rate for step in steps}
-        for step in sorted(steps, key=lambda step: -widths[step]):
-            if widths[step] < _NARROW:
-                return None
+        for step in sorted((step for step in steps if widths[step] >= _NARROW), key=lambda step: -widths[step]):
             higher, lower = points[step].threshold, points[step + 1].threshold
             probs = self.defer_probs[higher]
             inside = probs[(probs < higher) & (probs > lower)]

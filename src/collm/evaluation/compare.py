@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from collm.atomic import sole_writer, write_text
 from collm.collaboration import CoLLM
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, ThresholdPolicy
-from collm.core.types import BASE, Completion, deferral_rate
+from collm.core.types import Completion, deferral_rate
 from collm.engine.candidates import Candidates
 from collm.errors import CollmError, DataError, ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, BatchCost, answer_path, read_answers
@@ -28,17 +28,18 @@ from collm.models.members import as_member, spec_of
 from collm.text.chats import Chat
 from collm.text.template import Prompt
 from collm.training.data import Row
+from collm.training.scoring import OnProgress
 from collm.untrusted import contained, read_text
 
 NUM_EXAMPLES = 12  # answers of a kind in a report, at most
 MAX_BYTES = 1 << 30  # of a file of an evaluation, at most
 
-OnProgress = Callable[[int, int], None]
+Asked = tuple[TaskItem, SamplingParams]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The items of a task, and how systems answer them.
+    """The items of a task, each with its own id, and how systems answer them.
 
     Attributes:
         task: renders and scores the items, and defines where answers end.
@@ -46,9 +47,6 @@ class Evaluation:
         chat: send items as chat messages of the user, for a collaboration trained on chats.
         max_batch: maximum number of prompts decoded at once.
         seed: with sampling, item i has seed + i, also after a resume.
-
-    Raises:
-        DataError: no items, or two items with the same id.
     """
 
     task: Task
@@ -76,7 +74,7 @@ class Evaluation:
         engine.add(model.request(self.prompt(self.items[0], model), self._sampling(model, policy)[0], policy))
         engine.close()
 
-    def answers(self, system: System, out: Path, *, rate: float, report: OnProgress | None) -> tuple[AnswerFile, CoLLM]:
+    def answers(self, system: System, out: Path, *, rate: float, report: OnProgress) -> tuple[AnswerFile, CoLLM]:
         """The answers of a system to all items, and its model. Answers that are already in the file are reused."""
         model, policy = system.load(), system.at_rate(rate)
         params = self._sampling(model, policy)
@@ -95,8 +93,7 @@ class Evaluation:
         left = [pair for pair in zip(self.items, params, strict=True) if pair[0].id not in file.answers]
         for start in range(0, len(left), self.max_batch):
             self._batch(left[start : start + self.max_batch], system, model, policy, file)
-            if report is not None:
-                report(len(file.answers), len(self.items))
+            report(len(file.answers), len(self.items))
         return file, model
 
     def prompt(self, item: TaskItem, model: CoLLM) -> Prompt:
@@ -108,21 +105,13 @@ class Evaluation:
         return [_as_chat(row) if self.chat and row.messages is None else row for row in rows]
 
     def _sampling(self, model: CoLLM, policy: Policy) -> list[SamplingParams]:
-        """The parameters of each item."""
         stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
         params = replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop, seed=None)
         if not policy.draws and params.temperature == 0:
             return [params] * len(self.items)
         return [replace(params, seed=self.seed + place) for place in range(len(self.items))]
 
-    def _batch(
-        self,
-        batch: Sequence[tuple[TaskItem, SamplingParams]],
-        system: System,
-        model: CoLLM,
-        policy: Policy,
-        file: AnswerFile,
-    ) -> None:
+    def _batch(self, batch: Sequence[Asked], system: System, model: CoLLM, policy: Policy, file: AnswerFile) -> None:
         items, params = zip(*batch, strict=True)
         prompts = [self.prompt(item, model) for item in items]
         failed = {runner.name: runner.usage.failed for runner in model.runners}
@@ -225,14 +214,9 @@ class Comparison:
         those of the base alone.
         """
         own, measure = self.answers[COLLABORATION], self.measure or ""
-        worse = [
-            mine
-            for mine, alone in zip(own, self.answers.get("base", []), strict=False)
-            if any(author != BASE for author in mine.authors)
-            and measure in mine.scores
-            and mine.scores[measure] < alone.scores.get(measure, 0.0)
-        ]
-        return own[:NUM_EXAMPLES], worse[:NUM_EXAMPLES]
+        pairs = zip(own, self.answers.get("base", []), strict=False)
+        less = [one for one, base in pairs if one.scores.get(measure, math.inf) < base.scores.get(measure, 0.0)]
+        return own[:NUM_EXAMPLES], [one for one in less if deferral_rate(one.authors) > 0][:NUM_EXAMPLES]
 
 
 def compare(
@@ -241,31 +225,28 @@ def compare(
     out: Path,
     *,
     settings: Mapping[str, Any] | None = None,
-    progress: Callable[[str], OnProgress] | None = None,
+    on_answer: OnProgress = lambda done, total: None,
 ) -> Comparison:
     """Let every system answer every item.
 
     Each answer is written to `out`/answers/NAME.jsonl immediately, so an interrupted evaluation can resume. The results
-    are written to `out`/results.json. For the report there are items.json, and candidates.json with the most probable
-    tokens of each author for some answers. What only the report shows comes last; if it cannot be computed, it is left
-    out with the reason. For a task with an external judge, outputs/NAME.json is the judge's input.
+    are in `out`/results.json, what the report needs in items.json and candidates.json, and the input of an external
+    judge in outputs/NAME.json. What only the report shows comes last; if it fails, it is left out with the reason.
 
     Args:
         systems: the collaboration first, as from `systems_named`.
         settings: stored with the results.
-        progress: called with a system's name. Returns a callback for (items done, items in all).
+        on_answer: called with (items done, items in all) of each system.
 
     Raises:
-        ConfigError: `out` holds the answers of another evaluation, another process writes there, or the collaboration
-            cannot decode as a system does.
+        ConfigError: `out` holds another evaluation or is in use, or the collaboration cannot decode as a system does.
         ArtefactError: a link in `out` leads out.
-        ModelFailure, ToolFailure: a model failed. The run stops and the item is not scored as wrong. Earlier answers
-            are kept.
+        ModelFailure, ToolFailure: a model failed. The item is not scored as wrong, and earlier answers are kept.
     """
     for system in systems:
         evaluation.check(system)
     task, items = evaluation.task, evaluation.items
-    answers, results = _answered(systems, evaluation, out, progress)
+    answers, results = _answered(systems, evaluation, out, on_answer)
     model, threshold = systems[0].load(), cast(ThresholdPolicy, systems[0].policy).threshold
     used = {
         **(settings or {}),
@@ -273,8 +254,8 @@ def compare(
         **{name: getattr(evaluation, name) for name in ("seed", "chat", "max_batch")},
         "versions": library_versions(),
     }
-    measure, authors = task.main_measure(items), model.author_names
-    found = Comparison(task.name, measure, items, results, answers, authors, threshold, used)
+    about = task.name, task.main_measure(items), items
+    found = Comparison(*about, results, answers, model.author_names, threshold, used)
     _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
     _write(out / "results.json", found.to_dict())
     try:
@@ -288,15 +269,13 @@ def compare(
 
 
 def _answered(
-    systems: Sequence[System], evaluation: Evaluation, out: Path, progress: Callable[[str], OnProgress] | None
+    systems: Sequence[System], evaluation: Evaluation, out: Path, report: OnProgress
 ) -> tuple[dict[str, list[Answer]], list[SystemResult]]:
-    """The answers and the result of each system, in order."""
     task, items = evaluation.task, evaluation.items
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
     with sole_writer(contained(out)):
         for system in systems:
-            report = progress(system.name) if progress else None
             authors = [author for answer in answers.get(COLLABORATION, ()) for author in answer.authors]
             file, model = evaluation.answers(system, out, rate=deferral_rate(authors), report=report)
             answers[system.name] = [file.answers[item.id] for item in items]
@@ -339,10 +318,8 @@ def _as_chat(row: Row) -> Row:
 
 
 def _digest(model: CoLLM) -> str:
-    """A hash of the head and of the sources of the models."""
-    digest = hashlib.sha256(
-        json.dumps([str(spec_of(as_member(one))) for one in (model.base, *model.assistants)]).encode()
-    )
+    sources = [str(spec_of(as_member(one))) for one in (model.base, *model.assistants)]
+    digest = hashlib.sha256(json.dumps(sources).encode())
     for tensor in model.head.state_dict().values():
         digest.update(tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()

@@ -25,11 +25,7 @@ BASE_ALONE, ASSISTANTS_ALONE = 1.0, -1.0
 
 
 def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None = None) -> Examples:
-    """Encode rows with the collaboration's templates, for each author.
-
-    Args:
-        max_length: maximum number of tokens of an example; None for the models' context.
-    """
+    """Encode rows for each author, with at most `max_length` tokens, by default the models' context."""
     model.check_in_memory()
     if max_length is None:
         max_length = min((one.max_length for one in model.members if one.max_length is not None), default=sys.maxsize)
@@ -38,14 +34,8 @@ def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None =
 
 @torch.inference_mode()
 def gold_views(model: CoLLM, examples: Examples, scores: Sequence[Scores] | None = None) -> TokenViews:
-    """The predictions of base, head and assistants for every target token, from one pass of each model.
-
-    Args:
-        scores: scores of the assistants on these examples. With them, only the base is loaded.
-
-    Raises:
-        ConfigError: an example is longer than a model's context, or the models are on servers.
-        ModelFailure, ToolFailure: a model returned NaN logits, or a tool failed.
+    """The predictions of base, head and assistants for every target token. With the assistants' `scores` on these
+    examples, only the base is loaded.
     """
     model.check_in_memory()
     if scores is None:
@@ -83,11 +73,7 @@ def deferred(views: TokenViews) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def greedy_writes(views: TokenViews, threshold: float) -> Tensor:
-    """Whether greedy decoding at this threshold writes each gold token after the gold tokens before it.
-
-    It does if the gold token is the argmax of the author that the threshold rule chooses. Where a tool abstains, the
-    author is the base. bool, shape (N,).
-    """
+    """Whether greedy decoding at this threshold writes each gold token after those before it, bool, shape (N,)."""
     _, correct, _ = deferred(views)
     return torch.where(defer_probs(views.defer_logits) > threshold, correct, views.base_correct)
 
@@ -95,8 +81,7 @@ def greedy_writes(views: TokenViews, threshold: float) -> Tensor:
 def reliability(views: TokenViews, num_bins: int = 10) -> list[dict[str, float]]:
     """The tokens that exactly one of two authors predicts correctly, in bins of equal width by defer prob.
 
-    The authors are the base and the assistant with the highest defer logit. If both are right or both are wrong, the
-    choice does not matter, and the likelihood hardly trains the head there.
+    The authors are the base and the assistant with the highest defer logit.
 
     Returns:
         For each bin with tokens: the mean defer prob, the share that the assistant predicts correctly with the ends of

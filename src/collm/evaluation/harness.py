@@ -6,8 +6,9 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import formatannotation
 from itertools import count
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import torch
 
@@ -24,6 +25,7 @@ from collm.text.template import tokenize
 from collm.training.examples import Example, Examples, aligned_example, joined
 from collm.training.measures import TokenViews
 from collm.training.scoring import progress_bar
+from collm.untrusted import fits
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -41,16 +43,7 @@ AUTO_GROUP = 256  # texts scored together with batch size "auto"; they are divid
 UNCHOSEN_DEVICE = "cuda:0"  # the default of the harness's command line, for which the artefact's device is taken
 MAX_GEN_TOKS = 256  # the default of the harness's own models
 
-_LOADING = {"pretrained": (str, int), "device": (str,), "dtype": (str,), "trust_code": (bool,)}
-_KINDS = _LOADING | {
-    "threshold": (float, int),
-    "budget": (float, int),
-    "policy": (str,),
-    "batch_size": (int, str),
-    "max_length": (int,),
-    "add_bos_token": (bool,),
-}
-"""The model arguments and their types."""
+_LOADING: dict[str, Any] = {"pretrained": str | int, "device": str, "dtype": str, "trust_code": bool}
 
 Pair = tuple[Any, list[int], list[int]]
 """A request's texts (None for a window of a longer text), its context tokens, and its continuation tokens."""
@@ -59,9 +52,9 @@ Pair = tuple[Any, list[int], list[int]]
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """A collaboration as a model of lm-evaluation-harness.
 
-    Likelihoods are those of the joint model, log sum_z P(z | x_<t) P_z(x_t | x_<t) per token in fp32. They do not
-    depend on the threshold. A continuation is greedy if greedy decoding at the operating threshold writes it
-    (`gold.greedy_writes`). The artefact's prompt template is not used, its chat template with `--apply_chat_template`.
+    Likelihoods are those of the joint model, log sum_z P(z | x_<t) P_z(x_t | x_<t) per token in fp32, whatever the
+    threshold. A continuation is greedy if greedy decoding at the operating threshold writes it (`gold.greedy_writes`).
+    The artefact's prompt template is not used, its chat template with `--apply_chat_template`.
 
     Args:
         threshold, budget: as for `CoLLM.generate`. By default the calibrated threshold.
@@ -118,10 +111,10 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context: BOS, or EOS if there is no BOS."""
-        for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token_id is not None:
-                return cast(int, token_id)
-        raise ConfigError("the tokenizer has neither BOS nor EOS to put before a text; set one")
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise ConfigError("the tokenizer has neither BOS nor EOS to put before a text; set one")
+        return cast(int, eos if bos is None else bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         special = self.add_bos_token is not False if add_special_tokens is None else add_special_tokens
@@ -138,8 +131,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The collaboration's chat template, for the harness's results; None if chats are not rendered."""
         if isinstance(chat_template, str):
-            why = "a collaboration has one template without a name"
-            raise ConfigError(f"chat template {chat_template!r} does not exist; {why}")
+            raise ConfigError(f"chat template {chat_template!r} does not exist; a collaboration has one without a name")
         return self.model.template.chat if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -243,19 +235,18 @@ def _log_likelihood(views: TokenViews) -> float:
 
 def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of `CoLLM.from_pretrained` and of `HarnessLM`, from `--model_args` and options of the harness."""
-    unchosen = {"device": UNCHOSEN_DEVICE}
-    chosen = {name: value for name, value in options.items() if value is not None and value != unchosen.get(name)}
+    unchosen = [("device", UNCHOSEN_DEVICE)]
+    chosen = {name: value for name, value in options.items() if value is not None and (name, value) not in unchosen}
     twice = sorted(given.keys() & chosen.keys())
     if twice:
         raise ConfigError(f"{', '.join(twice)} is given in --model_args and as --{twice[0]}; give the option only")
-    merged = {**given, **chosen}
-    unknown = sorted(merged.keys() - _KINDS.keys())
-    if unknown:
-        raise ConfigError(f"unknown model argument {', '.join(unknown)}; expected {', '.join(_KINDS)}")
+    merged, hints = {**given, **chosen}, get_type_hints(HarnessLM.__init__)
+    kinds = _LOADING | {name: kind for name, kind in hints.items() if name not in ("model", "return")}
+    if unknown := sorted(merged.keys() - kinds.keys()):
+        raise ConfigError(f"unknown model argument {', '.join(unknown)}; expected {', '.join(kinds)}")
     for name, value in merged.items():
-        if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
-            kinds = " or ".join(kind.__name__ for kind in _KINDS[name])
-            raise ConfigError(f"model argument {name} is {value!r}, expected {kinds}")
+        if not fits(value, kinds[name]):
+            raise ConfigError(f"model argument {name} is {value!r}, expected {formatannotation(kinds[name])}")
     if "pretrained" not in merged:
         raise ConfigError("there is no collaboration; add pretrained=DIR to --model_args")
     path = str(merged.pop("pretrained"))
@@ -265,13 +256,10 @@ def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tup
 
 def _max_length(model: CoLLM, wanted: int | None) -> int:
     """Maximum number of tokens of a sequence, by default the shortest context of all models."""
-    limits = [member.max_length for member in model.members if member.max_length is not None]
-    if wanted is None:
-        return min(limits, default=DEFAULT_MAX_LENGTH)
-    if wanted < 1 or wanted > min(limits, default=wanted):
-        limit = min(limits, default="any")
-        raise ConfigError(f"max_length is {wanted}, expected from 1 to {limit}, the models' context")
-    return wanted
+    limit = min((one.max_length for one in model.members if one.max_length is not None), default=None)
+    if wanted is not None and not 1 <= wanted <= (limit or wanted):
+        raise ConfigError(f"max_length is {wanted}, expected from 1 to {limit or 'any'}, the models' context")
+    return wanted or limit or int(DEFAULT_MAX_LENGTH)
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:

@@ -29,14 +29,10 @@ class Interval:
 def bootstrap_interval(scores: Sequence[float]) -> Interval:
     """An interval for the mean of `scores`, one score in [0, 1] per item; a DataError for other numbers or none.
 
-    Percentile bootstrap over the items, except in two cases where it would claim too much:
-
-    - scores that are all 0 or 1: the Wilson score interval (Wilson 1927). Resampling only approximates the binomial.
-      With 1 right of 20 its lower end is 0, which one right answer refutes.
-    - scores that are all equal: resampling would give a width of 0. Items that score otherwise may exist, but by
-      Wilson's bound their share is at most z^2 / (n + z^2). The ends assume that those score 0 and 1.
-
-    With few items, or scores nearly all equal, resampling is still too narrow.
+    Percentile bootstrap over the items, except in two cases where it would claim too much: if all scores are 0 or 1,
+    the Wilson score interval (Wilson 1927); if all are equal, resampling would give a width of 0, so the ends assume
+    that a share z^2 / (n + z^2), Wilson's bound of what was not seen, scores 0 or 1. With few items, or scores nearly
+    all equal, resampling is still too narrow.
     """
     values = _checked_values(scores)
     if bool(((values == 0) | (values == 1)).all()):
@@ -76,9 +72,8 @@ def statistic_interval(statistic: Callable[[Tensor], Tensor], items: Sequence[Se
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     """An interval for mean(a) - mean(b), where a[i] and b[i] are scores in [0, 1] of the same item.
 
-    Percentile bootstrap over the items' differences. It is much narrower than two separate intervals, because an item
-    that is hard for one is hard for both. Differences that are all equal are treated as in `bootstrap_interval`, with
-    -1 and 1 as the ends of the unseen share.
+    Percentile bootstrap over the items' differences, much narrower than two separate intervals. Differences that are
+    all equal are treated as in `bootstrap_interval`, with -1 and 1 as the ends of the unseen share.
     """
     if len(a) != len(b):
         raise DataError(f"{len(a)} and {len(b)} scores to compare, expected one of each per item, in one order")
@@ -88,8 +83,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
 def independent_difference(a: Interval, b: Interval) -> Interval:
     """An interval for the difference of two means over different items, from the interval of each.
 
-    Square and add (Newcombe 1998, method 10; Zou and Donner 2008): each end is as far from the difference as the two
-    ends that push it that way are from their means, squared and added. That keeps the skewness of both.
+    Square and add (Newcombe 1998, method 10; Zou and Donner 2008), which keeps the skewness of both.
     """
     difference = a.mean - b.mean
     below = math.hypot(a.mean - a.low, b.high - b.mean)
@@ -101,10 +95,9 @@ def _checked_values(scores: Sequence[float]) -> Tensor:
     values = torch.tensor(scores, dtype=torch.float64)
     if not len(values):
         raise DataError("no scores to take a mean of, expected at least one item")
-    outside = ~((values >= 0) & (values <= 1))  # true for NaN
-    if bool(outside.any()):
-        item = int(outside.int().argmax())
-        raise DataError(f"score of item {item} is {scores[item]}, expected a number from 0 to 1")
+    for item, score in enumerate(scores):
+        if not 0 <= score <= 1:  # also for NaN
+            raise DataError(f"score of item {item} is {score}, expected a number from 0 to 1")
     return values
 
 

@@ -1,7 +1,4 @@
-"""A report: a table of systems, charts, and answers with the author of every token, as one HTML page.
-
-The page is readable by eye, keyboard and screen reader.
-"""
+"""A report: a table of systems, charts, and answers with the author of every token, as one HTML page."""
 
 from __future__ import annotations
 
@@ -149,8 +146,8 @@ class Chart:
     unit: str = "%"
 
     def __post_init__(self) -> None:
-        used = [] if self.in_use is None else [self.in_use]
-        for x in [*used, *(point.x for point in [*self.curve, *self.marks])]:
+        used = self.in_use or 0.0
+        for x in [used, *(point.x for point in [*self.curve, *self.marks])]:
             if not (0 <= x <= 1 or (self.unit != "%" and 0 <= x < math.inf)):
                 expected = "a share from 0 to 1 (a percentage over 100)" if self.unit == "%" else "at least 0"
                 raise DataError(f"chart {self.name!r} has a point at {x} {self.unit}, expected {expected}")
@@ -242,15 +239,9 @@ def render_page(report: Report) -> str:
 
 @cache
 def _template() -> Template:
+    safe: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "finalize": _printable}
     loader = PackageLoader("collm.evaluation", ".")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **safe)
     environment.filters |= {
         "css": "{:.2%}".format,
         "percent": "{:.1%}".format,
@@ -283,27 +274,23 @@ def _drawn(chart: Chart) -> Markup:
         axes = figure.subplots()
         points = sorted(chart.curve, key=lambda point: point.x)
         if points:
-            x = [point.x for point in points]
-            low, high = [point.low for point in points], [point.high for point in points]
+            x, y, low, high = zip(*((point.x, point.y, point.low, point.high) for point in points), strict=True)
             axes.fill_between(x, low, high, color=_CURVE, alpha=0.2, linewidth=0)
-            axes.plot(x, [point.y for point in points], color=_CURVE, marker="o", markersize=3)
+            axes.plot(x, y, color=_CURVE, marker="o", markersize=3)
         for mark, shape in zip(chart.marks, cycle(_SHAPES), strict=False):
             axes.vlines(mark.x, mark.low, mark.high, color=_INK, linewidth=1)
             axes.plot(mark.x, mark.y, shape, color=_INK, markersize=6, label=visible(mark.name))
         for (name, corners), style in zip(chart.lines.items(), cycle((":", "--", "-.")), strict=False):
             axes.plot(*zip(*corners, strict=True), linestyle=style, color=_INK, label=name)
-        if chart.in_use is not None:
-            label = f"in use: {chart.worded(chart.in_use)}"
-            axes.axvline(chart.in_use, color=_INK, linewidth=0.8, alpha=0.4, label=label)
+        if (used := chart.in_use) is not None:
+            axes.axvline(used, color=_INK, linewidth=0.8, alpha=0.4, label=f"in use: {chart.worded(used)}")
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        if chart.unit == "%":
-            axes.xaxis.set_major_formatter(PercentFormatter(1))
+        for axis in (axes.yaxis, axes.xaxis)[: 2 if chart.unit == "%" else 1]:
+            axis.set_major_formatter(PercentFormatter(1))
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2)
-        stream = io.StringIO()
         unstated = dict.fromkeys(["Date", "Creator", "Format", "Type"])
-        figure.savefig(stream, format="svg", transparent=True, metadata=unstated)
+        figure.savefig(stream := io.StringIO(), format="svg", transparent=True, metadata=unstated)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_CURVE, "var(--curve)")
     # Styles would hold for the whole page, and other pictures have groups of the same names.

@@ -59,8 +59,7 @@ class SystemResult:
 
     def work(self) -> list[tuple[str, ...]]:
         """The name of each model, and its tokens read, tokens written and forward passes per item, as texts."""
-        shown = ("tokens_read", "tokens_written", "forward_passes")
-        return [(model, *(f"{used[key]:,.1f}" for key in shown)) for model, used in self.models.items()]
+        return [(model, *(f"{used[key]:,.1f}" for key in PER_ITEM[:3])) for model, used in self.models.items()]
 
 
 def result_of(
@@ -76,21 +75,16 @@ def result_of(
     measured = {id_ for batch in file.batches for id_ in batch.ids}
     written = sum(len(answer.authors) for answer in mine if answer.id in measured)
     per_item = _usage_per_item(file)
-    authors = {runner.name: author for author, runner in enumerate(model.runners)}
-    difference = None
-    if system.name != COLLABORATION:
-        difference = _difference(task.main_measure(items), mine, answers[COLLABORATION])
+    weights = {one.name: model.backend.weights_per_token(author) for author, one in enumerate(model.runners)}
+    measure = None if system.name == COLLABORATION else task.main_measure(items)
     return SystemResult(
         name=system.name,
         num_items=len(items),
         measures=task.aggregate([(item, one.text, one.scores) for item, one in zip(items, mine, strict=True)]),
-        difference=difference,
+        difference=_difference(measure, mine, answers[COLLABORATION]),
         deferral_rate=deferral_rate([author for answer in mine for author in answer.authors]),
         models={system.called.get(name, name): used for name, used in per_item.items()},
-        flops=sum(
-            2.0 * model.backend.weights_per_token(authors[name]) * used["tokens_read"]
-            for name, used in per_item.items()
-        ),
+        flops=sum(2.0 * weights[name] * used["tokens_read"] for name, used in per_item.items()),
         tokens_per_s=written / max(sum(batch.seconds for batch in file.batches), 1e-9),
         seconds=sum(answer.seconds for answer in mine) / len(mine),
     )
@@ -107,12 +101,9 @@ def _usage_per_item(file: AnswerFile) -> dict[str, dict[str, float]]:
 
 
 def _difference(measure: str | None, mine: Sequence[Answer], theirs: Sequence[Answer]) -> Interval | None:
-    """The paired difference over the items that have the main measure."""
-    pairs = [
-        (one.scores[measure], other.scores[measure])
-        for one, other in zip(mine, theirs, strict=True)
-        if measure is not None and measure in one.scores and measure in other.scores
-    ]
+    name = measure or ""
+    both = [(one.scores, other.scores) for one, other in zip(mine, theirs, strict=True)]
+    pairs = [(one[name], other[name]) for one, other in both if name in one and name in other]
     return paired_difference(*map(list, zip(*pairs, strict=True))) if pairs else None
 
 
@@ -152,19 +143,18 @@ def _against_assistant(own: SystemResult, other: SystemResult) -> str:
     assert other.difference is not None
     cost = own.flops / other.flops if other.flops else float("nan")
     speed = own.tokens_per_s / other.tokens_per_s if other.tokens_per_s else float("nan")
-    choice = f": of the two the {other.name} alone is the better choice"
     costs = f"{cost:.2f} times its FLOPs, {speed:.2f} times its tokens per second"
     if other.difference.low > 0:
-        worse = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
-        return f"{worse}{'' if cost < 1 else choice}."
-    known = "is better than" if other.difference.high < 0 else "cannot be told from"
-    points = _points(other.difference, -1)
-    compared = f"The collaboration {known} the {other.name} alone (difference {points}) and takes {costs}"
-    return f"{compared}{choice if other.difference.high >= 0 and cost >= 1 else ''}."
+        found = f"The {other.name} alone is better by {_points(other.difference, 1)}; the collaboration takes {costs}"
+    else:
+        known = "is better than" if other.difference.high < 0 else "cannot be told from"
+        points = _points(other.difference, -1)
+        found = f"The collaboration {known} the {other.name} alone (difference {points}) and takes {costs}"
+    is_worse = not cost < 1 if other.difference.low > 0 else other.difference.high >= 0 and cost >= 1
+    return f"{found}{f': of the two the {other.name} alone is the better choice' if is_worse else ''}."
 
 
 def _against_others(others: Mapping[str, SystemResult]) -> list[str]:
-    """One sentence, or none."""
     found = {name: result.difference for name, result in others.items() if result.difference is not None}
     groups = {
         "is better than": [name for name, one in found.items() if one.high < 0],
@@ -177,8 +167,7 @@ def _against_others(others: Mapping[str, SystemResult]) -> list[str]:
 
 def _listed(names: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
-    *before, last = names
-    return f"{', '.join(before)} and {last}" if before else last
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _points(difference: Interval, sign: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,20 @@ from collm.evaluation.report import (
 )
 from collm.evaluation.results import SystemResult
 from collm.evaluation.systems import COLLABORATION
-from collm.evaluation.tasks.task import TaskItem
 
 Corners = Sequence[tuple[float, float]]
 
 NUM_CORNERS = 32  # of the oracle's line, at most
 
+
+TOKEN_CLASSES = {
+    "no text": "",  # an EOS, or a part of a character
+    "white space": r"\s+",
+    "number": r"\s*[\d.,]*\d[\d.,]*%?\s*",
+    "punctuation": r"[\W_]+",
+    "word begins": r"\s.*",
+    "word goes on": ".*",
+}
 
 Prices = Mapping[str, tuple[float, float]]
 """For each model the prices of a million tokens that it reads (including its own) and that it writes."""
@@ -75,12 +84,7 @@ def priced(results: Sequence[SystemResult], prices: Prices) -> dict[str, float]:
 
 
 def report_of(directory: Path, prices: Prices | None = None) -> Report:
-    """The report of the `collm eval` output in a directory. Without prices, the chart of costs has FLOPs.
-
-    Raises:
-        ArtefactError: the directory has no finished evaluation, a damaged one, or a link that leads out.
-        ConfigError: a model has no price.
-    """
+    """The report of the `collm eval` output in a directory. Without prices, the chart of costs has FLOPs."""
     try:
         return _report(Comparison.read(directory).shortened(), prices)
     except DAMAGED as error:
@@ -89,8 +93,7 @@ def report_of(directory: Path, prices: Prices | None = None) -> Report:
 
 def _report(found: Comparison, prices: Prices | None) -> Report:
     rows = [_row(result, found.measure) for result in found.shown]
-    items = {item.id: item for item in found.items}
-    examples, astray = ([_shown(found, items[one.id], one) for one in answers] for answers in found.examples())
+    examples, astray = ([_shown(found, one) for one in answers] for answers in found.examples())
     work = [(f"{result.name}: {model}", *did) for result in found.shown for model, *did in result.work()]
     did = ("", "tokens read", "tokens written", "passes")
     costs = Table("costs", "What each model did for an item", "Means; one pass serves a whole batch.", did, work)
@@ -104,7 +107,7 @@ def _report(found: Comparison, prices: Prices | None) -> Report:
         astray=astray,
         authors=found.authors,
         tables=[_measures(found), costs, *deferral_tables(found.answers[COLLABORATION])],
-        details={"items": str(len(items)), "threshold": f"{found.threshold:.6g}", **_settings(found)},
+        details={"items": str(len(found.items)), "threshold": f"{found.threshold:.6g}", **_settings(found)},
     )
 
 
@@ -112,13 +115,14 @@ def _row(result: SystemResult, measure: str | None) -> SystemRow:
     score = result.measures.get(measure or "", Interval(0.0, 0.0, 0.0))
     note = f"latency {result.seconds:.3g} s, {result.flops / 1e9:.3g} GFLOP an item"
     if result.difference is not None:
-        mean, low, high = (100 * end for end in vars(result.difference).values())
+        mean, low, high = (100 * end for end in astuple(result.difference))
         note = f"{mean:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"
     ends = score.mean, score.low, score.high
     return SystemRow(result.name, *ends, result.deferral_rate, result.tokens_per_s, note)
 
 
-def _shown(found: Comparison, item: TaskItem, answer: Answer) -> ShownAnswer:
+def _shown(found: Comparison, answer: Answer) -> ShownAnswer:
+    item = next(one for one in found.items if one.id == answer.id)
     candidates: Sequence[Sequence[Candidates]] = found.candidates.get(answer.id) or [()] * len(answer.authors)
     tokens = zip(answer.token_texts, answer.authors, answer.defer_probs, candidates, strict=True)
     score = answer.scores.get(found.measure or "")
@@ -138,53 +142,38 @@ def _measures(found: Comparison) -> Table:
         return f"{100 * interval.mean:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
     names = list(found.results[0].measures)
-    shown = [] if names == [found.measure] else names
-    body = [(name, *(cell(one.measures[name]) for one in found.shown)) for name in shown]
+    body = [(name, *(cell(one.measures[name]) for one in found.shown)) for name in names if names != [found.measure]]
     return Table("measures", "All measures", "Mean and 95% interval.", ("", *(one.name for one in found.shown)), body)
 
 
 def deferral_tables(own: Sequence[Answer]) -> list[Table]:
     """What the assistants wrote of the collaboration's answers: kinds of tokens, tokens, and lengths of runs."""
-    classes, tokens = _counted(own, _token_class), _counted(own, str)
-    counted = f"Of all {sum(total for _, _, total in tokens):,} tokens of the collaboration's answers."
-    most_deferred = [one for one in tokens if one[1] > 0][:20]
+    pairs = (pair for answer in own for pair in zip(answer.token_texts, answer.authors, strict=True))
+    written = [(text, author != BASE) for text, author in pairs]
+    looks = TOKEN_CLASSES.items()
+    class_of = {text: next(name for name, look in looks if re.fullmatch(look, text, re.DOTALL)) for text, _ in written}
+    classes = _counted([(class_of[text], is_deferred) for text, is_deferred in written])
+    counted = f"Of all {len(written):,} tokens of the collaboration's answers."
+    often = _counted(written, most=20)
     grouped = (group for answer in own for group in groupby(answer.authors, lambda author: author != BASE))
     lengths = Counter(len(list(run)) for deferred, run in grouped if deferred)
     runs = [(str(length), f"{count:,}") for length, count in sorted(lengths.items())]
     deferring = ("", "by assistants", "in all", "share")
     return [
-        Table("classes", "What kind of token assistants write", "By its look.", deferring, _shares(classes)),
-        Table("tokens", "The tokens that assistants write most often", counted, deferring, _shares(most_deferred)),
+        Table("classes", "What kind of token assistants write", "By its look.", deferring, classes),
+        Table("tokens", "The tokens that assistants write most often", counted, deferring, often),
         Table("runs", "How many tokens in a row", "That assistants wrote.", ("tokens in a row", "times"), runs),
     ]
 
 
-def _token_class(text: str) -> str:
-    """What kind of token a text is. "no text" is an EOS or a part of a character."""
-    if not text:
-        return "no text"
-    word = text.strip()
-    if not word:
-        return "white space"
-    if re.fullmatch(r"[\d.,]*\d[\d.,]*%?", word):
-        return "number"
-    if not any(letter.isalnum() for letter in word):
-        return "punctuation"
-    return "word begins" if text[0].isspace() else "word goes on"
-
-
-def _counted(answers: Sequence[Answer], name_of: Callable[[str], str]) -> list[tuple[str, int, int]]:
-    """How often assistants wrote a token of each name, and how often any author did. The most often deferred first."""
-    total, deferred = Counter[str](), Counter[str]()
-    for answer in answers:
-        names = [name_of(text) for text in answer.token_texts]
-        total.update(names)
-        deferred.update(name for name, author in zip(names, answer.authors, strict=True) if author != BASE)
-    return sorted(((name, deferred[name], total[name]) for name in total), key=lambda one: (-one[1], one[0]))
-
-
-def _shares(counted: Sequence[tuple[str, int, int]]) -> list[tuple[str, ...]]:
-    return [(name, f"{deferred:,}", f"{total:,}", f"{deferred / total:.1%}") for name, deferred, total in counted]
+def _counted(written: Sequence[tuple[str, bool]], *, most: int | None = None) -> list[tuple[str, ...]]:
+    """How often assistants wrote what has a name, and any author did. The most often deferred first."""
+    total, deferred = (
+        Counter(name for name, _ in written),
+        Counter(name for name, is_deferred in written if is_deferred),
+    )
+    names = sorted(total if most is None else deferred, key=lambda name: (-deferred[name], name))[:most]
+    return [(name, f"{deferred[name]:,}", f"{total[name]:,}", f"{deferred[name] / total[name]:.1%}") for name in names]
 
 
 def _settings(found: Comparison) -> dict[str, str]:
@@ -198,10 +187,8 @@ def _settings(found: Comparison) -> dict[str, str]:
 
 def run_charts(found: Comparison, rows: Sequence[SystemRow], prices: Prices | None) -> list[Chart]:
     """Charts of score against deferral rate, score against cost, and the reliability of the defer prob."""
-    charts = _reliability(found.tokens)
-    if found.measure is None:
-        return charts
-    return [_rates(found, rows, found.measure), _costs(found, found.measure, prices), *charts]
+    scored = found.measure and [_rates(found, rows, found.measure), _costs(found, found.measure, prices)]
+    return [*(scored or []), *_reliability(found.tokens)]
 
 
 def titled(measure: str) -> str:
@@ -210,7 +197,6 @@ def titled(measure: str) -> str:
 
 
 def _rates(found: Comparison, rows: Sequence[SystemRow], measure: str) -> Chart:
-    """Score against deferral rate."""
     by_name = {result.name: result for result in found.results}
     lines = _random_lines(found.results, measure, {name: float(name != "base") for name in by_name})
     if oracle := oracle_line(found.answers, measure):
@@ -220,15 +206,14 @@ def _rates(found: Comparison, rows: Sequence[SystemRow], measure: str) -> Chart:
         ends = {"base": 1.0} | ({"assistant": -1.0} if len(found.authors) == 2 else {})
         thresholds |= {name: threshold for name, threshold in ends.items() if name in by_name}
     named = [(by_name[name], f"threshold {threshold_text(threshold)}") for name, threshold in thresholds.items()]
-    curve = [_point(result, measure, result.deferral_rate, name) for result, name in named]
+    curve = [ChartPoint(name, one.deferral_rate, *astuple(one.measures[measure])) for one, name in named]
     return deferral_chart(curve, rows, by_name[COLLABORATION].deferral_rate, lines, titled(measure))
 
 
 def _costs(found: Comparison, measure: str, prices: Prices | None) -> Chart:
-    """Score against the cost of an item."""
     results = found.results
     costs = {result.name: result.flops / 1e9 for result in results} if prices is None else priced(results, prices)
-    points = {result.name: _point(result, measure, costs[result.name], result.name) for result in results}
+    points = {one.name: ChartPoint(one.name, costs[one.name], *astuple(one.measures[measure])) for one in results}
     return Chart(
         name="cost",
         heading=f"{titled(measure)} against cost",
@@ -250,27 +235,21 @@ def _thresholds(found: Comparison) -> dict[str, float]:
     return {COLLABORATION: found.threshold, **others} if others else {}
 
 
-def _point(result: SystemResult, measure: str, x: float, name: str) -> ChartPoint:
-    score = result.measures[measure]
-    return ChartPoint(name, x, score.mean, score.low, score.high)
-
-
 def _random_lines(results: Sequence[SystemResult], measure: str, places: Mapping[str, float]) -> dict[str, Corners]:
     """Lines from the base alone to each assistant alone: a random choice between their whole answers."""
     ends = {one.name: (places[one.name], one.measures[measure].mean) for one in results if one.is_author}
     base, assistants = ends.pop("base", None), ends
     if base is None:
         return {}
-    if len(assistants) == 1:
-        return {"whole answers at random": [base, *assistants.values()]}
-    return {f"base or {name}, at random": [base, end] for name, end in assistants.items()}
+    label = "whole answers at random" if len(assistants) == 1 else "base or {}, at random"
+    return {label.format(name): [base, end] for name, end in assistants.items()}
 
 
 def oracle_line(answers: Mapping[str, Sequence[Answer]], measure: str) -> Corners:
     """Deferral rate and mean score of an oracle that takes each whole answer from the base or an assistant.
 
-    It takes answers with the highest gain per assistant token first. Empty if there is nothing to gain, if the base or
-    all assistants were not compared, or if items have no scores. Collaboration per token can exceed this line.
+    It takes answers with the highest gain per assistant token first. Empty if there is nothing to gain or no score to
+    compare. Collaboration per token can exceed this line.
     """
     base = answers.get("base", [])
     others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
@@ -301,8 +280,7 @@ def _reliability(tokens: Mapping[str, Any] | None) -> list[Chart]:
         ChartPoint(f"{one['tokens']:,} tokens", one["defer_prob"], one["assistant_right"], one["low"], one["high"])
         for one in tokens["reliability"]
     ]
-    auc = tokens["measures"]["head_auc"]
-    right = "token that only the assistant has right"
+    auc, right = tokens["measures"]["head_auc"], "token that only the assistant has right"
     of_auc = f"No {right}, so there is no AUC."
     if auc is not None:
         of_auc = f"AUC {auc:.3f}: how often a {right} has a higher defer prob than another token."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import cast
 from torch import nn
 
 from collm.collaboration import CoLLM
-from collm.core.calibration import Calibration
 from collm.core.combinations import ProxyTuningPolicy
 from collm.core.head import DeferralHead
 from collm.core.named import POLICIES, policy_named
@@ -69,11 +69,7 @@ def names_in(text: str) -> list[str]:
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Each name with only the last part of its path, if that is unique."""
-    short = {}
-    for name in names:
-        kind, equals, path = name.partition("=")
-        is_path = equals and kind in ("sft", "proxy")
-        short[name] = f"{kind}={path.rstrip('/').rpartition('/')[2]}" if is_path else name
+    short = {name: re.sub("^(sft|proxy)=.*?([^/]*)/*$", r"\1=\2", name) for name in names}
     times = Counter(short.values())
     return {name: one if times[one] == 1 else name for name, one in short.items()}
 
@@ -84,14 +80,16 @@ def systems_named(model: CoLLM, names: Sequence[str], operating: ThresholdPolicy
     return [System(COLLABORATION, lambda: model, operating), *(_system(model, name) for name in wanted)]
 
 
-def thresholds_named(model: CoLLM, calibration: Calibration, names: Sequence[str], operating: float) -> list[str]:
-    """Names for the thresholds of a calibration.
+def thresholds_named(model: CoLLM, names: Sequence[str], operating: float) -> list[str]:
+    """Names for the thresholds of the calibration. A ConfigError if there is none.
 
     The operating threshold is left out, and those at which one model of `names` writes everything.
     """
+    if model.calibration is None:
+        raise ConfigError("the collaboration is not calibrated, so there is no curve; run 'collm calibrate' first")
     lowest = 0.0 if "assistant" in names and len(model.assistants) == 1 else -1.0
     highest = 1.0 if "base" in names else 2.0
-    inner = [point.threshold for point in calibration.points if lowest <= point.threshold < highest]
+    inner = [point.threshold for point in model.calibration.points if lowest <= point.threshold < highest]
     return [f"threshold={threshold!r}" for threshold in inner if threshold != operating]
 
 
@@ -103,25 +101,18 @@ def _system(model: CoLLM, name: str) -> System:
     if kind == "proxy" and value:
         return _proxy(model, name, value)
     if name.partition("-")[0] == "assistant":
-        return _assistant(model, name)
-    if name == "random":
-        return System(name, lambda: model, None)
-    if name == "base":
-        return System(name, lambda: model, _BASE_ALONE)
-    if kind == "threshold" and value:
-        return System(name, lambda: model, policy_named(f"threshold:threshold={value}"))
-    if name.partition(":")[0] in POLICIES:
-        return System(name, lambda: model, policy_named(name))
+        if name not in model.author_names:
+            raise ConfigError(f"cannot compare {name!r}: the authors are {', '.join(model.author_names)}")
+        author = model.author_names.index(name)
+        if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
+            return System(name, lambda: model, SingleAuthorPolicy(author))  # the base writes where a tool abstains
+        return System(name, lambda: _alone(model, _module(model, author), author), _BASE_ALONE, author, {"base": name})
+    if name in ("base", "random"):
+        return System(name, lambda: model, _BASE_ALONE if name == "base" else None)
+    rule = f"threshold:{name}" if kind == "threshold" and value else name
+    if rule.partition(":")[0] in POLICIES:
+        return System(name, lambda: model, policy_named(rule))
     raise ConfigError(f"cannot compare {name!r}; expected one of {KNOWN}")
-
-
-def _assistant(model: CoLLM, name: str) -> System:
-    if name not in model.author_names:
-        raise ConfigError(f"cannot compare {name!r}: the authors are {', '.join(model.author_names)}")
-    author = model.author_names.index(name)
-    if isinstance(model.assistants[author - 1], ToolSpec) or model.servers is not None:
-        return System(name, lambda: model, SingleAuthorPolicy(author))  # the base writes where a tool abstains
-    return System(name, lambda: _alone(model, _module(model, author), author), _BASE_ALONE, author, {"base": name})
 
 
 def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
@@ -144,8 +135,7 @@ def _proxy(model: CoLLM, name: str, path: str) -> System:
         parts = _module(model, BASE), members, DeferralHead(model.head.hidden_size, 2), model.tokenizer
         return CoLLM(*parts, template=model.template, accept_differences=model.accept_differences)
 
-    rule = ProxyTuningPolicy(model=1, tuned=0, untuned=2)
-    return System(name, load, rule, called={author_name(2): "untuned"})
+    return System(name, load, ProxyTuningPolicy(model=1, tuned=0, untuned=2), called={author_name(2): "untuned"})
 
 
 def _module(model: CoLLM, author: int) -> nn.Module:
@@ -153,6 +143,5 @@ def _module(model: CoLLM, author: int) -> nn.Module:
 
 
 def _check_tokenizer(model: CoLLM, path: str) -> None:
-    """Check the tokenizer before any system answers."""
     tokenizer = TokenizerIdentity.of(load_tokenizer(ModelSpec(path)))
     check_tokenizers(model.identity, tokenizer, path, accept=model.accept_differences)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from collm.collaboration import CoLLM
-from collm.core.calibration import Calibration
+from collm.core.calibration import Calibration, CalibrationOptions
 from collm.errors import DAMAGED, ConfigError
-from collm.evaluation.calibration import CalibrationOptions, calibrate
+from collm.evaluation.calibration import calibrate
 from collm.evaluation.gold import TeacherForcedCurve, gold_examples, gold_views, teacher_forced
+from collm.evaluation.metrics import metric_named
 from collm.run.data import score, split_rows
 from collm.run.options import RunConfig, functions_named
 from collm.tools.spec import not_trusted
@@ -23,11 +24,8 @@ from collm.untrusted import contained, read_yaml
 def calibrate_on(
     model: CoLLM, rows: Sequence[Row], options: CalibrationOptions, *, source: str, quiet: bool = False
 ) -> Calibration:
-    """Calibrate on rows. With models in memory, the best thresholds of the teacher-forced curve are measured too.
-
-    Args:
-        source: the source of the rows, for the record.
-    """
+    """Calibrate on rows from `source`. With models in memory, the best of the teacher-forced curve is measured too."""
+    metric_named(options.metric)  # raises before the rows are read
     guesses = list[float]()
     if model.servers is None:
         curve = curve_on(model, rows)
@@ -53,15 +51,7 @@ class PastRun:
 
     @classmethod
     def read(cls, directory: Path, *, trust_code: bool = False) -> PastRun:
-        """Read the run of a directory.
-
-        Args:
-            trust_code: run the functions that run.yaml names.
-
-        Raises:
-            ConfigError: run.yaml is missing or damaged, or names a function that is not trusted.
-            ArtefactError: a symbolic link leads out of the directory.
-        """
+        """Read the run of a directory. `trust_code` allows the functions that run.yaml names."""
         path = contained(directory) / "run.yaml"
         if not path.exists():
             raise ConfigError(f"there is no {path} with the validation rows; pass --data")
@@ -90,11 +80,9 @@ class PastRun:
         examples = gold_examples(model, rows, max_length=self.max_length)
         shared, scores = self.config.scores_in(self.directory) / "validation", []
         inside = shared.resolve().is_relative_to(self.directory.resolve())
-        own = shared if inside else self.directory / "scores" / "validation"
-        batch = self.config.max_batch_tokens
-        for number, (author, spec) in enumerate(self.config.authors.items()):
-            if author != "base":
-                read, tokenizer = examples.read_by(number), model.author_tokenizers[number]
-                found = find_scores(shared / author, read, spec)
-                scores.append(found or score(read, spec, own / author, tokenizer, max_batch_tokens=batch, quiet=quiet))
+        own, batch = shared if inside else self.directory / "scores" / "validation", self.config.max_batch_tokens
+        for number, (author, spec) in list(enumerate(self.config.authors.items()))[1:]:
+            read, tokenizer = examples.read_by(number), model.author_tokenizers[number]
+            found = find_scores(shared / author, read, spec)
+            scores.append(found or score(read, spec, own / author, tokenizer, max_batch_tokens=batch, quiet=quiet))
         return teacher_forced(gold_views(model, examples, scores))

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -57,7 +58,6 @@ class Prepared:
     validation: Sequence[Row] = ()
 
     def tokenizer_of(self, author: int) -> PreTrainedTokenizerBase:
-        """The tokenizer of an author."""
         return self.tokenizer if self.alignment is None else self.alignment.tokenizers[author].tokenizer
 
     def rendered(self) -> str:
@@ -154,21 +154,15 @@ def score_run(
 ) -> list[list[Scores]]:
     """The scores of these authors for each set of a run's examples. One model is in memory at a time."""
     root = config.scores_in(directory)
+    how: dict[str, Any] = {"max_batch_tokens": config.max_batch_tokens, "server": server, "quiet": quiet}
+
+    def scored(examples: Examples, place: Path, number: int, author: str) -> Scores:
+        hidden_states = config.cache_hidden_states and author == "base"
+        each = examples.read_by(number), config.authors[author], place / author, prepared.tokenizer_of(number)
+        return score(*each, hidden_states=hidden_states, **how)
+
     return [
-        [
-            score(
-                examples.read_by(number),
-                spec,
-                place / author,
-                prepared.tokenizer_of(number),
-                max_batch_tokens=config.max_batch_tokens,
-                hidden_states=config.cache_hidden_states and author == "base",
-                server=server,
-                quiet=quiet,
-            )
-            for number, (author, spec) in enumerate(config.authors.items())
-            if author in authors
-        ]
+        [scored(examples, place, number, one) for number, one in enumerate(config.authors) if one in authors]
         for place, examples in zip((root, root / "validation"), prepared.sets, strict=False)
     ]
 
@@ -197,21 +191,13 @@ def score(
     found = find_scores(out, examples, spec, hidden_states=hidden_states)
     if found is None:
         model = _model(spec, tokenizer, server)
+        share = processes.process_index, processes.num_processes
+        how: dict[str, Any] = {"spec": spec, "max_batch_tokens": max_batch_tokens, "hidden_states": hidden_states}
         with progress_bar(f"scoring with {model.name}", enabled=not quiet and processes.is_main_process) as progress:
-            write_scores(
-                model,
-                examples,
-                out,
-                spec=spec,
-                max_batch_tokens=max_batch_tokens,
-                hidden_states=hidden_states,
-                share=(processes.process_index, processes.num_processes),
-                progress=progress,
-            )
+            write_scores(model, examples, out, share=share, progress=progress, **how)
         del model
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without CUDA
     processes.wait_for_everyone()
     return found or load_scores(out, examples, spec)
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collm.core.calibration import DEFERRAL_RATES, REFINE
-from collm.core.params import SamplingParams
+from collm.core.calibration import CalibrationOptions
 from collm.core.types import author_name
 from collm.errors import ConfigError
 from collm.tools.spec import BUILT_IN, PREFIX, ToolSpec
 from collm.untrusted import check_fields
 
 if TYPE_CHECKING:
-    from collm.evaluation.calibration import CalibrationOptions
     from collm.models.loading import ModelSpec
     from collm.models.members import AssistantSpec
     from collm.training.data import Rows
@@ -51,38 +49,8 @@ class RowFormat:
         return load_rows(source, split=split, **{name: getattr(self, name) for name in options})
 
 
-@dataclass
-class CalibrationConfig:
-    """How thresholds are chosen.
-
-    Attributes:
-        metric: metric of the completions: exact_match, contains, last_number, token_f1 or module:function.
-        rates: target deferral rates, by default 0, 0.1, .. 1.
-        budgets: maximum deferral rates to find thresholds for, besides the best threshold of all.
-        refine: number of thresholds to add near the best one, and near that of each budget.
-        max_new_tokens: maximum number of tokens of a completion.
-        stop: texts that end a completion.
-        max_batch: maximum number of prompts decoded at once.
-    """
-
-    metric: str = "exact_match"
-    rates: list[float] = field(default_factory=lambda: list(DEFERRAL_RATES), metadata={"flag": "--rate"})
-    budgets: list[float] = field(default_factory=list, metadata={"flag": "--budget"})
-    refine: int = REFINE
-    max_new_tokens: int = 256
-    stop: list[str] = field(default_factory=list)
-    max_batch: int = 16
-
-    def calibration_options(self) -> CalibrationOptions:
-        """The options, checked."""
-        from collm.evaluation.calibration import CalibrationOptions
-
-        params = SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.stop)
-        return CalibrationOptions(self.metric, params, self.rates, self.budgets, self.refine, self.max_batch)
-
-
 @dataclass(kw_only=True)
-class RunConfig(CalibrationConfig, RowFormat):
+class RunConfig(CalibrationOptions, RowFormat):
     """Models and data of a run. `CoLLMConfig` has the training options. A run's YAML file has the fields of both.
 
     Attributes:
@@ -129,9 +97,12 @@ class RunConfig(CalibrationConfig, RowFormat):
     max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        from collm.evaluation.metrics import metric_named
         from collm.text.guards import check_accepted
 
         check_fields(self)
+        super().__post_init__()
+        metric_named(self.metric)
         if not self.assistant:
             raise ConfigError("there is no assistant; expected at least one directory, GGUF file or Hub id")
         if self.validation_split is not None and self.validation is None:
@@ -145,6 +116,7 @@ class RunConfig(CalibrationConfig, RowFormat):
         if self.base.startswith(PREFIX):
             raise ConfigError(f"the base is {self.base}, expected a language model: the head reads its hidden states")
         how = {"dtype": self.dtype, "device": self.device, "attention": self.attention}
+        self.validation_source = self.validation or f"held out of {self.data}"
         self.base_model = parse_model(self.base, **how, quantization=self.base_quantization)
         self.assistants: list[AssistantSpec] = [
             ToolSpec.parse(name, eps=self.tool_eps, seconds=self.tool_seconds)
@@ -161,12 +133,6 @@ class RunConfig(CalibrationConfig, RowFormat):
         if self.assistant_quantization is not None and len(tools) == len(self.assistant):
             raise ConfigError("assistant_quantization has no effect if all assistants are tools; leave it out")
         check_accepted(self.accept_differences)
-        self.calibration_options()  # raises
-
-    @property
-    def validation_source(self) -> str:
-        """Where the validation rows come from."""
-        return self.validation or f"held out of {self.data}"
 
     def scores_in(self, directory: Path) -> Path:
         """The directory of the scores of the run in this directory."""

@@ -49,11 +49,7 @@ class RunResult:
 
     @property
     def calibration(self) -> Calibration:
-        """The calibration at the end of the run.
-
-        Raises:
-            ConfigError: the run did not calibrate.
-        """
+        """The calibration at the end of the run. A ConfigError if the run did not calibrate."""
         if self.model.calibration is None:
             raise ConfigError(f"{self.directory} was not calibrated; run 'collm calibrate {self.directory}'")
         return self.model.calibration
@@ -62,28 +58,25 @@ class RunResult:
 def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = False) -> RunResult:
     """Compute missing scores, warm-start the head, train, save, calibrate.
 
-    Several processes (torchrun, `accelerate launch`) share scoring and training. The first process saves and calibrates
-    while the others wait. An interrupted run resumes when it is started again with the same options. The run directory
-    (`args.output_dir`) has run.yaml, run.json, example.txt, scores/, checkpoint-*/, metrics.json and collaboration/.
+    Several processes (torchrun, `accelerate launch`) share scoring and training, and the first saves and calibrates. An
+    interrupted run resumes when it is started again with the same options. The run directory (`args.output_dir`) has
+    run.yaml, run.json, example.txt, scores/, checkpoint-*/, metrics.json and collaboration/.
 
     Raises:
-        ConfigError: options that contradict each other, or a run directory with another run, another writer, or with
-            checkpoints of other rows or models.
+        ConfigError: options that contradict each other, or a run directory with another run, writer, rows or models.
         CollmError: an error of a step.
     """
     if config.cache_hidden_states and args.method != "head":
         raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
-    if config.base_quantization is not None and args.method == "full":
-        raise ConfigError("base_quantization does not fit method 'full': quantized weights take no updates; use lora")
     args.deferral_costs(len(config.assistant))  # raises if their number does not fit
     if args.method == "lora" and find_spec("peft") is None:
         raise MissingExtra("peft", "train")
     if (config.base_quantization or config.assistant_quantization) and find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quantize")
     base = config.base_model
-    method = None if names_gguf(base.path) else quantized_with(load_config(base))  # a GGUF file is dequantized
-    if args.method == "full" and method is not None:
-        raise ConfigError(f"the base is quantized with {method}, and such weights take no updates; use method lora")
+    own = None if names_gguf(base.path) else quantized_with(load_config(base))  # a GGUF file is dequantized
+    if args.method == "full" and (method := config.base_quantization or own):
+        raise ConfigError(f"the base is quantized with {method}, and such weights take no updates; use lora")
     directory = Path(args.output_dir)
     args.device  # noqa: B018 - makes the process group
     processes = PartialState()
@@ -118,8 +111,7 @@ def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: Par
         model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
         model.save_pretrained(out)
         if config.calibrate:
-            options, source = config.calibration_options(), config.validation_source
-            calibrate_on(model, prepared.validation, options, source=source, quiet=quiet)
+            calibrate_on(model, prepared.validation, config, source=config.validation_source, quiet=quiet)
             model.save_calibration(out)
     processes.wait_for_everyone()
     if not processes.is_main_process:
@@ -185,11 +177,7 @@ def _to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
 def fit(
     config: RunConfig, args: CoLLMConfig, prepared: Prepared, sets: Sequence[TrainingSet]
 ) -> tuple[CoLLM, dict[str, Any]]:
-    """Warm-start the head and train, without the assistants in memory. Resume from a checkpoint if there is one.
-
-    Args:
-        sets: the set to train on and, if there are evaluations, the one to evaluate on.
-    """
+    """Warm-start the head and train on the first set, without the assistants in memory, or resume from a checkpoint."""
     spec, (data, *evaluation) = config.base_model, sets
     # In bf16 weights most updates of full fine-tuning are rounded to zero. `bf16: true` computes in bf16.
     in_fp32 = args.method == "full" and spec.dtype == "auto"

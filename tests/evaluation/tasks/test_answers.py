@@ -12,17 +12,8 @@ from collm.evaluation.tasks.gsm8k import before_next_question, final_number, fir
 from recipes.paper.bioasq import names_in, split_answer, yes_or_no
 from recipes.paper.hendrycks_math import boxed, final_answer
 
-READERS = {
-    "before_next_question": before_next_question,
-    "first_line": first_line,
-    "stated_answer": stated_answer,
-    "boxed": boxed,
-    "final_number": final_number,
-    "final_answer": final_answer,
-    "split_answer": split_answer,
-    "names_in": lambda text: names_in(text, several=True),
-    "yes_or_no": yes_or_no,
-}
+PLAIN = (before_next_question, first_line, stated_answer, boxed, final_number, final_answer, split_answer, yes_or_no)
+READERS = {**{one.__name__: one for one in PLAIN}, "names_in": lambda text: names_in(text, several=True)}
 PIECES = [
     *("\\boxed{", "\\boxed ", "\\fbox", "{", "}", "\\", "\\{", "$", "(", ")", "A", "(B)", "a dog"),
     *(
@@ -38,6 +29,7 @@ PIECES = [
         "\u2212",
     ),
     *("1,234", "1,", "$-5", ".", "=", "5", "e9", "\x00", "\x85", "\u2028", "- name\n", "yes", "no", "*", "_", "\u0663"),
+    *("-", "\u2212"),
 ]
 
 

@@ -15,11 +15,13 @@ CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "Pari
 
 
 @pytest.mark.parametrize(("metric", "score"), [("exact_match", 0), ("contains", 1)])
-def test_the_metric_is_the_measure(tmp_path: Path, metric: str, score: float) -> None:
-    task = RowsTask(metric)
-    (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"prompt": "Capital?", "completion": "Paris"}))
+def test_metric_fields_and_end_of_an_answer_can_be_chosen(tmp_path: Path, metric: str, score: float) -> None:
+    task = RowsTask(metric, prompt_field="q", completion_field="a", max_new_tokens=7, stop=("\n",))
+    (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"q": "Capital?", "a": "Paris"}))
+    assert (item.prompt, item.reference, item.where) == ("Capital?", "Paris", f"{tmp_path}/rows.jsonl:1")
     assert task.score(item, "It is Paris.") == {metric: score}
     assert task.measure == metric
+    assert (task.max_new_tokens, task.stop_for(item, PromptTemplate())) == (7, ("\n",))
 
 
 def test_chats_are_asked_for_their_last_turn(tmp_path: Path) -> None:
@@ -27,23 +29,8 @@ def test_chats_are_asked_for_their_last_turn(tmp_path: Path) -> None:
     assert (item.prompt, item.reference) == (CHAT[:1], "Paris.")
 
 
-def test_fields_can_be_named(tmp_path: Path) -> None:
-    task = RowsTask(prompt_field="q", completion_field="a")
-    (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"q": "Capital?", "a": "Paris"}))
-    assert (item.prompt, item.reference, item.where) == ("Capital?", "Paris", f"{tmp_path}/rows.jsonl:1")
-
-
-def test_where_an_answer_ends_can_be_chosen(tmp_path: Path) -> None:
-    task = RowsTask(max_new_tokens=7, stop=("\n",))
-    (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"prompt": "Capital?", "completion": "Paris"}))
-    assert (task.max_new_tokens, task.stop_for(item, PromptTemplate())) == (7, ("\n",))
-
-
-def test_a_bad_row_is_named(tmp_path: Path) -> None:
+def test_a_bad_row_and_an_unknown_metric_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:2: no field 'completion'"):
         RowsTask().load(jsonl(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c"}, {"prompt": "p"}))
-
-
-def test_an_unknown_metric_is_refused_before_anything_is_generated() -> None:
     with pytest.raises(ConfigError, match="metric is 'rouge'"):
         RowsTask("rouge")

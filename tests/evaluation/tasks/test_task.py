@@ -33,8 +33,10 @@ def prompts(items: list[TaskItem]) -> list[object]:
     return [item.prompt for item in items]
 
 
-def test_the_test_split_is_asked_whole_unless_told_otherwise(splits: Path) -> None:
+def test_the_test_split_is_asked_whole_unless_told_otherwise(splits: Path, tmp_path: Path) -> None:
     task = RowsTask()
+    datasets.Dataset.from_list(TEST).save_to_disk(tmp_path / "table")
+    assert len(task.load(tmp_path / "table")) == 20  # a table without splits
     assert prompts(task.load(splits)) == [row["prompt"] for row in TEST]
     assert prompts(task.load(splits, split="train")) == [row["prompt"] for row in TRAIN]
     assert len({item.id for item in task.load(splits)}) == 20
@@ -48,11 +50,6 @@ def test_data_come_from_the_publishers_or_must_be_named(monkeypatch: pytest.Monk
     assert asked == [("openai/gsm8k", "test")]
     with pytest.raises(ConfigError, match="task 'rows' has no default data"):
         RowsTask().load()
-
-
-def test_a_table_without_splits_is_read(tmp_path: Path) -> None:
-    datasets.Dataset.from_list(TEST).save_to_disk(tmp_path / "table")
-    assert len(RowsTask().load(tmp_path / "table")) == 20
 
 
 def test_a_limit_draws_items_in_order(splits: Path) -> None:
@@ -87,9 +84,7 @@ def test_what_is_asked_is_not_shown(splits: Path) -> None:
 
 def test_a_file_has_no_train_split(tmp_path: Path) -> None:
     test, train = jsonl(tmp_path / "test.jsonl", *TEST), jsonl(tmp_path / "train.jsonl", *TRAIN)
-    with pytest.raises(
-        ConfigError, match=r"test.jsonl has no train split for few-shot examples; give a source for them"
-    ):
+    with pytest.raises(ConfigError, match=r"test.jsonl has no train split for few-shot examples; give a source"):
         RowsTask().load(test, shots=1)
     (shot,) = RowsTask().load(test, shots=1, shots_source=train)[0].shots
     assert shot[0].startswith("train")
@@ -102,10 +97,10 @@ def test_chats_take_no_shots(tmp_path: Path) -> None:
         RowsTask().load(source, shots=1, shots_source=source)
 
 
-@pytest.mark.parametrize(("options", "complaint"), [({"limit": 0}, "limit is 0"), ({"shots": -1}, "shots is -1")])
-def test_impossible_numbers_are_refused(splits: Path, options: dict[str, int], complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        RowsTask().load(splits, **options)
+@pytest.mark.parametrize(("name", "value"), [("limit", 0), ("shots", -1)])
+def test_impossible_numbers_are_refused(splits: Path, name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value}"):
+        RowsTask().load(splits, **{name: value})
 
 
 @pytest.mark.parametrize("prompt", ["How many?", [{"role": "user", "content": "How many?"}]])
@@ -125,19 +120,10 @@ def test_shots_are_wrapped_as_training_wrapped_them() -> None:
 
 
 def test_in_a_chat_shots_are_earlier_turns() -> None:
-    messages = Gsm8k().render(ASKED, PromptTemplate(chat="x"), merging_tokenizer("x"), chat=True)
-    assert [(turn["role"], turn["content"]) for turn in messages] == [
-        ("user", "How few?"),
-        ("assistant", " 3"),
-        ("user", "How so?"),
-        ("assistant", " 4"),
-        ("user", "How many?"),
-    ]
-
-
-def test_a_chat_needs_a_chat_template() -> None:
     tokenizer = merging_tokenizer("x")
-    messages = Gsm8k().render(TaskItem("1", "?", "5", "here"), PromptTemplate(), tokenizer, chat=True)
+    messages = Gsm8k().render(ASKED, PromptTemplate(chat="x"), tokenizer, chat=True)
+    assert [turn["role"] for turn in messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert [turn["content"] for turn in messages] == ["How few?", " 3", "How so?", " 4", "How many?"]
     with pytest.raises(RequestError, match="no chat template"):
         PromptTemplate().encode_prompt(tokenizer, messages)
 
@@ -157,21 +143,17 @@ def test_each_measure_is_averaged_over_the_items_that_have_it() -> None:
     assert RowsTask().aggregate([]) == {}
 
 
-def test_every_task_is_made_by_its_name() -> None:
-    for name in TASKS:
-        task = task_named(name)
-        assert task.name == name
-        assert task.max_new_tokens > 0
-
-
-def test_unknown_names_and_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"task is 'gsm', expected one of gsm8k, rows, or package.module:Class"):
-        task_named("gsm")
-    with pytest.raises(ConfigError, match="task 'gsm8k' has no option 'metric', expected format"):
-        task_named("gsm8k", metric="exact_match")
-    with pytest.raises(ConfigError, match="AlpacaEval' has no option 'metric', expected none"):
-        task_named("recipes.paper.alpaca_eval:AlpacaEval", metric="exact_match")
-    with pytest.raises(ConfigError, match="is <class 'dict'>, expected a subclass of"):
-        task_named("builtins:dict")
-    with pytest.raises(ConfigError, match=r"task 'none:Task' cannot be imported .* PYTHONPATH"):
-        task_named("none:Task")
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("gsm", {}, r"task is 'gsm', expected one of gsm8k, rows, or package.module:Class"),
+        ("gsm8k", {"metric": "contains"}, "task 'gsm8k' has no option 'metric', expected format"),
+        ("recipes.paper.alpaca_eval:AlpacaEval", {"metric": "contains"}, "has no option 'metric', expected none"),
+        ("builtins:dict", {}, "is <class 'dict'>, expected a subclass of"),
+        ("none:Task", {}, r"task 'none:Task' cannot be imported .* PYTHONPATH"),
+    ],
+)
+def test_a_task_has_a_name_and_options_of_its_own(name: str, options: dict[str, str], complaint: str) -> None:
+    assert [task_named(known).name for known in TASKS] == list(TASKS)
+    with pytest.raises(ConfigError, match=complaint):
+        task_named(name, **options)

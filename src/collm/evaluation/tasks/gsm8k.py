@@ -29,9 +29,6 @@ class Gsm8k(Task):
 
     Attributes:
         format: format of few-shot examples: gsm8k, or gsm8k-plain without calculator marks.
-
-    Raises:
-        ConfigError: an unknown format.
     """
 
     format: str = "gsm8k"

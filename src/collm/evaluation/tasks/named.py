@@ -18,7 +18,7 @@ def task_named(name: str, **options: Any) -> Task:
     """Create a task of TASKS, or your own subclass of `Task` as "package.module:Class", with its options."""
     if name not in TASKS and ":" not in name:
         raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}, or package.module:Class")
-    kind = TASKS[name] if name in TASKS else imported(name, "task")
+    kind = TASKS.get(name) or imported(name, "task")
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise ConfigError(f"task {name!r} is {kind!r:.60}, expected a subclass of collm.evaluation.tasks.task.Task")
     known = list(inspect.signature(kind).parameters)

@@ -20,9 +20,6 @@ class RowsTask(Task):
         metric: a name from `metrics.METRICS`, or a Python function "package.module:function".
         prompt_field, completion_field: names of the two fields.
         max_new_tokens, stop: the end of an answer, as in `collm train` and `collm calibrate`.
-
-    Raises:
-        ConfigError: an unknown metric.
     """
 
     metric: str = "exact_match"

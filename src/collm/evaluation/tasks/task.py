@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,17 +109,12 @@ class Task(ABC):
         """Load the items.
 
         Args:
-            source: a file, a directory or a Hub name, as for `collm.training.data.load_rows`. By default the task's
-                source.
+            source: as for `collm.training.data.load_rows`. By default the task's source.
             split: by default the task's split. A file has no splits.
             limit: take a random sample of this size, in the original order.
             shots: number of few-shot examples before each item, the same for all items.
             shots_source: the source of the few-shot examples. By default the train split of `source`.
             seed: seed of both samples; None takes the first rows.
-
-        Raises:
-            DataError: no usable rows, an invalid row, or too few rows for the few-shot examples.
-            ConfigError: a number out of range, or no source.
         """
         source = source or self.source
         if source is None:
@@ -142,20 +136,17 @@ class Task(ABC):
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, Interval]:
         """The mean of each measure over the items with that measure."""
-        by_measure = defaultdict[str, list[float]](list)
-        for _, _, scores in scored:
-            for measure, score in scores.items():
-                by_measure[measure].append(score)
-        return {measure: bootstrap_interval(scores) for measure, scores in by_measure.items()}
+        found = [scores for _, _, scores in scored]
+        measures = dict.fromkeys(measure for scores in found for measure in scores)
+        return {one: bootstrap_interval([scores[one] for scores in found if one in scores]) for one in measures}
 
     def render(
         self, item: TaskItem, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
     ) -> Prompt:
         """Render the prompt of an item.
 
-        Without few-shot examples it is the item's prompt. With them, the template wraps each question as in training,
-        followed by its answer and a blank line. The result is then token ids. For a collaboration trained on chats,
-        `chat` makes few-shot examples earlier turns.
+        Without few-shot examples it is the item's prompt; with them, token ids of the questions in the template, each
+        with its answer and a blank line. With `chat`, they are earlier turns.
         """
         if chat and isinstance(item.prompt, str):
             texts = [text for shot in item.shots for text in shot] + [item.prompt]
@@ -177,8 +168,8 @@ class Task(ABC):
         if chats := [item.where for item in items if not isinstance(item.prompt, str)]:
             raise ConfigError(f"few-shot examples need plain prompts, but {chats[0]} is a chat; leave shots out")
         prompts, rows = {str(item.prompt) for item in items}, self.rows(source, _default_split(source, "train"))
-        pairs = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str)]
-        free = [pair for pair in pairs if pair[0] not in prompts]
+        plain = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str)]
+        free = [shot for shot in plain if shot[0] not in prompts]
         if len(free) < count:
             raise DataError(
                 f"{source} has {len(free)} plain rows that are no items, expected at least {count} few-shot examples"
@@ -193,6 +184,5 @@ def _default_split(source: str | Path, split: str) -> str | None:
 
 def _draw(values: Sequence[_T], count: int, seed: int | None) -> list[_T]:
     """A random sample in the original order. Without a seed, the first values."""
-    if seed is None:
-        return list(values[:count])
-    return [values[place] for place in sorted(seeded(seed).sample(range(len(values)), count))]
+    drawn = range(count) if seed is None else sorted(seeded(seed).sample(range(len(values)), count))
+    return [values[place] for place in drawn]
