@@ -58,18 +58,13 @@ def members(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
 
 
 class Cluster:
-    """Members behind fake servers, and a collaboration across them.
-
-    Attributes:
-        pauses: seconds that endpoints would have waited between attempts.
-    """
+    """Members behind fake servers, and a collaboration across them, whose endpoints note their pauses (seconds)."""
 
     def __init__(self, members: Members, stack: ExitStack) -> None:
         self.members = members
         self._stack = stack
         self.fakes: list[FakeVllm] = []
         self.pauses: list[float] = []
-        self._model: CoLLM | None = None
 
     def serve(self, *, pieces: tuple[int, ...] = (1, 3, 2), of_base: Any = None, **options: Any) -> Cluster:
         for author, served in enumerate(self.members.served):

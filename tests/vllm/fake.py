@@ -32,8 +32,6 @@ class Fault:
 
     Attributes:
         status: answered with `headers` and `text` in place of an answer; 0 closes the connection.
-        text: of an answer with status 200 that is none, or of a refusal.
-        hang: no answer comes.
         after: so many tokens are sent, then what `then` says happens.
         then: "drop" closes the connection, "hang" sends nothing more, "comments" and "empties" (pieces without
             tokens) go on for ever, "end" ends the stream without a finish_reason, a dict is sent as an event.
@@ -94,21 +92,17 @@ class FakeVllm:
     """Serves one model from a thread; a context manager.
 
     Args:
-        name: of the model.
         pieces: how many tokens stand in the pieces of a stream, in turn.
         key: refuse requests without it.
         max_model_len: said and enforced.
         logprobs_mode: raw_logprobs as by default, or raw_logits.
-        tokenizes: whether there is /tokenize.
         cards: in place of the one that says what is served.
         socket: where it listens, in place of a port.
 
     Attributes:
-        bodies: of all completions asked for, in order.
         faults: of the next completions, in turn.
         always: of all further completions, what a function of the body says.
         of_path: of requests to other paths.
-        connections: how many were made.
         running, most_running: completions at a time.
         abandoned: bodies of streams that the client left before their end.
         gate: a stream waits before each piece until this is set.

@@ -73,11 +73,7 @@ def test_a_base_without_the_plugin_is_refused(cluster: Clusters) -> None:
     plain = Served(AutoModelForCausalLM.from_pretrained(m.exported), m.served[0].tokenizer)
     with FakeVllm(plain) as fake:
         world.fakes[0] = fake
-        check(
-            world,
-            MismatchError,
-            "does not defer, because its vLLM has no collm plug-in; install collm-vllm",
-        )
+        check(world, MismatchError, "does not defer, because its vLLM has no collm plug-in; install collm-vllm")
 
 
 @pytest.mark.parametrize(

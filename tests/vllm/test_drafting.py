@@ -47,10 +47,8 @@ POLICIES_AT_ONCE: list[Policy] = [
 
 @dataclass
 class Engine:
-    """What vLLM does, one request after the other and without a cache: read drafts, write what follows them.
-
-    Attributes:
-        trims: now and then a draft loses its end before it is read, as under preemption.
+    """What vLLM does, one request after the other and without a cache: read drafts, write what follows them. If it
+    `trims`, now and then a draft loses its end before it is read, as under preemption.
     """
 
     drafter: Drafter

@@ -159,17 +159,11 @@ def test_the_error_says_what_came_at_last(fake: FakeVllm, fault: Fault, message:
 def test_a_refusal_is_not_asked_again(fake: FakeVllm, status: int, streaming: bool) -> None:
     asking = Asking(fake, retries=5)
     fake.faults = [refusal(status, "too long")]
+    if streaming:  # after some tokens, as an event
+        fake.faults = [Fault(after=2, then={"error": {"message": "too long", "code": status}})]
     with pytest.raises(ModelFailure, match=rf"refuses a request: status {status} .*too long.*; (check|name)"):
         asking.stream(3) if streaming else asking.one()
     assert (len(fake.bodies), asking.pauses) == (1, [])
-
-
-def test_an_error_event_with_a_status_is_as_that_status(fake: FakeVllm) -> None:
-    asking = Asking(fake)
-    fake.faults = [Fault(after=2, then={"error": {"message": "bad", "code": 400}})]
-    with pytest.raises(ModelFailure, match=r"refuses a request: status 400 .*bad"):
-        asking.stream(6)
-    assert len(fake.bodies) == 1
 
 
 def test_pauses_double_with_jitter_up_to_a_limit(fake: FakeVllm) -> None:
@@ -177,10 +171,10 @@ def test_pauses_double_with_jitter_up_to_a_limit(fake: FakeVllm) -> None:
     fake.faults = [DOWN] * 9
     with pytest.raises(Unreachable):
         asking.one()
-    assert len(asking.pauses) == 8
-    for pause, longest in zip(asking.pauses, [0.25, 0.5, 1, 2, 4, 8, 10, 10], strict=True):
-        assert longest / 2 <= pause <= longest
-    assert len({pause / longest for pause, longest in zip(asking.pauses, [0.25, 0.5, 1, 2, 4, 8, 10, 10])}) == 8  # noqa: B905
+    longest = [0.25, 0.5, 1, 2, 4, 8, 10, 10]
+    shares = [pause / limit for pause, limit in zip(asking.pauses, longest, strict=True)]
+    assert all(0.5 <= share <= 1 for share in shares)
+    assert len({*shares}) == 8
 
 
 def test_retry_after_is_honoured_within_bounds(fake: FakeVllm, served: Served) -> None:

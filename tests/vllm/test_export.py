@@ -121,16 +121,12 @@ def test_what_no_row_can_hold_is_refused(tokenizer: PreTrainedTokenizerFast, tmp
         export_base(
             load_model(ModelSpec(str(tmp_path / "named" / "model"), quantization="nf4")), biased_head(), tokenizer, out
         )
-    tokenizer = AutoTokenizer.from_pretrained(_saved(tokenizer, tmp_path / "named"))
+    tokenizer.save_pretrained(tmp_path / "named")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "named")
     tokenizer.add_tokens(["<|defer|>"])
     with pytest.raises(UnsupportedModel, match=r"token '<\|defer\|>' already"):
         export_base(make_model(tiny_config(vocab_size=120), 0), biased_head(), tokenizer, out)
     assert list(tmp_path.iterdir()) == [tmp_path / "named"]
-
-
-def _saved(tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def test_a_failure_leaves_nothing_behind(

@@ -129,16 +129,6 @@ def test_what_passes_within_the_retries_leaves_no_trace(cluster: Clusters, name:
 # The base
 
 
-def test_a_base_that_breaks_off_between_pieces_goes_on_with_what_was_settled(cluster: Clusters) -> None:
-    world = cluster(pieces=(1,))
-    model = world.connect()
-    expected = world.members.local.generate([PROMPT], GREEDY, threshold=0.5)[0]
-    world.fakes[0].faults = [Fault(after=1), Fault(after=0), Fault(after=1, then="end")]
-    check_equal(model.generate([PROMPT], GREEDY, threshold=0.5)[0], expected)
-    seen = [step.token_id for step in model.stream(PROMPT, GREEDY, threshold=0.5)]
-    assert seen == expected.token_ids
-
-
 @pytest.mark.parametrize("on_failure", ["fail", "base"])
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_base_that_fails_ends_its_request_and_no_other(cluster: Clusters, name: str, on_failure: str) -> None:

@@ -223,12 +223,8 @@ def test_ranks_of_a_tensor_parallel_assistant_are_told_what_the_first_decides(
     for name, value in {**QUIET, "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}"}.items():
         monkeypatch.setenv(name, value)
     flags = ["--tensor-parallel-size", "2", "--distributed-executor-backend", "mp"]
-    policies: list[Policy] = [
-        ThresholdPolicy(0.3),
-        RandomPolicy(0.3),
-        SingleAuthorPolicy(1),
-        BudgetPolicy(0.2, 0.3),
-    ] * 3
+    policies: list[Policy] = [ThresholdPolicy(0.3), RandomPolicy(0.3), SingleAuthorPolicy(1), BudgetPolicy(0.2, 0.3)]
+    policies *= 3
     params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies)]
     params[-1] = SamplingParams(max_new_tokens=24, temperature=1.0, seed=5)
     prompts = prompts_of(15, len(policies))

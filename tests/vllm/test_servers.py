@@ -206,11 +206,7 @@ def test_candidates_are_those_of_the_models(world: World) -> None:
 
 def test_servers_of_something_else_are_refused(world: World) -> None:
     one, two = world.assistants
-    wrong = {
-        "no export": [one.url, two.url, two.url],
-        "another": [world.bases[1].url, one.url, two.url],
-    }
-    for urls in wrong.values():
+    for urls in ([one.url, two.url, two.url], [world.bases[1].url, one.url, two.url]):  # no export, and another
         model = CoLLM.from_pretrained(world.artefacts[2], servers=Servers(urls))
         with pytest.raises(MismatchError, match="not an export of this collaboration's base and head"):
             model.generate("w1", threshold=0.5)
