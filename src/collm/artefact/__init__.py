@@ -180,7 +180,7 @@ def _devices(device: str | None, models: int) -> Sequence[str | None]:
     devices = [None] if device is None else device.split(",")
     if len(devices) not in (1, models):
         raise ConfigError(
-            f"device names {len(devices)} devices, expected one, or one for each of {models} models: {device}"
+            f"device names {len(devices)} devices ({device}), expected one, or one for each of {models} models"
         )
     return devices if len(devices) == models else devices * models
 

@@ -254,7 +254,7 @@ def _answers(author: TextTokenizer, sequence: Encoded, where: str) -> list[_Answ
             text = author.spell(ids)
             if text is None:
                 raise DataError(
-                    f"{where}: the answer has a special token of {author.name} unknown to others; remove it"
+                    f"{where}: the answer has a special token of {author.name}, unknown to other models; remove it"
                 )
             added = author.adds_space(sequence.token_ids[:start]) and text.startswith(b" ")
             ends = reversed(list(enumerate(author.ends(ids, -added), start + 1)))  # the first token to end at a byte
