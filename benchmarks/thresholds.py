@@ -9,7 +9,7 @@ import time
 import torch
 
 from collm.evaluation.gold import teacher_forced
-from collm.training.measures import TokenViews
+from collm.training.inspection import TokenViews
 
 
 def main() -> None:

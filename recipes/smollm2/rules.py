@@ -17,7 +17,7 @@ from collm.core.head import author_logprobs, defer_probs
 from collm.evaluation.intervals import Interval, statistic_interval
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Example, batch_tokens_on, batches_by_length, collate, shift
-from collm.training.measures import auc
+from collm.training.inspection import auc
 
 LEARNED, DOUBT, SURER = "learned head", "the base's doubt", "who is surer"
 RANDOM, ORACLE = "at random", "oracle"

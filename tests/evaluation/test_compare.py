@@ -34,7 +34,7 @@ from collm.evaluation.tasks.task import Task, TaskItem
 from collm.tools.calls import in_process
 from collm.training.data import Row
 from collm.training.examples import Example, Examples
-from collm.training.measures import TokenViews
+from collm.training.inspection import TokenViews
 
 THRESHOLD = 0.5
 

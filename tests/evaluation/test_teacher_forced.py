@@ -15,7 +15,7 @@ from collm.evaluation import gold
 from collm.evaluation.gold import TeacherForcedPoint, deferred, gold_views, greedy_writes, teacher_forced
 from collm.tools.spec import ToolSpec
 from collm.training.examples import Example, Examples
-from collm.training.measures import TokenViews
+from collm.training.inspection import TokenViews
 from collm.training.scores import Scores
 from collm.training.scoring import read_scores
 

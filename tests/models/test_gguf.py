@@ -164,15 +164,7 @@ def test_it_is_tuned_saved_and_loaded_again(method: str, folder: str | None, spe
     config = RunConfig(
         data=str(tmp_path / "rows.jsonl"), base=spec.path, assistant=[spec.path], device="cpu", calibrate=False
     )
-    args = CoLLMConfig(
-        output_dir=str(tmp_path / "run"),
-        method=method,
-        warm_start=False,
-        max_steps=2,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
+    args = CoLLMConfig(output_dir=str(tmp_path / "run"), method=method, warm_start=False, max_steps=2, use_cpu=True)
     trained = train_collaboration(config, args, quiet=True)
     loaded = CoLLM.from_pretrained(trained.directory, device="cpu")
     assert token_ids(loaded) == token_ids(trained.model)

@@ -22,11 +22,6 @@ def test_defaults_are_the_authors_where_they_state_one(config: Make) -> None:
     assert config(warm_start=True).resolved("positive_weight") == 8.0
 
 
-def test_the_head_has_its_own_learning_rate(config: Make) -> None:
-    assert config().resolved_head_learning_rate(4096) == pytest.approx(2.4e-5, rel=0.02)
-    assert config(head_learning_rate=0.5).resolved_head_learning_rate(4096) == 0.5
-
-
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -92,5 +87,7 @@ def test_a_deferral_cost_is_one_for_all_or_one_for_each(config: Make) -> None:
     assert config(deferral_cost=[1]).deferral_cost == config(deferral_cost=1).deferral_cost == 1.0
     assert config(deferral_cost=1).deferral_costs(2) == config(deferral_cost=[1]).deferral_costs(2) == [1.0, 1.0]
     assert config(deferral_cost=[0, 2.5]).deferral_costs(2) == [0.0, 2.5]
-    with pytest.raises(ConfigError, match=r"deferral_cost has 2 values, expected one, or one for each assistant \(3\)"):
+    with pytest.raises(
+        ConfigError, match=r"deferral_cost is \[0.0, 1.0\], expected one number, or one for each assistant \(3\)"
+    ):
         config(deferral_cost=[0, 1]).deferral_costs(3)

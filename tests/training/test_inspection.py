@@ -13,8 +13,7 @@ from collm.errors import ArtefactError, ConfigError
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec
 from collm.training import inspection
-from collm.training.inspection import LabelReport, inspect_scores, label_tokens
-from collm.training.measures import TokenViews
+from collm.training.inspection import LabelReport, TokenViews, inspect_scores, label_tokens
 from collm.training.scores import load_scores
 from collm.training.scoring import write_scores
 from tests.training.conftest import Tiny, make_scores, random_examples

@@ -15,7 +15,7 @@ from collm.core.objective import deferral_cost, marginal_logprobs
 from collm.errors import MismatchError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.training.examples import collate
-from collm.training.measures import TokenViews
+from collm.training.inspection import TokenViews
 from collm.training.module import JointModule, marginal_nll_sum
 from collm.training.scores import TrainingSet
 from tests.architectures import EXACT

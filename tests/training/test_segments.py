@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from collm import CoLLM, CoLLMConfig, DeferralHead, ModelSpec, ToolSpec
+from collm import CoLLM, DeferralHead, ModelSpec, ToolSpec
 from collm.core.segments import SegmentLaw, segment_scores, token_terms
 from collm.core.types import BASE
 from collm.errors import DataError
@@ -26,6 +26,7 @@ from collm.training.data import load_rows
 from collm.training.examples import Example, Examples, collate, encode, fingerprint, scatter, shift
 from collm.training.module import JointModule
 from collm.training.scoring import read_scores, write_scores
+from tests.training.conftest import Make
 from tests.two_tokenizers import two_aligned, two_tokenizers, writing_model
 
 ROWS = [
@@ -239,7 +240,9 @@ def test_an_answer_with_a_special_token_is_refused(tmp_path: Path) -> None:
     ],
     ids=["full", "head", "lora", "compiled"],
 )
-def test_a_run_from_rows_to_answers(method: str, options: dict[str, Any], rows_file: Path, tmp_path: Path) -> None:
+def test_a_run_from_rows_to_answers(
+    method: str, options: dict[str, Any], rows_file: Path, config: Make, tmp_path: Path
+) -> None:
     counters.clear()
     specs = []
     for author, tokenizer in enumerate(two_tokenizers()):
@@ -247,31 +250,11 @@ def test_a_run_from_rows_to_answers(method: str, options: dict[str, Any], rows_f
         writing_model(tokenizer, author).save_pretrained(place)
         tokenizer.save_pretrained(place)
         specs.append(str(place))
-    config = RunConfig(
-        base=specs[0],
-        assistant=[specs[1], "tool:calculator"],
-        data=str(rows_file),
-        validation=str(rows_file),
-        max_new_tokens=8,
-        rates=[0.5],
-        refine=0,
-        dtype="float32",
-    )
-    args = CoLLMConfig(
-        output_dir=str(tmp_path / "run"),
-        method=method,
-        **options,
-        max_length=128,
-        num_train_epochs=2,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        eval_strategy="epoch",
-        warm_start=False,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    result = train_collaboration(config, args, quiet=True)
+    models = {"base": specs[0], "assistant": [specs[1], "tool:calculator"], "dtype": "float32"}
+    rows = str(rows_file)
+    setting = RunConfig(**models, data=rows, validation=rows, max_new_tokens=8, rates=[0.5], refine=0)
+    args = config(method=method, **options, max_length=128, logging_strategy="no", eval_strategy="epoch")
+    result = train_collaboration(setting, args, quiet=True)
     model = CoLLM.from_pretrained(tmp_path / "run" / "collaboration")
     assert model.alignment is not None
     assert [one is model.alignment.tokenizers[BASE] for one in model.alignment.tokenizers] == [True, False, True]

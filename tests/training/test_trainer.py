@@ -218,7 +218,8 @@ def test_accumulation_equals_one_large_batch(make: MakeTrainer, tiny_model: Tiny
     assert apart < 0.02 * moved
 
 
-def test_base_and_head_have_their_learning_rates(make: MakeTrainer) -> None:
+@pytest.mark.parametrize(("given", "rate"), [(None, 0.1 / 32), (0.5, 0.5)])
+def test_base_and_head_have_their_learning_rates(make: MakeTrainer, given: float | None, rate: float) -> None:
     rates: dict[str, float] = {}
 
     class Watch(TrainerCallback):
@@ -227,9 +228,9 @@ def test_base_and_head_have_their_learning_rates(make: MakeTrainer) -> None:
                 rates["head" if any(p is trainer.head.weight for p in group["params"]) else "base"] = group["lr"]
 
     options = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 1}
-    trainer = make(callbacks=[Watch()], **options)
+    trainer = make(callbacks=[Watch()], head_learning_rate=given, **options)
     trainer.train()
-    assert rates == {"base": 1e-3, "head": pytest.approx(0.1 / 32)}
+    assert rates == {"base": 1e-3, "head": pytest.approx(rate)}
 
 
 def test_the_warm_start_runs_inside_train_unless_resuming(make: MakeTrainer, tiny_model: Tiny, score: Any) -> None:
@@ -410,15 +411,8 @@ def test_a_head_trains_from_kept_hidden_states_as_from_the_base(
     final = []
     for from_hidden_states in (False, True):
         data = TrainingSet(EXAMPLES, [KNOWS_HALF], kept, from_hidden_states=from_hidden_states)
-        trainer = make(
-            data,
-            base=base,
-            eval_dataset=data,
-            method="head",
-            warm_start=True,
-            head_learning_rate=1e-2,
-            train_sampling_strategy=strategy,
-        )
+        options = {"method": "head", "head_learning_rate": 1e-2, "warm_start": True}
+        trainer = make(data, base=base, eval_dataset=data, train_sampling_strategy=strategy, **options)
         if from_hidden_states:
             base.model.forward = None  # is not read any more
         trainer.train()

@@ -16,8 +16,7 @@ from collm.core.head import DeferralHead, author_logprobs
 from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Examples, shift
-from collm.training.inspection import LabelReport, label_tokens
-from collm.training.measures import auc
+from collm.training.inspection import LabelReport, auc, label_tokens
 from collm.training.warm_start import WarmStartReport, fit_authors, warm_start, weighted_nll
 from tests.training.conftest import Make, Tiny, make_scores, random_examples
 

@@ -29,7 +29,7 @@ from collm.models.members import AssistantSpec, Member, spec_of
 from collm.models.names import looks_like_path
 from collm.text.guards import TokenizerIdentity
 from collm.text.template import PromptTemplate
-from collm.tools.spec import ToolFunction, ToolSpec, not_trusted
+from collm.tools.spec import ToolFunction, not_trusted
 from collm.untrusted import read_text
 from collm.version import __version__
 
@@ -73,10 +73,8 @@ class Parts:
             raise ArtefactError(f"{path} exists and is no collaboration; choose another directory or remove it")
         with atomic_directory(path.resolve(), replaces=ENTRIES) as directory:
             saved_base = _save_base(self, directory)
-            tensors = {
-                name: tensor.detach().cpu().float().contiguous() for name, tensor in self.head.state_dict().items()
-            }
-            save_file(tensors, directory / HEAD)
+            head = self.head.state_dict().items()
+            save_file({name: values.cpu().float().contiguous() for name, values in head}, directory / HEAD)
             base = cast("ModelSpec | None", spec_of(self.base))
             if base is None and saved_base == "adapter":
                 raise ArtefactError("the base under the adapter has no path to reference; load it with from_pretrained")
@@ -126,9 +124,9 @@ def local_directory(path: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtefactError(
-            f"there is no collaboration at {path}: no such directory, and the Hub responds: {first_line}"
+            f"there is no collaboration at {path}: no such directory, and the Hub responds: {reason}"
         ) from error
 
 
@@ -147,13 +145,9 @@ def load_parts(
     trust_code: bool = False,
     load_adapter: bool = True,
 ) -> Parts:
-    """Read an artefact. The arguments are those of `CoLLM.from_pretrained`, which also lists the errors.
-
-    Args:
-        load_adapter: load a base that has an adapter; without it such a base stays a spec.
-    """
+    """Read an artefact as `CoLLM.from_pretrained` does. Without `load_adapter` a base with an adapter stays a spec."""
     manifest = read_manifest(directory)
-    functions = [str(one) for one in manifest.assistants if isinstance(one, ToolSpec) and one.is_user_function]
+    functions = [str(one) for one in manifest.assistants if one.is_user_function]
     if functions and not trust_code and assistants is None:
         raise ArtefactError(not_trusted(directory, functions[0]))
     head = _read_head(directory, manifest.head)
@@ -161,7 +155,7 @@ def load_parts(
     weights = cast(ModelSpec, _placed(manifest.base_weights(directory), directory, base_device, dtype))
     tokenizer = load_tokenizer(base if isinstance(base, ModelSpec) else weights)
     _check_tokenizer(TokenizerIdentity.of(tokenizer), manifest, directory)
-    is_replaced = base is not None
+    source = directory if base is None else None
     if base is None:
         has_adapter = load_adapter and manifest.saved_base == "adapter"
         base = load_with_adapter(weights, directory / "adapter") if has_adapter else weights
@@ -177,7 +171,7 @@ def load_parts(
         calibration=_read_calibration(directory),
         accept_differences=manifest.accept_differences,
         training=manifest.training,
-        source=None if is_replaced else directory,
+        source=source,
     )
 
 
@@ -227,10 +221,9 @@ def _check_tokenizer(identity: TokenizerIdentity, manifest: Manifest, directory:
         ("chat template", identity.chat_template_hash, manifest.chat_template_hash),
     ):
         if found != expected:
-            raise ArtefactError(
-                f"the {what} of {manifest.base.path} is not the one {directory} was made with ({found!s:.15}, expected "
-                f"{expected!s:.15}), which its head requires; restore the model's revision or train again"
-            )
+            hashes = f"({found!s:.15}, expected {expected!s:.15})"
+            what = f"the {what} of {manifest.base.path} is not the one {directory} was made with {hashes}"
+            raise ArtefactError(f"{what}, which its head requires; restore the model's revision or train again")
 
 
 def _read_calibration(directory: Path) -> Calibration | None:
@@ -240,8 +233,8 @@ def _read_calibration(directory: Path) -> Calibration | None:
     try:
         return Calibration.from_dict(json.loads(read_text(path)))
     except (*DAMAGED, ConfigError) as error:
-        what = f"{path} is damaged ({type(error).__name__}: {error})"
-        raise ArtefactError(f"{what}; remove it and calibrate again") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ArtefactError(f"{path} is damaged ({reason}); remove it and calibrate again") from error
 
 
 def default_threshold(calibration: Calibration | None) -> float | None:
@@ -259,12 +252,12 @@ def _save_base(parts: Parts, directory: Path) -> SavedBase | None:
         with quiet_if_small(base):
             cast(Any, base).save_pretrained(directory / folder, **options)
     else:
-        source = parts.source
-        here = [one for one in get_args(SavedBase) if source is not None and (source / one).exists()]
+        source = parts.source or directory  # which has none yet
+        here = [one for one in get_args(SavedBase) if (source / one).exists()]
         if not here:
             return None
         (folder,) = here
-        shutil.copytree(cast(Path, source) / folder, directory / folder)
+        shutil.copytree(source / folder, directory / folder)
     if folder == "base":
         parts.tokenizer.save_pretrained(directory / folder)
     else:
@@ -276,18 +269,14 @@ def _save_assistant(assistant: Member | ToolFunction, number: int, directory: Pa
     """The spec of an assistant. The table of a tool is copied into the artefact."""
     spec, name = spec_of(cast(Member, assistant)), author_name(number)
     if spec is None:
-        raise ArtefactError(
-            f"{name} was made in memory and has no path to reference; save it with save_pretrained and load it "
-            "from there"
-        )
-    if isinstance(spec, ModelSpec) or spec.table is None:
+        raise ArtefactError(f"{name} was made in memory and has no path to reference; save it, and load it from there")
+    if spec.table is None:
         return spec
     copy = Path(TABLES) / f"{name}{spec.table.suffix}"
     (directory / TABLES).mkdir(exist_ok=True)
-    try:
-        shutil.copyfile(spec.table, directory / copy)
-    except FileNotFoundError as error:
-        raise ArtefactError(f"the table {spec.table} of {name} is missing; restore it") from error
+    if not spec.table.exists():
+        raise ArtefactError(f"the table {spec.table} of {name} is missing; restore it")
+    shutil.copyfile(spec.table, directory / copy)
     return replace(spec, argument=str(copy))
 
 

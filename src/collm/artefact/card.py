@@ -14,9 +14,7 @@ def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
     assistants = ""
     for number, spec in enumerate(manifest.assistants, start=1):
         assistants += f"- {author_name(number)}: `{spec.path if isinstance(spec, ModelSpec) else spec}`"
-        if not isinstance(spec, ModelSpec) and spec.is_user_function:
-            assistants += ", code that is not included and runs on this machine"
-        assistants += "\n"
+        assistants += ", code that is not included and runs on this machine\n" if spec.is_user_function else "\n"
     lines = (f"- {name}: {value}\n" for name, value in manifest.training.items())
     training = "".join(["## Training\n\n", *lines, "\n"]) if manifest.training else ""
     return f"""---

@@ -66,8 +66,7 @@ def _to_dict(spec: AssistantSpec) -> dict[str, Any]:
 
 
 def _spec(content: dict[str, Any]) -> AssistantSpec:
-    engine = content.pop("engine")
-    if engine not in _ENGINES:
+    if (engine := content.pop("engine")) not in _ENGINES:
         raise ValueError(f"engine {engine!r} is not known to this version")
     return _ENGINES[engine](**content)
 
@@ -89,8 +88,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _checked(content: dict[str, Any]) -> Manifest:
-    unknown = content.keys() - {one.name for one in fields(Manifest)}
-    if unknown:
+    if unknown := content.keys() - {one.name for one in fields(Manifest)}:
         raise ValueError(f"it has the unknown field {min(unknown)!r}")
     template, assistants = content["template"], [_spec(spec) for spec in content["assistants"]]
     template = PromptTemplate(**{**template, "turn_ends": tuple(template.get("turn_ends", ()))})

@@ -17,7 +17,7 @@ from collm.evaluation.intervals import bootstrap_interval
 from collm.models.members import load_members
 from collm.training.data import Row
 from collm.training.examples import Examples, encode
-from collm.training.measures import TokenViews
+from collm.training.inspection import TokenViews
 from collm.training.scores import Scores
 from collm.training.scoring import read_scores
 

@@ -23,7 +23,7 @@ from collm.errors import ConfigError, MissingExtra, RequestError
 from collm.evaluation.gold import gold_views, greedy_writes
 from collm.text.template import tokenize
 from collm.training.examples import Example, Examples, aligned_example, joined
-from collm.training.measures import TokenViews
+from collm.training.inspection import TokenViews
 from collm.training.scoring import progress_bar
 from collm.untrusted import fits
 

@@ -19,32 +19,14 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_REPEATS = 4
 """Largest number of repetitions in a pattern of module names. Matching time is polynomial of this degree."""
 
-_FREE = {
-    "alpha_pattern",
-    "bias",
-    "ensure_weight_tying",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
-    "modules_to_save",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "target_parameters",
-    "use_dora",
-    "use_rslora",
-}
-"""LoRA options that may have any value, as they only affect how its weights are used."""
+_PATTERNS = {"alpha_pattern", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "target_modules"}
+_SETTINGS = {"bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights", "layers_to_transform", "lora_alpha"}
+_SETTINGS |= {"lora_bias", "lora_dropout", "r", "target_parameters", "use_dora", "use_rslora"}
+"""LoRA options that may have any value, as they only affect how its weights are used, as may the patterns."""
 
 _UNREAD = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
 """Fields that have no effect if a base model and a directory are given."""
 
-_PATTERNS = ("alpha_pattern", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "target_modules")
 _INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d{1,2})?")
 
 
@@ -61,19 +43,17 @@ def check_adapter(directory: Path) -> None:
         raise LoadError(f"{path}: peft_type is {content.get('peft_type')!r:.80}, expected 'LORA'")
     if content.get("task_type") not in (None, "CAUSAL_LM"):
         raise LoadError(f"{path}: task_type is {content['task_type']!r:.80}, expected 'CAUSAL_LM'")
+    free = _PATTERNS | _SETTINGS | _UNREAD | {"peft_type", "task_type"}
     for option in fields(LoraConfig):
-        if option.name in _FREE | _UNREAD | {"peft_type", "task_type"} or option.name not in content:
-            continue
         default = option.default if option.default_factory is MISSING else option.default_factory()
-        if content[option.name] != default:
-            raise LoadError(
-                f"{path}: {option.name} is {content[option.name]!r:.80}, expected the default {default!r}; "
-                "only plain LoRA is supported"
-            )
+        found = content.get(option.name, default)
+        if option.name not in free and found != default:
+            what = f"{option.name} is {found!r:.80}, expected the default {default!r}"
+            raise LoadError(f"{path}: {what}; only plain LoRA is supported")
     init = content.get("init_lora_weights", True)
     if not isinstance(init, bool) and not (isinstance(init, str) and _INITS.fullmatch(init)):
         raise LoadError(f"{path}: init_lora_weights is {init!r:.80}; only plain LoRA is supported")
-    for name in _PATTERNS:
+    for name in sorted(_PATTERNS):
         _check_patterns(path, name, content.get(name))
     _check_ranks(path, content)
 
@@ -84,9 +64,9 @@ def _check_patterns(path: Path, name: str, value: Any) -> None:
         if not isinstance(text, str) or not text:
             raise LoadError(f"{path}: {name} contains {text!r:.80}, expected module names")
         if re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > MAX_REPEATS:
+            advice = f"use at most {MAX_REPEATS} repetitions and do not repeat groups"
             raise LoadError(
-                f"{path}: {name} contains the pattern {text!r:.80}, which may be too slow to match; use at most "
-                f"{MAX_REPEATS} repetitions and do not repeat groups"
+                f"{path}: {name} contains the pattern {text!r:.80}, which may be too slow to match; {advice}"
             )
 
 

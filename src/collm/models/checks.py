@@ -46,36 +46,25 @@ def check_config(config: PretrainedConfig, path: str, attention: str | None) -> 
         raise LoadError(f"the config of {path!r} has num_hidden_layers {layers}, expected at most {MAX_LAYERS}")
     method = quantized_with(config)
     if method is not None and method not in {one.value for one in QuantizationMethod}:  # read as plain weights
-        raise LoadError(
-            f"{path!r} is quantized with {method}, which transformers does not support; use the original "
-            "checkpoint, or one quantized with bitsandbytes, awq, gptq or fp8"
-        )
+        advice = "use the original checkpoint, or one quantized with bitsandbytes, awq, gptq or fp8"
+        raise LoadError(f"{path!r} is quantized with {method}, which transformers does not support; {advice}")
     if method in KERNELS and is_kernels_available():
-        raise LoadError(
-            f"{path!r} is quantized with {method}, for which transformers would run kernels from the Hub; use the "
-            "original checkpoint, or uninstall the package kernels"
-        )
+        advice = "use the original checkpoint, or uninstall the package kernels"
+        raise LoadError(f"{path!r} is quantized with {method}, which would run kernels from the Hub; {advice}")
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    attentions, experts = (
-        [getattr(part, f"_{kind}_implementation", None) for part in parts] for kind in ("attn", "experts")
-    )
-    for what, option, named, known in (
-        ("attention", "attn_implementation", attentions, ATTENTIONS),
-        ("experts", "experts_implementation", experts, EXPERTS),
-    ):
-        for one in named:
-            if one not in (None, *known):
-                raise LoadError(
-                    f"the config of {path!r} requires the {what} {one!r}, which is not part of transformers; "
-                    f"remove {option} from its config.json"
-                )
+    attentions = [getattr(part, "_attn_implementation", None) for part in parts]
+    experts = [getattr(part, "_experts_implementation", None) for part in parts]
+    kinds = (("attention", "attn", attentions, ATTENTIONS), ("experts", "experts", experts, EXPERTS))
+    for what, option, named, known in kinds:
+        for one in (one for one in named if one not in (None, *known)):
+            advice = f"remove {option}_implementation from its config.json"
+            reason = "which is not part of transformers"
+            raise LoadError(f"the config of {path!r} requires the {what} {one!r}, {reason}; {advice}")
     installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
     for one in [attention] if attention else attentions:
         if one in installed and not installed[one]():
-            raise LoadError(
-                f"{path!r} requires the attention {one!r}, whose package is not installed or not for this "
-                "machine; install it, or choose another attention"
-            )
+            reason = "whose package is not installed or not for this machine"
+            raise LoadError(f"{path!r} requires the attention {one!r}, {reason}; install it, or choose another")
 
 
 def check_gguf(name: str, file: str, config: PretrainedConfig) -> None:
@@ -83,14 +72,10 @@ def check_gguf(name: str, file: str, config: PretrainedConfig) -> None:
     metadata, tensors = read_gguf_metadata(file)
     architecture = metadata["general.architecture"]
     if architecture in GGUF_ARCHS and find_spec("kernels") is not None:
-        raise LoadError(
-            f"for {name!r} of the architecture {architecture}, transformers would run code from the Hub; uninstall "
-            "the package kernels, or use the original checkpoint"
-        )
+        reason = f"for {name!r} of the architecture {architecture}, transformers would run code from the Hub"
+        raise LoadError(f"{reason}; uninstall the package kernels, or use the original checkpoint")
     scaled = metadata.get(f"{architecture}.rope.scaling.type", "none") != "none"
     kinds = {rope.get("rope_type", "default") for rope in ropes_of(config.get_text_config())}
     if (scaled or any(one.startswith(_ROPE_TENSORS) for one in tensors)) and kinds == {"default"}:
-        raise LoadError(
-            f"{name!r} scales its rotary embedding, which transformers does not read from a GGUF file of the "
-            f"architecture {architecture}; use the original checkpoint"
-        )
+        reason = f"which transformers does not read from a GGUF file of the architecture {architecture}"
+        raise LoadError(f"{name!r} scales its rotary embedding, {reason}; use the original checkpoint")

@@ -52,9 +52,8 @@ class LanguageModel:
         self.max_length = _max_length(self.config.get_text_config())
         text_config = inner.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
-        self.scale = getattr(text_config, "logit_scale", None) or 1 / (
-            getattr(text_config, "logits_scaling", None) or 1
-        )
+        divisor = getattr(text_config, "logits_scaling", None) or 1
+        self.scale = getattr(text_config, "logit_scale", None) or 1 / divisor
         self._has_plain_logits = (self.scale, self.softcap, self.vocab_size) == (1, None, self.padded_vocab_size)
 
     @property
@@ -113,10 +112,8 @@ def without_adapter(module: nn.Module) -> Any:
     if hasattr(module, "get_base_model"):
         return cast(Any, module).get_base_model()
     if hasattr(module, "peft_config"):
-        raise UnsupportedModel(
-            f"the {type(module).__name__} holds an adapter that is no PeftModel; load the model without it and wrap it "
-            "with peft.PeftModel.from_pretrained"
-        )
+        what = f"the {type(module).__name__} holds an adapter that is no PeftModel"
+        raise UnsupportedModel(f"{what}; load the model without it and wrap it with peft.PeftModel.from_pretrained")
     return module
 
 
@@ -143,9 +140,8 @@ def _max_length(config: PretrainedConfig) -> int | None:
 def eos_set(eos: Any, name: str) -> frozenset[int]:
     """Convert the EOS setting of a generation config (None, one id or a list) to a set."""
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
-    for one in ids:
-        if type(one) is not int or one < 0:
-            raise LoadError(f"the generation config of {name!r} has eos_token_id {eos!r:.80}, expected token ids")
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise LoadError(f"the generation config of {name!r} has eos_token_id {eos!r:.80}, expected token ids")
     return frozenset(ids)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
@@ -65,6 +65,8 @@ class ModelSpec:
     device: str | None = None
     attention: str | None = None
     quantization: str | None = None
+    table: ClassVar[None] = None
+    is_user_function: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS), ("attention", ATTENTIONS)):
@@ -72,10 +74,8 @@ class ModelSpec:
             if value not in known and (value is not None or name == "dtype"):
                 raise ConfigError(f"{name} of {self.path} is {value!r}, expected one of {', '.join(known)}")
         if self.quantization is not None and names_gguf(self.path):
-            raise ConfigError(
-                f"{self.path} is a GGUF file, which collm cannot quantize; leave {self.quantization} out, or use the "
-                "original checkpoint"
-            )
+            advice = f"leave {self.quantization} out, or use the original checkpoint"
+            raise ConfigError(f"{self.path} is a GGUF file, which collm cannot quantize; {advice}")
         object.__setattr__(self, "path", absolute(self.path))  # an artefact must not depend on the working directory
 
     def identity(self) -> dict[str, Any]:
@@ -102,17 +102,11 @@ def _weights_digest(path: str) -> str | None:
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
-    """Load a causal LM in evaluation mode. Weights of a GGUF file are dequantized.
-
-    Raises:
-        LoadError: there is no model at the path, or transformers cannot load it completely.
-        MissingExtra: bitsandbytes or gguf is needed and not installed.
-    """
+    """Load a causal LM in evaluation mode. Weights of a GGUF file are dequantized."""
     config = load_config(spec)
     method = quantized_with(config)
-    options: dict[str, Any] = {"dtype": spec.dtype, "device_map": spec.device}
-    if spec.device is None:
-        options["device_map"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": spec.dtype, "device_map": device}
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention
     if names_gguf(spec.path):
@@ -125,17 +119,12 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             config=config, output_loading_info=True, ignore_mismatched_sizes=True, **source, **options
         )
-    if other := sorted(found["mismatched_keys"]):
-        name, saved, expected = other[0]
-        raise LoadError(
-            f"the weight {name} of {spec.path!r} has shape {tuple(saved)}, but its config.json requires "
-            f"{tuple(expected)}; restore matching files"
-        )
+    for name, saved, expected in sorted(found["mismatched_keys"]):
+        shapes = f"shape {tuple(saved)}, but its config.json requires {tuple(expected)}"
+        raise LoadError(f"the weight {name} of {spec.path!r} has {shapes}; restore matching files")
     if missing := sorted(found["missing_keys"]):
-        raise LoadError(
-            f"the weights of {spec.path!r} lack {len(missing)} tensors that its config.json requires, such as "
-            f"{missing[0]!r}; restore matching files"
-        )
+        lacking = f"{len(missing)} tensors that its config.json requires, such as {missing[0]!r}"
+        raise LoadError(f"the weights of {spec.path!r} lack {lacking}; restore matching files")
     if names_gguf(spec.path):
         model.name_or_path = model.config.name_or_path = spec.path
         model.config._commit_hash = spec.revision
@@ -149,21 +138,16 @@ def _quantization(spec: ModelSpec, method: str | None) -> dict[str, Any]:
     """Loading options that quantize a model, whose checkpoint is quantized with `method`."""
     if method is not None:
         raise LoadError(
-            f"{spec.path!r} is already quantized with {method}; leave {spec.quantization} out, or use the "
-            "original checkpoint"
+            f"{spec.path!r} is already quantized with {method}; leave {spec.quantization} out, or use the original one"
         )
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quantize")
     dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
-    if spec.quantization == "int8":
-        return {"dtype": dtype, "quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}
-    settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-    return {"dtype": dtype, "quantization_config": settings}
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if spec.quantization == "nf4":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings["bnb_4bit_compute_dtype"] = getattr(torch, dtype)
+    return {"dtype": dtype, "quantization_config": transformers.BitsAndBytesConfig(**settings)}
 
 
 def _check_no_adapter(spec: ModelSpec) -> None:
@@ -173,10 +157,8 @@ def _check_no_adapter(spec: ModelSpec) -> None:
     with _explained("model", spec):
         found = find_adapter_config_file(spec.path, revision=spec.revision)
     if found is not None:
-        raise LoadError(
-            f"{spec.path!r} contains an adapter next to a model (adapter_config.json); merge them with peft's "
-            "merge_and_unload, or remove the adapter"
-        )
+        advice = "merge them with peft's merge_and_unload, or remove the adapter"
+        raise LoadError(f"{spec.path!r} contains an adapter next to a model (adapter_config.json); {advice}")
 
 
 @contextmanager
@@ -217,16 +199,18 @@ def _explained(what: str, spec: ModelSpec, method: str | None = None) -> Iterato
 
 @contextmanager
 def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
-    """Disable transformers' progress bars while a small local model is read or written.
+    """Disable transformers' progress bars for a small local model, and warnings that `load_model` raises as errors.
 
-    Also suppresses a deprecation warning that peft causes in transformers, and tables of weights that do not fit, which
-    `load_model` raises as an error. One thread is inside at a time, because these settings, and others that
-    transformers changes while it loads, are those of the process.
+    One thread is inside at a time, because these settings, and others that transformers changes, are the process's.
     """
     with _LOADING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         shown = transformers_logging.is_progress_bar_enabled()
-        if _num_bytes(model) < SMALL_BYTES:
+        if isinstance(model, nn.Module):
+            sizes = [parameter.nbytes for parameter in model.parameters()]
+        else:
+            sizes = [file.stat().st_size for file in (Path(model), *Path(model).glob("*")) if file.is_file()]
+        if sizes and sum(sizes) < SMALL_BYTES:  # a download may take long
             transformers_logging.disable_progress_bar()
         _REPORTS.addFilter(_is_no_error)
         try:
@@ -239,13 +223,6 @@ def quiet_if_small(model: str | nn.Module) -> Iterator[None]:
 
 def _is_no_error(record: logging.LogRecord) -> bool:
     return not any(word in record.getMessage() for word in ("MISSING:", "MISMATCH:"))
-
-
-def _num_bytes(model: str | nn.Module) -> int:
-    if isinstance(model, nn.Module):
-        return sum(parameter.nbytes for parameter in model.parameters())
-    files = [file for file in (Path(model), *Path(model).glob("*")) if file.is_file()]
-    return sum(file.stat().st_size for file in files) if files else SMALL_BYTES  # a download may take long
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
@@ -278,12 +255,7 @@ def saved_eos_ids(spec: ModelSpec) -> frozenset[int]:
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Raises:
-        LoadError: there is no tokenizer that transformers can load, or its normaliser may blow up texts.
-        MissingExtra: the model is a GGUF file, and gguf is not installed.
-    """
+    """Load the tokenizer of a model, unless its normaliser may blow up texts."""
     with _explained("tokenizer", spec), _source(spec) as source:
         if file := source.get("gguf_file"):
             # AutoTokenizer takes ten times as long
@@ -294,10 +266,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         growth = normalizer_growth(tokenizer)
     tokenizer.name_or_path = spec.path
     if growth > MAX_GROWTH:
-        raise LoadError(
-            f"the normaliser of the tokenizer of {spec.path!r} may make a text {growth} times longer, expected at "
-            f"most {MAX_GROWTH} times; use another tokenizer"
-        )
+        limit = f"{growth} times longer, expected at most {MAX_GROWTH} times"
+        raise LoadError(f"the normaliser of the tokenizer of {spec.path!r} may make a text {limit}; use another one")
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 

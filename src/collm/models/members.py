@@ -76,8 +76,7 @@ def aligned(
     """Align authors that do not share a tokenizer. Returns None if all of them share the base's.
 
     Args:
-        tokenizer, template: those of the base. An assistant with another tokenizer uses its own chat template, if it
-            has one.
+        tokenizer, template: the base's. An assistant with another tokenizer uses its own chat template if it has one.
         tokenizers: the tokenizer of each assistant, by default a spec's own, and the base's for modules and tools.
         accept_differences: accepted differences between models that share the base's vocabulary.
     """
@@ -115,11 +114,7 @@ def load_members(
     vocab_size: int,
     alignment: Alignment | None = None,
 ) -> list[LanguageModel | ToolModel]:
-    """Load all members, the base first, and limit their logits to the tokenizer's vocabulary.
-
-    Args:
-        tokenizer, vocab_size: of all members, or of the base if there is an alignment.
-    """
+    """Load all members, the base first, and limit their logits to the vocabulary, with an alignment to each one's."""
     loaded: list[LanguageModel | ToolModel] = []
     for author, member in enumerate(members):
         name = author_name(author)
@@ -132,9 +127,7 @@ def load_members(
         size = vocab_size if alignment is None else alignment.tokenizers[author].vocab_size
         model = LanguageModel(module.eval(), name=name, vocab_size=size)
         if model.padded_vocab_size < size:
-            raise MismatchError(
-                f"{name} has logits for {model.padded_vocab_size} token ids, but the tokenizer has {size}; use the "
-                "tokenizer the model was trained with"
-            )
+            sizes = f"logits for {model.padded_vocab_size} token ids, but the tokenizer has {size}"
+            raise MismatchError(f"{name} has {sizes}; use the tokenizer the model was trained with")
         loaded.append(model)
     return loaded

@@ -48,11 +48,9 @@ def gguf_file(name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repo, file, revision=revision))
     except Exception as error:  # any error of the Hub or the network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoadError(
-            f"could not download the GGUF file {file!r} of {repo!r}: {reason.rstrip('.')}; name a file of the "
-            "repository or a local file"
-        ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        what = f"could not download the GGUF file {file!r} of {repo!r}: {reason}"
+        raise LoadError(f"{what}; name a file of the repository or a local file") from error
 
 
 def hint(place: Path) -> str:

@@ -17,8 +17,8 @@ LONGEST = 256
 class PackedLinear(nn.Module):
     """An `nn.Linear` that oneDNN runs with a reordered weight.
 
-    The default kernels read a plain weight in an order that is slow for a few tokens. With the blocked order a few
-    tokens cost little more than one. The plain weight is dropped, so the layer can be neither trained nor saved.
+    With the blocked order a few tokens cost little more than one. The plain weight is dropped, so the layer can be
+    neither trained nor saved.
 
     oneDNN caches a program of about a megabyte for each number of rows. To limit these numbers, inputs are split into
     parts of at most `LONGEST` rows and padded with zeros to `fitting_rows`.
@@ -63,10 +63,9 @@ def can_pack(module: nn.Module) -> bool:
 
 @torch.inference_mode()
 def pack_linears(module: nn.Module) -> None:
-    """Replace each `nn.Linear` below `module` in place by a packed layer if that is faster on this machine.
+    """Replace each `nn.Linear` below `module` by a packed layer if that is faster here, timed for each shape.
 
-    The faster form depends on the processor, the number of threads and the shape, so layers of each shape are timed for
-    a fraction of a second. Subclasses of `nn.Linear` are not replaced, as they may do more than multiply.
+    Subclasses of `nn.Linear` are not replaced, as they may do more than multiply.
     """
     by_shape: dict[torch.Size, list[tuple[nn.Module, str, nn.Linear]]] = {}
     for parent in module.modules():
@@ -80,24 +79,21 @@ def pack_linears(module: nn.Module) -> None:
 
 
 def packing_pays(layers: Sequence[nn.Linear]) -> bool:
-    """Whether layers of one shape are faster packed, averaged over one row and sixteen rows.
-
-    Times enough layers in turn that their weights do not fit the processor's cache, as in a running model.
-    """
+    """Whether layers of one shape are faster packed, on average of 1 and 16 rows, with weights not in any cache."""
     weight = layers[0].weight
     if len(layers) * weight.nbytes < _LEAST_BYTES:
         return False
     plain = layers[: -(-_COLD_BYTES // weight.nbytes)]
     packed = [PackedLinear(layer) for layer in plain]
-    ratios: list[float] = []
+    total = 0.0
     for count in (1, 16):
         inputs, end = weight.new_ones(count, weight.shape[1]), time.perf_counter() + _TIMED_S
         rounds: list[tuple[float, float]] = []
         while len(rounds) <= _LEAST_ROUNDS or time.perf_counter() < end:
             rounds.append((_seconds(plain, inputs), _seconds(packed, inputs)))
         of_plain, of_packed = map(min, zip(*rounds[1:], strict=True))  # the first round compiles programs
-        ratios.append(of_packed / of_plain)
-    return sum(ratios) < len(ratios)
+        total += of_packed / of_plain / 2
+    return total < 1
 
 
 _LEAST_BYTES = 1 << 20

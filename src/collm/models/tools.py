@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -72,18 +73,17 @@ class ToolModel:
     def remainder(self, text: str, answers: dict[int, Answer]) -> str | None:
         """The text that follows `text` according to the tool; None if it abstains.
 
-        Args:
-            answers: length of a prefix of `text` -> the tool's answer to it. New answers are added, so a tool that is
-                too slow for one token gets further at the next.
+        `answers` has the tool's answers by length of the prefix. New ones are added, so a tool that is too slow for
+        one token gets further at the next.
         """
         limit = CALLS_PER_TOKEN * self.spec.seconds
         due = time.monotonic() + limit
         for at in range(len(text), max(len(text) - self.spec.max_answer, -1), -1):
             if at not in answers:
                 if time.monotonic() > due:
+                    late = f"took longer than {limit:g} s for one token"
                     raise ToolFailure(
-                        f"{self.spec} took longer than {limit:g} s for one token; make it faster, or lower max_answer, "
-                        "which bounds its calls"
+                        f"{self.spec} {late}; make it faster, or lower max_answer, which bounds its calls"
                     )
                 (answers[at],) = self._tool(text, [at])
             if left := self._left(text, at, answers[at]):
@@ -101,36 +101,27 @@ class ToolModel:
         """Log-probabilities of all tokens, shape (R, V), fp32."""
         hit, miss, unknown = self.logprobs
         logits = torch.full((len(next_tokens), self.vocab_size), unknown)
-        for row, token_id in zip(logits, next_tokens, strict=True):
+        for row, token_id in enumerate(next_tokens):
             if token_id is not None:
-                row.fill_(miss)
-                row[token_id] = hit
+                logits[row], logits[row, token_id] = miss, hit
         return logits
 
     def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """Score the target tokens of one sequence.
+        """Log-probabilities (nats) of target tokens, whether each is the answer's next, and whether the tool abstains.
 
-        A token counts as the answer's next token if it has the next characters of the answer, or all of its remainder
-        and more, regardless of how the tokenizer would split the answer.
-
-        Returns:
-            Shape (n,) each: log-probabilities in nats; whether the token is the answer's next; whether the tool
-            abstains there.
+        A token is the answer's next if it has the next characters of the answer, or all of its remainder and more,
+        regardless of how the tokenizer would split the answer. Shape (n,) each.
         """
         read = TokenText(self.tokenizer, token_ids)
         targets = [t for t in range(1, len(token_ids)) if is_target[t]]
         first = max(read.end(targets[0]) - self.spec.max_answer, 0)
         ends = range(first, read.end(targets[-1]) + 1)
         answers = dict(zip(ends, self._tool(read.text, ends), strict=True))
-        hit, miss, unknown = self.logprobs
-        scores = {None: unknown, False: miss, True: hit}
+        scores = dict(zip((True, False, None), self.logprobs, strict=True))
         known = {at: answer for at, answer in reversed(answers.items()) if answer}
         matches = [self._matches(read, t, answers, known) for t in targets]
-        return (
-            torch.tensor([scores[each] for each in matches]),
-            torch.tensor([each is True for each in matches]),
-            torch.tensor([each is None for each in matches]),
-        )
+        correct, abstained = (torch.tensor([each is kind for each in matches]) for kind in (True, None))
+        return torch.tensor([scores[each] for each in matches]), correct, abstained
 
     def _matches(self, read: TokenText, t: int, answers: dict[int, Answer], known: Mapping[int, Answer]) -> bool | None:
         """Whether token t is the answer's next; None without an answer. `known` has the answers that are not empty."""
@@ -145,10 +136,9 @@ class ToolModel:
 
 
 class ToolRunner:
-    """An `Assistant` that calls a tool instead of a model.
+    """An `Assistant` that calls a tool. A failed call is logged and counted, and the tool abstains.
 
-    A failed call is logged with its text and counted, and the tool abstains. A slot holds a text and the tool's answers
-    by length of the text.
+    A slot holds a text and the tool's answers by length of the text.
     """
 
     max_length = None
@@ -161,10 +151,10 @@ class ToolRunner:
         self.name = model.name
         self.usage = ModelUsage()
         self._slots: dict[int, tuple[TokenText, dict[int, Answer]]] = {}
-        self._count = 0
+        self._numbers = count()
 
     def open(self, token_ids: Sequence[int] = ()) -> int:
-        slot, self._count = self._count, self._count + 1
+        slot = next(self._numbers)
         self._slots[slot] = TokenText(self.model.tokenizer), {}
         return slot
 

@@ -44,10 +44,7 @@ def in_process(function: ToolFunction) -> Tool:
 class IsolatedTool:
     """A user function in a separate process, so that it cannot hang this process or use its pipes.
 
-    The process ends with this object. One that is lost is replaced.
-
-    Raises:
-        LoadError: the function cannot be imported.
+    The process ends with this object. One that is lost is replaced. A LoadError if the function cannot be imported.
     """
 
     def __init__(self, spec: ToolSpec) -> None:
@@ -78,7 +75,7 @@ class IsolatedTool:
         self._socket, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-I", worker.__file__, self.spec.name]
-            process = self._process = subprocess.Popen(command, stdin=theirs, stdout=theirs)
+            process = self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())
         self._stop = weakref.finalize(self, _stop, process, self._socket)
         if (reply := self._reply(START_SECONDS, sys.path)) is not None:
             self.close()

@@ -47,10 +47,8 @@ class Lookup:
             bare = opening.rstrip()
             answer = opening[len(bare) :] + following
             if bare in sources and answer != self._following[bare]:
-                raise DataError(
-                    f"{where}: {bare!r} is followed by {answer!r}, but in {sources[bare]} by "
-                    f"{self._following[bare]!r}; expected the same answer"
-                )
+                other = f"in {sources[bare]} by {self._following[bare]!r}; expected the same answer"
+                raise DataError(f"{where}: {bare!r} is followed by {answer!r}, but {other}")
             sources.setdefault(bare, where)
             self._following |= {bare: answer, opening: following}
         if not sources:
@@ -78,15 +76,13 @@ def _fill(where: str, fields: Any, most: int) -> tuple[str, str]:
     pattern = fields.get(_PATTERN)
     if not isinstance(pattern, str) or not pattern.strip():
         raise DataError(
-            f"{where}: the pattern is {pattern!r}, expected a text such as 'The capital of {{country}} is {{capital}}.'"
+            f"{where}: the pattern is {pattern!r}, expected a text such as 'In {{country}} lies {{capital}}.'"
         )
     parts = _PLACEHOLDER.split(pattern)
     if len(parts) == 1 or any(brace in text for text in parts[::2] for brace in "{}"):
         raise DataError(f"{where}: the pattern is {pattern!r}, expected a text with {{field}} placeholders")
     if not "".join(parts[:-2]).strip():
-        raise DataError(
-            f"{where}: the pattern {pattern!r} has nothing before its last placeholder, so it would match any text"
-        )
+        raise DataError(f"{where}: the pattern {pattern!r} has nothing before its last placeholder: any text matches")
     known = sorted(fields.keys() - {_PATTERN})
     for at, name in list(enumerate(parts))[1::2]:
         if name not in known:
@@ -95,9 +91,7 @@ def _fill(where: str, fields: Any, most: int) -> tuple[str, str]:
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: the field {name!r} is {value!r}, expected a text that is not blank")
     if sum(map(len, parts)) > most:
-        raise DataError(
-            f"{where}: the facts have over {_MAX_CHARACTERS} characters in total; use fewer or shorter ones"
-        )
+        raise DataError(f"{where}: the facts have over {_MAX_CHARACTERS} characters in all; use fewer or shorter ones")
     opening, following = "".join(parts[:-2]), "".join(parts[-2:])
     try:
         (opening + following).encode()
@@ -108,27 +102,24 @@ def _fill(where: str, fields: Any, most: int) -> tuple[str, str]:
 
 def _facts(path: Path) -> Iterator[tuple[str, Any]]:
     """The location and the fields of each fact of a file."""
-    rows_of = {".csv": _csv_rows, ".json": _json_rows}.get(path.suffix.lower())
-    if rows_of is None:
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".json"):
         raise DataError(f"{path} has the suffix {path.suffix!r}, expected a .csv or .json file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
+        if kind == ".csv":
+            yield from _csv_rows(path, text)
+            return
+        content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except OSError as error:
         raise DataError(f"could not read {path}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    return rows_of(path, text)
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of facts, each with its {_PATTERN!r} and fields")
-    for number, fields in enumerate(content, start=1):
-        yield f"{path}, fact {number}", fields
+    yield from ((f"{path}, fact {number}", fields) for number, fields in enumerate(content, start=1))
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -56,21 +56,17 @@ class ToolSpec:
         elif self.is_user_function:
             require(self.argument is None, "argument", "none")
         else:
-            raise ConfigError(
-                f"there is no tool {self.name!r}; expected {', '.join(BUILT_IN)}, or your own function as "
-                "package.module:function"
-            )
+            known = f"{', '.join(BUILT_IN)}, or your own function as package.module:function"
+            raise ConfigError(f"there is no tool {self.name!r}; expected {known}")
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> ToolSpec:
         """Parse "tool:calculator", "tool:lookup:facts.csv" or "tool:package.module:function"; None is no option."""
         options = {key: value for key, value in options.items() if value is not None}
         name, _, rest = text.removeprefix(PREFIX).partition(":")
-        if name == "lookup" and rest:
-            rest = str(Path(rest).resolve())
-        if name in BUILT_IN:
-            return cls(name, rest or None, **options)
-        return cls(text.removeprefix(PREFIX), **options)
+        if name not in BUILT_IN:
+            return cls(text.removeprefix(PREFIX), **options)
+        return cls(name, str(Path(rest).resolve()) if name == "lookup" and rest else rest or None, **options)
 
     @classmethod
     def of(cls, function: ToolFunction, **options: Any) -> ToolSpec:
@@ -81,10 +77,8 @@ class ToolSpec:
         """
         module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
         if not module or not name or module == "__main__" or not name.isidentifier():
-            raise ConfigError(
-                f"{function!r} cannot be imported by name, so no other process can call it; define it at the top level "
-                "of a module"
-            )
+            reason = f"{function!r} cannot be imported by name, so no other process can call it"
+            raise ConfigError(f"{reason}; define it at the top level of a module")
         return cls(f"{module}:{name}", **options)
 
     def __str__(self) -> str:
@@ -102,11 +96,7 @@ class ToolSpec:
         return Path(str(self.argument)) if self.name == "lookup" else None
 
     def identity(self) -> dict[str, Any]:
-        """The properties that the tool's scores depend on, with a digest of its table or source file.
-
-        Raises:
-            LoadError: the file or module does not exist.
-        """
+        """The properties that the tool's scores depend on, with a digest of its table or source file."""
         path = self.table
         if path is None:
             module, why = self.name.partition(":")[0] if self.is_user_function else f"collm.tools.{self.name}", ""
@@ -127,7 +117,4 @@ class ToolSpec:
 
 def not_trusted(where: object, name: str) -> str:
     """Error message for a file that names a user function without the user's consent to run it."""
-    return (
-        f"{where} would run {name}, which is not part of collm; if you trust this code, pass --trust-code "
-        "(trust_code=True)"
-    )
+    return f"{where} would run {name}, not part of collm; if you trust this code, pass --trust-code (trust_code=True)"

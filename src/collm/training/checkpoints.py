@@ -23,20 +23,13 @@ HEAD = "head.safetensors"
 FOLDERS = {"full": "base", "lora": "adapter"}  # of the tuned base; a frozen base is not saved
 STATE = "trainer_state.json"
 ORIGIN = "trained_on.json"
-_ORIGIN = {
-    "examples": "rows (or another tokenizer, template or max_length)",
-    "evaluation": "evaluation rows",
-    "base": "weights of the base",
-    "assistants": "assistants",
-}
+_ORIGIN = {"examples": "rows (or another tokenizer, template or max_length)", "evaluation": "evaluation rows"}
+_ORIGIN |= {"base": "weights of the base", "assistants": "assistants"}
 """What a checkpoint depends on besides the options of its run."""
 
 
 def save_tuned(directory: Path, joint: JointModule, method: str, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write head.safetensors, and the tuned base as a plain model (`base/`) or an adapter (`adapter/`).
-
-    `state` has the joint module's weights, if they were gathered from several devices.
-    """
+    """Write the head, and the tuned base as a plain model or an adapter. `state` has weights gathered from devices."""
     directory.mkdir(parents=True, exist_ok=True)
     state = joint.state_dict() if state is None else state
     head = {name: state[f"head.{name}"].detach().cpu().contiguous() for name in ("weight", "bias")}
@@ -61,10 +54,8 @@ def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
         elif method == "full":
             _load(base, _plain(base, directory).state_dict())
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ArtefactError(
-            f"the weights in {directory} cannot be read for method {method!r}: {error}; "
-            "they are damaged or belong to another model or method"
-        ) from error
+        reason = f"{error}; they are damaged or belong to another model or method"
+        raise ArtefactError(f"the weights in {directory} cannot be read for method {method!r}: {reason}") from error
 
 
 def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Module, DeferralHead]:
@@ -110,18 +101,12 @@ def _is_whole(checkpoint: Path) -> bool:
 def check_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
     """Check that a checkpoint is complete and of the same rows and models, as far as `CoLLMTrainer.origin` is known."""
     if not _is_whole(checkpoint):
-        raise ArtefactError(
-            f"{checkpoint} is not a complete checkpoint: no readable {STATE}; resume from an earlier one"
-        )
+        raise ArtefactError(f"{checkpoint} is not a complete checkpoint: no readable {STATE}; resume from another one")
     try:
         found = json.loads((checkpoint / ORIGIN).read_text(encoding="utf-8"))
         different = [what for name, what in _ORIGIN.items() if name in origin and found[name] != origin[name]]
     except DAMAGED as error:
-        raise ArtefactError(
-            f"{checkpoint / ORIGIN} is damaged ({error}); delete this checkpoint to resume from an earlier one"
-        ) from error
+        raise ArtefactError(f"{checkpoint / ORIGIN} is damaged ({error}); resume from an earlier checkpoint") from error
     if different:
-        raise ConfigError(
-            f"{checkpoint} was trained with other {different[0]} than are there now; choose another output_dir, or "
-            f"delete the checkpoints in {checkpoint.parent} to train from the beginning"
-        )
+        advice = f"choose another output_dir, or delete the checkpoints in {checkpoint.parent} to start anew"
+        raise ConfigError(f"{checkpoint} was trained with other {different[0]} than are there now; {advice}")

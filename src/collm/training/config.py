@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -26,15 +27,14 @@ _DEPENDENT: dict[str, tuple[str, object, object]] = {
 }
 """Fields that require a value of another field -> that field, its value, and the default in that case."""
 
+_OWN_METRICS = "evaluate computes its own metrics"
 _WITHOUT_EFFECT = {
     "label_smoothing_factor": "the objective is a likelihood over authors",
     "neftune_noise_alpha": "noise would make training differ from scoring",
     "use_liger_kernel": "the loss reads hidden states, not the model's own loss",
     "remove_unused_columns": "a training set has no unused columns",
     "label_names": "the targets are fixed",
-    **dict.fromkeys(
-        ("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), "evaluate computes its own metrics"
-    ),
+    **dict.fromkeys(("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), _OWN_METRICS),
     "eval_accumulation_steps": "evaluate keeps no predictions",
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluate runs as training does"),
     "resume_from_checkpoint": "pass it to CoLLMTrainer.train",
@@ -106,9 +106,8 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         try:
             costs = [float(cost) for cost in _listed(self.deferral_cost)]
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"deferral_cost is {self.deferral_cost!r}, expected a number, or one for each assistant"
-            ) from error
+            what = f"deferral_cost is {self.deferral_cost!r}"
+            raise ConfigError(f"{what}, expected a number, or one for each assistant") from error
         self.deferral_cost = costs[0] if len(costs) == 1 else costs  # a flag gives a list of one
         try:
             _check_ranges(self)
@@ -148,12 +147,8 @@ class CoLLMConfig(TrainingArguments):  # type: ignore[misc]
         if len(costs) in (1, num_assistants):
             return costs if len(costs) == num_assistants else costs * num_assistants
         raise ConfigError(
-            f"deferral_cost has {len(costs)} values, expected one, or one for each assistant ({num_assistants})"
+            f"deferral_cost is {costs}, expected one number, or one for each assistant ({num_assistants})"
         )
-
-    def resolved_head_learning_rate(self, hidden_size: int) -> float:
-        """The head's learning rate for a base of this hidden size."""
-        return 0.1 / hidden_size if self.head_learning_rate is None else self.head_learning_rate
 
 
 def _listed(costs: list[float] | float) -> list[float]:
@@ -167,7 +162,7 @@ def _check_ranges(config: CoLLMConfig) -> None:
             raise ConfigError(f"{name} is {value!r}, expected {expected}")
 
     variants, costs = get_args(PseudoLabelVariant), _listed(config.deferral_cost)
-    valid_costs = bool(costs) and all(0 <= cost < float("inf") for cost in costs)
+    valid_costs = bool(costs) and all(0 <= cost < math.inf for cost in costs)
     check("method", lambda value: value in _LEARNING_RATES, f"one of {', '.join(_LEARNING_RATES)}")
     check("max_length", lambda value: value >= 2, "at least 2")
     check("seed", lambda value: 0 <= value < 1 << 32, "0 to 2^32 - 1")
@@ -182,20 +177,14 @@ def _check_ranges(config: CoLLMConfig) -> None:
 
 def _check_effects(config: CoLLMConfig) -> None:
     for name, (switch, needed, _) in _DEPENDENT.items():
-        if getattr(config, name) is not None and getattr(config, switch) != needed:
-            raise ConfigError(
-                f"{name} has no effect with {switch}={getattr(config, switch)!r}; "
-                f"set {switch} to {needed!r} or leave {name} out"
-            )
+        if getattr(config, name) is not None and (now := getattr(config, switch)) != needed:
+            advice = f"set {switch} to {needed!r} or leave {name} out"
+            raise ConfigError(f"{name} has no effect with {switch}={now!r}; {advice}")
     if config.early_stopping_patience is not None and not config.load_best_model_at_end:
-        raise ConfigError(
-            "early_stopping_patience without load_best_model_at_end would not keep the best model; set both"
-        )
-    if config.method == "head" and (config.learning_rate or config.activation_checkpointing):
-        name, advice = "learning_rate", "set head_learning_rate"
-        if not config.learning_rate:
-            name, advice = "activation_checkpointing", "leave it out"
-        raise ConfigError(f"{name} has no effect with method 'head', which freezes the base; {advice}")
+        raise ConfigError("early_stopping_patience without load_best_model_at_end would keep a worse model; set both")
+    for name, advice in (("learning_rate", "set head_learning_rate"), ("activation_checkpointing", "leave it out")):
+        if config.method == "head" and getattr(config, name):
+            raise ConfigError(f"{name} has no effect with method 'head', which freezes the base; {advice}")
     for one in fields(config):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         if one.name in _WITHOUT_EFFECT and getattr(config, one.name) not in (default, []):
@@ -204,10 +193,9 @@ def _check_effects(config: CoLLMConfig) -> None:
 
 def _as_number(name: str, value: Any, hint: Any) -> Any:
     accepted = set(get_args(hint) or (hint,))
-    kind = next((kind for kind in (float, int) if kind in accepted), None)
-    if not isinstance(value, str) or str in accepted or kind is None:
+    if not isinstance(value, str) or str in accepted or not accepted & {float, int}:
         return value
     try:
-        return kind(value)
+        return float(value) if float in accepted else int(value)
     except ValueError as error:
         raise ConfigError(f"{name} is {value!r}, expected a number") from error

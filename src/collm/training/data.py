@@ -139,9 +139,7 @@ def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[
         return chain.from_iterable(_read_file(file, layout) for file in files)
     if not (text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in FILES):
         return _read_hub(name, configuration or None, split or "train", layout)
-    raise DataError(
-        f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a data set directory or a Hub name"
-    )
+    raise DataError(f"there is no {path}; expected a JSON, JSONL, CSV, Parquet or Arrow file, a directory or Hub name")
 
 
 def _read_file(path: Path, layout: Format) -> Iterator[Record]:
@@ -178,9 +176,8 @@ def _read_columns(path: Path) -> Iterator[Record]:
                 number += 1
                 yield f"{path}:{number}", record
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{path} is not {path.suffix[1:]}, or damaged after row {number}: {' '.join(str(error).split()):.200}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not {path.suffix[1:]}, or damaged after row {number}: {reason:.200}") from error
 
 
 def _read_csv(text: str, path: Path) -> Iterator[Record]:
@@ -205,13 +202,12 @@ def _read_document(text: str, path: Path, layout: Format) -> Iterator[Record]:
     found = _parse(text, path)
     if layout.row_files and not isinstance(found, list):
         found = [found]
-    elif isinstance(found, DataError):
+    if isinstance(found, DataError):
         raise found
-    elif layout.key is not None and isinstance(found, Mapping):
-        found = found.get(layout.key)
-    if not isinstance(found, list):
+    rows = found.get(layout.key) if isinstance(found, Mapping) else found
+    if not isinstance(rows, list):
         raise DataError(f'{path} has no list of rows; expected {{"{layout.key}": [...]}}')
-    yield from ((f"{path}, row {number}", record) for number, record in enumerate(found, start=1))
+    yield from ((f"{path}, row {number}", record) for number, record in enumerate(rows, start=1))
 
 
 def _parse(text: str, path: Path, first_line: int = 1, advice: str = "") -> Any:
@@ -238,7 +234,7 @@ def _read_hub(name: str, configuration: str | None, split: str, layout: Format) 
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"could not load the data set {name!r}: {reason:.400}; expected a file, a directory or a Hub name"
+            f"could not load the data set {name!r}: {reason:.400}; expected a file, directory or Hub name"
         ) from error
     return ((f"{place}:{number}", record) for place, table in tables.items() for number, record in enumerate(table, 1))
 

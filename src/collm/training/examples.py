@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +47,8 @@ class Example:
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.is_target):
-            raise DataError(
-                f"an example has {len(self.token_ids)} token ids but {len(self.is_target)} target marks; "
-                "expected the same number"
-            )
+            counts = f"{len(self.token_ids)} token ids but {len(self.is_target)} target marks"
+            raise DataError(f"an example has {counts}; expected the same number")
         if not any(self.is_target[1:]):
             raise DataError("an example has no target token after its first token; expected at least one")
 
@@ -82,10 +80,7 @@ class Examples(list[Example]):
 def joined(parts: Sequence[Examples]) -> Examples:
     """Concatenate sets of examples of the same authors."""
     others = zip(*(part.assistant_examples for part in parts), strict=True)
-    return Examples(
-        [example for part in parts for example in part],
-        [[example for each in by_part for example in each] for by_part in others],
-    )
+    return Examples(chain.from_iterable(parts), [[*chain.from_iterable(by_part)] for by_part in others])
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -116,15 +111,13 @@ def encode(
     """
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}, expected at least 2: a token to read and a target")
-    authors = [(template, tokenizer, "")]
-    if alignment is not None:
-        authors = [(author.template, author.tokenizer, f"{author.name}: ") for author in alignment.tokenizers]
+    named = [] if alignment is None else alignment.tokenizers
+    authors = [(one.template, one.tokenizer, f"{one.name}: ") for one in named] or [(template, tokenizer, "")]
     encoded = [(row, each) for row in rows for each in _encode_row(row, authors)]
     _report_special_tokens(rows, tokenizer)
-    made = [
-        _truncated(each[0], max_length) if alignment is None else _aligned(each, alignment, max_length, row.where)
-        for row, each in encoded
-    ]
+    made = []
+    for row, each in encoded:
+        made.append(_aligned(each, alignment, max_length, row.where) if alignment else _truncated(each[0], max_length))
     _report_truncation([each for _, each in encoded], made, max_length)
     base, *assistants = (list(each) for each in zip(*(examples for examples, _ in made if examples), strict=True))
     return Examples(base, assistants)
@@ -169,11 +162,10 @@ def _report_special_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = [texts for row in rows if (texts := [text for text in special if text in row.completion])]
     if found:
-        [(most, _)] = Counter(itertools.chain.from_iterable(found)).most_common(1)
-        logger.warning(
-            f"{len(found)} of {len(rows)} rows have the text of a special token in their completion, most often "
-            f"{most!r}; it is tokenised as that token, and an EOS token ends the completion there"
-        )
+        [(most, _)] = Counter(chain.from_iterable(found)).most_common(1)
+        what = f"{len(found)} of {len(rows)} rows have the text of a special token in their completion"
+        effect = "it is tokenised as that token, and an EOS token ends the completion there"
+        logger.warning(f"{what}, most often {most!r}; {effect}")
 
 
 def _report_truncation(
@@ -182,18 +174,15 @@ def _report_truncation(
     kept = sum(bool(examples) for examples, _ in made)
     if not kept:
         longest = max(([*one.is_target, True].index(True) for each in encoded for one in each), default=0)
-        raise DataError(
-            f"max_length {max_length} leaves no target token in any of {len(made)} examples, as their prompts have "
-            f"up to {longest} tokens; set max_length above that, or shorten the prompts"
-        )
+        prompts = f"as their prompts have up to {longest} tokens; set max_length above that, or shorten the prompts"
+        raise DataError(f"max_length {max_length} leaves no target token in any of {len(made)} examples, {prompts}")
     truncated = sum(max(len(one.token_ids) for one in each) > max_length for each in encoded)
     if truncated:
         without_end = sum(bool(examples) and not ends for examples, ends in made)
-        logger.warning(
-            f"{truncated} of {len(made)} examples exceed max_length {max_length} and were truncated: "
-            f"{len(made) - kept} had no target token left and were dropped, {without_end} lost the token that ends "
-            "their last target, so they do not train the model to stop"
-        )
+        what = f"{truncated} of {len(made)} examples exceed max_length {max_length} and were truncated"
+        dropped = f"{len(made) - kept} had no target token left and were dropped"
+        cut = f"{without_end} lost the token that ends their last target, so they do not train the model to stop"
+        logger.warning(f"{what}: {dropped}, {cut}")
 
 
 def _truncated(sequence: Encoded, max_length: int) -> tuple[list[Example], bool]:
@@ -218,10 +207,7 @@ def _aligned(
     by_author = [_answers(*each, where) for each in zip(alignment.tokenizers, sequences, strict=True)]
     for author, theirs in zip(alignment.tokenizers, by_author, strict=True):
         if [one.text for one in theirs] != [one.text for one in by_author[0]]:
-            raise DataError(
-                f"{where}: {author.name} reads another answer than the base; chat templates must not change the "
-                "assistant's messages"
-            )
+            raise DataError(f"{where}: {author.name} reads another answer than the base; a chat template changed it")
     opens: list[dict[int, int]] = [{} for _ in sequences]
     targets: list[set[int]] = [set() for _ in sequences]
     complete = True
@@ -260,7 +246,7 @@ def _aligned(
 def _answers(author: TextTokenizer, sequence: Encoded, where: str) -> list[_Answer]:
     """The runs of target tokens. Each ends with a token that ends the text, unless the row lacks one."""
     answers, start = list[_Answer](), 0
-    for learned, run in itertools.groupby(sequence.is_target):
+    for learned, run in groupby(sequence.is_target):
         end = start + len(list(run))
         if learned:
             finished = sequence.token_ids[end - 1] in author.eos_ids
@@ -268,8 +254,7 @@ def _answers(author: TextTokenizer, sequence: Encoded, where: str) -> list[_Answ
             text = author.spell(ids)
             if text is None:
                 raise DataError(
-                    f"{where}: the answer has a special token of {author.name}, which other models cannot read; "
-                    "remove it"
+                    f"{where}: the answer has a special token of {author.name}, unknown to other models; remove it"
                 )
             added = author.adds_space(sequence.token_ids[:start]) and text.startswith(b" ")
             ends = reversed(list(enumerate(author.ends(ids, -added), start + 1)))  # the first token to end at a byte
@@ -299,26 +284,18 @@ def shift(example: Example) -> dict[str, Tensor]:
 
 
 def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join shifted examples and their scores to a batch, padded on the right, shape (B, T, ...).
-
-    Padding is token 0, which is not a target. It is not attended to: attention_mask is 1 at real tokens, int64.
-    """
-    batch = {
-        name: pad_sequence([item[name] for item in items], batch_first=True, padding_value=-1 if name == "rows" else 0)
-        for name in items[0]
-    }
-    if "input_ids" in batch:
-        batch["attention_mask"] = pad_sequence([torch.ones_like(item["input_ids"]) for item in items], batch_first=True)
-    return batch
+    """Join shifted examples and their scores to a batch (B, T, ...), padded on the right with tokens 0, unattended."""
+    if "input_ids" in items[0]:
+        items = [{**item, "attention_mask": torch.ones_like(item["input_ids"])} for item in items]
+    padding = dict.fromkeys(items[0], 0) | {"rows": -1}
+    return {name: pad_sequence([item[name] for item in items], True, padding[name]) for name in items[0]}
 
 
 def collate_padding_free(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join examples to one row with position ids that restart at each example, without an attention mask."""
-    batch = {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in items[0]}
-    if "input_ids" in batch:
-        positions = [torch.arange(len(item["input_ids"])) for item in items]
-        batch["position_ids"] = torch.cat(positions).unsqueeze(0)
-    return batch
+    if "input_ids" in items[0]:
+        items = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in items]
+    return {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in items[0]}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -343,8 +320,7 @@ def batches_by_length(lengths: Sequence[int], max_batch_tokens: int) -> list[lis
     """Group indices into batches of at most `max_batch_tokens` tokens with padding (or one example), longest first."""
     batches: list[list[int]] = []
     for index in longest_first(lengths):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > max_batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
     return batches

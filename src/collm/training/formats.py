@@ -17,7 +17,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,10 @@ def _holds(record: Mapping[str, Any], name: str) -> bool:
 
 def _rows(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Convert a row of collm's own format, of ShareGPT or of Alpaca, recognised by its columns."""
-    if "messages" in record or ("prompt" in record and "completion" in record):
-        return record
-    if "conversations" in record:
+    own = "messages" in record or ("prompt" in record and "completion" in record)
+    if not own and "conversations" in record:
         return {**record, "messages": _sharegpt(where, record)}
-    if "instruction" in record and "output" in record:
+    if not own and "instruction" in record and "output" in record:
         return {**record, **_alpaca(where, record)}
     return record
 
@@ -113,17 +113,15 @@ def _sharegpt(where: str, record: Mapping[str, Any]) -> list[Any]:
 def _sharegpt_turn(where: str, number: int, turn: Any) -> Any:
     if not isinstance(turn, Mapping) or turn.get("from") is None:
         return turn
-    who = turn["from"]
+    who, content = turn["from"], turn.get("value")
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message |= {"role": _SHAREGPT_ROLES.get(who, who) if isinstance(who, str) else who, "content": turn.get("value")}
+    message |= {"role": _SHAREGPT_ROLES.get(who, who) if isinstance(who, str) else who, "content": content}
     if who != "function_call":
         return message
     try:
-        call = json.loads(str(turn.get("value")))
+        call = json.loads(str(content))
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: message {number}: the call {turn.get('value')!r:.60} is not JSON ({error})"
-        ) from error
+        raise DataError(f"{where}: message {number}: the call {content!r:.60} is not JSON: {error}") from error
     return {**message, "content": None, "tool_calls": call if isinstance(call, list) else [call]}
 
 
@@ -142,35 +140,26 @@ def _tulu(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"messages": record["messages"]}
 
 
-def _gsm8k(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"prompt": text_field(where, record, "question"), "completion": text_field(where, record, "answer")}
+def _gsm8k(where: str, record: Mapping[str, Any], *, marks: bool = True) -> Mapping[str, Any]:
+    prompt, answer = (text_field(where, record, name) for name in ("question", "answer"))
+    return {"prompt": prompt, "completion": answer if marks else CALCULATOR_MARK.sub("", answer)}
 
 
-def _gsm8k_plain(where: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    row = _gsm8k(where, record)
-    return {**row, "completion": CALCULATOR_MARK.sub("", row["completion"])}
-
-
-_GSM8K_FILES = {"train": "train.jsonl", "test": "test.jsonl"}
+_GSM8K = Format("gsm8k", _gsm8k, {"train": "train.jsonl", "test": "test.jsonl"}, configurations=("main",))
 FORMATS: dict[str, Format] = {
-    known.name: known
-    for known in (
-        Format("rows", _rows),
-        Format("tulu", _tulu, {"train": "train.jsonl"}),
-        Format("gsm8k", _gsm8k, _GSM8K_FILES, configurations=("main",)),
-        Format("gsm8k-plain", _gsm8k_plain, _GSM8K_FILES, configurations=("main",)),
-    )
+    "rows": Format("rows", _rows),
+    "tulu": Format("tulu", _tulu, {"train": "train.jsonl"}),
+    "gsm8k": _GSM8K,
+    "gsm8k-plain": replace(_GSM8K, name="gsm8k-plain", render=partial(_gsm8k, marks=False)),
 }
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 
 def files_in(directory: Path, configuration: str | None, split: str | None, layout: Format) -> list[Path]:
-    """The ordered files of a split, "train" by default. They are listed here: no file of a directory may name others.
+    """The ordered files of a split: of an official format, of `datasets.save_to_disk`, or named as on the Hub.
 
-    A directory has the publishers' layout of an official format, or was written by `datasets.save_to_disk`, or names
-    of files and directories tell the splits (train.jsonl, data/test-00000-of-00001.parquet), as on the Hub. A
-    configuration is a directory in it.
+    They are listed here, because no file of a directory may name others. A configuration is a directory in it.
     """
     contained(directory)
     wanted = split or "train"

@@ -62,10 +62,8 @@ class JointModule(nn.Module):
         self.head = head
         self.frozen = frozen
         self.base_lm = LanguageModel(base, name="base", vocab_size=vocab_size)
-        if head.hidden_size != self.base_lm.hidden_size:
-            raise MismatchError(
-                f"the head expects hidden states of size {head.hidden_size}, the base has {self.base_lm.hidden_size}"
-            )
+        if head.hidden_size != (size := self.base_lm.hidden_size):
+            raise MismatchError(f"the head expects hidden states of size {head.hidden_size}, the base has {size}")
         self._no_split_modules = list(getattr(self.base_lm.inner, "_no_split_modules", None) or [])  # FSDP wraps these
         if frozen:
             base.requires_grad_(False)
@@ -163,9 +161,7 @@ def marginal_nll_sum(
     """
     weight, bias = model.output_weight, model.output_bias
     if not weight.is_floating_point():
-        raise UnsupportedModel(
-            f"the output layer of {model.name} has weights of {weight.dtype}; leave it unquantized for training"
-        )
+        raise UnsupportedModel(f"the output layer of {model.name} is {weight.dtype}; leave it unquantized for training")
     values = (hidden.to(weight.device), gold.to(weight.device), assistant_logprobs, defer_logits)
     return cast(Tensor, _MarginalNLL.apply(model, weight, bias, *values))  # type: ignore[no-untyped-call]
 
@@ -191,9 +187,8 @@ class _MarginalNLL(torch.autograd.Function):
                 part = slice(start, start + rows)
                 states = hidden[part].to(dtype)
                 raw = F.linear(states, layer, offset)  # (n, V)
-                nll, raw_grad, defer_grad[part] = _likelihood(
-                    model, raw, gold[part], assistant_logprobs[part], defer_logits[part]
-                )
+                chunk = (gold[part], assistant_logprobs[part], defer_logits[part])
+                nll, raw_grad, defer_grad[part] = _likelihood(model, raw, *chunk)
                 total += nll
                 if hidden_grad is not None:
                     hidden_grad[part] = raw_grad @ layer
@@ -257,8 +252,6 @@ def with_adapter(base: nn.Module, config: CoLLMConfig) -> nn.Module:
         raise ConfigError(f"LoRA cannot be applied to the base: {error}") from error
     if isinstance(wrapped.get_base_model().get_output_embeddings(), BaseTunerLayer):
         wrapped.unload()
-        raise ConfigError(
-            f"lora_target_modules {targets!r} includes the output layer, which may be tied to the embedding and is not "
-            "supported in adapters by serving engines; name other layers"
-        )
+        reason = "which may be tied to the embedding and is not supported in adapters by serving engines"
+        raise ConfigError(f"lora_target_modules {targets!r} includes the output layer, {reason}; name other layers")
     return cast(nn.Module, wrapped)

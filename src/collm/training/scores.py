@@ -1,7 +1,4 @@
-"""Scores of one model in memory and on disk, and the training set, which joins examples with scores.
-
-A directory of scores has scores.json, which says what they depend on, and shards, which are written atomically.
-"""
+"""Scores of one model in memory and on disk (scores.json and shards), and the training set with the examples."""
 
 from __future__ import annotations
 
@@ -110,19 +107,14 @@ class Header:
     format: int = FORMAT
 
     @classmethod
-    def of(
-        cls, examples: Sequence[Example], spec: AssistantSpec, *, vocab_size: int, shard_size: int, hidden_states: bool
-    ) -> Header:
-        return cls(
-            fingerprint=fingerprint(examples),
-            **spec.identity(),
-            vocab_size=vocab_size,
-            shard_size=shard_size,
-            num_examples=len(examples),
-            num_targets=sum(example.num_targets for example in examples),
-            hidden_states=hidden_states,
-            versions={"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}},
-        )
+    def of(cls, examples: Sequence[Example], spec: AssistantSpec, **options: Any) -> Header:
+        """The header of these scores. `options` are vocab_size, shard_size and hidden_states."""
+        counts: dict[str, Any] = {
+            "num_examples": len(examples),
+            "num_targets": sum(example.num_targets for example in examples),
+        }
+        versions = {"collm": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+        return cls(fingerprint(examples), **spec.identity(), **counts, versions=versions, **options)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -133,10 +125,9 @@ class Header:
         for name, value in wanted.items():
             own = getattr(self, name)
             if own != value:
-                raise ConfigError(
-                    f"{directory} has scores of another {_FIELDS[name]}: {name} is {own!r}, now {value!r}; "
-                    "choose another directory, or delete that one to score again"
-                )
+                difference = f"{_FIELDS[name]}: {name} is {own!r}, now {value!r}"
+                advice = "choose another directory, or delete that one to score again"
+                raise ConfigError(f"{directory} has scores of another {difference}; {advice}")
 
     def write(self, directory: Path) -> None:
         """Write scores.json, or check that an existing one is the same."""
@@ -165,10 +156,9 @@ def read_header(directory: Path) -> Header | None:
 
 
 def write_shard(directory: Path, header: Header, shard: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write the scores of some examples at their target tokens.
+    """Write scores at target tokens: logprob, correct, for a tool abstained, and hidden if the header includes them.
 
-    The tensors are examples, their indices, and offsets into the others: logprob, correct, for a tool abstained, and
-    hidden, the last hidden states, if the header includes them; shape (n, ..).
+    The tensors also have examples, the indices of the examples, and offsets into the others.
     """
     assert ("hidden" in tensors) == header.hidden_states
     stored = {name: values.contiguous() for name, values in tensors.items()}
@@ -225,19 +215,13 @@ def load_scores(
     *,
     hidden_states: bool = False,
 ) -> Scores:
-    """Load the complete scores in a directory. They must be of these examples and this model, as far as given.
-
-    Raises:
-        ConfigError: the scores are of other examples or another model, or lack the hidden states that are needed.
-        ArtefactError: the scores are missing, incomplete or damaged.
-    """
+    """Load the complete scores in a directory. They must be of these examples and this model, as far as given."""
     header = read_header(directory)
     if header is None:
         raise ArtefactError(f"there are no scores in {directory}: no {HEADER}; run 'collm score' first")
-    wanted: dict[str, Any] = {} if examples is None else {"fingerprint": fingerprint(examples)}
-    wanted |= {} if spec is None else spec.identity()
-    wanted |= {"hidden_states": True} if hidden_states else {}
-    header.check_same(wanted, directory)
+    wanted: dict[str, Any] = {"hidden_states": True} if hidden_states else {}
+    wanted |= {} if examples is None else {"fingerprint": fingerprint(examples)}
+    header.check_same(wanted | ({} if spec is None else spec.identity()), directory)
     shards = [read_shard(directory, header, at) for at in range(-(-header.num_examples // header.shard_size))]
     if torch.cat([shard["examples"] for shard in shards]).sort().values.tolist() != [*range(header.num_examples)]:
         raise ArtefactError(f"{directory / HEADER} is damaged: the shards hold other examples; {_ADVICE}")
@@ -262,10 +246,9 @@ def load_scores(
 
 
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """Examples with the scores of assistants 1..K. The assistants themselves are not needed for training.
+    """Examples with the scores of assistants 1..K, and for a warm start of the base before training.
 
-    A warm start needs the base's scores from before training. With `from_hidden_states`, examples are the hidden states
-    stored with these scores instead of tokens, for a frozen base.
+    With `from_hidden_states`, examples are the hidden states stored with the base's scores, for a frozen base.
     """
 
     def __init__(
@@ -287,10 +270,8 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         self.fingerprint = fingerprint(examples)
         for scores in filter(None, (*assistant_scores, base_scores)):
             if scores.fingerprint != self.fingerprint:
-                raise ConfigError(
-                    f"the scores belong to other examples ({scores.fingerprint[:12]}, expected "
-                    f"{self.fingerprint[:12]}); score this data"
-                )
+                mine, theirs = self.fingerprint[:12], scores.fingerprint[:12]
+                raise ConfigError(f"the scores belong to other examples ({theirs}, expected {mine}); score this data")
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -298,8 +279,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One example as `shift` gives it, with assistant_logprobs and assistant_correct, shape (T, K), 0 off targets.
 
-        From hidden states, T is the number of targets, and hidden, shape (T, H), base_logprob and base_correct, shape
-        (T,), replace input_ids and gold.
+        From hidden states, of T targets, hidden (T, H), base_logprob and base_correct replace input_ids and gold.
         """
         logprobs = torch.stack([each.logprob(index) for each in self.assistant_scores], dim=-1)  # (n, K)
         correct = torch.stack([each.correct(index) for each in self.assistant_scores], dim=-1)

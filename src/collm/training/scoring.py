@@ -97,11 +97,9 @@ def write_scores(
         done += _num_read(shard.values())
         report(0)
     if stops and (mean := torch.cat(stops).mean()) < LOW_STOP:
-        logger.warning(
-            f"{model.name} gives the end of a segment a log-probability of {mean:.1f} nats on average, expected more "
-            f"than {LOW_STOP:.0f}: it will often write past the end of a segment; train it on such texts or use "
-            "another assistant"
-        )
+        found = f"a log-probability of {mean:.1f} nats on average, expected more than {LOW_STOP:.0f}"
+        effect = "it will often write past the end of a segment; train it on such texts or use another assistant"
+        logger.warning(f"{model.name} gives the end of a segment {found}: {effect}")
 
 
 def read_scores(
@@ -145,14 +143,12 @@ def _check_fits(model: Scored, examples: Sequence[Example], *, hidden_states: bo
     for index, example in enumerate(examples):
         length, largest = len(example.token_ids) - 1, max(example.token_ids)
         if model.max_length is not None and length > model.max_length:
-            raise ConfigError(
-                f"example {index} has {length} tokens to read, but {model.name} reads at most {model.max_length}; "
-                "lower max_length"
-            )
+            limit = f"{model.name} reads at most {model.max_length}"
+            raise ConfigError(f"example {index} has {length} tokens to read, but {limit}; lower max_length")
         if largest >= model.vocab_size:
+            known = f"{model.name} has ids below {model.vocab_size}"
             raise MismatchError(
-                f"example {index} has token id {largest}, but {model.name} has ids below {model.vocab_size}; "
-                "the examples were made with another tokenizer"
+                f"example {index} has token id {largest}, but {known}; it was made with another tokenizer"
             )
 
 
@@ -165,10 +161,7 @@ def _score(
     logprobs: bool = True,
     report: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """The scores of examples, in their order, on the CPU: as in `read_scores`, and for segments also log_stop.
-
-    `report` is called after each batch with the number of tokens that were read. Errors give the examples' numbers.
-    """
+    """As `read_scores`, for numbered examples, and for segments also log_stop. `report` gets the tokens read so far."""
     found, num_read, numbers = dict[int, dict[str, Tensor]](), 0, [*examples]
     largest = 1 if isinstance(model, ToolModel) else sys.maxsize  # tokens of a batch
     if isinstance(model, LanguageModel):
@@ -226,10 +219,8 @@ def _read_batch(
     parts = {name: torch.split(values.cpu(), counts) for name, values in scores.items()}
     for number, logprob in zip(examples, parts.get("logprob", ()), strict=False):
         if logprob.isnan().any():
-            raise ModelFailure(
-                f"{model.name} returned NaN logits for example {number} (at its target token "
-                f"{int(logprob.isnan().nonzero()[0])}); check its weights and dtype"
-            )
+            place = f"example {number} (at its target token {int(logprob.isnan().nonzero()[0])})"
+            raise ModelFailure(f"{model.name} returned NaN logits for {place}; check its weights and dtype")
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +21,7 @@ from collm.models.members import spec_of
 from collm.training.checkpoints import ORIGIN, STATE, check_origin, last_checkpoint, load_tuned, read_tuned, save_tuned
 from collm.training.config import CoLLMConfig
 from collm.training.examples import collate, collate_padding_free
-from collm.training.inspection import LabelReport, label_tokens
-from collm.training.measures import TokenViews
+from collm.training.inspection import LabelReport, TokenViews, label_tokens
 from collm.training.module import JointModule, with_adapter
 from collm.training.scores import TrainingSet
 from collm.training.scoring import evaluating, progress_bar
@@ -132,17 +131,13 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         found = last_checkpoint(Path(self.args.output_dir))
         if not resume_from_checkpoint:
             if found is not None:
-                raise ConfigError(
-                    f"{found} is from an earlier run; resume from it, or choose another output_dir (or delete it)"
-                )
+                raise ConfigError(f"{found} is from an earlier run; resume, delete it, or choose another output_dir")
             if self.args.warm_start:
                 self._warm_start()
             return super().train(None, **options)
         checkpoint = found if resume_from_checkpoint is True else Path(resume_from_checkpoint)
         if checkpoint is None:
-            raise ConfigError(
-                f"{self.args.output_dir} has no complete checkpoint to resume from; start without resuming"
-            )
+            raise ConfigError(f"{self.args.output_dir} has no complete checkpoint to resume from; start anew")
         check_origin(checkpoint, self.origin)
         return super().train(str(checkpoint), **options)
 
@@ -159,10 +154,8 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
-            raise ModelFailure(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; check the base's weights and dtype, "
-                "or lower the learning rates"
-            )
+            advice = "check the base's weights and dtype, or lower the learning rates"
+            raise ModelFailure(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {advice}")
         return result
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
@@ -180,18 +173,17 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             model = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[str, dict[str, Any]] = {
-                "decayed": {"weight_decay": self.args.weight_decay},
-                "other": {"weight_decay": 0.0},
-                "head": {"weight_decay": 0.0, "lr": self.args.resolved_head_learning_rate(self.head.hidden_size)},
-            }
+            decays = self.args.weight_decay, 0.0, 0.0
+            groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in decays]
+            of_decayed, of_others, of_head = groups
+            of_head["lr"] = self.args.head_learning_rate or 0.1 / self.head.hidden_size
             for name, parameter in model.named_parameters():
                 # wrappers put names of their own before these
                 part = next(part for part in name.split(".") if part in ("base", "head"))
-                group = "head" if part == "head" else "decayed" if name in decayed else "other"
+                group = of_head if part == "head" else of_decayed if name in decayed else of_others
                 if parameter.requires_grad:
-                    groups[group].setdefault("params", []).append(parameter)
-            self.optimizer = kind([group for group in groups.values() if "params" in group], **options)
+                    group["params"].append(parameter)
+            self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
 
     def evaluate(
@@ -248,9 +240,8 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
                 (checkpoint / ORIGIN).write_text(json.dumps(self.origin, indent=2) + "\n", encoding="utf-8")
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise WriteError(
-                f"could not write {checkpoint}: {error}; free some space and resume from the last complete checkpoint"
-            ) from error
+            advice = "free some space and resume from the checkpoint before"
+            raise WriteError(f"could not write {checkpoint}: {error}; {advice}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -272,11 +263,10 @@ def _check_padding_free(base: LanguageModel) -> None:
         together = base.hidden_states(**row, use_cache=False)[0, 7:]
         alone = base.hidden_states(row["input_ids"][:, 7:], use_cache=False)[0]
     if not torch.allclose(together, alone, rtol=0.05, atol=0.05 * alone.abs().max().item()):
-        raise ConfigError(
-            f"padding_free does not work with {type(base.inner).__name__} and attention "
-            f"{base.config._attn_implementation!r}, because sequences in one row attend to each other; use sdpa or "
-            "flash_attention_2, or leave padding_free out"
-        )
+        what = f"{type(base.inner).__name__} and attention {base.config._attn_implementation!r}"
+        reason = "because sequences in one row attend to each other"
+        advice = "use sdpa or flash_attention_2, or leave padding_free out"
+        raise ConfigError(f"padding_free does not work with {what}, {reason}; {advice}")
 
 
 def _lengths_of(data: TrainingSet) -> list[dict[str, range]]:
@@ -284,16 +274,11 @@ def _lengths_of(data: TrainingSet) -> list[dict[str, range]]:
     return [{"input_ids": range(len(example.token_ids))} for example in data.examples]
 
 
-def _check(
-    base: PreTrainedModel,
-    head: DeferralHead,
-    args: CoLLMConfig,
-    train_dataset: TrainingSet,
-    eval_dataset: TrainingSet | None,
-) -> None:
+def _check(base: PreTrainedModel, head: DeferralHead, args: CoLLMConfig, *sets: TrainingSet | None) -> None:
+    train_dataset, eval_dataset = cast("tuple[TrainingSet, TrainingSet | None]", sets)
     if hasattr(base, "peft_config"):
         raise ConfigError("the base already has an adapter; pass the plain model, as method 'lora' adds a new one")
-    for data in filter(None, (train_dataset, eval_dataset)):
+    for data in filter(None, sets):
         count = len(data.assistant_scores)
         if count != head.num_assistants:
             raise MismatchError(f"the head has {head.num_assistants} assistants, but the data has scores of {count}")
@@ -301,19 +286,14 @@ def _check(
             raise ConfigError(f"stored hidden states require a frozen base, but method {args.method!r} changes it")
     longest = max(len(example.token_ids) for example in train_dataset.examples)
     if longest > args.max_length:
-        raise DataError(
-            f"an example has {longest} tokens, but max_length is {args.max_length}; encode with that max_length"
-        )
+        raise DataError(f"an example has {longest} tokens, but max_length is {args.max_length}; encode with that value")
     if args.warm_start and train_dataset.base_scores is None:
         raise ConfigError("a warm start needs the base's scores; pass base_scores, or set warm_start to False")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ConfigError(f"eval_strategy {args.eval_strategy} has no effect without an evaluation set; pass one")
     if args.n_gpu > 1:
-        raise ConfigError(
-            f"{args.n_gpu} GPUs are visible to one process; start a process per GPU (torchrun), or make one GPU visible"
-        )
+        raise ConfigError(f"one process sees {args.n_gpu} GPUs; start one per GPU (torchrun), or make one GPU visible")
     if args.method == "full" and base.dtype != torch.float32:
-        logger.warning(
-            f"the base's weights are {base.dtype}, in which most updates with learning rate {args.learning_rate:g} "
-            "round to zero; load it with dtype float32 and set bf16 for speed"
-        )
+        effect = f"in which most updates with learning rate {args.learning_rate:g} round to zero"
+        advice = "load it with dtype float32 and set bf16 for speed"
+        logger.warning(f"the base's weights are {base.dtype}, {effect}; {advice}")

@@ -14,8 +14,7 @@ from collm.errors import ConfigError, DataError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.training.config import CoLLMConfig
 from collm.training.examples import Example
-from collm.training.inspection import LabelReport
-from collm.training.measures import head_measures
+from collm.training.inspection import LabelReport, head_measures
 from collm.training.scoring import OnProgress, read_scores
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)  # L2 penalties to try on standardised features, strongest first
@@ -50,31 +49,29 @@ def warm_start(
 ) -> WarmStartReport:
     """Set the head by a weighted logistic regression of the pseudo-labels on the base's hidden states.
 
-    The paper uses one pass of AdamW with weight 8 on positives (arXiv 2403.03870). This finds the optimum of the same
-    objective with L-BFGS on standardised features, and chooses the L2 penalty on held-out examples.
+    The paper uses one pass of AdamW (arXiv 2403.03870). This finds the optimum of the same objective with L-BFGS on
+    standardised features, and chooses the L2 penalty on held-out examples.
 
     Args:
         base: the frozen base, which is not modified, or its hidden states at the targets of each example.
         labels: from `label_tokens`.
         config: its warm_start_tokens are used, of examples in the random order of its seed.
     """
-    (values, about_labels), counts = labels, torch.tensor([example.num_targets for example in examples])
+    (values, report), counts = labels, torch.tensor([example.num_targets for example in examples])
     if counts.sum() != len(values):
         raise ConfigError(f"there are {len(values)} labels for {counts.sum()} targets; label the same examples")
     hidden_size = base.hidden_size if isinstance(base, LanguageModel) else head.hidden_size
-    num_assistants = len(about_labels.shares)
-    if (hidden_size, num_assistants) != (head.hidden_size, head.num_assistants):
-        raise MismatchError(
-            f"the head has hidden size {head.hidden_size} and {head.num_assistants} assistants, but the base has "
-            f"hidden size {hidden_size} and the labels have {num_assistants} assistants"
-        )
+    expected, found = (head.hidden_size, head.num_assistants), (hidden_size, len(report.shares))
+    if expected != found:
+        sizes = "hidden size {} and {} assistants".format
+        raise MismatchError(f"the head has {sizes(*expected)}, but base and labels have {sizes(*found)}")
     max_tokens, positive_weight = map(config.resolved, ("warm_start_tokens", "positive_weight"))
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(config.seed))
     counts, by_example = counts[order], torch.split(values, counts.tolist())
     indices = order[counts.cumsum(0) - counts < max_tokens].tolist()  # with less than max_tokens before them
     targets = torch.cat([by_example[index] for index in indices])[:max_tokens]
     if not (targets != 0).any():
-        raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {about_labels}")
+        raise DataError(f"the warm start found no positive label among {len(targets)} tokens; {report}")
     if isinstance(base, LanguageModel):
         used = [examples[index] for index in indices]
         hidden = read_scores(base, used, hidden_states=True, logprobs=False, progress=progress)["hidden"]
@@ -85,26 +82,23 @@ def warm_start(
     scale = variance.rsqrt().masked_fill(variance.sqrt() <= 1e-6 * mean.abs(), 0.0)  # 0 for a constant feature
     features.sub_(mean).mul_(scale)
     cut = int(counts[: round((1 - HELD_OUT) * len(indices))].sum())
-    fit, report = _choose_penalty(features, targets, cut, num_assistants, positive_weight)
+    fit, chosen = _choose_penalty(features, targets, cut, head.num_assistants, positive_weight)
     weight, bias, mean, scale = (tensor.cpu().double() for tensor in (*fit, mean, scale))
     with torch.no_grad():  # w (h - mean) scale + b = (w scale) h + (b - (w scale) mean)
         head.weight.copy_(weight * scale)
         head.bias.copy_(bias - (weight * scale) @ mean)
-    return report
+    return chosen
 
 
 def _choose_penalty(
     features: Tensor, targets: Tensor, cut: int, num_assistants: int, positive_weight: float
 ) -> tuple[tuple[Tensor, Tensor], WarmStartReport]:
-    """Fit the tokens before `cut` with decreasing penalties until the loss on the tokens after it increases; then all.
-
-    If one of the parts has no positive label, all tokens are used for both.
-    """
+    """Fit the tokens before `cut` with decreasing penalties until the loss on those after it increases; then all."""
     train, test = slice(None, cut), slice(cut, None)
-    if not all((targets[part] != 0).any() for part in (train, test)):
+    if not all((targets[part] != 0).any() for part in (train, test)):  # a part without positives tells nothing
         train = test = slice(None)
     fit = (features.new_zeros(num_assistants, features.shape[1]), features.new_zeros(num_assistants))
-    best: tuple[tuple[Tensor, Tensor], WarmStartReport] | None = None
+    best = None
     for penalty in PENALTIES:
         fit = fit_authors(features[train], targets[train], fit, positive_weight=positive_weight, penalty=penalty)
         logits, labels = F.linear(features[test], *fit), targets[test]
@@ -119,10 +113,7 @@ def _choose_penalty(
 
 
 def weighted_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
-    """sum_i c_i (-log P(Z = y_i)) / sum_i c_i in nats, for u of shape (M, K) and y of shape (M,).
-
-    c_i is positive_weight where y_i != 0, else 1.
-    """
+    """sum_i c_i (-log P(Z = y_i)) / sum_i c_i in nats for u (M, K) and y (M,); c_i = positive_weight if y_i else 1."""
     weights = torch.where(labels != 0, positive_weight, 1.0)
     nll = F.nll_loss(author_logprobs(defer_logits), labels, reduction="none")
     return (weights * nll).sum() / weights.sum()
@@ -131,14 +122,10 @@ def weighted_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -
 def fit_authors(
     features: Tensor, labels: Tensor, start: tuple[Tensor, Tensor], *, positive_weight: float, penalty: float
 ) -> tuple[Tensor, Tensor]:
-    """Minimise weighted_nll(x W^T + b) + penalty / 2 |W|^2 by L-BFGS, from an initial weight (K, H) and bias (K,).
-
-    The features x are standardised, fp32, shape (M, H). The bias is not penalised.
-    """
+    """Minimise weighted_nll(x W^T + b) + penalty / 2 |W|^2 for standardised x (M, H) from a start W (K, H), b (K,)."""
     weight, bias = (tensor.detach().clone().requires_grad_() for tensor in start)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=200, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
+    sizes = {"max_iter": 200, "history_size": 10}
+    optimizer = torch.optim.LBFGS([weight, bias], tolerance_grad=1e-6, line_search_fn="strong_wolfe", **sizes)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
