@@ -23,8 +23,12 @@ HEAD = "head.safetensors"
 FOLDERS = {"full": "base", "lora": "adapter"}  # of the tuned base; a frozen base is not saved
 STATE = "trainer_state.json"
 ORIGIN = "trained_on.json"
-_ORIGIN = {"examples": "rows (or another tokenizer, template or max_length)", "evaluation": "evaluation rows"}
-_ORIGIN |= {"base": "weights of the base", "assistants": "assistants"}
+_ORIGIN = {
+    "examples": "rows (or another tokenizer, template or max_length)",
+    "evaluation": "evaluation rows",
+    "base": "weights of the base",
+    "assistants": "assistants",
+}
 """What a checkpoint depends on besides the options of its run."""
 
 
@@ -106,7 +110,9 @@ def check_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
         found = json.loads((checkpoint / ORIGIN).read_text(encoding="utf-8"))
         different = [what for name, what in _ORIGIN.items() if name in origin and found[name] != origin[name]]
     except DAMAGED as error:
-        raise ArtefactError(f"{checkpoint / ORIGIN} is damaged ({error}); resume from an earlier checkpoint") from error
+        raise ArtefactError(
+            f"{checkpoint / ORIGIN} is damaged ({error}); delete this checkpoint to resume from an earlier one"
+        ) from error
     if different:
         advice = f"choose another output_dir, or delete the checkpoints in {checkpoint.parent} to start anew"
         raise ConfigError(f"{checkpoint} was trained with other {different[0]} than are there now; {advice}")
