@@ -18,7 +18,6 @@ import transformers
 from collm.atomic import write_text
 from collm.cli.demo import show
 from collm.cli.terminal import log_to_terminal
-from collm.core.calibration import DEFERRAL_RATES
 from collm.demo.real import check_own, write_rows
 from collm.evaluation.report import Report, write_report
 from collm.run import RunConfig, RunResult, train_collaboration
@@ -32,7 +31,7 @@ from recipes.facts.world import DemoWorld
 
 EPOCHS = {"head": 8, "full": 3}
 LEARNING_RATES: dict[str, dict[str, Any]] = {"head": {"head_learning_rate": 1e-2}, "full": {"learning_rate": 1e-3}}
-RATES = DEFERRAL_RATES
+RATES = [i / 10 for i in range(11)]
 SAME, DIFFERENT = "same", "different"
 
 
