@@ -35,8 +35,8 @@ FINAL_ANSWER = "The final answer is:"
 class _OneEdition(Format):
     """A format whose directory has the files of one edition: its training data contain earlier test sets."""
 
-    def files_in(self, directory: Path, split: str | None) -> list[Path]:
-        files = super().files_in(directory, split)
+    def files_in(self, directory: Path, configuration: str | None, split: str | None) -> list[Path]:
+        files = super().files_in(directory, configuration, split)
         names = [path.name for pattern in self.files.values() for path in directory.glob(pattern)]
         editions = {match[0].lower() for name in names if (match := re.search(r"[0-9]+[bB]", name))}
         if len(editions) > 1:

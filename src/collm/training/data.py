@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.text.chats import Chat, read_message, read_tools
-from collm.training.formats import FILES, Format, files_in, format_named, text_field
+from collm.training.formats import FILES, Format, format_named, text_field
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _records(source: str | Path, split: str | None, layout: Format) -> Iterator[
     if path.is_dir() or not name:  # the colon is part of its name, or there is none
         name, configuration = text, ""
     if Path(name).is_dir():
-        files = files_in(Path(name), configuration or None, split, layout)
+        files = layout.files_in(Path(name), configuration or None, split)
         return chain.from_iterable(_read_file(file, layout) for file in files)
     if not (text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix in FILES):
         return _read_hub(name, configuration or None, split or "train", layout)

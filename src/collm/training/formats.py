@@ -49,6 +49,30 @@ class Format:
     row_files: bool = False
     configurations: tuple[str, ...] = ()
 
+    def files_in(self, directory: Path, configuration: str | None, split: str | None) -> list[Path]:
+        """The ordered files of a split: of an official format, of `datasets.save_to_disk`, or named as on the Hub.
+
+        They are listed here, because no file of a directory may name others. A configuration is a directory in it.
+        """
+        contained(directory)
+        wanted = split or "train"
+        published = {name: sorted(directory.glob(pattern), key=_natural_key) for name, pattern in self.files.items()}
+        published = {name: files for name, files in published.items() if files}
+        if configuration is None and published:
+            if wanted not in published:
+                raise DataError(f"{directory} has no split {wanted!r}, only {', '.join(published)}")
+            return published[wanted]
+        if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
+            return _saved(directory, split)
+        if self.files and next(directory.rglob("*.parquet"), None) is None:
+            patterns = " or ".join(self.files.values())
+            raise DataError(f"{directory} has no {self.name} data; expected {patterns}, or a copy of a Hub data set")
+        names = self.configurations if configuration is None else [configuration]
+        folders = [directory / name for name in names if (directory / name).is_dir()]
+        if configuration is not None and not folders:
+            raise DataError(f"{directory} has no directory {configuration!r} for the configuration of this name")
+        return [file for folder in folders or [directory] for file in _of_split(folder, wanted)]
+
 
 def format_named(name: str) -> Format:
     """A format of FORMATS, or your own `Format` as "package.module:NAME"."""
@@ -154,31 +178,6 @@ FORMATS: dict[str, Format] = {
 }
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
-
-
-def files_in(directory: Path, configuration: str | None, split: str | None, layout: Format) -> list[Path]:
-    """The ordered files of a split: of an official format, of `datasets.save_to_disk`, or named as on the Hub.
-
-    They are listed here, because no file of a directory may name others. A configuration is a directory in it.
-    """
-    contained(directory)
-    wanted = split or "train"
-    published = {name: sorted(directory.glob(pattern), key=_natural_key) for name, pattern in layout.files.items()}
-    published = {name: files for name, files in published.items() if files}
-    if configuration is None and published:
-        if wanted not in published:
-            raise DataError(f"{directory} has no split {wanted!r}, only {', '.join(published)}")
-        return published[wanted]
-    if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
-        return _saved(directory, split)
-    if layout.files and next(directory.rglob("*.parquet"), None) is None:
-        patterns = " or ".join(layout.files.values())
-        raise DataError(f"{directory} has no {layout.name} data; expected {patterns}, or a copy of a Hub data set")
-    names = layout.configurations if configuration is None else [configuration]
-    folders = [directory / name for name in names if (directory / name).is_dir()]
-    if configuration is not None and not folders:
-        raise DataError(f"{directory} has no directory {configuration!r} for the configuration of this name")
-    return [file for folder in folders or [directory] for file in _of_split(folder, wanted)]
 
 
 def _natural_key(path: Path) -> list[str | int]:
