@@ -91,8 +91,7 @@ class CoLLM(Parts):
             )
         if isinstance(self.base, ToolSpec):
             raise ConfigError(f"the base is {self.base}, expected a language model: the head reads its hidden states")
-        assistants = [as_member(assistant) for assistant in self.assistants]
-        self.assistants = assistants
+        self.assistants = assistants = tuple(as_member(assistant) for assistant in self.assistants)
         self.identity = TokenizerIdentity.of(self.tokenizer)
         self.template = self.template or PromptTemplate.of(self.tokenizer)
         self.alignment = aligned(

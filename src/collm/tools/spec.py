@@ -117,4 +117,5 @@ class ToolSpec:
 
 def not_trusted(where: object, name: str) -> str:
     """Error message for a file that names a user function without the user's consent to run it."""
-    return f"{where} would run {name}, not part of collm; if you trust this code, pass --trust-code (trust_code=True)"
+    trust = "if you trust this code, pass --trust-code (trust_code=True)"
+    return f"{where} would run {name}, which is not part of collm; {trust}"
