@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from collm.collaboration import CoLLM
@@ -228,7 +227,7 @@ class Service:
     async def stop(self) -> None:
         await self.drain()
         for one in self.collaborations:
-            await self.in_thread(partial(one.worker.stop, STOP_S))
+            await asyncio.to_thread(one.worker.stop, STOP_S)  # requests may hold all threads of `in_thread`
 
     def _failed(self, error: Exception) -> None:
         self.failure = self.failure or error
