@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -23,8 +22,6 @@ from collm.models.members import AssistantSpec
 from collm.training.examples import Example, fingerprint, scatter, shift
 from collm.untrusted import check_fields, read_text
 from collm.version import __version__
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 2
 HEADER = "scores.json"
@@ -200,11 +197,12 @@ def _digest(header: Header, tensors: Mapping[str, Tensor]) -> str:
 def find_scores(
     directory: Path, examples: Sequence[Example], spec: AssistantSpec | None = None, *, hidden_states: bool = False
 ) -> Scores | None:
-    """Load scores as `load_scores` does, or return None if they are missing, incomplete or damaged."""
+    """Load scores as `load_scores` does, or return None if there are none or a shard is missing or damaged."""
+    if read_header(directory) is None:
+        return None
     try:
         return load_scores(directory, examples, spec, hidden_states=hidden_states)
-    except ArtefactError as error:
-        logger.info("%s", error)
+    except ArtefactError:  # scoring computes the shard again, and warns if it was damaged
         return None
 
 
