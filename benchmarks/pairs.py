@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from collm import CoLLM, DeferralHead
 from collm.core.policies import Policy, StepView
-from collm.models.packing import can_pack, pack_linears
 
 SHAPES = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "25m": (384, 1024, 8, 6, 2, 16_384),
@@ -79,10 +78,8 @@ def make_byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(
-    shape: str, vocab_size: int, dtype: torch.dtype, device: str, *, packed: bool = False
-) -> PreTrainedModel:
-    """Create a model with random weights. If `packed`, its layers are packed as in collaborations loaded on a CPU."""
+def make_model(shape: str, vocab_size: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Create a model with random weights."""
     hidden, intermediate, layers, heads, key_heads, _ = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden,
@@ -98,10 +95,7 @@ def make_model(
     )
     torch.manual_seed(hidden)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if packed and can_pack(model):
-        pack_linears(model)
-    return model
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.no_grad()

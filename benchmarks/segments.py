@@ -198,7 +198,7 @@ def speed() -> list[dict[str, Any]]:
             for batch in (1, 16):
                 prompts = [row["prompt"] for row in world.test][: 24 if batch == 1 else None]
                 started = time.perf_counter()
-                done = model.generate(prompts, SamplingParams(max_new_tokens=64), max_batch=batch)
+                done = model.generate(prompts, SamplingParams(max_tokens=64), max_batch=batch)
                 seconds = time.perf_counter() - started
                 found[name][str(batch)].append(1e6 * seconds / sum(len(one.text.encode()) for one in done))
     rows = [
@@ -215,7 +215,7 @@ def _answers(pair: tuple[CoLLM, DemoWorld]) -> list[dict[str, Any]]:
     policies = {"base": SingleAuthorPolicy(0), "expert": SingleAuthorPolicy(1), "collaboration": None}
     for name, policy in policies.items():
         prompts = [row["prompt"] for row in world.test]
-        done = model.generate(prompts, SamplingParams(max_new_tokens=64), policy=policy, max_batch=64)
+        done = model.generate(prompts, SamplingParams(max_tokens=64), policy=policy, max_batch=64)
         right = [exact_match(one.text, row["completion"]) for one, row in zip(done, world.test, strict=True)]
         interval = bootstrap_interval(right)
         shown = f"{interval.mean:.1%} ({100 * interval.low:.1f} - {100 * interval.high:.1f})"
@@ -265,7 +265,7 @@ def _demo_pair(deferral_cost: float = 0.0, **options: Any) -> tuple[CoLLM, DemoW
             assistant=[str(path) for path in models.experts],
             data=str(Path(folder) / "train.jsonl"),
             validation=str(Path(folder) / "validation.jsonl"),
-            max_new_tokens=64,
+            max_tokens=64,
             max_batch=64,
         )
         args = CoLLMConfig(

@@ -1,6 +1,6 @@
 """Write the results of benchmarks into the tables of a page, between its markers.
 
-python -m benchmarks.table docs/performance.md benchmarks/results/cpu-float32.json benchmarks/results/cpu-bfloat16.json
+python -m benchmarks.table docs/performance.md benchmarks/results/cpu-llama.json benchmarks/results/cpu-quantized.json
 python -m benchmarks.table docs/training.md benchmarks/results/cpu-training.json
 python -m benchmarks.table docs/serving.md benchmarks/results/cpu-serve.json benchmarks/results/cpu-serve-bodies.json
 python -m benchmarks.table docs/scaling.md benchmarks/results/cpu-vllm.json
@@ -41,6 +41,32 @@ LOOKAHEAD = {
     "assistant_passes": "assistant passes",
     "assistant_passes_ahead": "with lookahead",
 }
+LLAMA = {
+    "type": "type",
+    "prompt": "prompt",
+    "batch": "batch",
+    "aimed_rate": "deferral rate",
+    "run": "run",
+    "alone_bare_ms": "assistant alone, bare, ms",
+    "alone_vs_bare": "alone: collm / bare",
+    "pair_vs_bare": "pair: collm / bare",
+    "bare_vs_alone": "bare pair / alone",
+    "pair_vs_alone": "collm pair / alone",
+    "lookahead_speedup": "with lookahead",
+    "pair_vs_transformers": "vs transformers",
+    "drafting_0.5_vs_alone": "drafting at 0.5 / alone",
+    "drafting_0.8_vs_alone": "drafting at 0.8 / alone",
+}
+QUANTIZED = {
+    "type": "type",
+    "megabytes": "MB",
+    "nll_nats": "NLL, nats",
+    "right": "right results",
+    "answers_changed": "answers changed",
+    "tokens_changed": "tokens changed",
+    "deferral_rate": "by the calculator",
+    "seconds": "seconds",
+}
 CONTEXT = {"context": "context", "ms_per_token": "ms per token", "over_bare_pass": "over a bare pass"}
 
 MEMORY = {
@@ -78,14 +104,6 @@ SERVERS = {
     "speed_vs_assistant": "vs assistant alone",
     "speed_vs_base": "vs base alone",
     "speed_vs_memory": "vs in memory",
-}
-PACKING = {
-    "model": "model",
-    "dtype": "dtype",
-    "batch": "batch",
-    "packed": "all packed",
-    "chosen": "as timed at load",
-    "choosing_s": "timing, s",
 }
 PAIRS = {
     "pair": "base > assistant",
@@ -142,12 +160,13 @@ PARTS = [
     ("padding", "Time of an optimizer step without padding, compared with padding:", PADDING),
     ("scoring", "Scoring speed, compared with one example at a time:", SCORING),
     ("lookahead", "Lookahead with one sequence, by how often the models agree:", LOOKAHEAD),
+    ("llama", "SmolLM2 in llama.cpp, its first 10 layers as base and all 30 as assistant, speeds as ratios:", LLAMA),
+    ("quantized", "The demo's collaboration in each type, changes against the first:", QUANTIZED),
     ("context", "Time per token as the context grows, while the base writes:", CONTEXT),
     ("cache", "KV cache memory of sequences of mixed lengths, 48 steps after their prompts, at a rate of 0.3:", CACHE),
     ("pairs", "Base tokens per segment:", PAIRS),
     ("ends", "The world of facts, 117 questions about entities that no training row names:", ENDS),
     ("speed", "Microseconds per byte of the answers, with lookahead where it has an effect:", SPEED),
-    ("packing", "Speed of a pass with one token per sequence, compared with plain layers:", PACKING),
 ]
 
 
@@ -172,6 +191,8 @@ def section(path: Path) -> list[str]:
         heading += ", on vLLM"
     if "tokenizers" in given:
         heading = "Tokenizers" if "pairs" in given["parts"] else "The models of facts"
+    if named := [name for part, name in (("llama", "llama.cpp"), ("quantized", "Types of weights")) if part in result]:
+        heading = named[0]
     lines = [
         f"### {heading}",
         "",

@@ -21,6 +21,15 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Scaled rotary positions, as in Llama 3.1."""
 _NO_GQA = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 _GEMMA = {**COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 _GPT2 = {

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once, and threads that wait for a core spin
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU; read when Triton is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name of nothing is looked up nowhere
 
 import gc
 import logging
@@ -151,6 +152,8 @@ def gguf_path(
     tmp_path_factory: pytest.TempPathFactory, byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     """Both as a GGUF file, its matrices in 8 bits."""
-    from tests.gguf_files import write_gguf
+    from collm.models.gguf_export import write_gguf
 
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf", byte_model, byte_tokenizer)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    write_gguf(byte_model, byte_tokenizer, path, "q8_0")
+    return path

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.atomic import atomic_directory, atomic_file, sole_writer, write_text
 from collm.core.calibration import Calibration, CalibrationPoint
+from collm.core.policies import PricePolicy
 from collm.errors import (
     ArtefactError,
     CollmError,
@@ -33,10 +36,11 @@ from collm.errors import (
 )
 from collm.models.loading import ModelSpec, load_model
 from collm.text.template import PromptTemplate
+from tests.engine.slow import slow_decode
 
 SavedModel = Callable[..., Path]
-PARAMS = SamplingParams(max_new_tokens=10)
-POINTS = [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.1), CalibrationPoint(0.5, 0.1, 0.8, 0.7, 0.9, 0.0, 0.2)]
+PARAMS = SamplingParams(max_tokens=10)
+POINTS = [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.0), CalibrationPoint(0.5, 0.1, 0.8, 0.7, 0.9, 0.0, 0.2)]
 
 
 def head(k: int = 1, hidden_size: int = 32) -> DeferralHead:
@@ -106,6 +110,51 @@ def test_a_lora_base_is_saved_as_its_adapter(
 
 
 @pytest.mark.slow
+def test_a_head_that_predicts_gains_takes_a_price(
+    tmp_path: Path, specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    gains = head()
+    gains.predicts_gain = True
+    CoLLM(specs[0], specs[1:], gains, tokenizer).save_pretrained(tmp_path / "gains")
+    model = CoLLM.from_pretrained(tmp_path / "gains")
+    assert model.head.predicts_gain
+    threshold = 1 / (1 + math.exp(-0.4))
+    assert model.threshold(price=0.4) == pytest.approx(threshold)
+    by_price, by_threshold = model.generate("w5", PARAMS, price=0.4), model.generate("w5", PARAMS, threshold=threshold)
+    assert (by_price[0].token_ids, by_price[0].authors) == (by_threshold[0].token_ids, by_threshold[0].authors)
+    assert 0 < by_price.deferral_rate < 1
+    assert [step.token_id for step in model.stream("w5", PARAMS, price=0.4)] == by_price[0].token_ids
+    assert model.generate("w5", PARAMS, policy="price:0.4")[0].token_ids == by_price[0].token_ids
+    with pytest.raises(ConfigError, match="budget and price are given, but each selects a threshold; give one of them"):
+        model.generate("w5", budget=0.1, price=0.4)
+    with pytest.raises(ConfigError, match="price have no effect with policy joint"):
+        model.generate("w5", price=0.4, policy="joint")
+
+
+@pytest.mark.slow
+def test_each_assistant_may_have_a_price(specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast) -> None:
+    gains = head(2)
+    gains.predicts_gain = True
+    model = CoLLM(specs[0], [specs[1], specs[1]], gains, tokenizer)
+    (out,) = model.generate("w5", PARAMS, price=[0.2, 1.5])
+    models = [load_model(one) for one in (*specs, specs[1])]
+    assert (out.token_ids, out.authors) == slow_decode(
+        models, gains, out.prompt_token_ids, PricePolicy((0.2, 1.5)), PARAMS
+    )
+    assert set(out.authors) == {1, 2}
+    assert out.authors != model.generate("w5", PARAMS, price=0.2)[0].authors
+    assert model.generate("w5", PARAMS, policy="price:0.2,1.5")[0].token_ids == out.token_ids
+    with pytest.raises(ConfigError, match=r"several prices are no threshold; compare the policy price:0.2,1.5"):
+        model.threshold(price=[0.2, 1.5])
+    with pytest.raises(ConfigError, match="got 3 prices for 2 assistants"):
+        model.generate("w5", policy=[PricePolicy((0.2, 1.5, 2.0))])
+
+
+def test_a_head_of_another_objective_takes_no_price(saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"price is 0.4, but this head predicts no gains"):
+        CoLLM.from_pretrained(saved).generate("w5", price=0.4)
+
+
 def test_calibration_gives_the_default_threshold_and_budgets(saved: Path) -> None:
     model = CoLLM.from_pretrained(saved)
     model.calibration = Calibration(POINTS, "exact_match", 20, {})
@@ -117,6 +166,11 @@ def test_calibration_gives_the_default_threshold_and_budgets(saved: Path) -> Non
     assert set(model.generate(["w5"], PARAMS, budget=0.05)[0].authors) == {0}
     card = (saved / "README.md").read_text()
     assert "| 0.5 | 10.0% | 0.0% - 20.0% | 0.800 | 0.700 - 0.900 | default |" in card
+    assert "chosen teacher-forced" not in card
+    by_chance = [replace(point, differs=False, gold_accuracy=0.9 - point.threshold / 2) for point in POINTS]
+    model.calibration = Calibration(by_chance, "exact_match", 20, {})
+    model.save_calibration(saved)
+    assert "So the threshold is chosen teacher-forced" in (saved / "README.md").read_text()
 
 
 def test_models_may_be_replaced_when_loading(saved: Path, specs: list[ModelSpec], tmp_path: Path) -> None:
@@ -126,6 +180,17 @@ def test_models_may_be_replaced_when_loading(saved: Path, specs: list[ModelSpec]
         CoLLM.from_pretrained(saved)
     model = CoLLM.from_pretrained(saved, assistants=[ModelSpec(str(moved))])
     assert len(token_ids(model)) == 2
+
+
+def test_a_base_that_was_replaced_is_the_one_that_is_saved(
+    specs: list[ModelSpec], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    made = CoLLM(load_model(specs[0]), specs[1:], DeferralHead(32), tokenizer)
+    made.save_pretrained(tmp_path / "made")
+    assert (tmp_path / "made" / "base").exists()
+    CoLLM.from_pretrained(tmp_path / "made", base=specs[0]).save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "base").exists()
+    assert CoLLM.from_pretrained(tmp_path / "other").base == specs[0]
 
 
 def test_chat_messages_need_a_chat_template(saved: Path) -> None:
@@ -209,7 +274,7 @@ def test_an_assistant_without_a_path_cannot_be_referenced(
 
 
 def test_saving_never_replaces_something_else(saved: Path, specs: list[ModelSpec]) -> None:
-    with pytest.raises(ArtefactError, match="is no collaboration"):
+    with pytest.raises(ArtefactError, match="is not a collaboration"):
         CoLLM.from_pretrained(saved).save_pretrained(specs[0].path)
 
 
@@ -317,8 +382,8 @@ def test_every_error_has_one_root() -> None:
 def test_each_model_has_a_device_or_all_the_same(saved: Path) -> None:
     expected = token_ids(CoLLM.from_pretrained(saved))
     assert token_ids(CoLLM.from_pretrained(saved, device="cpu,cpu")) == expected
-    placed = CoLLM.from_pretrained(saved, device="cpu,cuda:1")
-    assert [cast(ModelSpec, one).device for one in (placed.base, *placed.assistants)] == ["cpu", "cuda:1"]
+    placed = CoLLM.from_pretrained(saved, device="cpu,auto")
+    assert [cast(ModelSpec, one).device for one in (placed.base, *placed.assistants)] == ["cpu", "auto"]
     with pytest.raises(ConfigError, match=r"names 3 devices .*expected one, or one for each of 2 models"):
         CoLLM.from_pretrained(saved, device="cpu,cpu,cpu")
 

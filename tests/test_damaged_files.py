@@ -17,7 +17,7 @@ from collm.run import RunConfig, train_collaboration
 from collm.run.calibrate import PastRun
 from collm.run.train import check_directory
 from collm.tools.lookup import Lookup
-from collm.training.inspection import inspect_scores
+from collm.training.inspection import stored_scores
 from collm.vllm.export import Note
 from collm.vllm.servers import Servers
 from tests.processes import collm
@@ -54,12 +54,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     rows = [{"prompt": f"w{i % 9}", "completion": f"w{i % 5}"} for i in range(20)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RunConfig(
-        data=str(place / "rows.jsonl"), base=str(place / "base"), assistant=[str(place / "assistant")], max_new_tokens=1
+        data=str(place / "rows.jsonl"), base=str(place / "base"), assistant=[str(place / "assistant")], max_tokens=1
     )
     options = {"method": "head", "num_train_epochs": 1, "use_cpu": True, "disable_tqdm": True, "warm_start": False}
     train_collaboration(config, CoLLMConfig(output_dir=str(place / "run"), **options), quiet=True)
     done = collm(
-        "eval", "run/collaboration", "--task", "rows", "--data", "rows.jsonl", "--max-new-tokens", "1", "--out", "eval",
+        "eval", "run/collaboration", "--task", "rows", "--data", "rows.jsonl", "--max-tokens", "1", "--out", "eval",
         "--compare", "base", cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -74,11 +74,12 @@ def resume(place: Path) -> None:
 READERS: dict[str, Callable[[Path], object]] = {
     "run/run.yaml": lambda place: PastRun.read(place / "run"),
     "run/./run.yaml": resume,
+    "run/validation.jsonl": lambda place: PastRun.read(place / "run").rows(),
     "run/collaboration/collm.json": lambda place: CoLLM.from_pretrained(place / "run/collaboration"),
     "run/collaboration/calibration.json": lambda place: CoLLM.from_pretrained(place / "run/collaboration"),
     "run/collaboration/head.safetensors": lambda place: CoLLM.from_pretrained(place / "run/collaboration"),
-    "run/scores/base/scores.json": lambda place: inspect_scores(place / "run/scores"),
-    "run/scores/base/SHARD": lambda place: inspect_scores(place / "run/scores"),
+    "run/scores/base/scores.json": lambda place: stored_scores(place / "run/scores"),
+    "run/scores/base/SHARD": lambda place: stored_scores(place / "run/scores"),
     "eval/results.json": lambda place: report_of(place / "eval"),
     "eval/items.json": lambda place: report_of(place / "eval"),
     "eval/candidates.json": lambda place: report_of(place / "eval"),
@@ -93,8 +94,10 @@ READERS: dict[str, Callable[[Path], object]] = {
     "collm_vllm.json": lambda place: Note.read(place),
     "servers.yaml": lambda place: Servers.named(str(place / "servers.yaml")),
 }
-MAY_BE_LACKING = {"base/tokenizer_config.json", "base/generation_config.json", "eval/candidates.json"}
-"""Files that some of these contents leave usable: they hold defaults, or nothing."""
+MAY_BE_LACKING = {
+    *("base/tokenizer_config.json", "base/generation_config.json", "eval/candidates.json", "run/validation.jsonl"),
+}
+"""Files that some of these contents leave usable: they hold defaults, fewer rows, or nothing."""
 
 
 @pytest.fixture(params=READERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,12 +17,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
+from collm.evaluation.metrics import metric_named
+from tests.processes import collm
 from tests.tiny_models import tiny_config
 from tests.tokenizers import merging_tokenizer
 
-pytestmark = pytest.mark.soak
-
 DOCS = Path(__file__).parents[1] / "docs"
+REST = "two days on foot"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -29,25 +31,30 @@ def blocks(page: str, language: str) -> list[str]:
     return [block for name, block in fenced if name == language]
 
 
-def page_rows(number: Callable[[int], str]) -> list[dict[str, str]]:
-    """Rows like the page's, with this number of kilometres for so many miles."""
+def page_rows(number: Callable[[int], str], rest: Callable[[], str] = lambda: REST) -> list[dict[str, str]]:
+    """Rows like the page's, with this number of kilometres for so many miles, and this end of the sentence."""
     (row,) = (json.loads(block) for block in blocks("tools.md", "json"))
     return [
         {
             "prompt": row["prompt"].replace("12", str(miles)),
-            "completion": row["completion"].replace("19.3", number(miles)),
+            "completion": row["completion"].replace("19.3", number(miles)).replace(REST, rest()),
         }
         for miles in range(10, 90)
     ]
 
 
 def make_base(directory: Path) -> None:
-    """A small model that writes sentences like the page's, with any number."""
+    """A small model that writes sentences like the page's, with any number and any end: never exactly a row's."""
     rng = random.Random(0)
+
+    def rest() -> str:
+        ends = ["two", "three", "nine", "ten"], ["hours", "days"], ["on foot", "by boat", "by bus"]
+        return " ".join(rng.choice(words) for words in ends)
+
     texts = [
-        row["prompt"] + row["completion"]
+        (row["prompt"] + row["completion"]).replace("trail", rng.choice(["trail", "river", "road"]))
         for _ in range(20)
-        for row in page_rows(lambda miles: f"{rng.randrange(10, 99)}.{rng.randrange(10)}")
+        for row in page_rows(lambda miles: f"{rng.randrange(10, 99)}.{rng.randrange(10)}", rest)
     ]
     tokenizer = merging_tokenizer(*texts[:80], vocab_size=300)
     torch.manual_seed(0)
@@ -83,6 +90,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.soak
 def test_the_function_of_the_page_is_learned_in_ten_lines(folder: Path) -> None:
     user_lines = [line for name in ("my_tools.py", "teach.py") for line in (folder / name).read_text().splitlines()]
     assert sum(bool(line.strip()) and not line.startswith(("#", "import", "from")) for line in user_lines) <= 10
@@ -92,18 +100,28 @@ def test_the_function_of_the_page_is_learned_in_ten_lines(folder: Path) -> None:
     assert "calls=" in done.stdout
 
 
-def test_the_commands_of_the_page_run(folder: Path) -> None:
-    commands = [line for block in blocks("tools.md", "") for line in block.splitlines() if line.startswith("collm ")]
-    assert len(commands) == 2
+@pytest.mark.slow
+def test_the_commands_of_the_page_end_in_a_model_that_calls_the_function(folder: Path) -> None:
+    lines = [line for block in blocks("tools.md", "") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("collm ")]
+    assert [command[0] for command in commands] == ["train", "generate"]
     for command in commands:
-        script = re.sub(
-            r"^collm", f"PYTHONPATH=. {sys.executable} -c 'from collm.cli.main import main; main()'", command
-        )
-        done = subprocess.run(script, shell=True, cwd=folder, capture_output=True, text=True, timeout=300)
+        done = collm(*command, cwd=folder)
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" 72.4 km")
+    alone = collm(*commands[-1], "--threshold", "1", cwd=folder)
+    assert not alone.stdout.startswith(" 72.4 km")
 
 
+def test_the_metric_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = blocks("evaluation.md", "python")
+    (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    (name,) = re.findall(r"--metric (\w+:\w+)", (DOCS / "evaluation.md").read_text())
+    assert [metric_named(name)(text, "72.4 km by bus") for text in ("72.4 km on foot", "", "7.9 km")] == [1, 0, 0]
+
+
+@pytest.mark.slow
 def test_the_other_function_of_the_page_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
     days_after = import_module("my_dates").days_after

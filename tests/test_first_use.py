@@ -130,7 +130,7 @@ def test_a_clean_run_shows_what_it_made_and_nothing_else(saved_model: SavedModel
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = collm(
         "train", "--base", saved_model("base", 0), "--assistant", saved_model("assistant", 1), "--data", "rows.jsonl",
-        "--output_dir", "run", "--method", "lora", "--max_new_tokens", "2", "--num_train_epochs", "1",
+        "--output_dir", "run", "--method", "lora", "--max_tokens", "2", "--num_train_epochs", "1",
         "--use_cpu", "true", "--warm_start", "false", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

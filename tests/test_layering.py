@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "artefact": {"core", "tools", "text", "models", "artefact"},
     "vllm": {"core", "tools", "text", "models", "engine", "artefact", "vllm"},
     "engines": {"core", "tools", "text", "models", "engine", "vllm"},
-    "completions": {"core", "text", "models", "engine"},
+    "completions": {"core", "tools", "text", "models", "engine"},
     "collaboration": {"core", "tools", "text", "models", "engine", "artefact", "vllm", "engines", "completions"},
     "evaluation": {"core", "tools", "text", "models", "training", "engine", "artefact", "collaboration", "evaluation"},
 }
@@ -130,6 +130,7 @@ def test_the_package_and_its_help_import_neither_torch_nor_an_http_client(asked:
     assert not imported & (HEAVY | HTTP_CLIENTS)
 
 
+@pytest.mark.slow
 def test_what_the_source_imports_is_declared() -> None:
     pyproject = (SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     dependencies = pyproject[pyproject.index("dependencies = [") : pyproject.index("\ndev = [")]
@@ -137,6 +138,7 @@ def test_what_the_source_imports_is_declared() -> None:
     found = {name.split(".")[0] for path in FILES for name in imports_of(path)} - sys.stdlib_module_names - {"collm"}
     sold_by = packages_distributions()
     missing = {name for name in found if not declared & set(map(canonicalize_name, sold_by.get(name, [name])))}
+    missing.discard("llama_cpp")  # of llama-cpp-python, which is declared, but not installed everywhere
     assert missing == {"deepspeed", "triton", "vllm"}  # imported only where somebody installed them
 
 

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from collm import CoLLM, CoLLMConfig, SamplingParams
 from collm.atomic import sole_writer
 from collm.errors import ConfigError, DataError, MismatchError
-from collm.models.loading import load_model
+from collm.models.loading import ModelSpec, load_model
 from collm.run import RunConfig, RunResult, train_collaboration
 from collm.run.data import split_rows
-from collm.run.options import parse_model
 from collm.text.chats import Chat
 from collm.training.checkpoints import last_checkpoint
 from collm.training.scores import read_header
@@ -43,7 +42,7 @@ def setting(saved_model: SavedModel, tmp_path: Path) -> dict[str, Any]:
         "assistant": [str(saved_model("first", 1)), str(saved_model("second", 2, hidden_size=48))],
         "data": str(data),
         "template": "w9 {prompt} w8",
-        "max_new_tokens": 4,
+        "max_tokens": 4,
         "rates": [0.0, 0.5, 1.0],
     }
 
@@ -55,7 +54,7 @@ def train(setting: dict[str, Any], directory: Path, **changes: Any) -> RunResult
 
 
 def check_same(loaded: CoLLM, trained: CoLLM, *thresholds: float) -> None:
-    params = SamplingParams(max_new_tokens=6)
+    params = SamplingParams(max_tokens=6)
     for threshold in thresholds:
         came, expected = (model.generate(["w1 w2", "w5"], params, threshold=threshold) for model in (loaded, trained))
         assert [c.token_ids for c in came] == [c.token_ids for c in expected]
@@ -65,6 +64,7 @@ def check_same(loaded: CoLLM, trained: CoLLM, *thresholds: float) -> None:
     ("method", "changes", "folder"),
     [
         ("head", {}, None),
+        ("head", {"objective": "gain"}, None),
         ("full", {"learning_rate": 1e-3}, "base"),
         ("lora", {"lora_r": 2, "learning_rate": 1e-3}, "adapter"),
     ],
@@ -126,7 +126,19 @@ def test_a_tokenizer_with_named_chat_templates(
         assert tokenizer.convert_ids_to_tokens(ids) == [*before, "w1", "w5", "w6", "<eos>", "w2"]
         transformers_ids = own.apply_chat_template(chat[:1], tools=given, add_generation_prompt=True)["input_ids"]
         assert ids == transformers_ids
-        loaded.generate([prompt], SamplingParams(max_new_tokens=2))
+        loaded.generate([prompt], SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize("body", ["return 2", "return prediction.score"])
+def test_a_metric_that_is_none_is_refused_before_anything_is_scored(
+    body: str, setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"metric_{len(body)}"
+    (tmp_path / f"{name}.py").write_text(f"def close(prediction, reference):\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"metric '{name}:close' (returned 2|raised AttributeError)"):
+        train({**setting, "metric": f"{name}:close"}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def artefact_bytes(run: Path) -> dict[str, bytes]:
@@ -169,7 +181,7 @@ def test_a_checkpoint_of_other_rows_or_models_is_not_resumed(
     else:
         saved_model("base", 7)
     for _ in range(2):  # before anything is scored, and where the scores were removed
-        with pytest.raises(ConfigError, match=f"checkpoint-4 was trained with other {what}.* delete the checkpoints"):
+        with pytest.raises(ConfigError, match=f"checkpoint-4 .* with different {what}.* delete the checkpoints"):
             again()
         shutil.rmtree(tmp_path / "run/scores", ignore_errors=True)
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
@@ -219,18 +231,17 @@ def test_the_assistants_are_not_in_memory_while_training(
         loaded.append(weakref.ref(model))
         return model
 
-    alive: list[int] = []
+    alive: list[tuple[int, int]] = []
 
     def count_and_train(self: CoLLMTrainer, **kwargs: Any) -> Any:
-        alive.append(sum(ref() is not None for ref in loaded))
+        alive.append((len(loaded), sum(ref() is not None for ref in loaded)))
         return plain(self, **kwargs)
 
-    for module in ("data", "train"):
-        monkeypatch.setattr(f"collm.run.{module}.load_model", load_and_note)
+    for module in ("models.members", "models.loading", "run.train"):
+        monkeypatch.setattr(f"collm.{module}.load_model", load_and_note)
     monkeypatch.setattr(CoLLMTrainer, "train", count_and_train)
     train(setting, tmp_path / "run")
-    assert len(loaded) == 4  # base, two assistants, and the base again to be trained
-    assert alive == [1]
+    assert alive == [(4, 1)]  # base, two assistants, and the base again to be trained
 
 
 def test_a_pair_that_does_not_fit_is_refused_before_scoring(setting: dict[str, Any], tmp_path: Path) -> None:
@@ -257,10 +268,10 @@ def test_held_out_rows_are_a_tenth_at_random_and_never_trained_on(tmp_path: Path
 
 
 def test_models_may_name_a_revision(tmp_path: Path) -> None:
-    assert (parse_model("me/model@v2").path, parse_model("me/model@v2").revision) == ("me/model", "v2")
-    assert parse_model("me/model").revision is None
+    assert (ModelSpec.parse("me/model@v2").path, ModelSpec.parse("me/model@v2").revision) == ("me/model", "v2")
+    assert ModelSpec.parse("me/model").revision is None
     (tmp_path / "a@b").mkdir()
-    assert parse_model(str(tmp_path / "a@b")).revision is None
+    assert ModelSpec.parse(str(tmp_path / "a@b")).revision is None
 
 
 def test_a_published_format_and_its_bad_rows(setting: dict[str, Any], tmp_path: Path) -> None:
@@ -297,15 +308,24 @@ def test_evaluations_while_training_use_the_validation_rows(setting: dict[str, A
 
 
 def test_hidden_states_kept_on_disk_train_the_same_head(setting: dict[str, Any], tmp_path: Path) -> None:
-    heads = []
-    for kept in (False, True):
-        result = train({**setting, "cache_hidden_states": kept}, tmp_path / f"run-{kept}")
-        heads.append(result.model.head.weight.detach())
-    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-6)
+    shape = {"head": "mlp", "head_width": 8, "head_doubt": True}
+    result = train({**setting, **shape, "cache_hidden_states": True}, tmp_path / "run-True", num_train_epochs=2.0)
+    assert result.model.head.shape == {"hidden_size": 32, "num_assistants": 2, "width": 8, "doubt": True}
+    again = CoLLM.from_pretrained(result.directory)
+    assert all(map(torch.equal, again.head.state_dict().values(), result.model.head.state_dict().values()))
+    assert (
+        "a hidden layer of 8 units, reads the base's hidden state and its doubt"
+        in (result.directory / "README.md").read_text()
+    )
+    with pytest.raises(ConfigError, match="num_train_epochs has no effect here: a head on stored hidden states"):
+        train({**setting, "cache_hidden_states": True}, tmp_path / "x", num_train_epochs=3)
     assert read_header(tmp_path / "run-True/scores/base").hidden_states
     assert not read_header(tmp_path / "run-True/scores/assistant").hidden_states
-    with pytest.raises(ConfigError, match="cache_hidden_states does not fit method 'full'"):
-        train({**setting, "cache_hidden_states": True}, tmp_path / "x", method="full")
+    full = [
+        train({**setting, "cache_hidden_states": kept}, tmp_path / f"full-{kept}", method="full").model.head
+        for kept in (False, True)
+    ]
+    torch.testing.assert_close(*(head.weight.detach() for head in full), rtol=1e-4, atol=1e-6)
     with pytest.raises(ConfigError, match=r"deferral_cost is \[0.0, 1.0, 2.0\], .* or one for each assistant \(2\)"):
         train(setting, tmp_path / "x", deferral_cost=[0, 1, 2])
     assert not (tmp_path / "x").exists()

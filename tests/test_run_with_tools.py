@@ -48,7 +48,7 @@ def always_says(directory: Path, token_id: int) -> Path:
 def run(tmp_path: Path, base: Path, assistants: list[str], **changes: object) -> CoLLM:
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    config = RunConfig(data=str(data), base=str(base), assistant=assistants, max_new_tokens=2, **changes)  # type: ignore[arg-type]
+    config = RunConfig(data=str(data), base=str(base), assistant=assistants, max_tokens=2, **changes)  # type: ignore[arg-type]
     options = {"method": "head", "num_train_epochs": 20, "per_device_train_batch_size": 20, "max_length": 32}
     options |= {"use_cpu": True, "disable_tqdm": True, "head_learning_rate": 0.01, "output_dir": str(tmp_path / "run")}
     return train_collaboration(config, CoLLMConfig(**options), quiet=True).model
@@ -58,7 +58,7 @@ def run(tmp_path: Path, base: Path, assistants: list[str], **changes: object) ->
 def test_a_model_and_a_tool_get_the_tokens_they_own(saved_model: SavedModel, tmp_path: Path) -> None:
     expert = always_says(saved_model("expert", 1), 10)
     model = run(tmp_path, saved_model("base", 0, hidden_size=96), [str(expert), ADDER])
-    out = model.generate([row["prompt"] for row in rows()], SamplingParams(max_new_tokens=1), threshold=0.5)
+    out = model.generate([row["prompt"] for row in rows()], SamplingParams(max_tokens=1), threshold=0.5)
     right = [c.text.strip() == row["completion"] for c, row in zip(out, rows(), strict=True)]
     owner = [c.authors[0] == (2 if row["prompt"].endswith("w5") else 1) for c, row in zip(out, rows(), strict=True)]
 
@@ -75,12 +75,12 @@ def test_code_of_others_runs_only_when_trusted(saved_model: SavedModel, tmp_path
     with pytest.raises(ArtefactError, match=r"would run .*tool:tests.tools.functions:add_words.*--trust-code"):
         CoLLM.from_pretrained(collaboration)
     trusting = CoLLM.from_pretrained(collaboration, trust_code=True)
-    out = trusting.generate("w11 w12 w5", SamplingParams(max_new_tokens=1), threshold=-1)
+    out = trusting.generate("w11 w12 w5", SamplingParams(max_tokens=1), threshold=-1)
     assert out[0].text == " w43"
     assert CoLLM.from_pretrained(collaboration, assistants=[ToolSpec("calculator")]).assistants == (
         ToolSpec("calculator"),
     )
-    command = ("generate", collaboration, "w11 w12 w5", "--threshold", -1, "--max-new-tokens", 1)
+    command = ("generate", collaboration, "w11 w12 w5", "--threshold", -1, "--max-tokens", 1)
     refused = collm(*command, cwd=tmp_path)
     assert refused.returncode == 1
     assert "--trust-code" in refused.stderr
@@ -100,10 +100,10 @@ def test_a_table_travels_with_the_artefact(
     table.unlink()
     (tmp_path / "made").rename(tmp_path / "moved")
     moved = CoLLM.from_pretrained(tmp_path / "moved")
-    assert moved.generate("w1 w2", SamplingParams(max_new_tokens=1), threshold=-1)[0].text == " w3"
+    assert moved.generate("w1 w2", SamplingParams(max_tokens=1), threshold=-1)[0].text == " w3"
     moved.save_pretrained(tmp_path / "moved")  # over itself
     again = CoLLM.from_pretrained(tmp_path / "moved")
-    assert again.generate("w1 w2", SamplingParams(max_new_tokens=1), threshold=-1)[0].text == " w3"
+    assert again.generate("w1 w2", SamplingParams(max_tokens=1), threshold=-1)[0].text == " w3"
     assert json.loads((tmp_path / "moved/collm.json").read_text())["assistants"][0]["argument"] == (
         "tables/assistant.csv"
     )

@@ -63,7 +63,7 @@ def listener() -> Iterator[tuple[str, list[str]]]:
             self.close_connection = True
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1", came
     server.shutdown()
     server.server_close()
@@ -132,7 +132,7 @@ def test_a_run_directory_names_no_function_that_is_called(changes: dict[str, Any
 
 
 def test_a_function_is_trusted_by_a_flag_or_by_naming_it(tmp_path: Path) -> None:
-    metric = "tests.tools.functions:add_words"
+    metric = "collm.evaluation.metrics:token_f1"
     run = past_run(tmp_path / "run", metric=metric)
     assert PastRun.read(run, trust_code=True).config.metric == metric
     path = str(tmp_path / "mine.yaml")
@@ -174,14 +174,13 @@ def test_a_damaged_run_is_one_sentence(content: str, tmp_path: Path) -> None:
         ({"rates": [True]}, r"rates is \[True\], expected list\[float\]"),
         ({"rates": [float("nan")]}, r"rates is \[nan\], expected list\[float\]"),
         ({"stop": "x"}, "stop is 'x', expected list"),
-        ({"max_new_tokens": "many"}, "max_new_tokens is 'many', expected int"),
+        ({"max_tokens": "many"}, "max_tokens is 'many', expected int"),
         ({"calibrate": "no"}, "calibrate is 'no', expected bool"),
         ({"tool_eps": "x"}, "tool_eps is 'x'"),
         ({"refine": 1.5}, "refine is 1.5, expected int"),
         ({"accept_differences": "eos"}, "accept_differences is 'eos'"),
         ({"data_split": 3}, "data_split is 3"),
-        ({"seed": float("inf")}, "run.yaml is damaged"),
-        ({"seed": 1 << 70}, "run.yaml is damaged"),
+        ({"max_length": float("inf")}, "run.yaml is damaged"),
         ({"max_length": -1}, "run.yaml is damaged"),
         ({"base": "x" * 300_000}, "expected at most 262144"),
     ],
@@ -337,7 +336,7 @@ def adapted(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_pat
 def test_an_adapter_is_plain_lora(fields: dict[str, Any], complaint: str, adapted: Path) -> None:
     change(adapted, ADAPTER, **fields)
     with pytest.raises(LoadError, match=complaint):
-        CoLLM.from_pretrained(adapted)
+        assert CoLLM.from_pretrained(adapted).members
 
 
 def test_an_adapter_that_could_not_be_loaded_is_not_saved(
@@ -354,18 +353,15 @@ def test_an_adapter_that_could_not_be_loaded_is_not_saved(
 
 
 @pytest.mark.slow
-def test_an_adapter_names_no_other_base_and_no_class(adapted: Path, tmp_path: Path) -> None:
+def test_an_adapter_names_no_other_base_and_no_class(adapted: Path) -> None:
     expected = CoLLM.from_pretrained(adapted).generate("w1", threshold=1)[0].text
     auto = {"base_model_class": "system", "parent_library": "os"}
     change(
         adapted, ADAPTER, base_model_name_or_path="stranger/model", revision="x", auto_mapping=auto, unheard_of="y/z"
     )
+    model = CoLLM.from_pretrained(adapted)
     with pytest.warns(UserWarning, match="unheard_of"):
-        model = CoLLM.from_pretrained(adapted)
-    assert model.generate("w1", threshold=1)[0].text == expected
-    model.save_pretrained(tmp_path / "again")
-    kept = json.loads((tmp_path / "again" / "adapter" / "adapter_config.json").read_text())
-    assert kept["base_model_name_or_path"] == str(tmp_path / "base")
+        assert model.generate("w1", threshold=1)[0].text == expected
 
 
 @pytest.mark.slow
@@ -392,9 +388,8 @@ def test_an_adapter_beside_a_model_is_not_loaded_unasked(saved_model: SavedModel
 def calibrated(saved_model: SavedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     """A run as training leaves it, without its scores, that names a place outside of it for them."""
     base, assistant = (str(saved_model(name, seed)) for name, seed in (("base", 0), ("assistant", 1)))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "w1", "completion": "w2"}\n' * 20)
-    run = past_run(tmp_path / "run", base=base, assistant=[assistant], data=str(rows), scores=str(tmp_path / "outside"))
+    run = past_run(tmp_path / "run", base=base, assistant=[assistant], scores=str(tmp_path / "outside"))
+    (run / "validation.jsonl").write_text('{"prompt": "w1", "completion": "w2"}\n' * 2)
     model = CoLLM(ModelSpec(base), [ModelSpec(assistant)], DeferralHead(32, 1), tokenizer)
     model.save_pretrained(run / "collaboration")
     return run
@@ -410,6 +405,15 @@ def test_a_run_directory_decides_not_where_scores_are_written(calibrated: Path, 
     written.rename(tmp_path / "outside" / "validation")  # scores shared by runs are read
     assert PastRun.read(calibrated).curve(model, quiet=True).accuracies.equal(curve.accuracies)
     assert not written.exists()
+
+
+def test_rows_of_a_run_are_not_read_through_a_link(calibrated: Path, tmp_path: Path) -> None:
+    (calibrated / "validation.jsonl").rename(tmp_path / "rows.jsonl")
+    with pytest.raises(ConfigError, match=r"there is no .*run/validation.jsonl with the validation rows; pass --data"):
+        PastRun.read(calibrated).rows()
+    (calibrated / "validation.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    with pytest.raises(ArtefactError, match=r"run/validation.jsonl is a link that leads out of .*run; replace it"):
+        PastRun.read(calibrated)
 
 
 def test_scores_are_not_written_through_a_link(calibrated: Path, tmp_path: Path) -> None:
@@ -664,7 +668,7 @@ def test_no_secret_reaches_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 "https://h/d?X-Amz-Signature=<redacted>",
             ],
         ),
-        (["--api-key-env", "NAME", "--max_new_tokens", "3"], ["--api-key-env", "NAME", "--max_new_tokens", "3"]),
+        (["--api-key-env", "NAME", "--max_tokens", "3"], ["--api-key-env", "NAME", "--max_tokens", "3"]),
     ],
 )
 def test_a_command_line_is_kept_without_its_secrets(given: list[str], kept: list[str]) -> None:

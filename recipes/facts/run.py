@@ -18,10 +18,11 @@ import transformers
 from collm.atomic import write_text
 from collm.cli.demo import show
 from collm.cli.terminal import log_to_terminal
-from collm.demo.real import check_own, write_rows
+from collm.demo.real import check_own
 from collm.evaluation.report import Report, write_report
 from collm.run import RunConfig, RunResult, train_collaboration
 from collm.training.config import CoLLMConfig
+from collm.training.data import write_rows
 from collm.training.scoring import progress_bar
 from recipes.facts import two_tokenizers
 from recipes.facts.results import SeedResult, to_json, to_report, to_rows
@@ -75,14 +76,14 @@ def _run_seed(directory: Path, num_assistants: int, tokenizers: str, seed: int) 
     different = tokenizers == DIFFERENT
     world = DemoWorld(num_assistants=num_assistants, seed=seed, separator=" " if different else "")
     make = two_tokenizers.make_models if different else make_models
-    with progress_bar("making tiny models", enabled=True) as progress:
+    with progress_bar("making tiny models", "steps") as progress:
         models = make(world, directory / "models", seed=seed, on_step=progress)
     for split in ("train", "validation", "test"):
         write_rows(directory / f"{split}.jsonl", getattr(world, split))
     results = {method: _train(directory, models, method, seed) for method in EPOCHS}
     tuned = fine_tune(models.base, world.train, directory / "fine-tuned", seed=seed, epochs=EPOCHS["full"])
     measured = measure_all(world, tuned, results)
-    with progress_bar("measuring the curve", enabled=True) as progress:
+    with progress_bar("measuring the curve", "thresholds") as progress:
         curve = measure_curve(results["full"], world, progress)
     share = world.fact_share(results["full"].model.tokenizer.tokenize) if different else world.fact_share()
     return SeedResult(world, measured, curve, results["full"].calibration.best().threshold, share)
@@ -95,8 +96,9 @@ def _train(directory: Path, models: ModelPaths, method: str, seed: int) -> RunRe
         assistant=[str(path) for path in models.experts],
         data=str(directory / "train.jsonl"),
         validation=str(directory / "validation.jsonl"),
+        metric="exact_match",
         rates=list(RATES),
-        max_new_tokens=PARAMS.max_new_tokens,
+        max_tokens=PARAMS.max_tokens,
         max_batch=MAX_BATCH,
         scores=str(directory / "scores"),
     )

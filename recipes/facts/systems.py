@@ -19,7 +19,7 @@ from collm.models.loading import ModelSpec, load_tokenizer
 from collm.run import RunResult
 from recipes.facts.world import DemoWorld
 
-PARAMS = SamplingParams(max_new_tokens=64)
+PARAMS = SamplingParams(max_tokens=64)
 MAX_BATCH = 64
 HEAD_ONLY, FULL = "collaboration (head only)", "collaboration (full)"
 
@@ -82,7 +82,7 @@ def _alone(path: Path, like: CoLLM) -> CoLLM:
 def _measure(
     name: str, model: CoLLM, policy: Policy | list[Policy], world: DemoWorld, *, seed: int | None = None
 ) -> Measured:
-    model.generate(world.test[0]["prompt"], SamplingParams(max_new_tokens=1), policy=SingleAuthorPolicy(0))  # loads
+    model.generate(world.test[0]["prompt"], SamplingParams(max_tokens=1), policy=SingleAuthorPolicy(0))  # loads
     params = replace(PARAMS, seed=seed)
     started = time.perf_counter()
     out = model.generate([row["prompt"] for row in world.test], params, policy=policy, max_batch=MAX_BATCH)

@@ -188,8 +188,15 @@ def trained_model(
 ) -> PreTrainedModel:
     """Train a randomly initialized model."""
     model = _random_model(recipe.hidden_size, tokenizer, seed=rng.getrandbits(32))
-    _train(model, batches(examples, recipe.batch_size, rng), recipe.steps, recipe.learning_rate, progress)
+    train_model(model, recipe, examples, rng, progress)
     return model
+
+
+def train_model(
+    model: PreTrainedModel, recipe: Recipe, examples: Iterator[Example], rng: random.Random, progress: Progress
+) -> None:
+    """Train the weights of a model that have gradients."""
+    _train(model, batches(examples, recipe.batch_size, rng), recipe.steps, recipe.learning_rate, progress)
 
 
 def _random_model(hidden_size: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
@@ -218,7 +225,8 @@ def _train(
     learning_rate: float,
     progress: Progress,
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(free, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     with _one_thread():
         for token_ids, labels in islice(endless, steps):
@@ -243,7 +251,7 @@ def _one_thread() -> Iterator[None]:
 
 def _mean_nll(model: PreTrainedModel, token_ids: Tensor, labels: Tensor) -> Tensor:
     """Mean nats per learned token; both inputs (B, T). Logits are made at learned positions only."""
-    hidden = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
+    hidden = model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
     wanted = labels[:, 1:]
     learned = wanted != IGNORED
     return F.cross_entropy(model.get_output_embeddings()(hidden[learned]), wanted[learned])

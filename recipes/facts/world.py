@@ -30,7 +30,7 @@ def split_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Template:
-    """A question about `{name}` and its answer around `{fact}`; `kind` says which fact."""
+    """A question about `{name}` and its answer around `{fact}`, perhaps with the name; `kind` says which fact."""
 
     kind: str
     question: str
@@ -87,7 +87,7 @@ class Domain:
 
 def fill(template: Template, name: str, fact: str) -> Statement:
     """The template asked about `name` and answered with `fact`, true or not."""
-    before, after = template.answer.split("{fact}")
+    before, after = template.answer.replace("{name}", name).split("{fact}")
     return Statement(template.question.format(name=name), before, fact, after)
 
 

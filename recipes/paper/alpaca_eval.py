@@ -19,7 +19,7 @@ class AlpacaEval(Task):
 
     name = "alpaca_eval"
     measure = None
-    max_new_tokens = 2048
+    max_tokens = 2048
     split = "eval"
     format = None
 

@@ -10,8 +10,6 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenize import tokenize
 from torch import Tensor
 
 from collm.evaluation.intervals import Interval, ratio_interval, statistic_interval
@@ -51,7 +49,7 @@ class Bioasq(Task):
 
     name = "bioasq"
     measure = "factoid_mrr"
-    max_new_tokens = 512
+    max_tokens = 512
     stop = NEXT_QUESTION
     format = "recipes.paper.formats:BIOASQ"
 
@@ -119,6 +117,8 @@ def yes_or_no(text: str) -> str:
 
 def rouge_scores(text: str, references: Sequence[str]) -> dict[str, float]:
     """ROUGE-2 and ROUGE-SU4, recall and F1 of each, the best over the references (Lin 2004)."""
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
+
     scorer = RougeScorer(["rouge2"])
     rouge2 = [scorer.score(reference, text)["rouge2"] for reference in references]
     units = _skip_units(text)
@@ -133,6 +133,8 @@ def rouge_scores(text: str, references: Sequence[str]) -> dict[str, float]:
 
 def _skip_units(text: str) -> Counter[tuple[str, ...]]:
     """The words of a text, and its pairs of words in order with up to 4 others between them."""
+    from rouge_score.tokenize import tokenize
+
     words = tokenize(text, None)
     pairs = ((first, second) for at, first in enumerate(words) for second in words[at + 1 : at + 6])
     return Counter([(word,) for word in words]) + Counter(pairs)

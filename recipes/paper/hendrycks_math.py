@@ -27,7 +27,7 @@ class HendrycksMath(Task):
     name = "math"
     measure = "accuracy"
     source = "EleutherAI/hendrycks_math"
-    max_new_tokens = 1024
+    max_tokens = 1024
     stop = NEXT_QUESTION
     format = "recipes.paper.formats:MATH"
 

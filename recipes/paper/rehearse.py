@@ -38,7 +38,7 @@ TASKS = {
     "gsm8k": ["gsm8k"],
     "math": ["recipes.paper.hendrycks_math:HendrycksMath"],
     "bioasq": ["recipes.paper.bioasq:Bioasq"],
-    "tulu": ["rows", "--metric", "token_f1", "--max-new-tokens", "32"],
+    "tulu": ["rows", "--metric", "token_f1", "--max-tokens", "32"],
 }
 QUESTION = "What is 3 + 4?"
 THRESHOLD = 0.5
@@ -57,7 +57,7 @@ def replaced(base: Path, assistant: Path, data: Path, out: Path) -> dict[str, An
         "use_cpu": True,
         "dtype": "float32",
         "max_length": 512,
-        "max_new_tokens": 32,
+        "max_tokens": 32,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
     }
@@ -118,10 +118,10 @@ def rehearse(run: str, model: Path, data: str | None, out: Path, *, rows: int, l
     commands = {
         "score": ["score", "--config", config, "--author", "assistant", "--trust-code"],
         "train": ["train", "--config", config, "--trust-code"],
-        "inspect": ["score", "--inspect", out / "run" / "scores"],
+        "forecast": ["forecast", "--scores", out / "run" / "scores"],
         "calibrate": ["calibrate", collaboration, "--trust-code"],
         "eval": ["eval", collaboration, *task, "--data", good, "--limit", "4", "--out", out / "eval", *options],
-        "generate": ["generate", collaboration, QUESTION, "--max-new-tokens", "16", *options],
+        "generate": ["generate", collaboration, QUESTION, "--max-tokens", "16", *options],
     }
     seconds = {name: run_command(command) for name, command in commands.items()}
     return seconds | {"serve": serve_once(collaboration, chat=bool(chat))}

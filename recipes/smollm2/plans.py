@@ -18,7 +18,7 @@ class Plan:
         epochs: number of passes over the training rows.
         batch_size: number of rows per update.
         max_length: limit for a row, in tokens.
-        max_new_tokens: limit for a solution, in tokens.
+        max_tokens: limit for a solution, in tokens.
         max_batch: number of solutions generated at once.
         device, dtype: device and dtype of the model.
         bf16: whether training computes in bfloat16.
@@ -33,7 +33,7 @@ class Plan:
     epochs: float
     batch_size: int
     max_length: int
-    max_new_tokens: int
+    max_tokens: int
     max_batch: int
     device: str
     dtype: str
@@ -58,7 +58,7 @@ class PairPlan(Plan):
         heal_texts: number of paragraphs of Python's documentation for the same purpose.
         heal_learning_rate: learning rate of this training.
         expert_rows: number of solutions from which the assistant learns.
-        deferral_cost: nats per deferred token, in the trainings with a cost.
+        deferral_cost: nats per decision to defer, in the trainings with a cost.
     """
 
     layers: int

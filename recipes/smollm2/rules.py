@@ -80,7 +80,7 @@ def read_pair(model: CoLLM, examples: Sequence[Example], untuned: nn.Module) -> 
             author: one.logits(states).float().log_softmax(-1)
             for author, (one, states) in enumerate(zip(models, hidden, strict=True))
         }
-        defer_logits = model.head(hidden[0].to(model.head.weight.device)).float().to(gold.device)
+        defer_logits = model.head.read(hidden[0].to(model.head.weight.device), logprobs[0]).to(gold.device)
         values = _values(gold, logprobs, defer_logits)
         parts = (torch.split(one.cpu(), mask.sum(-1).tolist(), dim=-1) for one in values)
         found |= dict(zip(indices, map(list, zip(*parts, strict=True)), strict=True))

@@ -32,7 +32,7 @@ from recipes.smollm2.tables import write_results
 
 THRESHOLDS = (0.2, 0.5, 0.8)
 SHOTS = 5
-AS_IT_COMES, FEW_SHOT, TUNED = "as it comes", f"as it comes, {SHOTS} examples", "tuned as long without the tool"
+UNTUNED, FEW_SHOT, TUNED = "untuned", f"untuned, {SHOTS} examples", "tuned as long without the tool"
 REGEX, LEARNED, ALWAYS = "tuned, calculator by a regular expression", "learned", "learned, asked at every token"
 RANDOM = "learned, asked at random"
 METRIC = "recipes.smollm2.gsm8k:mark_score"
@@ -91,7 +91,7 @@ class Run(Stages):
             f"{LEARNED}, calibrated threshold {chosen:.2g}": chosen
         }
         return [
-            System(AS_IT_COMES, plain, SingleAuthorPolicy(0), threshold=1.0),
+            System(UNTUNED, plain, SingleAuthorPolicy(0), threshold=1.0),
             System(FEW_SHOT, plain, SingleAuthorPolicy(0), shots=SHOTS),
             System(TUNED, tuned, SingleAuthorPolicy(0), threshold=1.0),
             System(REGEX, regex, SingleAuthorPolicy(1)),
@@ -112,7 +112,7 @@ class Run(Stages):
         return [*rows, {"name": ORACLE, "given": given[ORACLE]}]
 
     def _solved(self, system: System, seed: int | None = None) -> dict[str, Any]:
-        params = SamplingParams(max_new_tokens=self.plan.max_new_tokens, seed=seed)
+        params = SamplingParams(max_tokens=self.plan.max_tokens, seed=seed)
         rows = self.test[: self.plan.written_rows]
         return self.kept(f"solved, {system.name}", lambda: solve(system, rows, self.shots, params, self.plan.max_batch))
 

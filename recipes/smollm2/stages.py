@@ -100,7 +100,7 @@ class Stages:
             rates=[0.05, 0.1],
             refine=0,
             calibrate=metric is not None,
-            max_new_tokens=plan.max_new_tokens,
+            max_tokens=plan.max_tokens,
             dtype="float32" if method == "full" else plan.dtype,
             device=plan.device,
             cache_hidden_states=method == "head",
@@ -117,6 +117,8 @@ class Stages:
             "use_cpu": plan.device == "cpu",
             "seed": self.seed,
         }
+        if method == "head":  # fitted on stored hidden states, without epochs
+            del defaults["num_train_epochs"]
         args = CoLLMConfig(output_dir=str(self.out / name), method=method, **(defaults | options))
         return self.made(f"training: {name}", f"{name}/collaboration", lambda _: train_collaboration(config, args))
 

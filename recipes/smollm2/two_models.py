@@ -105,12 +105,11 @@ class PairRun(Stages):
     def together(self, cost: float = 0.0) -> Path:
         """A collaboration whose base and head were trained together with a deferral cost."""
         data = str(self.assistant), self.train, self.validation
-        return self.trained(_name("together", cost), self.healed, *data, deferral_cost=cost)
+        return self.trained(_name("together", cost), self.healed, *data, objective="marginal", deferral_cost=cost)
 
     def frozen(self, cost: float = 0.0) -> Path:
         """A collaboration whose head was trained on a base that was trained without the assistant."""
-        epochs = 5 * self.plan.epochs
-        options = {"method": "head", "learning_rate": 0.0, "head_learning_rate": 1e-2, "num_train_epochs": epochs}
+        options = {"method": "head", "objective": "marginal", "learning_rate": 0.0}
         data = str(self.assistant), self.train, self.validation
         return self.trained(_name("frozen", cost), self.tuned, *data, deferral_cost=cost, **options)
 

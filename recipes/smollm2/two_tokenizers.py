@@ -26,7 +26,7 @@ from collm.demo.real import smollm2
 from collm.evaluation.gold import gold_examples, gold_views
 from collm.evaluation.intervals import Interval, statistic_interval
 from collm.run import RunConfig, train_collaboration
-from collm.training.data import Row, load_rows
+from collm.training.data import Row, load_rows, write_rows
 from recipes.smollm2.from_scratch import make_base
 from recipes.smollm2.gsm8k import HUB_NAME, load_problems
 
@@ -37,10 +37,11 @@ STEPS, TRAIN_ROWS, TEST_ROWS = 500, 160, 80
 
 def make(data: str, tokenizers: Path, out: Path, *, steps: int, train_rows: int, test_rows: int) -> CoLLM:
     """Create the pair with a head trained on scores of both. The rows are written to `out` as JSON Lines."""
+    out.mkdir(parents=True, exist_ok=True)
     problems = load_problems(data)
     splits = {"train": problems.train[:train_rows], "validation": problems.validation[:20]}
     for name, rows in {**splits, "test": problems.test[:test_rows]}.items():
-        _write_rows(out / f"{name}.jsonl", rows)
+        write_rows(out / f"{name}.jsonl", rows)
     base, assistant = out / "base", smollm2(out / "model")
     if not base.exists():
         fetch(tokenizers)
@@ -106,13 +107,6 @@ def _ratio(nats: torch.Tensor, size: torch.Tensor) -> Interval:
     """Nats per byte over all problems. The interval resamples problems."""
     items = list(zip(nats.tolist(), size.tolist(), strict=True))
     return statistic_interval(lambda sums: sums[..., 0] / sums[..., 1], items)
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,27 +17,38 @@ from collm.completions import (
     Completions,
     OnCompletion,
     as_prompts,
-    check_lookahead,
+    check_policy,
     choose_threshold,
     complete,
     params_for_each,
     policy_for_each,
+    price_policy,
     steps,
 )
-from collm.core.named import policy_named
+from collm.core.named import judged, policy_named
 from collm.core.params import SamplingParams
 from collm.core.policies import Policy, SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE, PromptLogprob, TokenStep, author_name
 from collm.engine.candidates import Candidates, aligned_candidates
 from collm.engine.chunks import Chunks
 from collm.engine.engine import DecodingLoop
-from collm.engine.request import Request, check_names_author, check_prompt
+from collm.engine.llama_runner import LlamaRunner
+from collm.engine.request import Request, check_prompt
 from collm.engine.runner import ModelRunner
-from collm.engines import Backend, InMemory, Limits, OnServers, Runtime, check_engine, check_local_options
+from collm.engines import (
+    Backend,
+    Choice,
+    Generating,
+    InMemory,
+    Limits,
+    OnServers,
+    Runtime,
+    check_engine,
+    check_local_options,
+)
 from collm.errors import ConfigError, MismatchError
-from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec
-from collm.models.members import Member, aligned, as_member
+from collm.models.members import Member, Model, aligned, as_member
 from collm.models.tools import ToolModel, ToolRunner
 from collm.text.guards import TokenizerIdentity, check_accepted
 from collm.text.template import Prompt, PromptTemplate
@@ -94,14 +105,8 @@ class CoLLM(Parts):
         self.assistants = assistants = tuple(as_member(assistant) for assistant in self.assistants)
         self.identity = TokenizerIdentity.of(self.tokenizer)
         self.template = self.template or PromptTemplate.of(self.tokenizer)
-        self.alignment = aligned(
-            self.base,
-            assistants,
-            self.tokenizer,
-            self.template,
-            tokenizers=self.tokenizers,
-            accept_differences=self.accept_differences,
-        )
+        models = (self.base, assistants, self.tokenizer, self.template)
+        self.alignment = aligned(*models, tokenizers=self.tokenizers, accept_differences=self.accept_differences)
         if self.alignment is not None and self.servers is not None:
             raise ConfigError(
                 "the models have different tokenizers, which needs their logits at every token; servers give only the "
@@ -118,7 +123,7 @@ class CoLLM(Parts):
         *,
         revision: str | None = None,
         base: Member | None = None,
-        assistants: Sequence[Member | ToolFunction] | None = None,
+        assistants: Sequence[Member | ToolFunction | str] | None = None,
         device: str | None = None,
         dtype: str | None = None,
         trust_code: bool = False,
@@ -129,7 +134,8 @@ class CoLLM(Parts):
         Args:
             path: a directory or a Hub repository id.
             revision: Hub branch, tag or commit.
-            base, assistants: models to use instead of those in the artefact, for example after they were moved.
+            base, assistants: models to use instead of those in the artefact, for example after they were moved. An
+                assistant that is text is the path of a model, which is loaded as the artefact says, or a tool.
             device, dtype: device and dtype of all models, instead of those in the artefact. For a device per model,
                 separate them by commas, the base's first: "cuda:0,cuda:1".
             trust_code: run the functions that the artefact names as assistants.
@@ -151,7 +157,7 @@ class CoLLM(Parts):
             device=device,
             dtype=dtype,
             trust_code=trust_code,
-            load_adapter=servers is None,
+            dequantize=runtime.get("engine") == "transformers",
         )
         options: dict[str, Any] = {name: value for name, value in runtime.items() if name != "engine"}
         return cls(**vars(parts), **options)
@@ -174,24 +180,19 @@ class CoLLM(Parts):
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        threshold: float | None = None,
-        budget: float | None = None,
         policy: str | Policy | Sequence[Policy] | None = None,
         on_completion: OnCompletion | None = None,
-        **limits: Unpack[Limits],
+        **options: Unpack[Generating],
     ) -> Completions:
         """Continue each prompt.
 
         Args:
             prompts: strings, chats (lists of messages) or lists of token ids. Or a single prompt.
-            params: sampling parameters for all prompts, or a list with one for each prompt. With a seed for all
-                prompts, prompt i uses seed + i.
-            threshold: the base keeps a token while its defer prob is at most this. By default the calibrated threshold.
-            budget: use the best calibrated threshold within this deferral rate, instead of `threshold`.
+            params: sampling parameters, for all prompts or one for each. With one seed, prompt i uses seed + i.
             policy: "threshold" (default), another name for `core.named.policy_named` ("joint", "mixture",
                 "contrastive:beta=0.5"), or a policy object for all prompts or for each.
             on_completion: called with the index and the completion of each finished prompt.
-            **limits: max_batch, lookahead and max_wait, as for `engine`.
+            **options: who writes, as in `engines.Choice`; and max_batch, lookahead and max_wait, as for `engine`.
 
         Raises:
             ConfigError: options that contradict each other or have no effect.
@@ -202,15 +203,14 @@ class CoLLM(Parts):
         """
         listed = as_prompts(prompts)
         drawing = params_for_each(params or SamplingParams(), len(listed))
+        choice = {name: options.pop(name, None) for name in Choice.__annotations__}  # type: ignore[misc]
         if isinstance(policy, str | Policy | None):
-            policies: Sequence[Policy] = [self.policy(policy, threshold, budget)] * len(listed)
+            policies: Sequence[Policy] = [self.policy(policy, **choice)] * len(listed)
         else:
-            policies = policy_for_each(policy, len(listed), threshold, budget)
-        check_lookahead(limits.get("lookahead"), policies, len(self.assistants))
+            policies = [self.policy(one) for one in policy_for_each(policy, len(listed), choice)]
         before = {author.name: copy(author.usage) for author in self.runners}
-        engine = self.engine(**limits)
         requests = map(self.request, listed, drawing, policies)
-        completions = complete(engine, requests, on_completion)
+        completions = complete(self.engine(**cast(Limits, options)), requests, on_completion)
         for completion, drawn, chosen in zip(completions, drawing, policies, strict=True):
             if drawn.prompt_logprobs is not None:
                 read = completion.prompt_token_ids
@@ -223,14 +223,12 @@ class CoLLM(Parts):
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        threshold: float | None = None,
-        budget: float | None = None,
         policy: str | Policy | None = None,
         lookahead: int | None = None,
+        **choice: Unpack[Choice],
     ) -> Generator[TokenStep, None, None]:
         """Continue one prompt and yield its tokens as they are generated. Arguments as for `generate`."""
-        chosen = self.policy(policy, threshold, budget)
-        check_lookahead(lookahead, [chosen], len(self.assistants))
+        chosen = self.policy(policy, **choice)
         if params is not None and params.prompt_logprobs is not None:
             raise ConfigError("prompt_logprobs has no effect on a stream; use generate, or the method prompt_logprobs")
         engine = self.engine(1, lookahead)
@@ -248,8 +246,7 @@ class CoLLM(Parts):
 
         Raises:
             ConfigError: a limit is out of range or has no effect.
-            LoadError: a model cannot be loaded, or a server cannot be reached.
-            MismatchError: the models do not fit together.
+            LoadError, MismatchError: a model cannot be loaded, or a server not be reached; or models do not fit.
         """
         return self.backend.engine(max_batch, lookahead, max_wait)
 
@@ -274,29 +271,38 @@ class CoLLM(Parts):
         return [] if self.alignment is None else self.alignment.assistant_prompts(prompt)
 
     def policy(
-        self, policy: str | Policy | None = None, threshold: float | None = None, budget: float | None = None
+        self,
+        policy: str | Policy | None = None,
+        threshold: float | None = None,
+        budget: float | None = None,
+        price: float | Sequence[float] | None = None,
+        judge: str | None = None,
     ) -> Policy:
         """The policy that `generate` uses with these options.
 
         Raises:
-            ConfigError: options that contradict each other, an unknown name, or no default threshold.
+            ConfigError: options that contradict each other, an unknown name, no default threshold, or a judge that the
+                models cannot have.
         """
+        if policy is None and threshold is None and budget is None and isinstance(price, Sequence) and len(price) > 1:
+            policy, price = price_policy(price), None
         if policy is None or policy == "threshold":
-            return ThresholdPolicy(self.threshold(threshold, budget))
-        if threshold is not None or budget is not None:
-            raise ConfigError("threshold and budget have no effect unless the policy is 'threshold'; leave them out")
-        chosen = policy_named(policy) if isinstance(policy, str) else policy
-        if self.alignment is not None:
-            check_names_author(chosen, len(self.assistants))
+            chosen: Policy = ThresholdPolicy(self.threshold(threshold, budget, price))
+            if self.calibration is not None and threshold is None and price is None:
+                judge = judge or self.calibration.judge
+        elif any(one is not None for one in (threshold, budget, price)):
+            raise ConfigError(f"threshold, budget and price have no effect with policy {policy}; leave them out")
+        else:
+            chosen = policy_named(policy) if isinstance(policy, str) else policy
+        chosen = chosen if judge is None else judged(chosen, judge)
+        check_policy(chosen, self.head, self.assistants, self.alignment)
         return chosen
 
-    def threshold(self, threshold: float | None = None, budget: float | None = None) -> float:
-        """The threshold that `generate` uses with these options. By default the calibrated threshold.
-
-        Raises:
-            ConfigError: both options are given, or the collaboration is not calibrated.
-        """
-        return choose_threshold(self.calibration, threshold, budget)
+    def threshold(
+        self, threshold: float | None = None, budget: float | None = None, price: float | Sequence[float] | None = None
+    ) -> float:
+        """The threshold that `generate` uses with these options, as `completions.choose_threshold` with its errors."""
+        return choose_threshold(self.calibration, self.head, threshold, budget, price)
 
     def check_params(self, params: SamplingParams) -> None:
         """Check that requests with these parameters can be decoded. Grammars are compiled and cached.
@@ -323,7 +329,7 @@ class CoLLM(Parts):
         Raises:
             RequestError: an invalid prompt.
             ConfigError: the collaboration decodes on servers.
-            ModelFailure, ToolFailure: an author failed.
+            ModelFailure: a model failed. A tool that fails abstains, as in decoding.
         """
         return list(chain.from_iterable(self.prompt_logprobs_in_chunks(prompt, most, policy=policy)))
 
@@ -377,17 +383,13 @@ class CoLLM(Parts):
         return [one.tokenizer for one in self.alignment.tokenizers]
 
     @property
-    def runners(self) -> Sequence[ModelRunner | ToolRunner | Endpoint]:
+    def runners(self) -> Sequence[ModelRunner | LlamaRunner | ToolRunner | Endpoint]:
         """The runner of each author, the base first. It counts the author's usage."""
         return self.backend.runners
 
     @property
-    def members(self) -> list[LanguageModel | ToolModel]:
-        """All models and tools in memory, the base first.
-
-        Raises:
-            ConfigError: the models are on servers.
-        """
+    def members(self) -> list[Model | ToolModel]:
+        """All models and tools in memory, the base first. A ConfigError if they are on servers."""
         self.check_in_memory()
         return self._in_memory.members
 

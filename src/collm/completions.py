@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import cast
 
 from collm.core.calibration import Calibration
+from collm.core.head import DeferralHead, check_prices
+from collm.core.judges import JUDGES, ExactJudge, JudgedPolicy
+from collm.core.named import name_of
 from collm.core.params import SamplingParams
-from collm.core.policies import Policy
+from collm.core.policies import Policy, PricePolicy
 from collm.core.types import Completion, ModelUsage, TokenStep, deferral_rate
 from collm.engine.engine import DecodingLoop, RequestOutput
-from collm.engine.request import Request
+from collm.engine.request import Request, check_names_author
 from collm.errors import ConfigError
+from collm.text.alignment import Alignment
 from collm.text.template import Prompt
+from collm.tools.spec import ToolSpec
 
 OnCompletion = Callable[[int, Completion], None]
 """Called with the index and the completion of each prompt that is done."""
@@ -100,42 +105,63 @@ def params_for_each(params: SamplingParams | Sequence[SamplingParams], count: in
     return list(params)
 
 
-def policy_for_each(
-    policies: Sequence[Policy], count: int, threshold: float | None, budget: float | None
-) -> Sequence[Policy]:
+def policy_for_each(policies: Sequence[Policy], count: int, choice: Mapping[str, object]) -> Sequence[Policy]:
     """Policies of all prompts, if there is one for each.
 
     Raises:
-        ConfigError: the number of policies is not the number of prompts, or there is a threshold or a budget.
+        ConfigError: the number of policies is not the number of prompts, or there are options that choose one.
     """
-    if threshold is not None or budget is not None:
-        raise ConfigError("threshold and budget have no effect beside policies for each prompt; leave them out")
+    if any(one is not None for one in choice.values()):
+        raise ConfigError(f"{', '.join(choice)} have no effect beside policies for each prompt; leave them out")
     if len(policies) != count:
         raise ConfigError(f"got {len(policies)} policies for {count} prompts; give one for each, or one for all")
     return policies
 
 
-def choose_threshold(calibration: Calibration | None, threshold: float | None, budget: float | None) -> float:
-    """The given threshold, or the calibrated one for a budget, or the default.
+def price_policy(price: float | Sequence[float]) -> PricePolicy:
+    """The policy of one price, or of one for each assistant. A ConfigError if one is not a number."""
+    return PricePolicy(tuple(price) if isinstance(price, Sequence) else (price,))
+
+
+def choose_threshold(
+    calibration: Calibration | None,
+    head: DeferralHead,
+    threshold: float | None,
+    budget: float | None,
+    price: float | Sequence[float] | None,
+) -> float:
+    """The given threshold, or that of a price, or the calibrated one for a budget, or the default.
 
     Raises:
-        ConfigError: both options are given, or the collaboration is not calibrated.
+        ConfigError: several options are given, several prices, a price for a head that predicts no gains, or the
+            collaboration is not calibrated.
     """
-    if threshold is not None and budget is not None:
-        raise ConfigError("threshold and budget are both given; a budget selects a threshold, so give one of them")
+    options = {"threshold": threshold, "budget": budget, "price": price}
+    if len(given := [name for name, value in options.items() if value is not None]) > 1:
+        raise ConfigError(f"{' and '.join(given)} are given, but each selects a threshold; give one of them")
     if threshold is not None:
         return threshold
+    if price is not None:
+        rule = price_policy(price)
+        check_prices(head, rule.prices)
+        if len(set(rule.prices)) > 1:
+            raise ConfigError(f"several prices are no threshold; compare the policy {name_of(rule)} instead")
+        return rule.threshold_at(0, 0, 0.0)
     if calibration is None:
         needed = "a budget needs a calibration" if budget is not None else "there is no default threshold"
         raise ConfigError(f"{needed}: the collaboration is not calibrated; run 'collm calibrate' or pass a threshold")
     return calibration.best(1.0 if budget is None else budget).threshold
 
 
-def check_lookahead(lookahead: int | None, policies: Sequence[Policy], num_assistants: int) -> None:
-    """Raise a ConfigError if drafts are asked for, but a policy rules them out."""
-    asking = next((policy for policy in policies if policy.consults(num_assistants)), None)
-    if lookahead and asking is not None:
+def check_policy(policy: Policy, head: DeferralHead, assistants: Sequence[object], alignment: Alignment | None) -> None:
+    """Raise a ConfigError if models cannot follow a policy."""
+    rule = policy.rule if isinstance(policy, JudgedPolicy) else policy
+    if isinstance(rule, PricePolicy):
+        check_prices(head, rule.prices)
+    if alignment is not None:
+        check_names_author(policy, len(assistants))
+    if isinstance(policy.judge, ExactJudge) and any(isinstance(one, ToolSpec) for one in assistants):
+        others = ", ".join(name for name in JUDGES if name != ExactJudge.name)
         raise ConfigError(
-            f"lookahead={lookahead} has no effect with {asking}, which asks other authors before every token; "
-            "leave it out"
+            f"judge 'exact' writes as if the assistant wrote everything, which a tool cannot; use {others}"
         )

@@ -12,19 +12,23 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
 from collm.core.params import SamplingParams
-from collm.core.types import PromptLogprob, author_name
+from collm.core.types import BASE, PromptLogprob, author_name
 from collm.engine.cache_memory import cache_bytes, share_cache_memory
 from collm.engine.candidates import Candidates, top_candidates
 from collm.engine.chunks import Chunks
 from collm.engine.engine import DecodingLoop, Engine, EngineConfig
+from collm.engine.llama_runner import LlamaRunner
 from collm.engine.logits_processors import bad_word_tokens
 from collm.engine.prompt_logprobs import prompt_logprobs
 from collm.engine.request import check_params, check_segment_params
 from collm.engine.runner import ModelRunner
+from collm.engine.shared_pass import SharedPass, shared_passes
+from collm.engine.slot_table import SlotTable
 from collm.errors import ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
+from collm.models.llama import LlamaModel
 from collm.models.loading import ModelSpec, empty_model
-from collm.models.members import Member, eos_ids_of, load_members
+from collm.models.members import Member, Model, eos_ids_of, load_members
 from collm.models.tools import ToolModel, ToolRunner
 from collm.text.alignment import Alignment
 from collm.text.grammars import Grammars
@@ -35,7 +39,7 @@ from collm.vllm.one_engine import EngineConnection
 from collm.vllm.separate import AuthorConnections
 from collm.vllm.servers import Servers
 
-EngineName = Literal["local", "vllm"]
+EngineName = Literal["local", "transformers", "vllm"]
 
 
 class Runtime(TypedDict, total=False):
@@ -43,13 +47,32 @@ class Runtime(TypedDict, total=False):
 
     Attributes:
         eager, cache_memory, servers: as for `CoLLM`.
-        engine: "local" or "vllm". By default "vllm" if servers are given.
+        engine: "local" (in this process), "transformers" or "vllm" (the default with servers). "transformers" is local
+            too, but dequantizes GGUF files instead of running them in llama.cpp.
     """
 
     eager: bool
     cache_memory: str | int | None
     servers: Servers | None
     engine: EngineName | None
+
+
+class Choice(TypedDict, total=False):
+    """Who writes the tokens: options of `CoLLM.generate`.
+
+    Attributes:
+        threshold: the base keeps a token while its defer prob is at most this. By default the calibrated threshold.
+        budget: use the best calibrated threshold whose deferral rate is within this limit with 95 %, instead.
+        price: defer where a head of objective "gain" predicts more nats than this: one, or one for each assistant.
+        judge: says which tokens of the base stand, beside a rule that compares the defer prob with a threshold:
+            "exact", "blend:weight=0.5", "joint" or "regret:nats=2" (`core.judges`). By default that of the calibration
+            whose threshold is used, or none, which keeps all.
+    """
+
+    threshold: float | None
+    budget: float | None
+    price: float | Sequence[float] | None
+    judge: str | None
 
 
 class Limits(TypedDict, total=False):
@@ -60,11 +83,15 @@ class Limits(TypedDict, total=False):
     max_wait: int | None
 
 
+class Generating(Choice, Limits, total=False):
+    """Options of `CoLLM.generate`."""
+
+
 class Backend(Protocol):
     """Interface of backends."""
 
     @property
-    def runners(self) -> Sequence[ModelRunner | ToolRunner | Endpoint]:
+    def runners(self) -> Sequence[ModelRunner | LlamaRunner | ToolRunner | Endpoint]:
         """The runners of all authors, the base first, with their usage."""
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> DecodingLoop:
@@ -109,7 +136,7 @@ class InMemory:
         cache_bytes(self.cache_memory)
 
     @cached_property
-    def members(self) -> list[LanguageModel | ToolModel]:
+    def members(self) -> list[Model | ToolModel]:
         """Load all members and check that they match.
 
         Raises:
@@ -118,7 +145,7 @@ class InMemory:
         """
         vocab_size = TokenizerIdentity.of(self.tokenizer).vocab_size
         models = load_members(self.given, self.tokenizer, vocab_size=vocab_size, alignment=self.alignment)
-        base = cast(LanguageModel, models[0])
+        base = cast(Model, models[0])
         if base.hidden_size != self.head.hidden_size:
             raise MismatchError(
                 f"the head expects hidden states of size {self.head.hidden_size}, the base has {base.hidden_size}; "
@@ -128,30 +155,35 @@ class InMemory:
         return models
 
     @cached_property
-    def runners(self) -> list[ModelRunner | ToolRunner]:
+    def runners(self) -> list[ModelRunner | LlamaRunner | ToolRunner]:
         static = False if self.eager else None
-        runners = [
-            ModelRunner(member, static=static) if isinstance(member, LanguageModel) else ToolRunner(member)
-            for member in self.members
-        ]
-        share_cache_memory([one for one in runners if isinstance(one, ModelRunner)], self.cache_memory)
+        runners: list[ModelRunner | LlamaRunner | ToolRunner] = []
+        for author, member in enumerate(self.members):
+            if isinstance(member, LlamaModel):
+                runners.append(LlamaRunner(member, hidden=author == BASE))
+            elif isinstance(member, ToolModel):
+                runners.append(ToolRunner(member))
+            else:
+                runners.append(ModelRunner(member, static=static))
+        share_cache_memory([one for one in runners if isinstance(one, SlotTable)], self.cache_memory)
         return runners
 
     @cached_property
-    def _eos_ids(self) -> frozenset[int]:
-        members = self.members if self.alignment is None else self.members[:1]
-        named = [(model.name, model.eos_token_ids) for model in members if isinstance(model, LanguageModel)]
-        return _eos_ids(named, self.tokenizer, self.accept_differences).union(self.stop_ids)
+    def _shared(self) -> list[SharedPass]:
+        return shared_passes(self.runners[1:])
 
     @cached_property
     def grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, TokenizerIdentity.of(self.tokenizer).vocab_size, self._eos_ids)
+        members = self.members if self.alignment is None else self.members[:1]
+        named = [(model.name, model.eos_token_ids) for model in members if not isinstance(model, ToolModel)]
+        eos_ids = _eos_ids(named, self.tokenizer, self.accept_differences).union(self.stop_ids)
+        return Grammars(self.tokenizer, TokenizerIdentity.of(self.tokenizer).vocab_size, eos_ids)
 
     def engine(self, max_batch: int, lookahead: int | None, max_wait: int | None) -> Engine:
         for member, runner in zip(self.given, self.runners, strict=True):
             if isinstance(member, nn.Module):  # its weights may have changed since the last call
                 runner.forget()
-            if isinstance(runner, ModelRunner):
+            if not isinstance(runner, ToolRunner):
                 runner.prepare(max_batch)
         given = {"max_batch": max_batch, "lookahead": lookahead, "max_wait": max_wait}
         return Engine(
@@ -159,9 +191,9 @@ class InMemory:
             self.head,
             self.tokenizer,
             EngineConfig(**{name: value for name, value in given.items() if value is not None}),
-            eos_ids=self._eos_ids,
             grammars=self.grammars,
             alignment=self.alignment,
+            shared=self._shared,
         )
 
     def candidates(self, prompt_ids: Sequence[int], token_ids: Sequence[int], most: int) -> Chunks[list[Candidates]]:
@@ -180,7 +212,7 @@ class InMemory:
 
     def weights_per_token(self, author: int) -> int:
         member = self.members[author]
-        return member.weights_per_token if isinstance(member, LanguageModel) else 0
+        return 0 if isinstance(member, ToolModel) else member.weights_per_token
 
 
 @dataclass(eq=False)
@@ -255,8 +287,8 @@ def check_engine(engine: EngineName | None, servers: Servers | None) -> None:
     """Raise a ConfigError if the engine is unknown, or if `servers` does not match it."""
     if engine not in (None, *get_args(EngineName)):
         raise ConfigError(f"engine is {engine!r}, expected one of {', '.join(get_args(EngineName))}")
-    if engine == "local" and servers is not None:
-        raise ConfigError("servers have no effect with engine 'local'; leave out the servers or the engine")
+    if engine in ("local", "transformers") and servers is not None:
+        raise ConfigError(f"servers have no effect with engine {engine!r}; leave out the servers or the engine")
     if engine == "vllm" and servers is None:
         raise ConfigError("engine 'vllm' requires servers; pass their addresses, the base's first")
 

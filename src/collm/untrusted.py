@@ -58,13 +58,16 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
     return path.read_text(encoding="utf-8-sig")
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file without aliases, which could unfold to any size. It may raise any of `DAMAGED`."""
+def read_yaml(path: Path, loader: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader) -> Any:
+    """Read a YAML file without aliases, which could unfold to any size. It may raise any of `DAMAGED`.
+
+    With the BaseLoader, every scalar is text.
+    """
     text = read_text(path, MAX_YAML_BYTES)
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ValueError("it has an alias (*name); write the value out")
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 

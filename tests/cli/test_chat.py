@@ -31,7 +31,7 @@ Typed = Callable[..., str]
 
 @pytest.fixture
 def talk(model: CoLLM) -> Conversation:
-    return Conversation(model, SamplingParams(max_new_tokens=24), 0.5)
+    return Conversation(model, SamplingParams(max_tokens=24), 0.5)
 
 
 @pytest.fixture
@@ -94,6 +94,7 @@ def test_commands_change_who_answers(talk: Conversation, typed: Typed) -> None:
     assert len(talk.turns) == 3
 
 
+@pytest.mark.slow
 def test_each_of_two_assistants_answers_to_its_name(
     talk: Conversation, tiny_model: Callable[..., PreTrainedModel], typed: Typed
 ) -> None:
@@ -113,6 +114,7 @@ def test_each_of_two_assistants_answers_to_its_name(
         ("/threshold high", "expected a number, as /threshold 0.4"),
         ("/threshold 7", "expected a number from -1 to 1"),
         ("/budget 0.1", "a budget needs a calibration"),
+        ("/price 0.7", "this head predicts no gains"),
         ("/model better", "expected one of collaboration, base, assistant"),
         ("/save", "/save needs a file"),
         ("/fly", "/fly is no command; /help lists them"),
@@ -126,6 +128,7 @@ def test_what_is_mistyped_is_said_and_the_talk_goes_on(
     assert len(talk.turns) == 1
 
 
+@pytest.mark.slow
 def test_a_conversation_is_saved_as_training_data(talk: Conversation, typed: Typed, tmp_path: Path) -> None:
     path = tmp_path / "talk.jsonl"
     shown = typed(talk, "w2", "w3", f"/save {path}", f"/save {path}")
@@ -135,6 +138,7 @@ def test_a_conversation_is_saved_as_training_data(talk: Conversation, typed: Typ
     assert "exists; choose another name" in shown
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(talk: Conversation) -> None:
     answer = talk.ask("w2")
     came = [next(answer), next(answer)]
@@ -175,7 +179,7 @@ def test_in_a_terminal(saved_model: Callable[..., Path], tokenizer: PreTrainedTo
     code = "from collm.cli.main import main; main()"
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "chat", str(tmp_path / "pair"), "--threshold", "-1", "--max-new-tokens", "4"],
+        [sys.executable, "-c", code, "chat", str(tmp_path / "pair"), "--threshold", "-1", "--max-tokens", "4"],
         stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip

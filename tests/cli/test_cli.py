@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from collm import CoLLM, DeferralHead
-from collm.cli.main import app
+from collm.cli.main import app, main
 from collm.cli.train import parse
 from collm.errors import ConfigError
 from collm.models.loading import ModelSpec, load_tokenizer
@@ -56,7 +57,7 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     assert "160 target tokens: mean NLL" in scored.stdout
     shards = {path.name: path.read_bytes() for path in scores.iterdir()}
 
-    options = {"max_length": 64, "max_new_tokens": 4, "num_train_epochs": 1, "output_dir": "elsewhere"}
+    options = {"max_length": 64, "max_tokens": 4, "num_train_epochs": 1, "output_dir": "elsewhere"}
     config = {**{name: str(path) for name, path in pair.items()}, **options, "method": "head", "use_cpu": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     trained = succeeds("train", "--config", "run.yaml", "--output_dir", "run", cwd=tmp_path)
@@ -69,13 +70,13 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     assert "versions" in json.loads((tmp_path / "run" / "run.json").read_text())
     assert json.loads((artefact / "calibration.json").read_text())["num_prompts"] == 5
 
-    metric = ("--metric", "token_f1", "--max-new-tokens", 3)
+    metric = ("--metric", "token_f1", "--max-tokens", 3)
     succeeds("calibrate", artefact, "--data", pair["validation"], *metric, cwd=tmp_path)
     assert json.loads((artefact / "calibration.json").read_text())["metric_name"] == "token_f1"
 
     _calibrate_as_the_run_says(artefact, pair, tmp_path)
 
-    asked = ("generate", artefact, "w1 w2", "--max-new-tokens", 5)
+    asked = ("generate", artefact, "w1 w2", "--max-tokens", 5)
     fixed = (*asked, "--threshold", 0.5, "--lookahead", 0)
     plain, machine = (collm(*fixed, *extra, cwd=tmp_path) for extra in ([], ["--json"]))
     assert plain.returncode == machine.returncode == 0, plain.stderr + machine.stderr
@@ -85,12 +86,27 @@ def test_score_train_calibrate_generate(pair: dict[str, Path], tmp_path: Path) -
     assert completion["token_ids"] == expected
     assert completion["usage_of_call"]["base"]["forward_passes"] == len(expected)
 
+    fails(2, "price is 0.7, but this head predicts no gains", *asked, "--price", 0.7, cwd=tmp_path)
     ruled = (*asked, "--policy")
     mixed = succeeds(*ruled, "mixture", "--json", cwd=tmp_path)
     together = CoLLM.from_pretrained(artefact).generate("w1 w2", policy="mixture")[0].token_ids[:5]
     assert json.loads(mixed.stdout)["token_ids"] == together
     fails(2, "policy is 'best', expected one of threshold, .* proxy", *ruled, "best", cwd=tmp_path)
-    fails(2, "lookahead=4 has no effect with MixturePolicy", *ruled, "mixture", "--lookahead", 4, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_head_of_objective_gain_decodes_at_a_price(pair: dict[str, Path], tmp_path: Path) -> None:
+    models = [f"--{name}={pair[name]}" for name in ("base", "assistant", "data")]
+    how = ("--method", "head", "--max-length", 64, "--calibrate", "false", "--use-cpu", "true", "--output-dir", "run")
+    succeeds("train", *models, *how, "--objective", "gain", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["objective"], metrics["gain_num_tokens"]) == ("gain", 144)  # a tenth of the rows is held out
+    assert metrics["gain_error_nats"] > 0
+    artefact = tmp_path / "run" / "collaboration"
+    assert "- gain_spread_nats: " in (artefact / "README.md").read_text()
+    asked = ("generate", artefact, "w1 w2", "--max-tokens", 5, "--json", "--price")
+    rates = [json.loads(succeeds(*asked, price, cwd=tmp_path).stdout)["deferral_rate"] for price in (-99, 99)]
+    assert rates == [1.0, 0.0]
 
 
 def _calibrate_as_the_run_says(artefact: Path, pair: dict[str, Path], tmp_path: Path) -> None:
@@ -131,21 +147,12 @@ def fails(status: int, message: str, *arguments: object, cwd: Path) -> None:
 
 
 @pytest.mark.slow
-def test_inspecting_scores(pair: dict[str, Path], tmp_path: Path) -> None:
-    for name, model in (("base", pair["base"]), ("assistant", pair["assistant"])):
-        collm("score", pair["data"], "--model", model, "--out", tmp_path / "scores" / name, cwd=tmp_path)
-    shown = succeeds("score", "--inspect", tmp_path / "scores", cwd=tmp_path)
-    for text in ("160 target tokens", "assistant", "best author", "pseudo-labels give"):
-        assert text in shown.stdout
-
-
-@pytest.mark.slow
 def test_a_run_in_parts(pair: dict[str, Path], tmp_path: Path) -> None:
     """Scoring what the run will read, training without calibration, calibrating on the rows it held out."""
     (tmp_path / "chat.jinja").write_text("{% for message in messages %}{{ message.content + ' ' }}{% endfor %}")
     options = {
         "base": str(pair["base"]), "assistant": str(pair["assistant"]), "data": str(pair["data"]), "max_length": 64,
-        "output_dir": "run", "method": "head", "max_new_tokens": 4, "calibrate": False, "use_cpu": True,
+        "output_dir": "run", "method": "head", "max_tokens": 4, "calibrate": False, "use_cpu": True,
         "chat_template": str(tmp_path / "chat.jinja"), "metric": "token_f1", "rates": [0.0, 0.5],
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
@@ -165,16 +172,41 @@ def test_a_run_in_parts(pair: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_another_metric_needs_neither_the_data_nor_the_directory_of_the_run(
+    pair: dict[str, Path], tmp_path: Path
+) -> None:
+    names = {name: os.path.relpath(pair[name], tmp_path) for name in ("base", "assistant", "data")}
+    flags = [part for name, path in names.items() for part in (f"--{name}", path)]
+    trained = succeeds(
+        "train", *flags, "--output_dir", "run", "--scores", "scores", "--method", "head", "--max_tokens", 3,
+        "--use_cpu", "true", "--eval_strategy", "epoch", "--rates", 0, 0.5, cwd=tmp_path,
+    )  # fmt: skip
+    assert "the metric is token_f1, because most completions have several words" in trained.stderr
+    for line in ("scoring with .*/base: 0 of 180 tokens", "training: 10 of 10 steps", "step 10: .*train_loss"):
+        assert re.search(rf"^{line}", trained.stderr, flags=re.MULTILINE), trained.stderr
+    pair["data"].unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    asked = ("calibrate", tmp_path / "run/collaboration")
+    again = succeeds(*asked, "--metric", "contains", "--rate", 1, "--limit", 3, cwd=elsewhere)
+    assert "calibrating on 3 rows: 0 of 21 texts at most\n" in again.stderr
+    found = json.loads((tmp_path / "run/collaboration/calibration.json").read_text())
+    assert (found["metric_name"], found["num_prompts"]) == ("contains", 3)
+    before = sorted((tmp_path / "scores").rglob("*"))
+    assert "16 gold tokens" in succeeds(*asked, "--teacher-forced", cwd=elsewhere).stdout
+    assert sorted((tmp_path / "run").rglob("scores*")) == []
+    assert sorted((tmp_path / "scores").rglob("*")) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["score", "--config", "run.yaml"], "needs --author"),
         (["score", "x.jsonl", "--config", "run.yaml", "--author", "base"], "leave data out"),
-        (["score", "--inspect", "scores", "--dtype", "float32"], "--inspect scores nothing; leave --dtype out"),
-        (["score", "x.jsonl"], "expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES"),
+        (["score", "x.jsonl"], "expected DATA, --model and --out; or --config run.yaml"),
         (["score", "x.jsonl", "--concurrency", "3"], "without --server"),
-        (["train", "--nothing", "1"], "--nothing"),
-        (["calibrate", "run", "--metric", "contains"], "without --data the run of DIR says the rest"),
+        (["calibrate", "run", "--prompt-field", "question"], "without --data the rows are those that the run of DIR"),
         (["calibrate", "run", "--teacher-forced", "--rate", "0.4"], "generates nothing; leave --rate out"),
         (["calibrate", "run", "--check", "0.4", "--check-data", "x.jsonl"], "are both given"),
     ],
@@ -191,12 +223,13 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
     specs = [ModelSpec(str(pair[name])) for name in ("base", "assistant")]
     tokenizer = load_tokenizer(specs[0])
     CoLLM(specs[0], specs[1:], DeferralHead(32, 1), tokenizer).save_pretrained("mine")
-    asked = ["eval", "mine", "--task", "rows", "--metric", "token_f1", "--data", str(pair["validation"])]
-    asked += ["--out", "run", "--max-new-tokens", "5"]
+    asked = ["eval", "mine", "--task", "rows", "--data", str(pair["validation"])]
+    asked += ["--out", "run", "--max-tokens", "5"]
     monkeypatch.setattr("sys.argv", ["/bin/collm", "eval", "mine"])
     done = CliRunner().invoke(app, [*asked, "--threshold", "0.4", "--compare", "base,assistant,random"])
     assert done.exit_code == 0, done.output
     assert "The collaboration reaches token_f1" in " ".join(done.stdout.split())
+    assert "answering: 20 of 20 answers\n" in done.stderr  # of 4 systems
     shown = json.loads((tmp_path / "run/results.json").read_text())
     assert [row["name"] for row in shown["rows"]] == ["collaboration", "base", "assistant", "random"]
     assert shown["threshold"] == 0.4
@@ -208,8 +241,9 @@ def test_evaluating_and_reporting(pair: dict[str, Path], tmp_path: Path, monkeyp
     for arguments, complaint in (
         ([*asked, "--threshold", "0.4", "--curve"], "is not calibrated, so there is no curve"),
         ([*asked], "there is no default threshold"),
-        ([*asked[:3], "gsm8k", *asked[4:]], "task 'gsm8k' has no option 'metric', expected format"),
-        (["report", "elsewhere"], "holds no finished evaluation"),
+        ([*asked, "--price", "0.4"], "this head predicts no gains"),
+        ([*asked[:3], "gsm8k", *asked[4:]], "task 'gsm8k' has no option 'max_tokens', expected format"),
+        (["report", "elsewhere"], "contains no finished evaluation"),
     ):
         failed = CliRunner().invoke(app, arguments)
         assert complaint in str(failed.exception)
@@ -245,6 +279,35 @@ def test_ctrl_c_while_scoring_leaves_a_run_that_resumes(pair: dict[str, Path], t
     assert len(list(out.glob("*.safetensors"))) == 16
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("demo --ot x", "there is no option --ot; did you mean --out?"),
+        (
+            "serve X --engine foo",
+            "invalid value for '--engine': 'foo' is not one of 'local', 'transformers', 'vllm'; '",
+        ),
+        (
+            "serve X --port 70000",
+            "invalid value for '--port': Input should be less than or equal to 65535, got '70000';",
+        ),
+        ("generate", "missing argument 'DIR'; '"),
+        ("calibrat X", "no such command 'calibrat'. Did you mean 'calibrate'?"),
+        ("score x.jsonl", "expected DATA, --model and --out; or --config run.yaml; '"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    arguments: str, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["collm", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith(f"collm: {complaint}")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", ["generate", "generate x y --nothing", "nothing", "demo --out x --seed one"])
 def test_wrong_usage_has_status_2(arguments: str) -> None:
     assert CliRunner().invoke(app, arguments.split()).exit_code == 2
@@ -266,7 +329,7 @@ def test_yaml_and_flags_are_the_same_fields_and_a_flag_wins(tmp_path: Path) -> N
     ("text", "message"),
     [
         (f"{REQUIRED}learnig_rate: 1\n", "did you mean 'learning_rate'"),
-        ("base: b\n", "nothing says assistant, data, output_dir"),
+        ("base: b\n", "missing: assistant, data, output_dir"),
         ("- a\n", "expected fields with values"),
         ("base: [", "could not read"),
         (f"{REQUIRED}metric: best\n", "best"),
@@ -281,6 +344,60 @@ def test_bad_configs_are_refused(tmp_path: Path, text: str, message: str) -> Non
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse(["--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--asistant x", "there is no option --asistant; did you mean --assistant?"),
+        ("--max-new-tokns=3", "there is no option --max-new-tokns; did you mean --max-tokens?"),
+        ("run.yaml", "'run.yaml' belongs to no option; a YAML file is given with --config"),
+        ("--completely-unlike", "there is no option --completely-unlike; 'collm train --help-all' lists the options"),
+        ("--base", "argument --base: expected one argument; 'collm train --help' lists the options"),
+    ],
+)
+def test_a_mistyped_flag_of_train_is_one_sentence(arguments: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(complaint)}$"):
+        parse(arguments.split())
+
+
+def test_hyphens_and_underscores_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(REQUIRED)
+    one, other = (
+        parse(["--config", str(tmp_path / "run.yaml"), f"--max{sign}tokens", "9", f"--max{sign}length=8"])
+        for sign in "-_"
+    )
+    assert one[0] == other[0]
+    assert (one[0].max_tokens, one[1].max_length, other[1].max_length) == (9, 8, 8)
+    for option in ("--max-tokens", "--max_tokens"):
+        assert "valid integer" in CliRunner().invoke(app, ["generate", "d", "hi", option, "x"], env=WIDE).stderr
+
+
+@pytest.mark.parametrize("command", ["generate d hi", "score rows.jsonl --model m --out o", "train"])
+def test_a_gpu_that_is_not_there_is_one_sentence(
+    command: str, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    spec = ModelSpec(str(pair["base"]))
+    CoLLM(spec, [spec], DeferralHead(32, 1), load_tokenizer(spec)).save_pretrained("d")
+    required = "--base b --assistant a --data d --output-dir o" if command == "train" else ""
+    done = CliRunner().invoke(app, f"{command} {required} --device cuda".split())
+    message = "device is cuda, but torch finds no CUDA GPU here; use cpu, or leave the device out"
+    assert (type(done.exception), str(done.exception)) == (ConfigError, message)
+
+
+def test_the_help_of_train_begins_with_what_is_common() -> None:
+    short, whole = (CliRunner().invoke(app, ["train", one], env=WIDE).stdout for one in ("--help", "--help-all"))
+    assert len(short.splitlines()) <= 100
+    for text in ("--base", "[required]", "--deferral-cost", "--metric", "true|false"):
+        assert text in short
+    for name in ("--warmup-steps", "--lora-r", "--rates"):
+        assert name not in short
+        assert name in whole
+    for text in ("<class", "| None", "--label-smoothing-factor"):
+        assert text not in whole
+    assert not re.search(r"^│ +--[\w-]+ +[A-Z|a-z]+(?: \.\.)? *│$", whole, flags=re.MULTILINE), "an option has no help"
 
 
 @pytest.mark.slow

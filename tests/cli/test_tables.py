@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from collm.cli.tables import comparison_tables
+from collm.cli.terminal import calibration_table, comparison_tables
+from collm.core.calibration import Calibration, CalibrationPoint
 from collm.evaluation.compare import Comparison
 from collm.evaluation.intervals import Interval
 from collm.evaluation.results import SystemResult
@@ -38,6 +39,28 @@ def test_every_system_with_its_scores_and_costs() -> None:
     assert ["assistant", "1,234.5", "67.8", "9.1"] in lines  # the collaboration's
     assert ["unparsed", *["99.1"] * 5] in lines
     assert not any("threshold" in word for line in lines for word in line)
+
+
+def test_differences_of_many_systems_say_how_sure_each_is() -> None:
+    words = " ".join(printed("accuracy").split())
+    assert "Of systems that do not differ, about 1 in 20 seems to" in words
+
+
+def test_a_calibration_says_what_its_budgets_mean() -> None:
+    points = [
+        CalibrationPoint(1.0, 0.0, 0.5, 0.4, 0.6, 0.0, 0.0),
+        CalibrationPoint(0.5, 0.1, 0.8, 0.7, 0.9, 0.05, 0.15),
+    ]
+
+    def shown(budgets: list[float]) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(calibration_table(Calibration(points, "exact_match", 50, {}, budgets)))
+        return " ".join(capture.get().split())
+
+    assert "A budget is a limit that holds with 95 %" in shown([0.2])
+    assert "within 0.2" in shown([0.2])
+    assert "limit" not in shown([])
 
 
 def test_one_measure_needs_no_table_of_measures() -> None:

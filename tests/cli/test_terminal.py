@@ -60,14 +60,16 @@ def test_a_character_that_the_output_cannot_hold_is_written_as_its_code_point(
 ) -> None:
     out = io.BytesIO()
 
-    def run(arguments: list[str]) -> None:
+    def run(arguments: list[str], **options: bool) -> None:
         console = Console(soft_wrap=True)
         console.show([SimpleNamespace(text="€ 🦊", author=1)])
         console.print()
 
     monkeypatch.setattr("collm.cli.main.app", run)
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
-    main()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
     assert out.getvalue() == written
 
 
@@ -78,7 +80,7 @@ def test_standard_input_that_is_no_text_is_one_sentence(
     monkeypatch.setattr("sys.argv", ["collm", "generate", "nowhere", "-"])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     if command == "chat":
-        monkeypatch.setattr("collm.cli.main.app", lambda _: converse(Mock(), Console()))
+        monkeypatch.setattr("collm.cli.main.app", lambda _, **options: converse(Mock(), Console()))
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == WRONG_USAGE

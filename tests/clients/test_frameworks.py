@@ -40,7 +40,7 @@ def weather(city: Literal["Paris", "Oslo"], days: int) -> str:
 
 def chat(speaking: Running, **options: Any) -> ChatOpenAI:
     return ChatOpenAI(
-        base_url=f"{speaking.url}/v1", api_key="none", model="pair", max_retries=0, **{"max_tokens": 60, **options}
+        base_url=f"{speaking.url}/v1", api_key="none", max_retries=0, **{"model": "pair", "max_tokens": 60, **options}
     )
 
 
@@ -58,6 +58,16 @@ def test_langchain_talks_whole_and_in_pieces(speaking: Running, responses: bool)
     completion = OpenAI(base_url=f"{speaking.url}/v1", api_key="none", model="pair", max_tokens=8, temperature=0)
     reply = speaking.post("/v1/completions", model="pair", prompt="the cat", max_tokens=8)
     assert completion.invoke("the cat") == reply.json()["choices"][0]["text"]
+
+
+def test_langchain_passes_options_of_collm_on(speaking: Running) -> None:
+    alone = chat(speaking, max_tokens=12, temperature=0, model="pair/assistant").invoke("the cat?").text
+    options = {"extra_body": {"collm": {"threshold": -1}}}
+    model = chat(speaking, max_tokens=12, temperature=0, **options)
+    assert model.invoke("the cat?").text == alone != said(speaking, max_tokens=12)
+    where: dict[str, Any] = {"base_url": f"{speaking.url}/v1", "api_key": "none", "max_tokens": 8, "temperature": 0}
+    completion = OpenAI(**where, model="pair", **options).invoke("the cat")
+    assert completion == OpenAI(**where, model="pair/assistant").invoke("the cat")
 
 
 @pytest.mark.parametrize("responses", [False, True])

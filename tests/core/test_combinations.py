@@ -51,6 +51,21 @@ def test_the_mixture_is_the_sum_of_the_authors_weighted_by_the_head(num_assistan
 
 
 @EACH_K
+def test_a_gated_mixture_is_the_base_where_the_head_does_not_defer(num_assistants: int) -> None:
+    logprobs, by_author = some_logprobs(num_assistants), some_author_logprobs(num_assistants)
+    deferring = (1 - by_author[:, 0].exp()).sort().values
+    gated = MixturePolicy(threshold=float(deferring[0] + deferring[1]) / 2)
+    expected = MixturePolicy().combine(logprobs, by_author)
+    lowest = int(by_author[:, 0].argmax())
+    expected[lowest] = logprobs[0][lowest]
+    assert torch.equal(gated.combine(logprobs, by_author), expected)
+    never_base = {author: torch.full((N,), float(author)) for author in logprobs}
+    credited = gated.credit(never_base, torch.where(by_author < 0, by_author, by_author))
+    assert credited[lowest] == 0
+    assert (credited == MixturePolicy().credit(never_base, by_author)).sum() == N - 1
+
+
+@EACH_K
 def test_a_head_that_is_certain_of_one_author_mixes_nothing_in(num_assistants: int) -> None:
     logprobs = some_logprobs(num_assistants)
     for certain in logprobs:

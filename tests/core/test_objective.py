@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collm.core.head import author_logprobs, defer_probs
-from collm.core.objective import marginal_logprobs, pseudo_labels
+from collm.core.objective import label_nll, marginal_logprobs, pseudo_labels, token_nll
 from collm.errors import ConfigError
 
 logprobs = st.floats(-20, 0)
@@ -25,6 +25,33 @@ def test_the_marginal_is_the_mixture_written_out(base: float, pairs: list[tuple[
     likelihood = sum(w / sum(weights) * math.exp(lp) for w, lp in zip(weights, [base, *assistants], strict=True))
     result = marginal_logprobs(torch.tensor(base), torch.tensor(assistants), torch.tensor(u))
     assert result.item() == pytest.approx(math.log(likelihood), rel=1e-5, abs=1e-5)
+
+
+def test_separate_is_the_marginal_and_the_base_alone() -> None:
+    base, assistants, u = (one.requires_grad_() for one in random_inputs(5, 2))
+    nll = token_nll(base, assistants, u, "separate")
+    assert torch.allclose(nll, -base - marginal_logprobs(base, assistants, u))
+    of_base, of_head = torch.autograd.grad(nll.sum(), (base, u))
+    assert torch.equal(of_base, -torch.ones_like(base))
+    assert torch.allclose(of_head, torch.autograd.grad(-marginal_logprobs(base, assistants, u).sum(), u)[0])
+
+
+def test_weak_supervision_is_the_formula_by_hand() -> None:
+    """2/3 of the language model's loss and 1/3 of the labels' cross-entropy, with weight 5 for assistants."""
+    base, u = torch.tensor([-1.0, -3.0], requires_grad=True), torch.tensor([[0.5], [-0.2]], requires_grad=True)
+    labels = torch.tensor([1, 0])
+    loss = token_nll(base, torch.zeros(2, 1), u, "weak").sum() + label_nll(u, labels, 5.0).sum() / 3
+    p, q = 1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(0.2))
+    assert loss.item() == pytest.approx(2 / 3 * 4 - (5 * math.log(p) + math.log(1 - q)) / 3, rel=1e-6)
+    of_base, of_head = torch.autograd.grad(loss, (base, u))
+    assert of_base.tolist() == pytest.approx([-2 / 3, -2 / 3])
+    assert of_head.flatten().tolist() == pytest.approx([-5 * (1 - p) / 3, q / 3])
+
+
+def test_labels_of_several_assistants_have_the_cross_entropy_over_authors() -> None:
+    u, labels = random_inputs(6, 2)[2][0], torch.tensor([0, 1, 2, 0, 2, 1, 0])
+    expected = [-(5 if y else 1) * author_logprobs(u)[i, y].item() for i, y in enumerate(labels.tolist())]
+    assert label_nll(u, labels, 5.0).tolist() == pytest.approx(expected)
 
 
 def random_inputs(seed: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

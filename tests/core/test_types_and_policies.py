@@ -165,7 +165,7 @@ def test_confidence_keeps_the_base_on_a_tie() -> None:
         (BudgetPolicy, [0.5, 2], "threshold is 2"),
         (BudgetPolicy, [0.5, 0.5, -1], "burst is -1"),
         (RandomPolicy, [1.2], "from 0 to 1"),
-        (SamplingParams, [0], "max_new_tokens is 0"),
+        (SamplingParams, [0], "max_tokens is 0"),
         (SamplingParams, [9, -1], "temperature is -1"),
         (SamplingParams, [9, math.nan], "temperature is nan"),
         (SamplingParams, [9, 1, 0], "top_p is 0"),
@@ -186,14 +186,26 @@ def test_one_stop_string_may_stand_alone() -> None:
 
 def test_calibration_keeps_the_best_and_ties_go_to_the_lower_rate() -> None:
     points = [
-        CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.1),
+        CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.0),
         CalibrationPoint(0.6, 0.1, 0.8, 0.7, 0.9, 0.0, 0.2),
         CalibrationPoint(0.3, 0.4, 0.8, 0.7, 0.9, 0.3, 0.5),
         CalibrationPoint(-1.0, 1.0, 0.5, 0.4, 0.6, 0.9, 1.0),
     ]
     calibration = Calibration(points, "exact_match", 50, {})
     assert calibration.best() == points[1]
-    assert calibration.best(budget=0.05) == points[0]
+    assert calibration.best(budget=0.2) == points[1]
+    assert calibration.best(budget=0.15) == points[0]  # points[1] may exceed it
     assert Calibration.from_dict(calibration.to_dict()) == calibration
     with pytest.raises(ConfigError, match="from 0 to 1"):
         calibration.best(1.5)
+
+
+def test_of_thresholds_that_gave_the_same_the_one_nearest_to_even_odds_is_best() -> None:
+    """Where nothing is deferred it is 1, so that a budget of 0 holds on any text."""
+    same = [CalibrationPoint(threshold, 0.1, 0.8, 0.7, 0.9, 0.0, 0.2) for threshold in (0.99, 0.6, 0.5, 0.01)]
+    never = [CalibrationPoint(threshold, 0.0, 0.2, 0.1, 0.3, 0.0, 1 - threshold) for threshold in (0.999, 1.0)]
+    calibration = Calibration([*never, *same], "exact_match", 50, {})
+    assert calibration.best().threshold == 0.5
+    assert calibration.best(budget=0).threshold == calibration.best(budget=0.01).threshold == 1.0
+    with pytest.raises(ConfigError, match=r"budget is 0\.15, but the lowest measured deferral rate is up to 0\.2"):
+        Calibration(same, "exact_match", 50, {}).best(budget=0.15)

@@ -54,7 +54,7 @@ class Case:
     @property
     def params(self) -> list[SamplingParams]:
         """Of the n completions of a prompt."""
-        params = SamplingParams(**{"max_new_tokens": 12, **self.options})
+        params = SamplingParams(**{"max_tokens": 12, **self.options})
         return [params if params.seed is None else replace(params, seed=params.seed + i) for i in range(self.n)]
 
     @property

@@ -24,7 +24,7 @@ from collm.evaluation.harness import HarnessLM
 from collm.evaluation.report import render_page
 from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
-from collm.evaluation.tasks.named import task_named
+from collm.evaluation.tasks import task_named
 from collm.evaluation.tasks.task import TaskItem
 from collm.run.calibrate import calibrate_on
 from collm.serving.settings import Settings
@@ -140,7 +140,7 @@ def evaluated(world: World, model: CoLLM, case: Case, out: Path, patch: pytest.M
     params = SamplingParams(**{**case.options, "seed": None, "stop": ()})
     prompts = [*case.prompts, POISON] if "failing neighbour" in case.ways else case.prompts
     items = [TaskItem(str(i), str(prompt), "the", f"line {i}") for i, prompt in enumerate(prompts)]
-    task = task_named("rows", metric="token_f1", max_new_tokens=12, stop=case.options.get("stop", ()))
+    task = task_named("rows", metric="token_f1", max_tokens=12, stop=case.options.get("stop", ()))
 
     def ask() -> None:
         try:

@@ -110,18 +110,10 @@ class World:
             text = list(token_ids[:end])
             with torch.no_grad():
                 by_author = author_logprobs(members.head(readings[0].hidden(text)))[0]
-                each = [
-                    _gold_logprob(reading, model, token_ids, end)
-                    for reading, model in zip(readings, members.slow, strict=True)
-                ]
+                said = [reading.logits(text) for reading in readings]  # None where a tool abstains: the base stands in
+                each = [float((said[0] if row is None else row)[0].log_softmax(-1)[token_ids[end]]) for row in said]
             found.append(float(torch.logsumexp(by_author + torch.tensor(each), 0)))
         return found
-
-
-def _gold_logprob(reading: Reading, model: Any, token_ids: Sequence[int], end: int) -> float:
-    if isinstance(model, ToolModel):
-        return float(model.score(token_ids[: end + 1], [place == end for place in range(end + 1)])[0])
-    return float(reading.logits(list(token_ids[:end]))[0].log_softmax(-1)[token_ids[end]])
 
 
 def check(world: World, case: Case, asked: Sequence[Asked], found: Sequence[Completion]) -> None:

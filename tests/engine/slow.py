@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm import DeferralHead, SamplingParams
 from collm.core.combinations import CombiningPolicy
-from collm.core.head import author_logprobs, defer_probs
+from collm.core.head import author_logprobs, defer_probs, doubt_of
+from collm.core.judges import BlendJudge, ExactJudge, Judge, RegretJudge
 from collm.core.policies import Policy, StepView
 from collm.core.sampling import sample, token_probs
 from collm.models.tools import ToolModel
@@ -44,12 +45,12 @@ def slow_decode(
             each token what it says where the text ends there.
     """
     ids, authors, asked = list(prompt), list[int](), 0
-    rng = random.Random(params.seed)
+    rng, spent = random.Random(params.seed), 0.0
     readings = [Reading(model, [*prompt, *guess], models[0].device) for model in models]
-    while len(authors) < params.max_new_tokens:
+    while len(authors) < params.max_tokens:
         with torch.no_grad():
-            u = head(readings[0].hidden(ids))  # (1, K)
             said = [reading.logits(ids) for reading in readings]
+            u = head(readings[0].hidden(ids), doubt_of(said[0]))  # (1, K)
             raw, said = (
                 said,
                 [None if each is None else _processed(each, params, prompt, ids, eos, tokenizer) for each in said],
@@ -65,7 +66,7 @@ def slow_decode(
             if isinstance(policy, CombiningPolicy):
                 logprobs = {author: logits[author].log_softmax(-1).clamp(min=-1e4) for author in consulted}
                 joint = policy.combine(logprobs, by_author)[0].masked_fill(said[0][0] == -torch.inf, -torch.inf)
-                token = _token(joint, params, for_token)
+                token = _coupled(joint, said[0][0], params, for_token)
                 of_token = {author: each[:, token] for author, each in logprobs.items()}
                 author = int(policy.credit(of_token, by_author))
             else:
@@ -82,6 +83,9 @@ def slow_decode(
                 )
                 author = policy.author(view)
                 token = _token(logits[author][0], params, for_token)
+                if policy.judge is not None and author == 0:
+                    author, token, regret = _judged(policy.judge, logits, by_author[0], params, for_token, spent)
+                    spent += regret
         ids.append(token)
         asked += author != 0
         authors.append(0 if author in abstained else author)
@@ -179,6 +183,53 @@ def _matcher(
 @cache
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos: int) -> LLTokenizer:
     return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+
+
+def _judged(
+    judge: Judge,
+    logits: dict[int, torch.Tensor],
+    by_author: torch.Tensor,
+    params: SamplingParams,
+    u: float,
+    spent: float,
+) -> tuple[int, int, float]:
+    """Author and token where the base is to write, and the assistant's regret of the base's token if it stands."""
+    likely = int(by_author[1:].argmax()) + 1
+    base, assistant = logits[0][0], logits[likely][0]
+    drafted = _token(base, params, u)
+    probs = {author: each[0].softmax(-1) for author, each in logits.items()}
+    if isinstance(judge, RegretJudge):
+        regret = float(assistant.max() - assistant[drafted])
+        if regret <= judge.nats and spent + regret <= judge.budget:
+            return 0, drafted, regret
+        if params.temperature == 0:
+            return likely, int(assistant.argmax()), 0.0
+        law = token_probs(base, params.temperature, params.top_p, params.top_k, params.min_p).double().tolist()
+        again = (u * sum(law) - sum(law[:drafted])) / law[drafted]
+        return likely, _token(assistant, params, again), 0.0
+    if isinstance(judge, ExactJudge):
+        law = probs[likely]
+    elif isinstance(judge, BlendJudge):
+        law = judge.weight * probs[likely] + (1 - judge.weight) * probs[0]
+    else:
+        law = sum(by_author[author].exp() * each for author, each in probs.items())
+    token = _coupled(law.log().masked_fill(base == -torch.inf, -torch.inf), base, params, u)
+    return 0 if token == drafted else likely, token, 0.0
+
+
+def _coupled(logits: torch.Tensor, base: torch.Tensor, params: SamplingParams, uniform: float) -> int:
+    """Speculative sampling: what the base draws stands with min(1, P / Q), otherwise a token of (P - Q)+ is drawn."""
+    if params.temperature == 0:
+        return int(logits.argmax())
+    options = params.temperature, params.top_p, params.top_k, params.min_p
+    law, proposal = (token_probs(each, *options).double().tolist() for each in (logits, base))
+    drafted = _token(base, params, uniform)
+    uniform = (uniform * sum(proposal) - sum(proposal[:drafted])) / proposal[drafted]  # again from [0, 1)
+    ratio = min(1.0, law[drafted] / proposal[drafted])
+    if uniform < ratio:
+        return drafted
+    rest = torch.tensor([max(p - q, 0) for p, q in zip(law, proposal, strict=True)])
+    return int(sample(rest, torch.tensor((uniform - ratio) / (1 - ratio), dtype=torch.float64)))
 
 
 def _token(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:

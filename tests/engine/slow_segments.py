@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from collm import DeferralHead, SamplingParams
-from collm.core.head import author_logprobs, defer_probs
+from collm.core.head import author_logprobs, defer_probs, doubt_of
 from collm.core.policies import Policy, StepView
 from collm.core.sampling import sample, token_probs
 from collm.models.tools import ToolModel
@@ -22,7 +22,11 @@ from tests.engine.slow import _processed
 
 @dataclass
 class SlowSegments:
-    """Decodes one prompt."""
+    """Decodes one prompt.
+
+    Attributes:
+        logprobs: log-probabilities of the tokens under the law, nats, after `run`.
+    """
 
     models: Sequence[PreTrainedModel | ToolModel]
     alignment: Alignment
@@ -30,6 +34,7 @@ class SlowSegments:
     prompts: Sequence[list[int]]
     policy: Policy
     params: SamplingParams
+    logprobs: list[float] = field(default_factory=list)
 
     @torch.no_grad()
     def run(self) -> tuple[list[int], list[int], bytes]:
@@ -37,12 +42,11 @@ class SlowSegments:
         rng = random.Random(self.params.seed)
         self._seed = rng.getrandbits(64)
         uniforms: list[tuple[float, float]] = []
-        tokens, authors, answer, kept = list[int](), list[int](), b"", None
-        deferred = 0
+        tokens, authors, answer, deferred, ended = list[int](), list[int](), b"", 0, 0.0
         while True:
             ids = self._ids(0, answer)
-            hidden, _ = self._read(0, ids)
-            u = self.head(hidden)
+            hidden, logits = self._read(0, ids)
+            u = self.head(hidden, doubt_of(logits))
             while len(uniforms) <= len(tokens):
                 uniforms.append((rng.random(), rng.random()))
             view = StepView(
@@ -53,62 +57,90 @@ class SlowSegments:
                 temperature=self.params.temperature,
                 uniform=uniforms[len(tokens)][0],
             )
-            author = self.policy.author(view)
-            written, following = self._segment(author, answer, kept[1] if kept and kept[0] == author else None)
-            if author != 0:
-                deferred += 1
-            if not written:  # a tool that abstains
-                author = 0
-                written, following = self._segment(author, answer, kept[1] if kept and kept[0] == author else None)
-            if written == [self._eos(author)]:
-                new, text = [self._eos(0)], answer
-            else:
-                text = answer + self._spell(author, answer, written)
-                new = written if author == 0 else self._ids(0, text)[len(ids) :]
-                deferred += (len(new) - 1) * (author != 0)
-            for token in new:
+            author, new, values, whole = self.policy.author(view), list[int](), list[float](), False
+            asked = author != 0
+            if author:
+                written, logprobs, log_end = self._segment(author, answer, [])
+                if not written:  # a tool that abstains
+                    author = 0
+                elif written[-1] in self._ends(author):
+                    new, values, whole = [self._end_id], [sum(logprobs)], True
+                else:
+                    text = answer + self._spell(author, written)
+                    every = self._ids(0, text)[len(ids) :]
+                    allowed = [n for n in range(2, len(every) + 1) if self.policy.allows(len(tokens), deferred, n)]
+                    new, whole = every[: max(allowed, default=1)], max(allowed, default=1) == len(every)
+                    values = [sum(logprobs) + log_end] + [0.0] * (len(new) - 1)
+                deferred += len(new)
+            writers = [author] * len(new)
+            if not whole:  # the base writes, or continues what was cut
+                written, logprobs, log_end = self._segment(0, answer, new)
+                writers += [0] * (len(written) - len(new))
+                deferred += asked and not new
+                new, text, values = (
+                    written,
+                    answer + (self.alignment.tokenizers[0].spell(written) or b""),
+                    values + logprobs,
+                )
+            values[0] += ended
+            ended = 0.0 if whole else log_end
+            for token, writer, value in zip(new, writers, values, strict=True):
                 tokens.append(token)
-                authors.append(author)
-                if len(tokens) == self.params.max_new_tokens or token == self._eos(0):
-                    return tokens, authors, text
-            canonical = self._ids(author, text) == [*self._ids(author, answer), *written]
-            kept = (author, following) if canonical else None
+                authors.append(writer)
+                self.logprobs.append(value)
+                if len(tokens) == self.params.max_tokens or token in self._ends(0):
+                    return tokens, authors, answer if token in self._ends(0) else text
             answer = text
 
-    def _segment(self, author: int, answer: bytes, first: int | None) -> tuple[list[int], int | None]:
-        """What the author writes from a boundary to the next, and what it would go on with."""
-        row, ids = self.alignment.row(answer), self._ids(author, answer)
-        token = first if first is not None else self._token(author, ids, row, len(answer), opening=True)
-        if token is None:
-            return [], None
-        written = [token]
-        while written[-1] != self._eos(author) and len(written) <= self.params.max_new_tokens:
-            text = answer + self._spell(author, answer, written)
-            token = self._token(author, [*ids, *written], ANYTHING, len(text), opening=False)
-            if token is None or self.alignment.is_opening(author, self.alignment.row(text), token):
-                return written, token
-            written.append(token)
-        return written, None
+    def _segment(self, author: int, answer: bytes, begun: list[int]) -> tuple[list[int], list[float], float]:
+        """What the author writes up to the next boundary, its log-probabilities, and log P that a segment begins there.
 
-    def _token(self, author: int, ids: list[int], row: int, at: int, *, opening: bool) -> int | None:
-        """None where a tool abstains."""
+        `begun` are tokens that it continues.
+        """
+        ids, written, logprobs = self._ids(author, answer), list(begun), list[float]()
+        while not (written and written[-1] in self._ends(author)) and len(written) <= self.params.max_tokens:
+            text = answer + self._spell(author, written)
+            row = self.alignment.row(text)
+            if written:
+                token, logprob, log_start = self._token(author, [*ids, *written], ANYTHING, row, len(text))
+            else:
+                token, logprob, log_start = self._token(author, ids, row, row, len(text))
+            if token is None:
+                return written, logprobs, 0.0
+            if written and self.alignment.is_opening(author, row, token):
+                return written, logprobs, log_start
+            written.append(token)
+            logprobs.append(logprob)
+        return written, logprobs, 0.0
+
+    def _token(self, author: int, ids: list[int], allowed: int, row: int, at: int) -> tuple[int | None, float, float]:
+        """A token that the row `allowed` allows, its log-probability, and log P that a segment begins in `row`.
+
+        None where a tool abstains.
+        """
         model = self.models[author]
         if not isinstance(model, ToolModel):
             raw = self._read(author, ids)[1]
         elif (said := model.next_token(TokenText(model.tokenizer, ids), len(ids), {})) is None:
-            return None
+            return None, 0.0, 0.0
         else:
             raw = model.logits([said])
-        logits = _processed(raw, self.params, self.prompts[author], ids, self._eos(author), None)[0]
-        logits = logits.masked_fill(~self.alignment.opening_mask(author, row, logits.device), -torch.inf)
+        follows, opens = (self.alignment.opening_mask(author, one, raw.device) for one in (allowed, row))
+        law = raw[0].masked_fill(~follows, -torch.inf).log_softmax(-1)
+        logits = _processed(raw, self.params, self.prompts[author], ids, min(self._ends(author)), None)[0]
+        logits = logits.masked_fill(~follows, -torch.inf)
         if isinstance(model, ToolModel) and logits.argmax() != raw.argmax():
-            return None
+            return None, 0.0, 0.0
         if not self.params.temperature:
-            return int(logits.argmax())
-        params = self.params
-        probs = token_probs(logits[None], params.temperature, params.top_p, params.top_k, params.min_p)
-        uniform = random.Random(f"{self._seed} {at} {opening}").random()
-        return int(sample(probs, torch.tensor([uniform], dtype=torch.float64)))
+            token = int(logits.argmax())
+        else:
+            params = self.params
+            probs = token_probs(logits[None], params.temperature, params.top_p, params.top_k, params.min_p)
+            uniform = random.Random(f"{self._seed} {at} {allowed == row}").random()
+            token = int(sample(probs, torch.tensor([uniform], dtype=torch.float64)))
+        ends = sorted(self._ends(author))
+        logprob = law[ends].logsumexp(-1) if token in ends else law[token]
+        return token, float(logprob), float(law[opens].logsumexp(-1))
 
     def _read(self, author: int, ids: list[int]) -> tuple[Tensor, Tensor]:
         out = self.models[author](torch.tensor([ids]), use_cache=False, output_hidden_states=True)
@@ -119,11 +151,16 @@ class SlowSegments:
         assert encoded is not None
         return [*self.prompts[author], *encoded.ids]
 
-    def _spell(self, author: int, answer: bytes, token_ids: list[int]) -> bytes:
+    def _spell(self, author: int, token_ids: list[int]) -> bytes:
         spelled = self.alignment.tokenizers[author].spell(token_ids)
         assert spelled is not None
         return spelled
 
-    def _eos(self, author: int) -> int:
-        (eos,) = self.alignment.tokenizers[author].eos_ids
-        return eos
+    def _ends(self, author: int) -> frozenset[int]:
+        return self.alignment.tokenizers[author].eos_ids
+
+    @property
+    def _end_id(self) -> int:
+        """The base's token for the end of a text that an assistant ends."""
+        own = self.alignment.tokenizers[0].tokenizer.eos_token_id
+        return own if own in self._ends(0) else min(self._ends(0))

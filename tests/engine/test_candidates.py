@@ -19,7 +19,7 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 
 def test_candidates_are_what_each_model_says_there(model: CoLLM) -> None:
     prompt_ids = model.tokenizer("w1 w2 w3").input_ids
-    token_ids = model.generate([prompt_ids], SamplingParams(max_new_tokens=5), threshold=0.5)[0].token_ids
+    token_ids = model.generate([prompt_ids], SamplingParams(max_tokens=5), threshold=0.5)[0].token_ids
     found = model.candidates(prompt_ids, token_ids, most=3)
     for author, member in enumerate(model.members):
         ids = torch.tensor([[*prompt_ids, *token_ids]])

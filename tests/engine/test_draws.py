@@ -9,8 +9,8 @@ import torch
 
 from collm.core.params import SamplingParams
 from collm.core.sampling import token_probs
+from collm.engine.decision import Draw
 from collm.engine.reader import draw_tokens
-from collm.engine.sequence import Draw
 
 
 def greedy_draws(logits: torch.Tensor, *others: torch.Tensor) -> tuple[list[Draw], list[list[float]]]:

@@ -23,10 +23,15 @@ Model = Callable[..., PreTrainedModel]
 EOS = 1
 
 
-def random_head(hidden_size: int, k: int, seed: int = 0, scale: float = 0.5) -> DeferralHead:
-    head = DeferralHead(hidden_size, k)
+SHAPES: list[dict[str, Any]] = [{"doubt": True}, {"width": 8}, {"width": 8, "doubt": True}]
+
+
+def random_head(hidden_size: int, k: int, seed: int = 0, scale: float = 0.5, **shape: Any) -> DeferralHead:
+    head = DeferralHead(hidden_size, k, **shape)
     generator = torch.Generator().manual_seed(seed)
-    head.weight.data = scale * torch.randn(k, hidden_size, generator=generator)
+    head.weight.data = scale * torch.randn(head.weight.shape, generator=generator)
+    if head.width:
+        head.output_weight.data = 2 * torch.randn(k, head.width, generator=generator)
     return head
 
 
@@ -45,7 +50,7 @@ def test_greedy_equals_the_slow_loop_on_every_architecture(
     model = CoLLM(base, [assistant], head, tokenizer)
     prompts = prompts_of(0, 5)
     # three at a time: the others join when one leaves
-    out = model.generate(prompts, SamplingParams(max_new_tokens=20), threshold=0.5, max_batch=3)
+    out = model.generate(prompts, SamplingParams(max_tokens=20), threshold=0.5, max_batch=3)
     both = set()
     for prompt, completion in zip(prompts, out, strict=True):
         token_ids, authors = slow_decode(
@@ -53,7 +58,7 @@ def test_greedy_equals_the_slow_loop_on_every_architecture(
             head,
             prompt,
             ThresholdPolicy(0.5),
-            SamplingParams(max_new_tokens=20),
+            SamplingParams(max_tokens=20),
             guess=completion.token_ids,
         )
         assert completion.token_ids == token_ids
@@ -62,16 +67,31 @@ def test_greedy_equals_the_slow_loop_on_every_architecture(
     assert both == {0, 1}
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_of_the_head_equals_the_slow_loop(
+    shape: dict[str, Any], tiny_model: Model, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    models, params = (
+        [tiny_model(0), tiny_model(1), tiny_model(2)],
+        SamplingParams(max_tokens=16, temperature=0.8, seed=3),
+    )
+    model = CoLLM(models[0], models[1:], random_head(32, 2, seed=1, **shape), tokenizer)
+    (out,) = model.generate(prompts_of(1, 1), params, threshold=0.6)
+    expected = slow_decode(models, model.head, prompts_of(1, 1)[0], ThresholdPolicy(0.6), params, guess=out.token_ids)
+    assert (out.token_ids, out.authors) == expected
+    assert len(set(out.authors)) > 1
+
+
 @pytest.mark.slow
 def test_two_assistants_of_other_architectures_equal_the_slow_loop(tokenizer: PreTrainedTokenizerFast) -> None:
     models = [make_model(EXACT[name](), seed) for seed, name in enumerate(["llama", "gpt2", "mistral-window"])]
     head = random_head(32, 2, seed=3)
     out = CoLLM(models[0], models[1:], head, tokenizer).generate(
-        prompts_of(1, 4), SamplingParams(max_new_tokens=25), threshold=0.6
+        prompts_of(1, 4), SamplingParams(max_tokens=25), threshold=0.6
     )
     seen = set()
     for prompt, completion in zip(prompts_of(1, 4), out, strict=True):
-        params = SamplingParams(max_new_tokens=25)
+        params = SamplingParams(max_tokens=25)
         token_ids, authors = slow_decode(models, head, prompt, ThresholdPolicy(0.6), params, guess=completion.token_ids)
         assert (completion.token_ids, completion.authors) == (token_ids, authors)
         seen |= set(authors)
@@ -87,7 +107,7 @@ def pair(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> CoLLM:
 @pytest.mark.parametrize(("threshold", "author"), [(1.0, 0), (-1.0, 1)])
 def test_threshold_extremes_are_each_model_alone_under_generate(pair: CoLLM, threshold: float, author: int) -> None:
     alone: Any = [pair.base, *pair.assistants][author]
-    out = pair.generate(prompts_of(2, 4), SamplingParams(max_new_tokens=16), threshold=threshold)
+    out = pair.generate(prompts_of(2, 4), SamplingParams(max_tokens=16), threshold=threshold)
     for prompt, completion in zip(prompts_of(2, 4), out, strict=True):
         ids = torch.tensor([prompt])
         expected = alone.generate(
@@ -95,7 +115,7 @@ def test_threshold_extremes_are_each_model_alone_under_generate(pair: CoLLM, thr
         )
         assert completion.token_ids == expected[0, len(prompt) :].tolist()
         assert set(completion.authors) == {author}
-    single = pair.generate(prompts_of(2, 4), SamplingParams(max_new_tokens=16), policy=SingleAuthorPolicy(author))
+    single = pair.generate(prompts_of(2, 4), SamplingParams(max_tokens=16), policy=SingleAuthorPolicy(author))
     assert [c.token_ids for c in single] == [c.token_ids for c in out]
 
 
@@ -107,7 +127,7 @@ def test_a_penalty_of_the_generation_config_is_a_sampling_parameter(
     base = tiny_model(0)
     base.generation_config.repetition_penalty = 1.3
     model = CoLLM(base, [tiny_model(1)], random_head(32, 1), tokenizer)
-    params = SamplingParams(max_new_tokens=16, repetition_penalty=penalty)
+    params = SamplingParams(max_tokens=16, repetition_penalty=penalty)
     for prompt, completion in zip(
         prompts_of(2, 4), model.generate(prompts_of(2, 4), params, threshold=1.0), strict=True
     ):
@@ -121,7 +141,7 @@ def test_a_penalty_of_the_generation_config_is_a_sampling_parameter(
 @pytest.mark.slow
 def test_one_model_as_base_and_assistant_is_that_model(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> None:
     model = CoLLM(tiny_model(0), [tiny_model(0)], random_head(32, 1), tokenizer)
-    params = SamplingParams(max_new_tokens=16)
+    params = SamplingParams(max_tokens=16)
     outs = [model.generate(prompts_of(3, 3), params, threshold=t) for t in (1.0, 0.5, -1.0)]
     assert 0 < outs[1].deferral_rate < 1
     assert [c.token_ids for c in outs[0]] == [c.token_ids for c in outs[1]] == [c.token_ids for c in outs[2]]
@@ -129,7 +149,7 @@ def test_one_model_as_base_and_assistant_is_that_model(tiny_model: Model, tokeni
 
 @pytest.mark.slow
 def test_batch_size_and_company_change_nothing_even_when_sampling(pair: CoLLM) -> None:
-    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5)
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5)
     for policy in ("joint", RandomPolicy(0.5), ThresholdPolicy(0.5)):
         together = pair.generate(prompts_of(4, 5), params, policy=policy)
         in_turn = pair.generate(prompts_of(4, 5), params, policy=policy, max_batch=1)
@@ -138,7 +158,7 @@ def test_batch_size_and_company_change_nothing_even_when_sampling(pair: CoLLM) -
 
 
 def test_completions_with_seeds_on_both_sides_of_zero_differ(pair: CoLLM) -> None:
-    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=-2)
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=-2)
     drawn = {tuple(one.token_ids) for one in pair.generate(["w3 w4"] * 5, params, threshold=0.5)}  # seeds -2 to 2
     assert len(drawn) == 5
 
@@ -162,7 +182,7 @@ def test_the_first_token_follows_the_stated_law(
         law = (sharp / sharp.sum()) @ torch.stack(laws)
     else:
         law = laws[int(d > 0.5)]
-    params = SamplingParams(max_new_tokens=1, temperature=0.8, seed=0)
+    params = SamplingParams(max_tokens=1, temperature=0.8, seed=0)
     out = model.generate([prompt] * n, params, policy=policy, max_batch=400)
     counts = torch.bincount(torch.tensor([c.token_ids[0] for c in out]), minlength=VOCAB_SIZE).double()
     cells = law * n >= 5
@@ -174,8 +194,8 @@ def test_the_first_token_follows_the_stated_law(
 
 def test_oracle_consults_all_and_defer_probs_and_logprobs_are_reported(pair: CoLLM) -> None:
     prompt = [4, 8, 15]
-    alone = pair.generate([prompt], SamplingParams(max_new_tokens=6), threshold=-1.0)[0]
-    out = pair.generate([prompt], SamplingParams(max_new_tokens=6), policy=OraclePolicy(tuple(alone.token_ids)))[0]
+    alone = pair.generate([prompt], SamplingParams(max_tokens=6), threshold=-1.0)[0]
+    out = pair.generate([prompt], SamplingParams(max_tokens=6), policy=OraclePolicy(tuple(alone.token_ids)))[0]
     assert out.token_ids == alone.token_ids
     with torch.no_grad():
         base: Any = pair.base
@@ -189,7 +209,7 @@ def test_oracle_consults_all_and_defer_probs_and_logprobs_are_reported(pair: CoL
 
 
 def test_usage_counts_what_each_model_did(pair: CoLLM) -> None:
-    out = pair.generate([[3, 4, 5]], SamplingParams(max_new_tokens=8), threshold=0.5, lookahead=0)
+    out = pair.generate([[3, 4, 5]], SamplingParams(max_tokens=8), threshold=0.5, lookahead=0)
     completion = out[0]
     base, assistant = out.usage["base"], out.usage["assistant"]
     written = len(completion.token_ids)
@@ -200,13 +220,13 @@ def test_usage_counts_what_each_model_did(pair: CoLLM) -> None:
     last = max(i for i, author in enumerate(completion.authors) if author)
     assert assistant.tokens_read == 3 + last  # every token once: catching up, never reading again
     assert out.deferral_rate == completion.deferral_rate == sum(completion.authors) / written
-    again = pair.generate([[3, 4, 5]], SamplingParams(max_new_tokens=8), threshold=0.5, lookahead=0)
+    again = pair.generate([[3, 4, 5]], SamplingParams(max_tokens=8), threshold=0.5, lookahead=0)
     assert again.usage == out.usage
 
 
 def test_no_slot_outlives_its_sequence(pair: CoLLM) -> None:
-    pair.generate(prompts_of(5, 4), SamplingParams(max_new_tokens=5), threshold=0.5)
-    stream = pair.stream([3, 4], SamplingParams(max_new_tokens=5), threshold=0.5)
+    pair.generate(prompts_of(5, 4), SamplingParams(max_tokens=5), threshold=0.5)
+    stream = pair.stream([3, 4], SamplingParams(max_tokens=5), threshold=0.5)
     next(stream)
     assert pair.runners[0].open_slots == 1
     stream.close()  # type: ignore[attr-defined]
@@ -217,7 +237,7 @@ def test_a_draft_behind_a_prompt_that_was_read_before_is_answered_in_full(
     pair: CoLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slot that holds the drafted tokens too must not be taken over so far that there is nothing left to answer."""
-    prompt, params = (prompts_of(3, 1)[0] * 20)[:60], SamplingParams(max_new_tokens=6)
+    prompt, params = (prompts_of(3, 1)[0] * 20)[:60], SamplingParams(max_tokens=6)
     (alone,) = pair.generate([prompt], params, threshold=0.5, lookahead=0)
     monkeypatch.setattr("collm.engine.lookup.PromptLookup.draft", lambda self, length: alone.token_ids[:length])
     monkeypatch.setattr("collm.engine.planner.lookup_length", lambda odds, base, other, active, available: available)
@@ -226,7 +246,7 @@ def test_a_draft_behind_a_prompt_that_was_read_before_is_answered_in_full(
 
 
 def test_cancelled_sequences_leave_the_others_unchanged(pair: CoLLM) -> None:
-    params, prompts = SamplingParams(max_new_tokens=10), prompts_of(6, 4)
+    params, prompts = SamplingParams(max_tokens=10), prompts_of(6, 4)
     expected = [c.token_ids for c in pair.generate(prompts, params, threshold=0.5)]
     engine = pair.engine(max_batch=3)
     numbers = [engine.add(Request(p, params, ThresholdPolicy(0.5))) for p in prompts]
@@ -247,19 +267,19 @@ def test_cancelled_sequences_leave_the_others_unchanged(pair: CoLLM) -> None:
 def test_any_models_eos_ends_a_text(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> None:
     base, assistant = tiny_model(0), tiny_model(1)
     first = CoLLM(base, [assistant], random_head(32, 1), tokenizer).generate(
-        [[5, 6]], SamplingParams(max_new_tokens=9), threshold=0.5
+        [[5, 6]], SamplingParams(max_tokens=9), threshold=0.5
     )[0]
     ending = first.token_ids[4]
     assistant.generation_config.eos_token_id = [EOS, ending]
     model = CoLLM(base, [assistant], random_head(32, 1), tokenizer, accept_differences=["eos"])
-    out = model.generate([[5, 6]], SamplingParams(max_new_tokens=9), threshold=0.5)[0]
+    out = model.generate([[5, 6]], SamplingParams(max_tokens=9), threshold=0.5)[0]
     assert out.token_ids == first.token_ids[: first.token_ids.index(ending) + 1]
     assert out.finish_reason == "eos"
 
 
 def test_context_end_and_token_limit_finish_with_length(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> None:
     short = CoLLM(tiny_model(0), [tiny_model(1, max_position_embeddings=12)], random_head(32, 1), tokenizer)
-    out = short.generate([[5, 6, 7]], SamplingParams(max_new_tokens=50), threshold=1.0)[0]
+    out = short.generate([[5, 6, 7]], SamplingParams(max_tokens=50), threshold=1.0)[0]
     assert (len(out.token_ids), out.finish_reason) == (9, "length")
     with pytest.raises(RequestError, match="12 tokens, but the context of assistant is 12 tokens"):
         short.generate([[5] * 12], threshold=1.0)
@@ -302,15 +322,15 @@ def test_options_that_contradict_or_do_nothing_are_refused(pair: CoLLM, options:
 
 def test_nan_names_the_model_and_frees_every_slot(pair: CoLLM) -> None:
     assistant: Any = pair.assistants[0]
-    pair.generate([[5]], SamplingParams(max_new_tokens=1), threshold=0.5)
+    pair.generate([[5]], SamplingParams(max_tokens=1), threshold=0.5)
     assistant.lm_head.weight.data[3] = torch.nan
     with pytest.raises(ModelFailure, match="assistant returned NaN"):
-        pair.generate([[5], [6]], SamplingParams(max_new_tokens=4), threshold=-1.0)
+        pair.generate([[5], [6]], SamplingParams(max_tokens=4), threshold=-1.0)
     assert [author.open_slots for author in pair.runners] == [0, 0]
 
 
 def test_streaming_equals_generating(pair: CoLLM) -> None:
-    params = SamplingParams(max_new_tokens=15, temperature=0.9, seed=2, stop="w3")
+    params = SamplingParams(max_tokens=15, temperature=0.9, seed=2, stop="w3")
     whole = pair.generate([[5, 6]], params, threshold=0.5)[0]
     steps = list(pair.stream([5, 6], params, threshold=0.5))
     assert [s.token_id for s in steps] == whole.token_ids
@@ -319,10 +339,10 @@ def test_streaming_equals_generating(pair: CoLLM) -> None:
 
 
 def test_stop_strings_cut_the_text_before_them(pair: CoLLM) -> None:
-    whole = pair.generate([[5, 6]], SamplingParams(max_new_tokens=15), threshold=0.5)[0]
+    whole = pair.generate([[5, 6]], SamplingParams(max_tokens=15), threshold=0.5)[0]
     words = whole.text.split()
     stop = f"{words[3][-1]} {words[4]}"  # begins in one token and ends in the next
-    out = pair.generate([[5, 6]], SamplingParams(max_new_tokens=15, stop=stop), threshold=0.5)[0]
+    out = pair.generate([[5, 6]], SamplingParams(max_tokens=15, stop=stop), threshold=0.5)[0]
     assert out.text == whole.text[: whole.text.index(stop)]
     assert out.finish_reason == "stop"
     assert len(out.token_ids) < len(whole.token_ids)
@@ -331,7 +351,7 @@ def test_stop_strings_cut_the_text_before_them(pair: CoLLM) -> None:
 def test_the_engine_can_be_driven_by_hand(pair: CoLLM) -> None:
     engine: Engine = pair.engine(max_batch=2)
     assert not engine.has_work
-    number = engine.add(Request([5], SamplingParams(max_new_tokens=2), ThresholdPolicy(1.0)))
+    number = engine.add(Request([5], SamplingParams(max_tokens=2), ThresholdPolicy(1.0)))
     assert [e.number for e in engine.step()] == [number]
     (last,) = engine.step()
     assert last.completion is not None

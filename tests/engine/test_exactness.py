@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams
 from collm.core.combinations import ContrastivePolicy, MixturePolicy, ProductPolicy, ProxyTuningPolicy
+from collm.core.judges import BlendJudge, ExactJudge, JointJudge, JudgedPolicy, RegretJudge
 from collm.core.policies import (
     BudgetPolicy,
     ConfidencePolicy,
@@ -27,7 +28,6 @@ from collm.core.policies import (
 from collm.core.types import Completion
 from collm.engine import planner as planner_module
 from collm.engine.request import Request
-from collm.errors import ConfigError
 from tests.architectures import ARCHITECTURES, EXACT, VOCAB_SIZE
 from tests.engine.slow import slow_decode
 from tests.engine.test_engine import prompts_of, random_head
@@ -55,6 +55,7 @@ class Plans:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
         self.rng = rng
+        monkeypatch.setattr(planner_module, "pays", lambda *rest: rng.random() < 0.7)
         for name, lowest in (
             ("lookup_length", 0),
             ("assistant_draft_length", 0),
@@ -72,6 +73,10 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
     return Plans(monkeypatch, random.Random(0))
 
 
+EVERYWHERE = [JudgedPolicy(ThresholdPolicy(0.6), RegretJudge(0.5)), JudgedPolicy(ThresholdPolicy(0.9), ExactJudge())]
+"""Rules that read the assistant where the base writes."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -81,20 +86,14 @@ def test_reading_ahead_changes_nothing_on_any_architecture(
     base = make_model(EXACT[name](), 0, device)
     assistant = relative_of(base, EXACT[name](), 1, 0.1, device)
     model = CoLLM(base, [assistant], random_head(32, 1), tokenizer)
-    params = SamplingParams(max_new_tokens=24)
+    params = SamplingParams(max_tokens=24)
     out = model.generate(prompts_of(7, 4), params, threshold=0.5, max_batch=3)
     alone = model.generate(prompts_of(8, 1), params, threshold=0.4)
-    for prompt, completion, threshold in zip(
-        prompts_of(7, 4) + prompts_of(8, 1), [*out, *alone], [0.5] * 4 + [0.4], strict=True
-    ):
-        expected = slow_decode(
-            [base, assistant],
-            model.head,
-            prompt,
-            ThresholdPolicy(threshold),
-            params,
-            guess=completion.token_ids,
-        )
+    judged = model.generate(prompts_of(9, 2), params, policy=EVERYWHERE, max_batch=2)
+    policies = [*[ThresholdPolicy(0.5)] * 4, ThresholdPolicy(0.4), *EVERYWHERE]
+    for completion, policy in zip([*out, *alone, *judged], policies, strict=True):
+        prompt, guess = completion.prompt_token_ids, completion.token_ids
+        expected = slow_decode([base, assistant], model.head, prompt, policy, params, guess=guess)
         assert (completion.token_ids, completion.authors) == expected
     written = sum(len(completion.token_ids) for completion in out)
     assert out.usage["base"].forward_passes < written  # some drafts held
@@ -109,11 +108,19 @@ RULES: list[Policy] = [
     SingleAuthorPolicy(2),
     ConfidencePolicy(),
     MixturePolicy(),
+    MixturePolicy(0.5),
     ProductPolicy(0.4),
     ContrastivePolicy(0.1, 0.5),
     ContrastivePolicy(0.1, 0.5, expert=2, amateur=1),
     ProxyTuningPolicy(1, 0, 2),
     OraclePolicy(tuple(range(2, 40))),
+    JudgedPolicy(ThresholdPolicy(0.5), ExactJudge()),
+    JudgedPolicy(ThresholdPolicy(1.0), ExactJudge(), every=3),
+    JudgedPolicy(ThresholdPolicy(0.5), BlendJudge(0.6)),
+    JudgedPolicy(ThresholdPolicy(0.7), JointJudge()),
+    JudgedPolicy(ThresholdPolicy(0.6), RegretJudge(0.7)),
+    JudgedPolicy(BudgetPolicy(0.3, 0.4, burst=2), RegretJudge(2.0, budget=4.0)),
+    JudgedPolicy(RandomPolicy(0.3), ExactJudge()),
 ]
 
 
@@ -131,11 +138,11 @@ def test_every_rule_equals_the_slow_loop_in_company_and_alone(
 ) -> None:
     model = CoLLM(trio[0], trio[1:], random_head(32, 2), tokenizer)
     seed = 3 if temperature or policy.draws else None
-    params = SamplingParams(max_new_tokens=16, temperature=temperature, seed=seed)
+    params = SamplingParams(max_tokens=16, temperature=temperature, seed=seed)
     prompts = prompts_of(9, 3)
     out = model.generate(prompts, params, policy=policy, max_batch=2)
     for i, (prompt, completion) in enumerate(zip(prompts, out, strict=True)):
-        seeded = params if seed is None else SamplingParams(max_new_tokens=16, temperature=temperature, seed=seed + i)
+        seeded = params if seed is None else SamplingParams(max_tokens=16, temperature=temperature, seed=seed + i)
         expected = slow_decode(trio, model.head, prompt, policy, seeded, guess=completion.token_ids)
         assert (completion.token_ids, completion.authors) == expected
 
@@ -203,14 +210,14 @@ def test_stop_strings_streaming_and_limits_hold_while_reading_ahead(
     trio: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast, plans: Plans
 ) -> None:
     model = CoLLM(trio[0], trio[1:2], random_head(32, 1), tokenizer)
-    whole = model.generate([[5, 6]], SamplingParams(max_new_tokens=30), threshold=0.5, lookahead=0)[0]
+    whole = model.generate([[5, 6]], SamplingParams(max_tokens=30), threshold=0.5, lookahead=0)[0]
     for stop in {text.strip() for text in whole.token_texts if text.strip()}:
-        params = SamplingParams(max_new_tokens=30, stop=stop)
+        params = SamplingParams(max_tokens=30, stop=stop)
         plain = model.generate([[5, 6]], params, threshold=0.5, lookahead=0)[0]
         assert facts(model.generate([[5, 6]], params, threshold=0.5)[0]) == facts(plain)
         assert "".join(step.text for step in model.stream([5, 6], params, threshold=0.5)) == plain.text
     for limit in range(1, 12):
-        out = model.generate([[5, 6]], SamplingParams(max_new_tokens=limit), threshold=0.5)[0]
+        out = model.generate([[5, 6]], SamplingParams(max_tokens=limit), threshold=0.5)[0]
         assert out.token_ids == whole.token_ids[:limit]
 
 
@@ -220,15 +227,7 @@ def test_the_end_of_the_context_holds_while_reading_ahead(tokenizer: PreTrainedT
     base = make_model(config, 0)
     model = CoLLM(base, [relative_of(base, config, 1, 0.1)], random_head(32, 1), tokenizer)
     for length in (1, 10, 22, 23):
-        out = model.generate([[5] * length], SamplingParams(max_new_tokens=60), threshold=0.5)[0]
-        plain = model.generate([[5] * length], SamplingParams(max_new_tokens=60), threshold=0.5, lookahead=0)[0]
+        out = model.generate([[5] * length], SamplingParams(max_tokens=60), threshold=0.5)[0]
+        plain = model.generate([[5] * length], SamplingParams(max_tokens=60), threshold=0.5, lookahead=0)[0]
         assert facts(out) == facts(plain)
         assert length + len(out.token_ids) == 24 or out.finish_reason == "eos"
-
-
-def test_lookahead_is_refused_where_every_author_is_asked_anyway(
-    trio: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    model = CoLLM(trio[0], trio[1:], random_head(32, 2), tokenizer)
-    with pytest.raises(ConfigError, match="lookahead=4 has no effect with MixturePolicy"):
-        model.generate([[5]], policy="mixture", lookahead=4)

@@ -14,10 +14,10 @@ from collm import CoLLM, DeferralHead, SamplingParams
 from collm.core.combinations import MixturePolicy, ProductPolicy, ProxyTuningPolicy
 from collm.core.params import StructuredOutputs
 from collm.core.policies import ConfidencePolicy, Policy, StepView, ThresholdPolicy
+from collm.engine.decision import Decision, Draw
 from collm.engine.engine import Engine
 from collm.engine.runner import ModelRunner
 from collm.engine.segments import SegmentUnit
-from collm.engine.sequence import Decision, Draw
 from collm.errors import ModelFailure, PolicyFailure, RequestError
 from collm.text.grammars import Grammar
 from tests.engine.test_batches import POISON, run
@@ -25,14 +25,15 @@ from tests.engine.test_engine import random_head
 from tests.two_tokenizers import two_tokenizers, writing_model
 
 Model = Callable[..., PreTrainedModel]
-PARAMS = SamplingParams(max_new_tokens=8)
+PARAMS = SamplingParams(max_tokens=8)
 HEALTHY = ([5, 6], [9, 10, 11], [12])
 
 
 @pytest.fixture
 def trio(tiny_model: Model, tokenizer: PreTrainedTokenizerFast) -> CoLLM:
-    assistants = [tiny_model(seed, hidden_size=48) for seed in (1, 2)]
-    return CoLLM(tiny_model(0, eos_token_id=None), assistants, random_head(32, 2), tokenizer)
+    base, assistants = tiny_model(0, eos_token_id=None), [tiny_model(seed, hidden_size=48) for seed in (1, 2)]
+    base.get_output_embeddings().weight.data[POISON] = 0  # never drafted, so that no assistant reads it
+    return CoLLM(base, assistants, random_head(32, 2), tokenizer)
 
 
 def raise_on_poison(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,7 @@ def set_nan_on_poison(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_company(model: CoLLM, prompt: Any, policy: Policy, params: SamplingParams = PARAMS) -> Engine:
     """An engine with the healthy prompts around another one, which has number 1."""
-    engine = model.engine(max_batch=4)
+    engine = model.engine(max_batch=5)
     for each in (HEALTHY[0], prompt, *HEALTHY[1:]):
         engine.add(model.request(each, params, policy))
     assert isinstance(engine, Engine)
@@ -117,9 +118,9 @@ class RaisingConfidence(ConfidencePolicy):
 def test_a_shared_policy_that_breaks_down_for_one_request_ends_that_one(trio: CoLLM, policy: Policy) -> None:
     good = [c.token_ids for c in trio.generate(HEALTHY, PARAMS, policy=policy)]
     if isinstance(policy, NaNMixture):
-        policy = NaNMixture(1 - trio.generate([8], PARAMS, policy=policy)[0].defer_probs[0])
+        policy = NaNMixture(prob=1 - trio.generate([8], PARAMS, policy=policy)[0].defer_probs[0])
     engine = in_company(trio, [7, 8], policy)
-    certain = engine.add(trio.request([8], SamplingParams(max_new_tokens=4, allowed_token_ids=[9]), policy))
+    certain = engine.add(trio.request([8], SamplingParams(max_tokens=4, allowed_token_ids=[9]), policy))
     came, failures = run(engine)
     assert [came[number] for number in (0, 2, 3)] == good
     assert list(failures) == [certain]
@@ -133,7 +134,7 @@ def test_a_grammar_that_breaks_down_ends_its_request(
     """Wherever it is asked: about a draft, about logits, or about the end of the text."""
     model = CoLLM(byte_model, [byte_model], DeferralHead(32, 1), byte_tokenizer)
     text = "a b a b a b a b a b "
-    wanted = SamplingParams(max_new_tokens=8, structured_outputs=StructuredOutputs(regex="[ab ]{40}"))
+    wanted = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputs(regex="[ab ]{40}"))
     (good,) = model.generate([text], PARAMS, threshold=0.4)
     plain, left = Grammar.go_to, list[int]()
 

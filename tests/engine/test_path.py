@@ -23,7 +23,7 @@ def test_one_token_takes_few_calls(
 ) -> None:
     model = CoLLM(tiny_model(0, eos_token_id=None), [tiny_model(1)], random_head(32, 1), tokenizer)
     engine = model.engine(max_batch=1, lookahead=0)
-    engine.add(model.request([7, 8, 9], SamplingParams(max_new_tokens=16), ThresholdPolicy(1.0)))
+    engine.add(model.request([7, 8, 9], SamplingParams(max_tokens=16), ThresholdPolicy(1.0)))
     for _ in range(4):
         engine.step()
     calls: list[tuple[str, str]] = []

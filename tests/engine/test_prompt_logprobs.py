@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CoLLM, SamplingParams, ToolSpec
-from collm.core.head import author_logprobs
+from collm.core.head import author_logprobs, doubt_of
 from collm.core.policies import SingleAuthorPolicy
 from collm.engine import chunks
 from collm.errors import ConfigError, RequestError
@@ -34,7 +34,7 @@ def laws(trio: list[PreTrainedModel], model: CoLLM, text: list[int], author: int
     with torch.no_grad():
         read = [one(torch.tensor([text]), output_hidden_states=True) for one in trio]
         each = torch.stack([one.logits[0, :-1].log_softmax(-1) for one in read])
-        by_author = author_logprobs(model.head(read[0].hidden_states[-1][0, :-1]))
+        by_author = author_logprobs(model.head(read[0].hidden_states[-1][0, :-1], doubt_of(read[0].logits[0, :-1])))
     return each[author] if author is not None else (each + by_author.T.unsqueeze(-1)).logsumexp(0)
 
 
@@ -49,7 +49,7 @@ def test_they_are_the_sum_over_authors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chunks, "MAX_POSITIONS", chunk)
-    model = CoLLM(trio[0], trio[1:], random_head(32, 2), tokenizer)
+    model = CoLLM(trio[0], trio[1:], random_head(32, 2, width=8, doubt=True), tokenizer)
     policy = None if author is None else SingleAuthorPolicy(author)
     first, *found = model.prompt_logprobs(PROMPT, 3, policy=policy)
     assert first is None

@@ -15,7 +15,6 @@ from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedModel
 from collm.engine.runner import ModelRunner
 from collm.errors import RequestError, UnsupportedModel
 from collm.models.language_model import LanguageModel
-from collm.models.packing import PackedLinear, can_pack, pack_linears
 from tests.architectures import ARCHITECTURES, COMMON, EXACT, REFUSED, VOCAB_SIZE
 from tests.tiny_models import DEVICES, make_model, tiny_config
 
@@ -37,7 +36,7 @@ def plain_rows(model: PreTrainedModel, texts: list[list[int]]) -> torch.Tensor:
     return logits[torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])]
 
 
-def play_schedule(model: PreTrainedModel, runner: ModelRunner, seed: int, steps: int) -> int:
+def play_schedule(model: PreTrainedModel, runner: ModelRunner, seed: int, steps: int, atol: float = 2e-4) -> int:
     """Random extends (one token or several), rollbacks, joins and leaves; every reading is compared."""
     rng, texts, compared = random.Random(seed), {}, 0
     for _ in range(steps):
@@ -62,7 +61,7 @@ def play_schedule(model: PreTrainedModel, runner: ModelRunner, seed: int, steps:
             texts[slot] += tokens
             assert runner.length(slot) == len(texts[slot])
         expected = plain_rows(model, [texts[slot] for slot in shuffled])
-        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(logits, expected, atol=atol, rtol=1e-3)
         compared += len(expected)
     return compared
 
@@ -75,20 +74,6 @@ def test_every_architecture_equals_its_cache_free_forward(name: str, device: str
     before = model.config._attn_implementation
     assert play_schedule(model, runner, seed=1, steps=30) > 30
     assert model.config._attn_implementation == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_packed_linears_equal_the_plain_forward_on_every_architecture(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("collm.models.packing.packing_pays", lambda layers: True)
-    plain, packed = (make_model(EXACT[name](), seed=0) for _ in range(2))
-    assert can_pack(packed)
-    pack_linears(packed)
-    has_linears = any(type(module) is torch.nn.Linear for module in plain.modules())
-    assert any(isinstance(module, PackedLinear) for module in packed.modules()) == has_linears
-    play_schedule(plain, ModelRunner(LanguageModel(packed, name=name)), seed=2, steps=15)
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.core.policies import BudgetPolicy, JointPolicy, Policy, SingleAuthorPolicy, ThresholdPolicy
+from collm.core.types import Completion
 from collm.engine.engine import Engine
 from collm.engine.request import Request
 from collm.engine.runner import ModelRunner
@@ -47,11 +50,19 @@ def prompts_of(seed: int, count: int) -> list[str]:
     return [" ".join(rng.choices(words, k=rng.randrange(1, 9))) for _ in range(count)]
 
 
-def slow(model: CoLLM, prompt: str, policy: Policy, params: SamplingParams) -> tuple[list[int], list[int], bytes]:
+def slow(model: CoLLM, prompt: str, policy: Policy, params: SamplingParams) -> tuple[list[int], list[int], list[float]]:
+    """Token ids, authors and log-probabilities."""
     assert model.alignment is not None
     prompts = [model.template.encode_prompt(model.tokenizer, prompt), *model.alignment.assistant_prompts(prompt)]
     modules: Any = [model.base, *model.assistants]
-    return SlowSegments(modules, model.alignment, model.head, prompts, policy, params).run()
+    by_hand = SlowSegments(modules, model.alignment, model.head, prompts, policy, params)
+    return *by_hand.run()[:2], by_hand.logprobs
+
+
+def check(done: Sequence[Completion], wanted: Sequence[tuple[list[int], list[int], list[float]]]) -> None:
+    for one, (token_ids, authors, logprobs) in zip(done, wanted, strict=True):
+        assert (one.token_ids, one.authors) == (token_ids, authors)
+        assert one.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
 POLICIES = [
@@ -67,24 +78,69 @@ POLICIES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_greedy_equals_the_slow_loop_in_any_company(pair: CoLLM, policy: Policy) -> None:
-    prompts, params = prompts_of(1, 6), SamplingParams(max_new_tokens=30)
+    prompts, params = prompts_of(1, 6), SamplingParams(max_tokens=30)
     wanted = [slow(pair, prompt, policy, params) for prompt in prompts]
     for size in (1, 5):
         done = pair.generate(prompts, params, policy=policy, max_batch=size)
-        assert [(one.token_ids, one.authors) for one in done] == [each[:2] for each in wanted]
+        check(done, wanted)
     assert {author for _, authors, _ in wanted for author in authors} >= (
         {policy.writer} if isinstance(policy, SingleAuthorPolicy) else {0, 1}
     )
 
 
-@pytest.mark.parametrize("policy", [ThresholdPolicy(0.5), JointPolicy()], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [ThresholdPolicy(0.5), JointPolicy(), BudgetPolicy(0.3, threshold=-1.0)], ids=str)
 def test_sampled_equals_the_slow_loop_in_any_company(pair: CoLLM, policy: Policy) -> None:
     prompts = prompts_of(2, 8)
-    drawn = [SamplingParams(max_new_tokens=25, temperature=0.8, top_p=0.95, seed=i) for i in range(8)]
-    wanted = [slow(pair, prompt, policy, params)[:2] for prompt, params in zip(prompts, drawn, strict=True)]
+    drawn = [SamplingParams(max_tokens=25, temperature=0.8, top_p=0.95, seed=i) for i in range(8)]
+    wanted = [slow(pair, prompt, policy, params) for prompt, params in zip(prompts, drawn, strict=True)]
     for size in (1, 8):
         done = pair.generate(prompts, drawn, policy=policy, max_batch=size)
-        assert [(one.token_ids, one.authors) for one in done] == wanted
+        check(done, wanted)
+
+
+@pytest.fixture(scope="module")
+def several_ends() -> CoLLM:
+    """Models that end a text with any of three tokens."""
+    tokenizers, made = two_tokenizers(), []
+    for seed, tokenizer in enumerate(tokenizers, start=1):
+        model = writing_model(tokenizer, seed, ends=1.5)
+        ends = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(sign) for sign in "Q!")]
+        model.lm_head.bias.data[ends] = 1.5
+        model.generation_config.eos_token_id = ends
+        made.append(model)
+    return CoLLM(made[0], [made[1]], random_head(32, 1), tokenizers[0], tokenizers=[tokenizers[1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_reported_logprobs_are_those_of_the_segments(several_ends: CoLLM, top_p: float) -> None:
+    """Of every text in the tokens that its authors' tokenizers cut it into, as training scores it."""
+    alignment, found, by_end = several_ends.alignment, 0, Counter[int]()
+    assert alignment is not None
+    assert [len(one.eos_ids) for one in alignment.tokenizers] == [3, 3]
+    prompts = prompts_of(13, 40)
+    params = SamplingParams(max_tokens=40, temperature=1.0, top_p=top_p, seed=3)
+    drawn = [replace(params, seed=3 + i) for i in range(len(prompts))]
+    done = several_ends.generate(prompts, params, policy=JointPolicy())
+    check(done, [slow(several_ends, *each) for each in zip(prompts, [JointPolicy()] * 40, drawn, strict=True)])
+    members = several_ends.members
+    for prompt, one in zip(prompts, done, strict=True):
+        spelled = alignment.tokenizers[0].spell(one.token_ids[:-1])
+        if one.finish_reason != "eos" or not spelled:
+            continue
+        ids = [several_ends.template.encode_prompt(several_ends.tokenizer, prompt)]
+        examples = aligned_example(alignment, [*ids, *several_ends.assistant_prompts(prompt)], spelled.decode())
+        if list(examples[0].token_ids[len(ids[0]) : -1]) != one.token_ids[:-1]:
+            continue
+        read = [read_scores(member, examples.read_by(author))["logprob"] for author, member in enumerate(members)]
+        places = [at for at, row in enumerate(examples[0].opens[len(ids[0]) :]) if row >= 0]
+        law = [read[one.authors[at]][n].item() for n, at in enumerate(places)]
+        assert sum(one.logprobs) == pytest.approx(sum(law), abs=1e-3)
+        found += 1
+        by_end[one.token_ids[-1]] += 1
+    assert found >= 5
+    assert len(by_end) > 1
 
 
 @pytest.mark.slow
@@ -100,13 +156,12 @@ def test_one_tokenizer_twice_that_never_defers_is_plain_generation() -> None:
         runners,
         head,
         tokenizer,
-        eos_ids=frozenset({tokenizer.eos_token_id}),
         grammars=grammars,
         alignment=Alignment([text, text]),
     )
     for prompt in prompts_of(3, 12):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        engine.add(Request(ids, SamplingParams(max_new_tokens=20), ThresholdPolicy(1.0), [ids]))
+        engine.add(Request(ids, SamplingParams(max_tokens=20), ThresholdPolicy(1.0), [ids]))
         done = [one.completion for _ in range(100) if engine.has_work for one in engine.step() if one.completion]
         prompt_ids = torch.tensor([ids])
         alone = base.generate(
@@ -123,7 +178,7 @@ def test_one_tokenizer_twice_that_never_defers_is_plain_generation() -> None:
 @pytest.mark.slow
 def test_a_stream_is_the_completion_and_names_its_authors(pair: CoLLM) -> None:
     for prompt in prompts_of(4, 4):
-        params = SamplingParams(max_new_tokens=20, logprobs=2)
+        params = SamplingParams(max_tokens=20, logprobs=2)
         (whole,) = pair.generate(prompt, params, threshold=0.4)
         steps = list(pair.stream(prompt, params, threshold=0.4))
         assert [step.token_id for step in steps] == whole.token_ids
@@ -136,11 +191,11 @@ def test_a_stream_is_the_completion_and_names_its_authors(pair: CoLLM) -> None:
 
 @pytest.mark.slow
 def test_stop_strings_cut_the_text_wherever_they_stand(pair: CoLLM) -> None:
-    (whole,) = pair.generate("the capital", SamplingParams(max_new_tokens=40), threshold=0.4)
+    (whole,) = pair.generate("the capital", SamplingParams(max_tokens=40), threshold=0.4)
     assert {0, 1} <= set(whole.authors)
     for at in range(3, len(whole.text) - 4, 5):
         stop = whole.text[at : at + 3]
-        (cut,) = pair.generate("the capital", SamplingParams(max_new_tokens=40, stop=stop), threshold=0.4)
+        (cut,) = pair.generate("the capital", SamplingParams(max_tokens=40, stop=stop), threshold=0.4)
         assert cut.finish_reason == "stop"
         assert cut.text == whole.text[: whole.text.index(stop)]
 
@@ -151,14 +206,14 @@ def test_either_author_ends_a_text_and_no_text_is_shorter_than_allowed(threshold
     base, assistant = two_tokenizers()
     models = writing_model(base, 5, ends=14.0), writing_model(assistant, 6, ends=14.0)
     pair = CoLLM(models[0], [models[1]], random_head(32, 1), base, tokenizers=[assistant])
-    done = pair.generate(prompts_of(5, 6), SamplingParams(max_new_tokens=30), threshold=threshold)
+    done = pair.generate(prompts_of(5, 6), SamplingParams(max_tokens=30), threshold=threshold)
     assert {one.finish_reason for one in done} == {"eos"}
     assert all(one.token_ids[-1] == base.eos_token_id for one in done)
     assert {one.authors[-1] for one in done} == {0 if threshold == 1.0 else 1}
-    longer = pair.generate(prompts_of(5, 6), SamplingParams(max_new_tokens=30, min_tokens=8), threshold=threshold)
+    longer = pair.generate(prompts_of(5, 6), SamplingParams(max_tokens=30, min_tokens=8), threshold=threshold)
     assert all(len(one.token_ids) >= 8 for one in longer)
     assert any(len(one.token_ids) < 8 for one in done)
-    endless = pair.generate(prompts_of(5, 6), SamplingParams(max_new_tokens=30, ignore_eos=True), threshold=threshold)
+    endless = pair.generate(prompts_of(5, 6), SamplingParams(max_tokens=30, ignore_eos=True), threshold=threshold)
     assert {(one.finish_reason, len(one.token_ids)) for one in endless} == {("length", 30)}
 
 
@@ -167,7 +222,7 @@ def test_requests_that_do_not_fit_the_cache_wait_and_say_the_same(
     pair: CoLLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = prompts_of(6, 6)
-    drawn = [SamplingParams(max_new_tokens=60, temperature=0.9 * (i % 2), seed=i if i % 2 else None) for i in range(6)]
+    drawn = [SamplingParams(max_tokens=60, temperature=0.9 * (i % 2), seed=i if i % 2 else None) for i in range(6)]
     wanted = [(one.token_ids, one.authors) for one in pair.generate(prompts, drawn, threshold=0.5)]
     small = CoLLM(pair.base, pair.assistants, pair.head, pair.tokenizer, tokenizers=pair.author_tokenizers[1:])
     for runner in small.runners:
@@ -186,7 +241,7 @@ def test_three_authors_with_three_ways_to_write(pair: CoLLM) -> None:
     head = random_head(32, 2, seed=3)
     other = two_tokenizers()[1]
     three = CoLLM(pair.base, [pair.assistants[0], miles], head, base, tokenizers=[other, base])
-    params = SamplingParams(max_new_tokens=40)
+    params = SamplingParams(max_tokens=40)
     done = three.generate(prompts_of(7, 6), params, threshold=0.3)
     assert {author for one in done for author in one.authors} == {0, 1, 2}
     written = {text for one in done for text, author in zip(one.token_texts, one.authors, strict=True) if author == 2}
@@ -204,7 +259,7 @@ def test_an_assistant_that_never_comes_to_a_boundary_is_stopped(monkeypatch: pyt
         if spelled is None or not spelled.isalpha():
             endless.lm_head.bias.data[token_id] = -100.0
     pair = CoLLM(writing_model(base, 1), [endless], random_head(32, 1), base, tokenizers=[assistant])
-    params = SamplingParams(max_new_tokens=200)
+    params = SamplingParams(max_tokens=200)
     (free,) = pair.generate("the capital", params, threshold=-1.0)
     monkeypatch.setattr("collm.engine.segments.MAX_SEGMENT_TOKENS", 4)
     (stopped,) = pair.generate("the capital", params, threshold=-1.0)
@@ -221,7 +276,7 @@ def test_half_a_character_is_never_committed() -> None:
         if spelled == b"\xe2":
             broken.lm_head.bias.data[token_id] = 50.0
     pair = CoLLM(writing_model(base, 1), [broken], random_head(32, 1), base, tokenizers=[assistant])
-    for one in pair.generate(prompts_of(8, 4), SamplingParams(max_new_tokens=12), threshold=0.3):
+    for one in pair.generate(prompts_of(8, 4), SamplingParams(max_tokens=12), threshold=0.3):
         assert "\N{REPLACEMENT CHARACTER}" not in one.text
         assert 0 in one.authors
 
@@ -233,13 +288,13 @@ def test_nan_in_an_assistant_fails_the_request_and_no_other(pair: CoLLM) -> None
     assert len(broken.runners) == 2
     poisoned.lm_head.weight.data[5] = float("nan")
     with pytest.raises(ModelFailure, match="assistant returned NaN"):
-        broken.generate("the capital", SamplingParams(max_new_tokens=9), threshold=-1.0)
-    (done,) = broken.generate("the capital", SamplingParams(max_new_tokens=9), threshold=1.0)
+        broken.generate("the capital", SamplingParams(max_tokens=9), threshold=-1.0)
+    (done,) = broken.generate("the capital", SamplingParams(max_tokens=9), threshold=1.0)
     assert len(done.token_ids) == 9
 
 
 def test_every_slot_is_closed(pair: CoLLM) -> None:
-    pair.generate(prompts_of(9, 5), SamplingParams(max_new_tokens=15), threshold=0.5)
+    pair.generate(prompts_of(9, 5), SamplingParams(max_tokens=15), threshold=0.5)
     assert [runner.open_slots for runner in pair.runners if isinstance(runner, ModelRunner)] == [0, 0]
 
 
@@ -247,7 +302,7 @@ def test_every_slot_is_closed(pair: CoLLM) -> None:
 def test_what_is_read_again_is_little(pair: CoLLM) -> None:
     """Reading is incremental: only segments that an author spelled in other tokens are read a second time."""
     before = [runner.usage.tokens_read for runner in pair.runners]
-    done = pair.generate(prompts_of(10, 6), SamplingParams(max_new_tokens=40), threshold=0.5, max_batch=1)
+    done = pair.generate(prompts_of(10, 6), SamplingParams(max_tokens=40), threshold=0.5, max_batch=1)
     read = [runner.usage.tokens_read - b for runner, b in zip(pair.runners, before, strict=True)]
     tokens = sum(len(one.prompt_token_ids) + len(one.token_ids) for one in done)
     assert read[0] <= 2 * tokens
@@ -270,7 +325,7 @@ def test_what_needs_one_vocabulary_is_refused(pair: CoLLM, options: Any, message
 
 
 def test_candidates_of_other_tokens_stand_where_segments_begin(pair: CoLLM) -> None:
-    (done,) = pair.generate("the capital", SamplingParams(max_new_tokens=20), threshold=0.5)
+    (done,) = pair.generate("the capital", SamplingParams(max_tokens=20), threshold=0.5)
     found = pair.candidates("the capital", done.token_ids, 3)
     assert len(found) == len(done.token_ids)
     assert all(len(of_base) == 3 for of_base, _ in found)
@@ -285,12 +340,12 @@ def test_candidates_of_other_tokens_stand_where_segments_begin(pair: CoLLM) -> N
 
 @pytest.mark.slow
 def test_penalties_count_each_authors_own_tokens(pair: CoLLM) -> None:
-    params = SamplingParams(max_new_tokens=40, frequency_penalty=2.0, presence_penalty=2.0)
+    params = SamplingParams(max_tokens=40, frequency_penalty=2.0, presence_penalty=2.0)
     prompts = prompts_of(11, 6)
     assert pair.alignment is not None
     tokenizer = pair.alignment.tokenizers[1].tokenizer
     shares = []
-    for drawn in (SamplingParams(max_new_tokens=40), params):
+    for drawn in (SamplingParams(max_tokens=40), params):
         texts = [one.text for one in pair.generate(prompts, drawn, threshold=-1.0)]
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         shares.append(sum(len(set(each)) for each in ids) / sum(map(len, ids)))
@@ -308,7 +363,7 @@ def test_sampled_segments_follow_the_law() -> None:
     assert alignment is not None
     for model in models:
         model.lm_head.bias.data *= 1.5
-    params = SamplingParams(max_new_tokens=16, temperature=1.0, seed=1)
+    params = SamplingParams(max_tokens=16, temperature=1.0, seed=1)
     texts = [one.text.encode() for one in pair.generate([prompt] * count, params, policy=JointPolicy(), max_batch=64)]
     ends = [alignment.boundaries(text)[1:-1] for text in texts]  # the last segment may be cut
     first = Counter(text[: at[0]] for text, at in zip(texts, ends, strict=True) if at)
@@ -340,7 +395,8 @@ def _law(pair: CoLLM, prompt: str, before: bytes, segment: bytes) -> float:
 
 
 @pytest.mark.slow
-def test_who_writes_makes_no_difference_where_both_are_one_model() -> None:
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "top_p": 0.9}, {"temperature": 3.0, "top_k": 9}], ids=str)
+def test_who_writes_makes_no_difference_where_both_are_one_model(options: dict[str, Any]) -> None:
     """With one tokenizer twice, aligned as if they differed: any rule writes what the model alone does."""
     tokenizer = two_tokenizers()[0]
     twice = Alignment([TextTokenizer(tokenizer, eos_ids=[tokenizer.eos_token_id])] * 2)
@@ -348,8 +404,9 @@ def test_who_writes_makes_no_difference_where_both_are_one_model() -> None:
     texts = []
     for policy in (SingleAuthorPolicy(0), SingleAuthorPolicy(1), ThresholdPolicy(0.5)):
         pair = CoLLM(model, [model], random_head(32, 1), tokenizer)
-        pair.alignment = pair._in_memory._alignment = twice
-        done = pair.generate(prompts_of(12, 8), SamplingParams(max_new_tokens=25), policy=policy)
+        pair.alignment = pair._in_memory.alignment = twice
+        params = SamplingParams(max_tokens=25, seed=3 if options else None, **options)
+        done = pair.generate(prompts_of(12, 8), params, policy=policy)
         texts.append([one.text for one in done])
         assert {author for one in done for author in one.authors} >= (
             {policy.writer} if isinstance(policy, SingleAuthorPolicy) else {0, 1}

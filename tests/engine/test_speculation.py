@@ -17,6 +17,7 @@ from collm.engine.speculation import (
     expected_run,
     guess_depth,
     lookup_length,
+    pays,
     wait_steps,
 )
 
@@ -130,9 +131,16 @@ def test_chances_approach_what_always_happens() -> None:
         acceptance.observe_token(1, 3, 3)
         acceptance.observe_token(0, None, 3)
         acceptance.observe_agreement(True)
-    assert asdict(acceptance) == pytest.approx(
-        {"start": 1.0, "run": 0.0, "agree": 1.0, "lookup": 1.0, "previous": 0}, abs=1e-3
-    )
+        acceptance.observe_stand(True)
+    expected = {"start": 1.0, "run": 0.0, "agree": 1.0, "lookup": 1.0, "previous": 0, "stands": 1.0, "judged": 100}
+    assert asdict(acceptance) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_first_tokens_that_stand_count_most() -> None:
+    acceptance = AcceptanceRates()
+    acceptance.observe_stand(True)
+    assert changes(acceptance) == {"stands": 1, "judged": 1}
+    assert acceptance.stands > 0.5
 
 
 def test_a_copy_of_odds_goes_its_own_way() -> None:
@@ -214,6 +222,18 @@ def test_an_assistant_writes_ahead_only_in_runs_and_only_to_save_a_base_that_cos
     assert 0 < assistant_draft_length(AcceptanceRates(run=0.97), flat(1.0), flat(1.0), longest=6) <= 6
     assert assistant_draft_length(AcceptanceRates(run=1.0), flat(1.0), flat(1.0), longest=6) == 6
     assert assistant_draft_length(AcceptanceRates(run=0.97), flat(0.01), flat(1.0), longest=6) == 0
+
+
+def test_another_token_is_drafted_while_those_before_it_probably_stand() -> None:
+    def drafts(stands: float, base: float, chances: list[float]) -> bool:
+        return pays(chances, stands, flat(base), [flat(6.0)], active=1)
+
+    assert drafts(0.8, 1.0, [0.8] * 3)
+    assert not drafts(0.8, 1.0, [0.8] * 12)
+    assert not drafts(0.8, 1.0, [0.8, 0.1])  # where the base defers, its token hardly stands
+    assert not drafts(0.0, 1.0, [0.0])
+    assert not drafts(0.5, 9.0, [0.5])
+    assert not pays([1.0], 1.0, PassTimes(), [PassTimes()], active=1)  # nothing was timed
 
 
 def test_waiting_does_not_pay_where_passes_cost_by_the_token() -> None:

@@ -101,7 +101,7 @@ POLICIES: list[Policy] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_policy_equals_the_slow_loop(company: tuple[CoLLM, list], plans: Plans, temperature: float) -> None:
-    params = SamplingParams(max_new_tokens=20, temperature=temperature, seed=0 if temperature else None)
+    params = SamplingParams(max_tokens=20, temperature=temperature, seed=0 if temperature else None)
     prompts = prompts_of(3, len(POLICIES))
     out = company[0].generate(prompts, params, policy=POLICIES, max_batch=4)
     expected = by_hand(company, prompts, params, POLICIES, out)
@@ -120,7 +120,7 @@ def test_a_tool_that_always_knows_is_a_one_hot_language_model(
     """The engine sees nothing of it but logits, and samples its eps as any model's."""
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows_always))
     model = CoLLM(make_model(tiny_config(), 0), [replace(TOOL, eps=0.5)], random_head(32, 1), tokenizer)
-    params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=3)
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=3)
     out = of(model.generate(prompts_of(5, 4), params, policy="joint"))
     tool = next(author for author in model.runners if isinstance(author, ToolRunner))
     extend = tool.extend
@@ -139,7 +139,7 @@ def test_tools_help_any_architecture(name: str, tokenizer: PreTrainedTokenizerFa
     for runner in model.runners[1:]:
         runner.model._tool = in_process(knows)  # type: ignore[union-attr]
     tool = model.runners[1].model
-    params = SamplingParams(max_new_tokens=16)
+    params = SamplingParams(max_tokens=16)
     prompts = prompts_of(11, 3)
     policy = ThresholdPolicy(0.5)
     out = model.generate(prompts, params, policy=policy, max_batch=2)
@@ -152,7 +152,7 @@ def test_tools_help_any_architecture(name: str, tokenizer: PreTrainedTokenizerFa
 @pytest.mark.slow
 def test_calls_are_counted_and_cost_no_forward_pass(company: tuple[CoLLM, list]) -> None:
     model, _ = company
-    params = SamplingParams(max_new_tokens=25)
+    params = SamplingParams(max_tokens=25)
     out = model.generate(prompts_of(3, 4), params, threshold=-1, lookahead=0)
     written = sum(map(len, (completion.authors for completion in out)))
     tools = [used for name, used in out.usage.items() if name != "base" and not used.forward_passes]
@@ -173,8 +173,8 @@ def test_a_tool_that_fails_leaves_the_text_to_the_base(
     base = make_model(tiny_config(), 0)
     model = CoLLM(base, [ToolSpec("tests.tools.functions:failing")], random_head(32, 1), tokenizer)
     prompt = prompts_of(3, 1)[0]
-    out = model.generate([prompt], SamplingParams(max_new_tokens=6), threshold=-1, lookahead=0)
-    alone = model.generate([prompt], SamplingParams(max_new_tokens=6), threshold=1)
+    out = model.generate([prompt], SamplingParams(max_tokens=6), threshold=-1, lookahead=0)
+    alone = model.generate([prompt], SamplingParams(max_tokens=6), threshold=1)
     assert out[0].token_ids == alone[0].token_ids
     assert out.usage["assistant"].failed == 6
     assert "raised ValueError: always" in caplog.text

@@ -27,9 +27,9 @@ from collm.evaluation.gold import gold_views, reliability
 from collm.evaluation.intervals import Interval
 from collm.evaluation.report import render_page
 from collm.evaluation.results import SystemResult, verdict
-from collm.evaluation.run_report import deferral_tables, oracle_line, parse_prices, priced, report_of
+from collm.evaluation.run_report import deferral_tables, oracle_line, parse_prices, priced, report_of, run_charts
 from collm.evaluation.systems import names_in, short_names, systems_named, thresholds_named
-from collm.evaluation.tasks.named import task_named
+from collm.evaluation.tasks import task_named
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.tools.calls import in_process
 from collm.training.data import Row
@@ -49,14 +49,14 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 
 @pytest.fixture
 def task(model: CoLLM) -> Task:
-    return task_named("rows", metric="exact_match", max_new_tokens=6)
+    return task_named("rows", metric="exact_match", max_tokens=6)
 
 
 @pytest.fixture
 def items(model: CoLLM) -> list[TaskItem]:
     """What the base says is right for every other prompt."""
     prompts = [f"w{i} w{i + 3}" for i in range(10)]
-    said = model.generate(prompts, SamplingParams(max_new_tokens=6), threshold=1.0)
+    said = model.generate(prompts, SamplingParams(max_tokens=6), threshold=1.0)
     references = [one.text if i % 2 == 0 else "nothing" for i, one in enumerate(said)]
     return [
         TaskItem(str(i), prompt, ref, f"line {i}", Row(prompt, ref, None, f"line {i}"))
@@ -76,7 +76,7 @@ def test_every_system_answers_every_item_as_generate_does(
     model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
 ) -> None:
     found = run(model, task, items, tmp_path, "base,assistant,assistant-2,random,mixture,threshold=0.2")
-    params, prompts = SamplingParams(max_new_tokens=6), [str(item.prompt) for item in items]
+    params, prompts = SamplingParams(max_tokens=6), [str(item.prompt) for item in items]
     expected = {
         "collaboration": model.generate(prompts, params, threshold=THRESHOLD),
         "base": model.generate(prompts, params, threshold=1.0),
@@ -149,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on_item_by_item(
 @pytest.mark.slow
 def test_answers_to_something_else_are_refused(model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path) -> None:
     run(model, task, items, tmp_path, "base")
-    with pytest.raises(ConfigError, match=r"holds answers of other items; .* give the same options to go on"):
+    with pytest.raises(ConfigError, match=r"holds answers of other items; .* give the same options to resume"):
         run(model, task, items[:5], tmp_path, "base")
     with pytest.raises(ConfigError, match="holds answers with measure='exact_match', now it is 'contains'"):
         run(model, task_named("rows", metric="contains"), items, tmp_path, "base")
@@ -251,7 +251,7 @@ def test_other_models_by_path(
     assert [list(result.models) for result in found.results[1:]] == [["sft"], ["base", "assistant", "untuned"]]
     _, sft = systems_named(model, [f"sft={path}"], ThresholdPolicy(0.5))
     prompts = [str(item.prompt) for item in items]
-    alone = sft.load().generate(prompts, SamplingParams(max_new_tokens=6), threshold=1.0)
+    alone = sft.load().generate(prompts, SamplingParams(max_tokens=6), threshold=1.0)
     assert [one.text for one in found.answers[f"sft={path}"]] == [one.text for one in alone]
 
 
@@ -262,6 +262,7 @@ def test_other_models_by_path(
         ("contrastive:alpha=0.1,beta=0.5,sft=a", ["contrastive:alpha=0.1,beta=0.5", "sft=a"]),
         ("random:rate=0.2,threshold=0.4,base", ["random:rate=0.2", "threshold=0.4", "base"]),
         ("base,beta=0.5", ["base", "beta=0.5"]),
+        ("price:0.7,1.2,base,random", ["price:0.7,1.2", "base", "random"]),
     ],
 )
 def test_commas_part_systems_but_not_the_options_of_one(text: str, names: list[str]) -> None:
@@ -341,10 +342,20 @@ def test_reliability_by_hand() -> None:
     assert high["low"] < high["assistant_right"]
 
 
+def test_the_reliability_of_a_head_with_a_cost_is_not_called_wrong() -> None:
+    """Such a head should ask only where the assistant gains more than the cost."""
+    bins = [{"defer_prob": 0.2, "assistant_right": 0.6, "low": 0.5, "high": 0.7, "tokens": 90}]
+    tokens = {"measures": {"head_auc": 0.8}, "reliability": bins}
+    found = Comparison("t", None, [], [result("collaboration", 0.5, None)], {}, ["base"], 0.5, {}, tokens)
+    (chart,) = run_charts(found, [], None)
+    assert "deferral cost should lie above the line" in chart.note
+    assert "too seldom" not in chart.note
+
+
 def test_a_judge_outside_gets_the_outputs_of_every_system(
     model: CoLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.paper.alpaca_eval.AlpacaEval.max_new_tokens", 6)
+    monkeypatch.setattr("recipes.paper.alpaca_eval.AlpacaEval.max_tokens", 6)
     source = tmp_path / "alpaca.json"
     source.write_text(json.dumps([{"instruction": f"w{i} w3", "dataset": "d"} for i in range(3)]))
     task = task_named("recipes.paper.alpaca_eval:AlpacaEval")
@@ -355,7 +366,7 @@ def test_a_judge_outside_gets_the_outputs_of_every_system(
         assert {one["generator"] for one in outputs} == {name}
     assert found.measure is None
     report = report_of(tmp_path / "out")
-    assert "outputs/ holds the answers of every system" in report.summary
+    assert "outputs/ contains the answers of every system" in report.summary
     assert report.charts == []  # nothing is scored, and there are no solutions to read
     page = render_page(report)
     assert "What each model did for an item" in page
@@ -374,13 +385,12 @@ def result(name: str, mean: float, difference: tuple[float, float] | None, flops
 COSTS = "2.00 times its FLOPs, 1.00 times its tokens per second"
 CHOOSE_IT = "of the two the assistant alone is the better choice"
 WORDS: list[tuple[Any, str]] = [
-    (("base", 0.3, (-0.3, -0.1), 0.1), "better than the base alone by +20.0 points (+10.0 to +30.0)"),
-    (("base", 0.5, (-0.1, 0.1), 0.1), "the base alone is the better choice"),
-    (("base", 0.7, (0.1, 0.3), 0.1), "The base alone is better, by +20.0 points (+10.0 to +30.0), and cheaper"),
-    (("assistant", 0.7, (0.1, 0.3), 0.5), f"(+10.0 to +30.0); the collaboration takes {COSTS}: {CHOOSE_IT}"),
+    (("base", 0.3, (-0.3, -0.1), 0.1), "is better than the base alone (difference +20.0 points (+10.0 to +30.0)) and"),
+    (("base", 0.5, (-0.1, 0.1), 0.1), "times its tokens per second: of the two the base alone is the better choice."),
+    (("base", 0.5, (-0.1, 0.1), 0.5), "does not differ significantly from the base alone (difference +0.0 points ("),
+    (("assistant", 0.7, (0.1, 0.3), 0.5), f"(difference -20.0 points (-30.0 to -10.0)) and takes {COSTS}: {CHOOSE_IT}"),
     (("assistant", 0.7, (0.1, 0.3), 4.0), "takes 0.25 times its FLOPs, 1.00 times its tokens per second."),
-    (("assistant", 0.5, (-0.1, 0.1), 0.5), f"(difference +0.0 points (-10.0 to +10.0)) and takes {COSTS}: {CHOOSE_IT}"),
-    (("assistant", 0.3, (-0.3, -0.1), 0.5), "The collaboration is better than the assistant alone (diff"),
+    (("assistant", 0.3, (-0.3, -0.1), 0.5), "1.00 times its tokens per second."),
 ]  # fmt: skip
 
 
@@ -391,7 +401,8 @@ def test_the_verdict_says_plainly_which_is_the_better_choice() -> None:
     results = [result("collaboration", 0.5, None), *(result(name, 0.5, ends) for name, ends in others.items())]
     said = verdict("t", "m", [*results, result("threshold=0.1", 0.9, (0.3, 0.5))])
     assert said.endswith(
-        "The collaboration is better than sft=a and random; it cannot be told from mixture; it is worse than product."
+        "The collaboration is better than sft=a and random; it does not differ significantly from mixture; it is worse "
+        "than product."
     )
 
 
@@ -456,3 +467,20 @@ def test_the_page_of_a_run(model: CoLLM, task: Task, items: list[TaskItem], tmp_
     (tmp_path / "results.json").unlink()
     with pytest.raises(ArtefactError, match="no finished evaluation"):
         report_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_report_shows_who_writes_for_which_kind_of_prompt(
+    model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
+) -> None:
+    kinds = [replace(item, kind="even" if i % 2 == 0 else "odd") for i, item in enumerate(items)]
+    found = run(model, task, kinds, tmp_path, "base")
+    by_name = {table.name: table for table in report_of(tmp_path).tables}
+    assert by_name["kinds"].columns == ("", "base", "assistant", "assistant-2", "tokens")
+    assert [row[0] for row in by_name["kinds"].rows] == ["all", "even", "odd"]
+    authors = [author for answer in found.answers["collaboration"][1::2] for author in answer.authors]
+    shares = [f"{authors.count(author) / len(authors):.1%}" for author in range(3)]
+    assert by_name["kinds"].rows[2][1:] == (*shares, f"{len(authors):,}")
+    assert [row[0] for row in by_name["confusion"].rows] == ["assistant should", "assistant-2 should", "base should"]
+    assert found.tokens is not None
+    assert sum(map(sum, found.tokens["confusion"])) == found.tokens["num_tokens"]

@@ -36,7 +36,7 @@ from collm.evaluation import harness
 from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.harness import HarnessLM, model_arguments, sampling_params
 from collm.evaluation.systems import systems_named
-from collm.evaluation.tasks.named import task_named
+from collm.evaluation.tasks import task_named
 from collm.models.language_model import LanguageModel
 from collm.models.tools import ToolModel
 from collm.tools.calls import in_process
@@ -119,7 +119,7 @@ def encoded(model: CoLLM, context: str, continuation: str) -> tuple[list[int], l
 def test_likelihoods_are_those_of_the_joint_model_read_token_by_token(model: CoLLM, batch_size: Any) -> None:
     pairs = [*PAIRS]
     for context in ("w1 w2 w3", "w20"):
-        said = model.generate(context, SamplingParams(max_new_tokens=4), threshold=THRESHOLD)[0].text
+        said = model.generate(context, SamplingParams(max_tokens=4), threshold=THRESHOLD)[0].text
         pairs += [(context, " " + said.strip()), (context, " " + said.strip().rsplit(" ", 1)[0] + " w0")]
     found = HarnessLM(model, threshold=THRESHOLD, batch_size=batch_size).loglikelihood(
         asked("loglikelihood", pairs), disable_tqdm=True
@@ -129,13 +129,13 @@ def test_likelihoods_are_those_of_the_joint_model_read_token_by_token(model: CoL
         assert logprob == pytest.approx(sum(logprobs), abs=1e-4)
         assert greedy == all(written)
     assert [greedy for _, greedy in found[-4:]] == [True, False, True, False]
-    deferred = model.generate("w1 w2 w3", SamplingParams(max_new_tokens=4), threshold=THRESHOLD)[0].authors
+    deferred = model.generate("w1 w2 w3", SamplingParams(max_tokens=4), threshold=THRESHOLD)[0].authors
     assert set(deferred) != {0}
 
 
 @pytest.mark.slow
 def test_the_threshold_moves_what_is_greedy_and_no_likelihood(model: CoLLM) -> None:
-    said = model.generate("w1 w2 w3", SamplingParams(max_new_tokens=4), threshold=1.0)[0]
+    said = model.generate("w1 w2 w3", SamplingParams(max_tokens=4), threshold=1.0)[0]
     requests = asked("loglikelihood", [("w1 w2 w3", " " + said.text.strip())])
     alone, never = (
         HarnessLM(model, threshold=one).loglikelihood(requests, disable_tqdm=True)[0] for one in (1.0, -1.0)
@@ -195,7 +195,7 @@ def test_a_tool_counts_as_what_it_would_write(tokenizer: PreTrainedTokenizerFast
     monkeypatch.setattr("collm.models.tools.open_tool", lambda spec: in_process(knows))
     model = CoLLM(make_model(tiny_config(), 0), [ToolSpec("calculator", eps=0.05)], DeferralHead(32), tokenizer)
     lm = HarnessLM(model, threshold=0.4)  # a new head gives every author even odds: the tool is always asked
-    said = model.generate("w1 w3", SamplingParams(max_new_tokens=5), threshold=0.4)[0]
+    said = model.generate("w1 w3", SamplingParams(max_tokens=5), threshold=0.4)[0]
     assert set(said.authors) == {0, 1}
     context = tokenizer("w1 w3")["input_ids"]
     wrong = [*said.token_ids[:-1], (said.token_ids[-1] + 1) % 97]
@@ -206,7 +206,10 @@ def test_a_tool_counts_as_what_it_would_write(tokenizer: PreTrainedTokenizerFast
     text = torch.tensor([context + said.token_ids])
     with torch.no_grad():
         by_base = base.module(text).logits[0, 1:-1].log_softmax(-1).gather(-1, text[0, 2:, None]).squeeze(-1)
-    by_tool, *_ = tool.score(text[0].tolist(), [False] * 2 + [True] * 5)
+    read = [tool.next_tokens(text[0].tolist(), [place])[0] for place in range(2, 7)]
+    hit, miss, _ = tool.logprobs
+    by_tool = torch.tensor([hit if one == gold else miss for one, gold in zip(read, said.token_ids, strict=True)])
+    by_tool = torch.where(torch.tensor([one is None for one in read]), by_base, by_tool)
     assert found[0][0] == pytest.approx(float(marginal_logprobs(by_base, by_tool[:, None], torch.zeros(5, 1)).sum()))
 
 
@@ -264,7 +267,7 @@ def test_tokens_that_do_not_fit(model: CoLLM) -> None:
 @pytest.mark.parametrize("batch_size", [1, "auto"])
 def test_generations_are_those_of_generate(model: CoLLM, batch_size: Any) -> None:
     prompts = ["w1 w2 w3", "w20", "", "w5 " * 30]
-    until = model.generate("w1 w2 w3", SamplingParams(max_new_tokens=8), threshold=THRESHOLD)[0].text.split()[4]
+    until = model.generate("w1 w2 w3", SamplingParams(max_tokens=8), threshold=THRESHOLD)[0].text.split()[4]
     options: list[dict[str, Any]] = [{"until": [until], "max_gen_toks": 8}, {"until": "w", "max_gen_toks": 3}]
     params = [SamplingParams(8, stop=[until]), SamplingParams(3, stop=["w"])]
     lm = HarnessLM(model, threshold=THRESHOLD, batch_size=batch_size)
@@ -310,7 +313,7 @@ def test_options_mean_what_they_mean_to_the_harness(options: dict[str, Any], par
         ({"repetition_penalty": 1.2, "min_p": 0.1}, r"repetition_penalty=1\.2, min_p=0\.1 has no effect"),
         ({"do_sample": True}, "do_sample=True has no effect at temperature 0"),
         ({"top_p": 0.9}, "no effect at temperature 0"),
-        ({"max_gen_toks": 0}, "max_new_tokens is 0"),
+        ({"max_gen_toks": 0}, "max_tokens is 0"),
     ],
 )
 def test_options_without_effect_are_refused(options: dict[str, Any], complaint: str) -> None:
@@ -336,6 +339,7 @@ CHAT = (
 )
 
 
+@pytest.mark.slow
 def test_chats_are_rendered_by_the_artefact(model: CoLLM) -> None:
     lm = HarnessLM(model, threshold=THRESHOLD)
     messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
@@ -352,6 +356,7 @@ def test_chats_are_rendered_by_the_artefact(model: CoLLM) -> None:
         other.chat_template("rag")
 
 
+@pytest.mark.slow
 def test_tokens_before_a_chat_are_those_of_training(model: CoLLM) -> None:
     tokenizer = with_bos(model.tokenizer)
     parts = (model.base, model.assistants, model.head, tokenizer)
@@ -468,7 +473,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
 def tasks(model: CoLLM, tmp_path: Path) -> Path:
     """Prompts (what the collaboration writes is right after every other one), questions with choices, and texts."""
     prompts = [f"w{i} w{i + 3}" for i in range(8)]
-    said = model.generate(prompts, SamplingParams(max_new_tokens=4), threshold=THRESHOLD)
+    said = model.generate(prompts, SamplingParams(max_tokens=4), threshold=THRESHOLD)
     rows = [
         {"prompt": prompt, "completion": one.text if i % 2 == 0 else "nothing"}
         for i, (prompt, one) in enumerate(zip(prompts, said, strict=True))
@@ -502,7 +507,7 @@ def test_the_command_gives_the_numbers_of_the_library(
     found = json.loads(results.read_text())
     assert found["config"]["policy"] == f"ThresholdPolicy(threshold={THRESHOLD})"
 
-    task = task_named("rows", metric="exact_match", max_new_tokens=4)
+    task = task_named("rows", metric="exact_match", max_tokens=4)
     systems = systems_named(model, [], ThresholdPolicy(THRESHOLD))
     compared = compare(systems, Evaluation(task, task.load(tasks / "answers.jsonl")), tmp_path / "ours")
     right = [answer.scores["exact_match"] for answer in compared.answers["collaboration"]]
@@ -528,7 +533,7 @@ def test_the_command_gives_the_numbers_of_the_library(
     [
         (["--model", "hf", "--tasks", "answers"], "leave --model and pretrained=.. out"),
         (["--tasks", "answers", "--model_args", "pretrained=other"], "leave --model and pretrained=.. out"),
-        (["--num_fewshot", "1"], "nothing says which tasks"),
+        (["--num_fewshot", "1"], "no task is given"),
         (["--no_such_option"], "unrecognized arguments: --no_such_option"),
         (["stray", "--tasks", "answers"], "unrecognized arguments: stray"),
     ],
@@ -563,3 +568,38 @@ def test_models_with_different_tokenizers_have_likelihoods_of_segments() -> None
             for author, model in enumerate(models)
         ]
         assert total == pytest.approx((sum(each.exp() for each in read) / 2).log().sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("max_length", [12, 20, 64])
+def test_windows_of_other_tokenizers_go_on_where_the_last_one_ended(max_length: int) -> None:
+    """Models that read one token alone give a text the same likelihood in windows of any length."""
+    base, assistant = two_tokenizers()
+    models = writing_model(base, 1), writing_model(assistant, 2)
+    for model in models:
+        for layer in model.model.layers:
+            for part in (layer.self_attn.dense, layer.mlp.fc2):
+                part.weight.data.zero_()
+                part.bias.data.zero_()
+    head = DeferralHead(32, 1)
+    torch.nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    pair = CoLLM(models[0], [models[1]], head, base, tokenizers=[assistant])
+    texts = asked("loglikelihood_rolling", [("the river runs there, 48 miles called pilgrims. " * n,) for n in (1, 3)])
+    whole, cut = (
+        HarnessLM(pair, threshold=THRESHOLD, max_length=length, batch_size=2).loglikelihood_rolling(
+            texts, disable_tqdm=True
+        )
+        for length in (None, max_length)
+    )
+    assert cut == pytest.approx(whole, abs=1e-3)
+    one = HarnessLM(pair, threshold=THRESHOLD).loglikelihood(asked("loglikelihood", [("", texts[0].args[0])]))
+    assert whole[0] == pytest.approx(one[0][0], abs=1e-3)
+
+
+def test_a_segment_that_does_not_fit_a_window_is_refused() -> None:
+    base, assistant = two_tokenizers()
+    pair = CoLLM(
+        writing_model(base, 1), [writing_model(assistant, 2)], DeferralHead(32, 1), base, tokenizers=[assistant]
+    )
+    lm = HarnessLM(pair, threshold=THRESHOLD, max_length=4)
+    with pytest.raises(RequestError, match="a segment has 8 tokens, expected fewer than 4"):
+        lm.loglikelihood_rolling(asked("loglikelihood_rolling", [("the zzzzzzzz",)]), disable_tqdm=True)

@@ -155,11 +155,54 @@ def test_items_that_hold_together_widen_the_interval_of_a_ratio() -> None:
     assert clustered.high - clustered.low > 1.6 * (spread.high - spread.low)
 
 
-def test_a_ratio_of_all_or_none_has_a_width() -> None:
-    every, none = ratio_interval([2, 2], [2, 2]), ratio_interval([0, 0], [2, 2])
-    assert (every.mean, every.high, none.mean, none.low) == (1, 1, 0, 0)
-    assert every.low == pytest.approx(1 - none.high)
-    assert none.high == pytest.approx(bootstrap_interval([0.0] * 4).high)  # of the wholes, not of the items
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 1000])
+def test_ratios_that_agree_leave_room_for_items_that_do_not(share: float, steps: int) -> None:
+    """What was not seen depends on the number of items, not on the number of their steps."""
+    found = ratio_interval([share * steps] * 20, [steps] * 20)
+    unseen = bootstrap_interval([0.0] * 20).high
+    assert found.mean == share
+    assert max(share - found.low, found.high - share) > unseen / 4
+    assert found == ratio_interval([share * steps] * 20 + [0.0] * 5, [steps] * 20 + [0.0] * 5)  # empty items
+    if share in (0, 1):
+        assert found == bootstrap_interval([share] * 20)
+
+
+def of_clusters(items: int, share: float, likeness: float, *, equal: bool) -> list[Interval]:
+    """Intervals of steps that are right with probability `share`, with correlation `likeness` within an item."""
+    rng = random.Random(f"{items} {share} {likeness} {equal}")
+    spread = math.inf if likeness == 0 else (1 - likeness) / likeness
+
+    def chance() -> float:
+        if likeness in (0, 1):
+            return share if likeness == 0 else float(rng.random() < share)
+        return rng.betavariate(share * spread, (1 - share) * spread)
+
+    def draw() -> Interval:
+        wholes = [20 if equal else rng.randint(1, 40) for _ in range(items)]
+        chances = [chance() for _ in range(items)]
+        parts = [sum(rng.random() < one for _ in range(whole)) for one, whole in zip(chances, wholes, strict=True)]
+        return ratio_interval(parts, wholes)
+
+    return [draw() for _ in range(max(100, 4000 // items))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("likeness", [0, 0.05, 0.3, 1])
+@pytest.mark.parametrize(
+    ("items", "share", "coverage"),
+    [
+        *((20, 0.5, 0.94), (40, 0.7, 0.94), (100, 0.1, 0.94), (100, 0.9, 0.94)),
+        *((5, 0.02, 0.9), (5, 0.5, 0.9), (20, 0.05, 0.9), (20, 0.95, 0.9), (40, 0.02, 0.9), (100, 0.02, 0.9)),
+    ],
+)
+def test_a_ratio_is_covered_however_alike_the_steps_of_an_item_are(
+    items: int, share: float, coverage: float, likeness: float, equal: bool
+) -> None:
+    found = of_clusters(items, share, likeness, equal=equal)
+    assert not _too_rarely(sum(one.low <= share <= one.high for one in found), len(found), coverage)
+    assert not _too_rarely(sum(share <= one.high for one in found), len(found), 0.95)
 
 
 @pytest.mark.slow
@@ -167,11 +210,7 @@ def test_a_ratio_of_all_or_none_has_a_width() -> None:
 def test_a_ratio_is_a_statistic_of_sums(rows):
     parts, wholes = [list(side) for side in zip(*rows, strict=True)]
     interval = statistic_interval(lambda sums: sums[..., 0] / sums[..., 1], rows)
-    expected = ratio_interval(parts, wholes)
-    if expected.mean not in (0, 1):  # there ratio_interval takes Wilson's
-        assert [interval.low, interval.mean, interval.high] == pytest.approx(
-            [expected.low, expected.mean, expected.high]
-        )
+    assert interval.mean == pytest.approx(ratio_interval(parts, wholes).mean)
 
 
 def test_a_difference_of_proportions_is_newcombes() -> None:

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collm.errors import ConfigError
-from collm.evaluation.metrics import METRICS, contains, exact_match, last_number, metric_named, numbers_in, token_f1
+from collm.evaluation.metrics import (
+    METRICS,
+    contains,
+    exact_match,
+    last_number,
+    metric_named,
+    numbers_in,
+    suitable_metric,
+    token_f1,
+)
 
 
 @pytest.mark.slow
@@ -91,6 +100,21 @@ def test_metrics_have_names_and_an_unknown_one_lists_them():
         metric_named("accuracy")
 
 
+@pytest.mark.parametrize(
+    ("references", "metric"),
+    [
+        (["so it is 12 + 3 = 15", "#### 1,200.50", "$5.", "about 50%"], "last_number"),
+        (["15"] * 9 + ["fifteen"], "last_number"),
+        (["15", "fifteen"], "exact_match"),
+        (["w1", "version2"], "exact_match"),  # no numbers
+        (["Paris", "New York"], "token_f1"),
+        (["19.3 km, two days on foot."], "token_f1"),
+    ],
+)
+def test_the_default_suits_the_completions(references, metric):
+    assert suitable_metric(references) == metric
+
+
 @pytest.fixture
 def own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_metrics.py").write_text(
@@ -98,6 +122,8 @@ def own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def distance(prediction, reference): return abs(len(prediction) - len(reference))\n"
         "def undefined(prediction, reference): return float('nan')\n"
         "def spelled(prediction, reference): return '1'\n"
+        "def of_one(prediction): return 1\n"
+        "def of_objects(prediction, reference): return prediction['text'] == reference\n"
         "number = 3\n"
     )
     (tmp_path / "broken_metrics.py").write_text("1 / 0\n")
@@ -116,13 +142,18 @@ class TestOwnMetric:
         with pytest.raises(ConfigError, match=f"own_metrics:{name}' returned .* from 0 to 1"):
             metric_named(f"own_metrics:{name}")("abc", "")
 
+    def test_that_raises_is_one_sentence(self):
+        with pytest.raises(ConfigError, match=r"of_objects' raised TypeError: .*, for the prediction 'abc'$"):
+            metric_named("own_metrics:of_objects")("abc", "")
+
     @pytest.mark.parametrize(
         ("name", "reason"),
         [
             ("no_such_module:f", "ModuleNotFoundError.*PYTHONPATH"),
             ("broken_metrics:f", "ZeroDivisionError"),
-            ("own_metrics:absent", "nothing of that name"),
-            ("own_metrics:number", "a int"),
+            ("own_metrics:absent", "no such name"),
+            ("own_metrics:number", "is a int, expected a function metric.prediction: str, reference: str."),
+            ("own_metrics:of_one", r"takes .prediction., expected a function metric.prediction: str, reference: str."),
             (":f", "cannot be imported"),
         ],
     )

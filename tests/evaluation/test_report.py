@@ -208,6 +208,7 @@ def test_verdicts_are_words_and_only_where_somebody_judged(page):
     assert verdicts == [["✓ right"], ["✗ wrong"], [], ["score 0.5"]]
 
 
+@pytest.mark.slow
 def test_assistants_are_told_apart_without_colour(page, report):
     marks = [span for li in page.every("ul", "legend")[0].every("li") for span in li.every("span")]
     assert [mark.text for mark in marks] == report.authors
@@ -254,6 +255,7 @@ def test_the_plot_is_labelled_text_in_the_colours_of_the_page(page, report):
     assert not svg.every("style")  # it would style the whole page
 
 
+@pytest.mark.slow
 def test_charts_of_any_range_have_ticks():
     for low, high, furthest in ((0.0, 1.0, 1.0), (0.52, 0.53, 3e-4), (0.4, 0.4, 1234.0), (0.1, 0.8, 0.0)):
         points = [ChartPoint("a", 0.0, low, low, low), ChartPoint("b", furthest, high, high, high)]
@@ -273,6 +275,7 @@ def test_rows_at_one_place_all_keep_their_name(report):
     assert not any("in use" in word for word in words)
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_bytes(tmp_path, report):
     assert drawn(deferral_chart(CURVE, ROWS, 0.081)) == drawn(deferral_chart(CURVE[::-1], ROWS, 0.081))
     for name in ("a.html", "folder/b.html"):
@@ -280,6 +283,7 @@ def test_the_same_report_gives_the_same_bytes(tmp_path, report):
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "folder/b.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, report, monkeypatch):
     target = tmp_path / "report.html"
     target.write_text("old")

@@ -12,7 +12,7 @@ from collm import CoLLM, DeferralHead
 from collm.core.head import defer_probs
 from collm.errors import ConfigError
 from collm.evaluation import gold
-from collm.evaluation.gold import TeacherForcedPoint, deferred, gold_views, greedy_writes, teacher_forced
+from collm.evaluation.gold import TeacherForcedPoint, confusion, deferred, gold_views, greedy_writes, teacher_forced
 from collm.tools.spec import ToolSpec
 from collm.training.examples import Example, Examples
 from collm.training.inspection import TokenViews
@@ -35,6 +35,15 @@ def counted(views: TokenViews, threshold: float) -> TeacherForcedPoint:
             right += bool(views.base_correct[token])
             nll -= views.base_logprob[token].item()
     return TeacherForcedPoint(threshold, by_assistant / len(probs), right / len(probs), nll / len(probs))
+
+
+def youden(views: TokenViews, threshold: float) -> float:
+    """Sensitivity + specificity - 1 of deferring, for the tokens that an assistant predicts and the base does not."""
+    wanted = views.assistant_correct.any(-1) & ~views.base_correct
+    defers = [prob > threshold for prob in defer_probs(views.defer_logits).tolist()]
+    pairs = list(zip(defers, wanted.tolist(), strict=True))
+    sensitivity = pairs.count((True, True)) / int(wanted.sum())
+    return sensitivity + pairs.count((False, False)) / int((~wanted).sum()) - 1
 
 
 def drawn(num_tokens: int, num_assistants: int, *, distinct: int) -> TokenViews:
@@ -65,7 +74,25 @@ def test_each_point_is_what_counting_gives(num_assistants: int, distinct: int) -
         assert curve[place].deferral_rate == pytest.approx(expected.deferral_rate, abs=1e-12)
         assert curve[place].accuracy == pytest.approx(expected.accuracy, abs=1e-12)
         assert curve[place].nll == pytest.approx(expected.nll, rel=1e-6)
+        assert curve.youden[place].item() == pytest.approx(youden(views, curve[place].threshold), abs=1e-12)
     assert curve.reachable == (views.base_correct | views.assistant_correct.any(-1)).double().mean()
+
+
+def test_thresholds_lie_half_way_between_defer_probs() -> None:
+    """So rounding in another engine changes no author, and any threshold in between is found."""
+    views = drawn(200, 1, distinct=20)
+    curve, probs = teacher_forced(views), defer_probs(views.defer_logits).unique().flip(0)
+    assert curve.thresholds[1:-1].tolist() == pytest.approx(((probs[1:] + probs[:-1]) / 2).tolist())
+    for threshold in (probs[3].item(), probs[3].item() - 1e-9, probs[3].item() + 1e-9, 0.5, 1.0, -1.0):
+        assert curve.at(threshold).accuracy == pytest.approx(counted(views, threshold).accuracy)
+
+
+def test_neighbouring_numbers_leave_the_lower_one_as_threshold() -> None:
+    views = drawn(2, 1, distinct=2)
+    views.defer_logits[:, 0] = torch.tensor([36.0, 36.7])  # 1 minus a few units in the last place
+    curve = teacher_forced(views)
+    higher, lower = curve.defer_probs.tolist()
+    assert lower <= curve.thresholds[1] < higher < 1
 
 
 @pytest.mark.slow
@@ -141,7 +168,9 @@ def test_a_tool_without_an_answer_leaves_its_tokens_to_the_base(model: CoLLM) ->
     assert curve[len(curve) - 1].deferral_rate == pytest.approx((~asked_tool).double().mean().item())
 
 
-def test_with_scores_of_the_assistants_the_base_alone_is_read(model: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_scores_of_the_assistants_no_other_model_than_the_base_is_read(
+    model: CoLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = gold_views(model, EXAMPLES)
     scores = []
     for member in model.members[1:]:
@@ -151,9 +180,22 @@ def test_with_scores_of_the_assistants_the_base_alone_is_read(model: CoLLM, monk
     read: list[str] = []
     monkeypatch.setattr(gold, "read_scores", lambda one, *a, **b: read.append(one.name) or read_scores(one, *a, **b))
     gold_views(model, EXAMPLES)
-    assert read == ["assistant", "assistant-2", "base"]
+    assert read == ["assistant", "base"]
     read.clear()
     apart = gold_views(model, EXAMPLES, scores)
     for name in ("base_logprob", "base_correct", "assistant_logprobs", "assistant_correct", "defer_logits"):
         assert torch.equal(getattr(apart, name), getattr(whole, name))
     assert read == ["base"]
+
+
+def test_confusion_counts_who_writes_where_who_should() -> None:
+    views = TokenViews(
+        base_logprob=torch.zeros(5),
+        base_correct=torch.tensor([True, False, False, False, False]),
+        assistant_logprobs=torch.tensor([[-1.0, -1], [-1, -2], [-2, -1], [-2, -1], [-1, -1]]),
+        assistant_correct=torch.tensor([[True, True], [True, True], [True, True], [False, True], [False, False]]),
+        defer_logits=torch.tensor([[3.0, 0], [3, 0], [3, 0], [0, 3], [-9, -9]]),
+        assistant_abstained=torch.tensor([[False, False]] * 3 + [[False, True], [False, False]]),
+    )
+    assert confusion(views, 0.5).tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0]]
+    assert confusion(views, 1.0).tolist() == [[2, 0, 0], [1, 0, 0], [2, 0, 0]]

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -20,17 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm import CoLLM, DeferralHead, SamplingParams
 from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
 from collm.models.checks import check_gguf
+from collm.models.gguf_export import write_gguf
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_config, load_model, load_tokenizer, saved_eos_ids
 from collm.models.members import spec_of, stop_ids
-from collm.run.options import RunConfig, parse_model
+from collm.run.options import RunConfig
 from collm.run.train import train_collaboration
 from collm.text.guards import TokenizerIdentity
 from collm.training.config import CoLLMConfig
 from collm.vllm.placement import ModelMemory
-from tests.gguf_files import write_gguf
+from tests.architectures import LLAMA3_ROPE
+from tests.tiny_models import make_model, tiny_config
 
-PARAMS = SamplingParams(max_new_tokens=8)
+PARAMS = SamplingParams(max_tokens=8)
 
 
 def head(seed: int = 0) -> DeferralHead:
@@ -95,7 +97,7 @@ def test_its_name_means_the_same_from_every_directory(gguf_path: Path, monkeypat
     spec = ModelSpec(gguf_path.name)
     assert spec.path == str(gguf_path)
     assert spec_of(load_model(spec)) == spec
-    assert parse_model(gguf_path.name).path == str(gguf_path)
+    assert ModelSpec.parse(gguf_path.name).path == str(gguf_path)
 
 
 def test_other_weights_are_other_scores(spec: ModelSpec, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_a_file_on_the_hub_is_fetched(gguf_path: Path, monkeypatch: pytest.Monke
         return str(gguf_path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    spec = parse_model("some/model-GGUF:Q8/tiny.gguf@abc", device="cpu")
+    spec = ModelSpec.parse("some/model-GGUF:Q8/tiny.gguf@abc", device="cpu")
     model = load_model(spec)
     load_tokenizer(spec)
     assert set(asked) == {("some/model-GGUF", "Q8/tiny.gguf", "abc")}
@@ -147,7 +149,8 @@ def test_a_file_with_another_vocabulary_is_aligned(
     other = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", chat_template=byte_tokenizer.chat_template
     )
-    path = write_gguf(tmp_path / "other.gguf", byte_model, other)
+    path = tmp_path / "other.gguf"
+    write_gguf(byte_model, other, path)
     assert CoLLM(spec, [spec], head(), load_tokenizer(spec)).alignment is None
     pair = CoLLM(spec, [ModelSpec(str(path))], head(), load_tokenizer(spec))
     assert pair.alignment is not None
@@ -232,27 +235,32 @@ def test_a_file_that_is_cut_short_is_one_sentence(gguf_path: Path, tmp_path: Pat
         load_model(ModelSpec(str(path)))
 
 
-def test_an_architecture_that_transformers_does_not_read_is_named(
-    byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    path = write_gguf(tmp_path / "other.gguf", byte_model, byte_tokenizer, architecture="rwkv7")
+def write_header(path: Path, architecture: str) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_an_architecture_that_transformers_does_not_read_is_named(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "other.gguf", "rwkv7")
     with pytest.raises(LoadError, match="architecture rwkv7 is not supported yet; use the original checkpoint"):
         load_model(ModelSpec(str(path)))
 
 
-def test_scaled_positions_are_not_dropped(
-    byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    scales = {"rope_freqs.weight": np.array([1, 1, 2, 8], dtype=np.float32)}
-    path = write_gguf(tmp_path / "scaled.gguf", byte_model, byte_tokenizer, tensors=scales)
+def test_scaled_positions_are_not_dropped(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "scaled.gguf"
+    config = tiny_config(vocab_size=len(byte_tokenizer), rope_parameters=LLAMA3_ROPE)
+    write_gguf(make_model(config, 0), byte_tokenizer, path)
     with pytest.raises(LoadError, match="scales its rotary embedding, which transformers does not read"):
         load_model(ModelSpec(str(path)))
 
 
 def test_no_code_of_the_hub_is_run_for_it(
-    byte_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any
+    byte_model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_gguf(tmp_path / "lfm.gguf", byte_model, byte_tokenizer, architecture="lfm2")
+    path = write_header(tmp_path / "lfm.gguf", "lfm2")
     found = importlib.util.find_spec
     monkeypatch.setattr("collm.models.checks.find_spec", lambda name: name == "kernels" or found(name))
     with pytest.raises(LoadError, match="of the architecture lfm2, transformers would run code from the Hub"):

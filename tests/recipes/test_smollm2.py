@@ -29,7 +29,7 @@ TINY = replace(
     validation_rows=4,
     test_rows=4,
     written_rows=3,
-    max_new_tokens=8,
+    max_tokens=8,
     batch_size=4,
     max_length=256,
 )
@@ -39,7 +39,7 @@ TINY_PAIR = replace(
     validation_rows=4,
     test_rows=4,
     written_rows=2,
-    max_new_tokens=8,
+    max_tokens=8,
     batch_size=4,
     layers=1,
     heal_rows=2,
@@ -109,7 +109,7 @@ def test_a_run_is_whole_and_goes_on_where_it_was(
     rows = {row["name"]: row for row in results["rows"]}
     assert len(rows) == 11
     assert rows[run.ORACLE]["given"]["equations"]["mean"] >= rows[run.ALWAYS]["given"]["equations"]["mean"] > 0
-    assert rows[run.AS_IT_COMES]["calls"] == 0
+    assert rows[run.UNTUNED]["calls"] == 0
     assert rows[run.ALWAYS]["calls"] == 1
     assert (out / "report.html").exists()
     assert "training: calculator" in results["seconds"]
@@ -121,7 +121,7 @@ def test_a_run_is_whole_and_goes_on_where_it_was(
 def test_two_models_are_cut_healed_tuned_and_compared_under_every_rule(
     data: Path, small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(two_models.Gsm8k, "max_new_tokens", 8)
+    monkeypatch.setattr(two_models.Gsm8k, "max_tokens", 8)
     out = tmp_path / "out"
     arguments = ["--data", str(data), "--out", str(out), "--docs", str(tmp_path)]
     two_models.main(arguments)

@@ -29,7 +29,7 @@ from tests.tiny_models import make_model, tiny_config
 
 CHAT = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w9"
 CALIBRATION = Calibration(
-    [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.1), CalibrationPoint(0.5, 0.4, 0.6, 0.5, 0.7, 0.3, 0.5)],
+    [CalibrationPoint(1.0, 0.0, 0.2, 0.1, 0.3, 0.0, 0.0), CalibrationPoint(0.5, 0.4, 0.6, 0.5, 0.7, 0.3, 0.5)],
     "accuracy",
     20,
     {},

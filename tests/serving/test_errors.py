@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
+from collm.errors import ConfigError
+from collm.serving.settings import Settings
 from tests.serving.conftest import Running
 from tests.serving.test_generation import of_choice
 
@@ -80,6 +82,9 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str | None, str]] = [
     ({"collm": {"policy": "single:writer=7"}}, None, "asks for author 7"),
     ({"collm": {"policy": "proxy:model=5,tuned=0,untuned=1"}}, None, "asks for author 5"),
     ({"collm": {"policy": "joint", "threshold": 0.5}}, "collm.policy", "no effect"),
+    ({"collm": {"price": 0.7}}, "collm.price", "predicts no gains to compare it with"),
+    ({"collm": {"price": 0.7, "threshold": 0.5}}, "collm.price", "give one of them"),
+    ({"collm": {"price": []}}, "collm.price", "at least 1"),
     ({"collm": {"eta": 0.5}}, "collm.eta", "no parameter"),
     ({"model": "pair/base", "collm": {"threshold": 0.5}}, "collm", "one author alone"),
     ({"model": "three"}, "collm.threshold", "not calibrated; send collm.threshold, start the server with --threshold"),
@@ -277,3 +282,33 @@ def _aim(document: dict[str, Any]) -> None:
         properties["model"] = {"type": "string", "enum": ["pair", "pair/base", "three"]}
         for limit in {"max_tokens", "max_completion_tokens", "max_output_tokens"} & set(properties):
             properties[limit] = {"type": "integer", "minimum": 1, "maximum": 5}
+
+
+def test_a_proxy_shows_it_under_a_path_which_it_removes_or_not(serve_pair: Any) -> None:
+    body = {"model": "pair", "prompt": "w1", "max_tokens": 1}
+    with serve_pair(root_path="/collm", api_key="k") as server:
+        assert server.client.get("/collm/v1/models").status_code == 401
+        assert server.client.get("/collm", follow_redirects=True).headers["Content-Type"].startswith("text/html")
+        server.client.headers["Authorization"] = "Bearer k"
+        for root in ("/collm", ""):
+            assert server.client.get(f"{root}/health").status_code == 200
+            assert server.post(f"{root}/v1/completions", **body).status_code == 200
+            assert server.client.get(f"{root}/openapi.json").json()["servers"] == [{"url": "/collm"}]
+        assert server.client.get("/other/v1/models").status_code == 404
+        counted = 'collm_requests_total{model="pair",route="/v1/completions",status="200"} 2.0'
+        assert counted in server.client.get("/metrics").text
+
+
+@pytest.mark.parametrize("path", ["collm", "/collm/", "/"])
+def test_a_root_path_has_one_form(path: str) -> None:
+    with pytest.raises(ConfigError, match="expected a path such as /collm"):
+        Settings(root_path=path)
+
+
+def test_models_say_how_long_a_prompt_may_be(serve_pair: Any) -> None:
+    with serve_pair() as server:
+        longest = server.post("/tokenize", model="pair", prompt="w1").json()["max_model_len"]
+        listed = server.client.get("/v1/models").json()["data"]
+        assert [one["max_model_len"] for one in listed] == [longest] * 3
+        assert server.client.get("/v1/models/pair").json()["max_model_len"] == longest
+        assert server.post("/v1/completions", model="pair", prompt=[5] * longest, max_tokens=1).status_code == 400

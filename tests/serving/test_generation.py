@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -128,6 +129,25 @@ def test_who_writes_is_said_in_the_request(client: openai.OpenAI, pair: CoLLM, e
     usage = {"base": expected.authors.count(0), "assistant": expected.authors.count(1)}
     assert reply.usage.collm == {**usage, "deferral_rate": expected.deferral_rate}  # type: ignore[union-attr]
     assert reply.collm == {"author_names": ["base", "assistant"]}  # type: ignore[attr-defined]
+
+
+def test_a_price_is_said_in_the_request_or_for_the_server(
+    serve: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    gains = make_pair(tokenizer, 2)
+    gains.head.predicts_gain = True
+    wanted: list[list[float]] = [[0.3], [0.3, 1.5]]
+    expected = [told(gains.generate([PROMPT], SamplingParams(16), price=price)[0]) for price in wanted]
+    assert expected[0] != expected[1]
+    with serve({"gains": gains}, price=wanted[1]) as server:
+        for extra, answer in (
+            ({"price": 0.3}, 0),
+            ({"price": [0.3, 1.5]}, 1),
+            ({"policy": "price:0.3,1.5"}, 1),
+            ({}, 1),
+        ):
+            body = {"model": "gains", "prompt": PROMPT, "max_tokens": 16, "extra_body": {"collm": extra}}
+            assert of_choice(server.openai().completions.create(**body).choices[0]) == expected[answer]
 
 
 def test_a_random_policy_takes_a_seed_at_temperature_0(client: openai.OpenAI, pair: CoLLM) -> None:

@@ -41,7 +41,7 @@ def page(browser: Browser, server: Running) -> Iterator[Page]:
 
 
 def ask(page: Page, prompt: str = PROMPT, most: int = 30) -> None:
-    page.get_by_label("Most tokens").fill(str(most))
+    page.get_by_label("Maximum tokens").fill(str(most))
     page.locator("#prompt").fill(prompt)
     page.get_by_role("button", name="Run").click()
     done(page)
@@ -58,7 +58,7 @@ def tokens(page: Page, panel: int = 0) -> list[dict[str, Any]]:
 
 
 def direct(model: CoLLM, threshold: float, most: int = 30) -> Completion:
-    return model.generate(PROMPT, SamplingParams(max_new_tokens=most), threshold=threshold)[0]
+    return model.generate(PROMPT, SamplingParams(max_tokens=most), threshold=threshold)[0]
 
 
 def test_it_writes_each_token_in_the_colour_of_its_author(page: Page, pair: CoLLM) -> None:
@@ -168,7 +168,7 @@ def test_a_stream_is_stopped_in_the_middle(browser: Browser, serve_pair: Any, pa
 def test_a_chat_goes_on_where_it_was(page: Page, pair: CoLLM) -> None:
     page.get_by_role("button", name="Chat").click()
     ask(page, "w61 w62", most=8)
-    params = SamplingParams(max_new_tokens=8)
+    params = SamplingParams(max_tokens=8)
     turns = [{"role": "user", "content": "w61 w62"}]
     first = pair.generate(turns, params, threshold=0.5)[0]  # type: ignore[arg-type]
     assert [one["tokenId"] for one in tokens(page)] == first.token_ids
@@ -187,7 +187,7 @@ def test_a_shared_address_brings_everything_back(browser: Browser, server: Runni
     with opened(browser, f"{server.url}/#{STATE}&threshold=0.25&compare=1") as page:
         expect(page.locator("#prompt")).to_have_value(PROMPT)
         expect(page.locator("#threshold")).to_have_value("0.25")
-        expect(page.get_by_label("Most tokens")).to_have_value("30")
+        expect(page.get_by_label("Maximum tokens")).to_have_value("30")
         expect(page.get_by_label("Beside each model alone")).to_be_checked()
         page.get_by_label("Temperature").fill("0.7")
         page.locator("summary").click()
@@ -257,30 +257,50 @@ def test_a_key_is_asked_for_and_kept_out_of_the_address(browser: Browser, serve_
     with serve_pair(api_key="open-sesame") as server:
         server.client.headers["Authorization"] = "Bearer open-sesame"
         with opened(browser, f"{server.url}/#{STATE}", failing="401") as page:
-            alert = page.locator("#error[role=alert]")
-            expect(alert).to_contain_text("this server needs its API key")
-            page.locator("summary").click()
-            key = page.get_by_label("API key")
+            alert, key, run = page.locator("#error[role=alert]"), page.get_by_label("API key"), page.locator("#run")
+            expect(alert).to_have_text("This server needs its API key; type it.")
+            expect(key).to_be_focused()
+            expect(run).to_be_hidden()
             key.fill("wrong")
-            key.press("Tab")
-            expect(alert).to_contain_text("the request has another one")
+            page.get_by_role("button", name="Continue").click()
+            expect(alert).to_have_text("This is not the server's API key; type it again.")
             key.fill("open-sesame")
-            key.press("Tab")
+            key.press("Enter")
             expect(alert).to_have_text("")
-            page.get_by_role("button", name="Run").click()
+            expect(key).to_be_hidden()
+            run.click()
             done(page)
             assert "sesame" not in page.url
             assert "-H 'Authorization: Bearer '\"$COLLM_API_KEY\"" in page.evaluate("asCurl(state.panels[0])")
             page.reload()
             expect(page.locator("#model option")).to_have_count(1)
             expect(alert).to_have_text("")
+            expect(key).to_be_hidden()
+
+
+def test_a_server_that_was_not_there_is_asked_again(browser: Browser, server: Running) -> None:
+    with opened(browser, f"{server.url}/", failing="Failed to load resource") as page:
+        page.locator("#model option").first.wait_for(state="attached")
+        page.route("**/v1/collm/info", lambda route: route.abort())
+        page.goto(f"{server.url}/?")
+        expect(page.locator("#error")).to_have_text("The server cannot be reached; is it still running?")
+        page.unroute("**/v1/collm/info")
+        ask(page)
+        expect(page.locator("#error")).to_have_text("")
+
+
+def test_it_works_under_the_path_of_a_proxy(browser: Browser, serve_pair: Any) -> None:
+    with serve_pair(root_path="/collm") as server, opened(browser, f"{server.url}/collm/#{STATE}") as page:
+        page.get_by_role("button", name="Run").click()
+        done(page)
+        assert page.evaluate("asCurl(state.panels[0])").startswith(f"curl {server.url}/collm/v1/completions ")
 
 
 def test_what_goes_wrong_is_said_in_a_sentence(browser: Browser, server: Running) -> None:
     with opened(browser, f"{server.url}/#{STATE}", failing="Failed to load resource") as page:
         alert = page.locator("#error[role=alert]")
         page.get_by_label("Temperature").fill("9")
-        page.locator("form").evaluate("form => { form.noValidate = true; }")
+        page.locator("#form").evaluate("form => { form.noValidate = true; }")
         page.get_by_role("button", name="Run").click()
         expect(alert).to_have_text(re.compile(r"temperature is 9"))
         page.get_by_label("Temperature").fill("0")

@@ -55,7 +55,7 @@ def test_each_model_reads_a_chat_by_its_own_template(pair: CoLLM) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_chats_are_answered_as_from_python(pair: CoLLM, served: Running, stream: bool) -> None:
-    (wanted,) = pair.generate([CHAT], SamplingParams(max_new_tokens=20), threshold=0.4)
+    (wanted,) = pair.generate([CHAT], SamplingParams(max_tokens=20), threshold=0.4)
     assert {0, 1} == set(wanted.authors)
     asked: dict[str, Any] = {"model": "pair", "messages": CHAT, "max_tokens": 20, "temperature": 0, "logprobs": True}
     client = served.openai()
@@ -69,7 +69,7 @@ def test_chats_are_answered_as_from_python(pair: CoLLM, served: Running, stream:
 
 
 def test_prompts_and_truncated_prompts_are_continued(pair: CoLLM, served: Running) -> None:
-    params = SamplingParams(max_new_tokens=12)
+    params = SamplingParams(max_tokens=12)
     (wanted,) = pair.generate("Sure, the capital", params, threshold=0.4)
     body = {"model": "pair", "prompt": "Sure, the capital", "max_tokens": 12, "temperature": 0}
     said = served.post("/v1/completions", **body, collm={"threshold": 0.4}).json()
@@ -80,7 +80,7 @@ def test_prompts_and_truncated_prompts_are_continued(pair: CoLLM, served: Runnin
 
 
 def test_candidates_of_both_authors(pair: CoLLM, served: Running) -> None:
-    (done,) = pair.generate([CHAT], SamplingParams(max_new_tokens=8), threshold=0.4)
+    (done,) = pair.generate([CHAT], SamplingParams(max_tokens=8), threshold=0.4)
     body = {"model": "pair", "messages": CHAT, "token_ids": done.token_ids, "most": 2}
     found = served.post("/v1/collm/candidates", **body).json()["candidates"]
     assert [[len(each) for each in token] for token in found] == [

@@ -156,9 +156,9 @@ def test_decoding_stops_at_it(tiny_model: Callable[..., PreTrainedModel], tokeni
     models = [tiny_model(0), tiny_model(1)]
     torch.manual_seed(0)
     free = CoLLM(models[0], models[1:], DeferralHead(32, 1), tokenizer)
-    ids = free.generate("w1 w2", SamplingParams(max_new_tokens=8), threshold=1)[0].token_ids
+    ids = free.generate("w1 w2", SamplingParams(max_tokens=8), threshold=1)[0].token_ids
     ending = CoLLM(models[0], models[1:], DeferralHead(32, 1), tokenizer, template=PromptTemplate(turn_ends=(ids[3],)))
-    out = ending.generate("w1 w2", SamplingParams(max_new_tokens=8), threshold=1)[0]
+    out = ending.generate("w1 w2", SamplingParams(max_tokens=8), threshold=1)[0]
     assert out.finish_reason == "eos"
     assert list(out.token_ids) == list(ids[: ids.index(ids[3]) + 1])
 

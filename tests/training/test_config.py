@@ -38,7 +38,22 @@ def test_defaults_are_the_authors_where_they_state_one(config: Make) -> None:
         ({"seed": -5}, "seed is -5, expected 0 to 2"),
         ({"resume_from_checkpoint": "x"}, "pass it to CoLLMTrainer.train"),
         ({"method": "both"}, "method is 'both', expected one of full, lora, head"),
+        ({"objective": "both"}, "objective is 'both', expected one of marginal, separate, weak, gain, paper"),
+        ({"method": "head", "objective": "separate"}, "objective 'separate' has no effect with method 'head'"),
+        ({"objective": "gain"}, "objective 'gain' fits the head of a frozen base, got method 'full'"),
+        (
+            {"method": "head", "objective": "gain", "deferral_cost": 1},
+            "deferral_cost has no effect here: objective 'gain'",
+        ),
+        ({"method": "head", "objective": "gain", "num_train_epochs": 5}, "num_train_epochs has no effect here"),
+        ({"method": "head", "objective": "gain", "gain_clip": 0.0}, "gain_clip is 0.0, expected a number above 0"),
+        ({"gain_clip": 4.0}, "gain_clip has no effect with objective=None; set objective to 'gain'"),
+        ({"objective": "paper", "deferral_cost": 1}, "deferral_cost is 1, but objective 'paper' has none"),
+        ({"objective": "weak", "warm_start": True, "positive_weight": 2.0}, "objective 'weak' has no warm start"),
+        ({"lr_scheduler_type": "sometimes"}, "training options are invalid"),
         ({"max_length": 1}, "max_length is 1"),
+        ({"num_train_epochs": -1}, "num_train_epochs is -1, expected a number above 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, expected at least 1"),
         ({"early_stopping_patience": 2}, "without load_best_model_at_end"),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
         ({"head_learning_rate": 0.0}, "head_learning_rate is 0.0"),
@@ -80,6 +95,26 @@ def test_a_config_kept_as_a_mapping_can_be_read_again(config: Make, method: str)
     made = config(method=method, eval_strategy="steps", eval_steps=5)
     kept = {one.name: made.to_dict()[one.name] for one in fields(made) if one.init}
     assert CoLLMConfig.from_dict(kept).to_dict() == made.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "better", "expected"),
+    [
+        ({}, 0.7, ("marginal", [0.0, 0.0])),
+        ({}, 0.8, ("separate", [1.0, 1.0])),
+        ({"method": "head"}, 0.8, ("marginal", [1.0, 1.0])),
+        ({"objective": "marginal"}, 0.8, ("marginal", [1.0, 1.0])),
+        ({"deferral_cost": 0.5}, 0.8, ("separate", [0.5, 0.5])),
+        ({"deferral_cost": 0.0}, 0.8, ("separate", [0.0, 0.0])),
+        ({"objective": "weak"}, 0.8, ("weak", [0.0, 0.0])),
+        ({"objective": "paper"}, 0.8, ("marginal", [0.0, 0.0])),
+        ({"method": "head", "objective": "gain"}, 0.8, ("gain", [0.0, 0.0])),
+    ],
+)
+def test_what_is_not_named_suits_the_scores(
+    config: Make, options: dict[str, Any], better: float, expected: tuple[str, list[float]]
+) -> None:
+    assert config(**options).chosen(2, better) == expected
 
 
 def test_a_deferral_cost_is_one_for_all_or_one_for_each(config: Make) -> None:

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from collm.errors import ConfigError, DataError
-from collm.training.data import load_records, load_rows
+from collm.training.data import load_records, load_rows, write_rows
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\u2028d", "completion": "é"}]
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}
@@ -263,3 +263,15 @@ def test_records_are_as_published(tmp_path: Path) -> None:
         load_records(jsonl(tmp_path / "any.jsonl", [*rows[:1], ["r"]]))
     with pytest.raises(DataError, match=r"any.jsonl has no rows"):
         load_records(jsonl(tmp_path / "any.jsonl", []))
+
+
+def test_a_row_may_say_its_kind(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = tmp_path / "rows.jsonl"
+    write_rows(
+        path, [{"prompt": "a", "completion": "b", "kind": "k"}, {"messages": chat, "kind": "c"}, {"messages": chat}]
+    )
+    rows = load_rows(path)
+    assert [row.kind for row in rows] == ["k", "c", ""]
+    write_rows(path, rows)
+    assert [row.kind for row in load_rows(path)] == ["k", "c", ""]

@@ -116,10 +116,12 @@ def test_two_processes_resume_as_if_never_stopped(alone: tuple[Path, dict[str, A
 
 @pytest.mark.soak
 def test_a_whole_run_in_two_processes_leaves_the_artefact_of_one(saved_model: Saved, tmp_path: Path) -> None:
-    rows = [{"prompt": f"w{i % 20} w{i % 7}", "completion": f"w{(i * 3) % 30} w{i % 11}"} for i in range(40)]
+    rows = [
+        {"prompt": f"w{i % 20} w{i % 7}", "completion": f"w{(i * 3) % 30} w{i % 11}"} for i in range(44)
+    ]  # 40 to learn from, whole batches
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["train", "--base", str(saved_model("base", 0)), "--assistant", str(saved_model("assistant", 1))]
-    common += ["--data", str(tmp_path / "train.jsonl"), "--max_new_tokens", "3", "--rates", "0", "0.5", "1"]
+    common += ["--data", str(tmp_path / "train.jsonl"), "--max_tokens", "3", "--rates", "0", "0.5", "1"]
     common += ["--learning_rate", "1e-3", "--max_length", "32", "--use_cpu", "true", "--device", "cpu"]
     common += ["--pseudo_label_variant", "b"]
     common += ["--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "true"]

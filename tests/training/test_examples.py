@@ -131,7 +131,7 @@ def test_chunks_do_not_change_values(tiny_model: Tiny, monkeypatch: pytest.Monke
 def test_only_the_shared_vocabulary_counts(tiny_model: Tiny) -> None:
     module = tiny_model(3)
     hidden, gold = torch.randn(5, 32), torch.randint(0, 50, (5,))
-    logprob, correct = at_targets(LanguageModel(module, name="model", vocab_size=50), hidden, gold)
+    logprob, correct, *_ = at_targets(LanguageModel(module, name="model", vocab_size=50), hidden, gold)
     logits = module.lm_head(hidden)[:, :50]
     torch.testing.assert_close(logprob, logits.log_softmax(-1)[torch.arange(5), gold])
     assert correct.tolist() == (logits.argmax(-1) == gold).tolist()

@@ -190,7 +190,7 @@ def test_what_an_official_format_has_not_is_refused(tmp_path: Path) -> None:
     for complaint, options in {
         "format is 'gsm', expected one of rows, tulu, gsm8k, gsm8k-plain, or": {"format": "gsm"},
         "format 'builtins:dict' is a type, expected a collm.training.formats.Format": {"format": "builtins:dict"},
-        "builtins has nothing of that name": {"format": "builtins:ROWS"},
+        "builtins has no such name": {"format": "builtins:ROWS"},
         "prompt_field and completion_field have no effect": {"format": "gsm8k", "prompt_field": "question"},
         "have no effect with format 'gsm8k'": {"format": "gsm8k", "completion_field": "answer"},
     }.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from collm.errors import DataError, RequestError
 from collm.text.chats import Chat
 from collm.text.template import PromptTemplate
-from collm.training.data import Row, load_rows
+from collm.training.data import Row, load_rows, write_rows
 from collm.training.examples import encode
 from tests.text.test_template import BYTE_LEVEL, CHATML, turns_of
 from tests.training.test_data import ANSWER, CHAT, USER, jsonl
@@ -42,6 +43,25 @@ def learned(row: Row, chat: str = CHATML) -> list[str]:
     assert row.messages is not None
     encoded = PromptTemplate(chat=chat).encode_chat(BYTE_LEVEL, row.messages, unlearned=row.unlearned)
     return [str(BYTE_LEVEL.decode(turn)).removesuffix("<|end|>") for one in encoded for _, turn in turns_of(one)]
+
+
+def test_rows_that_are_written_are_read_alike(tmp_path: Path) -> None:
+    calling = {"role": "assistant", "tool_calls": [CALL]}
+    chat = [USER, {"role": "assistant", "content": "", "weight": 0}, USER, calling, {"role": "tool", "content": "3"}]
+    rows = read(
+        tmp_path,
+        {"prompt": "é\u2028\n[", "completion": " x"},
+        {"messages": [*chat, ANSWER, USER], "tools": TOOLS},
+        {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
+        {"instruction": "add", "output": "4"},
+        {"messages": [USER, calling]},
+    )
+    write_rows(tmp_path / "written.jsonl", rows)
+    again = load_rows(tmp_path / "written.jsonl")
+    assert [replace(row, where="") for row in again] == [replace(row, where="") for row in rows]
+    for one, other in zip(again, rows, strict=True):
+        for chat_of in ("prompt", "messages"):
+            assert getattr(getattr(one, chat_of), "tools", None) == getattr(getattr(other, chat_of), "tools", None)
 
 
 @pytest.mark.parametrize("completion", [[ANSWER], ANSWER])

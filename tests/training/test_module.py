@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import collm.training.module
-from collm.core.head import DeferralHead
-from collm.core.objective import deferral_cost, marginal_logprobs
+from collm.core.head import DeferralHead, doubt_of
+from collm.core.objective import Objective, deferral_cost, marginal_logprobs, token_nll
 from collm.errors import MismatchError, UnsupportedModel
 from collm.models.language_model import LanguageModel
 from collm.training.examples import collate
@@ -85,6 +87,29 @@ def test_the_loss_is_the_marginal_likelihood_written_out(tiny_model: Tiny) -> No
     assert costly(**batch)["loss"].item() == pytest.approx(with_cost, rel=1e-4)
     assert costly(**batch, per_token=True)["loss"].item() == pytest.approx(with_cost, rel=1e-4)
     assert views.measures(costs)["loss"] == pytest.approx(with_cost, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["marginal", "separate"])
+def test_a_head_reads_the_doubt_of_a_tuned_base_without_a_gradient_through_it(
+    objective: Objective, tiny_model: Tiny
+) -> None:
+    base, head = tiny_model(1), DeferralHead(32, 2, width=5, doubt=True)
+    torch.nn.init.normal_(head.output_weight)
+    batch = collate([DATA[i] for i in range(len(DATA))])
+    mask = batch["target_mask"]
+    hidden = base.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[mask]
+    logits = base.lm_head(hidden)
+    logprob = -F.cross_entropy(logits, batch["gold"][mask], reduction="none")
+    u = head(hidden, doubt_of(logits))
+    parameters = [*base.parameters(), *head.parameters()]
+    loss = token_nll(logprob, batch["assistant_logprobs"][mask], u, objective).mean()
+    expected = torch.autograd.grad(loss, parameters)
+    module = JointModule(base, head, objective=objective)
+    found = module(**batch)["loss"]
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(found, parameters), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    assert module(**batch, per_token=True)["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_batching_and_chunks_change_nothing(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +263,39 @@ def test_autocast_computes_products_in_bf16_and_the_likelihood_in_fp32(
         in_bf16 = gradients(marginal_nll_sum, model)
     assert all(tensor.dtype == torch.float32 for tensor in in_bf16)
     assert not torch.equal(in_bf16[0], gradients(marginal_nll_sum, model)[0])
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_separate_gives_the_base_the_gradient_of_cross_entropy(architecture: str) -> None:
+    """And the head that of the marginal likelihood, whose value is part of the loss."""
+    model = LanguageModel(make_model(EXACT[architecture](), 0), name="base")
+
+    def cross_entropy(model: LanguageModel, hidden: Tensor, gold: Tensor, _: Tensor, defer_logits: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(hidden).float(), gold, reduction="sum") + 0 * defer_logits.sum()
+
+    value, of_hidden, of_defer, *of_layer = gradients(partial(marginal_nll_sum, objective="separate"), model)
+    alone, own_hidden, _, *own_layer = gradients(cross_entropy, model)
+    marginal, _, own_defer, *_ = gradients(plain, model)
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(value, alone + marginal, **near)
+    torch.testing.assert_close(of_defer, own_defer, **near)
+    torch.testing.assert_close([of_hidden, *of_layer], [own_hidden, *own_layer], **near)
+
+
+def test_evaluation_measures_the_objective_that_is_trained(tiny_model: Tiny) -> None:
+    module = JointModule(tiny_model(1), make_head(), deferral_costs=[0.7, 0.2], objective="separate")
+    batch = collate([DATA[i] for i in range(6)])
+    trained = module(**batch)["loss"].item()
+    out = module(**batch, per_token=True)
+    mask = batch["target_mask"]
+    views = {name: out[name][mask].detach() for name in ("base_logprob", "base_correct", "defer_logits")}
+    views |= {name: batch[name][mask] for name in ("assistant_logprobs", "assistant_correct")}
+    assert out["loss"].item() == pytest.approx(trained, rel=1e-5)
+    measured = TokenViews(**views).measures([0.7, 0.2], "separate")
+    assert measured["loss"] == pytest.approx(trained, rel=1e-5)
+    joint = JointModule(module.base, module.head, deferral_costs=[0.7, 0.2])(**batch)["loss"].item()
+    assert trained == pytest.approx(joint + measured["base_nll"], rel=1e-5)
 
 
 def test_a_frozen_output_layer_costs_no_gradient(tiny_model: Tiny) -> None:

@@ -259,8 +259,6 @@ def test_refusals_are_not_tried_again(server: FakeServer, refusal: Refuse, kind:
 @pytest.mark.slow
 def test_limits_of_the_server_are_said(module: PreTrainedModel) -> None:
     with FakeServer(module, max_model_len=12) as server:
-        assert remote(server, max_length=40).max_length == 10
-        assert remote(server, max_length=7).max_length == 7
         model = remote(server)
         assert model.max_length == 10
         fits, too_long = (Example([3] * n, [False] * (n - 1) + [True]) for n in (11, 12))
@@ -352,7 +350,7 @@ def test_servers_that_do_not_serve_the_model_are_refused(server: FakeServer) -> 
             remote(server)
     server.fail(Refuse(503), Drop(), path="/v1/models")
     naps = Naps()
-    remote(server, sleep=naps, name="assistant")
+    remote(server, sleep=naps)
     assert len(naps.seconds) == 2
 
 
@@ -373,7 +371,6 @@ def test_a_server_that_is_not_there_is_named(server: FakeServer, module: PreTrai
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"retries": -1}, "retries is -1, expected at least 0"),
         ({"vocab_size": 0}, "vocab_size is 0"),
-        ({"max_length": 0}, "max_length is 0"),
         ({"base_url": "localhost:8000"}, "base_url is not a URL"),
         ({"base_url": "ftp://localhost"}, "base_url is not a URL"),
         ({"base_url": "http://127.0.0.1:99x/v1"}, "base_url is not a URL"),
@@ -385,7 +382,7 @@ def test_a_server_that_is_not_there_is_named(server: FakeServer, module: PreTrai
 )
 def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], complaint: str) -> None:
     monkeypatch.setenv("COLLM_BAD", f"{KEY}\nX-Header: 1")
-    options = {"base_url": "http://127.0.0.1:1/v1", "model": "tiny", "vocab_size": 97, **changes}
+    options = {"base_url": "http://127.0.0.1:1/v1", "name": "tiny", "vocab_size": 97, **changes}
     with pytest.raises(ConfigError, match=complaint) as caught:
         RemoteModel(**options)
     assert KEY not in str(caught.value)

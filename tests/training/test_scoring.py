@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from collm.core.head import doubt_of
 from collm.errors import ArtefactError, ConfigError, MismatchError, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
 from collm.models.loading import ModelSpec, load_model
@@ -36,6 +37,20 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def test_the_doubt_is_stored_with_the_hidden_states(tiny_model: Tiny, tmp_path: Path) -> None:
+    module = tiny_model(1)
+    scores = run(module, tmp_path, hidden_states=True)
+    assert scores.hidden is not None
+    assert scores.doubt is not None
+    for index, example in enumerate(EXAMPLES):
+        with torch.no_grad():
+            logits = module(torch.tensor([example.token_ids])).logits[0, :-1]
+        own = slice(scores.offsets[index], scores.offsets[index + 1])
+        expected = doubt_of(logits[example.is_target[1:]])
+        torch.testing.assert_close(scores.doubt[own], expected, rtol=1e-4, atol=1e-5)
+    assert run(module, tmp_path / "plain").doubt is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("max_batch_tokens", [1, 64, 4096])
 def test_scores_equal_the_shifted_cross_entropy_of_the_model(
@@ -53,13 +68,14 @@ def test_scores_equal_the_shifted_cross_entropy_of_the_model(
         torch.testing.assert_close(
             scores.logprob(index), logits[rows].log_softmax(-1)[range(len(rows)), gold], rtol=1e-4, atol=1e-5
         )
+        assert scores.predicted is not None
+        predicted = scores.predicted[scores.offsets[index] : scores.offsets[index + 1]]
+        assert predicted.tolist() == logits[rows].argmax(-1).tolist()
         assert scores.correct(index).tolist() == [int(logits[t].argmax()) == g for t, g in zip(rows, gold, strict=True)]
         labels = torch.tensor([[i if hit else -100 for i, hit in zip(ids[0], example.is_target, strict=True)]])
         total += module(ids, labels=labels).loss.item() * len(rows)
-    summary = scores.summary()
-    assert summary.num_targets == sum(example.num_targets for example in EXAMPLES)
-    assert summary.mean_nll_nats == pytest.approx(total / summary.num_targets, rel=1e-5)
-    assert summary.accuracy == pytest.approx(scores.corrects.float().mean().item())
+    assert len(scores.logprobs) == sum(example.num_targets for example in EXAMPLES)
+    assert -scores.logprobs.mean().item() == pytest.approx(total / len(scores.logprobs), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -227,6 +243,7 @@ def test_shards_are_plain_safetensors(tiny_model: Tiny, tmp_path: Path) -> None:
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
         "logprob": torch.float32,
         "correct": torch.uint8,
+        "predicted": torch.int32,
         "offsets": torch.int64,
         "examples": torch.int64,
     }
@@ -236,12 +253,40 @@ def test_shards_are_plain_safetensors(tiny_model: Tiny, tmp_path: Path) -> None:
 
 
 def test_the_progress_bar_is_silent_where_not_enabled(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar("Scoring", enabled=False) as progress:
+    with progress_bar("scoring", enabled=False) as progress:
         progress(1, 2)
     assert capsys.readouterr() == ("", "")
-    with progress_bar("Scoring") as progress:
-        progress(2, 2)
-    assert "Scoring" in capsys.readouterr().err
+
+
+def test_progress_is_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with progress_bar("scoring with \x1bmine", "texts") as progress:
+        for done in range(0, 5001, 5):
+            now = 100 + done / 100
+            progress(done, 5000)
+        progress(5000, 5000)
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring with <1b>mine: 0 of 5,000 texts",
+        "scoring with <1b>mine: 1,000 of 5,000 texts, about 0:00:40 left",
+        "scoring with <1b>mine: 2,000 of 5,000 texts, about 0:00:30 left",
+        "scoring with <1b>mine: 3,000 of 5,000 texts, about 0:00:20 left",
+        "scoring with <1b>mine: 4,000 of 5,000 texts, about 0:00:10 left",
+        "scoring with <1b>mine: 5,000 of 5,000 texts",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress_bar("[scoring]", "texts") as progress:
+        progress(1200, 4000)
+    shown = capsys.readouterr().err
+    assert "[scoring] " in shown
+    assert "━" in shown
+    assert "1,200 of 4,000 texts" in shown
 
 
 def test_processes_share_the_shards(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

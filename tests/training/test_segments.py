@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from collm import CoLLM, DeferralHead, ModelSpec, ToolSpec
+from collm.core.head import doubt_of
 from collm.core.segments import SegmentLaw, segment_scores, token_terms
 from collm.core.types import BASE
 from collm.errors import DataError
@@ -26,6 +27,7 @@ from collm.training.data import load_rows
 from collm.training.examples import Example, Examples, collate, encode, fingerprint, scatter, shift
 from collm.training.module import JointModule
 from collm.training.scoring import read_scores, write_scores
+from tests.tiny_models import make_model, tiny_config
 from tests.training.conftest import Make
 from tests.two_tokenizers import two_aligned, two_tokenizers, writing_model
 
@@ -92,7 +94,10 @@ def test_scores_are_the_law_written_out(rows_file: Path, max_length: int) -> Non
         model, own = writing_model(tokenizer, author), examples.read_by(author)
         assert [one.num_targets for one in own] == [one.num_targets for one in examples]
         assert fingerprint(own) == fingerprint(examples)
-        found = read_scores(LanguageModel(model, name="one"), own)
+        language_model = LanguageModel(model, name="one")
+        found = read_scores(language_model, own, hidden_states=True)
+        with torch.no_grad():
+            torch.testing.assert_close(found["doubt"], doubt_of(language_model.logits(found["hidden"])))
         wanted = [slow_segments(model, example) for example in own]
         torch.testing.assert_close(
             found["logprob"], torch.tensor([value for values, _, _ in wanted for value in values]), atol=1e-4, rtol=1e-5
@@ -110,6 +115,23 @@ def test_an_assistant_that_writes_past_the_ends_of_segments_is_warned_of(
         monkeypatch.setattr(scoring, "LOW_STOP", floor)
         write_scores(LanguageModel(model, name="expert"), examples, tmp_path / str(number), spec=ModelSpec("expert"))
         assert ("expert gives the end of a segment" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("num_ends", [1, 3])
+def test_the_probabilities_of_all_segments_sum_to_one(num_ends: int) -> None:
+    """Of one token each, and the end of the text, whichever token it is written with."""
+    vocab_size, ends = 11, [2, 5, 7][:num_ends]
+    model = LanguageModel(make_model(tiny_config(vocab_size=vocab_size, initializer_range=0.5), 0), name="one")
+    is_end = torch.tensor([token in ends for token in range(vocab_size)])
+    law = SegmentLaw(torch.ones(258, 256, dtype=torch.bool), torch.where(is_end, -1, 65), is_end)
+    within = [Example([3, token, 4], [False, True, False], [-1, 0, 0], law) for token in range(vocab_size)]
+    last = [Example([3, token], [False, True], [-1, 0], law) for token in ends]
+    segments = [one for one in within if one.token_ids[1] not in ends]
+    scores = read_scores(model, [*segments, *last])
+    probs = scores["logprob"].exp()
+    assert probs[:-num_ends].sum().item() + probs[-1].item() == pytest.approx(1, abs=1e-5)
+    assert probs[-num_ends:].tolist() == pytest.approx([probs[-1].item()] * num_ends)
+    assert scores["correct"].sum() in (1, num_ends)
 
 
 def test_examples_hold_the_same_answers_in_the_tokens_of_each_author(rows_file: Path) -> None:
@@ -235,10 +257,12 @@ def test_an_answer_with_a_special_token_is_refused(tmp_path: Path) -> None:
     [
         ("full", {}),
         ("head", {}),
+        ("full", {"objective": "separate"}),
+        ("head", {"objective": "gain"}),
         pytest.param("lora", {"lora_target_modules": ["q_proj", "v_proj"]}, marks=pytest.mark.soak),
         pytest.param("full", {"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.soak),
     ],
-    ids=["full", "head", "lora", "compiled"],
+    ids=["full", "head", "separate", "gain", "lora", "compiled"],
 )
 def test_a_run_from_rows_to_answers(
     method: str, options: dict[str, Any], rows_file: Path, config: Make, tmp_path: Path
@@ -252,7 +276,7 @@ def test_a_run_from_rows_to_answers(
         specs.append(str(place))
     models = {"base": specs[0], "assistant": [specs[1], "tool:calculator"], "dtype": "float32"}
     rows = str(rows_file)
-    setting = RunConfig(**models, data=rows, validation=rows, max_new_tokens=8, rates=[0.5], refine=0)
+    setting = RunConfig(**models, data=rows, validation=rows, max_tokens=8, rates=[0.5], refine=0)
     args = config(method=method, **options, max_length=128, logging_strategy="no", eval_strategy="epoch")
     result = train_collaboration(setting, args, quiet=True)
     model = CoLLM.from_pretrained(tmp_path / "run" / "collaboration")

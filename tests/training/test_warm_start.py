@@ -13,14 +13,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from collm.core.head import DeferralHead, author_logprobs
-from collm.errors import ConfigError, DataError, MismatchError
+from collm.errors import DataError
 from collm.models.language_model import LanguageModel
 from collm.training.examples import Examples, shift
+from collm.training.fitting import fit_linear
 from collm.training.inspection import LabelReport, auc, label_tokens
-from collm.training.warm_start import WarmStartReport, fit_authors, warm_start, weighted_nll
+from collm.training.warm_start import warm_start, weighted_nll
 from tests.training.conftest import Make, Tiny, make_scores, random_examples
 
-Fit = Callable[..., WarmStartReport]
+Fit = Callable[..., dict[str, float]]
 EXAMPLES = random_examples(200, seed=3)
 
 
@@ -42,7 +43,7 @@ def planted(hidden: Tensor, num_assistants: int) -> Tensor:
 
 
 @pytest.fixture
-def fit(config: Make) -> Callable[..., WarmStartReport]:
+def fit(config: Make) -> Callable[..., dict[str, float]]:
     """Fits a head to labels of these examples: fit(module, head, labels, **options)."""
 
     def run(
@@ -52,7 +53,7 @@ def fit(config: Make) -> Callable[..., WarmStartReport]:
         examples: Examples = EXAMPLES,
         num_assistants: int | None = None,
         **options: Any,
-    ) -> WarmStartReport:
+    ) -> dict[str, float]:
         _, *counts = labels.bincount(minlength=1 + (num_assistants or head.num_assistants)).tolist()
         report = LabelReport(len(labels), tuple(count / len(labels) for count in counts), better=0.5)
         base = LanguageModel(module, name="base")
@@ -71,10 +72,10 @@ def test_a_planted_linear_rule_is_recovered(tiny_model: Tiny, fit: Fit, num_assi
     head = DeferralHead(32, num_assistants)
     report = fit(module, head, values, positive_weight=1.0)
     assert (author_logprobs(head(hidden)).argmax(-1) == values).float().mean() > 0.99
-    assert report.accuracy > 0.93
-    assert report.auc > 0.98
-    assert report.num_tokens == len(values)
-    assert report.share == pytest.approx((values != 0).float().mean().item())
+    assert report["accuracy"] > 0.93
+    assert report["auc"] > 0.98
+    assert report["num_tokens"] == len(values)
+    assert report["share"] == pytest.approx((values != 0).float().mean().item())
 
 
 @pytest.mark.slow
@@ -101,7 +102,7 @@ def test_two_assistants_get_the_tokens_they_own(tiny_model: Tiny, fit: Fit) -> N
     found = author_logprobs(head(hidden_states(module, examples))).argmax(-1)
     for author in range(3):
         assert (found[owner == author] == author).float().mean() > 0.95
-    assert report.accuracy > 0.95
+    assert report["accuracy"] > 0.95
 
 
 @pytest.mark.slow
@@ -111,7 +112,7 @@ def test_the_same_seed_gives_the_same_head_and_the_base_is_only_read(tiny_model:
     values = planted(hidden_states(module, EXAMPLES), 1)
     heads = [DeferralHead(32, 1) for _ in range(3)]
     for head, seed in zip(heads, (0, 0, 1), strict=True):
-        assert fit(module, head, values, seed=seed, warm_start_tokens=300).num_tokens == 300
+        assert fit(module, head, values, seed=seed, warm_start_tokens=300)["num_tokens"] == 300
     assert torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[0].weight, heads[2].weight)
     assert module.training
@@ -124,19 +125,14 @@ def test_what_does_not_fit_is_refused(tiny_model: Tiny, fit: Fit) -> None:
     ones = torch.ones(sum(example.num_targets for example in EXAMPLES), dtype=torch.int64)
     with pytest.raises(DataError, match=r"no positive .*deferring has no benefit"):
         fit(module, DeferralHead(32, 1), 0 * ones)
-    for head in (DeferralHead(31, 1), DeferralHead(32, 2)):
-        with pytest.raises(MismatchError, match="the head has hidden size"):
-            fit(module, head, ones, num_assistants=1)
-    with pytest.raises(ConfigError, match="label the same examples"):
-        fit(module, DeferralHead(32, 1), ones, random_examples(3))
 
 
 def test_one_example_with_all_labels_alike_can_be_fitted(tiny_model: Tiny, fit: Fit) -> None:
     examples = random_examples(1)
     head = DeferralHead(32, 1)
     report = fit(tiny_model(1), head, torch.ones(examples[0].num_targets, dtype=torch.int64), examples)
-    assert report.accuracy == 1
-    assert math.isnan(report.auc)
+    assert report["accuracy"] == 1
+    assert math.isnan(report["auc"])
     assert torch.isfinite(head.weight).all()
     assert torch.isfinite(head.bias).all()
 
@@ -162,11 +158,10 @@ def test_the_weighted_loss_is_that_of_repeated_positives() -> None:
 def test_the_fit_is_a_minimum() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(200, 5, generator=generator), torch.randint(0, 3, (200,), generator=generator)
-    start = (torch.zeros(2, 5), torch.zeros(2))
-    weight, bias = fit_authors(features, labels, start, positive_weight=3.0, penalty=0.01)
-    weight.requires_grad_(), bias.requires_grad_()
-    loss = weighted_nll(F.linear(features, weight, bias), labels, 3.0) + 0.005 * weight.square().sum()
-    for gradient in torch.autograd.grad(loss, (weight, bias)):
+    head = DeferralHead(5, 2)
+    fit_linear(head, features, lambda u, rows: weighted_nll(u, labels[rows], 3.0), slice(None), penalty=0.01)
+    loss = weighted_nll(head(features), labels, 3.0) + 0.005 * head.weight.square().sum()
+    for gradient in torch.autograd.grad(loss, (head.weight, head.bias)):
         assert gradient.abs().max() < 1e-4
 
 

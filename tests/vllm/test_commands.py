@@ -63,13 +63,13 @@ def rows(path: Path) -> Path:
 
 
 def test_generate_writes_the_same(saved: Saved) -> None:
-    asked = ["generate", saved.path, "w5 w6", "--threshold", 0.5, "--max-new-tokens", 12]
+    asked = ["generate", saved.path, "w5 w6", "--threshold", 0.5, "--max-tokens", 12]
     assert run(*asked, "--servers", saved.servers) == run(*asked)
 
 
 def test_calibrate_finds_the_same(saved: Saved, tmp_path: Path) -> None:
     asked = ["calibrate", saved.path, "--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1"]
-    asked += ["--rate", 0.3, "--max-new-tokens", 8, "--refine", 0]
+    asked += ["--rate", 0.3, "--max-tokens", 8, "--refine", 0]
     found = []
     for more in ((), ("--servers", saved.servers)):
         run(*asked, *more)
@@ -96,11 +96,11 @@ def tuned(saved: Saved, tmp_path: Path) -> Saved:
 
 def test_commands_across_servers_load_no_model(tuned: Saved, tmp_path: Path) -> None:
     """Who uses servers because the models do not fit has no other."""
-    asked = ["--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1", "--max-new-tokens", 4]
+    asked = ["--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1", "--max-tokens", 4]
     asked += ["--servers", tuned.servers]
     run("calibrate", tuned.path, *asked, "--budget", 0.2, "--check", 0.4)
     run("eval", tuned.path, *asked, "--task", "rows", "--out", tmp_path / "out")
-    run("generate", tuned.path, "w5 w6", "--max-new-tokens", 4, "--servers", tuned.servers)
+    run("generate", tuned.path, "w5 w6", "--max-tokens", 4, "--servers", tuned.servers)
 
 
 def test_what_needs_models_in_memory_is_refused_across_servers(tuned: Saved, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_what_needs_models_in_memory_is_refused_across_servers(tuned: Saved, tmp
 
 def test_eval_scores_the_same(saved: Saved, tmp_path: Path) -> None:
     asked = ["eval", saved.path, "--task", "rows", "--data", rows(tmp_path / "rows.jsonl"), "--metric", "token_f1"]
-    asked += ["--threshold", 0.5, "--max-new-tokens", 8, "--compare", "base,assistant,random,budget:budget=0.2"]
+    asked += ["--threshold", 0.5, "--max-tokens", 8, "--compare", "base,assistant,random,budget:budget=0.2"]
     found: list[dict[str, Any]] = []
     for name, more in {"local": (), "served": ("--servers", saved.servers)}.items():
         run(*asked, "--out", tmp_path / name, *more)

@@ -116,7 +116,7 @@ def test_an_assistant_that_does_not_tokenize_is_accepted(cluster: Clusters) -> N
         world.fakes[1] = fake
         model = world.connect()
         assert model.backend.connections.authors[1].max_length is None
-        (out,) = model.generate([[5, 6]], SamplingParams(max_new_tokens=8), threshold=0.3)
+        (out,) = model.generate([[5, 6]], SamplingParams(max_tokens=8), threshold=0.3)
         assert set(out.authors) == {0, 1}
 
 
@@ -140,7 +140,7 @@ def test_a_list_of_models_that_is_none_is_refused(cluster: Clusters, cards: list
 def test_a_server_of_several_models_is_refused(cluster: Clusters) -> None:
     world = cluster()
     world.fakes[1].cards = [{"id": "tiny"}, {"id": "adapter"}]
-    check(world, LoadError, r"serves several models \(tiny, adapter\); expected only the assistant")
+    check(world, LoadError, r"serves several models \(tiny, adapter\); expected only the assistant, or its model after")
     world.fakes[1].cards = []
     check(world, LoadError, "serves no model; expected only the assistant")
 
@@ -157,14 +157,14 @@ def test_a_key_is_needed_where_servers_want_one(cluster: Clusters, monkeypatch: 
     check(world, LoadError, "status 401 .*; name the key's environment variable", wait_s=60)
     check(world, ConfigError, "the environment variable THE_KEY holds no key", api_key_env="THE_KEY")
     monkeypatch.setenv("THE_KEY", "secret")
-    assert world.connect(api_key_env="THE_KEY").generate([[5]], SamplingParams(max_new_tokens=2), threshold=0.5)
+    assert world.connect(api_key_env="THE_KEY").generate([[5]], SamplingParams(max_tokens=2), threshold=0.5)
 
 
 def test_servers_may_listen_on_unix_sockets(
     members: Callable[[int], Members], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # is for other servers
-    world, greedy = members(1), SamplingParams(max_new_tokens=4)
+    world, greedy = members(1), SamplingParams(max_tokens=4)
     with ExitStack() as stack:
         paths = [tmp_path / f"Author {author}.sock" for author in range(2)]
         pairs = zip(world.served, paths, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ from collm.core.policies import (
     SingleAuthorPolicy,
     ThresholdPolicy,
 )
+from collm.engine.decision import Draw
 from collm.engine.runner import ModelRunner
-from collm.engine.sequence import Draw
 from collm.errors import ConfigError, ModelFailure
 from collm.models.language_model import LanguageModel
 from collm.vllm import POLICY, THRESHOLD, author_of, author_token
 from collm.vllm.drafting import Drafted, Drafter, RoundTimes, check_policy, policy_of
-from tests.engine.test_engine import prompts_of, random_head
+from tests.engine.test_engine import SHAPES, prompts_of, random_head
 from tests.tiny_models import make_model, tiny_config
 
 NEW = 30
@@ -107,12 +107,18 @@ def engine_of(pair: CoLLM, most: int, **options: bool) -> Engine:
     return Engine(drafter, pair.assistants[0], ends, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("most", "trims"), [(1, False), (4, False), (9, False), (5, True)])
-def test_texts_are_those_of_the_local_engine_for_mixed_rules(pair: CoLLM, most: int, trims: bool) -> None:
+@pytest.mark.parametrize(
+    ("most", "trims", "shape"), [(1, False, {}), (4, False, {}), (9, False, {}), (5, True, {}), (5, True, SHAPES[-1])]
+)
+def test_texts_are_those_of_the_local_engine_for_mixed_rules(
+    pair: CoLLM, most: int, trims: bool, shape: dict[str, Any]
+) -> None:
+    if shape:
+        pair = CoLLM(pair.base, pair.assistants, random_head(32, 1, seed=1, **shape), pair.tokenizer)
     policies = POLICIES_AT_ONCE * 2
     prompts = prompts_of(1, len(policies))
     params = [
-        SamplingParams(max_new_tokens=NEW, seed=-seed if policy.draws else None) for seed, policy in enumerate(policies)
+        SamplingParams(max_tokens=NEW, seed=-seed if policy.draws else None) for seed, policy in enumerate(policies)
     ]
     expected = pair.generate(prompts, params, policy=policies)
     found = engine_of(pair, most, trims=trims).run(prompts, policies)

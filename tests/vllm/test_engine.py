@@ -34,7 +34,7 @@ from tests.engine.test_engine import prompts_of
 from tests.vllm.conftest import Cluster, Members, make_members
 
 Clusters = Callable[..., Cluster]
-GREEDY = SamplingParams(max_new_tokens=24)
+GREEDY = SamplingParams(max_tokens=24)
 
 
 def check_equal(ours: Completion, expected: Completion, *, defer_probs: bool = True) -> None:
@@ -86,7 +86,7 @@ def test_stop_strings_cut_the_same_text_wherever_a_piece_ends(cluster: Clusters)
     whole = local.generate(prompts, GREEDY, threshold=0.5)
     assert len({author for one in whole for author in one.authors}) == 2
     stops = [one.text[place : place + 7] for place, one in enumerate(whole, start=20)]  # across tokens
-    params = [SamplingParams(max_new_tokens=24, stop=[stop, "never"]) for stop in stops]
+    params = [SamplingParams(max_tokens=24, stop=[stop, "never"]) for stop in stops]
     expected = local.generate(prompts, params, threshold=0.5)
     assert {one.finish_reason for one in expected} == {"stop"}
     check_all_equal(remote.generate(prompts, params, threshold=0.5), expected)
@@ -107,11 +107,11 @@ def test_an_end_token_of_either_author_ends_the_text(cluster: Clusters, monkeypa
     check_all_equal(world.connect().generate(prompts, GREEDY, threshold=0.5), expected)
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 2, 7, 500])
-def test_limits_of_request_and_context_are_the_same(cluster: Clusters, max_new_tokens: int) -> None:
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 500])
+def test_limits_of_request_and_context_are_the_same(cluster: Clusters, max_tokens: int) -> None:
     world = cluster()
     prompts = [*prompts_of(7, 1), [5] * 126, [6] * 127]
-    params = SamplingParams(max_new_tokens=max_new_tokens)
+    params = SamplingParams(max_tokens=max_tokens)
     remote = world.connect()
     for threshold in (-1.0, 0.5, 1.0):
         expected = world.members.local.generate(prompts, params, threshold=threshold)
@@ -196,7 +196,7 @@ def test_tokens_are_drawn_by_the_law_of_their_author(
 ) -> None:
     world = cluster()
     draws = 300
-    params = SamplingParams(max_new_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, seed=1)
+    params = SamplingParams(max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, seed=1)
     (prompt,) = prompts_of(13, 1)
     model = world.connect()
     for author, policy in enumerate([ThresholdPolicy(1.0), ThresholdPolicy(-1.0)]):
@@ -211,13 +211,13 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(cluster: Clusters) -
     world = cluster(pieces=(1, 4))
     model = world.connect()
     prompts = prompts_of(14, 6)
-    params = [SamplingParams(max_new_tokens=16, temperature=1.0, seed=seed) for seed in (3, 3, 4, 5, 6, 7)]
+    params = [SamplingParams(max_tokens=16, temperature=1.0, seed=seed) for seed in (3, 3, 4, 5, 6, 7)]
     together = model.generate(prompts, params, threshold=0.5)
     assert len({author for one in together for author in one.authors}) == 2
     for place in (5, 0, 3):
         (alone,) = model.generate(prompts[place], params[place], threshold=0.5)
         assert (alone.token_ids, alone.authors) == (together[place].token_ids, together[place].authors)
-    (other,) = model.generate(prompts[0], SamplingParams(max_new_tokens=16, temperature=1.0, seed=8), threshold=0.5)
+    (other,) = model.generate(prompts[0], SamplingParams(max_tokens=16, temperature=1.0, seed=8), threshold=0.5)
     assert other.token_ids != together[0].token_ids
     bodies = [body for fake in world.fakes for body in fake.bodies if body["prompt"][: len(prompts[4])] == prompts[4]]
     assert len({body["seed"] for body in bodies}) == len(bodies) > 2  # each call draws on its own
@@ -260,7 +260,7 @@ def test_a_stream_that_is_left_leaves_nothing_running(cluster: Clusters) -> None
     world = cluster()
     model, (base, _) = world.connect(), world.fakes
     (prompt,) = prompts_of(17, 1)
-    steps = model.stream(prompt, SamplingParams(max_new_tokens=100), threshold=1.0)
+    steps = model.stream(prompt, SamplingParams(max_tokens=100), threshold=1.0)
     next(steps)
     base.hold()
     steps.close()
@@ -283,7 +283,7 @@ def test_no_more_requests_run_than_allowed(cluster: Clusters, max_batch: int) ->
 def test_many_at_once_are_all_answered(cluster: Clusters) -> None:
     world = cluster()
     prompts = prompts_of(19, 60)
-    short = SamplingParams(max_new_tokens=6)
+    short = SamplingParams(max_tokens=6)
     expected = world.members.local.generate(prompts, short, threshold=0.5)
     out = world.connect().generate(prompts, short, threshold=0.5, max_batch=60)
     assert [one.token_ids for one in out] == [one.token_ids for one in expected]
@@ -313,7 +313,7 @@ def test_what_servers_cannot_follow_is_refused(cluster: Clusters) -> None:
 def test_nothing_is_left_to_the_generation_config_of_a_served_model(cluster: Clusters) -> None:
     world = cluster()
     model = world.connect()
-    model.generate([[5]], SamplingParams(max_new_tokens=3, temperature=1.0), threshold=0.5)
+    model.generate([[5]], SamplingParams(max_tokens=3, temperature=1.0), threshold=0.5)
     for body in [body for fake in world.fakes for body in fake.bodies]:
         neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
         assert body.items() >= {**neutral, "ignore_eos": True, "top_p": 1.0, "top_k": 0}.items()
@@ -323,7 +323,7 @@ def test_candidates_are_those_of_the_models_in_memory(cluster: Clusters) -> None
     world = cluster()
     (prompt,) = prompts_of(20, 1)
     model, local = world.connect(), world.members.local
-    (out,) = local.generate(prompt, SamplingParams(max_new_tokens=5), threshold=0.5)
+    (out,) = local.generate(prompt, SamplingParams(max_tokens=5), threshold=0.5)
     ours, theirs = (each.candidates(prompt, out.token_ids, 3) for each in (model, local))
     for place in range(5):
         for author in (0, 1):

@@ -121,6 +121,13 @@ def test_what_no_row_can_hold_is_refused(tokenizer: PreTrainedTokenizerFast, tmp
         export_base(
             load_model(ModelSpec(str(tmp_path / "named" / "model"), quantization="nf4")), biased_head(), tokenizer, out
         )
+    for head, reason in (
+        (DeferralHead(32, 2, predicts_gain=True), "takes the largest of the gains of 2 assistants"),
+        (DeferralHead(32, width=8), "has a hidden layer of 8 units"),
+        (DeferralHead(32, doubt=True), "reads the base's doubt"),
+    ):
+        with pytest.raises(UnsupportedModel, match=f"the head {reason}, so no rows .* can hold the head; decode with"):
+            export_base(make_model(tiny_config(), 0), head, tokenizer, out)
     tokenizer.save_pretrained(tmp_path / "named")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "named")
     tokenizer.add_tokens(["<|defer|>"])

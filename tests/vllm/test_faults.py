@@ -19,7 +19,7 @@ from tests.vllm.fake import DOWN, HANG, FakeVllm, Fault, refusal
 from tests.vllm.test_engine import check_equal
 
 Clusters = Callable[..., Cluster]
-GREEDY = SamplingParams(max_new_tokens=16)
+GREEDY = SamplingParams(max_tokens=16)
 (PROMPT,) = prompts_of(21, 1)
 
 FAILURES = {

@@ -105,9 +105,7 @@ def test_the_assistant_alone_is_its_greedy_text(world: World) -> None:
 def test_stop_strings_ends_and_streams_are_the_local_ones(world: World) -> None:
     prompts = prompts_of(5, 8)
     whole = world.local.generate(prompts, GREEDY, threshold=0.5)
-    params = [
-        SamplingParams(max_new_tokens=40, stop=[one.text[place : place + 7]]) for place, one in enumerate(whole, 20)
-    ]
+    params = [SamplingParams(max_tokens=40, stop=[one.text[place : place + 7]]) for place, one in enumerate(whole, 20)]
     expected = world.local.generate(prompts, params, threshold=0.5)
     assert {one.finish_reason for one in expected} == {"stop"}
     served = world.served
@@ -119,11 +117,11 @@ def test_stop_strings_ends_and_streams_are_the_local_ones(world: World) -> None:
 
 def test_what_changes_logits_counts_the_text_of_both_authors(world: World) -> None:
     params = [
-        SamplingParams(max_new_tokens=30, repetition_penalty=1.5),
-        SamplingParams(max_new_tokens=30, frequency_penalty=0.8, presence_penalty=0.4),
-        SamplingParams(max_new_tokens=30, allowed_token_ids=[*range(5, 40)]),
-        SamplingParams(max_new_tokens=30, min_tokens=20, stop_token_ids=[*range(3, 60)]),
-        SamplingParams(max_new_tokens=12, logprobs=3),
+        SamplingParams(max_tokens=30, repetition_penalty=1.5),
+        SamplingParams(max_tokens=30, frequency_penalty=0.8, presence_penalty=0.4),
+        SamplingParams(max_tokens=30, allowed_token_ids=[*range(5, 40)]),
+        SamplingParams(max_tokens=30, min_tokens=20, stop_token_ids=[*range(3, 60)]),
+        SamplingParams(max_tokens=12, logprobs=3),
     ]
     prompts = prompts_of(8, len(params))
     expected = world.local.generate(prompts, params, threshold=0.6)
@@ -141,13 +139,13 @@ def test_sampling_follows_the_stated_law(world: World) -> None:
     for author, threshold in ((1, -1.0), (0, 1.0)):
         with torch.no_grad():
             logits = local.members[author].module(torch.tensor([ids])).logits[0, -1]  # type: ignore[union-attr]
-        params = [SamplingParams(max_new_tokens=1, temperature=1.3, top_p=0.9, seed=seed) for seed in range(400)]
+        params = [SamplingParams(max_tokens=1, temperature=1.3, top_p=0.9, seed=seed) for seed in range(400)]
         out = served.generate(["w4 w9"] * 400, params, threshold=threshold, max_batch=40)
         check_drawn(torch.tensor([one.token_ids[0] for one in out]), token_probs(logits, 1.3, 0.9, 0))
 
 
 def test_a_seed_draws_the_same_in_any_company(world: World) -> None:
-    params = [SamplingParams(max_new_tokens=24, temperature=1.0, seed=seed) for seed in range(30)]
+    params = [SamplingParams(max_tokens=24, temperature=1.0, seed=seed) for seed in range(30)]
     prompts = prompts_of(9, 30)
     together = world.served.generate(prompts, params, threshold=0.6, max_batch=30)
     assert {author for one in together for author in one.authors} == {0, 1}
@@ -173,7 +171,7 @@ def test_a_request_that_fails_in_the_worker_gets_an_error_and_no_other_does(worl
 def test_cancelled_requests_leave_the_others_exact(world: World) -> None:
     served = world.served
     for prompt in prompts_of(12, 20):
-        stream = served.stream(prompt, SamplingParams(max_new_tokens=200), threshold=0.5)
+        stream = served.stream(prompt, SamplingParams(max_tokens=200), threshold=0.5)
         next(stream)
         stream.close()  # type: ignore[attr-defined]
     prompts = prompts_of(13, 12)
@@ -226,7 +224,7 @@ def test_ranks_of_a_tensor_parallel_assistant_are_told_what_the_first_decides(
     policies: list[Policy] = [ThresholdPolicy(0.3), RandomPolicy(0.3), SingleAuthorPolicy(1), BudgetPolicy(0.2, 0.3)]
     policies *= 3
     params = [replace(GREEDY, seed=place if policy.draws else None) for place, policy in enumerate(policies)]
-    params[-1] = SamplingParams(max_new_tokens=24, temperature=1.0, seed=5)
+    params[-1] = SamplingParams(max_tokens=24, temperature=1.0, seed=5)
     prompts = prompts_of(15, len(policies))
     with one_engine(world.artefact, tmp_path, python=PYTHON, max_length=512, wait_s=400, flags=flags) as servers:
         served = CoLLM.from_pretrained(world.artefact, servers=servers)

@@ -19,7 +19,7 @@ from collm.evaluation.compare import Evaluation, compare
 from collm.evaluation.report import render_page
 from collm.evaluation.run_report import report_of
 from collm.evaluation.systems import systems_named
-from collm.evaluation.tasks.named import task_named
+from collm.evaluation.tasks import task_named
 from collm.evaluation.tasks.task import TaskItem
 from collm.models.tools import ToolModel
 from collm.text.text_tokenizer import TextTokenizer
@@ -37,7 +37,7 @@ def evaluate(model: CoLLM, out: Path, prompts: list[str], names: str = "base", *
     """The content of results.json, whose reasons the report shows."""
     rows = [Row(prompt, "w7 w8", None, f"line {i}") for i, prompt in enumerate(prompts)]
     items = [TaskItem(str(i), row.prompt, "w7", row.where, row if solutions else None) for i, row in enumerate(rows)]
-    task = task_named("rows", metric="token_f1", max_new_tokens=5)
+    task = task_named("rows", metric="token_f1", max_tokens=5)
     systems = systems_named(model, names.split(","), ThresholdPolicy(0.5))
     compare(systems, Evaluation(task, items, max_batch=2), out)
     read = json.loads((out / "results.json").read_text())
@@ -94,7 +94,7 @@ def test_a_tool_that_fails_on_a_solution_costs_the_token_measures_only(
     def fails(*_: object) -> Any:
         raise ToolFailure("miles raised ValueError")
 
-    monkeypatch.setattr(ToolModel, "score", fails)
+    monkeypatch.setattr(ToolModel, "next_tokens", fails)
     read = evaluate(pair, tmp_path, PROMPTS)
     assert read["left_out"] == {"token measures": "miles raised ValueError"}
     assert read["tokens"] is None

@@ -25,7 +25,7 @@ from tests.tiny_models import make_model, tiny_config
 from tests.vllm.fake import DOWN, FakeVllm, Fault, Served
 from tests.vllm.test_engine import check_equal
 
-GREEDY = SamplingParams(max_new_tokens=24)
+GREEDY = SamplingParams(max_tokens=24)
 
 
 class FakeEngine(FakeVllm):
@@ -109,7 +109,7 @@ def test_completions_are_the_local_ones_with_one_request_each(
     policies: list[Policy] = [ThresholdPolicy(eta) for eta in (-1.0, 0.3, 0.6, 1.0)]
     policies += [SingleAuthorPolicy(0), BudgetPolicy(0.2, 0.3), RandomPolicy(0.4), ThresholdPolicy(0.5)]
     params = [
-        SamplingParams(max_new_tokens=24, seed=3 if policy.draws else None, logprobs=2 * (place % 2))
+        SamplingParams(max_tokens=24, seed=3 if policy.draws else None, logprobs=2 * (place % 2))
         for place, policy in enumerate(policies)
     ]
     prompts = prompts_of(1, len(policies))
@@ -127,7 +127,7 @@ def test_completions_are_the_local_ones_with_one_request_each(
 
 def test_stop_strings_end_the_request(pair: CoLLM, engine: FakeEngine, stack: ExitStack) -> None:
     (whole,) = pair.generate([[5, 6]], GREEDY, threshold=0.5)
-    params = SamplingParams(max_new_tokens=24, stop=[whole.text[12:18]])
+    params = SamplingParams(max_tokens=24, stop=[whole.text[12:18]])
     model = connect(pair, engine, stack)
     (found,) = model.generate([[5, 6]], params, threshold=0.5)
     check_equal(found, pair.generate([[5, 6]], params, threshold=0.5)[0])

@@ -50,7 +50,7 @@ FLAGS = [
     *("--enforce-eager", "--block-size", "32", "--distributed-executor-backend", "uni"),
     *("--max-logprobs", "-1", "--enable-prompt-tokens-details"),
 ]
-GREEDY = SamplingParams(max_new_tokens=40)
+GREEDY = SamplingParams(max_tokens=40)
 
 
 @dataclass
@@ -112,9 +112,7 @@ def test_stop_strings_and_ends_cut_the_same_text(world: World) -> None:
     prompts = prompts_of(5, 8)
     local, served = world.local(1), world.served(1)
     whole = local.generate(prompts, GREEDY, threshold=0.5)
-    params = [
-        SamplingParams(max_new_tokens=40, stop=[one.text[place : place + 7]]) for place, one in enumerate(whole, 20)
-    ]
+    params = [SamplingParams(max_tokens=40, stop=[one.text[place : place + 7]]) for place, one in enumerate(whole, 20)]
     expected = local.generate(prompts, params, threshold=0.5)
     assert {one.finish_reason for one in expected} == {"stop"}
     check_all_equal(served.generate(prompts, params, threshold=0.5), expected)
@@ -171,7 +169,7 @@ def test_sampling_follows_the_stated_law(world: World) -> None:
         member = local.members[1 if threshold < 0 else 0]
         with torch.no_grad():
             logits = member.module(torch.tensor([ids])).logits[0, -1]  # type: ignore[union-attr]
-        params = [SamplingParams(max_new_tokens=1, temperature=1.3, top_p=0.9, seed=seed) for seed in range(400)]
+        params = [SamplingParams(max_tokens=1, temperature=1.3, top_p=0.9, seed=seed) for seed in range(400)]
         law = token_probs(logits, 1.3, 0.9, 0)
         out = served.generate([prompt] * 400, params, threshold=threshold, max_batch=64)
         check_drawn(torch.tensor([one.token_ids[0] for one in out]), law)
@@ -247,7 +245,7 @@ def serving(*arguments: str) -> Iterator[tuple[Callable[..., Any], list[psutil.P
 
 def check_authors(reply: Any, local: CoLLM) -> str:
     """The text of a completion, which is that of the models in memory, by both authors."""
-    (expected,) = local.generate("w5 w6", SamplingParams(max_new_tokens=20), threshold=0.5)
+    (expected,) = local.generate("w5 w6", SamplingParams(max_tokens=20), threshold=0.5)
     assert (reply.choices[0].text, reply.choices[0].collm["authors"]) == (expected.text, expected.authors)
     assert 1 in expected.authors
     return expected.text

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collm.artefact.manifest import Manifest
-from collm.core.calibration import Calibration, threshold_text
+from collm.core.calibration import BUDGET_NOTE, Calibration, threshold_text
 from collm.core.types import author_name
 from collm.models.loading import ModelSpec
 
 
 def model_card(manifest: Manifest, calibration: Calibration | None) -> str:
     """The model card (README.md) of an artefact."""
-    saved = {None: "frozen, referenced", "base": "tuned, in `base/`", "adapter": "LoRA adapter, in `adapter/`"}
+    saved = {
+        None: "frozen, referenced",
+        "base": "tuned, in `base/`",
+        "adapter": "LoRA adapter, in `adapter/`",
+        "gguf": "exported, in `gguf/`",
+    }
     assistants = ""
     for number, spec in enumerate(manifest.assistants, start=1):
-        assistants += f"- {author_name(number)}: `{spec.path if isinstance(spec, ModelSpec) else spec}`"
+        assistants += f"- {author_name(number)}: `{spec.name if isinstance(spec, ModelSpec) else spec}`"
         assistants += ", code that is not included and runs on this machine\n" if spec.is_user_function else "\n"
     lines = (f"- {name}: {value}\n" for name, value in manifest.training.items())
     training = "".join(["## Training\n\n", *lines, "\n"]) if manifest.training else ""
@@ -24,8 +29,9 @@ tags: [collm, collaborative-decoding]
 
 # A collaboration of language models
 
-- base: `{manifest.base.path}` ({saved[manifest.saved_base]})
-{assistants}- prompt template: `{manifest.template.text!r}`{", chats too" if manifest.template.chat else ""}
+- base: `{manifest.base.name}` ({saved[manifest.saved_base]})
+{assistants}- head: {_head_text(manifest)}
+- prompt template: `{manifest.template.text!r}`{", chats too" if manifest.template.chat else ""}
 
 The base writes the text. Where its deferral head exceeds the threshold, an assistant writes the next token
 ([Co-LLM](https://arxiv.org/abs/2403.03870)).
@@ -40,10 +46,16 @@ out = CoLLM.from_pretrained("this-directory").generate(["..."])
 """
 
 
+def _head_text(manifest: Manifest) -> str:
+    width, reads = manifest.head["width"], "the base's hidden state"
+    reads += " and its doubt" if manifest.head["doubt"] else ""
+    return f"{f'a hidden layer of {width} units' if width else 'linear'}, reads {reads}"
+
+
 def _calibration_text(calibration: Calibration | None) -> str:
     if calibration is None:
         return "Not calibrated: pass a threshold, or run `collm calibrate`."
-    name = calibration.metric_name
+    name, warning = calibration.metric_name, calibration.warning()
     points = "\n".join(
         f"| {threshold_text(p.threshold)} | {p.deferral_rate:.1%} | {p.rate_low:.1%} - {p.rate_high:.1%} "
         f"| {p.metric:.3f} | {p.low:.3f} - {p.high:.3f} | {', '.join(calibration.uses(p))} |"
@@ -57,4 +69,5 @@ def _calibration_text(calibration: Calibration | None) -> str:
 | threshold | deferral rate | interval | {name} | interval | best |
 |--:|--:|--:|--:|--:|---|
 {points}"""
-    return "\n\n".join([text, *(check.summary(name) for check in calibration.checks)])
+    note = BUDGET_NOTE if calibration.budgets else None
+    return "\n\n".join([text, *filter(None, [note, warning]), *(check.summary(name) for check in calibration.checks)])

@@ -1,1 +1,1 @@
-"""The command line: one file per command, thin; heavy imports happen inside the commands."""
+"""The command line. Commands are thin, and import what is heavy when they run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,8 @@ import typer
 from collm.cli.options import Fields, Loading, given_options, refuse, with_options
 from collm.core.calibration import CalibrationOptions
 from collm.run.options import RowFormat
+
+CALIBRATING = {one.name for one in fields(CalibrationOptions)}
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,30 @@ def calibrate(
 ) -> None:
     """Decode a validation set at several thresholds and store the best one.
 
-    Without --data, the rows and the options are those of the training run that made DIR.
+    Without --data, the rows are those of the training run that made DIR, and so are the options that are not given.
     """
-    from collm.cli import tables
-    from collm.cli.terminal import Console
+    from collm.cli.terminal import Console, calibration_table, log_to_terminal, teacher_forced_table
     from collm.evaluation.calibration import check_on
     from collm.run.calibrate import PastRun, calibrate_on, curve_on
-    from collm.run.data import hold_back, split_rows
+    from collm.run.data import hold_back
     from collm.training.data import Row
     from collm.training.scoring import progress_bar
 
+    log_to_terminal()
     _check_usage(context, choosing)
     model, console, past = loading.load(collaboration), Console(), None
     rows, held_back = list[Row](), list[Row]()
     if choosing.data is None:
         past = PastRun.read(Path(collaboration).resolve().parent, trust_code=loading.trust_code)
-        changed = {name: getattr(options, name) for name in ("budgets", "refine") if name in given_options(context)}
+        changed = {name: getattr(options, name) for name in CALIBRATING & given_options(context).keys()}
         layout = options = config = replace(past.config, **changed)
-        source, rows = config.validation_source, list(split_rows(config, seed=past.seed)[1])
+        source, rows = config.validation_source, past.rows()
     else:
-        source, rows = choosing.data, layout.load(choosing.data, layout.data_split)[: choosing.limit]
+        source, rows = choosing.data, layout.load(choosing.data, layout.data_split)
+    rows = rows[: choosing.limit]
     if choosing.teacher_forced:
         curve = curve_on(model, rows) if past is None else past.curve(model)
-        console.print(tables.teacher_forced_table(curve, options.budgets))
+        console.print(teacher_forced_table(curve, options.budgets))
         return
     if choosing.check is not None:
         rows, held_back = hold_back(rows, choosing.check)
@@ -74,10 +77,10 @@ def calibrate(
     calibration = calibrate_on(model, rows, options, source=source)
     model.save_calibration(collaboration)
     if held_back:
-        with progress_bar("checking") as progress:
+        with progress_bar(f"checking on {len(held_back)} rows", "texts") as progress:
             calibration = check_on(model, held_back, options, on_completion=progress)
         model.save_calibration(collaboration)
-    console.print(tables.calibration_table(calibration))
+    console.print(calibration_table(calibration))
     for one in calibration.checks:
         console.print(one.summary(calibration.metric_name), soft_wrap=True)
 
@@ -86,10 +89,11 @@ def _check_usage(context: typer.Context, choosing: Choosing) -> None:
     if choosing.check is not None and choosing.check_data is not None:
         raise typer.BadParameter("--check and --check-data are both given; use one of them")
     if choosing.teacher_forced:
-        generating = {"metric", "rates", "refine", "check", "check_data", "max_batch", "max_new_tokens", "stop"}
+        generating = {"metric", "rates", "refine", "check", "check_data", "max_batch", "max_tokens", "stop"}
         refuse(context, "--teacher-forced generates nothing", none=generating)
         refuse(context, "--teacher-forced reads the gold completions with the models in this process", none={"servers"})
     if choosing.data is None:
-        loading = {"collaboration", "device", "engine", "servers", "trust_code"}
-        how = {"budgets", "refine", "check", "check_data", "teacher_forced"}
-        refuse(context, "without --data the run of DIR says the rest", only=loading | how)
+        of_rows = {"data_split", "prompt_field", "completion_field", "format", "bad_rows"}
+        refuse(context, "without --data the rows are those that the run of DIR stored", none=of_rows)
+        if choosing.teacher_forced:
+            refuse(context, "without --data, --teacher-forced shows all rows of the run", none={"limit"})

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 HELP = """\
 /threshold X   let the base keep a token while its defer prob is at most X
-/budget X      use the best threshold within this deferral rate
+/budget X      use the best threshold whose deferral rate is within X with 95 %
+/price X       defer where the head predicts a gain above this, in nats per token
 /model NAME    choose who answers: collaboration, base, assistant, assistant-2, ..
 /history       show the conversation
 /undo          remove the last question and its answer
@@ -38,17 +39,17 @@ HELP = """\
 @with_options
 def chat(
     collaboration: CollaborationArgument,
-    decoding: Annotated[Decoding, Fields("threshold budget")],
+    decoding: Annotated[Decoding, Fields("threshold budget price")],
     params: Annotated[
         SamplingParams,
         Fields(
-            "max_new_tokens temperature",
+            "max_tokens temperature",
             "top_p top_k min_p presence_penalty frequency_penalty repetition_penalty",
             "Sampling",
-            {"max_new_tokens": 1024},
+            {"max_tokens": 1024},
         ),
     ],
-    loading: Annotated[Loading, Fields("device trust_code", "dtype engine servers")],
+    loading: Annotated[Loading, Fields("device trust_code", "assistants dtype engine servers")],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
 ) -> None:
     """Chat with a collaboration in the terminal. /help lists the commands.
@@ -61,7 +62,8 @@ def chat(
 
     transformers.utils.logging.disable_progress_bar()
     model = loading.load(collaboration)
-    talk = Conversation(model, params, model.threshold(decoding.threshold, decoding.budget), system)
+    threshold = model.threshold(decoding.threshold, decoding.budget, decoding.price)
+    talk = Conversation(model, params, threshold, system)
     model.template.encode_prompt(model.tokenizer, talk.messages("hello"))  # raises if there is no chat template
     console = Console(soft_wrap=True)
     console.print(legend(model.author_names), "[dim]/help for more[/dim]")
@@ -105,7 +107,7 @@ class Conversation:
     def command(self, name: str, value: str) -> str:
         """Run a command, and return what to show."""
         match name:
-            case "/threshold" | "/budget":
+            case "/threshold" | "/budget" | "/price":
                 try:
                     limit = {name[1:]: float(value)}
                 except ValueError:

@@ -29,18 +29,16 @@ def demo(
 
     log_to_terminal()
     transformers.utils.logging.disable_progress_bar()
-    report = run_demo(out, seed=seed, say=lambda stage: typer.echo(f"{stage} .."))
+    report, directory = run_demo(out, seed=seed, say=lambda stage: typer.echo(f"{stage} .."))
     show(report, "right results with 95% interval, numbers never seen in training", out)
-    collaboration = str(out / "run" / "collaboration")
-    typer.echo(f"collm chat {collaboration}")
+    typer.echo(f"collm chat {directory}")
     if sys.stdin.isatty() and sys.stdout.isatty():
-        chat(collaboration=collaboration, max_new_tokens=256)
+        chat(collaboration=str(directory), max_tokens=256)
 
 
 def show(report: Report, title: str, out: Path) -> None:
     """Print the table of a report in `out`, and the first answers in their authors' colours."""
-    from collm.cli.tables import results_table
-    from collm.cli.terminal import Console, coloured, legend
+    from collm.cli.terminal import Console, coloured, legend, results_table
 
     console = Console()
     console.print(results_table(report.rows, title))

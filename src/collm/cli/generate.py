@@ -23,11 +23,11 @@ def generate(
     prompts: Annotated[
         list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue. '-' reads one from stdin.")
     ],
-    decoding: Annotated[Decoding, Fields("threshold budget", "policy lookahead", "Who writes")],
+    decoding: Annotated[Decoding, Fields("threshold budget price", "policy judge lookahead", "Who writes")],
     params: Annotated[
         SamplingParams,
         Fields(
-            "max_new_tokens temperature seed stop",
+            "max_tokens temperature seed stop",
             "top_p top_k min_p include_stop_str_in_output stop_token_ids ignore_eos min_tokens presence_penalty "
             "frequency_penalty repetition_penalty logit_bias bad_words",
             "Sampling",
@@ -36,7 +36,7 @@ def generate(
     constraint: Annotated[
         StructuredOutputs | None, Fields(rare="json json_object regex choice grammar", title="Structured outputs")
     ],
-    loading: Annotated[Loading, Fields("device trust_code", "dtype engine servers eager cache_memory")],
+    loading: Annotated[Loading, Fields("device trust_code", "assistants dtype engine servers eager cache_memory")],
     chat: Annotated[bool, typer.Option("--chat", help="Send each prompt as a chat message of the user.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:

@@ -6,13 +6,16 @@ import inspect
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+import yaml
 
 from collm.errors import ConfigError
+from collm.untrusted import read_yaml
 
 if TYPE_CHECKING:
     from collm.collaboration import CoLLM
@@ -21,6 +24,12 @@ if TYPE_CHECKING:
 CollaborationArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="The collaboration: a directory or a Hub repository.")
 ]
+
+
+SPELLING: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("_", "-")}
+"""Settings of a command whose options may have underscores for hyphens."""
+KINDS = {"Path": "PATH", "dict": "MAPPING", "str": "TEXT", "bool": "true|false", "float": "NUMBER", "int": "INTEGER"}
+"""Part of a type -> what stands for its value in the help."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,23 @@ class Decoding:
 
     Attributes:
         threshold: the base keeps a token while its defer prob is at most this, by default the calibrated threshold.
-        budget: use the best threshold within this deferral rate, instead of --threshold.
+        budget: use the best threshold whose deferral rate is within this limit with 95 %, instead of --threshold.
+        price: defer where the head predicts a gain above this, in nats per token, instead of --threshold. The head must
+            be trained with --objective gain. Several assistants may have a price each, in their order.
         policy: decision rule: threshold, joint (author drawn from its probability), mixture, confidence,
             product:weight=.., contrastive:alpha=..,beta=.., proxy:model=..,tuned=..,untuned=.., random:rate=..,
-            single:writer=.., budget:budget=..,threshold=.. (of each completion), schedule:start=..,end=..,steps=..
+            single:writer=.., price:.., budget:budget=..,threshold=.. (of each completion),
+            schedule:start=..,end=..,steps=..
+        judge: which tokens of the base stand once an assistant has read them: exact, blend:weight=.., joint or
+            regret:nats=..,budget=.., each with every=.., the largest number of tokens that wait. By default all stand.
         lookahead: maximum number of drafted tokens, by default 16, 0 for none. The output is the same.
     """
 
     threshold: float | None = None
     budget: float | None = None
+    price: Sequence[float] | None = None
     policy: str = "threshold"
+    judge: str | None = None
     lookahead: int | None = None
 
 
@@ -66,8 +82,11 @@ class Loading:
     Attributes:
         device: device of the models: cpu, cuda, cuda:1 or auto; or one for each model: cuda:0,cuda:1.
         trust_code: run the functions that files name as tools, metrics or formats.
+        assistants: where an assistant is on this machine: a directory, a GGUF file, a Hub id or a tool, in place of the
+            artefact's; once for each assistant.
         dtype: data type of the models: float32, bfloat16 or float16, by default as saved.
-        engine: where the models run: local (in this process) or vllm (on servers), by default vllm with --servers.
+        engine: where the models run: local (in this process), transformers (the same, but GGUF files are dequantized
+            instead of run in llama.cpp), or vllm (on servers, the default with --servers).
         servers: addresses of the vLLM servers, such as http://localhost:8001/v1, the base's first. Or a YAML file with
             urls, on_failure (fail or base), timeout_s, retries, wait_s, api_key_env.
         eager: do not use CUDA graphs.
@@ -76,8 +95,9 @@ class Loading:
 
     device: str | None = None
     trust_code: bool = False
+    assistants: Sequence[str] | None = field(default=None, metadata={"flag": "--assistant"})
     dtype: str | None = None
-    engine: Literal["local", "vllm"] | None = None
+    engine: Literal["local", "transformers", "vllm"] | None = None
     servers: str | None = field(default=None, metadata={"metavar": "URL,.. | FILE"})
     eager: bool = False
     cache_memory: str | None = None
@@ -110,7 +130,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
         parameters += options or [parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY)]
     if any(getattr(one.default, "hidden", False) for one in parameters):
         show_all = typer.Option(False, "--help-all", is_eager=True, callback=_help_all, help="Show all options.")
-        parameters.append(parameters[-1].replace(name="help_all", default=show_all, annotation=bool))
+        parameters.append(option("help_all", bool, show_all))
 
     @wraps(function)
     def command(**given: Any) -> None:
@@ -119,9 +139,18 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             given[name] = collect(kind, {one: given.pop(one, None) for one in names})
         function(**given)
 
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
+    return with_parameters(command, parameters)
+
+
+def with_parameters(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """Let a function have these parameters for typer."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {one.name: one.annotation for one in parameters}
+    return function
+
+
+def option(name: str, kind: Any, shown: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=kind)
 
 
 def collect(hint: Any, given: Mapping[str, Any]) -> Any:
@@ -137,6 +166,36 @@ def collect(hint: Any, given: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
+def read_fields(path: str, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """The fields of a YAML file of options."""
+    try:
+        content = read_yaml(Path(path), loader)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"could not read {path}: {error}; expected a YAML file of fields") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} contains {type(content).__name__}, expected fields with values")
+    return content
+
+
+def take_fields(context: typer.Context, path: str | None) -> str | None:
+    """Callback of --config: options from a YAML file, where their names have underscores. Flags override it."""
+    known = {one.opts[-1].lstrip("-").replace("-", "_"): one for one in context.command.params if not one.is_eager}
+    taken: dict[str, Any] = {}
+    for name, value in (read_fields(path, yaml.BaseLoader) if path is not None else {}).items():
+        option: Any = known.get(name.replace("-", "_"))
+        if option is None:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help-all lists the options"
+            raise ConfigError(f"{path} has the field {name!r}, which is no option; {hint}")
+        several = option.nargs == -1 or getattr(option, "multiple", False)
+        values = value if several and isinstance(value, list) else [value]
+        if not all(isinstance(one, str) for one in values):
+            raise ConfigError(f"{name} in {path} is {value!r:.80}, expected {'texts' if several else 'one value'}")
+        taken[option.name] = values if several else value
+    context.default_map = taken
+    return path
+
+
 def descriptions(config: Any) -> dict[str, str]:
     """What the docstrings of a dataclass and its parents say of each field under `Attributes`."""
     found: dict[str, str] = {}
@@ -145,6 +204,13 @@ def descriptions(config: Any) -> dict[str, str]:
         for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE):
             found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found
+
+
+def metavar_of(kind: Any) -> str:
+    """What stands for a value of this type in the help."""
+    text = str(kind)
+    one = next((metavar for part, metavar in KINDS.items() if part in text), "MAPPING")
+    return f"{one} .." if "list[" in text else one
 
 
 def given_options(context: typer.Context) -> dict[str, str]:
@@ -187,8 +253,9 @@ def _option(one: Field[Any], hint: Any, default: Any, says: str, more: Mapping[s
         hint, default, says = list[get_args(several)[0]] | None, None, f"{says} Can be given several times."  # type: ignore[misc]
         if get_origin(several) is Mapping:
             more["parser"] = partial(_pair, get_args(several), more["metavar"])
-    option = typer.Option(... if default is MISSING else default, name, help=says, **more)
-    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
+    if "bool" not in str(hint) and "Literal" not in str(hint):
+        more.setdefault("metavar", metavar_of(hint if several is None else get_args(several)[0]))
+    return option(one.name, hint, typer.Option(... if default is MISSING else default, name, help=says, **more))
 
 
 def _pair(kinds: Sequence[Callable[[str], Any]], metavar: str, text: str) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import typer
 
 from collm.cli.options import Fields, refuse, with_options
 from collm.errors import ConfigError
-from collm.run.options import RowFormat, parse_model
+from collm.run.options import RowFormat
 from collm.tools.spec import PREFIX, ToolSpec
 
 if TYPE_CHECKING:
@@ -25,9 +25,8 @@ class Scoring:
     """What scores the rows, and how.
 
     Attributes:
-        model: directory, GGUF file, Hub id (with @revision) or tool:..
+        model: directory, GGUF file, Hub id (with @revision), each with +ADAPTER; or tool:..
         out: output directory. An interrupted run resumes from it.
-        inspect: only compare the scores in SCORES/base with those in SCORES/assistant, SCORES/assistant-2, ..
         config: compute the scores of --author that 'collm train --config' needs.
         author: with --config: base, assistant, assistant-2, ..
         tokenizer: the base that training will use, for its tokenizer and template, by default the model.
@@ -46,7 +45,6 @@ class Scoring:
 
     model: str | None = None
     out: Path | None = None
-    inspect: Path | None = field(default=None, metadata={"metavar": "SCORES"})
     config: Path | None = field(default=None, metadata={"metavar": "run.yaml"})
     author: str | None = None
     tokenizer: str | None = None
@@ -78,16 +76,6 @@ def score(
 
     `collm train` computes missing scores itself.
     """
-    if how.inspect is not None:
-        from collm.cli.tables import inspection_table
-        from collm.cli.terminal import Console
-        from collm.training.inspection import inspect_scores
-
-        refuse(context, "--inspect scores nothing", only={"inspect"})
-        inspection, console = inspect_scores(how.inspect), Console()
-        console.print(inspection_table(inspection))
-        console.print(str(inspection.labels), markup=False)
-        return
     from collm.training.remote import RemoteModel
 
     server: OnServer | None = None
@@ -97,16 +85,14 @@ def score(
         server = partial(RemoteModel, how.server, concurrency=how.concurrency, api_key_env=how.api_key_env)
     if how.config is not None:
         of_run = {"config", "author", "server", "concurrency", "api_key_env", "trust_code"}
-        refuse(context, "--config says what to score", only=of_run)
+        refuse(context, "--config determines what to score", only=of_run)
         scores = _score_of_run(how, server)
     else:
         refuse(context, "without --config, naming a function is consent", none={"trust_code"})
         scores = _score_rows(context, how, layout, data, server)
-    summary = scores.summary()
-    typer.echo(
-        f"{summary.num_targets} target tokens: mean NLL {summary.mean_nll_nats:.4f} nats, "
-        f"argmax is gold for {summary.accuracy:.2%}" + (f"; written to {how.out}" if how.out else "")
-    )
+    nll, accuracy = -scores.logprobs.double().mean().item(), scores.corrects.double().mean().item()
+    found = f"mean NLL {nll:.4f} nats, argmax is gold for {accuracy:.2%}"
+    typer.echo(f"{len(scores.logprobs)} target tokens: {found}" + (f"; written to {how.out}" if how.out else ""))
 
 
 def _score_of_run(how: Scoring, server: OnServer | None) -> Scores:
@@ -116,6 +102,7 @@ def _score_of_run(how: Scoring, server: OnServer | None) -> Scores:
     if how.author is None:
         raise typer.BadParameter("--config needs --author: base, assistant, assistant-2, ..")
     run, args = parse(["--config", str(how.config), *(["--trust-code"] if how.trust_code else [])])
+    run = run.for_training(args)
     if how.author not in run.authors:
         raise ConfigError(f"author is {how.author!r}, expected one of {', '.join(run.authors)}")
     if server is not None and isinstance(spec := run.authors[how.author], ToolSpec):
@@ -127,23 +114,26 @@ def _score_rows(
     context: typer.Context, how: Scoring, layout: RowFormat, data: str | None, server: OnServer | None
 ) -> Scores:
     """Score rows with one model or tool. They are encoded as for training a base with it."""
+    from collm.core.devices import check_device
+    from collm.models.loading import ModelSpec
     from collm.run.data import encode_for, score
 
     if data is None or how.model is None or how.out is None:
-        raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml; or --inspect SCORES")
+        raise typer.BadParameter("expected DATA, --model and --out; or --config run.yaml")
+    check_device(how.device)
     of_models = {"dtype", "device", "quantization", "max_batch_tokens"}
     if how.model.startswith(PREFIX):
         refuse(context, f"no effect with {how.model}, which is no model", none={*of_models, "server"})
         if how.tokenizer is None:
             raise ConfigError(f"{how.model} has no tokenizer; pass the base's with --tokenizer")
         spec: AssistantSpec = ToolSpec.parse(how.model, eps=how.tool_eps, seconds=how.tool_seconds)
-        base = parse_model(how.tokenizer)
+        base = ModelSpec.parse(how.tokenizer)
     else:
         refuse(context, f"no effect with {how.model}, which is no tool", none={"tool_eps", "tool_seconds"})
         if server is not None:
             refuse(context, "no effect on a model that the server runs", none=of_models)
-        spec = own = parse_model(how.model, dtype=how.dtype, device=how.device, quantization=how.quantization)
-        base = parse_model(how.tokenizer) if how.tokenizer else own
+        spec = own = ModelSpec.parse(how.model, dtype=how.dtype, device=how.device, quantization=how.quantization)
+        base = ModelSpec.parse(how.tokenizer) if how.tokenizer else own
     prepared = encode_for(base, [spec], [layout.load(data, layout.data_split)], layout, how.max_length)
     examples, tokenizer = prepared.sets[0].read_by(1), prepared.tokenizer_of(1)
     return score(examples, spec, how.out, tokenizer, max_batch_tokens=how.max_batch_tokens, server=server)

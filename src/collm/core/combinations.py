@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from collm.core.head import defer_probs
 from collm.core.policies import Policy, check_share
-from collm.core.types import BASE
+from collm.core.types import BASE, check_threshold
 from collm.errors import ConfigError
 
 
@@ -47,18 +48,30 @@ class CombiningPolicy(Policy):
 class MixturePolicy(CombiningPolicy):
     """P(x) = sum_z P(Z = z) P_z(x): the joint model with its latent author marginalised out (arXiv 2403.03870).
 
-    The token is credited to the author with the largest posterior P(Z = z) P_z(x).
+    The token is credited to the author with the largest posterior P(Z = z) P_z(x). Where the defer prob is at most the
+    threshold, in [-1, 1], the base writes alone. By default that is nowhere.
     """
 
     name = "mixture"
+    threshold: float = -1.0
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
 
     def combine(self, logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
         joint = [author_logprobs[:, author, None] + logprobs[author] for author in sorted(logprobs)]
-        return torch.logsumexp(torch.stack(joint), dim=0)
+        mixed = torch.logsumexp(torch.stack(joint), dim=0)
+        return torch.where(self._mixes(author_logprobs).unsqueeze(-1), mixed, logprobs[BASE])
 
     def credit(self, token_logprobs: Mapping[int, Tensor], author_logprobs: Tensor) -> Tensor:
         posterior = {author: author_logprobs[:, author] + each for author, each in token_logprobs.items()}
-        return super().credit(posterior, author_logprobs)
+        best = super().credit(posterior, author_logprobs)
+        return best.where(self._mixes(author_logprobs), BASE)
+
+    def _mixes(self, author_logprobs: Tensor) -> Tensor:
+        if self.threshold < 0:
+            return torch.ones_like(author_logprobs[:, 0], dtype=torch.bool)
+        return defer_probs(author_logprobs[:, 1:] - author_logprobs[:, :1]) > self.threshold
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The training objective and the pseudo-labels of Co-LLM (arXiv 2403.03870), for K >= 1 assistants.
+"""Training objectives and the pseudo-labels of Co-LLM (arXiv 2403.03870), for K >= 1 assistants.
 
 Shapes: B batch, T tokens, K assistants. Values at position t belong to the token that follows position t.
 """
@@ -10,11 +10,19 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from collm.core.head import author_logprobs
 from collm.errors import ConfigError
 
 PseudoLabelVariant = Literal["a", "b"]
+Objective = Literal["marginal", "separate", "weak", "gain"]
+"""What training optimises: the marginal likelihood of the paper; the likelihoods of base and head apart; those of the
+base and of pseudo-labels, the paper's baseline of weak supervision; or the squared error of a head that predicts the
+assistants' gain (`training.gain`)."""
+
+WEAK_POSITIVE_WEIGHT = 5.0
+"""Weight of tokens that are labelled with an assistant, in the authors' weak supervision."""
 
 
 def marginal_logprobs(base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor) -> Tensor:
@@ -26,14 +34,44 @@ def marginal_logprobs(base_logprob: Tensor, assistant_logprobs: Tensor, defer_lo
     return torch.logsumexp(author_logprobs(defer_logits) + by_author, dim=-1)
 
 
-def deferral_cost(defer_logits: Tensor, costs: Sequence[float]) -> Tensor:
-    """The sum of c_k P(Z = k) over all positions and assistants, a scalar in nats, from u of shape (..., K).
+def token_nll(
+    base_logprob: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor, objective: Objective = "marginal"
+) -> Tensor:
+    """The loss of each token, without the deferral cost, in nats, fp32, shape (...). Arguments as for the marginal.
 
-    `costs` are c_k in nats per token, K of them.
+    It is the negative marginal log-likelihood. With "separate", that has no gradient in the base, whose own negative
+    log-likelihood is added: the base learns as if it wrote alone, the head when to ask. With "weak" it is 2/3 of the
+    latter, and the rest of the loss is `label_nll` / 3 with `WEAK_POSITIVE_WEIGHT`.
+    """
+    if objective == "weak":
+        return -2 / 3 * base_logprob.float()
+    if objective == "separate":
+        return -base_logprob.float() - marginal_logprobs(base_logprob.detach(), assistant_logprobs, defer_logits)
+    return -marginal_logprobs(base_logprob, assistant_logprobs, defer_logits)
+
+
+def label_nll(defer_logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
+    """c (-log P(Z = label)) in nats, with c = positive_weight for labels of assistants, 1 for the base, shape (M,).
+
+    From u of shape (M, K) and authors 0..K of shape (M,). With K = 1 it is a binary cross-entropy.
+    """
+    weights = torch.where(labels != 0, positive_weight, 1.0)
+    return weights * F.nll_loss(author_logprobs(defer_logits), labels, reduction="none")
+
+
+def clipped_gains(base_logprob: Tensor, assistant_logprobs: Tensor, clip: float) -> Tensor:
+    """log P_k(x_t) - log P_0(x_t) within [-clip, clip], in nats, shape (..., K), from shapes (...) and (..., K)."""
+    return (assistant_logprobs - base_logprob.unsqueeze(-1)).clamp(-clip, clip)
+
+
+def deferral_cost(defer_logits: Tensor, costs: Sequence[float]) -> Tensor:
+    """The sum of c_k P(Z = k) over all decisions and assistants, a scalar in nats, from u of shape (..., K).
+
+    `costs` are c_k in nats per decision, K of them. A decision is about a token, or a segment whatever its length.
     """
     probs = author_logprobs(defer_logits).exp()[..., 1:]
-    tokens = probs.reshape(-1, probs.shape[-1]).sum(0)  # (K,), in expectation
-    return torch.stack([cost * number for cost, number in zip(costs, tokens, strict=True)]).sum()
+    deferrals = probs.reshape(-1, probs.shape[-1]).sum(0)  # (K,), in expectation
+    return torch.stack([cost * number for cost, number in zip(costs, deferrals, strict=True)]).sum()
 
 
 def pseudo_labels(

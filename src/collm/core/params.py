@@ -52,12 +52,12 @@ class StructuredOutputs:
 class SamplingParams:
     """Sampling parameters of one request.
 
-    Names and meanings are vLLM's, except for `max_new_tokens`. Penalties, biases and constraints apply to the logits
+    Names and meanings are vLLM's. Penalties, biases and constraints apply to the logits
     of every author before anything else uses them, and penalties count the tokens of all authors. A tool abstains
     where its next token is forbidden. Reported log-probabilities are those of the unmodified logits.
 
     Attributes:
-        max_new_tokens: largest number of tokens to generate, at least 1.
+        max_tokens: largest number of tokens to generate, at least 1.
         temperature: divides the logits; 0 is greedy (the author's argmax). The default is 1 if top_p, top_k or min_p
             is set, else 0.
         top_p: keep the smallest set of tokens whose probability reaches this share, in (0, 1].
@@ -85,7 +85,7 @@ class SamplingParams:
         ConfigError: a value is out of range, or has no effect at temperature 0.
     """
 
-    max_new_tokens: int = 256
+    max_tokens: int = 256
     temperature: float = None  # type: ignore[assignment]  # __post_init__ replaces None
     top_p: float = 1.0
     top_k: int = 0
@@ -117,8 +117,8 @@ class SamplingParams:
         if self.temperature is None:
             object.__setattr__(self, "temperature", 1.0 if truncating else 0.0)  # type: ignore[unreachable]
         checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "min_tokens": (0 <= self.min_tokens <= self.max_new_tokens, f"0 to {self.max_new_tokens} (max_new_tokens)"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"0 to {self.max_tokens} (max_tokens)"),
             "stop": (all(self.stop), "non-empty strings"),
             "temperature": (0 <= self.temperature < math.inf, "a number >= 0 (0 is greedy)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),

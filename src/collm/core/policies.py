@@ -6,10 +6,12 @@ outside its range raises a `ConfigError`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from collm.core.types import BASE, check_threshold
 from collm.errors import ConfigError
@@ -25,7 +27,8 @@ class StepView:
         author_probs: P(Z = 0..K), K + 1 numbers.
         defer_prob: 1 - P(Z = 0).
         temperature: the request's temperature; at 0 the choice must be deterministic.
-        uniform: a random number from [0, 1) that belongs to this position and never changes.
+        uniform: a random number from [0, 1) that belongs to this position and never changes; 0 at temperature 0, unless
+            the policy `draws`.
         top_tokens, top_probs: author -> argmax of its logits, and its probability, in author order; empty unless the
             policy consults assistants.
     """
@@ -45,6 +48,10 @@ class Policy:
 
     name: ClassVar[str] = ""
     """The name by which users choose the policy; none if it needs more than numbers."""
+    judge: Any = None
+    """What decides which of the base's tokens stand (`judges.JudgedPolicy`); None keeps all."""
+    every = 0
+    """Largest number of tokens that wait for the judge; 0 without a judge."""
     draws = False
     """Whether the choice of the author is random even at temperature 0, so that a seed has an effect."""
 
@@ -55,6 +62,10 @@ class Policy:
     def author(self, step: StepView) -> int:
         """Choose the author: 0 for the base, k for assistant k."""
         raise NotImplementedError
+
+    def allows(self, position: int, deferred: int, tokens: int) -> bool:
+        """Whether assistants may write this many tokens in a row, with `position` and `deferred` as in `StepView`."""
+        return True
 
 
 def check_share(name: str, value: float) -> None:
@@ -93,27 +104,38 @@ class ThresholdPolicy(ThresholdRule):
         return self.threshold
 
 
+_SHAPES: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda x: x,
+    "exponential": lambda x: math.expm1(-5 * x) / math.expm1(-5),
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+}
+
+
 @dataclass(frozen=True)
 class ScheduledPolicy(ThresholdRule):
-    """The threshold rule with a linear schedule: start + (end - start) * min(position / steps, 1).
+    """The threshold rule with a schedule: start + (end - start) * s(min(position / steps, 1)).
 
     With a low start the assistants write the beginning of the text, where a mistake costs most, and the base the rest.
-    Thresholds are in [-1, 1], and `steps` is at least 1.
+    Thresholds are in [-1, 1], and `steps` is at least 1. The shape s(x) is x ("linear"), 1 - exp(-5 x) up to a factor
+    that makes it end at 1 ("exponential"), or (1 - cos(pi x)) / 2 ("cosine").
     """
 
     name = "schedule"
     start: float
     end: float
     steps: int
+    shape: str = "linear"
 
     def __post_init__(self) -> None:
         check_threshold(self.start)
         check_threshold(self.end)
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}, expected at least 1 token from start to end")
+        if self.shape not in _SHAPES:
+            raise ConfigError(f"shape is {self.shape!r}, expected one of {', '.join(_SHAPES)}")
 
     def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
-        return self.start + (self.end - self.start) * min(position / self.steps, 1.0)
+        return self.start + (self.end - self.start) * _SHAPES[self.shape](min(position / self.steps, 1.0))
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,8 @@ class BudgetPolicy(ThresholdRule):
     """The threshold rule with a limit on each completion's deferral rate.
 
     After n tokens at most budget * n + burst are deferred, as in a token bucket that gains `budget` per token. A
-    deferral counts even if the assistant abstains.
+    deferral counts even if the assistant abstains. If tokenizers differ, these are the base's tokens. A segment is cut
+    where the limit is reached, and the base continues from there.
 
     Args:
         budget: deferral rate, 0 to 1.
@@ -141,7 +164,45 @@ class BudgetPolicy(ThresholdRule):
             raise ConfigError(f"burst is {self.burst}, expected 0 or more tokens")
 
     def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
-        return self.threshold if deferred + 1 <= self.budget * (position + 1) + self.burst else 1.0
+        return self.threshold if self.allows(position, deferred, 1) else 1.0
+
+    def allows(self, position: int, deferred: int, tokens: int) -> bool:
+        return deferred + tokens <= self.budget * (position + tokens) + self.burst
+
+
+@dataclass(frozen=True)
+class PricePolicy(ThresholdRule):
+    """Defer to the assistant argmax_k (g_k - price_k) where that is above 0, with the gains g that the head predicts.
+
+    Only for heads of the objective "gain". With one price it is the threshold rule with sigmoid(price). A tie goes to
+    the lowest k.
+
+    Args:
+        prices: nats per token, one for all assistants or one for each.
+    """
+
+    name = "price"
+    prices: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prices or any(map(math.isnan, self.prices)):
+            raise ConfigError(f"prices are {list(self.prices)}, expected nats per token, one or one for each assistant")
+
+    def threshold_at(self, position: int, deferred: int, uniform: float) -> float:
+        return 1 / (1 + math.exp(-max(self.prices[0], -700)))
+
+    def author(self, step: StepView) -> int:
+        if len(self.prices) == 1:
+            return super().author(step)
+        defer_prob, probs = step.defer_prob, step.author_probs[1:]
+        if defer_prob == 0:
+            return BASE
+        most = max(probs)  # of the assistant with the largest gain, which is the logit of the defer prob
+        largest = math.log(defer_prob) - math.log(max(1 - defer_prob, sys.float_info.min))
+        gains = [largest + math.log(prob / most) if prob else -math.inf for prob in probs]
+        worth = [gain - price for gain, price in zip(gains, self.prices, strict=True)]
+        best = max(range(len(worth)), key=worth.__getitem__)
+        return best + 1 if worth[best] > 0 else BASE
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import random
 import torch
 from torch import Tensor
 
+_BELOW_ONE = 1 - 2.0**-53
+
 
 def seeded(seed: int | None) -> random.Random:
     """The random numbers of a seed; of the operating system's entropy if it is None. Python alone ignores the sign."""
@@ -59,3 +61,26 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)  # rounding must not leave the support
     return torch.minimum(drawn, last)
+
+
+def redraw(probs: Tensor, proposal: Tensor, drafted: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Draw from `probs` with a draft: speculative sampling (arXiv 2211.17192).
+
+    The draft x stands with probability min(1, P(x) / Q(x)). Otherwise a token is drawn from the positive part of P - Q.
+    So the result is distributed as P. It depends on the position's random number alone, not on what was drafted when:
+    within the interval that gave x, `uniform` is again uniform, and decides about x and its replacement.
+
+    Args:
+        probs, proposal: P and Q, shape (R, V).
+        drafted: the tokens that `sample(proposal, uniform)` drew, shape (R,).
+        uniform: from [0, 1), shape (R,).
+        kept: which drafts stand, shape (R,), if something else decides about it. The other tokens are drawn from P.
+    """
+    below, x = proposal.double().cumsum(-1), drafted.unsqueeze(-1)
+    share = proposal.double().gather(-1, x).squeeze(-1)
+    within = (uniform * below[..., -1] - below.gather(-1, x).squeeze(-1) + share) / share
+    if kept is None:
+        ratio = (probs.double().gather(-1, x).squeeze(-1) / share).clamp(max=1)
+        kept, within = within < ratio, (within - ratio) / (1 - ratio)
+        probs = (probs - proposal).clamp(min=0)
+    return torch.where(kept, drafted, sample(probs, within.nan_to_num().clamp(0, _BELOW_ONE)))

@@ -1,6 +1,7 @@
 """Probability of a segment, the text between two boundaries, computed from an author's token probabilities.
 
-The formula is in `text.alignment`; the last segment of a text has no final factor.
+The formula is in `text.alignment`; the last segment of a text has no final factor. All tokens that end a text are one
+event, because decoding ends at any of them.
 
 Shapes: N positions, D segments, V vocabulary. Positions are the tokens of whole answers, concatenated, with one more
 token after an answer that was truncated.
@@ -45,9 +46,10 @@ class TokenTerms(NamedTuple):
     """Per-position terms of an author's segment probabilities, shape (N,) each.
 
     Attributes:
-        logprob: log-probability of the gold token, nats.
+        logprob: log-probability of the gold token, nats; of any end if it ends the text.
         log_start: log P(START), nats; 0 where no segment begins.
         correct: whether the gold token is the argmax; where a segment begins, the argmax among tokens that begin one.
+            Any end is as good as another.
         stops: whether the argmax begins a segment; false where no segment begins.
     """
 
@@ -67,7 +69,9 @@ def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> 
     """
     logits = logits.masked_fill(~law.written, -torch.inf)
     norm = logits.logsumexp(-1)
-    logprob = logits.gather(-1, gold.unsqueeze(-1)).squeeze(-1) - norm
+    gold_logit = logits.gather(-1, gold.unsqueeze(-1)).squeeze(-1)
+    ended = law.ends[gold].nonzero().squeeze(-1)
+    gold_logit = gold_logit.index_put((ended,), logits[ended][:, law.ends].logsumexp(-1))
     argmax = logits.argmax(-1)
     log_start, stops = torch.zeros_like(norm), torch.zeros_like(gold, dtype=torch.bool)
     at = (rows >= 0).nonzero().squeeze(-1)
@@ -77,7 +81,8 @@ def token_terms(logits: Tensor, gold: Tensor, rows: Tensor, law: SegmentLaw) -> 
         log_start = log_start.index_put((at,), opening.logsumexp(-1) - norm[at])
         stops[at] = openings.gather(-1, argmax[at].unsqueeze(-1)).squeeze(-1)
         argmax = argmax.index_put((at,), opening.argmax(-1))
-    return TokenTerms(logprob, log_start, argmax == gold, stops)
+    correct = (argmax == gold) | (law.ends[argmax] & law.ends[gold])
+    return TokenTerms(gold_logit - norm, log_start, correct, stops)
 
 
 def segment_scores(terms: TokenTerms, gold: Tensor, rows: Tensor, scored: Tensor, law: SegmentLaw) -> dict[str, Tensor]:

@@ -42,9 +42,11 @@ class TokenStep:
         text: the text that this token completes; empty while a character or a possible stop string is incomplete.
         author: 0 for the base, 1..K for the assistants.
         defer_prob: 1 - P(author = base).
-        logprob: log-probability of the token under its author, in nats, before temperature and truncation.
+        logprob: log-probability of the token under its author, in nats, before temperature and truncation. For a
+            segment of an assistant that of the segment, at its first token (docs/tokenizers.md).
         top_logprobs: the author's most probable tokens, as many as the request wants.
         stood_in: whether the base wrote the token because an assistant's server was unavailable.
+        rejected: the token of the base that a judge replaced by this one, and its text; None if there is none.
     """
 
     token_id: int
@@ -54,6 +56,7 @@ class TokenStep:
     logprob: float
     top_logprobs: TopLogprobs = ()
     stood_in: bool = False
+    rejected: tuple[int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Completion:
 
     Attributes:
         stood_in: indices of the tokens that the base wrote because an assistant's server was unavailable.
+        rejected: index of a token -> the token of the base that a judge replaced by it.
         prompt_logprobs: one entry per prompt token, None for the first; empty unless the request asked for them.
     """
 
@@ -89,6 +93,7 @@ class Completion:
     prompt_token_ids: list[int] = field(repr=False)
     top_logprobs: list[TopLogprobs] = field(default_factory=list, repr=False)
     stood_in: list[int] = field(default_factory=list, repr=False)
+    rejected: dict[int, int] = field(default_factory=dict, repr=False)
     prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, repr=False)
 
     @property

@@ -21,8 +21,18 @@ def cache_bytes(memory: str | int | None) -> int | float | None:
     """Parse a size (4GiB, 500MB, a number of bytes) to bytes (int) or a share of free memory (50%) to a float.
 
     Raises:
-        ConfigError: `memory` is neither a size nor a share.
+        ConfigError: `memory` is neither a size nor a share, or more than any device here has.
     """
+    size = _parsed(memory)
+    gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    largest = max([int(psutil.virtual_memory().total), *gpus])
+    if isinstance(size, int) and size > largest:
+        has = f"no device here has more than {largest / 2**30:.1f}GiB"
+        raise ConfigError(f"cache_memory is {memory}, but {has}; give less, or a share of free memory such as 50%")
+    return size
+
+
+def _parsed(memory: str | int | None) -> int | float | None:
     if memory is None or (isinstance(memory, int) and memory > 0):
         return memory
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)\s*", str(memory))
@@ -49,6 +59,8 @@ def share_cache_memory(models: Sequence[SlotTable], memory: str | int | None) ->
         share = wanted or SHARES.get(device.type, 0.5)
         limit = share if isinstance(share, int) else int(_free_bytes(device) * share)
         positions = limit // sum(model.bytes_per_position for model in members)
+        if wanted is None:
+            positions = min([positions, *(one.default_positions for one in members if one.default_positions)])
         for model in members:
             model.set_capacity(positions)
 

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from collm.engine.chunks import Chunks, Runners, chunks, read_chunk
-from collm.engine.runner import ModelRunner
+from collm.engine.chunks import Chunks, Runner, Runners, chunks, read_chunk
 from collm.errors import RequestError
 from collm.models.assistant import ModelOutput
-from collm.models.tools import ToolRunner
 from collm.text.alignment import Alignment
 from collm.text.token_text import TokenText
 
@@ -83,7 +81,7 @@ def aligned_candidates(
 
 
 def _opening_candidates(
-    runner: ModelRunner | ToolRunner,
+    runner: Runner,
     alignment: Alignment,
     author: int,
     prompt: list[int],

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from collm.engine.llama_runner import LlamaRunner
 from collm.engine.request import check_cache
 from collm.engine.runner import ModelRunner
 from collm.models.assistant import ModelOutput
@@ -15,7 +16,8 @@ from collm.models.tools import ToolRunner
 T = TypeVar("T")
 Chunks = Generator[list[T], None, None]
 """One item for each token of a text, chunk by chunk."""
-Runners = Sequence[ModelRunner | ToolRunner]
+Runner = ModelRunner | LlamaRunner | ToolRunner
+Runners = Sequence[Runner]
 
 MAX_POSITIONS = 256  # of a chunk
 _MAX_LOGITS = 1 << 25  # of a chunk, 128 MiB in fp32
@@ -29,7 +31,7 @@ def chunks(start: int, end: int, vocab_size: int) -> Iterator[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def read_chunk(runner: ModelRunner | ToolRunner, text: Sequence[int], start: int, end: int) -> ModelOutput:
+def read_chunk(runner: Runner, text: Sequence[int], start: int, end: int) -> ModelOutput:
     """Read what precedes each of the tokens [start, end) of a text, shape (end - start, V). `start` is at least 1.
 
     No slot is open afterwards. The runner remembers what it has read until running requests need the space.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
@@ -15,14 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead
 from collm.core.types import BASE, Completion, TokenStep
-from collm.engine.consulting import decide_together
+from collm.engine.consulting import Place, decide_together, open_places
+from collm.engine.decision import Consultation
 from collm.engine.kv_cache import PAGE, in_pages
 from collm.engine.planner import Planner
-from collm.engine.reader import AuthorOutput, Reader, as_failure
+from collm.engine.reader import Ahead, AuthorOutput, Reader, as_failure
 from collm.engine.request import Request, check_request
 from collm.engine.runner import ModelRunner
 from collm.engine.segments import SegmentUnit
-from collm.engine.sequence import Consultation, Decision, Sequence
+from collm.engine.sequence import Sequence
+from collm.engine.shared_pass import SharedPass, groups_of, read_ahead
 from collm.errors import CollmError, ConfigError, PolicyFailure
 from collm.models.assistant import Assistant
 from collm.text.alignment import Alignment
@@ -100,9 +101,9 @@ class Engine:
         authors: runners of the base and of the assistants 1..K.
         head: the deferral head, K outputs.
         tokenizer: the tokenizer of all models.
-        eos_ids: tokens that end a sequence.
-        grammars: compiles structured output constraints.
-        alignment: alignment of authors with different tokenizers; `tokenizer` and `eos_ids` are then the base's.
+        grammars: compiles structured output constraints, and has the tokens that end a sequence.
+        alignment: alignment of authors with different tokenizers; `tokenizer` and `grammars` are then the base's.
+        shared: passes that serve several assistants at once.
     """
 
     def __init__(
@@ -112,18 +113,17 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         config: EngineConfig | None = None,
         *,
-        eos_ids: frozenset[int],
         grammars: Grammars,
         alignment: Alignment | None = None,
+        shared: ListOf[SharedPass] = (),
     ) -> None:
         config = config or EngineConfig()
         self.authors = authors
         self._tokenizer = tokenizer
-        self._eos_ids = eos_ids
         self._grammars = grammars
         self._alignment = alignment
         own_end = tokenizer.eos_token_id
-        self._end_id = own_end if own_end in eos_ids else min(eos_ids, default=-1)
+        self._end_id = own_end if own_end in grammars.eos_ids else min(grammars.eos_ids, default=-1)
         self._max_batch = min([config.max_batch, *(one.most_slots for one in authors if one.most_slots is not None)])
         self._capacity = min((one.capacity for one in authors if one.capacity is not None), default=None)
         self._headroom = config.lookahead + _HEADROOM
@@ -133,6 +133,7 @@ class Engine:
         self._outputs: list[RequestOutput] = []
         self._base = Reader(BASE, authors[BASE], head)
         self._assistants = [Reader(author, runner) for author, runner in enumerate(authors[1:], start=1)]
+        self._groups = groups_of(self._assistants, shared)
         self._planner: Planner | None = None
         if config.lookahead or (config.max_wait and self._max_batch > 1):
             self._planner = Planner(len(authors), self._active, config.lookahead, config.max_wait)
@@ -154,7 +155,9 @@ class Engine:
         structured = request.params.structured_outputs
         grammar = self._grammars.compile(structured) if structured is not None else None
         acceptance = self._planner.acceptance.copy() if self._planner is not None else None
-        sequence = Sequence(self._count, request, self.authors, self._tokenizer, self._eos_ids, grammar, acceptance)
+        sequence = Sequence(
+            self._count, request, self.authors, self._tokenizer, self._grammars.eos_ids, grammar, acceptance
+        )
         if self._alignment is not None:
             sequence.segments = SegmentUnit(sequence, self._alignment, self._end_id)
         self._count += 1
@@ -179,11 +182,15 @@ class Engine:
 
         If a model or policy fails, only the sequences concerned end, each with a failure.
         """
-        self._schedule()
+        if self._waiting or len(self._active) > 1:
+            self._schedule()
         self._run_base()
         if any(sequence.decisions for sequence in self._active.values()):  # some positions need an assistant
-            for reader in self._assistants:
-                self._run_assistant(reader)
+            for readers, shared in self._groups:
+                wanted = {reader: _due(reader.author, self._active, self._planner) for reader in readers}
+                ahead = {} if shared is None else read_ahead(shared, wanted)
+                for reader in readers:
+                    self._run_assistant(reader, wanted[reader], ahead.get(reader))
             self._decide_consulted()
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -221,35 +228,25 @@ class Engine:
             return
         for sequence, rows in output.rows.items():
             try:
-                if sequence.consulted:
-                    sequence.decisions.append(_consultation(output, rows[0], sequence.consulted))
-                    continue
                 sequence.decide([(output.draws[row], output.numbers[row]) for row in rows])
+                if sequence.tentative:
+                    for decision, row in zip(sequence.decisions[-len(rows) :], rows, strict=True):
+                        if decision.choice is None and decision.author == BASE:
+                            decision.consultation = _consultation(output, row)
                 self._advance(sequence)
                 if self._planner is not None:
                     self._planner.draft_guess(sequence)
             except Exception as error:
                 self._fail(error, sequence)
 
-    def _run_assistant(self, reader: Reader) -> None:
-        """Run an assistant on sequences that need it, unless a call for several of them pays more later."""
-        due = [
-            sequence
-            for sequence in self._active.values()
-            if sequence.decisions and sequence.decisions[0].waits_for(reader.author) and sequence.has_read(BASE)
-        ]
-        deferring = [sequence for sequence in due if not sequence.consulted]
-        if deferring and self._planner is not None and not self._planner.should_call(reader.author, deferring):
-            for sequence in deferring:
-                sequence.waited += 1
-            due = [sequence for sequence in due if sequence.consulted]
-        if not due:
-            return
-        wanted = {sequence: sequence.undecided(reader.author) for sequence in due}
-        output = self._read(reader, wanted)
+    def _run_assistant(self, reader: Reader, wanted: Mapping[Sequence, range], ahead: Ahead | None) -> None:
+        """Run an assistant on sequences that need it, which it may have read ahead."""
+        output = self._read(reader, wanted, ahead)
         if output is None:
             return
         for sequence, rows in output.rows.items():
+            if sequence.number not in self._active:  # it has failed since the pass
+                continue
             try:
                 for i, row in zip(wanted[sequence], rows, strict=True):
                     decision, draw = sequence.decisions[i], output.draws[row]
@@ -257,8 +254,7 @@ class Engine:
                         decision.consultation.add(reader.author, None if draw is None else output.at(row))
                     elif decision.waits_for(reader.author):
                         sequence.resolve(decision, draw)
-                if not sequence.consulted:
-                    self._advance(sequence)
+                self._advance(sequence)
             except Exception as error:
                 self._fail(error, sequence)
         if self._planner is not None:
@@ -282,40 +278,38 @@ class Engine:
                     sequence.draft.append(drawn.token_id)
 
     def _decide_consulted(self) -> None:
-        """Decide the positions of sequences whose policy has seen all authors, together for each policy."""
-        by_policy: dict[int, list[Sequence]] = {}
+        """Decide about the positions at which all authors that decide have been read, together for each policy."""
+        by_policy: dict[int, list[list[Place]]] = {}
         for sequence in self._active.values():
-            if sequence.consulted and sequence.decisions:
-                by_policy.setdefault(id(sequence.request.policy), []).append(sequence)
+            if places := open_places(sequence):
+                by_policy.setdefault(id(sequence.request.policy), []).append(places)
         groups = list(by_policy.values())
-        for sequences in groups:
-            policy = sequences[0].request.policy
+        for group in groups:
+            sequences = [places[0].sequence for places in group]
             try:
-                written = decide_together(policy, sequences)
+                decide_together(sequences[0].request.policy, [place for places in group for place in places])
             except Exception as error:
-                if len(sequences) == 1:
+                for places in group:
+                    for place in places:
+                        place.decision.choice = None
+                if len(group) == 1:
                     self._fail(error, *sequences)
                 else:  # again one by one, so that only faulty ones fail
-                    groups += [[sequence] for sequence in sequences]
+                    groups += [[places] for places in group]
                 continue
-            for sequence, (author, draw) in zip(sequences, written, strict=True):
-                if math.isnan(draw.logprob):
-                    reason = f"{policy} returned NaN logits although its authors' logits are finite"
-                    self._fail(PolicyFailure(reason), sequence)
-                    continue
-                decision = sequence.decisions[0]
-                assert decision.consultation is not None
-                decision.author, decision.choice = author, draw
-                decision.abstained = author in decision.consultation.abstained
+            for sequence in sequences:
                 try:
                     self._advance(sequence)
                 except Exception as error:
                     self._fail(error, sequence)
 
-    def _read(self, reader: Reader, wanted: Mapping[Sequence, range]) -> AuthorOutput | None:
+    def _read(
+        self, reader: Reader, wanted: Mapping[Sequence, range], ahead: Ahead | None = None
+    ) -> AuthorOutput | None:
         """Run an author on sequences that have not ended, and end those that fail."""
-        wanted = {sequence: places for sequence, places in wanted.items() if sequence.number in self._active}
-        output = reader.read(wanted) if wanted else None
+        if ahead is None:
+            wanted = {sequence: places for sequence, places in wanted.items() if sequence.number in self._active}
+        output = reader.read(wanted, ahead) if wanted else None
         while reader.failures:
             sequence, failure = reader.failures.popitem()
             self._fail(failure, sequence)
@@ -350,18 +344,26 @@ class Engine:
                 self._outputs.append(RequestOutput(sequence.number, failure=failure))
 
 
-def _consultation(output: AuthorOutput, row: int, consulted: ListOf[int]) -> Decision:
-    """A position that waits for the consulted assistants, after the base has read it."""
+def _due(author: int, active: Mapping[int, Sequence], planner: Planner | None) -> dict[Sequence, range]:
+    """The sequences that need an assistant, and where, unless a call for several of them pays more later."""
+    due = [sequence for sequence in active.values() if sequence.waits_for(author) and sequence.has_read(BASE)]
+    if due and planner is not None and not planner.should_call(author, due):
+        for sequence in due:
+            sequence.waited += 1
+        return {}
+    return {sequence: sequence.undecided(author) for sequence in due}
+
+
+def _consultation(output: AuthorOutput, row: int) -> Consultation:
+    """What the base predicts, for those who decide once the assistants have been read."""
     assert output.author_logprobs is not None
-    defer_prob, *author_probs = output.numbers[row]
-    consultation = Consultation(author_probs, output.author_logprobs[row], {BASE: output.at(row)})
-    return Decision(BASE, defer_prob, None, None, consulted, consultation)
+    return Consultation(output.numbers[row][1:], output.author_logprobs[row], {BASE: output.at(row)})
 
 
 def _most_positions(sequence: Sequence, extra: int) -> int:
     """Cache positions that an author may need after `extra` more tokens."""
     num_tokens = len(sequence.token_ids) + len(sequence.draft)
-    most = len(sequence.request.prompt_ids) + sequence.request.params.max_new_tokens
+    most = len(sequence.request.prompt_ids) + sequence.request.params.max_tokens
     most = most if sequence.max_length is None else min(most, sequence.max_length)
     longest = num_tokens if sequence.segments is None else sequence.segments.longest
     return longest + min(extra, most - num_tokens)

@@ -36,30 +36,25 @@ def in_pages(length: int) -> int:
     return -(-length // PAGE) * PAGE
 
 
-class KVCache(Cache):  # type: ignore[misc]
-    """Base class of the caches.
+class SlotMemory:
+    """The positions of a cache that slots hold, in whole pages.
 
     Args:
         capacity: largest number of positions of all slots together.
         max_length: largest number of positions of one slot; None for `LONGEST`.
 
     Attributes:
-        layout: the current pass, a `PackedPass` or a `StaticPass`.
-        memory: layer -> its keys and values, allocated on the first write, when their shapes are known.
         bytes_per_position: memory of one position in all layers; 0 before the first write.
         held: slot -> its allocated positions, in whole pages.
         used: the sum of `held`.
         slots: largest number of slots.
     """
 
-    layout: Any
     slots = MOST_SLOTS
 
     def __init__(self, capacity: int, max_length: int | None) -> None:
-        super().__init__(layers=[])
         self.capacity = capacity // PAGE * PAGE
         self.max_length = min(in_pages(max_length or LONGEST), self.capacity)
-        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
         self.bytes_per_position = 0
         self.held: dict[int, int] = {}
         self.used = 0
@@ -85,6 +80,26 @@ class KVCache(Cache):  # type: ignore[misc]
         """Free a slot's memory. `wipe` wipes it, because it may contain NaN."""
         self.used -= self.held.pop(slot, 0)
 
+    @abstractmethod
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of slot `source` to `target`, which must have room."""
+
+
+class KVCache(SlotMemory, Cache):  # type: ignore[misc]
+    """Base class of the caches that transformers models write.
+
+    Attributes:
+        layout: the current pass, a `PackedPass` or a `StaticPass`.
+        memory: layer -> its keys and values, allocated on the first write, when their shapes are known.
+    """
+
+    layout: Any
+
+    def __init__(self, capacity: int, max_length: int | None) -> None:
+        SlotMemory.__init__(self, capacity, max_length)
+        Cache.__init__(self, layers=[])
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -100,10 +115,6 @@ class KVCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of cached tokens, for models that count positions themselves."""
         return int(self.layout.num_cached)
-
-    @abstractmethod
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of slot `source` to `target`, which must have room."""
 
     @abstractmethod
     def view(self, memory: Tensor, slots: slice, length: int) -> Tensor:

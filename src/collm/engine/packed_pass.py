@@ -86,6 +86,7 @@ class PackedPass:
         places: the index of each packed token among all positions of all pages, or its slot without pages, (T,).
         kept: the packed tokens whose output is wanted, in the order of the given chunks; None for all.
         num_cached: number of cached tokens of the longest sequence.
+        cache: the cache that the pass reads and writes.
     """
 
     def __init__(self, chunks: Sequence[SlotTokens], cache: KVCache, device: torch.device, window: int | None) -> None:
@@ -105,14 +106,14 @@ class PackedPass:
         longest = max([chunk.positions.stop for chunk in self.chunks])
         self.num_cached = longest - max(sizes)
         self._groups = _groups(self.chunks, start_of, window is not None and longest > window, device)
-        self._cache = cache
+        self.cache = cache
         self._masks: dict[tuple[Callable[..., Tensor], int, torch.device], Tensor] = {}
 
     def attend(self, module: Any, query: Tensor, memory: Memory, mask: Mask, scale: float, **caps: Any) -> Tensor:
         """Attention of queries (H, T, D) over a layer's keys and values, group by group: (T, H, D_v)."""
         outputs = []
         for i, group in enumerate(self._groups):
-            keys, values = [self._cache.view(each, group.slots, group.kv_length) for each in memory]
+            keys, values = [self.cache.view(each, group.slots, group.kv_length) for each in memory]
             queries = query[:, group.tokens]  # (H, n * width, D)
             queries = queries.reshape(len(query), len(keys), group.width, -1).transpose(0, 1)  # (n, H, width, D)
             bias = self._bias(i, mask[0], query) if group.masked else None

@@ -13,6 +13,7 @@ from collm.engine.speculation import (
     assistant_draft_length,
     guess_depth,
     lookup_length,
+    pays,
     wait_steps,
 )
 
@@ -46,7 +47,7 @@ class Planner:
 
     def draft_lookup(self, sequence: Sequence) -> None:
         """Draft tokens by prompt lookup, if they are likely enough to be accepted."""
-        if not self._lookahead or sequence.consulted or sequence.draft or sequence.decisions:
+        if not self._lookahead or sequence.tentative or sequence.draft or sequence.decisions:
             return
         draft = sequence.lookup.draft(min(self._lookahead, sequence.draft_limit))
         if draft and sequence.processors is not None:
@@ -63,20 +64,27 @@ class Planner:
         most = min(len(sequence.decisions), self._lookahead, sequence.draft_limit)
         if len(sequence.draft) >= most:
             return
-        likely = sequence.decisions[-1].choice or sequence.decisions[-1].guess
+        last, rates = sequence.decisions[-1], sequence.acceptance or self.acceptance
+        likely = last.choice or last.guess
         if likely is None or likely.token_id in sequence.end_ids:
             return
-        times = self.times[BASE], self.times[sequence.decisions[0].author]
-        rates, most = sequence.acceptance or self.acceptance, min(self._lookahead, _MOST_GUESSES)
-        depth = guess_depth(rates, *times, len(self._active), most)
-        if sum(decision.choice is None for decision in sequence.decisions) < depth:
+        undecided = [decision for decision in sequence.decisions if decision.choice is None]
+        if sequence.tentative:
+            chances = [rates.stands if one.consultation is not None else rates.agree for one in undecided]
+            readers = [self.times[author] for author in undecided[0].needs]
+            within = len(undecided) < (sequence.request.policy.every or self._lookahead)
+            drafts = within and pays(chances, rates.stands, self.times[BASE], readers, len(self._active))
+        else:
+            times = self.times[BASE], self.times[undecided[0].author]
+            drafts = len(undecided) < guess_depth(rates, *times, len(self._active), min(self._lookahead, _MOST_GUESSES))
+        if drafts:
             sequence.draft.append(likely.token_id)
 
     def assistant_draft_length(self, author: int, sequence: Sequence) -> int:
         """Draft tokens to ask of an assistant. Only a single sequence drafts, as passes over few rows do not pay."""
         if len(self._active) > 1 or not self._lookahead:
             return 0
-        if sequence.decisions or sequence.draft or sequence.steps[-1].author != author:
+        if sequence.decisions or sequence.draft or sequence.steps[-1].author != author or sequence.tentative:
             return 0
         times = self.times[BASE], self.times[author]
         rates, most = sequence.acceptance or self.acceptance, min(self._lookahead, sequence.draft_limit)

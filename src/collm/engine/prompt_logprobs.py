@@ -11,7 +11,6 @@ from collm.core.head import DeferralHead, author_logprobs
 from collm.core.types import BASE, PromptLogprob
 from collm.engine.chunks import Chunks, Runners, chunks, read_chunk
 from collm.errors import ModelFailure
-from collm.models.tools import ToolRunner
 
 
 def prompt_logprobs(
@@ -19,15 +18,16 @@ def prompt_logprobs(
 ) -> Chunks[PromptLogprob | None]:
     """Compute log sum_z P(z | x_<t) P_z(x_t | x_<t) of each token, in nats; None for the first. Yields chunks.
 
+    This is the law that decodes: the base replaces a tool that abstains or fails.
+
     Args:
         runners: runners of the authors, the base first.
         most: number of most probable tokens to list at each position.
-        author: compute log P_author instead, with the base replacing an author that abstains.
+        author: compute log P_author instead.
 
     Raises:
         CacheFull: running requests use the KV cache.
         ModelFailure: an author's logits hold NaN.
-        ToolFailure: a tool raised an exception, hung or returned something other than text.
     """
     yield [None]
     for start, end in chunks(1, len(prompt_ids), runners[BASE].model.vocab_size):
@@ -56,16 +56,12 @@ def _logprobs(runners: Runners, head: DeferralHead, text: Sequence[int], start: 
     for runner in [runners[each] for each in (range(len(runners)) if author is None else sorted({BASE, author}))]:
         read = read_chunk(runner, text, start, len(text))
         logprobs = torch.log_softmax(read.logits.float(), dim=-1)
-        if isinstance(runner, ToolRunner):
-            gold = torch.tensor(text[start:]).unsqueeze(-1)
-            scores, *_ = runner.model.score(text, [i >= start for i in range(len(text))])
-            logprobs.scatter_(-1, gold, scores[:, None])
-            if author is not None:
-                abstained = torch.tensor(read.abstained).unsqueeze(-1)
-                logprobs = torch.where(abstained, by_reader[0].to(logprobs.device), logprobs)
+        if read.abstained:
+            abstained = torch.tensor(read.abstained).unsqueeze(-1)
+            logprobs = torch.where(abstained, by_reader[0].to(logprobs.device), logprobs)
         elif runner is runners[BASE]:
             assert read.hidden is not None
-            by_author = author_logprobs(head(read.hidden))  # (T, K + 1)
+            by_author = author_logprobs(head.read(read.hidden, read.logits))  # (T, K + 1)
         by_reader.append(logprobs)
     if author is not None:
         return by_reader[-1]

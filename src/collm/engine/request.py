@@ -82,7 +82,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
 
 def check_names_author(policy: Policy, num_assistants: int) -> None:
     """Raise a ConfigError if the policy needs a vocabulary that all authors share."""
-    if policy.consults(num_assistants):
+    if policy.consults(num_assistants) or policy.judge is not None:
         raise ConfigError(
             f"{policy} compares tokens of several authors, but these have different tokenizers; "
             "use the threshold rule or another policy that chooses an author"

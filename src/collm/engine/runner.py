@@ -10,12 +10,12 @@ from torch import Tensor
 
 from collm.core.types import ModelUsage
 from collm.engine.cache_memory import share_cache_memory
-from collm.engine.kv_cache import PagedCache
+from collm.engine.kv_cache import KVCache, PagedCache, ReservedCache
 from collm.engine.packed_pass import PackedPass, SlotTokens, register_attention, run_model
 from collm.engine.slot_check import CHECK_POSITIONS, check_against_plain_forward
 from collm.engine.slot_table import SlotTable
 from collm.engine.static_passes import StaticPasses, bucket_of, can_run_static
-from collm.errors import RequestError, UnsupportedModel
+from collm.errors import UnsupportedModel
 from collm.models.assistant import ModelOutput
 from collm.models.language_model import LanguageModel
 
@@ -37,6 +37,7 @@ class ModelRunner(SlotTable):
     """
 
     may_abstain = False
+    _cache: KVCache
 
     def __init__(
         self,
@@ -47,7 +48,10 @@ class ModelRunner(SlotTable):
         cache_memory: str | int | None = None,
     ) -> None:
         register_attention()
-        super().__init__(model, paged=model.device.type != "cpu" or bool(static))
+        super().__init__(model)
+        self.model = model
+        self._input_device = model.input_device
+        self._paged = model.device.type != "cpu" or bool(static)
         self.usage = ModelUsage()
         self.max_pass_tokens = max_pass_tokens
         windows = [getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -68,6 +72,11 @@ class ModelRunner(SlotTable):
         self.usage = ModelUsage()
         share_cache_memory([self], cache_memory)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether small passes run in fixed shapes."""
+        return self._static is not None
+
     def _fall_back_to_eager(self, error: UnsupportedModel) -> None:
         _LOG.warning("%s runs without CUDA graphs, which is slower: %s", self.name, error)
         self._is_static, self._static = False, None
@@ -77,6 +86,11 @@ class ModelRunner(SlotTable):
         if self._is_static:
             assert isinstance(self._cache, PagedCache)
             self._static = StaticPasses(self.model, self._cache)
+
+    def _new_cache(self, positions: int) -> KVCache:
+        if self._paged:
+            return PagedCache(positions, self.max_length, self._input_device)
+        return ReservedCache(positions, self.max_length)
 
     @torch.inference_mode()
     def prepare(self, most_rows: int) -> None:
@@ -126,24 +140,12 @@ class ModelRunner(SlotTable):
 
     def _read(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int]) -> tuple[Tensor, Tensor | None]:
         """Read tokens. Returns hidden states (R, H) of the rows to keep, and logits (R, V) if a pass computed them."""
-        chunks = []
-        for slot, token_ids in unseen.items():
-            assert token_ids, "every slot needs at least one new token"
-            start = len(self._texts[slot])
-            chunks.append(SlotTokens(slot, range(start, start + len(token_ids)), token_ids, keep[slot]))
-        ends = {chunk.slot: chunk.positions.stop for chunk in chunks}
-        longest = max(ends.values())
-        if self.max_length is not None and longest > self.max_length:
-            raise RequestError(f"{self.name} reads at most {self.max_length} tokens, got a sequence of {longest}")
-        grown = {slot: end for slot, end in ends.items() if end > self._cache.held.get(slot, 0)}
-        if grown:
-            self._make_room(grown)
+        chunks = self.chunks(unseen, keep)
         size = sum([len(chunk.positions) for chunk in chunks])
         passes = [chunks] if size <= self.max_pass_tokens else _split(chunks, self.max_pass_tokens)
-        self.usage.tokens_read += size
+        self.usage.forward_passes += len(passes) - 1
         states = []
         for part in passes:
-            self.usage.forward_passes += 1
             bucket = bucket_of([len(chunk.positions) for chunk in part]) if self._static else None
             if self._static is not None and bucket is not None:
                 hidden, logits = self._static.run(bucket, part)
@@ -154,6 +156,29 @@ class ModelRunner(SlotTable):
                     hidden = hidden[layout.kept.to(hidden.device)]
             states.append(hidden)
         return (states[0], logits) if len(states) == 1 else (torch.cat(states), None)
+
+    def chunks(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int]) -> list[SlotTokens]:
+        """What a pass reads of each slot, which now has room for it."""
+        chunks = []
+        for slot, token_ids in unseen.items():
+            assert token_ids, "every slot needs at least one new token"
+            start = len(self._texts[slot])
+            chunks.append(SlotTokens(slot, range(start, start + len(token_ids)), token_ids, keep[slot]))
+        held, limit, ends = self._cache.held, self._limit, [(chunk.slot, chunk.positions.stop) for chunk in chunks]
+        if grown := {slot: end for slot, end in ends if end > held.get(slot, 0) or end > limit}:
+            self._make_room(grown)
+        self.usage.tokens_read += sum([len(chunk.positions) for chunk in chunks])
+        self.usage.forward_passes += 1
+        return chunks
+
+    def layout(self, unseen: Mapping[int, Sequence[int]], keep: Mapping[int, int]) -> PackedPass:
+        """The layout of a pass over unread tokens, for a pass of several runners. `note` records that it has been."""
+        return PackedPass(self.chunks(unseen, keep), self._cache, self._input_device, self._window)
+
+    def note(self, unseen: Mapping[int, Sequence[int]]) -> None:
+        """Record what a pass of several runners has read."""
+        for slot, token_ids in unseen.items():
+            self._texts[slot] += token_ids
 
 
 def _split(chunks: Sequence[SlotTokens], budget: int) -> list[list[SlotTokens]]:

@@ -2,110 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from collm.core.judges import Judge
 from collm.core.policies import StepView
 from collm.core.sampling import seeded
-from collm.core.types import BASE, Completion, FinishReason, TokenStep, TopLogprobs
+from collm.core.types import BASE, Completion, FinishReason, TokenStep
+from collm.engine.decision import Decision, Draw
 from collm.engine.logits_processors import Edits, LogitsProcessors
 from collm.engine.lookup import PromptLookup
 from collm.engine.request import Request
 from collm.engine.speculation import AcceptanceRates
 from collm.errors import ConfigError
 from collm.models.assistant import Assistant
+from collm.text.alignment import Alignment, Masks
 from collm.text.grammars import Grammar
 from collm.text.token_text import TextStream
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The token that an author writes at one position.
-
-    Attributes:
-        logprob: its log-probability in nats under the author's raw logits; NaN if these held no valid number.
-        top: the author's most probable tokens, as many as the request asks for.
-    """
-
-    token_id: int
-    logprob: float
-    top: TopLogprobs = ()
-
-
-class Logits(NamedTuple):
-    """An author's next-token logits at one position, shape (V,) each. Both are one tensor if nothing is processed.
-
-    Attributes:
-        raw: the author's logits, from which log-probabilities are reported.
-        processed: logits after the request's logits processors, from which tokens are drawn.
-    """
-
-    raw: Tensor
-    processed: Tensor
-
-
-@dataclass
-class Consultation:
-    """The outputs of all authors at one position, for a policy that sees them before it decides.
-
-    Attributes:
-        author_probs: P(Z = 0..K).
-        author_logprobs: log P(Z), shape (K + 1,).
-        logits: author -> its next-token logits.
-        abstained: assistants that abstain. The base's logits replace theirs.
-    """
-
-    author_probs: list[float]
-    author_logprobs: Tensor
-    logits: dict[int, Logits]
-    abstained: set[int] = field(default_factory=set)
-
-    def add(self, author: int, logits: Logits | None) -> None:
-        """Add an assistant's logits, or None if it abstains."""
-        if logits is None:
-            self.abstained.add(author)
-            logits = self.logits[BASE]
-        self.logits[author] = Logits(*(each.to(self.author_logprobs.device) for each in logits))
-
-
-@dataclass
-class Decision:
-    """Who writes the token at one position, and the token.
-
-    Attributes:
-        author: the policy's choice; BASE until the consulted authors have been read.
-        defer_prob: 1 - P(Z = 0) at this position.
-        guess: the token that the base would write; None if it is not needed.
-        choice: the token that is written; None until its author is known and has been read.
-        needs: the assistants that must be read before `choice` is known.
-        consultation: their outputs, if the policy consults them before it decides.
-        abstained: whether the author abstained, so that the base's guess is used.
-        stood_in: whether the author's server was unavailable, so that the base writes.
-        rest: tokens that follow `choice` in the same segment.
-    """
-
-    author: int
-    defer_prob: float
-    guess: Draw | None
-    choice: Draw | None
-    needs: Collection[int] = ()
-    consultation: Consultation | None = None
-    abstained: bool = False
-    stood_in: bool = False
-    rest: list[Draw] = field(default_factory=list)
-
-    def waits_for(self, author: int) -> bool:
-        return self.choice is None and author in self.needs
 
 
 class Unit(Protocol):
     """What a decision is about, if not a token (`engine.segments`)."""
 
+    alignment: Alignment
     current: list[Draw]
 
     @property
@@ -115,7 +38,9 @@ class Unit(Protocol):
 
     def add_edits(self, edits: Edits, author: int, row: int) -> None: ...
 
-    def uniform(self, author: int) -> float: ...
+    def masks(self, author: int, device: torch.device) -> Masks: ...
+
+    def uniform(self, author: int, *, opening: bool = False) -> float: ...
 
     def decide(self, guess: Draw, defer_prob: float, author_probs: ListOf[float]) -> None: ...
 
@@ -142,7 +67,10 @@ class Sequence:
         steps: the tokens generated so far.
         deferred: number of these for which an assistant was asked.
         waited: steps since the sequence began to wait for an assistant.
-        consulted: assistants that the policy consults before it decides; if there are any, nothing is drafted.
+        consulted: assistants that the policy consults before it decides.
+        judge: what decides which tokens of the base stand, or None.
+        tentative: whether the base's tokens wait for what assistants say of them.
+        regret: nats that the judge's assistants lost by the tokens that stand.
         end_ids: the tokens that end the text.
         max_length: largest length of `token_ids` in the models' contexts and caches; None if unlimited.
         processors: the request's logits processors, or None.
@@ -177,6 +105,9 @@ class Sequence:
         self.acceptance = acceptance
         self.lookup = PromptLookup(self.token_ids)
         self.consulted = request.policy.consults(len(authors) - 1)
+        self.judge: Judge | None = request.policy.judge
+        self.tentative = bool(self.consulted) or self.judge is not None
+        self.regret = 0.0
         self.finish_reason: FinishReason | None = None
         self.max_length = shortest_limit(authors)
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
@@ -186,6 +117,7 @@ class Sequence:
             ends = eos_ids | self.end_ids  # min_tokens forbids EOS even if EOS is ignored
             self.processors = LogitsProcessors(params, request.prompt_ids, tokenizer, ends, grammar)
         self.edits_logits = self.processors is not None
+        self._spelled = tokenizer.decode
         self._stream = TextStream(
             tokenizer, request.prompt_ids, params.stop, keep_stop=params.include_stop_str_in_output
         )
@@ -216,7 +148,7 @@ class Sequence:
         """Longest draft that leaves room for one more token. Segments are not drafted."""
         if self.segments is not None:
             return 0
-        limit = self.request.params.max_new_tokens - len(self.steps) - 1
+        limit = self.request.params.max_tokens - len(self.steps) - 1
         return limit if self.max_length is None else min(limit, self.max_length - len(self.token_ids) - 1)
 
     def add_edits(self, edits: Edits, author: int, rows: range, first: int) -> None:
@@ -251,33 +183,43 @@ class Sequence:
             if self.segments is not None:
                 self.segments.decide(guess, defer_prob, author_probs)
                 return
-            author = self.choose_author(defer_prob, author_probs)
-            is_base = author == BASE
-            self.decisions.append(
-                Decision(author, defer_prob, guess, guess if is_base else None, () if is_base else (author,))
-            )
+            if self.consulted:
+                self.decisions.append(Decision(BASE, defer_prob, guess, None, self.consulted))
+                continue
+            author = self.choose_author(len(self.decisions), defer_prob, author_probs)
+            needs: ListOf[int] = () if author == BASE else (author,)
+            if author == BASE and self.judge is not None:
+                assistants = range(1, len(author_probs))
+                likely = max(assistants, key=lambda each: author_probs[each])
+                needs = self.judge.needs(likely, len(assistants))
+            self.decisions.append(Decision(author, defer_prob, guess, None if needs else guess, needs))
 
     def choose_author(
-        self, defer_prob: float, author_probs: ListOf[float], top: Mapping[int, tuple[int, float]] | None = None
+        self,
+        place: int,
+        defer_prob: float,
+        author_probs: ListOf[float],
+        top: Mapping[int, tuple[int, float]] | None = None,
     ) -> int:
-        """Ask the policy for the author after the last decision.
+        """Ask the policy for an author.
 
         Args:
+            place: the number of decisions before this one.
             top: author -> its most probable token and the probability, for the base and the consulted assistants.
 
         Raises:
             ConfigError: the policy chose an author that does not exist.
             Exception: the policy raised it.
         """
-        ahead, top = [decision for decision in self.decisions if decision.consultation is None], top or {}
-        position = len(self.steps) + len(ahead)
+        top = top or {}
+        position, params = len(self.steps) + place, self.request.params
         view = StepView(
             position=position,
-            deferred=self.deferred + sum([decision.author != BASE for decision in ahead]),
+            deferred=self.deferred + sum([decision.author != BASE for decision in self.decisions[:place]]),
             author_probs=author_probs,
             defer_prob=defer_prob,
-            temperature=self.request.params.temperature,
-            uniform=self.uniform(position, 0),
+            temperature=params.temperature,
+            uniform=self.uniform(position, 0) if params.temperature or self.request.policy.draws else 0.0,
             top_tokens={author: token for author, (token, _) in top.items()},
             top_probs={author: prob for author, (_, prob) in top.items()},
         )
@@ -285,6 +227,13 @@ class Sequence:
         if not 0 <= author < len(self.authors):
             raise ConfigError(f"{self.request.policy} chose author {author}, expected 0 to {len(self.authors) - 1}")
         return author
+
+    def waits_for(self, author: int) -> bool:
+        """Whether the first decision that waits for authors waits for this one."""
+        for decision in self.decisions:
+            if waited := [each for each in decision.needs if decision.waits_for(each)]:
+                return author in waited
+        return False
 
     def undecided(self, author: int) -> range:
         """The decisions from the first to the last one that waits for this assistant."""
@@ -299,8 +248,16 @@ class Sequence:
             return
         decision.abstained = draw is None
         decision.choice = draw or decision.guess
+        self.observe(decision)
+
+    def observe(self, decision: Decision) -> None:
+        """Record whether the assistants wrote what the base would have written."""
         if self.acceptance is not None and decision.guess is not None and decision.choice is not None:
-            self.acceptance.observe_agreement(decision.guess.token_id == decision.choice.token_id)
+            agrees = decision.guess.token_id == decision.choice.token_id
+            if decision.consultation is None:
+                self.acceptance.observe_agreement(agrees)
+            else:
+                self.acceptance.observe_stand(agrees)
 
     def advance(self) -> list[TokenStep]:
         """Cut the draft where an author writes another token, and return the tokens that are now final."""
@@ -341,15 +298,16 @@ class Sequence:
             or (self.processors is not None and self.processors.is_complete(self.generated))
         ):
             self.finish_reason = "stop"
-        elif len(self.steps) + 1 >= params.max_new_tokens or (
+        elif len(self.steps) + 1 >= params.max_tokens or (
             self.max_length is not None and len(self.token_ids) >= self.max_length
         ):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._stream.finish()
         writer = BASE if decision.abstained else decision.author
+        rejected = None if decision.rejected is None else (decision.rejected, self._spelled(decision.rejected))
         numbers = (decision.defer_prob, drawn.logprob, drawn.top)
-        step = TokenStep(token_id, text, writer, *numbers, stood_in=decision.stood_in)
+        step = TokenStep(token_id, text, writer, *numbers, stood_in=decision.stood_in, rejected=rejected)
         self.steps.append(step)
         return step
 
@@ -375,6 +333,7 @@ class Sequence:
             prompt_token_ids=self.request.prompt_ids,
             top_logprobs=[step.top_logprobs for step in self.steps if step.top_logprobs],
             stood_in=[i for i, step in enumerate(self.steps) if step.stood_in],
+            rejected={i: step.rejected[0] for i, step in enumerate(self.steps) if step.rejected is not None},
         )
 
 

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from collm.engine.kv_cache import PAGE, KVCache, PagedCache, ReservedCache, in_pages
-from collm.errors import CacheFull, ConfigError
+from collm.engine.kv_cache import PAGE, SlotMemory, in_pages
+from collm.errors import CacheFull, ConfigError, RequestError
 from collm.models.language_model import LanguageModel
+from collm.models.llama import LlamaModel
 from collm.text.token_ids import common_prefix
 
 MIN_SHARED = 16
 """Shortest prefix that is copied from another slot instead of being read again."""
 
 
-class SlotTable:
+class SlotTable(ABC):
     """The slots of one model.
 
     A closed slot keeps its KV cache until the memory is needed. The next turn of a chat, or another completion of the
     same prompt, then reads only its new tokens.
 
-    Args:
-        paged: keep keys and values in pages; otherwise every slot reserves addresses, which needs a CPU.
-
     Attributes:
         max_length: largest number of tokens of a sequence in the model's context; None if unlimited.
         capacity: positions that all slots together can hold, in whole pages (`kv_cache.in_pages`).
         bytes_per_position: memory of a token's keys and values; 0 until it is measured.
+        default_positions: largest capacity unless a size of the cache is given; None if unlimited.
     """
 
-    def __init__(self, model: LanguageModel, *, paged: bool) -> None:
-        self.model = model
+    default_positions: int | None = None
+
+    def __init__(self, model: LanguageModel | LlamaModel) -> None:
         self.name = model.name
         self.device = model.device
         self.max_length = model.max_length
+        self._limit = math.inf if model.max_length is None else model.max_length
         self.bytes_per_position = 0
-        self._input_device = model.input_device
-        self._paged = paged
         self._texts: list[list[int]] = []  # slot -> the tokens in its cache
         self._closed: list[int] = []  # free slots, the longest free first
-        self._cache: KVCache
+        self._cache: SlotMemory
 
     @property
     def open_slots(self) -> int:
@@ -65,16 +66,16 @@ class SlotTable:
             )
         assert not self.open_slots
         self._texts, self._closed = [], []
-        if self._paged:
-            self._cache = PagedCache(positions, self.max_length, self._input_device)
-        else:
-            self._cache = ReservedCache(positions, self.max_length)
+        self._cache = self._new_cache(positions)
         self.capacity = self._cache.capacity
+
+    @abstractmethod
+    def _new_cache(self, positions: int) -> SlotMemory: ...
 
     @torch.inference_mode()
     def open(self, token_ids: Sequence[int] = ()) -> int:
         """Open a slot for a new sequence `token_ids`. It may already hold a prefix of them, but not all."""
-        source, shared = self._longest_prefix(token_ids)
+        source, shared = _longest_prefix(self._texts, token_ids)
         loses_little = source in self._closed and 2 * shared >= len(self._texts[source])
         slot = source if loses_little else self._free_slot()
         if slot != source:
@@ -116,8 +117,15 @@ class SlotTable:
         del self._texts[slot][length:]
 
     def _make_room(self, lengths: Mapping[int, int], *, except_slot: int = -1) -> None:
-        """Allocate cache for `lengths` tokens of slots that hold less, dropping caches of closed slots if necessary."""
-        cache = self._cache
+        """Allocate cache for `lengths` tokens of slots that hold less, dropping caches of closed slots if necessary.
+
+        Raises:
+            RequestError: a length exceeds the model's context.
+            CacheFull: the open slots use too much of the cache.
+        """
+        cache, longest = self._cache, max(lengths.values())
+        if longest > self._limit:
+            raise RequestError(f"{self.name} reads at most {self.max_length} tokens, got a sequence of {longest}")
         growth = sum([in_pages(length) - cache.held.get(slot, 0) for slot, length in lengths.items()])
         missing = cache.used + growth - cache.capacity
         for slot in self._closed:
@@ -136,13 +144,6 @@ class SlotTable:
         self._texts[slot].clear()
         self._cache.release(slot, wipe=wipe)
 
-    def _longest_prefix(self, token_ids: Sequence[int]) -> tuple[int, int]:
-        """The slot with the longest common prefix with `token_ids[:-1]`, and its length; (-1, 0) if it is too short."""
-        wanted = list(token_ids[:-1])
-        shared = [common_prefix(wanted, text) for text in self._texts]
-        longest = max(shared, default=0)
-        return (shared.index(longest), longest) if longest >= MIN_SHARED else (-1, 0)
-
     def _free_slot(self) -> int:
         """An empty closed slot, else the one closed first, else a new one. Low numbers keep active slots adjacent."""
         if self._closed:
@@ -151,3 +152,11 @@ class SlotTable:
             raise CacheFull(f"{self.name} has no free slot; all {self.most_slots} slots are open")
         self._texts.append([])
         return len(self._texts) - 1
+
+
+def _longest_prefix(texts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> tuple[int, int]:
+    """The slot with the longest common prefix with `token_ids[:-1]`, and its length; (-1, 0) if it is too short."""
+    wanted = list(token_ids[:-1])
+    shared = [common_prefix(wanted, text) for text in texts]
+    longest = max(shared, default=0)
+    return (shared.index(longest), longest) if longest >= MIN_SHARED else (-1, 0)

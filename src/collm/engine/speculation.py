@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from collm.core.types import BASE
 
 _MEMORY = 0.1  # weight of the newest observation
 _SETTLED = 3  # observations after which a single slow pass has little weight
+_LONGEST = 16  # drafts that are looked at for their cost
 _GAIN = 0.9  # a plan must cost less than this share of the default, because the cost model is rough
 
 
 class PassTimes:
-    """T(n) of one model, measured while decoding: a moving average per power of two, with linear interpolation."""
+    """T(n) of one model, measured while decoding: moving averages of neighbouring n, with linear interpolation."""
 
     def __init__(self) -> None:
-        self._points: dict[int, tuple[int, float, float]] = {}  # bucket -> observations, tokens, seconds
+        self._points: dict[tuple[int, int], tuple[int, float, float]] = {}  # bucket -> observations, tokens, seconds
         self._line: list[tuple[float, float]] = []  # tokens and seconds, in order
 
     def record(self, tokens: int, seconds: float) -> None:
         """Record a pass over `tokens` new tokens that took `seconds`."""
-        bucket = tokens.bit_length()
+        length = tokens.bit_length()
+        bucket = length, tokens >> max(length - 3, 0)  # four for each power of two
         count, mean_tokens, mean_seconds = self._points.get(bucket, (0, float(tokens), seconds))
         if count < _SETTLED:  # first passes include one-time costs of memory and kernels
             mean_seconds = min(mean_seconds, seconds)
@@ -57,7 +59,9 @@ class AcceptanceRates:
     Attributes:
         start: rate at which a token is deferred after a token of the base.
         run: rate at which a token is deferred after a token deferred to the same assistant.
-        agree: rate at which an assistant writes the token that the base would have written.
+        agree: rate at which an assistant writes the token that the base would have written, where the base defers.
+        stands: the same where the base writes and a judge or a policy that sees all authors decides.
+        judged: number of observations of `stands`. The first ones weigh more.
         lookup: rate at which a token equals the one predicted by prompt lookup.
         previous: the author of the last token.
     """
@@ -67,6 +71,8 @@ class AcceptanceRates:
     agree: float = 0.1
     lookup: float = 0.1
     previous: int = BASE
+    stands: float = 0.1
+    judged: int = 0
 
     @property
     def rate(self) -> float:
@@ -86,6 +92,11 @@ class AcceptanceRates:
     def observe_agreement(self, agreed: bool) -> None:
         """Observe whether an assistant wrote the token that the base would have written."""
         self.agree += _MEMORY * (agreed - self.agree)
+
+    def observe_stand(self, stands: bool) -> None:
+        """Observe whether a token of the base stood."""
+        self.judged += 1
+        self.stands += max(_MEMORY, 1 / (self.judged + 1)) * (stands - self.stands)
 
     def copy(self) -> AcceptanceRates:
         """The rates for a new sequence."""
@@ -126,6 +137,29 @@ def guess_depth(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTim
         return (assistant.at(active * r / acceptance.rate) / active + lost) / served
 
     return _cheapest(cost, range(1, longest + 1))
+
+
+def pays(
+    chances: Sequence[float], stands: float, base: PassTimes, assistants: Sequence[PassTimes], active: int
+) -> bool:
+    """Whether the base should draft one more token before assistants decide about all.
+
+    It is lost, with the pass of the base, unless all tokens before it stand. If they do, it saves what a token costs at
+    the best draft length r: min over r of (T_a(r B) / B + (r - E) T_b(B) / B) / E, with E = 1 + .. + stands^(r-1).
+
+    Args:
+        chances: the probability that each token of the draft stands.
+        stands: the same on average.
+        assistants: those that read each token.
+    """
+
+    def cost(r: int) -> float:
+        served = expected_run(stands, r - 1)
+        lost = (r - served) * base.at(active) / active
+        return (sum(each.at(active * r) for each in assistants) / active + lost) / served
+
+    chance = math.prod(chances)
+    return chance * min(map(cost, range(1, _LONGEST + 1))) > (1 - chance) * base.at(active) / active
 
 
 def assistant_draft_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, longest: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.atomic import write_error
-from collm.core.types import FinishReason, ModelUsage
+from collm.core.types import FinishReason
 from collm.errors import DAMAGED, ArtefactError, ConfigError
 
 
@@ -35,10 +35,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class BatchCost:
-    """The items of a batch, the work of each model for all of them, and the time it took."""
+    """The items of a batch, the `ModelUsage` of each model for all of them, and the time it took."""
 
     ids: list[str]
-    usage: dict[str, ModelUsage]
+    usage: dict[str, dict[str, int]]
     seconds: float
 
 
@@ -66,8 +66,7 @@ class AnswerFile:
                 elif kind == "answer":
                     self.answers[record["id"]] = Answer(**record)
                 else:
-                    usage = {name: ModelUsage(**used) for name, used in record["usage"].items()}
-                    self.batches.append(BatchCost(**{**record, "usage": usage}))
+                    self.batches.append(BatchCost(**record))
             except DAMAGED as error:
                 raise ArtefactError(f"{path}, line {number} is damaged ({error}); delete the file") from error
         if identity is not None:
@@ -111,4 +110,4 @@ def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> Non
         if before.get(name) != value:
             hashed = name in ("items", "models")
             held = f"of other {name}" if hashed else f"with {name}={before.get(name)!r}, now it is {value!r}"
-            raise ConfigError(f"{path} holds answers {held}; choose another --out, or give the same options to go on")
+            raise ConfigError(f"{path} holds answers {held}; choose another --out, or give the same options to resume")

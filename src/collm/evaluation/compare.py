@@ -20,7 +20,7 @@ from collm.core.types import Completion, deferral_rate
 from collm.engine.candidates import Candidates
 from collm.errors import CollmError, DataError, ToolFailure
 from collm.evaluation.answers import Answer, AnswerFile, BatchCost, answer_path, read_answers
-from collm.evaluation.gold import gold_examples, gold_views, reliability
+from collm.evaluation.gold import confusion, gold_examples, gold_views, reliability
 from collm.evaluation.results import SystemResult, result_of, verdict
 from collm.evaluation.systems import COLLABORATION, System, short_names
 from collm.evaluation.tasks.task import Task, TaskItem
@@ -43,7 +43,7 @@ class Evaluation:
 
     Attributes:
         task: renders and scores the items, and defines where answers end.
-        params: sampling parameters. max_new_tokens and stop are those of the task. Greedy by default.
+        params: sampling parameters. max_tokens and stop are those of the task. Greedy by default.
         chat: send items as chat messages of the user, for a collaboration trained on chats.
         max_batch: maximum number of prompts decoded at once.
         seed: with sampling, item i has seed + i, also after a resume.
@@ -102,11 +102,16 @@ class Evaluation:
     def solutions(self) -> list[Row]:
         """The items that have solutions, as rows of training data."""
         rows = [item.solution for item in self.items if item.solution is not None]
-        return [_as_chat(row) if self.chat and row.messages is None else row for row in rows]
+        for at, row in enumerate(rows):
+            if self.chat and isinstance(row.prompt, str):
+                question = Chat([{"role": "user", "content": row.prompt}])
+                chat = Chat([*question, {"role": "assistant", "content": row.completion}])
+                rows[at] = replace(row, prompt=question, messages=chat)
+        return rows
 
     def _sampling(self, model: CoLLM, policy: Policy) -> list[SamplingParams]:
         stop = self.task.stop_for(self.items[0], model.template, chat=self.chat)
-        params = replace(self.params, max_new_tokens=self.task.max_new_tokens, stop=stop, seed=None)
+        params = replace(self.params, max_tokens=self.task.max_tokens, stop=stop, seed=None)
         if not policy.draws and params.temperature == 0:
             return [params] * len(self.items)
         return [replace(params, seed=self.seed + place) for place in range(len(self.items))]
@@ -133,7 +138,8 @@ class Evaluation:
 
         done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
         seconds = round(time.perf_counter() - started, 4)
-        file.add_batch(BatchCost([item.id for item in items], dict(done.usage), seconds))
+        usage = {name: vars(used) for name, used in done.usage.items()}
+        file.add_batch(BatchCost([item.id for item in items], usage, seconds))
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ def compare(
     Args:
         systems: the collaboration first, as from `systems_named`.
         settings: stored with the results.
-        on_answer: called with (items done, items in all) of each system.
+        on_answer: called with (answers done, answers of all systems).
 
     Raises:
         ConfigError: `out` holds another evaluation or is in use, or the collaboration cannot decode as a system does.
@@ -256,10 +262,11 @@ def compare(
     }
     about = task.name, task.main_measure(items), items
     found = Comparison(*about, results, answers, model.author_names, threshold, used)
-    _write(out / "items.json", [{"id": item.id, "prompt": item.prompt, "reference": item.reference} for item in items])
+    shown = ("id", "prompt", "reference", "kind")
+    _write(out / "items.json", [{name: getattr(item, name) for name in shown} for item in items])
     _write(out / "results.json", found.to_dict())
     try:
-        found = replace(found, tokens=_tokens(model, evaluation.solutions()))
+        found = replace(found, tokens=_tokens(model, evaluation.solutions(), threshold))
     except CollmError as error:
         found.left_out["token measures"] = str(error)
     _add_candidates(model, evaluation, found)
@@ -275,9 +282,13 @@ def _answered(
     answers: dict[str, list[Answer]] = {}
     results: list[SystemResult] = []
     with sole_writer(contained(out)):
-        for system in systems:
+        for number, system in enumerate(systems):
+
+            def of_all(done: int, total: int, before: int = number * len(items)) -> None:
+                report(before + done, len(systems) * len(items))
+
             authors = [author for answer in answers.get(COLLABORATION, ()) for author in answer.authors]
-            file, model = evaluation.answers(system, out, rate=deferral_rate(authors), report=report)
+            file, model = evaluation.answers(system, out, rate=deferral_rate(authors), report=of_all)
             answers[system.name] = [file.answers[item.id] for item in items]
             results.append(result_of(system, model, task, items, answers, file))
             outputs = task.outputs(items, [answer.text for answer in answers[system.name]], system.name)
@@ -290,13 +301,17 @@ def _write(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _tokens(model: CoLLM, solutions: Sequence[Row]) -> dict[str, Any] | None:
-    """Token-level measures on solutions (NaN as None), and the reliability of the defer prob."""
+def _tokens(model: CoLLM, solutions: Sequence[Row], threshold: float) -> dict[str, Any] | None:
+    """Token-level measures on solutions (None if not finite), reliability of the defer prob, and who writes what."""
     if not solutions:
         return None
     views = gold_views(model, gold_examples(model, solutions))
-    measures = {name: None if math.isnan(value) else value for name, value in views.measures().items()}
-    return {"num_tokens": len(views.base_logprob), "measures": measures, "reliability": reliability(views)}
+    return {
+        "num_tokens": len(views.base_logprob),
+        "measures": {name: value if math.isfinite(value) else None for name, value in views.measures().items()},
+        "reliability": reliability(views),
+        "confusion": confusion(views, threshold).tolist(),
+    }
 
 
 def _add_candidates(model: CoLLM, evaluation: Evaluation, found: Comparison) -> None:
@@ -308,13 +323,6 @@ def _add_candidates(model: CoLLM, evaluation: Evaluation, found: Comparison) -> 
             found.candidates[answer.id] = model.candidates(prompt, answer.token_ids)
         except CollmError as error:
             found.left_out[f"candidates of item {answer.id}"] = str(error)
-
-
-def _as_chat(row: Row) -> Row:
-    assert isinstance(row.prompt, str)
-    question = Chat([{"role": "user", "content": row.prompt}])
-    chat = Chat([*question, {"role": "assistant", "content": row.completion}])
-    return Row(question, row.completion, chat, row.where)
 
 
 def _digest(model: CoLLM) -> str:

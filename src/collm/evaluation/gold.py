@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -12,14 +12,17 @@ from torch import Tensor
 
 from collm.collaboration import CoLLM
 from collm.core.head import defer_probs
+from collm.core.objective import pseudo_labels
 from collm.core.policies import check_share
 from collm.evaluation.intervals import bootstrap_interval
-from collm.models.members import load_members
+from collm.models.members import Model, load_members
+from collm.models.tools import ToolModel
+from collm.tools.spec import ToolSpec
 from collm.training.data import Row
-from collm.training.examples import Examples, encode
+from collm.training.examples import Example, Examples, encode
 from collm.training.inspection import TokenViews
 from collm.training.scores import Scores
-from collm.training.scoring import read_scores
+from collm.training.scoring import read_scores, tool_likelihoods
 
 BASE_ALONE, ASSISTANTS_ALONE = 1.0, -1.0
 
@@ -32,26 +35,51 @@ def gold_examples(model: CoLLM, rows: Sequence[Row], *, max_length: int | None =
     return encode(rows, model.template, model.tokenizer, model.alignment, max_length=max_length)
 
 
+Likelihoods = tuple[Tensor, Tensor, Tensor | None]
+"""An author's log-probabilities of the gold tokens in nats, whether its argmax is the gold token, and whether it
+abstains there, shape (M,); None if it never does.
+"""
+
+
 @torch.inference_mode()
 def gold_views(model: CoLLM, examples: Examples, scores: Sequence[Scores] | None = None) -> TokenViews:
-    """The predictions of base, head and assistants for every target token. With the assistants' `scores` on these
-    examples, only the base is loaded.
+    """The predictions of base, head and assistants for every target token, under the law that decodes: where a tool
+    abstains, it has the base's log-probability. With the assistants' `scores` on these examples, no other model than
+    the base is loaded.
     """
     model.check_in_memory()
-    if scores is None:
-        base, *assistants = model.members
-        found = [read_scores(one, examples.read_by(number)) for number, one in enumerate(assistants, start=1)]
-        of_assistants = [(one["logprob"], one["correct"], one.get("abstained")) for one in found]
-    else:
-        [base] = load_members([model.base], model.tokenizer, vocab_size=model.identity.vocab_size)
-        of_assistants = [(one.logprobs, one.corrects, one.abstained) for one in scores]
-    of_base = read_scores(base, examples, hidden_states=True)
-    logprobs, correct, abstained = (
-        torch.stack([torch.zeros_like(of_base["correct"]) if one is None else one for one in values], dim=-1)
-        for values in zip(*of_assistants, strict=True)
-    )  # (M, K)
-    defer_logits = cast(Tensor, model.head(of_base["hidden"].to(model.head.weight.device))).float().cpu()
-    return TokenViews(of_base["logprob"], of_base["correct"], logprobs, correct, defer_logits, abstained)
+    base, *assistants = model.members if scores is None else _base_and_tools(model, scores)
+    of_assistants = [likelihoods(one, examples.read_by(number)) for number, one in enumerate(assistants, start=1)]
+    found = read_scores(cast(Model, base), examples, hidden_states=True)
+    views = views_of((found["logprob"], found["correct"], None), *of_assistants)
+    inputs = (found[name].to(model.head.weight.device) for name in ("hidden", "doubt"))
+    return replace(views, defer_logits=cast(Tensor, model.head(*inputs)).cpu())
+
+
+def _base_and_tools(model: CoLLM, scores: Sequence[Scores]) -> Iterator[Model | ToolModel | Scores]:
+    """The base and, for each assistant, the tool or the stored scores of the model."""
+    tools = [one for one in model.assistants if isinstance(one, ToolSpec)]
+    loaded = iter(load_members([model.base, *tools], model.tokenizer, vocab_size=model.identity.vocab_size))
+    yield next(loaded)
+    for one, stored in zip(model.assistants, scores, strict=True):
+        yield next(loaded) if isinstance(one, ToolSpec) else stored
+
+
+def likelihoods(author: Model | ToolModel | Scores, examples: Sequence[Example] = ()) -> Likelihoods:
+    """What an author gives the gold tokens of examples, or what its scores say of their own."""
+    if isinstance(author, Scores):
+        return author.logprobs, author.corrects, author.abstained
+    found = tool_likelihoods(author, examples) if isinstance(author, ToolModel) else read_scores(author, examples)
+    return found["logprob"], found["correct"], found.get("abstained")
+
+
+def views_of(base: Likelihoods, *assistants: Likelihoods) -> TokenViews:
+    """All authors, with defer logits of 0. Where a tool abstains, it has the base's log-probability."""
+    logprobs, corrects, abstained = zip(*assistants, strict=True)
+    never = torch.zeros_like(base[1])
+    silent = torch.stack([never if one is None else one for one in abstained], -1)  # (M, K)
+    theirs = torch.where(silent, base[0].unsqueeze(-1), torch.stack(logprobs, -1))
+    return TokenViews(*base[:2], theirs, torch.stack(corrects, -1), torch.zeros_like(theirs), silent)
 
 
 def deferred(views: TokenViews) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +104,22 @@ def greedy_writes(views: TokenViews, threshold: float) -> Tensor:
     """Whether greedy decoding at this threshold writes each gold token after those before it, bool, shape (N,)."""
     _, correct, _ = deferred(views)
     return torch.where(defer_probs(views.defer_logits) > threshold, correct, views.base_correct)
+
+
+def confusion(views: TokenViews, threshold: float) -> Tensor:
+    """The number of gold tokens by the author that should write them, and the author that does at this threshold.
+
+    Who should is guessed as for a warm start (`core.objective.pseudo_labels`): the base if its argmax is the gold
+    token, else the assistant with the most probability for it among those whose argmax it is.
+
+    Returns:
+        Counts, shape (K + 1, K + 1), the base first.
+    """
+    size = views.defer_logits.shape[-1] + 1
+    wanted = pseudo_labels(views.base_correct, views.assistant_correct, views.assistant_logprobs)
+    asks = deferred(views)[0] & (defer_probs(views.defer_logits) > threshold)
+    writes = torch.where(asks, views.defer_logits.argmax(-1) + 1, 0)
+    return torch.bincount(wanted * size + writes, minlength=size * size).view(size, size)
 
 
 def reliability(views: TokenViews, num_bins: int = 10) -> list[dict[str, float]]:
@@ -125,15 +169,20 @@ class TeacherForcedCurve:
     """All thresholds with different choices of authors, from the base alone to the assistants alone.
 
     Attributes:
-        thresholds: fp64, shape (G + 1,), falling: 1, each distinct defer prob but the highest, -1.
+        defer_probs: the distinct ones, fp64, shape (G,), falling.
+        thresholds: fp64, shape (G + 1,), falling: 1, half-way between each two neighbouring defer probs, -1.
         deferral_rates, accuracies, nlls: fp64, shape (G + 1,), as in `TeacherForcedPoint`.
+        youden: Youden's J of "defer prob > threshold" for the pseudo-labels: sensitivity + specificity - 1, shape
+            (G + 1,); NaN if all tokens have the same label (Youden, "Index for rating diagnostic tests", 1950).
         reachable: share of the gold tokens that are the argmax of any author: the accuracy of a perfect choice.
     """
 
+    defer_probs: Tensor
     thresholds: Tensor
     deferral_rates: Tensor
     accuracies: Tensor
     nlls: Tensor
+    youden: Tensor
     reachable: float
     num_tokens: int
 
@@ -143,6 +192,10 @@ class TeacherForcedCurve:
     def __getitem__(self, index: int) -> TeacherForcedPoint:
         columns = (self.thresholds, self.deferral_rates, self.accuracies, self.nlls)
         return TeacherForcedPoint(*(column[index].item() for column in columns))
+
+    def at(self, threshold: float) -> TeacherForcedPoint:
+        """The point at a threshold in [-1, 1]. At its own threshold the same authors write."""
+        return self[int((self.defer_probs > threshold).sum())]
 
     def best(self, budget: float = 1.0) -> TeacherForcedPoint:
         """The most accurate point within a deferral rate in [0, 1]. Ties go to the lower rate."""
@@ -155,6 +208,15 @@ class TeacherForcedCurve:
         for rate in rates:
             check_share("rate", rate)
         return [self[int((self.deferral_rates <= rate).nonzero().max())] for rate in rates]
+
+
+def half_way(lower: Tensor, higher: Tensor) -> Tensor:
+    """Thresholds in the middle of two defer probs, or the lower one if no number lies between.
+
+    There, rounding in another batch or engine changes no author.
+    """
+    middle = (lower + higher) / 2
+    return torch.where(middle < higher, middle, lower)
 
 
 def teacher_forced(views: TokenViews) -> TeacherForcedCurve:
@@ -171,12 +233,18 @@ def teacher_forced(views: TokenViews) -> TeacherForcedCurve:
         kept = torch.cat([base[order].double().flip(0).cumsum(0).flip(0), nothing])
         return (beyond + kept)[ends] / len(order)
 
-    right = views.base_correct | views.assistant_correct.any(-1)
+    labels = pseudo_labels(views.base_correct, views.assistant_correct, views.assistant_logprobs)
+    positive, negative = (labels != 0).double(), (labels == 0).double()
+    nothing = torch.zeros_like(positive)
+    rates = [means(nothing, one) / one.mean() for one in (positive, negative)]  # true and false positive rate
+    right, between = views.base_correct | views.assistant_correct.any(-1), half_way(values[1:], values[:-1])
     return TeacherForcedCurve(
-        thresholds=torch.cat([torch.tensor([BASE_ALONE]).double(), values[1:], torch.tensor([ASSISTANTS_ALONE])]),
+        defer_probs=values,
+        thresholds=torch.cat([torch.tensor([BASE_ALONE]).double(), between, torch.tensor([ASSISTANTS_ALONE])]),
         deferral_rates=means(torch.zeros_like(by_assistant), by_assistant),
         accuracies=means(views.base_correct, correct),
         nlls=-means(views.base_logprob, logprob),
+        youden=rates[0] - rates[1],
         reachable=right.double().mean().item(),
         num_tokens=len(order),
     )

@@ -21,8 +21,9 @@ from collm.core.policies import ThresholdPolicy
 from collm.core.types import Completion
 from collm.errors import ConfigError, MissingExtra, RequestError
 from collm.evaluation.gold import gold_views, greedy_writes
+from collm.text.alignment import Alignment
 from collm.text.template import tokenize
-from collm.training.examples import Example, Examples, aligned_example, joined
+from collm.training.examples import Example, Examples, aligned_example, joined, windows
 from collm.training.inspection import TokenViews
 from collm.training.scoring import progress_bar
 from collm.untrusted import fits
@@ -46,19 +47,20 @@ MAX_GEN_TOKS = 256  # the default of the harness's own models
 _LOADING: dict[str, Any] = {"pretrained": str | int, "device": str, "dtype": str, "trust_code": bool}
 
 Pair = tuple[Any, list[int], list[int]]
-"""A request's texts (None for a window of a longer text), its context tokens, and its continuation tokens."""
+"""A request's texts, its context tokens, and its continuation tokens."""
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """A collaboration as a model of lm-evaluation-harness.
 
     Likelihoods are those of the joint model, log sum_z P(z | x_<t) P_z(x_t | x_<t) per token in fp32, whatever the
-    threshold. A continuation is greedy if greedy decoding at the operating threshold writes it (`gold.greedy_writes`).
+    threshold, budget or policy: there is one likelihood for all of them, so it cannot compare them. A continuation is
+    greedy if greedy decoding at the operating threshold writes it (`gold.greedy_writes`).
     The artefact's prompt template is not used, its chat template with `--apply_chat_template`.
 
     Args:
         threshold, budget: as for `CoLLM.generate`. By default the calibrated threshold.
-        policy: name of another policy for generation. Likelihoods are the same.
+        policy: name of another policy, for generation only.
         batch_size: maximum number of texts read or decoded at once. "auto" divides texts to score by their tokens, and
             decodes 16 prompts at once.
         max_length: maximum number of tokens of a sequence, by default the shortest context of all models. Longer texts
@@ -148,31 +150,32 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         threshold = self.policy.threshold if isinstance(self.policy, ThresholdPolicy) else self.model.threshold()
         answers: dict[int, tuple[float, bool]] = {}
-        for index, views in self._views(requests, show=not disable_tqdm):
+        parts = [self._example(context, continuation) for _, context, continuation in requests]
+        for index, views in self._views(parts, show=not disable_tqdm):
             greedy = bool(greedy_writes(views, threshold).all())
             answers[index] = (_log_likelihood(views), greedy)
             self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each whole text, in the harness's windows of `max_length` tokens."""
-        windows: list[tuple[int, Pair]] = []
-        for n, request in enumerate(requests):
-            cut = get_rolling_token_windows(self.tok_encode(*request.args), self.prefix_token_id, self.max_length, 1)
-            windows += [(n, (None, *make_disjoint_window(window))) for window in cut]
+        """Log-likelihood in nats of each whole text, in the harness's windows of `max_length` tokens.
+
+        If tokenizers differ, windows consist of whole segments.
+        """
+        found = [(n, window) for n, request in enumerate(requests) for window in _windows(self, *request.args)]
         totals = [0.0] * len(requests)
-        for index, views in self._views([window for _, window in windows], show=not disable_tqdm):
-            totals[windows[index][0]] += _log_likelihood(views)
+        for index, views in self._views([window for _, window in found], show=not disable_tqdm):
+            totals[found[index][0]] += _log_likelihood(views)
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _views(self, pairs: Sequence[Pair], *, show: bool) -> Iterator[tuple[int, TokenViews]]:
-        """The index of each pair and the authors' predictions for its continuation, the longest pair first."""
-        examples = joined([self._example(context, continuation) for _, context, continuation in pairs])
+    def _views(self, parts: Sequence[Examples], *, show: bool) -> Iterator[tuple[int, TokenViews]]:
+        """The index of each part, of one example, and the authors' predictions for its targets, the longest first."""
+        examples = joined(parts)
         order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].token_ids), index))
         size = self.batch_size or AUTO_GROUP
-        with progress_bar("scoring", enabled=show) as report:
+        with progress_bar("scoring", "texts", enabled=show) as report:
             for start in range(0, len(order), size):
                 group = order[start : start + size]
                 read = gold_views(self.model, examples.part(group))
@@ -190,34 +193,40 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         alignment = self.model.alignment
         if alignment is None:
             return Examples([Example(kept, [place >= begin for place in range(len(kept))])])
-        prompts = [kept[:begin], *alignment.assistant_prompts(kept[:begin])]
         text = str(self.tokenizer.decode(continuation, clean_up_tokenization_spaces=False))
-        return aligned_example(alignment, prompts, text, end=False)
+        return _aligned_text(alignment, kept[:begin], text)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each prompt. With sampling, request i has the harness's torch seed + i."""
         prompts, params, seed = [], [], torch.initial_seed()
         for number, (context, options) in enumerate(request.args for request in requests):
             wanted = sampling_params(options)
-            room = self.max_length - wanted.max_new_tokens
+            room = self.max_length - wanted.max_tokens
             if room < 1:
                 raise ConfigError(
-                    f"max_gen_toks is {wanted.max_new_tokens}, which leaves no room for a prompt in the models' "
+                    f"max_gen_toks is {wanted.max_tokens}, which leaves no room for a prompt in the models' "
                     f"context of {self.max_length} tokens; lower it with --gen_kwargs max_gen_toks=.."
                 )
             prompts.append(_last(self.tok_encode(context) or [self.prefix_token_id], room, "prompt"))
             draws = self.policy.draws or wanted.temperature > 0
             params.append(replace(wanted, seed=seed + number) if draws else wanted)
         done = count(1)
-        with progress_bar("generating", enabled=not disable_tqdm) as report:
+        with progress_bar("generating", "texts", enabled=not disable_tqdm) as report:
 
             def keep(index: int, completion: Completion) -> None:
                 self.cache_hook.add_partial("generate_until", requests[index].args, completion.text)
                 report(next(done), len(requests))
 
-            sizes = {} if self.batch_size is None else {"max_batch": self.batch_size}
+            sizes: dict[str, Any] = {} if self.batch_size is None else {"max_batch": self.batch_size}
             found = self.model.generate(prompts, params, policy=self.policy, on_completion=keep, **sizes)
         return [completion.text for completion in found]
+
+
+def _aligned_text(alignment: Alignment, context: list[int], text: str) -> Examples:
+    """A text after a context. An assistant without a token for the context reads its EOS there."""
+    of_assistants = zip(alignment.tokenizers[1:], alignment.assistant_prompts(context), strict=True)
+    prompts = [context, *(prompt or [min(tokenizer.eos_ids)] for tokenizer, prompt in of_assistants)]
+    return aligned_example(alignment, prompts, text, end=False)
 
 
 def _last(token_ids: list[int], room: int, what: str) -> list[int]:
@@ -235,10 +244,8 @@ def _log_likelihood(views: TokenViews) -> float:
 
 def model_arguments(given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of `CoLLM.from_pretrained` and of `HarnessLM`, from `--model_args` and options of the harness."""
-    unchosen = [("device", UNCHOSEN_DEVICE)]
-    chosen = {name: value for name, value in options.items() if value is not None and (name, value) not in unchosen}
-    twice = sorted(given.keys() & chosen.keys())
-    if twice:
+    chosen = {name: value for name, value in options.items() if value not in (None, UNCHOSEN_DEVICE)}
+    if twice := sorted(given.keys() & chosen.keys()):
         raise ConfigError(f"{', '.join(twice)} is given in --model_args and as --{twice[0]}; give the option only")
     merged, hints = {**given, **chosen}, get_type_hints(HarnessLM.__init__)
     kinds = _LOADING | {name: kind for name, kind in hints.items() if name not in ("model", "return")}
@@ -268,7 +275,7 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     `do_sample=False` means temperature 0, and empty texts of `until` end nothing, as for the harness's own models.
     """
     given: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), MAX_GEN_TOKS))
-    stop, max_new_tokens = filter(None, given.pop("until")), given.pop("max_gen_toks")
+    stop, max_tokens = filter(None, given.pop("until")), given.pop("max_gen_toks")
     sampled, temperature = given.pop("do_sample"), float(given.pop("temperature", 0.0))
     truncation = {name: given.pop(name) for name in ("top_p", "top_k") if name in given}
     if given.pop("num_beams", 1) != 1 or given:
@@ -279,4 +286,13 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
         )
     if sampled and temperature == 0:
         raise ConfigError("do_sample=True has no effect at temperature 0; give a temperature above 0")
-    return SamplingParams(max_new_tokens, temperature, stop=tuple(stop), **truncation)
+    return SamplingParams(max_tokens, temperature, stop=tuple(stop), **truncation)
+
+
+def _windows(harness: HarnessLM, text: str) -> list[Examples]:
+    """The windows of a text. Each token is a target of one."""
+    alignment, prefix = harness.model.alignment, harness.prefix_token_id
+    if alignment is None:
+        cut = get_rolling_token_windows(harness.tok_encode(text), prefix, harness.max_length, 1)
+        return [harness._example(*make_disjoint_window(window)) for window in cut]
+    return windows(_aligned_text(alignment, [prefix], text), harness.max_length) if text else []

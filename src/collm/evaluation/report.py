@@ -186,6 +186,7 @@ class Report:
     Attributes:
         summary: the findings in sentences. An empty line starts a new paragraph.
         measure: name of the rows' accuracy; None if there are no scores.
+        note: said of the rows, after what their bars mean.
         astray: answers with assistant tokens that are worse than those of the base alone.
         charts: shown after the rows.
         tables: shown after the examples.
@@ -197,6 +198,7 @@ class Report:
     summary: str
     rows: list[SystemRow] = field(default_factory=list)
     measure: str | None = "Accuracy"
+    note: str = ""
     charts: list[Chart] = field(default_factory=list)
     examples: list[ShownAnswer] = field(default_factory=list)
     astray: list[ShownAnswer] = field(default_factory=list)

@@ -18,23 +18,13 @@ from collm.errors import DAMAGED, ArtefactError, ConfigError
 from collm.evaluation.answers import Answer
 from collm.evaluation.compare import Comparison
 from collm.evaluation.intervals import Interval
-from collm.evaluation.report import (
-    Chart,
-    ChartPoint,
-    Report,
-    ShownAnswer,
-    SystemRow,
-    Table,
-    Token,
-    deferral_chart,
-)
-from collm.evaluation.results import SystemResult
+from collm.evaluation.report import Chart, ChartPoint, Report, ShownAnswer, SystemRow, Table, Token, deferral_chart
+from collm.evaluation.results import DIFFERENCES_NOTE, SystemResult
 from collm.evaluation.systems import COLLABORATION
 
 Corners = Sequence[tuple[float, float]]
 
 NUM_CORNERS = 32  # of the oracle's line, at most
-
 
 TOKEN_CLASSES = {
     "no text": "",  # an EOS, or a part of a character
@@ -71,15 +61,14 @@ def priced(results: Sequence[SystemResult], prices: Prices) -> dict[str, float]:
     used = sorted({name for result in results for name in result.models}, key=lambda name: (name != "base", name))
     if unused := [name for name in prices if name not in used]:
         raise ConfigError(f"there is a price for {', '.join(unused)}, which no system uses; expected {', '.join(used)}")
-    totals = dict.fromkeys((result.name for result in results), 0.0)
+    totals = {}
     for result in results:
-        for name, did in result.models.items():
-            if did["forward_passes"] == 0:  # a program
-                continue
-            if name not in prices:
-                raise ConfigError(f"{result.name} uses {name}, which has no price; add --price {name}=..")
-            read, written = prices[name]
-            totals[result.name] += (read * did["tokens_read"] + written * did["tokens_written"]) / 1000
+        work = {name: did for name, did in result.models.items() if did["forward_passes"]}  # a program has no price
+        if unpriced := [name for name in work if name not in prices]:
+            raise ConfigError(f"{result.name} uses {unpriced[0]}, which has no price; add --price {unpriced[0]}=..")
+        read = sum(prices[name][0] * did["tokens_read"] for name, did in work.items())
+        written = sum(prices[name][1] * did["tokens_written"] for name, did in work.items())
+        totals[result.name] = (read + written) / 1000
     return totals
 
 
@@ -88,7 +77,7 @@ def report_of(directory: Path, prices: Prices | None = None) -> Report:
     try:
         return _report(Comparison.read(directory).shortened(), prices)
     except DAMAGED as error:
-        raise ArtefactError(f"{directory} holds no finished evaluation ({error}); run 'collm eval' first") from error
+        raise ArtefactError(f"{directory} contains no finished evaluation ({error}); run 'collm eval' first") from error
 
 
 def _report(found: Comparison, prices: Prices | None) -> Report:
@@ -102,11 +91,12 @@ def _report(found: Comparison, prices: Prices | None) -> Report:
         summary=found.verdict,
         rows=rows,
         measure=found.measure and titled(found.measure),
+        note=DIFFERENCES_NOTE if len(rows) > 1 else "",
         charts=run_charts(found, rows, prices),
         examples=examples,
         astray=astray,
         authors=found.authors,
-        tables=[_measures(found), costs, *deferral_tables(found.answers[COLLABORATION])],
+        tables=[_measures(found), costs, *routing_tables(found), *deferral_tables(found.answers[COLLABORATION])],
         details={"items": str(len(found.items)), "threshold": f"{found.threshold:.6g}", **_settings(found)},
     )
 
@@ -117,8 +107,7 @@ def _row(result: SystemResult, measure: str | None) -> SystemRow:
     if result.difference is not None:
         mean, low, high = (100 * end for end in astuple(result.difference))
         note = f"{mean:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"
-    ends = score.mean, score.low, score.high
-    return SystemRow(result.name, *ends, result.deferral_rate, result.tokens_per_s, note)
+    return SystemRow(result.name, score.mean, score.low, score.high, result.deferral_rate, result.tokens_per_s, note)
 
 
 def _shown(found: Comparison, answer: Answer) -> ShownAnswer:
@@ -137,13 +126,41 @@ def _text(value: Any) -> str:
 
 def _measures(found: Comparison) -> Table:
     """All measures of the task, if it has others than the main one."""
+    rows = []
+    for name in found.results[0].measures:
+        ends = [[100 * end for end in astuple(one.measures[name])] for one in found.shown]
+        rows.append((name, *(f"{mean:.1f}% ({low:.1f} to {high:.1f})" for mean, low, high in ends)))
+    columns = ("", *(one.name for one in found.shown))
+    others = [] if [name for name, *_ in rows] == [found.measure] else rows
+    return Table("measures", "All measures", "Mean and 95% interval.", columns, others)
 
-    def cell(interval: Interval) -> str:
-        return f"{100 * interval.mean:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
-    names = list(found.results[0].measures)
-    body = [(name, *(cell(one.measures[name]) for one in found.shown)) for name in names if names != [found.measure]]
-    return Table("measures", "All measures", "Mean and 95% interval.", ("", *(one.name for one in found.shown)), body)
+def routing_tables(found: Comparison) -> list[Table]:
+    """Who writes for each kind of prompt, and who should write at gold tokens."""
+    authors, by_kind = found.authors, defaultdict[str, Counter[int]](Counter)
+    for item, answer in zip(found.items, found.answers[COLLABORATION], strict=True):
+        for kind in {item.kind or "no kind", "all"}:
+            by_kind[kind].update(answer.authors)
+
+    def shares(name: str, heading: str, note: str, counts: Mapping[str, Mapping[int, int]]) -> Table:
+        rows = []
+        for row, each in sorted(counts.items()):
+            total = sum(each.values())
+            rows.append((row, *(f"{each[author] / max(total, 1):.1%}" for author in range(len(authors))), f"{total:,}"))
+        return Table(name, heading, note, ("", *authors, "tokens"), rows)
+
+    several, confusion = len(authors) > 2, (found.tokens or {}).get("confusion", ())
+    wanted = {f"{name} should": dict(enumerate(counts)) for name, counts in zip(authors, confusion, strict=False)}
+    of_answers = "Of the tokens of the collaboration's answers."
+    of_gold = (
+        "Of the tokens of reference answers that the row's author alone, or best, predicts; the base first of all."
+    )
+    return [
+        shares(
+            "kinds", "Who writes for which kind of prompt", of_answers, by_kind if several or len(by_kind) > 2 else {}
+        ),
+        shares("confusion", "Who writes where who should", of_gold, wanted if several else {}),
+    ]
 
 
 def deferral_tables(own: Sequence[Answer]) -> list[Table]:
@@ -187,8 +204,8 @@ def _settings(found: Comparison) -> dict[str, str]:
 
 def run_charts(found: Comparison, rows: Sequence[SystemRow], prices: Prices | None) -> list[Chart]:
     """Charts of score against deferral rate, score against cost, and the reliability of the defer prob."""
-    scored = found.measure and [_rates(found, rows, found.measure), _costs(found, found.measure, prices)]
-    return [*(scored or []), *_reliability(found.tokens)]
+    charts = [_rates(found, rows, found.measure), _costs(found, found.measure, prices)] if found.measure else []
+    return [*charts, _reliability(found.tokens)] if found.tokens and found.tokens["reliability"] else charts
 
 
 def titled(measure: str) -> str:
@@ -255,44 +272,34 @@ def oracle_line(answers: Mapping[str, Sequence[Answer]], measure: str) -> Corner
     others = [found for name, found in answers.items() if name.partition("-")[0] == "assistant"]
     if not base or not others or any(measure not in one.scores for found in [base, *others] for one in found):
         return []
-    tokens, theirs = sum(len(answer.authors) for answer in base), 0
     score = sum(answer.scores[measure] for answer in base)
-    corners = [(0.0, score / len(base))]
-    gains = []
+    tokens, theirs, corners, gains = sum(len(answer.authors) for answer in base), 0, [(0.0, score / len(base))], []
     for mine, *choices in zip(base, *others, strict=True):
         best = max(choices, key=lambda other: (other.scores[measure], -len(other.authors)))
-        gain = best.scores[measure] - mine.scores[measure]
-        if gain > 0:
-            gains.append((gain, len(mine.authors), len(best.authors)))
+        gains.append((best.scores[measure] - mine.scores[measure], len(mine.authors), len(best.authors)))
     for gain, own, other in sorted(gains, key=lambda one: one[0] / max(one[2], 1), reverse=True):
-        theirs, tokens, score = theirs + other, tokens + other - own, score + gain
-        corners.append((theirs / max(tokens, 1), score / len(base)))
-    if len(corners) == 1:
-        return []
+        if gain > 0:
+            theirs, tokens, score = theirs + other, tokens + other - own, score + gain
+            corners.append((theirs / max(tokens, 1), score / len(base)))
     step = -(-len(corners) // NUM_CORNERS)
-    return [*corners[:-1:step], corners[-1]]
+    return [*corners[:-1:step], corners[-1]] if len(corners) > 1 else []
 
 
-def _reliability(tokens: Mapping[str, Any] | None) -> list[Chart]:
-    if tokens is None or not tokens["reliability"]:
-        return []
-    points = [
-        ChartPoint(f"{one['tokens']:,} tokens", one["defer_prob"], one["assistant_right"], one["low"], one["high"])
-        for one in tokens["reliability"]
-    ]
+def _reliability(tokens: Mapping[str, Any]) -> Chart:
+    bins, ends = tokens["reliability"], ("defer_prob", "assistant_right", "low", "high")
     auc, right = tokens["measures"]["head_auc"], "token that only the assistant has right"
     of_auc = f"No {right}, so there is no AUC."
     if auc is not None:
         of_auc = f"AUC {auc:.3f}: how often a {right} has a higher defer prob than another token."
-    chart = Chart(
+    return Chart(
         name="reliability",
         heading="Can the defer prob be trusted?",
         note="On reference answers: of the tokens that either the base or the assistant has right, the share that "
-        "the assistant has, by defer prob. On the dotted line the defer prob is as good as its word; above it the "
-        f"head asks too seldom. {of_auc}",
+        "the assistant has, by defer prob. On the dotted line both are equal. A head that was trained with a deferral "
+        "cost should lie above the line, because it asks only where the assistant gains more than the cost. A rising "
+        f"curve is what a threshold needs. The intervals treat tokens as independent. {of_auc}",
         x_label="Defer prob",
         y_label="Assistant right",
-        curve=points,
-        lines={"as good as its word": [(0.0, 0.0), (1.0, 1.0)]},
+        curve=[ChartPoint(f"{one['tokens']:,} tokens", *(one[end] for end in ends)) for one in bins],
+        lines={"equal": [(0.0, 0.0), (1.0, 1.0)]},
     )
-    return [chart]

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -17,8 +17,9 @@ from collm.core.named import POLICIES, policy_named
 from collm.core.policies import Policy, RandomPolicy, SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE, author_name
 from collm.errors import ConfigError
-from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_model, load_tokenizer
+from collm.models.llama import LlamaModel
+from collm.models.loading import ModelSpec, load_tokenizer
+from collm.models.members import Model, load_author
 from collm.text.guards import TokenizerIdentity, check_tokenizers
 from collm.tools.spec import ToolSpec
 
@@ -60,7 +61,8 @@ def names_in(text: str) -> list[str]:
     for part in filter(None, text.split(",")):
         kind, equals, _ = part.partition("=")
         rule, colon, _ = names[-1].partition(":") if names else ("", "", "")
-        if equals and kind not in _WITH_VALUE and colon and rule in POLICIES:
+        is_option = (equals and kind not in _WITH_VALUE) or re.fullmatch(r"[-+.\de]*\d|inf", part)
+        if colon and rule in POLICIES and is_option:
             names[-1] += f",{part}"
         else:
             names.append(part)
@@ -97,7 +99,7 @@ def _system(model: CoLLM, name: str) -> System:
     kind, _, value = name.partition("=")
     if kind == "sft" and value:
         _check_tokenizer(model, value)
-        return System(name, lambda: _alone(model, load_model(ModelSpec(value))), _BASE_ALONE, called={"base": "sft"})
+        return System(name, lambda: _alone(model, ModelSpec(value)), _BASE_ALONE, called={"base": "sft"})
     if kind == "proxy" and value:
         return _proxy(model, name, value)
     if name.partition("-")[0] == "assistant":
@@ -115,9 +117,10 @@ def _system(model: CoLLM, name: str) -> System:
     raise ConfigError(f"cannot compare {name!r}; expected one of {KNOWN}")
 
 
-def _alone(model: CoLLM, module: nn.Module, author: int = BASE) -> CoLLM:
+def _alone(model: CoLLM, member: nn.Module | LlamaModel | ModelSpec, author: int = BASE) -> CoLLM:
     """A model with an author's tokenizer and template, as a base that never defers."""
-    head = DeferralHead(LanguageModel(module, name="alone").hidden_size)
+    alone = load_author(member, name="alone")
+    head, module = DeferralHead(alone.hidden_size), alone.module
     template = model.template if model.alignment is None else model.alignment.tokenizers[author].template
     return CoLLM(module, [module], head, model.author_tokenizers[author], template=template)
 
@@ -131,15 +134,16 @@ def _proxy(model: CoLLM, name: str, path: str) -> System:
     _check_tokenizer(model, path)
 
     def load() -> CoLLM:
-        members: list[nn.Module | ModelSpec] = [_module(model, 1), ModelSpec(path)]
-        parts = _module(model, BASE), members, DeferralHead(model.head.hidden_size, 2), model.tokenizer
-        return CoLLM(*parts, template=model.template, accept_differences=model.accept_differences)
+        assistants, head = (_module(model, 1), ModelSpec(path)), DeferralHead(model.head.hidden_size, 2)
+        options: dict[str, Any] = {"template": model.template, "accept_differences": model.accept_differences}
+        return CoLLM(_module(model, BASE), assistants, head, model.tokenizer, **options)
 
     return System(name, load, ProxyTuningPolicy(model=1, tuned=0, untuned=2), called={author_name(2): "untuned"})
 
 
-def _module(model: CoLLM, author: int) -> nn.Module:
-    return cast(LanguageModel, model.members[author]).module
+def _module(model: CoLLM, author: int) -> nn.Module | LlamaModel:
+    """A model in memory, to be a member of another collaboration."""
+    return cast(Model, model.members[author]).module
 
 
 def _check_tokenizer(model: CoLLM, path: str) -> None:

@@ -58,6 +58,13 @@ def check_adapter(directory: Path) -> None:
     _check_ranks(path, content)
 
 
+def leaves_weights(directory: Path) -> bool:
+    """Whether loading a checked adapter changes no weights of the model, so that other authors can share them."""
+    content = json.loads(read_text(directory / CONFIG, MAX_CONFIG_BYTES))
+    plain = content.get("bias", "none") == "none" and not content.get("target_parameters")
+    return plain and content.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal")
+
+
 def _check_patterns(path: Path, name: str, value: Any) -> None:
     """Check that each entry is a module name or a regular expression that is fast to match."""
     for text in value if isinstance(value, list | dict) else [] if value is None else [value]:

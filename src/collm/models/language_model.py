@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from collm.errors import LoadError, UnsupportedModel
-from collm.models.packing import PackedLinear
 
 
 class LanguageModel:
@@ -60,9 +59,8 @@ class LanguageModel:
     def weights_per_token(self) -> int:
         """Number of weights in matrix products per token: all but the input embedding, with inactive experts."""
         embedding = self.decoder.get_input_embeddings().weight
-        packed = sum(layer.weight.numel() for layer in self.inner.modules() if isinstance(layer, PackedLinear))
         tied = embedding is self.output_weight
-        return int(self.inner.num_parameters()) + packed - (0 if tied else embedding.numel())
+        return int(self.inner.num_parameters()) - (0 if tied else embedding.numel())
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +113,11 @@ def without_adapter(module: nn.Module) -> Any:
         what = f"the {type(module).__name__} holds an adapter that is no PeftModel"
         raise UnsupportedModel(f"{what}; load the model without it and wrap it with peft.PeftModel.from_pretrained")
     return module
+
+
+def merged(module: nn.Module) -> Any:
+    """The model inside a `PeftModel` with the adapter merged into its weights; any other module unchanged."""
+    return module if without_adapter(module) is module else cast(Any, module).merge_and_unload()
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -9,7 +9,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ from collm.errors import CollmError, ConfigError, LoadError, MissingExtra
 from collm.models.adapters import check_adapter
 from collm.models.checks import ATTENTIONS, check_config, check_gguf, quantized_with
 from collm.models.language_model import eos_set
+from collm.models.llama import llama_installed
 from collm.models.names import GGUF, absolute, gguf_file, hint, looks_like_path, names_gguf
 from collm.text.token_ids import MAX_GROWTH, normalizer_growth
 
@@ -47,13 +49,16 @@ class ModelSpec:
     Attributes:
         path: a directory, a GGUF file, a Hub repository id, or repo:file.gguf for a GGUF file on the Hub.
         revision: Hub branch, tag or commit.
-        dtype: "auto" (as saved; float32 of a GGUF file), "float32", "bfloat16" or "float16".
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16". With "auto" a GGUF file runs in llama.cpp with its
+            quantized weights. With another dtype, or without llama-cpp-python, it is dequantized.
         device: "cpu", "cuda", "cuda:1", "auto" (spread by Accelerate), or None: the GPU if there is one.
         attention: attention implementation outside the KV slots (training, scoring), one of transformers' own; None
             lets it choose.
         quantization: quantization by bitsandbytes of all linear layers except the output layer: "nf4" (4 bits with
             double quantization, as in QLoRA, arXiv 2305.14314) or "int8". Layers compute in `dtype`, or in bfloat16
             if that is "auto".
+        adapter: directory of a LoRA adapter of the model, as PEFT saves it. Authors of one collaboration that differ
+            in nothing else share the weights in memory. A GGUF file with an adapter is dequantized.
 
     Raises:
         ConfigError: the dtype, attention or quantization is unknown, or a GGUF file has a quantization.
@@ -65,6 +70,7 @@ class ModelSpec:
     device: str | None = None
     attention: str | None = None
     quantization: str | None = None
+    adapter: str | None = None
     table: ClassVar[None] = None
     is_user_function: ClassVar[bool] = False
 
@@ -76,24 +82,60 @@ class ModelSpec:
         if self.quantization is not None and names_gguf(self.path):
             advice = f"leave {self.quantization} out, or use the original checkpoint"
             raise ConfigError(f"{self.path} is a GGUF file, which collm cannot quantize; {advice}")
-        object.__setattr__(self, "path", absolute(self.path))  # an artefact must not depend on the working directory
+        if names_gguf(self.path) and self.dtype == "auto" and not llama_installed():
+            object.__setattr__(self, "dtype", "float32")
+        if self.in_llama and self.attention is not None:
+            reason = f"attention {self.attention} has no effect on {self.path}, which llama.cpp runs"
+            raise ConfigError(f"{reason}; leave it out, or name a dtype, such as float32, to dequantize the file")
+        # an artefact must not depend on the working directory
+        object.__setattr__(self, "path", absolute(self.path))
+        object.__setattr__(self, "adapter", self.adapter and absolute(self.adapter))
+
+    @classmethod
+    def parse(cls, name: str, **options: Any) -> ModelSpec:
+        """Parse "MODEL", "MODEL@REVISION", "MODEL+ADAPTER" or "MODEL@REVISION+ADAPTER", with further fields."""
+        model, plus, adapter = name.rpartition("+")
+        if not plus or Path(name).expanduser().exists():
+            model, adapter = name, ""
+        path, at, revision = model.rpartition("@")
+        if not at or Path(model).expanduser().exists():
+            path, revision = model, ""
+        return cls(path, revision or None, adapter=adapter or None, **options)
+
+    @property
+    def name(self) -> str:
+        """The text that `parse` reads."""
+        parts = (("", self.path), ("@", self.revision), ("+", self.adapter))
+        return "".join(sign + part for sign, part in parts if part)
+
+    @property
+    def in_llama(self) -> bool:
+        """Whether llama.cpp runs the model."""
+        return names_gguf(self.path) and self.dtype == "auto" and self.adapter is None
+
+    def dequantized(self) -> ModelSpec:
+        """The spec to run the model in transformers, in float32 where llama.cpp would run it."""
+        return replace(self, dtype="float32") if self.in_llama else self
 
     def identity(self) -> dict[str, Any]:
         """The properties that the model's scores depend on."""
-        described = {name: getattr(self, name) for name in ("path", "revision", "dtype", "quantization")}
-        return {**described, "weights": _weights_digest(self.path)}
+        described = {name: getattr(self, name) for name in ("revision", "dtype", "quantization")}
+        path = self.path if self.adapter is None else f"{self.path}+{self.adapter}"
+        return {"path": path, **described, "weights": _weights_digest(*filter(None, (self.path, self.adapter)))}
 
 
-def _weights_digest(path: str) -> str | None:
-    """SHA-256 over samples of a local model's weight files, to detect retraining; None for a model on the Hub."""
-    found = [Path(path)] if names_gguf(path) else [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
-    files = sorted(file for file in found if file.is_file())
+def _weights_digest(*paths: str) -> str | None:
+    """SHA-256 over samples of local weight files, to detect retraining; None for a model on the Hub."""
+    files: list[Path] = []
+    for path in paths:
+        found = [Path(path)] if names_gguf(path) else [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
+        files += sorted(file for file in found if file.is_file())
     if not files:
         return None
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
+        digest.update(f"{size} ".encode())
         with file.open("rb") as stream:
             for start in range(0, size, max(4096, size // 256)):
                 stream.seek(start)
@@ -102,7 +144,7 @@ def _weights_digest(path: str) -> str | None:
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
-    """Load a causal LM in evaluation mode. Weights of a GGUF file are dequantized."""
+    """Load a causal LM in evaluation mode, without its adapter. transformers dequantizes the weights of a GGUF file."""
     config = load_config(spec)
     method = quantized_with(config)
     device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -280,22 +322,39 @@ def _drop_additions(tokenizer: Any, file: str) -> None:
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
 
 
-def load_with_adapter(spec: ModelSpec, adapter: Path) -> nn.Module:
-    """Load a causal LM with the PEFT adapter in a directory."""
+def load_adapted(spec: ModelSpec, model: nn.Module | None = None) -> nn.Module:
+    """Load a causal LM with its adapter, if it has one.
+
+    Args:
+        model: the model itself, if it is in memory. The adapter goes into its modules.
+
+    Raises:
+        LoadError: the model or the adapter cannot be loaded, or the adapter is not plain LoRA.
+        MissingExtra: an adapter without peft installed.
+    """
+    if spec.adapter is None:
+        return load_model(spec) if model is None else model
     try:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtra("peft", "train") from error
-    adapter = adapter.resolve()  # a short relative path might be mistaken for a Hub id
+    adapter = Path(spec.adapter).resolve()  # a short relative path might be mistaken for a Hub id
     check_adapter(adapter)
-    base = load_model(spec)
+    base: Any = load_model(spec) if model is None else model
     try:
         with quiet_if_small(base), warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            model = cast(Any, PeftModel.from_pretrained(base, adapter)).eval()
+            adapted = cast(Any, PeftModel.from_pretrained(base, adapter)).eval()
     except Exception as error:  # peft may raise anything on untrusted files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LoadError(f"could not load the adapter {adapter}: {reason:.300}; restore it or train again") from error
-    for config in model.peft_config.values():
+    for config in adapted.peft_config.values():
         config.base_model_name_or_path = spec.path  # read when the model is saved
-    return cast(nn.Module, model)
+    return cast(nn.Module, adapted)
+
+
+def with_shared_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model with its own modules and config, but the same tensors. An adapter goes into one copy only."""
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared += [module.quant_state for module in model.modules() if hasattr(module, "quant_state")]  # of 4-bit weights
+    return deepcopy(model, {id(one): one for one in shared})

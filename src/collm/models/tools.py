@@ -107,10 +107,12 @@ class ToolModel:
         return logits
 
     def score(self, token_ids: Sequence[int], is_target: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities (nats) of target tokens, whether each is the answer's next, and whether the tool abstains.
+        """Training scores (nats) of target tokens, whether each is the answer's next, and whether the tool abstains.
 
         A token is the answer's next if it has the next characters of the answer, or all of its remainder and more,
-        regardless of how the tokenizer would split the answer. Shape (n,) each.
+        regardless of how the tokenizer would split the answer. So several tokens at one place may score 1 - eps: a head
+        should learn that the tool knows the text, however the data spells it. A score is therefore no probability.
+        Likelihoods are those of `logits`, with the base's where the tool abstains. Shape (n,) each.
         """
         read = TokenText(self.tokenizer, token_ids)
         targets = [t for t in range(1, len(token_ids)) if is_target[t]]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collm.run.options import RunConfig
-    from collm.run.train import RunResult, train_collaboration
+    from collm.run.train import RunResult, train_collaboration, tune_model
 
-__all__ = ["RunConfig", "RunResult", "train_collaboration"]
+__all__ = ["RunConfig", "RunResult", "train_collaboration", "tune_model"]
 
 
 def __getattr__(name: str) -> object:

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration, CalibrationOptions
-from collm.errors import DAMAGED, ConfigError
+from collm.errors import DAMAGED, ConfigError, DataError
 from collm.evaluation.calibration import calibrate
 from collm.evaluation.gold import TeacherForcedCurve, gold_examples, gold_views, teacher_forced
-from collm.evaluation.metrics import metric_named
-from collm.run.data import score, split_rows
+from collm.evaluation.metrics import try_metric
+from collm.run.data import score
 from collm.run.options import RunConfig, functions_named
 from collm.tools.spec import not_trusted
-from collm.training.data import Row
+from collm.training.data import Row, load_rows
 from collm.training.scores import find_scores
 from collm.training.scoring import progress_bar
 from collm.untrusted import contained, read_yaml
+
+logger = logging.getLogger(__name__)
+
+VALIDATION = "validation.jsonl"
+"""The rows of a run's calibration, in its directory."""
 
 
 def calibrate_on(
     model: CoLLM, rows: Sequence[Row], options: CalibrationOptions, *, source: str, quiet: bool = False
 ) -> Calibration:
-    """Calibrate on rows from `source`. With models in memory, the best of the teacher-forced curve is measured too."""
-    metric_named(options.metric)  # raises before the rows are read
-    guesses = list[float]()
-    if model.servers is None:
-        curve = curve_on(model, rows)
-        guesses = [curve.best(budget).threshold for budget in (1.0, *options.budgets)]
-    with progress_bar("calibrating", enabled=not quiet) as progress:
+    """Calibrate on rows from `source`, with models in memory also by the teacher-forced curve."""
+    if not rows:
+        raise DataError("there are no rows to calibrate on, expected at least one")
+    try_metric(options.metric, rows[0].completion)
+    curve = curve_on(model, rows) if model.servers is None else None
+    with progress_bar(f"calibrating on {len(rows)} rows", "texts at most", enabled=not quiet) as progress:
         settings = {"data": source}
-        return calibrate(model, rows, options, guesses=guesses, settings=settings, on_completion=progress)
+        found = calibrate(model, rows, options, curve=curve, settings=settings, on_completion=progress)
+    if (warning := found.warning()) is not None:
+        logger.warning(warning)
+    return found
 
 
 def curve_on(model: CoLLM, rows: Sequence[Row]) -> TeacherForcedCurve:
@@ -42,42 +51,50 @@ def curve_on(model: CoLLM, rows: Sequence[Row]) -> TeacherForcedCurve:
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run directory, with the options of its run.yaml."""
+    """A run directory, with the options of its run.yaml and its validation rows.
+
+    Attributes:
+        training: the fields of `CoLLMConfig` in run.yaml.
+    """
 
     directory: Path
     config: RunConfig
-    seed: int
-    max_length: int
+    training: Mapping[str, Any]
 
     @classmethod
     def read(cls, directory: Path, *, trust_code: bool = False) -> PastRun:
         """Read the run of a directory. `trust_code` allows the functions that run.yaml names."""
         path = contained(directory) / "run.yaml"
         if not path.exists():
-            raise ConfigError(f"there is no {path} with the validation rows; pass --data")
+            raise ConfigError(f"there is no {path} of a training run; name its directory, or calibrate with --data")
         try:
             options = read_yaml(path)
-            values = {one.name: options[one.name] for one in fields(RunConfig)}
+            values = {one.name: options.pop(one.name) for one in fields(RunConfig)}
             if not trust_code and (functions := functions_named(values)):
                 raise ConfigError(not_trusted(path, functions[0]))
             config = RunConfig(**values)
-            seed, max_length = (int(options[name]) for name in ("seed", "max_length"))
-            if abs(seed) >= 1 << 63 or max_length < 2:
-                raise ValueError(f"seed is {seed}, max_length {max_length}")
+            options["max_length"] = int(options["max_length"])
+            if options["max_length"] < 2:
+                raise ValueError(f"max_length is {options['max_length']}")
         except (*DAMAGED, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"{path} is damaged ({type(error).__name__}: {reason:.200}); restore it, or pass --data"
+                f"{path} is damaged ({type(error).__name__}: {reason:.200}); restore it, or calibrate with --data"
             ) from error
-        return cls(directory, config, seed, max_length)
+        return cls(directory, config, options)
+
+    def rows(self) -> list[Row]:
+        """The rows that the run held out or was given to calibrate on."""
+        if not (self.directory / VALIDATION).exists():
+            raise ConfigError(f"there is no {self.directory / VALIDATION} with the validation rows; pass --data")
+        return load_rows(self.directory / VALIDATION)
 
     def curve(self, model: CoLLM, *, quiet: bool = False) -> TeacherForcedCurve:
         """The teacher-forced curve, with the stored scores of the assistants, so that only the base is loaded.
 
         Missing scores are computed and stored inside the run's directory, wherever run.yaml says they are.
         """
-        _, rows = split_rows(self.config, seed=self.seed)
-        examples = gold_examples(model, rows, max_length=self.max_length)
+        examples = gold_examples(model, self.rows(), max_length=self.training["max_length"])
         shared, scores = self.config.scores_in(self.directory) / "validation", []
         inside = shared.resolve().is_relative_to(self.directory.resolve())
         own, batch = shared if inside else self.directory / "scores" / "validation", self.config.max_batch_tokens

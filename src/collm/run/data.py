@@ -13,9 +13,8 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from collm.errors import ConfigError
-from collm.models.language_model import LanguageModel
-from collm.models.loading import ModelSpec, load_model, load_tokenizer
-from collm.models.members import AssistantSpec, aligned, stop_ids
+from collm.models.loading import ModelSpec, load_tokenizer
+from collm.models.members import AssistantSpec, aligned, load_author, stop_ids
 from collm.models.tools import ToolModel
 from collm.run.options import RowFormat, RunConfig
 from collm.text.alignment import Alignment
@@ -68,16 +67,16 @@ class Prepared:
         return f"--- the first example ---\n{whole}\n--- its target tokens ---\n{targets}\n"
 
 
-def prepare(config: RunConfig, args: CoLLMConfig) -> Prepared:
-    """Read the rows, check tokenizers and tools, and encode the rows."""
-    rows, validation = split_rows(config, seed=args.seed)
+def prepare(config: RunConfig, args: CoLLMConfig, given: tuple[Sequence[Row], Sequence[Row]] | None = None) -> Prepared:
+    """Read the rows unless training and validation rows are given, check tokenizers and tools, and encode the rows."""
+    rows, validation = given or split_rows(config, seed=args.seed)
     for spec in config.assistants:
         if isinstance(spec, ToolSpec):
             open_tool(spec)
     sets = [rows] if args.eval_strategy == "no" else [rows, validation]
     accept = config.accept_differences
     prepared = encode_for(config.base_model, config.assistants, sets, config, args.max_length, accept)
-    return replace(prepared, num_bad=rows.num_bad, validation=validation)
+    return replace(prepared, num_bad=getattr(rows, "num_bad", 0), validation=validation)
 
 
 def encode_for(
@@ -125,7 +124,7 @@ def split_rows(config: RunConfig, *, seed: int) -> tuple[Rows, Sequence[Row]]:
     return Rows(kept, rows.num_bad), held_out
 
 
-def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+def hold_back(rows: Sequence[Row], share: float) -> tuple[Rows, Rows]:
     """Divide rows at random, always alike, into rows to choose thresholds on, and a share to check the choice on."""
     count = round(share * len(rows))
     if not 0 < count < len(rows):
@@ -136,11 +135,11 @@ def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     return _divided(rows, count, seed=0)
 
 
-def _divided(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+def _divided(rows: Sequence[Row], count: int, seed: int) -> tuple[Rows, Rows]:
     """The rows without `count` of them that are drawn at random, and those, in their order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     kept, drawn = sorted(order[count:]), sorted(order[:count])
-    return [rows[i] for i in kept], [rows[i] for i in drawn]
+    return Rows(rows[i] for i in kept), Rows(rows[i] for i in drawn)
 
 
 def score_run(
@@ -153,18 +152,16 @@ def score_run(
     quiet: bool = False,
 ) -> list[list[Scores]]:
     """The scores of these authors for each set of a run's examples. One model is in memory at a time."""
-    root = config.scores_in(directory)
+    root, found = config.scores_in(directory), []
     how: dict[str, Any] = {"max_batch_tokens": config.max_batch_tokens, "server": server, "quiet": quiet}
-
-    def scored(examples: Examples, place: Path, number: int, author: str) -> Scores:
-        hidden_states = config.cache_hidden_states and author == "base"
-        each = examples.read_by(number), config.authors[author], place / author, prepared.tokenizer_of(number)
-        return score(*each, hidden_states=hidden_states, **how)
-
-    return [
-        [scored(examples, place, number, one) for number, one in enumerate(config.authors) if one in authors]
-        for place, examples in zip((root, root / "validation"), prepared.sets, strict=False)
-    ]
+    for place, examples in zip((root, root / "validation"), prepared.sets, strict=False):
+        of_set = []
+        for number, (author, spec) in enumerate(config.authors.items()):
+            if author in authors:
+                each = examples.read_by(number), spec, place / author, prepared.tokenizer_of(number)
+                of_set.append(score(*each, hidden_states=config.cache_hidden_states and number == 0, **how))
+        found.append(of_set)
+    return found
 
 
 def score(
@@ -190,7 +187,14 @@ def score(
     processes = PartialState(cpu=not torch.cuda.is_available())
     found = find_scores(out, examples, spec, hidden_states=hidden_states)
     if found is None:
-        model = _model(spec, tokenizer, server)
+        vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
+        model: Scored
+        if isinstance(spec, ToolSpec):
+            model = ToolModel(spec, tokenizer, name=str(spec), vocab_size=vocab_size)
+        elif server is not None:
+            model = server(spec.path if spec.adapter is None else Path(spec.adapter).name, vocab_size=vocab_size)
+        else:
+            model = load_author(spec, name=spec.path, vocab_size=vocab_size)
         share = processes.process_index, processes.num_processes
         how: dict[str, Any] = {"spec": spec, "max_batch_tokens": max_batch_tokens, "hidden_states": hidden_states}
         with progress_bar(f"scoring with {model.name}", enabled=not quiet and processes.is_main_process) as progress:
@@ -200,12 +204,3 @@ def score(
         torch.cuda.empty_cache()  # does nothing without CUDA
     processes.wait_for_everyone()
     return found or load_scores(out, examples, spec)
-
-
-def _model(spec: AssistantSpec, tokenizer: PreTrainedTokenizerBase, server: OnServer | None) -> Scored:
-    vocab_size = TokenizerIdentity.of(tokenizer).vocab_size
-    if isinstance(spec, ToolSpec):
-        return ToolModel(spec, tokenizer, name=str(spec), vocab_size=vocab_size)
-    if server is not None:
-        return server(spec.path, vocab_size=vocab_size)
-    return LanguageModel(load_model(spec), name=spec.path, vocab_size=vocab_size)

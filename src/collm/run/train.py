@@ -5,38 +5,45 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from accelerate import PartialState
+from torch import Tensor, nn
 
 from collm.artefact import library_versions
-from collm.atomic import sole_writer, write_text
+from collm.atomic import atomic_directory, sole_writer, write_text
 from collm.collaboration import CoLLM
 from collm.core.calibration import Calibration
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ConfigError, MissingExtra
+from collm.evaluation.metrics import try_metric
 from collm.models.checks import quantized_with
-from collm.models.language_model import LanguageModel
-from collm.models.loading import load_config, load_model
+from collm.models.language_model import LanguageModel, merged
+from collm.models.loading import load_config, load_model, quiet_if_small
 from collm.models.names import names_gguf
 from collm.redaction import redacted_command, redacted_options, visible
-from collm.run.calibrate import calibrate_on
+from collm.run.calibrate import VALIDATION, calibrate_on
 from collm.run.data import Prepared, prepare, score_run
 from collm.run.options import RunConfig
 from collm.text.guards import TokenizerIdentity
+from collm.tools.spec import ToolSpec
 from collm.training.checkpoints import check_origin, last_checkpoint
-from collm.training.config import CoLLMConfig
+from collm.training.config import CoLLMConfig, check_fitted
+from collm.training.data import Row, write_rows
 from collm.training.examples import fingerprint
-from collm.training.scores import TrainingSet
-from collm.training.trainer import CoLLMTrainer
+from collm.training.scores import Scores, TrainingSet
+from collm.training.trainer import CoLLMTrainer, fit_head
 from collm.untrusted import contained, read_yaml
+
+ROWS = "train.jsonl"
+"""The training rows of a run that has them in its directory."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +67,73 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
 
     Several processes (torchrun, `accelerate launch`) share scoring and training, and the first saves and calibrates. An
     interrupted run resumes when it is started again with the same options. The run directory (`args.output_dir`) has
-    run.yaml, run.json, example.txt, scores/, checkpoint-*/, metrics.json and collaboration/.
+    run.yaml, run.json, example.txt, validation.jsonl, scores/, checkpoint-*/, metrics.json and collaboration/.
 
     Raises:
         ConfigError: options that contradict each other, or a run directory with another run, writer, rows or models.
         CollmError: an error of a step.
     """
-    if config.cache_hidden_states and args.method != "head":
-        raise ConfigError(f"cache_hidden_states does not fit method {args.method!r}, which changes them; leave it out")
+    directory = Path(args.output_dir)
+    with open_run(config, args, quiet=quiet) as (config, prepared):
+        scores = score_run(config, prepared, directory, list(config.authors), quiet=quiet)
+        sets = [
+            TrainingSet(examples, assistants, base)
+            for examples, (base, *assistants) in zip(prepared.sets, scores, strict=True)
+        ]
+        tuned, head, metrics = fit(config, args, prepared, sets)
+        model = CoLLM(
+            config.base_model if args.method == "head" or tuned is None else tuned,
+            config.assistants,
+            head,
+            prepared.tokenizer,
+            template=prepared.template,
+            accept_differences=config.accept_differences,
+        )
+        return finish(model, metrics, config, prepared, directory, quiet=quiet)
+
+
+def tune_model(config: RunConfig, args: CoLLMConfig, *, quiet: bool = False) -> Path:
+    """Tune the base of a run without assistants on its own likelihood. An adapter is merged.
+
+    Rows, templates, processes, resuming and errors are those of `train_collaboration`. Returns the directory of the
+    model, in the run directory.
+    """
+    if config.assistant or args.warm_start or config.base_quantization:
+        raise ConfigError("a model tuned alone has no assistant, warm start or quantization; leave them out")
+    out, processes = Path(args.output_dir) / "model", PartialState()
+    with open_run(config, args, quiet=quiet) as (config, prepared):
+        tuned, _, metrics = fit(config, args, prepared, [TrainingSet(examples, []) for examples in prepared.sets])
+        if processes.is_main_process and not out.exists():
+            model = merged(cast(Any, tuned))
+            with atomic_directory(out) as directory, quiet_if_small(model):
+                model.save_pretrained(directory)
+                prepared.tokenizer.save_pretrained(directory)
+            write_text(out.parent / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        processes.wait_for_everyone()
+    return out
+
+
+@contextmanager
+def open_run(
+    config: RunConfig,
+    args: CoLLMConfig,
+    *,
+    quiet: bool,
+    rows: tuple[Sequence[Row], Sequence[Row]] | None = None,
+) -> Iterator[tuple[RunConfig, Prepared]]:
+    """Check the options and begin or resume a run, as the only writer of its directory.
+
+    `rows` are training and validation rows in place of those that the options name. The directory then has both.
+    Yields the options with those that training needs, and the encoded rows.
+    """
     args.deferral_costs(len(config.assistant))  # raises if their number does not fit
     if args.method == "lora" and find_spec("peft") is None:
         raise MissingExtra("peft", "train")
     if (config.base_quantization or config.assistant_quantization) and find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quantize")
+    config = config.for_training(args)
+    if config.cache_hidden_states and args.method == "head":
+        check_fitted(args)
     base = config.base_model
     own = None if names_gguf(base.path) else quantized_with(load_config(base))  # a GGUF file is dequantized
     if args.method == "full" and (method := config.base_quantization or own):
@@ -82,31 +143,38 @@ def train_collaboration(config: RunConfig, args: CoLLMConfig, *, quiet: bool = F
     processes = PartialState()
     check_directory(directory, config, args)
     with sole_writer(directory) if processes.is_main_process else nullcontext():
-        return _train(config, args, directory, processes, quiet=quiet)
+        prepared = prepare(config, args, rows)
+        try_metric(config.metric, prepared.validation[0].completion)
+        if (checkpoint := last_checkpoint(directory)) is not None:
+            origin = {
+                **dict(zip(("examples", "evaluation"), map(fingerprint, prepared.sets), strict=False)),
+                "base": config.base_model.identity()["weights"],  # None for a model on the Hub, until it is loaded
+                "assistants": [spec.identity() for spec in config.assistants],
+            }
+            check_origin(checkpoint, {name: value for name, value in origin.items() if value is not None})
+        processes.wait_for_everyone()  # all have checked the directory before one writes
+        if processes.is_main_process:
+            claim_directory(directory, config, args)
+            write_text(directory / "example.txt", prepared.rendered())
+            write_rows(directory / VALIDATION, prepared.validation)
+            if rows is not None:
+                write_rows(directory / ROWS, rows[0])
+            if not quiet:
+                sys.stderr.write(visible(prepared.rendered()))
+        yield config, prepared
 
 
-def _train(config: RunConfig, args: CoLLMConfig, directory: Path, processes: PartialState, *, quiet: bool) -> RunResult:
-    prepared = prepare(config, args)
-    if (checkpoint := last_checkpoint(directory)) is not None:
-        origin = {
-            **dict(zip(("examples", "evaluation"), map(fingerprint, prepared.sets), strict=False)),
-            "base": config.base_model.identity()["weights"],  # None for a model on the Hub, until it is loaded
-            "assistants": [spec.identity() for spec in config.assistants],
-        }
-        check_origin(checkpoint, {name: value for name, value in origin.items() if value is not None})
-    processes.wait_for_everyone()  # all have checked the directory before one writes
-    if processes.is_main_process:
-        claim_directory(directory, config, args)
-        write_text(directory / "example.txt", prepared.rendered())
-        if not quiet:
-            sys.stderr.write(visible(prepared.rendered()))
-    scores = score_run(config, prepared, directory, list(config.authors), quiet=quiet)
-    sets = [
-        TrainingSet(examples, assistants, base, from_hidden_states=config.cache_hidden_states)
-        for examples, (base, *assistants) in zip(prepared.sets, scores, strict=True)
-    ]
-    model, metrics = fit(config, args, prepared, sets)
-    out = directory / "collaboration"
+def finish(
+    model: CoLLM,
+    metrics: dict[str, Any],
+    config: RunConfig,
+    prepared: Prepared,
+    directory: Path,
+    *,
+    quiet: bool,
+) -> RunResult:
+    """Save a trained collaboration in its run directory, and calibrate it."""
+    out, processes = directory / "collaboration", PartialState()
     if processes.is_main_process:
         model.training = {name: value for name, value in metrics.items() if isinstance(value, str | float | int)}
         model.save_pretrained(out)
@@ -167,50 +235,58 @@ def claim_directory(directory: Path, config: RunConfig, args: CoLLMConfig) -> No
 
 
 def _to_yaml(config: RunConfig, args: CoLLMConfig) -> str:
-    """All options of a run as YAML, what must be given first, without secrets."""
-    first = {name: getattr(config, name) for name in ("base", "assistant", "data")}
+    """All options of a run as YAML, what must be given first, without secrets.
+
+    Models and scores have absolute paths, because `collm calibrate` may be called from another directory.
+    """
+    first = {
+        "base": config.base_model.name,
+        "assistant": [str(one) if isinstance(one, ToolSpec) else one.name for one in config.assistants],
+        "data": config.data,
+        "scores": config.scores and str(Path(config.scores).resolve()),
+    }
     how = {one.name: getattr(args, one.name) for one in fields(args) if one.init}
-    options = redacted_options({**first, **asdict(config), **how})
+    options = redacted_options({**first, **asdict(config), **first, **how})
     return yaml.safe_dump(json.loads(json.dumps(options, default=str)), sort_keys=False, allow_unicode=True)
 
 
 def fit(
     config: RunConfig, args: CoLLMConfig, prepared: Prepared, sets: Sequence[TrainingSet]
-) -> tuple[CoLLM, dict[str, Any]]:
-    """Warm-start the head and train on the first set, without the assistants in memory, or resume from a checkpoint."""
-    spec, (data, *evaluation) = config.base_model, sets
-    # In bf16 weights most updates of full fine-tuning are rounded to zero. `bf16: true` computes in bf16.
-    in_fp32 = args.method == "full" and spec.dtype == "auto"
-    base = load_model(replace(spec, dtype="float32") if in_fp32 else spec)
-    trainer = CoLLMTrainer(
-        base=base,
-        head=DeferralHead(LanguageModel(base, name="base").hidden_size, len(config.assistant)),
-        args=args,
-        train_dataset=data,
-        eval_dataset=evaluation[0] if evaluation else None,
-        vocab_size=TokenizerIdentity.of(prepared.tokenizer).vocab_size,
-    )
-    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
-    tuned, head = trainer.gathered()
-    metrics: dict[str, Any] = {
+) -> tuple[nn.Module | None, DeferralHead, dict[str, Any]]:
+    """Train on the first set, without the assistants in memory, or resume from a checkpoint. The second is evaluated.
+
+    With stored hidden states of a frozen base only a head is fitted, and there is no tuned base.
+    """
+    spec, data, evaluation = config.base_model, sets[0], sets[1] if len(sets) > 1 else None
+    facts = {
         "method": args.method,
         "data": config.data,
         "rows": prepared.kind,
         "examples": len(prepared.sets[0]),
         "bad_rows_skipped": prepared.num_bad,
-        "train_loss_nats": outcome.training_loss,
     }
-    if evaluation:
+    if config.cache_hidden_states and args.method == "head":
+        hidden = cast(Scores, data.base_scores).hidden
+        head = DeferralHead(cast(Sequence[Tensor], hidden)[0].shape[-1], len(config.assistant), **config.head_shape)
+        return None, head, facts | fit_head(head, args, data, evaluation)
+    # In bf16 weights most updates of full fine-tuning are rounded to zero. `bf16: true` computes in bf16.
+    in_fp32 = args.method == "full" and spec.dtype == "auto"
+    base = load_model(replace(spec, dtype="float32") if in_fp32 else spec)
+    hidden_size = LanguageModel(base, name="base").hidden_size
+    trainer = CoLLMTrainer(
+        base=base,
+        head=DeferralHead(hidden_size, len(config.assistant), **config.head_shape),
+        args=args,
+        train_dataset=data,
+        eval_dataset=evaluation,
+        vocab_size=TokenizerIdentity.of(prepared.tokenizer).vocab_size,
+    )
+    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
+    tuned, head = trainer.gathered()
+    metrics = facts | {"objective": trainer.objective, "deferral_costs": trainer.deferral_costs}
+    metrics["train_loss_nats"] = outcome.training_loss
+    if evaluation is not None:
         metrics |= trainer.evaluate()
     if trainer.label_report is not None and trainer.warm_start_report is not None:
-        metrics["pseudo_label_share"] = trainer.label_report.share
-        metrics["warm_start"] = asdict(trainer.warm_start_report)
-    model = CoLLM(
-        spec if args.method == "head" else tuned,
-        config.assistants,
-        head,
-        prepared.tokenizer,
-        template=prepared.template,
-        accept_differences=config.accept_differences,
-    )
-    return model, metrics
+        metrics |= {"pseudo_label_share": trainer.label_report.share, "warm_start": trainer.warm_start_report}
+    return tuned, head, metrics

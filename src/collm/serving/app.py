@@ -115,10 +115,9 @@ async def tokenize(body: schemas.TokenizeRequest, http: Request) -> Any:
         prompt = as_chat(body, tool_choice(body.tools, "auto", None, target))
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     token_ids = await _service(http).in_thread(partial(target.tokenize, prompt, special=special))
-    limits = [one.max_length for one in target.model.runners if one.max_length is not None]
     return {
         "count": len(token_ids),
-        "max_model_len": min(limits, default=None),
+        "max_model_len": target.max_model_len,
         "tokens": token_ids,
         "token_strs": target.model.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None,
     }
@@ -148,13 +147,13 @@ async def tokenizer_info(http: Request, model: str | None = None) -> Any:
 @router.get("/v1/models")
 async def models(http: Request) -> Any:
     """List the collaborations, and each of their authors alone."""
-    return {"object": "list", "data": [_listed(http, name) for name in _service(http).targets]}
+    return {"object": "list", "data": [_listed(http, one) for one in _service(http).targets.values()]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, http: Request) -> Any:
     """A collaboration, or one of its authors alone."""
-    return _listed(http, _service(http).target(name).name)
+    return _listed(http, _service(http).target(name))
 
 
 @router.get("/v1/collm/info")
@@ -220,8 +219,9 @@ def _check_either(body: schemas.TokenizeRequest | schemas.CandidatesRequest) -> 
         raise invalid("expected either prompt or messages; give one of them", "prompt")
 
 
-def _listed(http: Request, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": _service(http).started, "owned_by": "collm"}
+def _listed(http: Request, target: Target) -> dict[str, Any]:
+    own = {"id": target.name, "object": "model", "created": _service(http).started, "owned_by": "collm"}
+    return {**own, "max_model_len": target.max_model_len}
 
 
 async def _answer(http: Request, target: Target, parsed: ParsedRequest, shape_of: Callable[..., Shape]) -> Response:

@@ -75,7 +75,7 @@ def of_failure(failure: CollmError, model: str) -> APIError:
 
 def broken() -> APIError:
     """An internal error. The log has details under the id of the X-Request-Id header."""
-    return APIError(500, "the server failed on this request; its log says why", code="internal_error")
+    return APIError(500, "the server failed on this request; its log has the reason", code="internal_error")
 
 
 async def refuse(http: Request, error: Any) -> Response:
@@ -100,9 +100,9 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first invalid parameter with all its validation errors, one for each allowed type."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return invalid(f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+        return invalid(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
     if len(first["loc"]) < 2:
-        return invalid("the body is no JSON object; send one, with Content-Type: application/json")
+        return invalid("the body is not a JSON object; send one, with Content-Type: application/json")
     param = _param(first["loc"])
     if first["type"] == "extra_forbidden":
         return invalid(f"{param} is no parameter of this server; leave it out", param, "unknown_parameter")

@@ -134,7 +134,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = scope["path"]
+        scope["root_path"] = self.settings.root_path
+        path = _route_of(scope)
         record = Record(uuid.uuid4().hex, path if path in self.routes else "other")
         scope["collm.record"] = record
         try:
@@ -177,7 +178,7 @@ class RequestMiddleware:
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise invalid("the request has Content-Length and Transfer-Encoding; send one of them")
-        if scope["path"] in OPEN_PATHS:
+        if _route_of(scope) in OPEN_PATHS:
             return
         key = self.settings.api_key
         if key is None:
@@ -248,6 +249,11 @@ class RequestMiddleware:
         limit = f"{self.settings.time_limit_s:g} s"
         message = f"the request did not finish within {limit}; request fewer tokens, or retry when the load is lower"
         raise APIError(504, message, code="time_limit")
+
+
+def _route_of(scope: Scope) -> str:
+    """The path below the root path, which a proxy may have removed."""
+    return str(scope["path"]).removeprefix(scope["root_path"]) or "/"
 
 
 async def _end(error: APIError, scope: Scope, receive: Receive, send: Send) -> None:

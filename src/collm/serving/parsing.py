@@ -19,7 +19,7 @@ from collm.text.chats import Chat, as_message
 from collm.text.template import Prompt
 from collm.text.tool_formats import ToolFormat, grammar, tool_format
 
-DEFAULT_MAX_TOKENS = SamplingParams().max_new_tokens
+DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _parsed(
     given = {one.name: getattr(body, one.name, None) for one in fields(SamplingParams)}
     options = {name: value for name, value in given.items() if value is not None}
     options |= {
-        "max_new_tokens": min(max_tokens or default, limit),
+        "max_tokens": min(max_tokens or default, limit),
         "logit_bias": {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
         "structured_outputs": form,
         "logprobs": logprobs or 0,

@@ -115,6 +115,8 @@ class ResponseShape(Shape):
         return self._taken()
 
     def end(self, authors: Sequence[int]) -> bytes:
+        if self._pending and self._items and self._items[-1]["type"] == "message":
+            self._write("")  # who wrote the end of the text, which may have come alone
         self._close()
         done = self._response(authors)
         self._emit(f"response.{done['status']}", response=done)

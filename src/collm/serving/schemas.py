@@ -41,7 +41,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("it holds half of a surrogate pair, which is no character") from error
+        raise ValueError("it contains half of a surrogate pair, which is not a character") from error
     return text
 
 
@@ -101,8 +101,16 @@ class CollmOptions(JsonObject, extra="forbid"):
     threshold: Annotated[float, Field(ge=-1, le=1)] | None = Field(
         None, description="The base keeps a token while its defer prob is at most this. Default: the calibrated one."
     )
-    budget: Share | None = Field(None, description="Use the best threshold within this deferral rate.")
+    budget: Share | None = Field(
+        None, description="Use the best threshold whose deferral rate is within this limit with 95 %."
+    )
+    price: float | Annotated[list[float], Field(min_length=1, max_length=MAX_ITEMS)] | None = Field(
+        None, description="Defer where the head predicts a gain above this, in nats: one, or one for each assistant."
+    )
     policy: Text | None = Field(None, description="Another policy: 'joint', 'mixture', 'contrastive:beta=0.5', ...")
+    judge: Text | None = Field(
+        None, description="Which tokens of the base stand: 'exact', 'blend:weight=0.5', 'joint', 'regret:nats=2'."
+    )
 
 
 class ResponseFormat(JsonObject):
@@ -172,7 +180,9 @@ class TextRequest(Sampled):
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="Completions of each prompt. Default: 1.")
     stop: Phrase | Annotated[list[Phrase], Field(max_length=64, fail_fast=True)] | None = None
-    prompt_logprobs: Logprobs | None = Field(None, description="Most probable tokens to list for each of the prompt.")
+    prompt_logprobs: Logprobs | None = Field(
+        None, description="Number of most probable tokens to list for each token of the prompt."
+    )
     response_format: ResponseFormat | None = None
 
 

@@ -52,7 +52,15 @@ class Target:
         """The threshold of requests that have none; None if there is no default."""
         if self.settings.threshold is not None:
             return self.settings.threshold
+        if self.settings.price is not None and len(self.settings.price) == 1:
+            return self.model.threshold(price=self.settings.price)
         return self.model.calibration.best().threshold if self.model.calibration else None
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest prompt with its answer, in tokens; None if there is no limit or the models are being loaded."""
+        runners = self.model.runners if self.worker.ready else ()
+        return min((one.max_length for one in runners if one.max_length is not None), default=None)
 
     def info(self) -> dict[str, Any]:
         """Public information about the collaboration."""
@@ -75,16 +83,19 @@ class Target:
                 message = f"{self.name} is one author alone, so collm has no effect; leave it out or ask {whole}"
                 raise invalid(message, "collm")
             return SingleAuthorPolicy(self.author)
-        threshold = options.threshold
-        if threshold is None and options.budget is None and options.policy in (None, "threshold"):
-            threshold = self.default_threshold
-            if threshold is None:
+        threshold, price = options.threshold, options.price
+        given = [name for name in ("policy", "budget", "price", "threshold") if getattr(options, name) is not None]
+        blamed = "judge" if options.judge is not None else (given or ["threshold"])[0]
+        if not given or (given == ["policy"] and options.policy == "threshold"):
+            threshold, price = self.default_threshold, None
+            if self.settings.price is not None:
+                threshold, price = None, list(self.settings.price)
+            elif threshold is None:
                 message = f"there is no default threshold: {self.name} is not calibrated; send collm.threshold, start"
                 message += " the server with --threshold, or run 'collm calibrate' first"
                 raise invalid(message, "collm.threshold")
-        given = [name for name in ("policy", "budget", "threshold") if getattr(options, name) is not None]
-        with refused(f"collm.{(given or ['threshold'])[0]}"):
-            return self.model.policy(options.policy, threshold, options.budget)
+        with refused(f"collm.{blamed}"):
+            return self.model.policy(options.policy, threshold, options.budget, price, options.judge)
 
     def encode(self, prompt: Prompt, param: str, keep_last: int | None = None) -> PromptIds:
         """Encode the prompt of a parameter. `keep_last` tokens remain: -1 for as many as fit, None for all."""

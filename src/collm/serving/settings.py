@@ -26,9 +26,12 @@ class Settings:
         drain_s: seconds for running requests to finish when the server stops.
         api_key: API key that clients must send, by default none.
         log_prompts: write prompts to the log.
+        root_path: path under which a proxy shows the server, such as /collm, by default none.
         allow_hosts: names of this server besides localhost, which are checked without an API key.
         allow_origins: web origins that may call the server.
         threshold: threshold of requests that have none, by default the calibrated one of each collaboration.
+        price: the same in nats per token, for heads that were trained with the objective gain. Several assistants may
+            have a price each, in their order.
         ignore_unknown: ignore unknown fields of requests.
     """
 
@@ -44,9 +47,11 @@ class Settings:
     drain_s: float = 30.0
     api_key: str | None = field(default=None, repr=False, metadata={"envvar": "COLLM_API_KEY"})
     log_prompts: bool = False
+    root_path: str = ""
     allow_hosts: Sequence[str] = field(default=(), metadata={"flag": "--allow-host"})
     allow_origins: Sequence[str] = field(default=(), metadata={"flag": "--allow-origin"})
     threshold: float | None = None
+    price: Sequence[float] | None = None
     ignore_unknown: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +63,8 @@ class Settings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {bound}")
         if self.threshold is not None:
             check_threshold(self.threshold)
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(f"root_path is {self.root_path!r}, expected a path such as /collm, without / at its end")
         if not self.time_limit_s > 0:
             raise ConfigError(f"time_limit_s is {self.time_limit_s}, expected more than 0 seconds")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

@@ -263,6 +263,7 @@ def authorship(steps: Sequence[TokenStep]) -> Json:
         "authors": [step.author for step in steps],
         "defer_probs": [step.defer_prob for step in steps],
         "stood_in": [step.stood_in for step in steps],
+        "rejected": [step.rejected and step.rejected[1] for step in steps],
     }
 
 

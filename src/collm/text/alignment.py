@@ -7,8 +7,8 @@ probability of author k is
 
     q_k(w | x) = P_k(t_1 | START) prod_(i >= 2) P_k(t_i) P_k(START | x w),
 
-where START is the set of tokens that begin a segment or end the text. It sums to 1 over all segments. If START is the
-whole vocabulary, it is the probability of a token.
+where START is the set of tokens that begin a segment or end the text. All tokens that end the text are one event. It
+sums to 1 over all segments. If START is the whole vocabulary, it is the probability of a token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,24 @@ _PROBES = (
     "\u6211\u4eec\u4eca\u5929\u53bb\u516c\u56ed\u6563\u6b65\uff0c\u5929\u6c14\u5f88\u597d\u3002",
     "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \U0001f44d\U0001f3fd end\r\nof\u00a0it",
 )
+
+
+class Masks(NamedTuple):
+    """Tokens of one author at one place in a segment, bool, shape (V,) or (R, V) each.
+
+    Attributes:
+        follows: may come next.
+        opens: begin a segment here or end the text.
+        ends: end the text.
+    """
+
+    follows: Tensor
+    opens: Tensor
+    ends: Tensor
+
+    @classmethod
+    def stacked(cls, rows: Sequence[Masks]) -> Masks:
+        return cls(*(torch.stack(each) for each in zip(*rows, strict=True)))
 
 
 class Alignment:

@@ -108,7 +108,7 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_ids = sorted(eos_ids)
+        self.eos_ids = frozenset(eos_ids)
         self._lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
         self._llg_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
@@ -166,8 +166,8 @@ class Grammars:
 
         with self._tokenizer_lock:
             if self._llg_tokenizer is None:
-                vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._eos_ids))
-                self._llg_tokenizer = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+                vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, sorted(self.eos_ids)))
+                self._llg_tokenizer = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=sorted(self.eos_ids))
         limits = LLParserLimits(**_PARSER_LIMITS)
         matcher = LLMatcher(self._llg_tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
@@ -260,4 +260,4 @@ def _source(structured: StructuredOutputs) -> str:
         json.loads(schema)
         return LLMatcher.grammar_from_json_schema(schema)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"structured_outputs.json is no JSON, expected a JSON schema ({error})") from error
+        raise RequestError(f"structured_outputs.json is not JSON, expected a JSON schema ({error})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from collm.core.head import DeferralHead
 from collm.errors import DAMAGED, ArtefactError, ConfigError
-from collm.models.loading import ModelSpec, load_with_adapter, quiet_if_small
+from collm.models.loading import ModelSpec, load_adapted, quiet_if_small
 from collm.models.members import spec_of
 from collm.training.module import JointModule
 
@@ -36,14 +37,15 @@ def save_tuned(directory: Path, joint: JointModule, method: str, state: Mapping[
     """Write the head, and the tuned base as a plain model or an adapter. `state` has weights gathered from devices."""
     directory.mkdir(parents=True, exist_ok=True)
     state = joint.state_dict() if state is None else state
-    head = {name: state[f"head.{name}"].detach().cpu().contiguous() for name in ("weight", "bias")}
+    head = {name: state[f"head.{name}"].detach().cpu().contiguous() for name in joint.head.state_dict()}
     save_file(head, directory / HEAD)
     if method in FOLDERS:
         base_state = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
         # otherwise peft would query the Hub to check whether the vocabulary grew, which never happens here
         options = {"save_embedding_layers": False} if method == "lora" else {}
-        with quiet_if_small(joint.base):
-            cast(Any, joint.base).save_pretrained(directory / FOLDERS[method], state_dict=base_state, **options)
+        base = cast(Any, joint.base)
+        with quiet_if_small(base):
+            base.save_pretrained(directory / FOLDERS[method], state_dict=base_state, **options)
 
 
 def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
@@ -64,12 +66,13 @@ def load_tuned(directory: Path, joint: JointModule, method: str) -> None:
 
 def read_tuned(directory: Path, joint: JointModule, method: str) -> tuple[nn.Module, DeferralHead]:
     """Load weights written by `save_tuned` as new models on the CPU. A frozen base is returned as it is."""
-    head = DeferralHead(joint.head.hidden_size, joint.head.num_assistants)
+    head = DeferralHead(**joint.head.shape)
     head.load_state_dict(load_file(directory / HEAD))
     if method == "full":
         return _plain(joint.base, directory).eval(), head
     if method == "lora":
-        return load_with_adapter(cast(ModelSpec, spec_of(joint.base)), directory / FOLDERS[method]), head
+        spec = cast(ModelSpec, spec_of(joint.base))
+        return load_adapted(replace(spec, adapter=str(directory / FOLDERS[method]))), head
     return joint.base, head
 
 
@@ -114,5 +117,5 @@ def check_origin(checkpoint: Path, origin: Mapping[str, Any]) -> None:
             f"{checkpoint / ORIGIN} is damaged ({error}); delete this checkpoint to resume from an earlier one"
         ) from error
     if different:
-        advice = f"choose another output_dir, or delete the checkpoints in {checkpoint.parent} to start anew"
-        raise ConfigError(f"{checkpoint} was trained with other {different[0]} than are there now; {advice}")
+        advice = f"choose another output_dir, or delete the checkpoints in {checkpoint.parent} to start again"
+        raise ConfigError(f"{checkpoint} was trained with different {different[0]}; {advice}")

@@ -14,11 +14,12 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
+from collm.atomic import write_text
 from collm.errors import ConfigError, DataError, RequestError
 from collm.text.chats import Chat, read_message, read_tools
 from collm.training.formats import FILES, Format, format_named, text_field
@@ -39,6 +40,7 @@ class Row:
         messages: the chat up to its last assistant turn; None for a plain prompt.
         where: file and line (JSON lines, CSV) or row, for error messages.
         unlearned: indices of assistant messages that are not training targets.
+        kind: the kind of prompt, the text of the field "kind"; empty if there is none.
     """
 
     prompt: str | Chat
@@ -46,6 +48,7 @@ class Row:
     messages: Chat | None
     where: str
     unlearned: frozenset[int] = frozenset()
+    kind: str = ""
 
 
 class Rows(list[Row]):
@@ -75,8 +78,7 @@ def load_rows(
         split: split of a data set or directory, "train" by default; a file has none.
         format: "rows" as above, or an official format of `collm.training.formats`.
         prompt_field, completion_field: names of the two fields of "rows".
-        bad_rows: "stop" at the first, or "skip" them: 10 are logged, and `Rows.num_bad` counts all. A file that cannot
-            be parsed is an error in any case.
+        bad_rows: "stop" at the first, or "skip" them: 10 are logged, `Rows.num_bad` counts all. Files must parse.
 
     Raises:
         DataError: there are no rows at `source`, the split does not exist, or a row is malformed (with "skip", every
@@ -92,7 +94,8 @@ def load_rows(
     rows, bad = Rows(), list[DataError]()
     for where, record in _records(source, split, layout):
         try:
-            rows.append(_row(where, layout.render(where, _fields(where, record)), names))
+            given = _fields(where, record)
+            rows.append(_of_kind(_row(where, layout.render(where, given), names), given.get("kind")))
         except DataError as error:
             if bad_rows == "stop":
                 raise
@@ -106,6 +109,24 @@ def load_rows(
     if bad:
         logger.warning("skipped %d bad rows of %d in %s", len(bad), len(bad) + len(rows), source)
     return Rows(rows, len(bad))
+
+
+def _of_kind(row: Row, kind: Any) -> Row:
+    return replace(row, kind=kind) if isinstance(kind, str) else row
+
+
+def write_rows(path: Path, rows: Iterable[Row | Mapping[str, Any]]) -> None:
+    """Write rows, or their fields, as JSON lines, which `load_rows` reads as the same rows."""
+    fields = (_written(row) if isinstance(row, Row) else row for row in rows)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in fields))
+
+
+def _written(row: Row) -> dict[str, Any]:
+    kind = {"kind": row.kind} if row.kind else {}
+    if row.messages is None:
+        return {"prompt": row.prompt, "completion": row.completion, **kind}
+    turns = [{**turn, "weight": int(place not in row.unlearned)} for place, turn in enumerate(row.messages)]
+    return {"messages": turns, "tools": row.messages.tools, **kind}
 
 
 def load_records(

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -135,6 +135,44 @@ def aligned_example(alignment: Alignment, prompts: Sequence[list[int]], answer: 
     longest = max(len(one.token_ids) for one in sequences)
     (base, *assistants), _ = _aligned(sequences, alignment, longest, "the answer", end=end)
     return Examples([base], [[one] for one in assistants])
+
+
+def windows(examples: Examples, max_length: int) -> list[Examples]:
+    """Divide one answer in windows, in which each author reads at most `max_length` tokens.
+
+    Each segment is a target of one window, after as much of the text before it as fits.
+
+    Raises:
+        RequestError: a segment does not fit.
+    """
+    authors = [own for (own,) in (examples, *examples.assistant_examples)]
+    starts = [[place for place, row in enumerate(one.opens) if row >= 0] for one in authors]
+    found, first, end = list[Examples](), 0, len(starts[0]) - 1
+    while first < end:
+        fits = [n for n in range(first + 1, end + 1) if all(at[n] - at[first] < max_length for at in starts)]
+        if not fits:
+            longest = max(at[first + 1] - at[first] for at in starts)
+            raise RequestError(
+                f"a segment has {longest} tokens, expected fewer than {max_length}, which the models read"
+            )
+        last = fits[-1]
+        base, *assistants = (
+            _window(one, at[first], at[last], max_length) for one, at in zip(authors, starts, strict=True)
+        )
+        found.append(Examples([base], [[one] for one in assistants]))
+        first = last
+    return found
+
+
+def _window(example: Example, begin: int, end: int, max_length: int) -> Example:
+    """The targets from `begin` to before `end`, after what precedes, and the token `end`, which begins a segment."""
+    places = range(max(end - max_length, 0), end + 1)
+    return replace(
+        example,
+        token_ids=[example.token_ids[place] for place in places],
+        is_target=[begin <= place < end for place in places],
+        opens=[example.opens[place] if begin <= place else -1 for place in places],
+    )
 
 
 def _encode_row(
@@ -285,16 +323,14 @@ def shift(example: Example) -> dict[str, Tensor]:
 
 def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join shifted examples and their scores to a batch (B, T, ...), padded on the right with tokens 0, unattended."""
-    if "input_ids" in items[0]:
-        items = [{**item, "attention_mask": torch.ones_like(item["input_ids"])} for item in items]
+    items = [{**item, "attention_mask": torch.ones_like(item["input_ids"])} for item in items]
     padding = dict.fromkeys(items[0], 0) | {"rows": -1}
     return {name: pad_sequence([item[name] for item in items], True, padding[name]) for name in items[0]}
 
 
 def collate_padding_free(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join examples to one row with position ids that restart at each example, without an attention mask."""
-    if "input_ids" in items[0]:
-        items = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in items]
+    items = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in items]
     return {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in items[0]}
 
 

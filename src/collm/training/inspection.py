@@ -1,4 +1,4 @@
-"""Analysis of scores: pseudo-labels and the best choice of author before training, and measures of a head's choice."""
+"""Analysis of scores: pseudo-labels, and measures of a head's choice."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ import torch
 from torch import Tensor
 
 from collm.core.head import author_logprobs, defer_probs
-from collm.core.objective import PseudoLabelVariant, deferral_cost, marginal_logprobs, pseudo_labels
+from collm.core.objective import (
+    WEAK_POSITIVE_WEIGHT,
+    Objective,
+    PseudoLabelVariant,
+    deferral_cost,
+    label_nll,
+    pseudo_labels,
+    token_nll,
+)
 from collm.core.types import author_name
 from collm.errors import ArtefactError, ConfigError
-from collm.training.scores import Scores, ScoreSummary, load_scores
+from collm.training.config import MOSTLY_BETTER
+from collm.training.scores import Scores, load_scores
 
 LOW_SHARE = 0.01
-MOSTLY_BETTER = 0.75  # share of tokens at which an assistant is better, from which training needs a deferral cost
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class LabelReport:
             meaning = f"no token is labelled with {' and '.join(idle)}, so expect no deferrals to it"
         elif self.better > MOSTLY_BETTER:
             meaning = (
-                f"an assistant gives {self.better:.0%} of the tokens more probability than the base does, so the head "
-                "learns to defer nearly everywhere unless you set deferral_cost, for example to 1"
+                f"an assistant gives {self.better:.0%} of the tokens more probability than the base does, so by "
+                "default training has a deferral cost of 1, and a tuned base learns by objective 'separate'"
             )
         given = f"{self.share:.2%} of {self.num_tokens} target tokens"
         return f"pseudo-labels give {given} to an assistant{each}: {meaning}"
@@ -80,42 +88,14 @@ def label_tokens(
     return labels, LabelReport(len(labels), tuple(count / len(labels) for count in counts), better)
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """Comparison of the scores of base and assistants 1..K, with shares of their pseudo-labels (variant "a").
-
-    Attributes:
-        agreements: for each assistant, the shares of target tokens that both predict correctly, only the base, only the
-            assistant, and neither; they sum to 1.
-        best_nll_nats, best_accuracy: upper bound of any deferral rule, reached if the author that gives each gold
-            token the most probability writes it.
-    """
-
-    summaries: tuple[ScoreSummary, ...]
-    agreements: tuple[tuple[float, ...], ...]
-    labels: LabelReport
-    best_nll_nats: float
-    best_accuracy: float
-
-
-def inspect_scores(directory: Path) -> Inspection:
-    """Compare the scores in the subdirectories `base`, `assistant`, `assistant-2`, .. of a directory."""
+def stored_scores(directory: Path) -> list[Scores]:
+    """The scores of a run: those in the subdirectories `base`, `assistant`, `assistant-2`, .. of a directory."""
     names = ["base"]
     while (directory / (name := author_name(len(names)))).is_dir():
         names.append(name)
     if len(names) == 1:
         raise ArtefactError(f"{directory} has no assistant; expected the scores of a run: base, assistant, ..")
-    base, *assistants = authors = [load_scores(directory / name) for name in names]
-    _, labels = label_tokens(base, assistants)
-    best = torch.stack([scores.logprobs for scores in authors]).amax(0)
-    correct = torch.stack([scores.corrects for scores in authors]).any(0)
-    ours, agreements = base.corrects, []
-    for theirs in (assistant.corrects for assistant in assistants):
-        cases = (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)
-        agreements.append(tuple(case.double().mean().item() for case in cases))
-    summaries = tuple(scores.summary() for scores in authors)
-    bound = -best.double().mean().item(), correct.double().mean().item()
-    return Inspection(summaries, tuple(agreements), labels, *bound)
+    return [load_scores(directory / name) for name in names]
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
@@ -159,23 +139,28 @@ class TokenViews:
         parts = {name: torch.split(values, list(sizes)) for name, values in found.items() if values is not None}
         return [TokenViews(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
 
-    def measures(self, deferral_costs: Sequence[float] = ()) -> dict[str, float]:
-        """Means over the tokens. The costs, in nats per token of each assistant, are part of the loss.
+    def measures(self, deferral_costs: Sequence[float] = (), objective: Objective = "marginal") -> dict[str, float]:
+        """Means over the tokens. The costs, in nats per decision for each assistant, are part of the loss.
 
         Returns:
-            loss: marginal NLL in nats, plus the deferral costs. base_nll and assistant_nll (assistant_1_nll, ..): NLL
-            of each model alone. defer_prob. deferral_rate: share of tokens deferred at threshold 0.5.
-            pseudo_label_share: share of tokens that an assistant's argmax predicts and the current base's does not.
-            pseudo_label_agreement, head_auc: as in `head_measures`, for these labels.
+            loss: `token_nll` in nats, for "weak" with `label_nll` of the current base's labels, plus the deferral
+            costs. base_nll and assistant_nll (assistant_1_nll, ..): NLL of each model alone. defer_prob. deferral_rate:
+            share of tokens deferred at threshold 0.5. pseudo_label_share: share of tokens that an assistant's argmax
+            predicts and the current base's does not. pseudo_label_agreement, head_auc: as in `head_measures`, for these
+            labels. Without assistants only loss, and base_accuracy: share of tokens that are the base's argmax.
         """
-        marginal = marginal_logprobs(self.base_logprob, self.assistant_logprobs, self.defer_logits)
+        nll = token_nll(self.base_logprob, self.assistant_logprobs, self.defer_logits, objective)
+        if not self.defer_logits.shape[-1]:
+            return {"loss": nll.mean().item(), "base_accuracy": self.base_correct.float().mean().item()}
         labels = pseudo_labels(self.base_correct, self.assistant_correct, self.assistant_logprobs)
+        if objective == "weak":
+            nll = nll + label_nll(self.defer_logits, labels, WEAK_POSITIVE_WEIGHT) / 3
         deferring, (agreement, head_auc) = defer_probs(self.defer_logits), head_measures(self.defer_logits, labels)
         cost = deferral_cost(self.defer_logits, deferral_costs).item() if any(deferral_costs) else 0.0
         nlls = -self.assistant_logprobs.mean(0)
         names = ["assistant_nll"] if len(nlls) == 1 else [f"assistant_{k}_nll" for k in range(1, len(nlls) + 1)]
         return {
-            "loss": -marginal.mean().item() + cost / len(marginal),
+            "loss": nll.mean().item() + cost / len(nll),
             "base_nll": -self.base_logprob.mean().item(),
             **dict(zip(names, nlls.tolist(), strict=True)),
             "defer_prob": deferring.mean().item(),

@@ -11,7 +11,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from collm.core.head import DeferralHead
-from collm.core.objective import deferral_cost, marginal_logprobs
+from collm.core.objective import (
+    WEAK_POSITIVE_WEIGHT,
+    Objective,
+    deferral_cost,
+    label_nll,
+    pseudo_labels,
+    token_nll,
+)
 from collm.core.segments import SegmentLaw
 from collm.errors import ConfigError, MismatchError, MissingExtra, UnsupportedModel
 from collm.models.language_model import LanguageModel
@@ -24,10 +31,10 @@ MIN_ROWS = 64  # target positions per chunk, at least. Matrix products over fewe
 
 
 class JointModule(nn.Module):
-    """Base and head, with the marginal likelihood of gold tokens as loss (arXiv 2403.03870).
+    """Base and head, with the marginal likelihood of gold tokens as loss (arXiv 2403.03870), or another objective.
 
     The likelihood alone is largest if every token is deferred at which the assistant is better, however small its gain
-    is. A deferral cost c adds c (1 - P(Z = 0)) to the loss of each token. For a single token at which the assistant
+    is. A deferral cost c adds c (1 - P(Z = 0)) to the loss of each decision. For a single one by which the assistant
     gains g nats, the best defer prob is then 1 / c - 1 / (exp(g) - 1), clamped to [0, 1]: it is 0 up to
     g = log(1 + c), and 1 from g = -log(1 - c) if c < 1.
 
@@ -39,7 +46,8 @@ class JointModule(nn.Module):
         frozen: whether the base stays in evaluation mode without gradients.
         vocab_size: as in `LanguageModel`.
         law: the base's tokens that begin a segment, if models have different tokenizers.
-        deferral_costs: c, in nats per token of each assistant; none by default.
+        deferral_costs: c, in nats per decision for each assistant; none by default.
+        objective: as in `core.objective.token_nll`.
     """
 
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
@@ -54,17 +62,19 @@ class JointModule(nn.Module):
         vocab_size: int | None = None,
         law: SegmentLaw | None = None,
         deferral_costs: Sequence[float] = (),
+        objective: Objective = "marginal",
     ) -> None:
         super().__init__()
         self._law = law
         self._deferral_costs = tuple(deferral_costs)
+        self._objective = objective
         self.base = base
         self.head = head
         self.frozen = frozen
         self.base_lm = LanguageModel(base, name="base", vocab_size=vocab_size)
         if head.hidden_size != (size := self.base_lm.hidden_size):
             raise MismatchError(f"the head expects hidden states of size {head.hidden_size}, the base has {size}")
-        self._no_split_modules = list(getattr(self.base_lm.inner, "_no_split_modules", None) or [])  # FSDP wraps these
+        self._no_split_modules = getattr(self.base_lm.inner, "_no_split_modules", None) or []  # FSDP wraps these
         if frozen:
             base.requires_grad_(False)
 
@@ -74,7 +84,6 @@ class JointModule(nn.Module):
         self,
         target_mask: Tensor,
         assistant_logprobs: Tensor,
-        assistant_correct: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         *,
         per_token: bool = False,
@@ -88,19 +97,20 @@ class JointModule(nn.Module):
             num_items_in_batch: number of target tokens to divide by; by default those of this batch.
             per_token: also return the values that `TokenViews` needs; the loss then has no gradient in the base.
             **inputs: gold, the gold tokens, with the base's inputs, shape (B, T), and for segments scored and rows, as
-                in `examples.shift`. For a frozen base its outputs instead: hidden, shape (B, T, H), base_logprob and
-                base_correct, shape (B, T).
+                in `examples.shift`. The objective "weak" makes pseudo-labels of assistant_correct, whether the gold
+                token is each assistant's argmax, bool, shape (B, T, K), and base_correct, the same of the base before
+                training, shape (B, T).
 
         Returns:
             loss: nats per target token. With per_token also base_logprob and base_correct, shape (B, T), and
             defer_logits, shape (B, T, K), all 0 outside of targets.
         """
-        batch = {"target_mask": target_mask, "assistant_logprobs": assistant_logprobs, **inputs}
         tunes_base = torch.is_grad_enabled() and not self.frozen and not per_token
-        if "hidden" not in batch:
-            read = {name: values for name, values in inputs.items() if name not in ("gold", "scored", "rows")}
-            with torch.set_grad_enabled(tunes_base):
-                batch["hidden"] = self.base_lm.hidden_states(**read, use_cache=False)
+        others = ("gold", "scored", "rows", "base_correct", "assistant_correct")
+        read = {name: values for name, values in inputs.items() if name not in others}
+        with torch.set_grad_enabled(tunes_base):
+            hidden = self.base_lm.hidden_states(**read, use_cache=False)
+        batch = {"target_mask": target_mask, "assistant_logprobs": assistant_logprobs, "hidden": hidden, **inputs}
         total, views = self._loss(batch, tunes_base=tunes_base)
         result = {"loss": total / (target_mask.sum() if num_items_in_batch is None else num_items_in_batch)}
         if per_token:
@@ -112,19 +122,23 @@ class JointModule(nn.Module):
         """The sum of the loss over the targets, and the values that `TokenViews` needs unless the base is tuned."""
         mask = batch["target_mask"]
         hidden, assistant_logprobs = batch["hidden"][mask], batch["assistant_logprobs"][mask]  # (N, H), (N, K)
-        defer_logits = self.head(hidden)  # (N, K)
-        views = {}
+        views, doubt = {}, None
         if tunes_base and self._law is None:
-            nll = marginal_nll_sum(self.base_lm, hidden, batch["gold"][mask], assistant_logprobs, defer_logits)
+            if self.head.doubt:  # computes the logits a second time, as the loss needs the head's output before them
+                with torch.no_grad():
+                    doubt = read_gold(self.base_lm, batch["hidden"], batch, doubt=True)["doubt"]
+            defer_logits = self.head(hidden, doubt)  # (N, K)
+            of_tokens = (hidden, batch["gold"][mask], assistant_logprobs, defer_logits)
+            nll = marginal_nll_sum(self.base_lm, *of_tokens, objective=self._objective)
         else:
-            if "base_logprob" in batch:
-                views = {name: batch[name][mask] for name in ("base_logprob", "base_correct")}
-            else:
-                with torch.set_grad_enabled(tunes_base):
-                    scores = read_gold(self.base_lm, batch["hidden"], batch, self._law)
-                views = {"base_logprob": scores["logprob"], "base_correct": scores["correct"]}
-            views["defer_logits"] = defer_logits.float()
-            nll = -marginal_logprobs(views["base_logprob"], assistant_logprobs, defer_logits).sum()
+            with torch.set_grad_enabled(tunes_base):
+                scores = read_gold(self.base_lm, batch["hidden"], batch, self._law, doubt=self.head.doubt)
+            defer_logits = self.head(hidden, scores.get("doubt"))
+            views = {"base_logprob": scores["logprob"], "base_correct": scores["correct"], "defer_logits": defer_logits}
+            nll = token_nll(views["base_logprob"], assistant_logprobs, defer_logits, self._objective).sum()
+        if self._objective == "weak":
+            labels = pseudo_labels(batch["base_correct"][mask], batch["assistant_correct"][mask], assistant_logprobs)
+            nll = nll + label_nll(defer_logits, labels, WEAK_POSITIVE_WEIGHT).sum() / 3
         if any(self._deferral_costs):
             nll = nll + deferral_cost(defer_logits, self._deferral_costs)
         return nll, views
@@ -141,14 +155,21 @@ class JointModule(nn.Module):
 
 
 def marginal_nll_sum(
-    model: LanguageModel, hidden: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+    model: LanguageModel,
+    hidden: Tensor,
+    gold: Tensor,
+    assistant_logprobs: Tensor,
+    defer_logits: Tensor,
+    *,
+    objective: Objective = "marginal",
 ) -> Tensor:
-    """Sum of the negative log marginal likelihood of N gold tokens (`core.objective.marginal_logprobs`).
+    """Sum of the negative log marginal likelihood of N gold tokens, or of another objective (`token_nll`).
 
     The forward pass processes positions in chunks whose logits take no more memory than all hidden states (but at
     least `MIN_ROWS` positions). It also computes each chunk's gradient, through the output layer to the hidden states:
-    d NLL / d logit_v = P(Z = base | x_<=t) (P_0(v) - [v = gold]). Nothing is recomputed, and the backward pass only
-    scales. Under autocast the matrix products use its dtype, and the likelihood fp32.
+    d NLL / d logit_v = P(Z = base | x_<=t) (P_0(v) - [v = gold]), with "separate" P_0(v) - [v = gold]. Nothing is
+    recomputed, and the backward pass only scales. Under autocast the matrix products use its dtype, and the likelihood
+    fp32.
 
     Args:
         model: the model with the output layer, which must not be quantized.
@@ -163,18 +184,20 @@ def marginal_nll_sum(
     if not weight.is_floating_point():
         raise UnsupportedModel(f"the output layer of {model.name} is {weight.dtype}; leave it unquantized for training")
     values = (hidden.to(weight.device), gold.to(weight.device), assistant_logprobs, defer_logits)
-    return cast(Tensor, _MarginalNLL.apply(model, weight, bias, *values))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _MarginalNLL.apply(model, objective, weight, bias, *values))  # type: ignore[no-untyped-call]
 
 
 class _MarginalNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, model: LanguageModel, weight: Tensor, bias: Tensor | None, *values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, model: LanguageModel, objective: Objective, weight: Tensor, bias: Tensor | None, *values: Tensor
+    ) -> Tensor:
         """The sum over chunks, with the gradients of output weight, output bias, hidden states and defer logits."""
         hidden, gold, assistant_logprobs, defer_logits = values
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         layer, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        needs_weight, needs_bias, needs_hidden = ctx.needs_input_grad[1:4]
+        needs_weight, needs_bias, needs_hidden = ctx.needs_input_grad[2:5]
         # sums over chunks need the precision of fp32
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
@@ -188,7 +211,7 @@ class _MarginalNLL(torch.autograd.Function):
                 states = hidden[part].to(dtype)
                 raw = F.linear(states, layer, offset)  # (n, V)
                 chunk = (gold[part], assistant_logprobs[part], defer_logits[part])
-                nll, raw_grad, defer_grad[part] = _likelihood(model, raw, *chunk)
+                nll, raw_grad, defer_grad[part] = _likelihood(model, objective, raw, *chunk)
                 total += nll
                 if hidden_grad is not None:
                     hidden_grad[part] = raw_grad @ layer
@@ -209,11 +232,16 @@ class _MarginalNLL(torch.autograd.Function):
             raise RuntimeError("the gradient of this loss was already computed; compute the loss again")
         weight, bias, hidden, defer_logits = (None if grad is None else grad.mul_(upstream) for grad in ctx.grads)
         ctx.grads = None
-        return None, weight, bias, hidden, None, None, defer_logits
+        return None, None, weight, bias, hidden, None, None, defer_logits
 
 
 def _likelihood(
-    model: LanguageModel, raw: Tensor, gold: Tensor, assistant_logprobs: Tensor, defer_logits: Tensor
+    model: LanguageModel,
+    objective: Objective,
+    raw: Tensor,
+    gold: Tensor,
+    assistant_logprobs: Tensor,
+    defer_logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over a chunk and its gradients with respect to the output layer's values and the defer logits."""
     with torch.enable_grad():
@@ -227,8 +255,9 @@ def _likelihood(
     base_logprob = (gold_logit - largest - norm.log()).squeeze(-1)
     with torch.enable_grad():
         base, defer = base_logprob.requires_grad_(), defer_logits.detach().requires_grad_()
-        nll = -marginal_logprobs(base, assistant_logprobs, defer).sum()
-    base_grad, defer_grad = torch.autograd.grad(nll, (base, defer))  # base_grad: minus the posterior of the base
+        nll = token_nll(base, assistant_logprobs, defer, objective).sum()
+    # base_grad is minus the posterior of the base, or a constant
+    base_grad, defer_grad = torch.autograd.grad(nll, (base, defer), materialize_grads=True)
     grad = probs.mul_(-base_grad.unsqueeze(-1)).scatter_add_(-1, gold.unsqueeze(-1), base_grad.unsqueeze(-1))
     (raw_grad,) = torch.autograd.grad(logits, raw, grad.to(logits.dtype)) if logits is not raw else (grad,)
     return nll.detach(), raw_grad.to(raw.dtype), defer_grad

@@ -28,16 +28,17 @@ class RemoteModel:
 
     Args:
         base_url: URL before "/completions"; for vLLM it ends in "/v1".
-        model: the server's name of the model.
+        name: the server's name of the model.
         vocab_size: V, the vocabulary size that all models share, because a server does not report its own.
-        name: name in messages; defaults to `model`.
-        max_length: largest number of tokens before the last token of an example, None for no limit. It is lowered to
-            the server's max_model_len - 2, which leaves room for that last token and a generated one.
         concurrency: largest number of requests in flight.
         timeout_s: time limit of a request, in seconds.
         retries: further attempts after a connection error, a timeout, or status 429 or 5xx.
         api_key_env: environment variable with the API key; without it no key is sent.
         sleep: called with the seconds to wait between attempts.
+
+    Attributes:
+        max_length: largest number of tokens before the last token of an example: the server's max_model_len - 2, which
+            leaves room for that last token and a generated one; None if the server has no limit.
 
     Raises:
         ConfigError: an option is out of range, or the environment variable has no key.
@@ -45,11 +46,10 @@ class RemoteModel:
     """
 
     base_url: str
-    model: str
+    name: str
     _: KW_ONLY
     vocab_size: int
-    name: str = ""
-    max_length: int | None = None
+    max_length: int | None = field(default=None, init=False)
     concurrency: int = 16
     timeout_s: float = 120.0
     retries: int = 5
@@ -57,11 +57,11 @@ class RemoteModel:
     sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep, repr=False)
 
     def __post_init__(self) -> None:
-        for option in ("vocab_size", "max_length", "concurrency"):
-            if (value := getattr(self, option)) is not None and value < 1:
+        for option in ("vocab_size", "concurrency"):
+            if (value := getattr(self, option)) < 1:
                 raise ConfigError(f"{option} is {value}, expected at least 1")
         check_url("base_url", self.base_url)
-        self.base_url, self.name = self.base_url.rstrip("/"), self.name or self.model
+        self.base_url = self.base_url.rstrip("/")
         with closing(LoopThread()) as loop:
             loop.run(self._check_served())
 
@@ -98,7 +98,7 @@ class RemoteModel:
         what = f"example {number} ({len(token_ids)} tokens)"
         # prompt_logprobs 0 does not suffice for ties, because vLLM's rank of the gold token counts all tied tokens
         options = {"prompt_logprobs": 1, "max_tokens": 1, "return_token_ids": True}
-        body = {"model": self.model, "prompt": token_ids, **options}
+        body = {"model": self.name, "prompt": token_ids, **options}
         try:
             async with limit:
                 answer = await client.call(f"{self.base_url}/completions", body, str)
@@ -111,17 +111,17 @@ class RemoteModel:
             raise ModelFailure(message) from None
 
     async def _check_served(self) -> None:
-        """Check that the server has the model, and lower max_length to the server's limit."""
+        """Check that the server has the model, and read its limit."""
         async with aclosing(self._client()) as client:
             try:
                 served = client.models(await client.call(f"{self.base_url}/models", None, str))
             except ModelFailure as failure:
                 raise _load_error(failure) from None
-            if self.model not in served:
+            if self.name not in served:
                 names = client.redacted(str([*served]))[:300]
-                raise LoadError(f"{self.base_url} does not serve {self.model!r}; it serves: {names}")
-        if isinstance(longest := served[self.model], int):
-            self.max_length = min(longest - 2, self.max_length or longest)
+                raise LoadError(f"{self.base_url} does not serve {self.name!r}; it serves: {names}")
+        if isinstance(longest := served[self.name], int):
+            self.max_length = longest - 2
 
     def _client(self) -> HttpClient:
         settings = CallSettings(self.timeout_s, self.retries, self.api_key_env, sleep=self.sleep)

@@ -23,7 +23,7 @@ from collm.training.examples import Example, fingerprint, scatter, shift
 from collm.untrusted import check_fields, read_text
 from collm.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "scores.json"
 _MODEL = ("path", "revision", "dtype", "quantization", "weights")  # the model's `identity`
 _FIELDS = {
@@ -42,15 +42,6 @@ _ADVICE = "run the same scoring again with the same --out, which computes the mi
 
 
 @dataclass(frozen=True)
-class ScoreSummary:
-    """Mean negative log-likelihood per target token, and the share of them that are the model's argmax."""
-
-    mean_nll_nats: float
-    accuracy: float
-    num_targets: int
-
-
-@dataclass(frozen=True)
 class Scores:
     """Scores of one frozen model for the M target tokens of N examples.
 
@@ -60,8 +51,10 @@ class Scores:
         offsets: example i has entries offsets[i] to offsets[i + 1], int64, shape (N + 1,).
         hidden: the model's last hidden states at the target tokens of each example, shape (n, H), if they were stored.
             They stay on disk until they are read.
+        doubt: the model's doubt there (`core.head.doubt_of`), fp32, shape (M, 3), with the hidden states.
         model: the model's `identity`, if they were stored.
         abstained: whether a tool has no answer, bool, shape (M,); None if the model never abstains.
+        predicted: the model's argmax, int32, shape (M,); None for a tool, a model on a server, or segments.
     """
 
     logprobs: Tensor
@@ -69,20 +62,22 @@ class Scores:
     offsets: Tensor
     fingerprint: str
     hidden: Sequence[Tensor] | None = None
+    doubt: Tensor | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     abstained: Tensor | None = None
+    predicted: Tensor | None = None
+
+    def of(self, index: int, values: Tensor) -> Tensor:
+        """The values (M, ..) of one example's target tokens, shape (n, ..)."""
+        return values[self.offsets[index] : self.offsets[index + 1]]
 
     def logprob(self, index: int) -> Tensor:
         """Log-probabilities of one example's target tokens, shape (n,)."""
-        return self.logprobs[self.offsets[index] : self.offsets[index + 1]]
+        return self.of(index, self.logprobs)
 
     def correct(self, index: int) -> Tensor:
         """Whether each target token of one example is the model's argmax, shape (n,)."""
-        return self.corrects[self.offsets[index] : self.offsets[index + 1]]
-
-    def summary(self) -> ScoreSummary:
-        nll, accuracy = (values.double().mean().item() for values in (-self.logprobs, self.corrects))
-        return ScoreSummary(nll, accuracy, len(self.logprobs))
+        return self.of(index, self.corrects)
 
 
 @dataclass(frozen=True)
@@ -153,11 +148,11 @@ def read_header(directory: Path) -> Header | None:
 
 
 def write_shard(directory: Path, header: Header, shard: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write scores at target tokens: logprob, correct, for a tool abstained, and hidden if the header includes them.
+    """Write scores at target tokens: logprob, correct; abstained or predicted; hidden and doubt if the header says so.
 
     The tensors also have examples, the indices of the examples, and offsets into the others.
     """
-    assert ("hidden" in tensors) == header.hidden_states
+    assert ("hidden" in tensors) == ("doubt" in tensors) == header.hidden_states
     stored = {name: values.contiguous() for name, values in tensors.items()}
     stored |= {name: values.to(torch.uint8) for name, values in stored.items() if values.dtype == torch.bool}
     stored["logprob"] = stored["logprob"].float()
@@ -238,31 +233,23 @@ def load_scores(
         torch.tensor([0, *map(len, logprobs)]).cumsum(0),
         header.fingerprint,
         by_example("hidden") if header.hidden_states else None,
+        torch.cat(by_example("doubt")) if header.hidden_states else None,
         {name: getattr(header, name) for name in _MODEL},
         torch.cat(by_example("abstained")).bool() if "abstained" in shards[0] else None,
+        torch.cat(by_example("predicted")) if "predicted" in shards[0] else None,
     )
 
 
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """Examples with the scores of assistants 1..K, and for a warm start of the base before training.
-
-    With `from_hidden_states`, examples are the hidden states stored with the base's scores, for a frozen base.
-    """
+    """Examples with the scores of assistants 1..K, and for a warm start of the base before training. K may be 0."""
 
     def __init__(
         self,
         examples: Sequence[Example],
         assistant_scores: Sequence[Scores],
         base_scores: Scores | None = None,
-        *,
-        from_hidden_states: bool = False,
     ) -> None:
-        if not assistant_scores:
-            raise ConfigError("a training set needs the scores of at least one assistant, got none")
-        if from_hidden_states and (base_scores is None or base_scores.hidden is None):
-            raise ConfigError("the base's scores have no hidden states; score it with hidden_states=True")
         self.examples = examples
-        self.from_hidden_states = from_hidden_states
         self.assistant_scores = list(assistant_scores)
         self.base_scores = base_scores
         self.fingerprint = fingerprint(examples)
@@ -277,19 +264,42 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One example as `shift` gives it, with assistant_logprobs and assistant_correct, shape (T, K), 0 off targets.
 
-        From hidden states, of T targets, hidden (T, H), base_logprob and base_correct replace input_ids and gold.
+        With the base's scores also base_correct, shape (T,): that of the base before training.
         """
-        logprobs = torch.stack([each.logprob(index) for each in self.assistant_scores], dim=-1)  # (n, K)
-        correct = torch.stack([each.correct(index) for each in self.assistant_scores], dim=-1)
-        if self.from_hidden_states:
-            assert self.base_scores is not None and self.base_scores.hidden is not None  # noqa: PT018
-            own = {
-                "hidden": self.base_scores.hidden[index],
-                "base_logprob": self.base_scores.logprob(index),
-                "base_correct": self.base_scores.correct(index),
-                "target_mask": torch.ones(len(logprobs), dtype=torch.bool),
-            }
-        else:
-            own = shift(self.examples[index])
-        mask = own["target_mask"]
-        return own | {"assistant_logprobs": scatter(logprobs, mask), "assistant_correct": scatter(correct, mask)}
+        shifted = shift(self.examples[index])
+        scores = _of_assistants(self.assistant_scores, index, self.examples[index].num_targets)
+        if self.base_scores is not None:
+            scores["base_correct"] = self.base_scores.correct(index)
+        return shifted | {name: scatter(values, shifted["target_mask"]) for name, values in scores.items()}
+
+
+def stored_examples(base: Scores | None, assistants: Sequence[Scores]) -> list[dict[str, Tensor]]:
+    """What a head can be fitted to without the base, of each example's n target tokens.
+
+    Returns:
+        hidden (n, H), doubt (n, 3), base_logprob and base_correct (n,), assistant_logprobs and assistant_correct
+        (n, K).
+
+    Raises:
+        ConfigError: the base's scores have no hidden states.
+    """
+    if base is None or base.hidden is None or base.doubt is None:
+        raise ConfigError("the base's scores have no hidden states; score it with hidden_states=True")
+    return [
+        {
+            "hidden": hidden,
+            "doubt": base.of(index, base.doubt),
+            "base_logprob": base.logprob(index),
+            "base_correct": base.correct(index),
+            **_of_assistants(assistants, index, len(hidden)),
+        }
+        for index, hidden in enumerate(base.hidden)
+    ]
+
+
+def _of_assistants(assistants: Sequence[Scores], index: int, count: int) -> dict[str, Tensor]:
+    logprobs = torch.empty(count, len(assistants))
+    correct = torch.empty(count, len(assistants), dtype=torch.bool)
+    for k, scores in enumerate(assistants):
+        logprobs[:, k], correct[:, k] = scores.logprob(index), scores.correct(index)
+    return {"assistant_logprobs": logprobs, "assistant_correct": correct}

@@ -1,37 +1,41 @@
-"""A transformers Trainer for the joint model, which reads scores instead of running the assistants."""
+"""Training: a transformers Trainer for base and head, which reads scores, and the fit of a head on hidden states."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from collm.core.head import DeferralHead
+from collm.core.objective import Objective
 from collm.errors import ConfigError, DataError, MismatchError, ModelFailure, WriteError
 from collm.models.language_model import LanguageModel
 from collm.models.members import spec_of
 from collm.training.checkpoints import ORIGIN, STATE, check_origin, last_checkpoint, load_tuned, read_tuned, save_tuned
-from collm.training.config import CoLLMConfig
+from collm.training.config import CoLLMConfig, check_fitted
 from collm.training.examples import collate, collate_padding_free
+from collm.training.fitting import concatenated, fit_likelihood
+from collm.training.gain import fit_gain
 from collm.training.inspection import LabelReport, TokenViews, label_tokens
 from collm.training.module import JointModule, with_adapter
-from collm.training.scores import TrainingSet
-from collm.training.scoring import evaluating, progress_bar
-from collm.training.warm_start import WarmStartReport, warm_start
+from collm.training.scores import Scores, TrainingSet, stored_examples
+from collm.training.scoring import evaluating, progress_bar, progress_lines
+from collm.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
 
 class CoLLMTrainer(Trainer):  # type: ignore[misc]
-    """Trains a base and its deferral head on the marginal likelihood (arXiv 2403.03870).
+    """Trains a base and its deferral head on the marginal likelihood (arXiv 2403.03870), or on another objective.
 
     After `train`, `base` and `head` are tuned. With method "lora", `base` is a `PeftModel`.
 
@@ -42,7 +46,9 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         vocab_size: the vocabulary size of the base's tokenizer.
 
     Attributes:
-        label_report, warm_start_report: results of the warm start; None before it.
+        label_report: shares of pseudo-labels; None without assistants or the base's scores.
+        objective, deferral_costs: those of the options, or chosen by the scores (`CoLLMConfig.chosen`).
+        warm_start_report: the result of the warm start; None before it.
         origin: fingerprints of the rows and identities of the models, which checkpoints record.
 
     Raises:
@@ -67,17 +73,14 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         _check(base, head, args, train_dataset, eval_dataset)
-        self.label_report: LabelReport | None = None
-        self.warm_start_report: WarmStartReport | None = None
-        spec, callbacks = spec_of(base), [*callbacks]
-        self.origin: dict[str, Any] = {
-            "examples": train_dataset.fingerprint,
-            "evaluation": None if eval_dataset is None else eval_dataset.fingerprint,
-            "base": None if spec is None else spec.identity()["weights"] or spec.identity()["revision"],
-            "assistants": [dict(scores.model) for scores in train_dataset.assistant_scores],
-        }
-        if (patience := args.early_stopping_patience) is not None:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
+        self._labels, variant = None, args.resolved("pseudo_label_variant")
+        if train_dataset.base_scores is not None and train_dataset.assistant_scores:
+            self._labels = label_tokens(train_dataset.base_scores, train_dataset.assistant_scores, variant)
+        self.label_report = None if self._labels is None else self._labels[1]
+        better = 0.0 if self.label_report is None else self.label_report.better
+        self.objective, self.deferral_costs = args.chosen(head.num_assistants, better)
+        self.warm_start_report: dict[str, float] | None = None
+        self.origin = _origin(base, train_dataset, eval_dataset)
         if args.method == "full":
             base.requires_grad_(True)
         self.head = head
@@ -88,7 +91,8 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             frozen=args.method == "head",
             vocab_size=vocab_size,
             law=train_dataset.examples[0].law,
-            deferral_costs=args.deferral_costs(head.num_assistants),
+            deferral_costs=self.deferral_costs,
+            objective=self.objective,
         )
         super().__init__(
             self.joint,
@@ -96,13 +100,15 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             data_collator=collate_padding_free if args.padding_free else collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=callbacks,
+            callbacks=list(callbacks),
         )
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if is_deepspeed_zero3_enabled():  # the loss uses this weight outside of its layer
             import deepspeed
 
             deepspeed.zero.register_external_parameter(self.joint, self.joint.base_lm.output_weight)
-        if args.padding_free and not train_dataset.from_hidden_states:
+        if args.padding_free:
             with self.accelerator.autocast():
                 _check_padding_free(self.joint.base_lm)
 
@@ -128,11 +134,15 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
             ArtefactError: the checkpoint is incomplete or damaged.
             ModelFailure: the loss is not finite.
         """
+        if not self.args.disable_tqdm and not sys.stderr.isatty() and self.pop_callback(ProgressCallback):
+            self.add_callback(_ProgressLines())
         found = last_checkpoint(Path(self.args.output_dir))
         if not resume_from_checkpoint:
             if found is not None:
                 raise ConfigError(f"{found} is from an earlier run; resume, delete it, or choose another output_dir")
-            if self.args.warm_start:
+            if self.label_report is not None:
+                _report_choice(self.args, self.objective, self.deferral_costs, self.label_report)
+            if self.args.warm_start and self.objective != "weak":
                 self._warm_start()
             return super().train(None, **options)
         checkpoint = found if resume_from_checkpoint is True else Path(resume_from_checkpoint)
@@ -142,11 +152,11 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         return super().train(str(checkpoint), **options)
 
     def _warm_start(self) -> None:
-        data, variant = self.train_dataset, self.args.resolved("pseudo_label_variant")
-        labels = _, self.label_report = label_tokens(data.base_scores, data.assistant_scores, variant)
+        assert self._labels is not None
+        data, labels = self.train_dataset, self._labels
         logger.info("%s", self.label_report)
-        base = data.base_scores.hidden or self.joint.base_lm
-        with progress_bar("Warm start", enabled=not self.args.disable_tqdm) as progress:
+        base = self.joint.base_lm if data.base_scores.hidden is None else data.base_scores
+        with progress_bar("warm start", enabled=not self.args.disable_tqdm) as progress:
             self.warm_start_report = warm_start(base, self.head, data.examples, labels, self.args, progress=progress)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +214,7 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         with evaluating(model):
             parts = [self._views(model, batch) for batch in batches]
         views = TokenViews(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        measures = views.measures(self.args.deferral_costs(self.head.num_assistants))
+        measures = views.measures(self.deferral_costs, self.objective)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -224,12 +234,6 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         gathered |= {name: gathered[name].bool() for name in flags}
         mask = gathered.pop("target_mask")
         return {name: values[mask].cpu() for name, values in gathered.items()}
-
-    def _get_train_sampler(self, train_dataset: TrainingSet | None = None) -> Any:
-        return super()._get_train_sampler(_lengths_of(train_dataset or self.train_dataset))
-
-    def _get_eval_sampler(self, eval_dataset: TrainingSet) -> Any:
-        return super()._get_eval_sampler(_lengths_of(eval_dataset))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -254,6 +258,59 @@ class CoLLMTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+def fit_head(
+    head: DeferralHead, args: CoLLMConfig, data: TrainingSet, evaluation: TrainingSet | None = None
+) -> dict[str, Any]:
+    """Fit a head on the hidden states stored with the base's scores, alike in every process.
+
+    The options are those of method "head". `head` is set in place, on the device of the options.
+
+    Returns:
+        The objective and the deferral costs; train_loss_nats, or for "gain" the report of `fit_gain`; and with an
+        evaluation set what `CoLLMTrainer.evaluate` returns.
+
+    Raises:
+        ConfigError: an option has no effect here or changes the base, or the base's scores have no hidden states.
+    """
+    check_fitted(args)
+    examples = stored_examples(data.base_scores, data.assistant_scores)
+    _, report = label_tokens(cast(Scores, data.base_scores), data.assistant_scores)
+    objective, costs = args.chosen(head.num_assistants, report.better)
+    _report_choice(args, objective, costs, report)
+    head.to(args.device).predicts_gain = objective == "gain"
+    metrics: dict[str, Any] = {"objective": objective, "deferral_costs": costs}
+    if objective == "gain":
+        found = fit_gain(head, examples, clip=args.resolved("gain_clip"), seed=args.seed)
+        metrics |= {f"gain_{name}": value for name, value in found.items()}
+    else:
+        logger.info("%s", report)
+        metrics["train_loss_nats"] = fit_likelihood(head, examples, costs, seed=args.seed)
+    if evaluation is not None:
+        read = concatenated(stored_examples(evaluation.base_scores, evaluation.assistant_scores))
+        with torch.no_grad():
+            defer_logits = head(*(read.pop(name).to(args.device) for name in ("hidden", "doubt"))).cpu()
+        measures = TokenViews(**read, defer_logits=defer_logits).measures(costs, objective)
+        metrics |= {f"eval_{name}": value for name, value in measures.items()}
+    return metrics
+
+
+class _ProgressLines(TrainerCallback):  # type: ignore[misc]
+    """Training steps and what is logged, as lines on stderr in place of the bar of a terminal."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._report = progress_lines("training", "steps")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._report(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero:
+            found = {name: f"{one:.4g}" if isinstance(one, float) else one for name, one in (logs or {}).items()}
+            found.pop("total_flos", None)
+            logger.info("step %d: %s", state.global_step, ", ".join(f"{name} {one}" for name, one in found.items()))
+
+
 @torch.no_grad()
 def _check_padding_free(base: LanguageModel) -> None:
     """Check that sequences concatenated to one row do not attend to each other, as some attention silently does."""
@@ -269,9 +326,23 @@ def _check_padding_free(base: LanguageModel) -> None:
         raise ConfigError(f"padding_free does not work with {what}, {reason}; {advice}")
 
 
-def _lengths_of(data: TrainingSet) -> list[dict[str, range]]:
-    """What samplers read of examples. Those from hidden states have no tokens, but form the same batches."""
-    return [{"input_ids": range(len(example.token_ids))} for example in data.examples]
+def _origin(base: PreTrainedModel, data: TrainingSet, evaluation: TrainingSet | None) -> dict[str, Any]:
+    """Fingerprints of the rows and identities of the models."""
+    spec, scores = spec_of(base), data.base_scores
+    own = spec.identity() if spec is not None else {} if scores is None else scores.model
+    return {
+        "examples": data.fingerprint,
+        "evaluation": None if evaluation is None else evaluation.fingerprint,
+        "base": own.get("weights") or own.get("revision"),
+        "assistants": [dict(one.model) for one in data.assistant_scores],
+    }
+
+
+def _report_choice(args: CoLLMConfig, objective: Objective, costs: list[float], report: LabelReport) -> None:
+    if None in (args.objective, args.deferral_cost):
+        listed = " ".join(f"{cost:g}" for cost in costs)
+        reason = f"because an assistant is better at {report.better:.0%} of the tokens; what is not named is chosen"
+        logger.info("objective %s, deferral cost %s, %s", objective, listed, reason)
 
 
 def _check(base: PreTrainedModel, head: DeferralHead, args: CoLLMConfig, *sets: TrainingSet | None) -> None:
@@ -282,13 +353,13 @@ def _check(base: PreTrainedModel, head: DeferralHead, args: CoLLMConfig, *sets: 
         count = len(data.assistant_scores)
         if count != head.num_assistants:
             raise MismatchError(f"the head has {head.num_assistants} assistants, but the data has scores of {count}")
-        if data.from_hidden_states and args.method != "head":
-            raise ConfigError(f"stored hidden states require a frozen base, but method {args.method!r} changes it")
+    if args.objective == "gain":
+        raise ConfigError("objective 'gain' reads stored hidden states; use fit_head")
     longest = max(len(example.token_ids) for example in train_dataset.examples)
     if longest > args.max_length:
         raise DataError(f"an example has {longest} tokens, but max_length is {args.max_length}; encode with that value")
-    if args.warm_start and train_dataset.base_scores is None:
-        raise ConfigError("a warm start needs the base's scores; pass base_scores, or set warm_start to False")
+    if (args.warm_start or args.objective == "weak") and train_dataset.base_scores is None:
+        raise ConfigError("pseudo-labels need the base's scores; pass base_scores, or set warm_start to False")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ConfigError(f"eval_strategy {args.eval_strategy} has no effect without an evaluation set; pass one")
     if args.n_gpu > 1:

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from collm.core.params import SamplingParams
 from collm.core.types import author_name
 from collm.engine.candidates import Candidates
+from collm.engine.decision import Decision, Draw
 from collm.engine.engine import RequestOutput
 from collm.engine.request import Request
-from collm.engine.sequence import Decision, Draw, Sequence
+from collm.engine.sequence import Sequence
 from collm.errors import ConfigError, MismatchError
 from collm.http.client import CircuitBreaker
 from collm.http.loop import LoopThread

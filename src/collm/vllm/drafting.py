@@ -22,9 +22,9 @@ from collm.core.named import policy_named
 from collm.core.policies import Policy, SingleAuthorPolicy, StepView, ThresholdPolicy
 from collm.core.sampling import seeded
 from collm.core.types import BASE
+from collm.engine.decision import Decision, Draw
 from collm.engine.kv_cache import in_pages
 from collm.engine.runner import ModelRunner
-from collm.engine.sequence import Decision, Draw
 from collm.engine.speculation import PassTimes
 from collm.errors import CollmError, ConfigError, ModelFailure
 from collm.text.token_ids import common_prefix
@@ -153,7 +153,9 @@ class Drafter:
         start = time.perf_counter()
         unseen = dict(map(self._unseen, requests))
         hidden, logits_of = self.runner.extend_hidden(unseen)
-        defer_logits = self.head(hidden.to(self.head.weight.device))
+        every = logits_of([*range(len(requests))]) if self.head.doubt else None  # else those of a few rows
+        states = hidden.to(self.head.weight.device)
+        defer_logits = self.head(states) if every is None else self.head.read(states, every)
         probs = torch.cat([author_logprobs(defer_logits).exp(), defer_probs(defer_logits).unsqueeze(-1)], dim=-1)
         is_finite = (probs.isfinite().all(-1) & hidden.isfinite().all(-1).to(probs.device)).tolist()
         for one, (*author_probs, defer_prob), valid in zip(requests, probs.tolist(), is_finite, strict=True):
@@ -164,7 +166,8 @@ class Drafter:
                 self._fail(one, ModelFailure(f"{self.runner.name} gave hidden states that are not finite"))
         rows = [row for row, one in enumerate(requests) if one.failure is None and one.decisions[-1].author == BASE]
         if rows:
-            self.write(self.runner.name, [(requests[row], requests[row].decisions) for row in rows], logits_of(rows))
+            logits = logits_of(rows) if every is None else every[rows]
+            self.write(self.runner.name, [(requests[row], requests[row].decisions) for row in rows], logits)
         if max(map(len, unseen.values())) <= _FEW_TOKENS:
             self.times.base.record(len(requests), time.perf_counter() - start)
 
@@ -283,7 +286,7 @@ def policy_of(xargs: Mapping[str, Any]) -> Policy | None:
 
 def check_policy(policy: Policy) -> None:
     """Raise a ConfigError if one engine cannot follow a policy."""
-    if isinstance(policy, CombiningPolicy) or policy.consults(1):
+    if isinstance(policy, CombiningPolicy) or policy.consults(1) or policy.judge is not None:
         raise ConfigError(
             f"{policy} compares what both authors would write at every token. In one engine the assistant reads "
             "only after the base has decided; use engine 'local'"

@@ -54,6 +54,7 @@ class Endpoint:
 
     Args:
         name: the author's name, in errors and counts.
+        url: base URL, with "#MODEL" if the server has several models, such as the adapters of one.
         servers: timeouts, retries and key.
         vocab_size: token ids in answers must be below this number.
 
@@ -68,14 +69,13 @@ class Endpoint:
 
     def __init__(self, name: str, url: str, servers: Servers, vocab_size: int) -> None:
         self.name = name
-        self.url = url
+        self.url, _, self.model = url.partition("#")
         self.vocab_size = vocab_size
         self.usage = ModelUsage()
-        self.model = ""
         self.max_length: int | None = None
         waits_s = (_FIRST_WAIT_S, min(_LONGEST_WAIT_S, servers.timeout_s))
         settings = CallSettings(servers.timeout_s, servers.retries, servers.api_key_env, waits_s)
-        self.http = HttpClient(name, url, settings)
+        self.http = HttpClient(name, self.url, settings)
 
     async def find(self, wait_s: float) -> None:
         """Wait for the server and look up its model. Raises a LoadError as `Connections` does."""
@@ -94,10 +94,12 @@ class Endpoint:
                 raise LoadError(f"{self.http.where} is not up after {wait_s:g} s: {reason}; start it, or wait longer")
             _LOG.info("waiting for %s: %s", self.http.where, reason)
             await asyncio.sleep(min(_LOOKS_EVERY_S, left))
-        if len(models) != 1:
+        self.model = self.model or (next(iter(models)) if len(models) == 1 else "")
+        if self.model not in models:
             served = f"several models ({', '.join(models)})" if models else "no model"
-            raise LoadError(f"{self.url} serves {served}; expected only the {self.name}")
-        ((self.model, longest),) = models.items()
+            expected = self.model or f"only the {self.name}, or its model after the address: {self.url}#MODEL"
+            raise LoadError(f"{self.url} serves {served}; expected {expected}")
+        longest = models[self.model]
         self.max_length = longest if type(longest) is int else None
 
     async def tokenize(self, text: str) -> list[int] | None:

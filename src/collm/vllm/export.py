@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.atomic import atomic_directory
 from collm.core.head import DeferralHead
-from collm.errors import DAMAGED, ArtefactError, ConfigError, LoadError, UnsupportedModel
-from collm.models.language_model import LanguageModel, without_adapter
-from collm.models.loading import ModelSpec, load_model, load_tokenizer
-from collm.models.members import spec_of
+from collm.errors import DAMAGED, ArtefactError, LoadError, UnsupportedModel
+from collm.models.language_model import LanguageModel
+from collm.models.loading import ModelSpec, load_tokenizer
+from collm.models.members import merged_copy
 from collm.text.guards import TokenizerIdentity
 from collm.untrusted import read_text
 from collm.version import __version__
@@ -29,7 +29,7 @@ from collm.vllm import NOTE, NOTE_FORMAT, ROW_SCALE
 def head_digest(head: DeferralHead) -> str:
     """Twelve hexadecimal digits that identify the head."""
     digest = hashlib.sha256()
-    for values in (head.weight, head.bias):
+    for values in head.state_dict().values():
         digest.update(values.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -105,18 +105,15 @@ def export_base(
     Raises:
         ArtefactError: `out` exists.
         ConfigError: the base is quantized.
-        UnsupportedModel: rows cannot hold the head because the base caps its logits, or the tokenizer cannot name them.
+        UnsupportedModel: rows cannot hold the head because the base caps its logits, or the head has a hidden layer,
+            reads the doubt or compares the gains of several assistants; or the tokenizer cannot name them.
         WriteError: the files could not be written; `out` does not exist then.
     """
     if out.exists():
         raise ArtefactError(f"{out} exists; choose another directory or remove it")
-    model: Any = _merged_copy(base)
+    model = merged_copy(base)
     language = LanguageModel(model, name="base")
-    if language.softcap is not None:
-        raise UnsupportedModel(
-            f"the base caps its logits (final_logit_softcapping {language.softcap}), so no row of its output layer can "
-            "hold the head; decode with --engine local"
-        )
+    check_rows(head, language.softcap)
     identity, first = TokenizerIdentity.of(tokenizer), language.padded_vocab_size
     note = Note(
         defer_ids=list(range(first, first + head.num_assistants)),
@@ -135,6 +132,22 @@ def export_base(
     return note
 
 
+def check_rows(head: DeferralHead, softcap: float | None = None) -> None:
+    """Raise an UnsupportedModel if rows of the output layer, whose values may be capped, cannot hold the head."""
+    reason = None
+    if head.width:
+        reason = f"the head has a hidden layer of {head.width} units"
+    elif head.doubt:
+        reason = "the head reads the base's doubt"
+    elif head.predicts_gain and head.num_assistants > 1:
+        reason = f"the head takes the largest of the gains of {head.num_assistants} assistants"
+    elif softcap is not None:
+        reason = f"the base caps its logits (final_logit_softcapping {softcap})"
+    if reason is not None:
+        advice = "decode with --engine local or, with one assistant, in one vLLM engine"
+        raise UnsupportedModel(f"{reason}, so no rows of an output layer can hold the head; {advice}")
+
+
 def check_exported(directory: Path, head: DeferralHead) -> None:
     """Raise an ArtefactError if a directory does not hold a base that was exported with this head."""
     note, advice = Note.read(directory), "remove the directory to export the base again"
@@ -144,20 +157,6 @@ def check_exported(directory: Path, head: DeferralHead) -> None:
         raise ArtefactError(f"{directory} has no tokenizer; {advice}") from error
     if tokenizer.convert_tokens_to_ids(defer_names(head)) != [*note.defer_ids, note.zero_id]:
         raise ArtefactError(f"{directory} was exported with another head; {advice}")
-
-
-def _merged_copy(base: nn.Module | ModelSpec) -> Any:
-    """Copy the base to the CPU and merge its adapter."""
-    spec = spec_of(base)
-    if isinstance(spec, ModelSpec) and spec.quantization is not None:
-        raise ConfigError(
-            f"the base is quantized ({spec.quantization}), so rows cannot be added to its output layer; export a "
-            "collaboration whose base is not quantized"
-        )
-    if isinstance(base, ModelSpec):
-        return load_model(replace(base, device="cpu"))
-    copy: Any = deepcopy(base).to("cpu")
-    return copy if without_adapter(copy) is copy else copy.merge_and_unload()
 
 
 @torch.no_grad()

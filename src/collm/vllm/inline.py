@@ -22,8 +22,8 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from collm.artefact import load_parts, local_directory
 from collm.core.policies import Policy, ThresholdPolicy
 from collm.core.sampling import seeded
+from collm.engine.decision import Decision, Draw
 from collm.engine.runner import ModelRunner
-from collm.engine.sequence import Decision, Draw
 from collm.errors import CollmError, ConfigError, MismatchError
 from collm.models.language_model import LanguageModel
 from collm.models.members import load_members
@@ -67,7 +67,7 @@ class Proposer:
             raise ConfigError(f"additional_config names no collaboration; give --additional-config '{wanted}'")
         device = self._config.device_config.device
         device = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else str(device)
-        parts = load_parts(local_directory(settings["collaboration"], None), device=device)
+        parts = load_parts(local_directory(settings["collaboration"], None), device=device, dequantize=True)
         if len(parts.assistants) != 1:
             raise ConfigError(
                 f"{settings['collaboration']} has {len(parts.assistants)} assistants, expected 1 in one engine; use a "

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from collm.engine.sequence import Draw
+from collm.engine.decision import Draw
 from collm.vllm import AUTHORS
 from collm.vllm.drafting import Drafted
 

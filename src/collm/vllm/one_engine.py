@@ -11,8 +11,8 @@ from collm.core.head import DeferralHead
 from collm.core.named import name_of
 from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy
 from collm.core.types import BASE
+from collm.engine.decision import Draw
 from collm.engine.request import Request
-from collm.engine.sequence import Draw
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.vllm import AUTHORS, HEAD, POLICY, author_of
 from collm.vllm.connections import Connections, Run

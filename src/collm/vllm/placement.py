@@ -58,8 +58,9 @@ class ModelMemory:
         """Compute the memory from a model's config. Raises a ConfigError if the model is to be quantized or is a GGUF
         file, and a LoadError if there is no config of a causal LM with attention.
         """
-        if spec.quantization is not None or names_gguf(spec.path):
+        if spec.quantization is not None or names_gguf(spec.path) or spec.adapter is not None:
             kind = f"to be quantized ({spec.quantization})" if spec.quantization else "a GGUF file"
+            kind = kind if spec.adapter is None else f"to be read with the adapter {spec.adapter}"
             raise ConfigError(
                 f"{spec.path} is {kind}, which launched servers do not support; use the original checkpoint, or start "
                 "a server of it yourself and give its address with --servers"

@@ -11,18 +11,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.core.head import DeferralHead, defer_probs
-from collm.core.policies import SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
+from collm.core.policies import PricePolicy, SingleAuthorPolicy, ThresholdPolicy, ThresholdRule
 from collm.core.types import BASE
 from collm.engine.candidates import Candidates, Likely, spelled
+from collm.engine.decision import Draw
 from collm.engine.request import Request
-from collm.engine.sequence import Draw, Sequence
+from collm.engine.sequence import Sequence
 from collm.errors import ConfigError, MismatchError, ModelFailure
 from collm.http.client import Unreachable
 from collm.http.loop import gather
 from collm.vllm import ROW_SCALE, THRESHOLD
 from collm.vllm.connections import Connections, Run
 from collm.vllm.endpoint import Endpoint, GeneratedToken
-from collm.vllm.export import defer_names
+from collm.vllm.export import check_rows, defer_names
 from collm.vllm.servers import Servers
 
 _PROBE: dict[str, Any] = {"prompt": [0], "temperature": 0, "logprobs": 0}
@@ -44,6 +45,7 @@ class AuthorConnections(Connections):
     Raises:
         ConfigError: there is not one server for each author.
         MismatchError: the base's server has another head or no plug-in.
+        UnsupportedModel: no rows can hold the head.
         CollmError: as in `Connections`.
     """
 
@@ -56,6 +58,7 @@ class AuthorConnections(Connections):
 
     def __init__(self, servers: Servers, head: DeferralHead, tokenizer: PreTrainedTokenizerBase) -> None:
         servers.check_count(head.num_assistants)
+        check_rows(head)
         self.biases = head.bias.detach().float().tolist()
         self._names = defer_names(head)
         super().__init__(servers, servers.urls, tokenizer)
@@ -103,8 +106,10 @@ class AuthorConnections(Connections):
         if not isinstance(policy, ThresholdRule | SingleAuthorPolicy):
             raise ConfigError(
                 f"{policy} cannot be followed across servers, because they report only what a threshold needs; use "
-                "threshold, schedule, budget, random or single"
+                "threshold, schedule, budget, random or single, without a judge"
             )
+        if isinstance(policy, PricePolicy) and len(policy.prices) > 1:
+            raise ConfigError(f"{policy} cannot be followed across servers, which report no gains; use one price")
         if isinstance(policy, SingleAuthorPolicy) and not 0 <= policy.writer < len(self.authors):
             raise ConfigError(f"{policy} asks for author {policy.writer}, expected 0 to {len(self.authors) - 1}")
 

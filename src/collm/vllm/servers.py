@@ -27,7 +27,8 @@ class Servers:
     Attributes:
         urls: base URLs, to which "/completions" is appended. Those of vLLM end in "/v1". The base's comes first, then
             those of the assistants 1..K. A single URL is that of an engine with base and assistant. The host
-            `%2Ftmp%2Fbase.sock` is the Unix socket /tmp/base.sock.
+            `%2Ftmp%2Fbase.sock` is the Unix socket /tmp/base.sock. "#MODEL" at the end names one of several models that
+            a server has, such as the adapters of one model.
         on_failure: what happens if an assistant cannot be asked for a token. "fail" ends the request with an error.
             "base" lets the base write the token, which is marked.
         timeout_s: longest wait for an answer, and for the next token of a stream.
@@ -51,7 +52,7 @@ class Servers:
             raise ConfigError("urls is not a list of addresses, the base's first; write one")  # which may hold a key
         object.__setattr__(self, "urls", tuple(url.strip().rstrip("/") for url in self.urls))
         for url in self.urls:
-            check_url("a server's address", url)
+            check_url("a server's address", url.partition("#")[0])
         if self.api_key_env is not None and not str(self.api_key_env).isidentifier():
             raise ConfigError("api_key_env is not the name of an environment variable; put the key into one")
         if self.on_failure not in get_args(OnFailure):

@@ -16,12 +16,12 @@ CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "Pari
 
 @pytest.mark.parametrize(("metric", "score"), [("exact_match", 0), ("contains", 1)])
 def test_metric_fields_and_end_of_an_answer_can_be_chosen(tmp_path: Path, metric: str, score: float) -> None:
-    task = RowsTask(metric, prompt_field="q", completion_field="a", max_new_tokens=7, stop=("\n",))
+    task = RowsTask(metric, prompt_field="q", completion_field="a", max_tokens=7, stop=("\n",))
     (item,) = task.load(jsonl(tmp_path / "rows.jsonl", {"q": "Capital?", "a": "Paris"}))
     assert (item.prompt, item.reference, item.where) == ("Capital?", "Paris", f"{tmp_path}/rows.jsonl:1")
     assert task.score(item, "It is Paris.") == {metric: score}
     assert task.measure == metric
-    assert (task.max_new_tokens, task.stop_for(item, PromptTemplate())) == (7, ("\n",))
+    assert (task.max_tokens, task.stop_for(item, PromptTemplate())) == (7, ("\n",))
 
 
 def test_chats_are_asked_for_their_last_turn(tmp_path: Path) -> None:

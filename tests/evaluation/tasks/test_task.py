@@ -9,8 +9,8 @@ import pytest
 
 from collm.errors import ConfigError, DataError, RequestError
 from collm.evaluation.intervals import bootstrap_interval
+from collm.evaluation.tasks import TASKS, task_named
 from collm.evaluation.tasks.gsm8k import Gsm8k
-from collm.evaluation.tasks.named import TASKS, task_named
 from collm.evaluation.tasks.rows import RowsTask
 from collm.evaluation.tasks.task import TaskItem
 from collm.text.template import PromptTemplate

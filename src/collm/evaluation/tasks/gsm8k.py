@@ -36,7 +36,7 @@ class Gsm8k(Task):
     name = "gsm8k"
     measure = "accuracy"
     source = "openai/gsm8k"
-    max_new_tokens = 400
+    max_tokens = 400
     stop = NEXT_QUESTION
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from collm.evaluation.metrics import metric_named
+from collm.evaluation.metrics import metric_named, try_metric
 from collm.evaluation.tasks.task import Task, TaskItem
 from collm.training.data import Row, load_rows
 
@@ -19,13 +19,13 @@ class RowsTask(Task):
     Attributes:
         metric: a name from `metrics.METRICS`, or a Python function "package.module:function".
         prompt_field, completion_field: names of the two fields.
-        max_new_tokens, stop: the end of an answer, as in `collm train` and `collm calibrate`.
+        max_tokens, stop: the end of an answer, as in `collm train` and `collm calibrate`.
     """
 
     metric: str = "exact_match"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
-    max_new_tokens: int = 256
+    max_tokens: int = 256
     stop: tuple[str, ...] = ()
 
     name = "rows"
@@ -39,7 +39,9 @@ class RowsTask(Task):
         return self.metric
 
     def rows(self, source: str | Path, split: str | None) -> list[Row]:
-        return load_rows(source, split=split, prompt_field=self.prompt_field, completion_field=self.completion_field)
+        rows = load_rows(source, split=split, prompt_field=self.prompt_field, completion_field=self.completion_field)
+        try_metric(self.metric, rows[0].completion)
+        return rows
 
     def score(self, item: TaskItem, text: str) -> dict[str, float]:
         return {self.metric: metric_named(self.metric)(text, item.reference)}

@@ -33,6 +33,7 @@ class TaskItem:
         where: file and line, for error messages.
         solution: the question with a complete answer, as a row of training data; None if there is no such answer.
         shots: few-shot examples before the question.
+        kind: the kind of prompt, as the row says; empty if it does not.
     """
 
     id: str
@@ -41,6 +42,7 @@ class TaskItem:
     where: str
     solution: Row | None = None
     shots: tuple[Shot, ...] = ()
+    kind: str = ""
 
 
 Scored = tuple[TaskItem, str, Mapping[str, float]]
@@ -52,14 +54,14 @@ class Task(ABC):
 
     Attributes:
         name: its name for `task_named`.
-        max_new_tokens, stop: maximum number of tokens of an answer, and strings that end it.
+        max_tokens, stop: maximum number of tokens of an answer, and strings that end it.
         source: the published data set on the Hub; None if there is no default.
         split: the default split, unless the source is a file or a table without splits.
         format: format of the training data for few-shot examples; None if the task has none.
     """
 
     name: str
-    max_new_tokens: int
+    max_tokens: int
     stop: tuple[str, ...] = ()
     source: str | None = None
     split: str = "test"
@@ -81,7 +83,10 @@ class Task(ABC):
     def read(self, source: str | Path, split: str | None) -> list[TaskItem]:
         """All items of a split, without few-shot examples. By default the rows of training data, numbered."""
         rows = self.rows(source, split)
-        return [TaskItem(str(n), row.prompt, self.reference(row), row.where, row) for n, row in enumerate(rows, 1)]
+        return [
+            TaskItem(str(n), row.prompt, self.reference(row), row.where, row, kind=row.kind)
+            for n, row in enumerate(rows, 1)
+        ]
 
     def reference(self, row: Row) -> Any:
         """The reference answer of a row of training data."""
@@ -167,9 +172,9 @@ class Task(ABC):
     def _shots(self, source: str | Path, count: int, seed: int | None, items: Sequence[TaskItem]) -> tuple[Shot, ...]:
         if chats := [item.where for item in items if not isinstance(item.prompt, str)]:
             raise ConfigError(f"few-shot examples need plain prompts, but {chats[0]} is a chat; leave shots out")
-        prompts, rows = {str(item.prompt) for item in items}, self.rows(source, _default_split(source, "train"))
+        rows, taken = self.rows(source, _default_split(source, "train")), {item.prompt for item in items}
         plain = [(row.prompt, row.completion) for row in rows if isinstance(row.prompt, str)]
-        free = [shot for shot in plain if shot[0] not in prompts]
+        free = [shot for shot in plain if shot[0] not in taken]
         if len(free) < count:
             raise DataError(
                 f"{source} has {len(free)} plain rows that are no items, expected at least {count} few-shot examples"
