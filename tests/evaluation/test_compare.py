@@ -211,6 +211,21 @@ def test_a_failing_tool_stops_the_run_and_is_asked_again(
     assert ask().results[0].deferral_rate == 1.0
 
 
+def test_the_tokens_that_a_judge_rejects_are_counted(
+    model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
+) -> None:
+    name = "threshold:threshold=0.9,judge=exact"
+    systems = systems_named(model, [name], ThresholdPolicy(THRESHOLD))
+    own, judged = compare(systems, Evaluation(task, items, SamplingParams(max_tokens=6)), tmp_path).results
+    completions = model.generate([str(item.prompt) for item in items], SamplingParams(max_tokens=6), policy=name)
+    rejected = sum(len(one.rejected) for one in completions)
+    assert judged.rejected == rejected / sum(len(one.token_ids) for one in completions) > 0
+    assert own.rejected == 0
+    (row, other), note = report_of(tmp_path).rows, f"{judged.rejected:.1%} of the tokens in place of rejected ones"
+    assert note in other.note
+    assert "rejected" not in row.note
+
+
 def test_items_must_differ_and_the_directory_be_free(
     model: CoLLM, task: Task, items: list[TaskItem], tmp_path: Path
 ) -> None:

@@ -168,6 +168,10 @@ def test_a_tool_is_asked_only_where_it_knows() -> None:
         ({"other": 1.0, "alone_ms": 10.0}, "Use the assistant alone"),
         ({"other": 1.0, "drafted": 70.0}, "Use speculative decoding"),
         ({"other": 1.0}, "Tune the base first"),
+        ({"other": 1.0, "alone_ms": 10.0, "fastest": 150.0}, "Tune the base first"),
+        ({"other": 1.0, "drafted": 70.0, "fastest": 150.0}, "Tune the base first"),
+        ({"other": 1.0, "alone_ms": None, "rate": 0.3, "fastest": 150.0}, "Ask the tool at every token"),
+        ({"base": 9.0, "other": 2.5}, "The head will pay"),
         ({"other": 2.5, "random": 0.01}, "More rows"),
         ({"other": 2.5, "random": None}, "Keep the base's hidden states"),
         ({"other": 2.5}, "The head will pay"),
@@ -177,19 +181,31 @@ def test_a_tool_is_asked_only_where_it_knows() -> None:
 )
 def test_each_verdict_has_its_case(changes: dict[str, Any], verdict: str) -> None:
     """A base of 3 nats and a collaboration of 2 nats, which writes 50 tokens/s."""
-    case = {"rate": 0.9, "reachable": 1.0, "other": 1.5, "alone_ms": 40.0, "drafted": 20.0, "random": -0.1} | changes
+    usually = {
+        "base": 3.0,
+        "other": 1.5,
+        "rate": 0.9,
+        "reachable": 1.0,
+        "alone_ms": 40.0,
+        "drafted": 20.0,
+        "random": -0.1,
+    }
+    case = usually | {"fastest": 50.0, "ours": 50.0} | changes
     found = usual()
     base, other = found.authors
     nll = {LEARNED: Interval(2.0, 2.0, 2.0), RANDOM: Interval(2.2, 2.2, 2.2)}
     authors = (
-        replace(base, nll=Interval(3.0, 3.0, 3.0)),
+        replace(base, nll=Interval(case["base"], 0.0, 9.0)),
         replace(other, nll=Interval(case["other"], 0.0, 9.0), pass_ms=case["alone_ms"]),
     )
     random = case["random"]
     made: Forecast = replace(
         found,
         authors=authors,
-        points=(RatePoint(0.3, nll, nll, 50.0), RatePoint(case["rate"], nll, nll, 50.0)),
+        points=tuple(
+            RatePoint(rate, nll, nll, case[speed])
+            for rate, speed in ((0.05, "fastest"), (0.3, "ours"), (case["rate"], "ours"))
+        ),
         reachable_nll=Interval(case["reachable"], 0.0, 9.0),
         minus={} if random is None else {RANDOM: Interval(random, random, random)},
         drafting=Drafting(4, 3.0, case["drafted"]),

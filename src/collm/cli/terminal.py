@@ -112,9 +112,11 @@ def calibration_table(calibration: Calibration) -> Table:
     for point in calibration.points:
         rate = f"{point.deferral_rate:.1%}", f"{100 * point.rate_low:.1f} - {point.rate_high:.1%}"
         metric = f"{point.metric:.3f}", f"{point.low:.3f} - {point.high:.3f}"
-        rows.append((threshold_text(point.threshold), *rate, *metric, ", ".join(calibration.uses(point))))
+        judged = () if point.rejected is None else (f"{point.rejected:.1%}", f"{point.assistant_passes:.2f}")
+        rows.append((threshold_text(point.threshold), *rate, *metric, *judged, ", ".join(calibration.uses(point))))
     name = calibration.metric_name
-    headings = ("threshold", "deferral rate", "interval", name, "interval", "best")
+    judged = () if calibration.judge is None else ("rejected", "passes")
+    headings = ("threshold", "deferral rate", "interval", name, "interval", *judged, "best")
     title, note = (
         f"{name} on {calibration.num_prompts} validation prompts",
         BUDGET_NOTE if calibration.budgets else None,
@@ -150,10 +152,11 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     measure, scores, costs = found.measure or "answers", [], []
     for result in found.shown:
         intervals = _interval(result.measures.get(measure)), _interval(result.difference, "+")
-        scores.append((result.name, *intervals, f"{result.deferral_rate:.1%}"))
+        judged = (f"{result.rejected:.1%}",) if any(one.rejected for one in found.shown) else ()
+        scores.append((result.name, *intervals, f"{result.deferral_rate:.1%}", *judged))
         beside = (result.name, _scaled(result.flops), f"{result.seconds:.3g}s", f"{result.tokens_per_s:.0f}")
         costs += [(*(("",) * 4 if row else beside), *work) for row, work in enumerate(result.work())]
-    of_scores = ("system", measure, "difference", "deferral")
+    of_scores = ("system", measure, "difference", "deferral", *(("rejected",) if len(scores[0]) > 4 else ()))
     title, note = f"{found.task}, {len(found.items)} items", DIFFERENCES_NOTE if len(found.shown) > 1 else None
     tables = [table(title, of_scores, scores, note)]
     tables[0].columns[0].min_width = 13

@@ -17,7 +17,9 @@ from collm.errors import DAMAGED, ArtefactError, ConfigError
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to the item with this id, its measures, and the time from the start of its batch to its last token."""
+    """The answer to the item with this id, its measures, the time from the start of its batch to its last token in
+    seconds, and the number of its tokens that a judge put in place of the base's.
+    """
 
     id: str
     token_ids: list[int]
@@ -27,6 +29,7 @@ class Answer:
     finish_reason: FinishReason
     scores: dict[str, float]
     seconds: float
+    rejected: int = 0
 
     @property
     def text(self) -> str:

@@ -133,8 +133,8 @@ class Evaluation:
             authors = [author or system.writes_as for author in completion.authors]
             probs = [round(prob, 6) for prob in completion.defer_probs]
             tokens = completion.token_ids, completion.token_texts, authors, probs
-            scores = dict(self.task.score(item, completion.text))
-            file.add(Answer(item.id, *tokens, completion.finish_reason, scores, round(seconds, 4)))
+            scores, rejected = dict(self.task.score(item, completion.text)), len(completion.rejected)
+            file.add(Answer(item.id, *tokens, completion.finish_reason, scores, round(seconds, 4), rejected))
 
         done = model.generate(prompts, params, policy=policy, max_batch=self.max_batch, on_completion=keep)
         seconds = round(time.perf_counter() - started, 4)

@@ -29,7 +29,7 @@ RANDOM, DOUBT, LEARNED, ORACLE = "random", "doubt", "learned", "oracle"
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 MOST = 0.3  # deferral rate up to which the verdict looks for the best one
 LITTLE = 0.02  # nats per token for which no assistant is worth its calls
-FAR = 1.0  # nats per token by which a base is too far behind its assistant
+FAR = 1.0  # nats per token behind the assistant, from which a base needs tuning where no head makes up for it
 DRAFTS = range(1, 9)  # lengths of drafts in speculative decoding
 
 
@@ -114,21 +114,22 @@ class Forecast:
         behind, most = base.nll.mean - other.nll.mean, base.nll.mean - self.reachable_nll.mean
         ours, alone = point.tokens_per_s or math.inf, 1000 / (other.pass_ms or math.inf)
         drafted = 0.0 if self.drafting is None else self.drafting.tokens_per_s
+        fastest, answers = self.points[0].tokens_per_s or math.inf, self.points[-1].rate == RATES[-1]
         is_as_good, random = other.nll.mean <= point.nll[self.rule].mean, self.minus.get(RANDOM)
         at, gain = f"with {self.rate:.0%} of the {self.unit} by assistants", f"{most:.2f} nats for each of them"
         against = f"than the collaboration {at}, and no worse: {drafted:.3g} tokens/s drafted, {alone:.3g} plain"
         table = (
             (most < LITTLE, f"Keep the base: even a perfect choice of authors would gain only {gain}."),
+            (
+                is_as_good and answers and behind > FAR and fastest > max(alone, drafted),
+                f"Tune the base first (collm tune): it is {behind:.2f} nats behind, so a head would defer everywhere.",
+            ),
             (is_as_good and alone >= max(ours, drafted), f"Use the assistant alone: it is faster {against}."),
             (is_as_good and drafted >= ours, f"Use speculative decoding: it is faster {against}, {ours:.3g} together."),
             (
-                is_as_good and self.points[-1].rate < RATES[-1],
+                is_as_good and not answers,
                 "Ask the tool at every token (threshold -1): it knows where it has an answer, and a head would only "
                 "save calls.",
-            ),
-            (
-                behind > FAR and alone > 0,
-                f"Tune the base first (collm tune): it is {behind:.2f} nats behind, so a head would defer everywhere.",
             ),
             (random is None, "Keep the base's hidden states (cache_hidden_states) to see what a head would choose."),
             (

@@ -31,6 +31,7 @@ class SystemResult:
         flops: per item, estimated as 2 x parameters (without the input embedding) x tokens read, summed over models.
         tokens_per_s: generated tokens per second in batches of `max_batch`.
         seconds: mean time per item from the start of its batch to its last token.
+        rejected: share of the generated tokens that a judge put in place of the base's.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SystemResult:
     flops: float
     tokens_per_s: float
     seconds: float
+    rejected: float = 0.0
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> SystemResult:
@@ -99,6 +101,7 @@ def result_of(
         flops=sum(2.0 * weights[name] * used["tokens_read"] for name, used in per_item.items()),
         tokens_per_s=written / max(sum(batch.seconds for batch in file.batches), 1e-9),
         seconds=sum(answer.seconds for answer in mine) / len(mine),
+        rejected=sum(answer.rejected for answer in mine) / max(sum(len(answer.authors) for answer in mine), 1),
     )
 
 

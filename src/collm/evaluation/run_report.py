@@ -104,6 +104,8 @@ def _report(found: Comparison, prices: Prices | None) -> Report:
 def _row(result: SystemResult, measure: str | None) -> SystemRow:
     score = result.measures.get(measure or "", Interval(0.0, 0.0, 0.0))
     note = f"latency {result.seconds:.3g} s, {result.flops / 1e9:.3g} GFLOP an item"
+    if result.rejected:
+        note = f"{result.rejected:.1%} of the tokens in place of rejected ones; {note}"
     if result.difference is not None:
         mean, low, high = (100 * end for end in astuple(result.difference))
         note = f"{mean:+.1f} points against the collaboration ({low:+.1f} to {high:+.1f}); {note}"

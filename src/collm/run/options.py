@@ -71,7 +71,7 @@ class RunConfig(CalibrationOptions, RowFormat):
             tool:package.module:function. Without any, and with calibrate set to false, the base is tuned alone
             (`tune_model`).
         data: training rows: JSON, JSONL, a `datasets` directory or a Hub name.
-        validation: rows to calibrate on; by default up to 200 rows, at most a tenth, held out of `data`.
+        validation: held-out rows, to calibrate on; by default up to 200 rows of `data`, at most a tenth of them.
         validation_split: split of the validation data set.
         calibrate: calibrate after training. Set it to false if base and assistants do not fit in one process;
             `collm calibrate` can do it later with the same rows.
