@@ -100,6 +100,23 @@ def test_a_budget_is_kept_on_the_validation_set(model: CoLLM, items: list[Row]) 
 
 
 @pytest.mark.slow
+def test_thresholds_beyond_the_best_are_left_out_where_they_are_clearly_worse(model: CoLLM, items: list[Row]) -> None:
+    """The references are what both models write together."""
+    alone = model.generate([item.prompt for item in items], PARAMS, threshold=1.0)
+    best = sorted(prob for completion in alone for prob in completion.defer_probs)[-20]
+    both = model.generate([item.prompt for item in items], PARAMS, threshold=best)
+    rows = [Row(item.prompt, answer.text, None, "here") for item, answer in zip(items, both, strict=True)]
+    curve = curve_on(model, rows)
+    whole, shorter = (calibrate(model, rows, options(refine=0), curve=known) for known in (None, curve))
+    kept = {point.threshold: point for point in shorter.points}
+    left_out = [point for point in whole.points if point.threshold not in kept]
+    assert len(left_out) >= 3
+    assert {1.0, -1.0} <= kept.keys()
+    assert all(point.deferral_rate > shorter.best().deferral_rate for point in left_out)
+    assert max(point.metric for point in left_out) < shorter.best().metric == whole.best().metric
+
+
+@pytest.mark.slow
 def test_the_base_wins_ties(model: CoLLM, items: list[Row]) -> None:
     unreachable = [Row(item.prompt, "w1 " * 30, None, "here") for item in items]
     assert calibrate(model, unreachable, options()).best().threshold == 1.0

@@ -41,8 +41,9 @@ def calibrate(
     """Measure deferral rate and metric at several thresholds. Sets and returns `model.calibration`.
 
     The base first writes every answer alone. The quantiles of its defer probs are the thresholds that would give
-    `rates` on its own text (arXiv 2403.03870). 1/2 and the best of the curve are added. Then `refine` times the median
-    of the defer probs in the widest step beside the best threshold is added, and the same for each budget and its end.
+    `rates` on its own text (arXiv 2403.03870). 1/2 and the best of the curve are added. Thresholds are left out where
+    more deferral is clearly worse (`_Measuring.is_beyond`). Then `refine` times the median of the defer probs in the
+    widest step beside the best threshold is added, and the same for each budget and its end.
 
     If the metric of no threshold differs from that of the base alone (95 % interval of the paired difference, for each
     threshold alone), the curve decides, and only the ends of budgets are refined.
@@ -70,8 +71,10 @@ def calibrate(
         measuring.add(_youden(curve))
     else:
         measuring.add(BASE_ALONE)
-        for threshold in _thresholds(measuring.defer_probs[BASE_ALONE], options.rates, guesses):
-            measuring.add(threshold)
+        planned = _thresholds(measuring.defer_probs[BASE_ALONE], options.rates, guesses)
+        for threshold in sorted(planned, key=lambda one: (one != ASSISTANTS_ALONE, -one)):
+            if not measuring.is_beyond(threshold):
+                measuring.add(threshold)
         measuring.refine(aims)
     on_completion(measuring.done, measuring.done)
     points = sorted(measuring.points, key=lambda point: (point.deferral_rate, -point.threshold))
@@ -184,6 +187,16 @@ class _Measuring:
             point = replace(point, rejected=rejected / max(tokens, 1), assistant_passes=passes / max(tokens, 1))
         self.points.append(replace(point, differs=differs, gold_accuracy=accuracy))
         return self.points[-1]
+
+    def is_beyond(self, threshold: float) -> bool:
+        """Whether more deferral than at the last threshold is clearly worse: the metric there, and of the assistants
+        alone, is below the interval of the best so far, and on the references a lower threshold is no better.
+        """
+        best, last = best_within(self.points, 1.0), self.points[-1]
+        alone = next((point for point in self.points if point.threshold == ASSISTANTS_ALONE), None)
+        if self._curve is None or alone is None or last is alone or max(last.high, alone.high) >= best.low:
+            return False
+        return self._curve.at(threshold).accuracy <= self._curve.at(last.threshold).accuracy
 
     def _count(self, index: int, completion: Completion) -> None:
         self.done += 1
