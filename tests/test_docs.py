@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from collm.evaluation.metrics import metric_named
 from tests.processes import collm
-from tests.tiny_models import tiny_config
+from tests.tiny_models import make_model, tiny_config
 from tests.tokenizers import merging_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -72,6 +72,12 @@ def make_base(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
+def commands(page: str) -> list[list[str]]:
+    """The page's commands, in order."""
+    lines = "".join(blocks(page, "")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("collm ")]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("docs")
@@ -102,14 +108,12 @@ def test_the_function_of_the_page_is_learned_in_ten_lines(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_end_in_a_model_that_calls_the_function(folder: Path) -> None:
-    lines = [line for block in blocks("tools.md", "") for line in block.splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("collm ")]
-    assert [command[0] for command in commands] == ["train", "generate"]
-    for command in commands:
+    train, generate = commands("tools.md")
+    for command in (train, generate):
         done = collm(*command, cwd=folder)
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" 72.4 km")
-    alone = collm(*commands[-1], "--threshold", "1", cwd=folder)
+    alone = collm(*generate, "--threshold", "1", cwd=folder)
     assert not alone.stdout.startswith(" 72.4 km")
 
 
@@ -127,3 +131,37 @@ def test_the_other_function_of_the_page_answers(folder: Path, monkeypatch: pytes
     days_after = import_module("my_dates").days_after
     assert days_after("The meeting 3 days after 2024-02-28 is") == " 2024-03-02"
     assert days_after("3 days after 2024-02-28 was") is None
+
+
+CHATS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+
+
+@pytest.mark.slow
+def test_the_commands_of_two_small_models_end_in_an_evaluation(tmp_path: Path) -> None:
+    """The page's script and commands, with random weights of as many layers in place of SmolLM2."""
+    (script,) = blocks("two-models.md", "python")
+    (tmp_path / "prepare.py").write_text(script)
+    (tmp_path / "recipes").symlink_to(DOCS.parent / "recipes")
+    countries = (DOCS.parent / "recipes/facts/data/countries.csv").read_text()
+    tokenizer = merging_tokenizer(countries, script, vocab_size=400)
+    tokenizer.chat_template = CHATS + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "assistant")
+    changes = {"vocab_size": len(tokenizer), "num_hidden_layers": 30, "eos_token_id": tokenizer.eos_token_id}
+    make_model(tiny_config(**changes, max_position_embeddings=256), 0).save_pretrained(tmp_path / "assistant")
+    subprocess.run([sys.executable, "prepare.py"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    printed = []
+    for command in commands("two-models.md"):
+        done = collm(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    before, tuned, after, trained, text, found = printed
+    assert float(first_nll(after)) < float(first_nll(before))
+    assert "tuned/model: use it like any model" in tuned
+    assert 'collm generate my-run/collaboration --chat "..."' in trained
+    assert text
+    assert "rows, 120 items" in found
+
+
+def first_nll(forecast: str) -> str:
+    """The base's NLL in what `collm forecast` prints."""
+    return re.findall(r"^ base +([0-9.]+) ", forecast, flags=re.MULTILINE)[0]

@@ -102,7 +102,8 @@ def _show(result: RunResult, changes: list[Any] | None = None) -> None:
         console.print(f"not calibrated: collm calibrate {result.directory}", markup=False)
     for change in changes or ():
         console.print(str(change), markup=False, soft_wrap=True)
-    console.print(f'collm generate {result.directory} "..."', markup=False)
+    chat = " --chat" if result.model.training.get("rows") == "chats" else ""
+    console.print(f'collm generate {result.directory}{chat} "..."', markup=False)
 
 
 def parse(arguments: list[str], *, alone: bool = False) -> tuple[RunConfig, CoLLMConfig]:

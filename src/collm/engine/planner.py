@@ -74,9 +74,11 @@ class Planner:
             readers = [self.times[author] for author in undecided[0].needs]
             within = len(undecided) < (sequence.request.policy.every or self._lookahead)
             drafts = within and pays(chances, rates.stands, self.times[BASE], readers, len(self._active))
-        else:
+        elif sequence.waited < self._wait_steps(undecided[0].author) or len(self._active) == 1:
             times = self.times[BASE], self.times[undecided[0].author]
             drafts = len(undecided) < guess_depth(rates, *times, len(self._active), min(self._lookahead, _MOST_GUESSES))
+        else:
+            drafts = False  # the call that comes now would come without this sequence
         if drafts:
             sequence.draft.append(likely.token_id)
 
@@ -91,11 +93,17 @@ class Planner:
         return assistant_draft_length(rates, *times, most)
 
     def should_call(self, author: int, due: Collection[Sequence]) -> bool:
-        """Whether some sequence has waited long enough, or no sequence can continue without an assistant."""
+        """Whether some sequence has waited long enough, or no sequence can continue without an assistant.
+
+        Sequences whose tokens are tentative wait for each other, so that one call checks all their drafts.
+        """
         if any(s.segments is not None and s.segments.current for s in due):
             return True  # it has begun a segment
-        stalled = all(s.decisions and not s.decisions[0].choice and s.has_read(BASE) for s in self._active.values())
-        return stalled or max(s.waited for s in due) >= self._wait_steps(author)
+        writing = [s for s in self._active.values() if not _is_stalled(s)]
+        if not writing or (any(s.tentative for s in due) and not any(s.tentative for s in writing)):
+            return True
+        waited = [s.waited for s in due if not s.tentative or not self._max_wait]
+        return bool(waited) and max(waited) >= self._wait_steps(author)
 
     def _wait_steps(self, author: int) -> int:
         active = len(self._active)
@@ -108,3 +116,8 @@ class Planner:
             waits = wait_steps(start, run, self.times[BASE], self.times[author], active, self._max_wait)
         self._planned[author] = waits, uses + 1
         return waits
+
+
+def _is_stalled(sequence: Sequence) -> bool:
+    """Whether the sequence cannot continue without an assistant."""
+    return bool(sequence.decisions) and sequence.decisions[0].choice is None and sequence.has_read(BASE)

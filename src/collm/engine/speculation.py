@@ -144,8 +144,9 @@ def pays(
 ) -> bool:
     """Whether the base should draft one more token before assistants decide about all.
 
-    It is lost, with the pass of the base, unless all tokens before it stand. If they do, it saves what a token costs at
-    the best draft length r: min over r of (T_a(r B) / B + (r - E) T_b(B) / B) / E, with E = 1 + .. + stands^(r-1).
+    The assistants then read a token more. It is lost, with the pass of the base, unless all tokens before it stand. If
+    they do, it saves what a token costs at the best draft length r: min over r of
+    (T_a(r B) / B + (r - E) T_b(B) / B) / E, with E = 1 + .. + stands^(r-1).
 
     Args:
         chances: the probability that each token of the draft stands.
@@ -153,13 +154,16 @@ def pays(
         assistants: those that read each token.
     """
 
+    def reading(r: int) -> float:
+        return sum(each.at(active * r) for each in assistants) / active
+
     def cost(r: int) -> float:
         served = expected_run(stands, r - 1)
-        lost = (r - served) * base.at(active) / active
-        return (sum(each.at(active * r) for each in assistants) / active + lost) / served
+        return (reading(r) + (r - served) * drafting) / served
 
-    chance = math.prod(chances)
-    return chance * min(map(cost, range(1, _LONGEST + 1))) > (1 - chance) * base.at(active) / active
+    chance, drafting, length = math.prod(chances), base.at(active) / active, len(chances)
+    longer = max(0.0, reading(length + 1) - reading(length))  # measured times need not be monotone
+    return chance * min(map(cost, range(1, _LONGEST + 1))) > longer + (1 - chance) * drafting
 
 
 def assistant_draft_length(acceptance: AcceptanceRates, base: PassTimes, assistant: PassTimes, longest: int) -> int:
