@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -75,6 +76,30 @@ def test_a_call_of_the_assistant_judges_several_tokens(pair: CoLLM, monkeypatch:
     for policy in ("threshold:threshold=1,judge=exact", "mixture", "single:writer=1"):
         out = pair.generate(prompts_of(3, 1), PARAMS, policy=policy)
         assert out.usage["assistant"].forward_passes < 24
+
+
+def test_one_call_judges_the_drafts_of_a_whole_batch(pair: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences draft differently many tokens before it."""
+    rng = random.Random(0)
+    monkeypatch.setattr("collm.engine.planner.pays", lambda *arguments: rng.random() < 0.7)
+    engine, policy = pair.engine(6), pair.policy(threshold=1.0, judge="exact")
+    for prompt in prompts_of(3, 6):
+        engine.add(pair.request(prompt, PARAMS, policy))
+    running = set(range(6))
+    while engine.has_work:
+        outputs = engine.step()
+        assert {output.number for output in outputs} in (set(), running)
+        running -= {output.number for output in outputs if output.completion is not None}
+
+
+def test_a_draft_does_not_keep_a_sequence_from_the_call_that_serves_the_others(
+    pair: CoLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collm.engine.planner.guess_depth", lambda *arguments: arguments[-1])
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    ways = [pair.generate(prompts_of(3, 6), params, policy="single:writer=1", lookahead=most) for most in (0, None)]
+    plain, drafted = (out.usage["assistant"].forward_passes for out in ways)
+    assert drafted == plain
 
 
 def test_text_lags_by_at_most_as_many_tokens_as_wait(pair: CoLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,11 @@ def test_another_token_is_drafted_while_those_before_it_probably_stand() -> None
     assert not pays([1.0], 1.0, PassTimes(), [PassTimes()], active=1)  # nothing was timed
 
 
+def test_no_token_is_drafted_where_reading_it_costs_as_much_as_writing_it() -> None:
+    assert not pays([0.8], 0.8, flat(0.1), [by_the_token(1.0)], active=16)
+    assert pays([0.8], 0.8, flat(0.1), [flat(1.0)], active=16)
+
+
 def test_waiting_does_not_pay_where_passes_cost_by_the_token() -> None:
     assert wait_steps(0.2, 0.2, by_the_token(0.1), by_the_token(1.0), active=8, longest=4) == 0
 
