@@ -136,7 +136,7 @@ def test_the_other_function_of_the_page_answers(folder: Path, monkeypatch: pytes
 CHATS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_commands_of_two_small_models_end_in_an_evaluation(tmp_path: Path) -> None:
     """The page's script and commands, with random weights of as many layers in place of SmolLM2."""
     (script,) = blocks("two-models.md", "python")
@@ -160,6 +160,11 @@ def test_the_commands_of_two_small_models_end_in_an_evaluation(tmp_path: Path) -
     assert 'collm generate my-run/collaboration --chat "..."' in trained
     assert text
     assert "rows, 120 items" in found
+    for page in ("guide.md", "../README.md"):  # what they do with a finished run
+        code = next(block for block in blocks(page, "python") if "my-run/collaboration" in block)
+        command = [sys.executable, "-c", code]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+        assert ran.returncode == 0, ran.stderr
 
 
 def first_nll(forecast: str) -> str:
