@@ -99,7 +99,7 @@ class Planner:
         """
         if any(s.segments is not None and s.segments.current for s in due):
             return True  # it has begun a segment
-        writing = [s for s in self._active.values() if not _is_stalled(s)]
+        writing = [s for s in self._active.values() if not s.decisions or s.decisions[0].choice or not s.has_read(BASE)]
         if not writing or (any(s.tentative for s in due) and not any(s.tentative for s in writing)):
             return True
         waited = [s.waited for s in due if not s.tentative or not self._max_wait]
@@ -116,8 +116,3 @@ class Planner:
             waits = wait_steps(start, run, self.times[BASE], self.times[author], active, self._max_wait)
         self._planned[author] = waits, uses + 1
         return waits
-
-
-def _is_stalled(sequence: Sequence) -> bool:
-    """Whether the sequence cannot continue without an assistant."""
-    return bool(sequence.decisions) and sequence.decisions[0].choice is None and sequence.has_read(BASE)

@@ -71,10 +71,7 @@ def calibrate(
         measuring.add(_youden(curve))
     else:
         measuring.add(BASE_ALONE)
-        planned = _thresholds(measuring.defer_probs[BASE_ALONE], options.rates, guesses)
-        for threshold in sorted(planned, key=lambda one: (one != ASSISTANTS_ALONE, -one)):
-            if not measuring.is_beyond(threshold):
-                measuring.add(threshold)
+        measuring.sweep(_thresholds(measuring.defer_probs[BASE_ALONE], options.rates, guesses))
         measuring.refine(aims)
     on_completion(measuring.done, measuring.done)
     points = sorted(measuring.points, key=lambda point: (point.deferral_rate, -point.threshold))
@@ -187,6 +184,12 @@ class _Measuring:
             point = replace(point, rejected=rejected / max(tokens, 1), assistant_passes=passes / max(tokens, 1))
         self.points.append(replace(point, differs=differs, gold_accuracy=accuracy))
         return self.points[-1]
+
+    def sweep(self, thresholds: Sequence[float]) -> None:
+        """Measure thresholds: the assistants alone, then from the highest on, those that may be the best."""
+        for threshold in sorted(thresholds, key=lambda one: (one != ASSISTANTS_ALONE, -one)):
+            if not self.is_beyond(threshold):
+                self.add(threshold)
 
     def is_beyond(self, threshold: float) -> bool:
         """Whether more deferral than at the last threshold is clearly worse: the metric there, and of the assistants
