@@ -96,6 +96,7 @@ def test_a_draft_does_not_keep_a_sequence_from_the_call_that_serves_the_others(
     pair: CoLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("collm.engine.planner.guess_depth", lambda *arguments: arguments[-1])
+    monkeypatch.setattr("collm.engine.planner.wait_steps", lambda *arguments: 0)
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     ways = [pair.generate(prompts_of(3, 6), params, policy="single:writer=1", lookahead=most) for most in (0, None)]
     plain, drafted = (out.usage["assistant"].forward_passes for out in ways)

@@ -278,6 +278,7 @@ def test_other_models_by_path(
         ("random:rate=0.2,threshold=0.4,base", ["random:rate=0.2", "threshold=0.4", "base"]),
         ("base,beta=0.5", ["base", "beta=0.5"]),
         ("price:0.7,1.2,base,random", ["price:0.7,1.2", "base", "random"]),
+        ("single:writer=1,threshold:judge=joint,base", ["single:writer=1", "threshold:judge=joint", "base"]),
     ],
 )
 def test_commas_part_systems_but_not_the_options_of_one(text: str, names: list[str]) -> None:

@@ -61,7 +61,7 @@ def names_in(text: str) -> list[str]:
     for part in filter(None, text.split(",")):
         kind, equals, _ = part.partition("=")
         rule, colon, _ = names[-1].partition(":") if names else ("", "", "")
-        is_option = (equals and kind not in _WITH_VALUE) or re.fullmatch(r"[-+.\de]*\d|inf", part)
+        is_option = (equals and ":" not in kind and kind not in _WITH_VALUE) or re.fullmatch(r"[-+.\de]*\d|inf", part)
         if colon and rule in POLICIES and is_option:
             names[-1] += f",{part}"
         else:
