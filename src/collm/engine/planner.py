@@ -69,16 +69,16 @@ class Planner:
         if likely is None or likely.token_id in sequence.end_ids:
             return
         undecided = [decision for decision in sequence.decisions if decision.choice is None]
+        author, drafts = undecided[0].author, False
         if sequence.tentative:
             chances = [rates.stands if one.consultation is not None else rates.agree for one in undecided]
             readers = [self.times[author] for author in undecided[0].needs]
             within = len(undecided) < (sequence.request.policy.every or self._lookahead)
             drafts = within and pays(chances, rates.stands, self.times[BASE], readers, len(self._active))
-        elif sequence.waited < self._wait_steps(undecided[0].author) or len(self._active) == 1:
-            times = self.times[BASE], self.times[undecided[0].author]
+        elif len(self._active) == 1 or sequence.waited < self._planned.get(author, (0, 0))[0]:
+            # otherwise the call that comes now would come without this sequence
+            times = self.times[BASE], self.times[author]
             drafts = len(undecided) < guess_depth(rates, *times, len(self._active), min(self._lookahead, _MOST_GUESSES))
-        else:
-            drafts = False  # the call that comes now would come without this sequence
         if drafts:
             sequence.draft.append(likely.token_id)
 
